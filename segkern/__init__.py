@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smoothed Energy Guidance (SEG, arXiv 2408.00760) in PyTorch and Triton.
+
+Importing this package imports neither Triton nor diffusers; kernels are loaded at their first use and the
+diffusers adapter lives in :mod:`segkern.integrations.diffusers`.
+"""
+
+from segkern import reference
+from segkern.api import gaussian_blur, seg_attention
+from segkern.grid import Grid
+from segkern.version import __version__
+
+__all__ = ["Grid", "__version__", "gaussian_blur", "reference", "seg_attention"]

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public functions: what they mean, what they accept, and the way to the backend that serves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from segkern import ops, sdpa
+from segkern.blur import check_boundary, check_sigma
+from segkern.dispatch import check_backend, choose_backend
+from segkern.grid import Grid
+
+
+def gaussian_blur(
+    x: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float],
+    *,
+    boundary: str = "reflect",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Blur tokens over their grid with a Gaussian: ``B_h X B_w^T`` for every channel.
+
+    Args:
+        x: ``[batch, heads, tokens, dim]``, any strides; float16, bfloat16, float32 or float64.
+        grid: where the image lies in the tokens; the others pass through unchanged.
+        sigma: standard deviation in tokens, one number or one per sample; 0 copies, ``math.inf`` replaces
+            every image token by the mean of the image.
+        boundary: ``"reflect"`` (without repeating the edge, as the official implementation does), ``"symmetric"``
+            (edge repeated) or ``"circular"``. Only the last two keep the mean exactly.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
+
+    Returns:
+        A new tensor of x's shape and dtype. Sums are taken in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Source: SEG (arXiv 2408.00760), section 4.2; blurring queries equals blurring logits (Proposition 3.1).
+
+    Example:
+        >>> x = torch.randn(2, 4, 6 * 9, 16)
+        >>> gaussian_blur(x, Grid(6, 9), sigma=1.5).shape
+        torch.Size([2, 4, 54, 16])
+    """
+    _check_tensor("x", x)
+    grid = _check_grid(grid, x.shape[2])
+    sigmas = check_sigma(sigma, x.shape[0])
+    check_boundary(boundary)
+    check_backend(backend)
+    if _is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "torch":
+        return sdpa.gaussian_blur(x, grid, sigmas, boundary)
+    return ops.gaussian_blur(x, grid.height, grid.width, grid.start, sigmas, boundary, backend)
+
+
+def seg_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float],
+    *,
+    scale: float | None = None,
+    attn_mask: torch.Tensor | None = None,
+    boundary: str = "reflect",
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Self-attention whose queries are Gaussian-blurred over the token grid.
+
+    ``softmax(scale * blur(query) key^T + mask) value``, which by linearity is attention with its *logits* blurred
+    over the queries. One sigma per sample lets one call serve a batch of unblurred, blurred and infinite samples,
+    for example ``sigma=(0, 0, math.inf)`` for [unconditional, conditional, perturbed].
+
+    Args:
+        query: ``[batch, heads, tokens, head_dim]``, any strides, after QK-norm and rotary embedding.
+        key: ``[batch, heads, keys, head_dim]``.
+        value: ``[batch, heads, keys, value_dim]``.
+        grid: where the image lies in the query tokens; the other queries are never blurred.
+        sigma: standard deviation in tokens, one number or one per sample; 0 is plain attention, ``math.inf``
+            gives every image token the attention output of the mean query.
+        scale: of the logits; ``1 / sqrt(head_dim)`` by default.
+        attn_mask: boolean (True takes part) or additive, broadcastable to ``[batch, heads, tokens, keys]``.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`gaussian_blur`.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
+        return_lse: also return the rows' log-sum-exp (natural logarithm); minus it is the row's energy.
+
+    Returns:
+        ``[batch, heads, tokens, value_dim]`` in the query's dtype (under autocast in its dtype, as PyTorch's
+        attention); with ``return_lse`` also float32 ``[batch, heads, tokens]``.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Source: SEG (arXiv 2408.00760), Proposition 3.1 and section 4.2.
+
+    Example:
+        >>> import math
+        >>> q, k, v = torch.randn(3, 2, 8, 26 * 38, 64)
+        >>> seg_attention(q, k, v, Grid(26, 38), sigma=(0.0, math.inf)).shape
+        torch.Size([2, 8, 988, 64])
+    """
+    query, key, value = _autocast(query, key, value)
+    _check_qkv(query, key, value)
+    grid = _check_grid(grid, query.shape[2])
+    sigmas = check_sigma(sigma, query.shape[0])
+    check_boundary(boundary)
+    mask = _check_mask(attn_mask, query, key)
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    check_backend(backend)
+    if _is_plain(query) and _backend_of(query, value, backend) == "torch":
+        output, lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, mask, boundary, return_lse)
+    else:
+        output, lse = ops.seg_attention(
+            query, key, value, mask, grid.height, grid.width, grid.start, sigmas, scale, boundary, backend, return_lse
+        )
+    if not return_lse:
+        return output
+    assert lse is not None
+    return output, lse
+
+
+def _backend_of(query: torch.Tensor, value: torch.Tensor, backend: str) -> str:
+    return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3])[0]
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether x is a real tensor run eagerly, not one that a tracer follows.
+
+    Only then may tables be made here, and a backend be chosen; operators do both when they run.
+    """
+    return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What autocast does to the arguments of PyTorch's attention."""
+    device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_tensor(name: str, x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor [batch, heads, tokens, dim], got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, dim], got shape {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+
+
+def _check_grid(grid: Grid, tokens: int) -> Grid:
+    if not isinstance(grid, Grid):
+        raise ValueError(f"grid must be a segkern.Grid(height, width, start=0), got {grid!r}")
+    grid.check(tokens)
+    return grid
+
+
+def _check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _check_tensor(name, x)
+        if x.dtype != query.dtype:
+            raise ValueError(f"query, key and value must share a dtype, got {query.dtype} and {name} in {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"query, key and value must share a device, got {query.device} and {name} on {x.device}")
+        if x.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"query, key and value must share batch and heads, got query {tuple(query.shape)} and "
+                f"{name} {tuple(x.shape)}"
+            )
+    if key.shape[3] != query.shape[3] or value.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"key must be [batch, heads, keys, head_dim of query] and value [batch, heads, keys, value_dim], got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if key.shape[2] == 0:
+        raise ValueError(f"attention needs at least one key, got key {tuple(key.shape)}")
+
+
+def _check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """The mask with 4 dimensions, each of the full size or 1."""
+    if mask is None:
+        return None
+    full = (*query.shape[:3], key.shape[2])
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the query's device {query.device}, got {mask.device}")
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise ValueError(f"attn_mask must be boolean or floating point, got {mask.dtype}")
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(shape) != 4 or any(size not in (1, want) for size, want in zip(shape, full, strict=True)):
+        raise ValueError(f"attn_mask must be broadcastable to [batch, heads, tokens, keys] = {full}, got {shape}")
+    mask = mask.reshape(shape)
+    return mask if mask.dtype == torch.bool else mask.to(query.dtype)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From sigma to the blur: taps, the ``[n, n]`` matrix of one axis, boundaries, infinity.
+
+Every rule about the Gaussian is written here and nowhere else. A blur of the grid is separable: with ``B_h``
+and ``B_w`` from :func:`blur_matrix`, ``blurred[i, j] = sum_{k, l} B_h[i, k] B_w[j, l] x[k, l]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+
+Boundary = Literal["reflect", "symmetric", "circular"]
+BOUNDARIES: tuple[str, ...] = get_args(Boundary)
+
+
+def tap_count(sigma: float, length: int) -> int:
+    """Number of taps of a finite ``sigma`` on an axis of ``length`` tokens: odd, about ``6 sigma``, clamped.
+
+    Source: the official implementation's kernel size, ``ceil(6 sigma)`` made odd; the clamp to the largest odd
+    number that reflect padding allows is applied to each axis by itself.
+
+    Example:
+        >>> [tap_count(1.0, 64), tap_count(10.0, 64), tap_count(100.0, 64), tap_count(100.0, 33)]
+        [7, 61, 65, 33]
+    """
+    reach = math.ceil(min(6.0 * sigma, 2.0 * length + 2.0))  # beyond the clamp the exact number is irrelevant
+    return min(reach + 1 - reach % 2, length - (length % 2 - 1))
+
+
+def gaussian_taps(sigma: float, length: int) -> torch.Tensor:
+    """The normalised taps of a finite, positive ``sigma``: float64 ``[tap_count(sigma, length)]``.
+
+    Example:
+        >>> gaussian_taps(1.0, 64).sum().item()
+        1.0
+    """
+    radius = tap_count(sigma, length) // 2
+    # The largest exponent is subtracted by construction (x = 0), so that a tiny sigma gives (0, 1, 0), not 0 / 0.
+    scaled = torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma
+    weights = torch.exp(-0.5 * scaled * scaled)
+    return weights / weights.sum()
+
+
+def blur_reach(sigma: float, length: int, boundary: str) -> int:
+    """How far, in tokens, a blurred token looks along an axis; ``length`` when it may look anywhere."""
+    if sigma == 0.0:
+        return 0
+    if math.isinf(sigma) or boundary == "circular":
+        return length
+    return tap_count(sigma, length) // 2
+
+
+def _fold(index: torch.Tensor, length: int, boundary: str) -> torch.Tensor:
+    """Map positions at most ``length`` outside ``0 .. length-1`` to the token that the boundary puts there."""
+    if boundary == "circular":
+        return index % length
+    edge = 1 if boundary == "symmetric" else 0  # symmetric repeats the edge token, reflect does not
+    index = torch.where(index < 0, -index - edge, index)
+    return torch.where(index >= length, 2 * (length - 1) + edge - index, index)
+
+
+def blur_matrix(
+    length: int,
+    sigma: float,
+    boundary: str = "reflect",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The blur of one axis as a matrix: ``blurred = matrix @ x`` for ``x`` of shape ``[length, ...]``.
+
+    Args:
+        length: tokens on the axis.
+        sigma: standard deviation in tokens; 0 gives the identity, ``math.inf`` the mean of the axis.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``. The last two keep the mean exactly.
+        dtype: of the result; weights are made in float64 and rounded once.
+        device: of the result.
+
+    Returns:
+        ``[length, length]``; every row sums to 1.
+
+    Raises:
+        ValueError: when sigma is negative or NaN, or the boundary is unknown.
+
+    Example:
+        >>> torch.allclose(blur_matrix(5, 1.0).sum(dim=1), torch.ones(5))
+        True
+    """
+    (sigma,) = check_sigma(sigma, 1)
+    check_boundary(boundary)
+    if sigma == 0.0:
+        return torch.eye(length, dtype=dtype, device=device)
+    if math.isinf(sigma):
+        return torch.full((length, length), 1.0 / length, dtype=dtype, device=device)
+    taps = gaussian_taps(sigma, length)
+    radius = taps.numel() // 2
+    rows = torch.arange(length)[:, None]
+    columns = _fold(rows + torch.arange(-radius, radius + 1)[None, :], length, boundary)
+    matrix = torch.zeros(length, length, dtype=torch.float64)
+    matrix.scatter_add_(1, columns, taps.expand(length, -1))
+    return matrix.to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=512)
+def cached_blur_matrix(
+    length: int, sigma: float, boundary: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """:func:`blur_matrix`, kept per argument; the caller must not write to it."""
+    with torch.inference_mode(False), torch.no_grad():
+        return blur_matrix(length, sigma, boundary, dtype=dtype, device=device)
+
+
+def check_boundary(boundary: str) -> None:
+    """Raise a ValueError that quotes an unknown boundary."""
+    if boundary not in BOUNDARIES:
+        raise ValueError(f"boundary must be one of {', '.join(map(repr, BOUNDARIES))}, got {boundary!r}")
+
+
+def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]:
+    """One checked float per sample from a number or one number per sample.
+
+    Raises:
+        ValueError: for a negative sigma, NaN, or a number of sigmas that is not the batch size.
+
+    Example:
+        >>> check_sigma((0, 0, math.inf), 3)
+        (0.0, 0.0, inf)
+    """
+    if isinstance(sigma, torch.Tensor):
+        sigma = sigma.tolist()
+    if isinstance(sigma, (int, float)) and not isinstance(sigma, bool):
+        sigmas = (float(sigma),) * batch
+    elif isinstance(sigma, Iterable) and not isinstance(sigma, (str, bytes)):
+        sigmas = tuple(float(value) for value in sigma)
+        if len(sigmas) != batch:
+            raise ValueError(
+                f"sigma must be one number or one per sample: got {len(sigmas)} numbers "
+                f"{sigmas} for a batch of {batch}"
+            )
+    else:
+        raise ValueError(f"sigma must be a number or a sequence of one number per sample, got {sigma!r}")
+    for value in sigmas:
+        if not value >= 0.0:  # true for NaN as well
+            raise ValueError(f"sigma must be 0 (no blur), positive, or math.inf (mean query); got {value}")
+    return sigmas
+
+
+def runs(sigmas: Sequence[float]) -> list[tuple[slice, float]]:
+    """Consecutive samples of equal sigma as slices of the batch.
+
+    Example:
+        >>> runs((0.0, 0.0, 3.0))
+        [(slice(0, 2, None), 0.0), (slice(2, 3, None), 3.0)]
+    """
+    found: list[tuple[slice, float]] = []
+    first = 0
+    for last in range(1, len(sigmas) + 1):
+        if last == len(sigmas) or sigmas[last] != sigmas[first]:
+            found.append((slice(first, last), sigmas[first]))
+            first = last
+    return found

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile shapes per architecture, head dimension and dtype, and the precision of products.
+
+The shapes are chosen from compiled code (no spills, shared memory within the target's limit, matrix instructions that
+are not serialised), which ``tests/test_compile.py`` checks for every target; they are not tuned by timing yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from segkern.dispatch import interpreting
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of one program's work: queries, keys and grid columns at a time, and the compiler's options."""
+
+    block_m: int
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+# The same programs' shared memory per multiprocessor decides the family: 80 has 163 KB, 90 and 100 have 227 KB,
+# 86, 89 and 120 have 99 KB, gfx942 has 64 KB.
+_FAMILY = {
+    "sm_80": "sm_80",
+    "sm_86": "sm_86",
+    "sm_87": "sm_80",
+    "sm_89": "sm_86",
+    "sm_90": "sm_90",
+    "sm_100": "sm_90",
+    "sm_103": "sm_90",
+    "sm_120": "sm_86",
+    "sm_121": "sm_86",
+    "gfx942": "gfx942",
+    "gfx950": "gfx942",
+}
+_DEFAULT_FAMILY = "sm_86"  # the smallest shared memory on the CUDA side: safe where nothing is known
+
+# family -> bytes per element -> (largest padded head dimension, tile), smallest first
+_ATTENTION: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
+    "sm_80": {
+        2: (
+            (64, Tile(128, 64, 32, 4, 3)),
+            (128, Tile(128, 64, 32, 8, 3)),
+            (256, Tile(64, 64, 32, 8, 2)),
+        ),
+        4: ((64, Tile(64, 32, 32, 8, 2)), (128, Tile(32, 32, 16, 8, 2)), (256, Tile(32, 16, 16, 8, 2))),
+    },
+    "sm_86": {
+        2: (
+            (64, Tile(128, 64, 32, 4, 2)),
+            (128, Tile(128, 32, 32, 8, 2)),
+            (256, Tile(64, 32, 32, 8, 2)),
+        ),
+        4: ((64, Tile(64, 32, 32, 8, 2)), (128, Tile(32, 32, 16, 8, 2)), (256, Tile(32, 16, 16, 8, 1))),
+    },
+    "sm_90": {
+        2: (
+            (64, Tile(128, 64, 32, 4, 3)),
+            (128, Tile(128, 64, 32, 8, 3)),
+            (256, Tile(128, 32, 32, 8, 2)),
+        ),
+        4: ((64, Tile(64, 32, 32, 8, 2)), (128, Tile(32, 32, 16, 8, 2)), (256, Tile(32, 16, 16, 8, 2))),
+    },
+    "gfx942": {
+        2: (
+            (64, Tile(128, 64, 32, 4, 2)),
+            (128, Tile(128, 32, 32, 4, 2)),
+            (256, Tile(64, 32, 16, 4, 1)),
+        ),
+        4: ((64, Tile(64, 32, 32, 4, 1)), (128, Tile(32, 32, 16, 4, 1)), (256, Tile(32, 16, 16, 4, 1))),
+    },
+}
+_INTERPRETER = Tile(32, 32, 16, 4, 1)
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"`` or ``"interpreter"``."""
+    if device.type == "cpu" or interpreting():
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def attention_tile(device: torch.device, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The attention kernel's tile on a device."""
+    return tile_for(architecture(device), head_dim, dtype)
+
+
+@lru_cache(maxsize=256)
+def tile_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The attention kernel's tile for an architecture by name; unknown ones get a safe tile."""
+    if arch == "interpreter":
+        return _INTERPRETER
+    table = _ATTENTION[_FAMILY.get(arch, "gfx942" if arch.startswith("gfx") else _DEFAULT_FAMILY)]
+    padded = sum(split_head_dim(head_dim))
+    return next(tile for largest, tile in table[dtype.itemsize] if padded <= largest)
+
+
+@lru_cache(maxsize=256)
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """A head dimension as one or two block sizes that products accept: powers of two of at least 16.
+
+    Example:
+        >>> [split_head_dim(d) for d in (8, 40, 64, 80, 112, 160)]
+        [(16, 0), (32, 16), (64, 0), (64, 16), (128, 0), (128, 32)]
+        >>> split_head_dim(256)
+        (128, 128)
+    """
+    block = min(128, max(16, 1 << (head_dim.bit_length() - 1)))  # 256 in one block does not fit the registers
+    if head_dim <= block:
+        return block, 0
+    rest = max(16, 1 << (head_dim - block - 1).bit_length())
+    return (2 * block, 0) if rest == block < 128 else (block, rest)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How products of the attention are computed; only float32 has a choice, and takes full precision."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def blur_precision(dtype: torch.dtype, hip: bool | None = None) -> str:
+    """How the blur's products are computed: about float32 either way, by three tf32 products where that is exact
+    enough for the dtype that the blurred queries are rounded to."""
+    hip = torch.version.hip is not None if hip is None else hip
+    return "ieee" if dtype == torch.float32 or hip else "tf32x3"

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every launch does the same way: the right device, fixed compiler options, no autotuning."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from segkern.kernels._configs import Tile
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` the current one for a launch; costs nothing when it is already, or is the CPU."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def compile_options(tile: Tile) -> dict[str, Any]:
+    """Options of a launch; fused multiply-adds are asked for by name because Triton's default varies."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention masks as kernels take them."""
+
+from __future__ import annotations
+
+import torch
+
+NO_MASK, ADDITIVE, BOOLEAN = range(3)
+
+
+def mask_arguments(
+    attn_mask: torch.Tensor | None, stand_in: torch.Tensor
+) -> tuple[torch.Tensor, int, tuple[int, int, int, int]]:
+    """Pointer, kind and strides of a mask ``[batch, heads, tokens, keys]`` whose dimensions may be 1.
+
+    Strides are 0 along broadcast dimensions. Without a mask the pointer is ``stand_in``, which is not read.
+    """
+    if attn_mask is None:
+        return stand_in, NO_MASK, (0, 0, 0, 0)
+    b, h, m, n = (0 if size == 1 else stride for size, stride in zip(attn_mask.shape, attn_mask.stride(), strict=True))
+    if attn_mask.dtype == torch.bool:
+        return attn_mask.view(torch.uint8), BOOLEAN, (b, h, m, n)
+    return attn_mask, ADDITIVE, (b, h, m, n)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kernels read about the blur of a batch: which samples, which matrices, how far they reach.
+
+Tables are made once per (sigmas, grid, boundary, device) and kept on the device, so that a call copies nothing from
+the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from segkern.blur import blur_matrix, blur_reach
+
+PLAIN = -1  # the sample's queries are taken as they are
+OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
+
+
+@dataclass(frozen=True)
+class BlurTables:
+    """Blur tables of some samples of a batch; all tensors on one device.
+
+    Attributes:
+        samples: int32 ``[S]``, indices into the batch.
+        tables: int32 ``[S]``, the matrix of each of them, or PLAIN, or OUTSIDE.
+        rows: float32 ``[T, height, height]``.
+        columns: float32 ``[T, width, width]``.
+        reach: int32 ``[T, 2]``, tokens that a blurred token looks up and down, left and right.
+        blurs: whether any sample has a matrix.
+    """
+
+    samples: torch.Tensor
+    tables: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    reach: torch.Tensor
+    blurs: bool
+
+
+@lru_cache(maxsize=256)
+def blur_tables(
+    samples: tuple[int, ...],
+    sigmas: tuple[float, ...],
+    height: int,
+    width: int,
+    boundary: str,
+    device: torch.device,
+    adjoint: bool = False,
+    outside: bool = False,
+) -> BlurTables:
+    """Tables for ``samples``, whose sigmas are given in the same order.
+
+    Args:
+        adjoint: use transposed matrices.
+        outside: samples of infinite sigma are marked OUTSIDE instead of getting the matrix of the mean.
+    """
+    distinct = sorted({sigma for sigma in sigmas if sigma > 0.0 and not (outside and math.isinf(sigma))})
+    index = {0.0: PLAIN, math.inf: OUTSIDE} | {sigma: table for table, sigma in enumerate(distinct)}
+    matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
+    if adjoint:
+        matrices = [[matrix.T for matrix in axis] for axis in matrices]
+        reach = [[height, width] for _ in distinct]  # the edge row of a transposed reflection looks further
+    else:
+        reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
+    with torch.inference_mode(False), torch.no_grad():
+        return BlurTables(
+            samples=torch.tensor(samples, dtype=torch.int32).to(device),
+            tables=torch.tensor([index[sigma] for sigma in sigmas], dtype=torch.int32).to(device),
+            rows=_stack(matrices[0], height).to(device),
+            columns=_stack(matrices[1], width).to(device),
+            reach=torch.tensor(reach, dtype=torch.int32).reshape(-1, 2).to(device),
+            blurs=bool(distinct),
+        )
+
+
+def _stack(matrices: list[torch.Tensor], length: int) -> torch.Tensor:
+    return torch.stack(matrices).contiguous() if matrices else torch.zeros(0, length, length)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators ``segkern::*``: schemas, fakes and gradients; kernels are imported at their first launch.
+
+They are opaque to tracers: the backend is chosen and blur tables are made when they run, never in a graph. Results are laid
+out ``[batch, tokens, heads, dim]`` in memory, as PyTorch's attention does, and seen as ``[batch, heads, tokens,
+dim]``. Gradients are compositions of PyTorch operations on the saved inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from segkern import sdpa
+from segkern.dispatch import choose_backend
+from segkern.grid import Grid
+
+
+def _tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """The same values laid out ``[batch, tokens, heads, dim]``, seen as ``[batch, heads, tokens, dim]``."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty_output(query: torch.Tensor, value_dim: int) -> torch.Tensor:
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
+
+
+@torch.library.custom_op("segkern::gaussian_blur", mutates_args=())
+def gaussian_blur(
+    x: torch.Tensor,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    boundary: str,
+    backend: str,
+    adjoint: bool = False,
+) -> torch.Tensor:
+    """See :func:`segkern.gaussian_blur`; ``adjoint`` applies the transposed blur, which gradients need."""
+    grid, sigmas = Grid(height, width, start), tuple(sigma)
+    if choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "triton":
+        from segkern.kernels.gaussian_blur import launch_gaussian_blur
+
+        out = _empty_output(x, x.shape[3])
+        launch_gaussian_blur(x, out, grid, sigmas, boundary, adjoint)
+        return out
+    return _tokens_first(sdpa.gaussian_blur(x, grid, sigmas, boundary, adjoint))
+
+
+@gaussian_blur.register_fake
+def _(
+    x: torch.Tensor,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    boundary: str,
+    backend: str,
+    adjoint: bool = False,
+) -> torch.Tensor:
+    return _empty_output(x, x.shape[3])
+
+
+def _blur_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.arguments = inputs[1:7]
+    ctx.adjoint = inputs[7]
+
+
+def _blur_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return gaussian_blur(grad, *ctx.arguments, not ctx.adjoint), *(None,) * 7
+
+
+gaussian_blur.register_autograd(_blur_gradient, setup_context=_blur_context)
+
+
+@torch.library.custom_op("segkern::seg_attention", mutates_args=())
+def seg_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float,
+    boundary: str,
+    backend: str,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
+    grid, sigmas = Grid(height, width, start), tuple(sigma)
+    chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3])
+    if chosen == "triton":
+        from segkern.kernels.seg_attention import launch_seg_attention
+
+        out, lse = _empty_attention(query, value, return_lse)
+        launch_seg_attention(
+            query, key, value, out, lse if return_lse else None, grid, sigmas, scale, attn_mask, boundary
+        )
+        return out, lse
+    out, row_lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, attn_mask, boundary, return_lse)
+    lse = query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse.contiguous()
+    return _tokens_first(out), lse
+
+
+def _empty_attention(
+    query: torch.Tensor, value: torch.Tensor, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_shape = query.shape[:3] if return_lse else (0,)
+    return _empty_output(query, value.shape[3]), query.new_empty(lse_shape, dtype=torch.float32)
+
+
+@seg_attention.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float,
+    boundary: str,
+    backend: str,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _empty_attention(query, value, return_lse)
+
+
+@torch.library.custom_op("segkern::seg_attention_backward", mutates_args=())
+def seg_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float,
+    boundary: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value and an additive mask (empty without one)."""
+    return sdpa.seg_attention_backward(
+        grad_out, grad_lse, query, key, value, attn_mask, Grid(height, width, start), tuple(sigma), scale, boundary
+    )
+
+
+@seg_attention_backward.register_fake
+def _(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float,
+    boundary: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    mask_shape = (0,) if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.shape
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        query.new_empty(mask_shape),
+    )
+
+
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.arguments = inputs[4:10]
+    ctx.with_lse = inputs[11]
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradient(
+    ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, mask = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
+    grads = seg_attention_backward(
+        grad_out, grad_lse if ctx.with_lse else None, query, key, value, mask, *ctx.arguments
+    )
+    grad_mask = grads[3] if ctx.needs_input_grad[3] else None
+    return *grads[:3], grad_mask, *(None,) * 8
+
+
+seg_attention.register_autograd(_attention_gradient, setup_context=_attention_context)

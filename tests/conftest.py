@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test set-up: the interpreter where there is no GPU, fresh seeds, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "segkern", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("segkern")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """A CUDA device where there is one, so that kernels run compiled; the CPU otherwise."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill every ``torch.empty`` with NaN, so that an element nobody wrote is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)

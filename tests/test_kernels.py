@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against the float64 reference under the numerics contract.
+
+On a CUDA device they run compiled, in all three dtypes; elsewhere in Triton's interpreter, whose bfloat16 products are
+wrong, so there in two.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from contract import LAYOUTS, assert_contract, draw, oracle_attention, plain_attention, plain_blur
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import segkern
+from segkern import Grid, reference
+from segkern.blur import BOUNDARIES
+
+pytest.importorskip("triton", reason="kernels need triton")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # NumPy, which the interpreter computes with, reports the arithmetic of infinities and NaNs that tests put in.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+EXAMPLES = 60 if CUDA else 12
+
+sigmas = st.one_of(st.just(0.0), st.floats(0.2, 30.0), st.just(math.inf))
+
+
+def check_attention(
+    shape: tuple[int, int, int, int],
+    grid: Grid,
+    sigma: object,
+    dtype: torch.dtype,
+    layouts: tuple[str, str, str] = ("tokens_first",) * 3,
+    keys: int | None = None,
+    **options: object,
+) -> None:
+    """Output and log-sum-exp of the kernels under the contract."""
+    batch, heads, tokens, dim = shape
+    query = draw(shape, dtype, DEVICE, layouts[0])
+    key, value = (draw((batch, heads, keys or tokens, dim), dtype, DEVICE, layout) for layout in layouts[1:])
+    oracle, oracle_lse = oracle_attention(query, key, value, grid, sigma, **options)
+    output, lse = segkern.seg_attention(
+        query, key, value, grid, sigma, backend="triton", return_lse=True, **options
+    )
+    assert output.dtype == dtype and lse.dtype == torch.float32
+    assert_contract(output, oracle, plain_attention(query, key, value, grid, sigma, **options))
+    finite = oracle_lse.isfinite()
+    assert torch.equal(lse.isfinite(), finite)
+    if finite.any():  # the log-sum-exp sees the blurred queries after they were rounded to the dtype, once
+        bound = 4 * torch.finfo(dtype).eps * max(1.0, oracle_lse[finite].abs().max().item())
+        assert (lse.double() - oracle_lse)[finite].abs().max() <= bound
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_any_grid_stride_sigma_and_batch(data: st.DataObject) -> None:
+    grid = Grid(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 13)), data.draw(st.integers(0, 5)))
+    tokens = grid.stop + data.draw(st.integers(0, 5))
+    batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2))
+    check_attention(
+        (batch, heads, tokens, data.draw(st.sampled_from([1, 8, 16, 24, 32, 40, 64, 80]))),
+        grid,
+        tuple(data.draw(sigmas) for _ in range(batch)),
+        data.draw(st.sampled_from(DTYPES)),
+        tuple(data.draw(st.sampled_from(LAYOUTS)) for _ in range(3)),
+        data.draw(st.integers(1, 70)),
+        scale=data.draw(st.sampled_from([None, 0.2, -0.3, 0.0])),
+        boundary=data.draw(st.sampled_from(BOUNDARIES)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 128, 160, 256])
+def test_head_dimensions(dim: int, dtype: torch.dtype) -> None:
+    check_attention((3, 1, 5 * 9, dim), Grid(5, 9), (0.0, 1.2, math.inf), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(13, 19), (1, 50), (50, 1), (3, 40)], ids=str)
+def test_unusual_grids(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check_attention((1, 1, shape[0] * shape[1], 16), Grid(*shape), 1.4, dtype)
+
+
+@pytest.mark.skipif(not CUDA, reason="takes minutes in the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(26, 38), (36, 28), (64, 64), (18, 32), (52, 76)], ids=str)
+@pytest.mark.parametrize("sigma", [0.0, 1.0, 10.0, math.inf], ids=str)
+def test_sdxl_grids(shape: tuple[int, int], sigma: float, dtype: torch.dtype) -> None:
+    check_attention((3, 10, shape[0] * shape[1], 64), Grid(*shape), (0.0, 0.0, sigma), dtype)
+
+
+MASKS = {
+    "additive per key": lambda b, h, m, n: torch.randn(b, 1, 1, n),
+    "boolean per key": lambda b, h, m, n: torch.rand(b, 1, 1, n) > 0.4,
+    "additive full": lambda b, h, m, n: torch.randn(b, h, m, n),
+    "boolean per row": lambda b, h, m, n: torch.rand(1, 1, m, n) > 0.4,
+    "row without keys": lambda b, h, m, n: torch.arange(m)[None, None, :, None].expand(b, h, m, n) > 2,
+    "no keys at all": lambda b, h, m, n: torch.zeros(b, 1, 1, n, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("make_mask", MASKS.values(), ids=MASKS)
+def test_masks(make_mask) -> None:
+    shape = (3, 2, 4 * 9 + 3, 16)
+    mask = make_mask(*shape[:3], 45).to(DEVICE)
+    check_attention(shape, Grid(4, 9, start=2), (0.0, 1.0, math.inf), torch.float32, keys=45, attn_mask=mask)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+def test_blur(boundary: str, dtype: torch.dtype, backend: str) -> None:
+    grid, sigma = Grid(7, 35, start=3), (0.0, 1.3, 40.0, math.inf)
+    x = draw((4, 2, grid.stop + 2, 40), dtype, DEVICE, "packed")
+    found = segkern.gaussian_blur(x, grid, sigma, boundary=boundary, backend=backend)
+    oracle = reference.gaussian_blur(x.double(), grid, sigma, boundary=boundary)
+    for sample in range(4):  # each by itself: blurred values are much smaller than unblurred ones
+        plain = plain_blur(x[sample : sample + 1], grid, sigma[sample], boundary)
+        assert_contract(found[sample : sample + 1], oracle[sample : sample + 1], plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_constant_query_is_unchanged_by_the_blur(dtype: torch.dtype) -> None:
+    x = torch.full((1, 1, 9 * 11, 16), 1.2345, dtype=dtype, device=DEVICE)
+    found = segkern.gaussian_blur(x, Grid(9, 11), 2.0, backend="triton")
+    assert (found - x).abs().max() <= 2 * torch.finfo(dtype).eps  # float32 weights sum to 1 within one eps
+
+
+def test_samples_and_heads_do_not_see_each_other() -> None:
+    grid, sigma = Grid(4, 9), (0.0, 2.0, math.inf)
+    tensors = [draw((3, 2, 36, 16), torch.float32, DEVICE) for _ in range(3)]
+    before = segkern.seg_attention(*tensors, grid, sigma, backend="triton")
+    for sample in range(3):
+        poisoned = [x.clone() for x in tensors]
+        for x in poisoned:
+            x[sample, 1] = math.nan
+        after = segkern.seg_attention(*poisoned, grid, sigma, backend="triton")
+        clean = torch.ones(3, 2, dtype=torch.bool)
+        clean[sample, 1] = False
+        assert torch.equal(after[clean.to(DEVICE)], before[clean.to(DEVICE)])
+        assert after[sample, 1].isnan().all()
+
+
+def test_large_logits_stay_finite() -> None:
+    query, key, value = (draw((2, 1, 36, 16), torch.float32, DEVICE) for _ in range(3))
+    output, lse = segkern.seg_attention(
+        query * 1e4, key * 1e4, value, Grid(4, 9), (0.0, math.inf), backend="triton", return_lse=True
+    )
+    assert output.isfinite().all() and lse.isfinite().all()
+
+
+def test_backends_agree() -> None:
+    query, key, value = (draw((3, 2, 45, 24), torch.float32, DEVICE) for _ in range(3))
+    found = [
+        segkern.seg_attention(query, key, value, Grid(5, 9), (0.0, 1.0, math.inf), backend=backend)
+        for backend in ("triton", "torch")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_offsets_beyond_32_bits() -> None:
+    tokens, stride = 3 * 5, 2**28
+    base = torch.zeros(tokens * stride // 8 + 64, dtype=torch.float16, device=DEVICE)
+    query = torch.as_strided(base, (1, 1, tokens, 64), (0, 0, stride // 8, 1))
+    query.normal_()
+    key, value = (draw((1, 1, tokens, 64), torch.float16, DEVICE) for _ in range(2))
+    found = segkern.seg_attention(query, key, value, Grid(3, 5), 1.0, backend="triton")
+    expected = segkern.seg_attention(query.contiguous(), key, value, Grid(3, 5), 1.0, backend="triton")
+    assert torch.equal(found, expected)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators: schemas and fakes, gradients, compilation without graph breaks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import segkern
+from segkern import Grid
+from segkern.dispatch import triton_is_installed
+
+BACKENDS = ["torch"] + (["triton"] if triton_is_installed() else [])
+GRID, SIGMA = Grid(3, 4, start=1), (0.0, 1.5, math.inf)
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def tensors(device: torch.device, dtype: torch.dtype = torch.float32, grad: bool = False) -> list[torch.Tensor]:
+    made = [torch.randn(3, 2, 14, 8, dtype=dtype, device=device) for _ in range(3)]
+    return [x.requires_grad_(grad) for x in made]
+
+
+def test_opcheck_attention(backend: str, device: torch.device) -> None:
+    for return_lse in (False, True):
+        for mask in (None, torch.randn(1, 1, 14, 14, device=device, requires_grad=True)):
+            arguments = (*tensors(device, grad=True), mask, 3, 4, 1, list(SIGMA), 0.3, "reflect", backend, return_lse)
+            torch.library.opcheck(torch.ops.segkern.seg_attention.default, arguments)
+
+
+def test_opcheck_blur(backend: str, device: torch.device) -> None:
+    x = tensors(device, grad=True)[0]
+    for adjoint in (False, True):
+        arguments = (x, 3, 4, 1, list(SIGMA), "reflect", backend, adjoint)
+        torch.library.opcheck(torch.ops.segkern.gaussian_blur.default, arguments)
+
+
+def test_opcheck_attention_backward(backend: str, device: torch.device) -> None:
+    query, key, value = tensors(device)
+    grads = torch.randn_like(query), torch.randn(3, 2, 14, device=device)
+    for mask in (None, torch.randn(3, 1, 1, 14, device=device)):
+        arguments = (*grads, query, key, value, mask, 3, 4, 1, list(SIGMA), 0.3, "reflect")
+        torch.library.opcheck(torch.ops.segkern.seg_attention_backward.default, arguments)
+
+
+def gradients(run, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    output, lse = run(*inputs)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    return torch.autograd.grad((output * weights).sum() + lse.square().sum(), inputs)
+
+
+@pytest.mark.parametrize("boundary", ["reflect", "circular"])
+def test_gradients_equal_those_of_the_reference(backend: str, boundary: str, device: torch.device) -> None:
+    inputs = tensors(device, grad=True)
+    mask = torch.randn(1, 2, 14, 14, device=device, requires_grad=True)
+    options = dict(boundary=boundary, return_lse=True)
+
+    def ours(query, key, value, mask):
+        return segkern.seg_attention(query, key, value, GRID, SIGMA, attn_mask=mask, backend=backend, **options)
+
+    def reference(query, key, value, mask):
+        return segkern.reference.seg_attention(query, key, value, GRID, SIGMA, attn_mask=mask, **options)
+
+    found = gradients(ours, [*inputs, mask])
+    doubled = [x.detach().double().requires_grad_() for x in (*inputs, mask)]
+    for ours_grad, expected in zip(found, gradients(reference, doubled), strict=True):
+        torch.testing.assert_close(ours_grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blur_gradient_is_the_transposed_blur(backend: str, device: torch.device) -> None:
+    x, y = tensors(device)[:2]
+    for boundary in ("reflect", "symmetric", "circular"):
+        x.requires_grad_()
+        blurred = segkern.gaussian_blur(x, GRID, SIGMA, boundary=boundary, backend=backend)
+        (grad,) = torch.autograd.grad((blurred * y).sum(), x)
+        z = torch.randn_like(x)
+        left = (grad * z).sum()  # <B^T y, z> = <y, B z>
+        right = (y * segkern.gaussian_blur(z, GRID, SIGMA, boundary=boundary, backend=backend)).sum()
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_without_graph_break(backend: str, device: torch.device) -> None:
+    def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sigma: float) -> torch.Tensor:
+        blurred = segkern.gaussian_blur(value, GRID, 0.7, backend=backend)
+        attended = segkern.seg_attention(query, key, blurred, GRID, (0.0, sigma, math.inf), backend=backend)
+        return attended.transpose(1, 2).reshape(3, 14, 16) * 2
+
+    compiled = torch.compile(step, fullgraph=True)
+    for sigma in (1.5, 2.5, 4.0):
+        inputs = tensors(device)
+        torch.testing.assert_close(compiled(*inputs, sigma), step(*inputs, sigma), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_gradients(backend: str, device: torch.device) -> None:
+    def loss(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return segkern.seg_attention(query, key, value, GRID, SIGMA, backend=backend).square().sum()
+
+    inputs = tensors(device, grad=True)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_are_inferred_on_fake_tensors(backend: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        query, key = torch.empty(2, 4, 30, 16), torch.empty(2, 4, 50, 16)
+        output, lse = segkern.seg_attention(query, key, key, Grid(5, 6), 2.0, backend=backend, return_lse=True)
+        assert output.shape == (2, 4, 30, 16) and lse.shape == (2, 4, 30)
+    real = segkern.seg_attention(torch.randn(2, 4, 30, 16), torch.randn(2, 4, 50, 16), torch.randn(2, 4, 50, 16),
+                                 Grid(5, 6), 2.0, backend="torch")
+    assert real.isfinite().all(), "tables made while tracing must not be kept"
+
+
+def test_inference_tensors_do_not_leak_into_training(backend: str, device: torch.device) -> None:
+    grid = Grid(2, 7)  # tables of this grid are made in inference mode first
+    x = torch.randn(1, 1, 14, 8, device=device)
+    with torch.inference_mode():
+        segkern.seg_attention(x, x, x, grid, 1.1, backend=backend)
+    y = x.clone().requires_grad_()
+    segkern.seg_attention(y, y, y, grid, 1.1, backend=backend).sum().backward()
+    assert y.grad is not None and y.grad.isfinite().all()
