@@ -39,7 +39,7 @@ def gaussian_blur(
     Raises:
         ValueError: when an argument does not fit; the message quotes it.
 
-    Source: SEG (arXiv 2408.00760), section 4.2; blurring queries equals blurring logits (Proposition 3.1).
+    Source: SEG (arXiv 2408.00760); blurring queries equals blurring logits (Proposition 3.1).
 
     Example:
         >>> x = torch.randn(2, 4, 6 * 9, 16)
@@ -95,7 +95,7 @@ def seg_attention(
     Raises:
         ValueError: when an argument does not fit; the message quotes it.
 
-    Source: SEG (arXiv 2408.00760), Proposition 3.1 and section 4.2.
+    Source: SEG (arXiv 2408.00760), Proposition 3.1.
 
     Example:
         >>> import math
@@ -111,7 +111,7 @@ def seg_attention(
     mask = _check_mask(attn_mask, query, key)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
     check_backend(backend)
-    if _is_plain(query) and _backend_of(query, value, backend) == "torch":
+    if _is_plain(query) and _backend_of(query, value, sigmas, backend) == "torch":
         output, lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, mask, boundary, return_lse)
     else:
         output, lse = ops.seg_attention(
@@ -123,8 +123,8 @@ def seg_attention(
     return output, lse
 
 
-def _backend_of(query: torch.Tensor, value: torch.Tensor, backend: str) -> str:
-    return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3])[0]
+def _backend_of(query: torch.Tensor, value: torch.Tensor, sigmas: tuple[float, ...], backend: str) -> str:
+    return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], any(sigmas))[0]
 
 
 def _is_plain(x: torch.Tensor) -> bool:

@@ -73,9 +73,22 @@ def check_backend(backend: str) -> None:
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, head_dim: int, backend: str = "auto", value_dim: int | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    backend: str = "auto",
+    value_dim: int | None = None,
+    blurs: bool = True,
 ) -> tuple[str, str]:
     """The backend that serves a call and the reason: ``("triton" | "torch", reason)``.
+
+    Args:
+        device: of the tensors.
+        dtype: of the tensors.
+        head_dim: of queries and keys.
+        backend: what the caller asked for.
+        value_dim: of values, if it may differ.
+        blurs: whether any sample has a sigma other than 0.
 
     Raises:
         ValueError: when ``backend`` is unknown, or is ``"triton"`` and cannot serve the call; the message says why.
@@ -94,6 +107,8 @@ def choose_backend(
         return "triton", "asked for"
     if reason is not None:
         return "torch", reason
+    if not blurs:
+        return "torch", "nothing to blur: PyTorch's own attention"
     if device.type == "cpu":
         return "torch", "Triton's interpreter is for tests"
     return "triton", "fused kernels"

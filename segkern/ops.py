@@ -93,7 +93,7 @@ def seg_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
     grid, sigmas = Grid(height, width, start), tuple(sigma)
-    chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3])
+    chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], any(sigmas))
     if chosen == "triton":
         from segkern.kernels.seg_attention import launch_seg_attention
 

@@ -9,6 +9,7 @@ run it on a single query row. All of it is differentiable PyTorch.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,13 @@ def _kind(sigma: float) -> int:
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside: blur weights and logits keep their dtype."""
+    if not torch.amp.is_autocast_available(device.type):  # meta tensors, for example
+        return nullcontext()
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 def _grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -52,7 +60,7 @@ def _blur_image(image: torch.Tensor, grid: Grid, sigma: float, boundary: str, ad
         matrices = [matrix.T for matrix in matrices]
     tokens_first = image.transpose(1, 2).to(compute)  # [batch, tokens, heads, dim]
     x = tokens_first.reshape(batch * grid.height, grid.width, heads * dim)
-    with torch.autocast(device_type=image.device.type, enabled=False):
+    with _full_precision(image.device):
         x = torch.matmul(matrices[1], x)  # [batch * height, width, heads * dim]
         x = x.view(batch, grid.height, grid.width * heads * dim)
         x = torch.matmul(matrices[0], x)  # [batch, height, width * heads * dim]
@@ -118,7 +126,7 @@ def _row_lse(query: torch.Tensor, key: torch.Tensor, scale: float, attn_mask: to
 
 def _logits(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
     """Masked logits ``[batch, heads, rows, keys]`` in the dtype of query and key, autocast or not."""
-    with torch.autocast(device_type=query.device.type, enabled=False):
+    with _full_precision(query.device):
         logits = torch.matmul(query, key.transpose(-2, -1)) * scale
     if mask is None:
         return logits
@@ -197,11 +205,11 @@ def seg_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and an additive mask, probabilities recomputed a block of rows at a time."""
     compute = _compute_dtype(query.dtype)
-    additive = attn_mask is not None and attn_mask.dtype != torch.bool
+    additive = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     blurred = gaussian_blur(query, grid, sigmas, boundary).to(compute)
     k, v, grad = key.to(compute), value.to(compute), grad_out.to(compute)
     grad_blurred, grad_key, grad_value = torch.empty_like(blurred), torch.zeros_like(k), torch.zeros_like(v)
-    grad_mask = torch.zeros(attn_mask.shape if additive else 0, dtype=compute, device=query.device)
+    grad_mask = torch.zeros(0 if additive is None else additive.shape, dtype=compute, device=query.device)
     for first in range(0, query.shape[2], _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
         mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]
@@ -214,7 +222,7 @@ def seg_attention_backward(
         grad_value += torch.matmul(weights.transpose(-2, -1), grad[:, :, rows])
         grad_key += torch.matmul(grad_logits.transpose(-2, -1), blurred[:, :, rows]) * scale
         grad_blurred[:, :, rows] = torch.matmul(grad_logits, k) * scale
-        if additive:
+        if additive is not None:
             target = grad_mask if grad_mask.shape[-2] == 1 else grad_mask[..., rows, :]
             target += grad_logits.sum_to_size(target.shape)
     grad_query = gaussian_blur(grad_blurred, grid, sigmas, boundary, adjoint=True)

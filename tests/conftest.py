@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Tensors here are tiny: more threads than cores, in parallel test runs, only wait for each other.
+torch.set_num_threads(1)
+
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(

@@ -7,7 +7,7 @@ are not serialised), which ``tests/test_compile.py`` checks for every target; th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -24,6 +24,7 @@ class Tile:
     block_c: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 # The same programs' shared memory per multiprocessor decides the family: 80 has 163 KB, 90 and 100 have 227 KB,
@@ -43,39 +44,48 @@ _FAMILY = {
 }
 _DEFAULT_FAMILY = "sm_86"  # the smallest shared memory on the CUDA side: safe where nothing is known
 
+_FLOAT32 = (
+    # Full-precision products run on the ordinary units and want registers; without being told the limit, the
+    # assembler settles for fewer and spills.
+    (128, Tile(32, 32, 16, 8, 1, max_registers=255)),
+    (256, Tile(16, 16, 16, 8, 1, max_registers=255)),
+)
+
 # family -> bytes per element -> (largest padded head dimension, tile), smallest first
 _ATTENTION: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
     "sm_80": {
         2: (
-            (64, Tile(128, 64, 32, 4, 3)),
-            (128, Tile(128, 64, 32, 8, 3)),
-            (256, Tile(64, 64, 32, 8, 2)),
+            (80, Tile(128, 64, 16, 8, 3)),
+            (128, Tile(128, 32, 16, 8, 3)),
+            (192, Tile(64, 16, 16, 8, 2)),
+            (256, Tile(64, 32, 16, 8, 2)),
         ),
-        4: ((64, Tile(64, 32, 32, 8, 2)), (128, Tile(32, 32, 16, 8, 2)), (256, Tile(32, 16, 16, 8, 2))),
+        4: _FLOAT32,
     },
     "sm_86": {
         2: (
-            (64, Tile(128, 64, 32, 4, 2)),
-            (128, Tile(128, 32, 32, 8, 2)),
-            (256, Tile(64, 32, 32, 8, 2)),
+            (80, Tile(128, 64, 16, 8, 3)),
+            (128, Tile(128, 32, 16, 8, 3)),
+            (160, Tile(64, 64, 16, 8, 2)),
+            (192, Tile(64, 16, 16, 8, 2)),
+            (256, Tile(64, 32, 16, 8, 2)),
         ),
-        4: ((64, Tile(64, 32, 32, 8, 2)), (128, Tile(32, 32, 16, 8, 2)), (256, Tile(32, 16, 16, 8, 1))),
+        4: _FLOAT32,
     },
     "sm_90": {
         2: (
-            (64, Tile(128, 64, 32, 4, 3)),
-            (128, Tile(128, 64, 32, 8, 3)),
-            (256, Tile(128, 32, 32, 8, 2)),
+            (192, Tile(128, 64, 16, 8, 3)),
+            (256, Tile(128, 32, 16, 8, 3)),
         ),
-        4: ((64, Tile(64, 32, 32, 8, 2)), (128, Tile(32, 32, 16, 8, 2)), (256, Tile(32, 16, 16, 8, 2))),
+        4: _FLOAT32,
     },
     "gfx942": {
         2: (
-            (64, Tile(128, 64, 32, 4, 2)),
-            (128, Tile(128, 32, 32, 4, 2)),
+            (96, Tile(128, 64, 16, 8, 2)),
+            (160, Tile(128, 32, 16, 8, 2)),
             (256, Tile(64, 32, 16, 4, 1)),
         ),
-        4: ((64, Tile(64, 32, 32, 4, 1)), (128, Tile(32, 32, 16, 4, 1)), (256, Tile(32, 16, 16, 4, 1))),
+        4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
     },
 }
 _INTERPRETER = Tile(32, 32, 16, 4, 1)
@@ -92,19 +102,25 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def attention_tile(device: torch.device, head_dim: int, dtype: torch.dtype) -> Tile:
+def attention_tile(device: torch.device, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
     """The attention kernel's tile on a device."""
-    return tile_for(architecture(device), head_dim, dtype)
+    return tile_for(architecture(device), head_dim, dtype, masked)
 
 
 @lru_cache(maxsize=256)
-def tile_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The attention kernel's tile for an architecture by name; unknown ones get a safe tile."""
+def tile_for(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
+    """The attention kernel's tile for an architecture by name; unknown ones get a safe tile.
+
+    A mask's tile takes registers as well, so there are fewer keys at a time then.
+    """
     if arch == "interpreter":
         return _INTERPRETER
     table = _ATTENTION[_FAMILY.get(arch, "gfx942" if arch.startswith("gfx") else _DEFAULT_FAMILY)]
     padded = sum(split_head_dim(head_dim))
-    return next(tile for largest, tile in table[dtype.itemsize] if padded <= largest)
+    tile = next(tile for largest, tile in table[dtype.itemsize] if padded <= largest)
+    if masked and dtype.itemsize == 2:
+        return replace(tile, block_n=min(tile.block_n, 32), num_stages=min(tile.num_stages, 2))
+    return tile
 
 
 @lru_cache(maxsize=256)

@@ -21,4 +21,5 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
 
 def compile_options(tile: Tile) -> dict[str, Any]:
     """Options of a launch; fused multiply-adds are asked for by name because Triton's default varies."""
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    return options if tile.max_registers is None else options | {"maxnreg": tile.max_registers}

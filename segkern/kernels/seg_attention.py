@@ -307,7 +307,7 @@ def _launch_tiles(
 ) -> None:
     _, heads, tokens, head_dim = query.shape
     keys = key.shape[2]
-    tile = attention_tile(query.device, head_dim, query.dtype)
+    tile = attention_tile(query.device, head_dim, query.dtype, attn_mask is not None)
     block_d, block_r = split_head_dim(head_dim)
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
     programs = triton.cdiv(tokens, tile.block_m) * heads * tables.samples.numel()

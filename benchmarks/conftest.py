@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collects the ratios of a run, prints them at its end and, with ``--save-results``, keeps them as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import segkern
+
+RESULTS = Path(__file__).parent / "results"
+ROWS: list[dict[str, Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option that keeps a run's ratios."""
+    parser.addoption("--save-results", action="store_true", help="write benchmarks/results/<device>.json")
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _environment() -> dict[str, Any]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "segkern": segkern.__version__,
+        "commit": commit,
+    }
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """One line per case: medians, and ratios to plain attention and to the official algorithm."""
+    if not ROWS:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("medians of interleaved rounds, one thirds of the batch blurred")
+    header = f"{'case':30} {'sigma':>6} {'sdpa ms':>9} {'official':>9} {'segkern':>9} {'x sdpa':>8} {'x official':>11}"
+    write(header)
+    for row in ROWS:
+        write(
+            f"{row['case']:30} {row['sigma']:>6} {row['sdpa_ms']:9.1f} {row['official_ms']:9.1f} "
+            f"{row['segkern_ms']:9.1f} {row['ratio_to_sdpa']:8.3f} {row['ratio_to_official']:11.3f}"
+        )
+    if config.getoption("--save-results"):
+        environment = _environment()
+        name = "".join(c if c.isalnum() else "-" for c in environment["device"].lower()).strip("-")
+        while "--" in name:
+            name = name.replace("--", "-")
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{name}.json"
+        path.write_text(json.dumps({"environment": environment, "attention": ROWS}, indent=1) + "\n")
+        write(f"written: {path}")

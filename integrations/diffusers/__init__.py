@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smoothed Energy Guidance on stock diffusers pipelines.
+
+``guide`` turns it on for a pipeline, whatever its task, and off again:
+
+    with guide(pipe, SEG(scale=3.0, sigma=math.inf, layers="mid")) as guidance:
+        image = pipe("a red fox", guidance_scale=5.0).images[0]
+    print(guidance.report())
+"""
+
+from segkern.integrations.diffusers.guidance import Guidance, guide
+from segkern.integrations.diffusers.layers import LayerInfo, list_layers
+from segkern.integrations.diffusers.pipelines import StableDiffusionXLSEGPipeline
+from segkern.integrations.diffusers.processor import SEGAttnProcessor
+from segkern.integrations.diffusers.report import LayerReport, Report
+from segkern.integrations.diffusers.specs import SEG
+
+__all__ = [
+    "SEG",
+    "Guidance",
+    "LayerInfo",
+    "LayerReport",
+    "Report",
+    "SEGAttnProcessor",
+    "StableDiffusionXLSEGPipeline",
+    "guide",
+    "list_layers",
+]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One self-attention layer with blurred queries: diffusers' steps around segkern's attention.
+
+At infinite sigma a perturbed sample has one query, the mean query, and because the projections are affine it
+is the projection of the mean token. Such samples therefore spend no query projection, one row of attention
+per head and one row of output projection, whose result every token shares; only their keys and values are
+computed in full.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from segkern.api import seg_attention
+from segkern.blur import runs
+from segkern.grid import Grid
+
+
+def self_attention(
+    attn: Attention,
+    hidden_states: torch.Tensor,
+    sigmas: tuple[float, ...],
+    grid: Grid | None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    temb: torch.Tensor | None = None,
+    boundary: str = "reflect",
+    backend: str = "auto",
+    fused: bool = False,
+) -> torch.Tensor:
+    """diffusers' standard self-attention, sample ``i`` with queries blurred by ``sigmas[i]``.
+
+    Args:
+        attn: the layer, its projections and norms.
+        hidden_states: ``[batch, tokens, channels]``, or ``[batch, channels, height, width]``, which brings
+            its grid.
+        sigmas: one per sample; 0 is the plain layer.
+        grid: where the image lies in the tokens.
+        attention_mask: as diffusers passes it, an additive bias ``[batch or batch * heads, 1 or tokens,
+            tokens]``.
+        temb: conditioning of a ``spatial_norm``, if the layer has one.
+        boundary: of the blur.
+        backend: of the attention.
+        fused: project with ``attn.to_qkv``.
+
+    Returns:
+        The layer's output in the shape of ``hidden_states``.
+
+    Raises:
+        ValueError: when the grid is missing or does not fit the tokens.
+    """
+    residual = hidden_states
+    if attn.spatial_norm is not None:
+        hidden_states = attn.spatial_norm(hidden_states, temb)
+    image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
+    if image_shape is not None:
+        grid = _same_grid(grid, Grid(image_shape[2], image_shape[3]))
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    batch, tokens, _ = hidden_states.shape
+    if grid is None:
+        raise ValueError(
+            f"a blur over {tokens} tokens needs their grid: give grid=Grid(height, width), or 4-dimensional "
+            f"hidden states; it is never guessed"
+        )
+    grid.check(tokens)
+    if attention_mask is not None:
+        attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+        attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+    layer = _Layer(attn, grid, boundary, backend, fused)
+    if math.inf in sigmas and layer.takes_mean_token(tokens, attention_mask):
+        output = layer.attend_by_kind(hidden_states, sigmas, attention_mask)
+    else:
+        output = layer.project_out(layer.attend(layer.project(hidden_states), sigmas, attention_mask))
+
+    if image_shape is not None:
+        output = output.transpose(1, 2).unflatten(2, image_shape[2:])
+    if attn.residual_connection:
+        output = output + residual
+    return output if attn.rescale_output_factor == 1.0 else output / attn.rescale_output_factor
+
+
+def _same_grid(given: Grid | None, actual: Grid) -> Grid:
+    if given is not None and given != actual:
+        raise ValueError(f"got {given} for hidden states of {actual.height} x {actual.width} tokens")
+    return actual
+
+
+class _Layer:
+    """The steps of one layer between its norms and its residual; made anew for every call."""
+
+    def __init__(self, attn: Attention, grid: Grid, boundary: str, backend: str, fused: bool) -> None:
+        self.attn = attn
+        self.grid = grid
+        self.boundary = boundary
+        self.backend = backend
+        self.fused = fused
+
+    def takes_mean_token(self, tokens: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether the mean query of the whole sequence is the query projection of the mean token."""
+        affine = self.attn.norm_q is None and (not self.fused or _is_plain_linear(self.attn.to_qkv))
+        one_row_mask = attention_mask is None or attention_mask.shape[2] == 1
+        return affine and one_row_mask and self.grid.start == 0 and self.grid.tokens == tokens
+
+    def attend_by_kind(
+        self, hidden_states: torch.Tensor, sigmas: tuple[float, ...], attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Output ``[batch, tokens, channels]`` of samples some of which have infinite sigma."""
+        key, value = self.project_key_value(hidden_states)
+        outputs = []
+        for samples, infinite in runs([sigma == math.inf for sigma in sigmas]):
+            tokens = hidden_states[samples]
+            rows = _mean_token(tokens) if infinite else tokens
+            mask = None if attention_mask is None else attention_mask[samples]
+            qkv = self.project_query(rows), key[samples], value[samples]
+            if infinite:  # one query row is its own mean; saying so chooses the kernel for few rows
+                output = self.attend(qkv, (math.inf,) * rows.shape[0], mask, Grid(1, 1))
+            else:
+                output = self.attend(qkv, sigmas[samples], mask)
+            outputs.append(self.project_out(output).expand(-1, tokens.shape[1], -1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def attend(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sigmas: tuple[float, ...],
+        attention_mask: torch.Tensor | None,
+        grid: Grid | None = None,
+    ) -> torch.Tensor:
+        """Attention output ``[samples, heads, rows, head_dim]`` of projected queries, keys and values."""
+        output = seg_attention(
+            *qkv,
+            grid or self.grid,
+            sigmas,
+            scale=self.attn.scale,
+            attn_mask=attention_mask,
+            boundary=self.boundary,
+            backend=self.backend,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if not self.fused:
+            return self.project_query(x), *self.project_key_value(x)
+        query, key, value = self.attn.to_qkv(x).chunk(3, dim=-1)
+        return self._query_heads(query), *self._key_value_heads(key, value)
+
+    def project_query(self, x: torch.Tensor) -> torch.Tensor:
+        return self._query_heads(_thirds(self.attn.to_qkv, x, 0, 1) if self.fused else self.attn.to_q(x))
+
+    def project_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.fused:
+            key, value = _thirds(self.attn.to_qkv, x, 1, 3).chunk(2, dim=-1)
+        else:
+            key, value = self.attn.to_k(x), self.attn.to_v(x)
+        return self._key_value_heads(key, value)
+
+    def project_out(self, x: torch.Tensor) -> torch.Tensor:
+        """``[samples, heads, rows, head_dim]`` to ``[samples, rows, channels]``."""
+        linear, dropout = self.attn.to_out[0], self.attn.to_out[1]
+        return dropout(linear(x.transpose(1, 2).flatten(2)))
+
+    def _query_heads(self, query: torch.Tensor) -> torch.Tensor:
+        query = self._split_heads(query)
+        return query if self.attn.norm_q is None else self.attn.norm_q(query)
+
+    def _key_value_heads(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key = self._split_heads(key)
+        return key if self.attn.norm_k is None else self.attn.norm_k(key), self._split_heads(value)
+
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """``[samples, rows, heads * head_dim]`` to ``[samples, heads, rows, head_dim]``, a view."""
+        return x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+
+
+def _mean_token(x: torch.Tensor) -> torch.Tensor:
+    """``[samples, tokens, channels]`` to ``[samples, 1, channels]``; sums in float32 at least."""
+    return x.mean(dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
+def _is_plain_linear(linear: nn.Module) -> bool:
+    """Whether it is ``F.linear`` on its weight and nothing else, so that rows can be used alone."""
+    return type(linear) is nn.Linear and "forward" not in vars(linear) and not linear._forward_hooks
+
+
+def _thirds(linear: nn.Linear, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """The outputs of ``linear(x)`` from third ``first`` up to third ``last``; the others are not computed."""
+    third = linear.out_features // 3
+    rows = slice(first * third, last * third)
+    return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])

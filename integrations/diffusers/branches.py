@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch of a guided forward: where branches join it, and how they fold back into the prediction.
+
+The pipeline's own batch is ``[unconditional, conditional]`` under classifier-free guidance and
+``[conditional]`` without it. Branches are appended behind it. A perturbed branch equals the conditional one
+until its first perturbed layer, so it joins only there: blocks before run on the pipeline's own batch, and
+whatever was computed before (skip connections, embeddings) is the conditional slice, appended when a later
+block asks for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+# Arguments that hold one entry per sample. Others (cross_attention_kwargs, upsample_size) pass through
+# untouched.
+_BLOCK_ARGUMENTS = frozenset(
+    {
+        "hidden_states",
+        "temb",
+        "res_hidden_states_tuple",
+        "encoder_hidden_states",
+        "attention_mask",
+        "encoder_attention_mask",
+        "additional_residuals",
+    }
+)
+_DENOISER_ARGUMENTS = frozenset(
+    {
+        "sample",
+        "timestep",
+        "encoder_hidden_states",
+        "class_labels",
+        "timestep_cond",
+        "attention_mask",
+        "added_cond_kwargs",
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "encoder_attention_mask",
+    }
+)
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The pipeline's own batch of one forward.
+
+    Attributes:
+        size: samples in it.
+        first: index of the first conditional sample: half the size under classifier-free guidance, else 0.
+    """
+
+    size: int
+    first: int
+
+    @property
+    def conditional(self) -> slice:
+        """The conditional samples."""
+        return slice(self.first, self.size)
+
+    def branch(self, index: int) -> slice:
+        """The samples of the ``index``-th appended branch."""
+        return slice(self.with_branches(index), self.with_branches(index + 1))
+
+    def with_branches(self, count: int) -> int:
+        """Samples in the batch once ``count`` branches have joined."""
+        return self.size + count * (self.size - self.first)
+
+    def grow(self, value: Any, count: int) -> Any:
+        """``value`` with every batch-first tensor in it brought to ``count`` branches.
+
+        A tensor that already carries some of them gets the missing ones; tensors whose first dimension is no
+        such batch, and anything that is not a tensor, list, tuple or dictionary, come back as they are.
+        """
+        if isinstance(value, torch.Tensor):
+            return self._grow_tensor(value, count)
+        if isinstance(value, dict):
+            return {key: self.grow(item, count) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self.grow(item, count) for item in value])
+        return value
+
+    def _grow_tensor(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        if x.ndim == 0:
+            return x
+        for joined in range(count):
+            if x.shape[0] == self.with_branches(joined):
+                return torch.cat([x, *[x[self.conditional]] * (count - joined)])
+        return x
+
+
+class Join:
+    """Forward pre-hook of a block: the branches that start here, or started before, join its arguments.
+
+    Attributes:
+        batch: of the forward under way; None while no guidance acts.
+        branches: how many of them this block runs with.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._names = _parameter_names(block)
+        self.batch: Batch | None = None
+        self.branches = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if self.batch is None:
+            return None
+        return _grow_arguments(self._names, _BLOCK_ARGUMENTS, args, kwargs, self.batch, self.branches)
+
+
+class DenoiserArguments:
+    """Reads and enlarges the arguments of a denoiser's forward, however they were passed."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._names = _parameter_names(denoiser)
+
+    def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument called ``name``; None when it was not passed."""
+        position = self._names.index(name)
+        return args[position] if position < len(args) else kwargs.get(name)
+
+    def grow_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
+        """Every batch-first argument with ``count`` branches, so that every block runs with them."""
+        return _grow_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, batch, count)
+
+    def grow_mid_residual(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int
+    ) -> Arguments:
+        """A ControlNet's residual of the mid block, which is added to that block's enlarged output."""
+        return _grow_arguments(self._names, {"mid_block_additional_residual"}, args, kwargs, batch, count)
+
+
+def fold(
+    output: torch.Tensor, batch: Batch, scales: Sequence[float], rescaled_guidance_scale: float | None
+) -> torch.Tensor:
+    """The prediction of the pipeline's own batch with the guidance in it.
+
+    With ``d = sum_i scales[i] (c - p_i)``: ``c + d`` without classifier-free guidance; ``(u + d, c + d)``
+    with it, so that the pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With ``guidance_rescale``
+    the pipeline measures the conditional prediction, which must stay what it was: ``(u - d / (g - 1), c)``
+    gives the same sum.
+
+    Args:
+        output: the denoiser's, ``[batch.with_branches(len(scales)), ...]``.
+        batch: the pipeline's own batch.
+        scales: one per branch, in the order in which they joined.
+        rescaled_guidance_scale: ``g`` under guidance_rescale, else None.
+
+    Returns:
+        ``[batch.size, ...]`` in the dtype of ``output``; the sum is taken in float32 at least.
+
+    Source: SEG (arXiv 2408.00760); guidance_rescale: arXiv 2305.08891, section 3.4.
+    """
+    compute = torch.promote_types(output.dtype, torch.float32)
+    conditional = output[batch.conditional].to(compute)
+    shift = torch.zeros_like(conditional)
+    for index, scale in enumerate(scales):
+        shift += scale * (conditional - output[batch.branch(index)].to(compute))
+    if batch.first == 0:
+        return (conditional + shift).to(output.dtype)
+    unconditional = output[: batch.first].to(compute)
+    if rescaled_guidance_scale is None:
+        return torch.cat([unconditional + shift, conditional + shift]).to(output.dtype)
+    unconditional = unconditional - shift / (rescaled_guidance_scale - 1.0)
+    return torch.cat([unconditional.to(output.dtype), output[batch.conditional]])
+
+
+def _parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the positional parameters of its class's forward (offloading replaces the instance's)."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())
+    return tuple(p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def _grow_arguments(
+    names: tuple[str, ...],
+    batch_first: frozenset[str] | set[str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch: Batch,
+    count: int,
+) -> Arguments:
+    positional = tuple(
+        batch.grow(value, count) if i < len(names) and names[i] in batch_first else value
+        for i, value in enumerate(args)
+    )
+    named = {
+        name: batch.grow(value, count) if name in batch_first else value for name, value in kwargs.items()
+    }
+    return positional, named

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``guide``: guidance on a stock pipeline, through hooks that come off again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from segkern.grid import Grid
+from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, Join, fold
+from segkern.integrations.diffusers.layers import LayerInfo, execution_order
+from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor, unwrap
+from segkern.integrations.diffusers.report import Recorder, Report
+from segkern.integrations.diffusers.schedule import Run
+from segkern.integrations.diffusers.specs import SEG
+from segkern.integrations.diffusers.support import check_pipeline, choose_layers
+
+
+def guide(pipe: Any, *specs: SEG, share: bool = True) -> Guidance:
+    """Turn on guidance for every run of a pipeline, until the context is left or ``remove()`` is called.
+
+    The pipeline stays the stock one, whatever its task (text to image, image to image, inpainting,
+    ControlNet, T2I-Adapter, IP-Adapter, LoRA): hooks on its denoiser append one perturbed branch for each
+    spec, compute the guided prediction and hand it back in the shape the pipeline expects. The pipeline's own
+    arguments mean what they always meant. Specs combine: ``u + g (c - u) + sum_i s_i (c - p_i)``, and a layer
+    may belong to several.
+
+    Args:
+        pipe: a Stable Diffusion or Stable Diffusion XL pipeline. Its ``unet`` may be compiled.
+        specs: the guidances, at least one.
+        share: let a branch join the batch only at the first block that holds one of its layers, since it
+            equals the conditional branch before. The result is the same, up to rounding, and costs less;
+            False is there to check.
+
+    Returns:
+        The active guidance, a context manager. Leaving it, by an exception too, puts back the very objects
+        that were there. It warns if the denoiser ran but a guidance fired never or moved nothing.
+
+    Raises:
+        ValueError: for a pipeline, layer or spec that does not fit; the message quotes it and the pipeline is
+            left as it was.
+
+    Source: SEG (arXiv 2408.00760); its official implementation for the sum with classifier-free guidance.
+
+    Example:
+        >>> from diffusers import StableDiffusionXLPipeline  # doctest: +SKIP
+        >>> pipe = StableDiffusionXLPipeline.from_pretrained("path/to/checkpoint")  # doctest: +SKIP
+        >>> with guide(pipe, SEG(scale=3.0, sigma=math.inf, layers="mid")) as guidance:  # doctest: +SKIP
+        ...     image = pipe("a red fox", guidance_scale=5.0).images[0]
+        >>> print(guidance.report())  # doctest: +SKIP
+    """
+    unet = check_pipeline(pipe)
+    layers = choose_layers(unet, specs)
+    guidance = Guidance(pipe, unet, specs, layers, share)
+    guidance._install()
+    return guidance
+
+
+@dataclass
+class _Layer:
+    """A guided layer and what stands in it."""
+
+    info: LayerInfo
+    attention: Attention
+    processor: GuidedProcessor
+    specs: tuple[int, ...]  # the guidances that act on it
+
+
+class Guidance:
+    """Guidance at work on a pipeline; made by :func:`guide`."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        unet: UNet2DConditionModel,
+        specs: tuple[SEG, ...],
+        layers: tuple[list[LayerInfo], ...],
+        share: bool,
+    ) -> None:
+        self._denoiser: nn.Module = (
+            pipe.unet
+        )  # torch.compile's wrapper, if there is one: bookkeeping stays outside
+        self._unet = unet
+        self._specs = specs
+        self._share = share
+        self._run = Run(pipe)
+        self._recorder = Recorder(specs, layers)
+        self._arguments = DenoiserArguments(unet)
+        self._handles: list[RemovableHandle] = []
+        self._joins = {name: (block, Join(block)) for name, block in execution_order(unet)}
+        self._layers = _guided_layers(unet, specs, layers)
+        order = list(self._joins)
+        # Position of the first block that each guidance changes.
+        self._first = [min(_block_index(order, layer.module) for layer in chosen) for chosen in layers]
+        self._last_down = sum(name.startswith("down") for name in order) - 1
+        self._batch: Batch | None = None  # of the forward under way; None when it is a plain one
+        self._active: tuple[
+            int, ...
+        ] = ()  # guidances of the forward under way, in the order in which they join
+
+    def __enter__(self) -> Guidance:
+        if not self._handles:
+            raise RuntimeError("this guidance has been removed; call guide again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._remove(warn=kind is None)
+
+    def remove(self) -> None:
+        """Take the guidance off the pipeline; nothing happens when it is off already."""
+        self._remove(warn=True)
+
+    def report(self) -> Report:
+        """What the guidance did so far; warns if it fired never or moved nothing."""
+        report = self._recorder.report()
+        self._recorder.warn(report, stacklevel=3)
+        return report
+
+    def _install(self) -> None:
+        try:
+            for layer in self._layers:
+                layer.attention.set_processor(layer.processor)
+            self._hook_grids()
+            for block, join in list(self._joins.values())[min(self._first) :]:
+                self._handles.append(block.register_forward_pre_hook(join, with_kwargs=True))
+            self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
+            # Other forward hooks get the prediction the pipeline gets, so this one comes first.
+            self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True))
+        except BaseException:
+            self._remove(warn=False)
+            raise
+
+    def _hook_grids(self) -> None:
+        """Each layer's grid comes from the image that its transformer gets."""
+        for name, module in self._unet.named_modules():
+            if isinstance(module, Transformer2DModel):
+                inside = [layer for layer in self._layers if layer.info.module.startswith(f"{name}.")]
+                if inside:
+                    self._handles.append(
+                        module.register_forward_pre_hook(_ReadGrid(inside), with_kwargs=True)
+                    )
+
+    def _remove(self, warn: bool) -> None:
+        ran = bool(self._handles) and self._recorder.forwards > 0
+        while self._handles:
+            self._handles.pop().remove()
+        self._tell_plain()  # someone may have kept our processors
+        for layer in self._layers:
+            if layer.attention.processor is not unwrap(layer.attention.processor):
+                layer.attention.set_processor(unwrap(layer.attention.processor))
+        saved = getattr(
+            self._unet, "original_attn_processors", None
+        )  # what unfuse_qkv_projections will put back
+        if isinstance(saved, dict):
+            saved.update({name: unwrap(processor) for name, processor in saved.items()})
+        if ran and warn:
+            self._recorder.warn(self._recorder.report(), stacklevel=4)
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Before the denoiser: decide what this forward does and tell the blocks and layers."""
+        fraction = self._run.next_fraction()
+        active = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
+        self._adopt_processors()
+        self._recorder.forwards += 1
+        self._active = tuple(sorted(active, key=lambda index: self._first[index]))
+        if not active:
+            self._batch = None
+            self._tell_plain()
+            return None
+        sample = self._arguments.get("sample", args, kwargs)
+        self._batch = self._run.batch(sample.shape[0])
+        share = self._share and self._can_share(args, kwargs)
+        self._tell(self._batch, share)
+        if not share:
+            return self._arguments.grow_all(args, kwargs, self._batch, len(active))
+        mid = self._joined(self._last_down + 1)
+        return self._arguments.grow_mid_residual(args, kwargs, self._batch, mid) if mid else None
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the denoiser: fold the branches back and take down what the layers report."""
+        if self._batch is None:
+            return None
+        sample = output[0]
+        moved: dict[tuple[int, str], torch.Tensor] = {}
+        for layer in self._layers:
+            acting = [index for index in self._active if index in layer.specs]
+            for index, norms in zip(acting, layer.processor.moved or (), strict=False):
+                moved[index, layer.info.module] = norms
+            layer.processor.moved = None
+        self._recorder.add(moved, sample.dtype)
+        scales = [self._specs[index].scale for index in self._active]
+        rescaled = self._run.rescaled_guidance_scale() if self._batch.first else None
+        folded = fold(sample, self._batch, scales, rescaled)
+        return (folded, *output[1:]) if isinstance(output, tuple) else type(output)(sample=folded)
+
+    def _can_share(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether residuals from outside meet tensors of the batch they were made for.
+
+        A T2I-Adapter's are added inside down blocks and to the mid block's output; a ControlNet's after all
+        down blocks, to skip connections that are larger already if a branch has joined by then.
+        """
+        down = self._arguments.get("down_block_additional_residuals", args, kwargs)
+        mid = self._arguments.get("mid_block_additional_residual", args, kwargs)
+        inside = self._arguments.get("down_intrablock_additional_residuals", args, kwargs)
+        if inside is not None or (
+            down is not None and mid is None
+        ):  # the second is the old way to pass the first
+            return False
+        return down is None or self._joined(self._last_down) == 0
+
+    def _joined(self, position: int) -> int:
+        """How many of the active guidances' branches the block at this position runs with."""
+        return sum(self._first[index] <= position for index in self._active)
+
+    def _tell(self, batch: Batch, share: bool) -> None:
+        order = list(self._joins)
+        for position, (_, join) in enumerate(self._joins.values()):
+            join.batch = batch if share else None
+            join.branches = self._joined(position)
+        for layer in self._layers:
+            joined = self._joined(_block_index(order, layer.info.module)) if share else len(self._active)
+            sigmas = [0.0] * batch.size
+            for index in self._active[:joined]:
+                sigma = self._specs[index].sigma if index in layer.specs else 0.0
+                sigmas += [sigma] * (batch.size - batch.first)
+            acting = tuple(batch.branch(i) for i, index in enumerate(self._active) if index in layer.specs)
+            layer.processor.sigmas = tuple(float(sigma) for sigma in sigmas)
+            layer.processor.conditional = batch.conditional
+            layer.processor.perturbed = acting
+
+    def _tell_plain(self) -> None:
+        for _, join in self._joins.values():
+            join.batch = None
+        for layer in self._layers:
+            layer.processor.sigmas = None
+
+    def _adopt_processors(self) -> None:
+        """Stand in for processors that were set since the last forward, by fused projections for example."""
+        for layer in self._layers:
+            current = layer.attention.processor
+            if current is layer.processor:
+                continue
+            original = unwrap(current)
+            if type(original) not in STANDARD_PROCESSORS:
+                raise ValueError(
+                    f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
+                    f"is not standard self-attention; set it after the guidance is removed"
+                )
+            layer.processor.sigmas = None  # someone may have kept it
+            layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
+            layer.attention.set_processor(layer.processor)
+
+
+class _ReadGrid:
+    """Forward pre-hook of a transformer: the height and width of its image are its layers' grid."""
+
+    def __init__(self, layers: list[_Layer]) -> None:
+        self._layers = layers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        height, width = hidden_states.shape[2:]
+        for layer in self._layers:
+            if layer.processor.sigmas is not None:
+                layer.processor.grid = Grid(height, width)
+
+
+def _block_index(order: list[str], module: str) -> int:
+    """Position of the block that holds a module."""
+    return next(i for i, name in enumerate(order) if module.startswith(f"{name}."))
+
+
+def _guided_layers(
+    unet: UNet2DConditionModel, specs: tuple[SEG, ...], chosen: tuple[list[LayerInfo], ...]
+) -> list[_Layer]:
+    layers: dict[str, _Layer] = {}
+    for index, (spec, infos) in enumerate(zip(specs, chosen, strict=True)):
+        for info in infos:
+            attention = unet.get_submodule(info.module)
+            assert isinstance(attention, Attention)
+            processor = GuidedProcessor(unwrap(attention.processor), spec.boundary, spec.backend)
+            layer = layers.setdefault(info.module, _Layer(info, attention, processor, ()))
+            layer.specs = (*layer.specs, index)
+    return list(layers.values())

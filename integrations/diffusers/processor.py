@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention processors: the one users set on a layer themselves, and the one that ``guide`` sets for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
+
+from segkern.blur import check_boundary, check_sigma
+from segkern.dispatch import BACKENDS
+from segkern.grid import Grid
+from segkern.integrations.diffusers.attention import self_attention
+
+STANDARD_PROCESSORS = (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    XFormersAttnProcessor,
+    SlicedAttnProcessor,
+)
+
+
+class SEGAttnProcessor:
+    """Self-attention with Gaussian-blurred queries, for ``attn.set_processor``.
+
+    Takes the place of diffusers' standard processor on a self-attention layer and does its steps: norms,
+    mask, fused projections, output projection, residual. ``guide`` sets processors by itself; this one is for
+    other uses.
+
+    Args:
+        sigma: standard deviation in tokens, one number or one per sample of the batch the layer will see. The
+            official layout under classifier-free guidance, [unconditional, conditional, perturbed], is
+            ``(0, 0, sigma)`` for one image.
+        grid: where the image lies in the layer's tokens. Not needed when the layer gets 4-dimensional hidden
+            states.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        ValueError: when an argument does not fit, and, when the layer runs, for a missing or wrong grid, a
+            number of sigmas that is not the batch, or a cross-attention layer.
+
+    Source: SEG (arXiv 2408.00760), Proposition 3.1: blurring queries is blurring logits.
+
+    Example:
+        >>> from diffusers.models.attention_processor import Attention
+        >>> attn = Attention(query_dim=32, heads=2, dim_head=16)
+        >>> attn.set_processor(SEGAttnProcessor(sigma=(0, 0, 4.0), grid=Grid(6, 9)))
+        >>> attn(torch.randn(3, 54, 32)).shape
+        torch.Size([3, 54, 32])
+    """
+
+    def __init__(
+        self,
+        sigma: float | Sequence[float],
+        grid: Grid | None = None,
+        boundary: str = "reflect",
+        backend: str = "auto",
+    ) -> None:
+        if isinstance(sigma, (int, float)):
+            sigma = check_sigma(sigma, 1)[0]
+        else:
+            sigma = tuple(sigma)
+            sigma = check_sigma(sigma, len(sigma))
+        if grid is not None and not isinstance(grid, Grid):
+            raise ValueError(f"grid must be a segkern.Grid(height, width) or None, got {grid!r}")
+        check_boundary(boundary)
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        self.sigma = sigma
+        self.grid = grid
+        self.boundary = boundary
+        self.backend = backend
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if encoder_hidden_states is not None:
+            raise ValueError(
+                f"SEGAttnProcessor blurs the queries of self-attention; this layer attends to "
+                f"encoder_hidden_states of shape {tuple(encoder_hidden_states.shape)}"
+            )
+        return self_attention(
+            attn,
+            hidden_states,
+            check_sigma(self.sigma, hidden_states.shape[0]),
+            self.grid,
+            attention_mask=attention_mask,
+            temb=temb,
+            boundary=self.boundary,
+            backend=self.backend,
+            fused=attn.fused_projections,
+        )
+
+
+class GuidedProcessor:
+    """Stands in for a layer's own processor while it is guided; an inactive forward runs that very processor.
+
+    ``guide`` tells it before each forward of the denoiser what to do; nothing is counted in here, so that a
+    compiled denoiser need not be compiled again from step to step.
+
+    Attributes:
+        original: the processor it stands in for.
+        sigmas: one per sample of the batch that reaches this layer; None while no guidance acts.
+        conditional: the samples of the conditional branch.
+        perturbed: for each guidance that acts on this layer, the samples of its branch.
+        grid: of the layer's tokens in this forward.
+        moved: after a forward, for each of ``perturbed``, the norms ``[2, samples]`` of the difference
+            between its output and the conditional one, and of the conditional one.
+    """
+
+    def __init__(self, original: Any = None, boundary: str = "reflect", backend: str = "auto") -> None:
+        # Without an original when diffusers, loading an IP-Adapter, renews every processor by its class.
+        self.original = AttnProcessor2_0() if original is None else original
+        self.boundary = boundary
+        self.backend = backend
+        self.fused = isinstance(self.original, FusedAttnProcessor2_0)
+        self.sigmas: tuple[float, ...] | None = None
+        self.conditional = slice(0, 0)
+        self.perturbed: tuple[slice, ...] = ()
+        self.grid: Grid | None = None
+        self.moved: tuple[torch.Tensor, ...] | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if self.sigmas is None:
+            known = {} if temb is None else {"temb": temb}
+            return self.original(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                **known,
+            )
+        output = self_attention(
+            attn,
+            hidden_states,
+            self.sigmas,
+            self.grid,
+            attention_mask=attention_mask,
+            temb=temb,
+            boundary=self.boundary,
+            backend=self.backend,
+            fused=self.fused,
+        )
+        conditional = output[self.conditional]
+        reference = _norms(conditional)
+        self.moved = tuple(torch.stack([_norms(output[p] - conditional), reference]) for p in self.perturbed)
+        return output
+
+
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """The L2 norm of each sample, ``[samples]``, in float32 at least."""
+    dims = tuple(range(1, x.ndim))
+    return torch.linalg.vector_norm(x, dim=dims, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def unwrap(processor: Any) -> Any:
+    """The processor itself, or the one that guidances stand in for."""
+    while isinstance(processor, GuidedProcessor):
+        processor = processor.original
+    return processor

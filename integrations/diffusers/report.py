@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether guidance acted: how often each layer fired and how far it moved the attention output."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from segkern.integrations.diffusers.layers import LayerInfo
+from segkern.integrations.diffusers.specs import SEG
+
+_ROUNDING = (
+    1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
+)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one guidance did at one layer.
+
+    Attributes:
+        spec: index of the guidance among those given to ``guide``.
+        layer: official index of the layer.
+        module: name of the layer's attention module.
+        fired: forwards in which the guidance acted there.
+        moved: mean over those forwards and the samples of ``|perturbed - conditional| / |conditional|``, L2
+            norms of the layer's output; None when it never fired.
+    """
+
+    spec: int
+    layer: str
+    module: str
+    fired: int
+    moved: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What guidance did since ``guide``; ``print`` it for a table.
+
+    Attributes:
+        forwards: of the denoiser, guided or not.
+        specs: the guidances.
+        layers: one entry for each guidance and layer.
+        problems: one sentence for each guidance that fired never or moved nothing.
+    """
+
+    forwards: int
+    specs: tuple[SEG, ...]
+    layers: tuple[LayerReport, ...]
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain dictionaries and lists, ready for JSON but for an infinite sigma."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        blocks = [f"{self.forwards} forwards of the denoiser"]
+        for index, spec in enumerate(self.specs):
+            rows = [row for row in self.layers if row.spec == index]
+            width = max(len("layer"), *(len(row.layer) for row in rows))
+            lines = [str(spec), f"  {'layer':<{width}}  {'fired':>5}  {'moved':>8}  module"]
+            for row in rows:
+                moved = "-" if row.moved is None else f"{row.moved:.2%}"
+                lines.append(f"  {row.layer:<{width}}  {row.fired:>5}  {moved:>8}  {row.module}")
+            blocks.append("\n".join(lines))
+        return "\n\n".join([*blocks, *(f"warning: {problem}" for problem in self.problems)])
+
+
+@dataclass
+class Recorder:
+    """Collects what the layers report, on their device and without waiting for it.
+
+    Attributes:
+        specs: the guidances.
+        layers: the layers of each guidance.
+        forwards: of the denoiser so far.
+    """
+
+    specs: tuple[SEG, ...]
+    layers: tuple[Sequence[LayerInfo], ...]
+    forwards: int = 0
+    # Which (guidance, module) pairs fired together -> in how many forwards, and the sum of their relative
+    # distances.
+    _sums: dict[tuple[tuple[int, str], ...], tuple[int, torch.Tensor]] = field(
+        default_factory=dict, init=False
+    )
+    _dtype: torch.dtype = field(default=torch.float32, init=False)
+
+    def add(self, moved: dict[tuple[int, str], torch.Tensor], dtype: torch.dtype) -> None:
+        """Take one forward's norms ``[2, samples]`` of each guidance and layer that fired."""
+        if not moved:
+            return
+        self._dtype = dtype
+        device = next(iter(moved.values())).device
+        norms = torch.stack([pair.to(device) for pair in moved.values()]).float()
+        ratios = (norms[:, 0] / norms[:, 1].clamp_min(torch.finfo(torch.float32).tiny)).mean(dim=1)
+        fired, total = self._sums.get(tuple(moved), (0, torch.zeros_like(ratios)))
+        self._sums[tuple(moved)] = (fired + 1, total + ratios)
+
+    def report(self) -> Report:
+        """What was collected so far. Waits for the device."""
+        fired: dict[tuple[int, str], int] = {}
+        totals: dict[tuple[int, str], float] = {}
+        for pairs, (count, total) in self._sums.items():
+            for pair, value in zip(pairs, total.tolist(), strict=True):
+                fired[pair] = fired.get(pair, 0) + count
+                totals[pair] = totals.get(pair, 0.0) + value
+        rows = []
+        for index, layers in enumerate(self.layers):
+            for layer in layers:
+                pair = (index, layer.module)
+                count = fired.get(pair, 0)
+                moved = totals[pair] / count if count else None
+                rows.append(LayerReport(index, layer.name, layer.module, count, moved))
+        return Report(self.forwards, self.specs, tuple(rows), self._problems(rows))
+
+    def warn(self, report: Report, stacklevel: int) -> None:
+        """A UserWarning for each problem, at the caller ``stacklevel - 1`` calls above this one."""
+        for problem in report.problems:
+            warnings.warn(problem, UserWarning, stacklevel=stacklevel)
+
+    def _problems(self, rows: list[LayerReport]) -> tuple[str, ...]:
+        least = max(_ROUNDING, torch.finfo(self._dtype).eps)
+        problems = []
+        for index, spec in enumerate(self.specs):
+            moves = [row.moved for row in rows if row.spec == index and row.moved is not None]
+            if not moves:
+                problems.append(f"{spec} fired in none of {self.forwards} forwards of the denoiser")
+            elif not any(moved > least for moved in moves):  # false for NaN as well
+                problems.append(f"{spec} changed nothing: its layers moved by {max(moves):.1e} at most")
+        return tuple(problems)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pipeline is doing right now: its step, and whether it runs classifier-free guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from segkern.integrations.diffusers.branches import Batch
+
+
+class Run:
+    """Follows a pipeline's run from the calls of its denoiser.
+
+    Pipelines say how many steps a run has but not which one is under way, so calls are counted. A run begins
+    when the scheduler has new timesteps (every run sets them), or when the last one has had all its steps.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._timesteps: torch.Tensor | None = (
+            None  # held, so that a new run's tensor cannot take its identity
+        )
+        self._step = 0
+
+    def next_fraction(self) -> float:
+        """The fraction of the run at which this call of the denoiser stands; counts the call.
+
+        Raises:
+            RuntimeError: when no run of the pipeline is under way.
+        """
+        timesteps = self._pipe.scheduler.timesteps
+        steps = self._ask("num_timesteps") if hasattr(type(self._pipe), "num_timesteps") else len(timesteps)
+        if timesteps is not self._timesteps or self._step >= steps:
+            self._timesteps = timesteps
+            self._step = 0
+        fraction = self._step / steps
+        self._step += 1
+        return fraction
+
+    def batch(self, size: int) -> Batch:
+        """The layout of a batch of ``size`` samples.
+
+        Raises:
+            RuntimeError: when no run of the pipeline is under way, or the batch cannot be one of it.
+        """
+        if not self._ask("do_classifier_free_guidance"):
+            return Batch(size, first=0)
+        if size % 2:
+            raise RuntimeError(
+                f"the denoiser of a guided pipeline got a batch of {size} under classifier-free guidance, "
+                f"where the pipeline passes as many unconditional as conditional samples"
+            )
+        return Batch(size, first=size // 2)
+
+    def rescaled_guidance_scale(self) -> float | None:
+        """The guidance scale of a run with ``guidance_rescale``, else None."""
+        rescale = getattr(self._pipe, "guidance_rescale", 0.0)
+        return float(self._ask("guidance_scale")) if rescale > 0.0 else None
+
+    def _ask(self, name: str) -> Any:
+        try:
+            return getattr(self._pipe, name)
+        except AttributeError as error:
+            raise RuntimeError(
+                f"the denoiser of a guided pipeline was called outside a run of it: "
+                f"{type(self._pipe).__name__}.{name} is not known before the pipeline's first run"
+            ) from error

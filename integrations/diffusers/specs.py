@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guidance is asked to do: its numbers, where it acts and when. No diffusers in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from segkern.blur import check_boundary
+from segkern.dispatch import BACKENDS
+
+
+@dataclass(frozen=True)
+class SEG:
+    """Smoothed Energy Guidance: away from the prediction with blurred queries in some self-attention layers.
+
+    Adds ``scale * (c - p)`` to the prediction, where ``c`` is the conditional prediction and ``p`` the same
+    with blurred queries: ``c + s (c - p)`` without classifier-free guidance, ``u + g (c - u) + s (c - p)``
+    with it.
+
+    Args:
+        scale: ``s``, the method's ``gamma - 1``; any finite number. 0 turns the guidance off.
+        sigma: standard deviation of the blur in tokens; ``math.inf`` (the method's default) replaces every
+            query by the mean query, 0 turns the guidance off.
+        layers: ``"down"``, ``"mid"``, ``"up"``; an official index such as ``"d4"``, ``"m0"``, ``"u29"`` or a
+            range ``"u0-29"``; a module name or a dotted prefix of one; a glob; or several of those. See
+            :func:`~segkern.integrations.diffusers.list_layers`.
+        start: fraction of the run's steps at which it begins to act.
+        stop: fraction of the run's steps from which it no longer acts. A step outside ``[start, stop)`` is
+            the plain step and costs nothing extra.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`segkern.gaussian_blur`.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`segkern.seg_attention`.
+
+    Raises:
+        ValueError: when a value does not fit; the message quotes it.
+
+    Source: SEG (arXiv 2408.00760), Proposition 3.1, and its official implementation for the defaults.
+
+    Example:
+        >>> SEG(sigma=4.0, layers=["mid", "u0-5"], stop=0.6).active(fraction=0.7)
+        False
+    """
+
+    scale: float = 3.0
+    sigma: float = math.inf
+    layers: str | Sequence[str] = "mid"
+    start: float = 0.0
+    stop: float = 1.0
+    boundary: str = "reflect"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.scale) and math.isfinite(self.scale)):
+            raise ValueError(f"SEG.scale must be a finite number, got {self.scale!r}")
+        if not (_is_number(self.sigma) and self.sigma >= 0.0):  # false for NaN as well
+            raise ValueError(
+                f"SEG.sigma must be 0 (no blur), positive, or math.inf (mean query), got {self.sigma!r}"
+            )
+        if not (_is_number(self.start) and _is_number(self.stop) and 0.0 <= self.start < self.stop <= 1.0):
+            raise ValueError(
+                f"SEG.start and SEG.stop must be fractions of the run with 0 <= start < stop <= 1, "
+                f"got start={self.start!r}, stop={self.stop!r}"
+            )
+        check_boundary(self.boundary)
+        if self.backend not in BACKENDS:
+            raise ValueError(
+                f"SEG.backend must be one of {', '.join(map(repr, BACKENDS))}, got {self.backend!r}"
+            )
+        layers = self.layers if isinstance(self.layers, str) else _names(self.layers)
+        object.__setattr__(self, "layers", layers)
+
+    def active(self, fraction: float) -> bool:
+        """Whether it acts at this fraction of the run, ``step / steps``."""
+        return self.scale != 0.0 and self.sigma != 0.0 and self.start <= fraction < self.stop
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _names(layers: Sequence[str]) -> tuple[str, ...]:
+    """Several layer names as a tuple, so that a spec stays what it was when its caller's list changes."""
+    names = tuple(layers) if isinstance(layers, (list, tuple, set, frozenset)) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"SEG.layers must be a layer name such as 'mid', 'd4', 'u0-29', or a list of them, got {layers!r}"
+        )
+    return names

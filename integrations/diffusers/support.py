@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``guide`` can handle; everything else is refused here, before anything is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+
+from segkern.integrations.diffusers.branches import Join
+from segkern.integrations.diffusers.layers import (
+    LayerInfo,
+    execution_order,
+    find_unet,
+    list_layers,
+    select_layers,
+)
+from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
+from segkern.integrations.diffusers.specs import SEG
+
+# Pipelines (or bases of them) whose denoiser gets another batch than [unconditional, conditional].
+_OTHER_BATCHES = {
+    "PAGMixin": "it adds a perturbed branch of its own; take the pipeline without PAG",
+    "StableDiffusionInstructPix2PixPipeline": "its batch has three parts",
+    "StableDiffusionXLInstructPix2PixPipeline": "its batch has three parts",
+    "StableDiffusionPanoramaPipeline": "its batch holds several views",
+    "LEditsPPPipelineStableDiffusion": "its batch holds several edits",
+    "LEditsPPPipelineStableDiffusionXL": "its batch holds several edits",
+}
+
+
+def check_pipeline(pipe: Any) -> UNet2DConditionModel:
+    """The denoiser of a pipeline that can be guided.
+
+    Raises:
+        ValueError: for anything else; the message quotes it and says why.
+    """
+    name = type(pipe).__name__
+    if not hasattr(pipe, "unet"):
+        raise ValueError(f"guide needs a pipeline with a UNet2DConditionModel as its unet, got {name}")
+    unet = find_unet(pipe)
+    for base in type(pipe).__mro__:
+        if base.__name__ in _OTHER_BATCHES:
+            raise ValueError(f"guide cannot handle {name}: {_OTHER_BATCHES[base.__name__]}")
+    if not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise ValueError(
+            f"guide cannot handle {name}: it has no property do_classifier_free_guidance, which tells the "
+            f"layout of its denoiser's batch"
+        )
+    _, last_block = execution_order(unet)[-1]
+    if any(isinstance(hook, Join) for hook in last_block._forward_pre_hooks.values()):
+        raise ValueError(
+            f"this {name} is guided already; pass several specs in one guide call, or remove the other"
+        )
+    return unet
+
+
+def choose_layers(unet: UNet2DConditionModel, specs: tuple[SEG, ...]) -> tuple[list[LayerInfo], ...]:
+    """The layers of each spec.
+
+    Raises:
+        ValueError: for no or wrong specs, unknown layers, layers that are not standard self-attention, and
+            specs that share a layer but ask for another boundary or backend there.
+    """
+    if not specs:
+        raise ValueError("guide needs at least one spec, such as guide(pipe, SEG(layers='mid'))")
+    for spec in specs:
+        if not isinstance(spec, SEG):
+            raise ValueError(f"guide takes SEG(...) specs, got {spec!r}")
+    available = list_layers(unet)
+    chosen = tuple(select_layers(available, spec.layers) for spec in specs)
+    owner: dict[str, SEG] = {}
+    for spec, layers in zip(specs, chosen, strict=True):
+        for layer in layers:
+            _check_layer(unet, layer)
+            other = owner.setdefault(layer.module, spec)
+            if (other.boundary, other.backend) != (spec.boundary, spec.backend):
+                raise ValueError(
+                    f"specs that share layer {layer.name} ({layer.module}) must have the same boundary and "
+                    f"backend, got {other} and {spec}"
+                )
+    return chosen
+
+
+def _check_layer(unet: UNet2DConditionModel, layer: LayerInfo) -> None:
+    attention = unet.get_submodule(layer.module)
+    assert isinstance(attention, Attention)
+    if attention.is_cross_attention or attention.added_kv_proj_dim is not None:
+        raise ValueError(
+            f"layer {layer.name} ({layer.module}) does not attend to the image alone; choose others"
+        )
+    processor = unwrap(attention.processor)
+    if type(processor) not in STANDARD_PROCESSORS:
+        raise ValueError(
+            f"layer {layer.name} ({layer.module}) has a {type(processor).__name__}, which is not standard "
+            f"self-attention; guide can stand in for {', '.join(p.__name__ for p in STANDARD_PROCESSORS)}"
+        )

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the kernels for real targets without a GPU and print what the compiled code uses, as JSON.
+
+Run as a program, because a process that interprets Triton cannot compile:
+``python tests/compile_kernels.py sm_90 gfx942``. Each record has the kernel, target, head dimension, dtype, registers,
+spilled bytes, local memory, shared memory, matrix instructions and the assembler's serialisation warnings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from segkern.kernels import _configs
+from segkern.kernels._launch import compile_options
+from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, blur_block_d, _gaussian_blur_kernel
+from segkern.kernels.seg_attention import _seg_attention_kernel
+from segkern.kernels.uniform_attention import (
+    _BLOCK_N,
+    _BLOCK_TOKENS,
+    _expand_rows_kernel,
+    _uniform_attention_kernel,
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass
+class Compiled:
+    """What one kernel's code for one target uses."""
+
+    kernel: str
+    target: str
+    head_dim: int
+    dtype: str
+    registers: int
+    spilled_bytes: int
+    local_bytes: int
+    shared_bytes: int
+    matrix_instructions: dict[str, int]
+    serialisation: list[str]
+
+
+def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any], dtype: str) -> dict[str, str]:
+    """A type per parameter: pointers by name, unit strides as constants, 32-bit integers otherwise."""
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in types:
+            signature[name] = types[name]
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{dtype}"
+        else:
+            signature[name] = "i32"
+    return signature
+
+
+def compile_kernel(
+    kernel: Any,
+    target: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> Compiled:
+    """Compile one kernel with aligned pointers and strides, and read the result."""
+    constants = dict(constants)
+    for name in kernel.arg_names:
+        if name.startswith("stride_") and name.endswith("d"):
+            constants[name] = 1  # head dimensions are contiguous in every usual layout
+    signature = _signature(kernel, types, constants, TYPES[dtype])
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name not in constants and (signature[name].startswith("*") or name.startswith("stride_"))
+    }
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
+    compiled = triton.compile(source, target=TARGETS[target], options=options | {"enable_fp_fusion": True})
+    read = _read_amdgcn if target.startswith("gfx") else _read_cubin
+    used = read(compiled, target)
+    return Compiled(
+        kernel=kernel.fn.__name__,
+        target=target,
+        head_dim=head_dim,
+        dtype=TYPES[dtype],
+        shared_bytes=compiled.metadata.shared,
+        **used,
+    )
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True)
+        sass = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+        assembler = _tool("ptxas-blackwell" if Path(_tool("ptxas-blackwell")).exists() else "ptxas")
+        suffix = "a" if target in ("sm_90", "sm_100", "sm_120") else ""
+        messages = subprocess.run(
+            [assembler, "-v", f"--gpu-name={target}{suffix}", ptx, "-o", Path(folder) / "again.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    resources = usage.stdout + usage.stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", messages)]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", resources).group(1)),
+        "spilled_bytes": sum(spills),
+        "local_bytes": int(re.search(r"LOCAL:(\d+)", resources).group(1)),
+        "matrix_instructions": _count(sass, r"\b(HGMMA|QGMMA|HMMA|IMMA|UTCHMMA|UTCQMMA)\b"),
+        "serialisation": sorted(set(re.findall(r"C75(?:10|11|12)", messages))),
+    }
+
+
+def _read_amdgcn(compiled: Any, target: str) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+    vgprs = int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1))
+    # Scalar registers spill to lanes of vector registers, not to memory: private memory would show below.
+    spills = [int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)]
+    return {
+        "registers": vgprs,
+        "spilled_bytes": 4 * sum(spills),
+        "local_bytes": int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text).group(1)),
+        "matrix_instructions": _count(text, r"\b(v_mfma)_"),
+        "serialisation": [],
+    }
+
+
+def _count(text: str, pattern: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name in re.findall(pattern, text):
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def compile_attention(target: str, head_dim: int, dtype: torch.dtype, mask: int = 0, tile: Any = None) -> Compiled:
+    """The one-pass kernel as its launcher would configure it for this target, ragged keys included."""
+    tile = tile or _configs.tile_for(target, head_dim, dtype, mask != 0)
+    block_d, block_r = _configs.split_head_dim(head_dim)
+    hip = target.startswith("gfx")
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_C": tile.block_c,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "BLUR": True,
+        "MASK": mask,
+        "EVEN_KEYS": False,
+        "WITH_LSE": True,
+        "PRECISION": _configs.dot_precision(dtype),
+        "BLUR_PRECISION": _configs.blur_precision(dtype, hip),
+    }
+    types = {
+        "lse_ptr": "*fp32",
+        "samples_ptr": "*i32",
+        "tables_ptr": "*i32",
+        "row_weights_ptr": "*fp32",
+        "column_weights_ptr": "*fp32",
+        "reach_ptr": "*i32",
+        "scale": "fp32",
+    }
+    options = compile_options(tile)
+    return compile_kernel(_seg_attention_kernel, target, head_dim, dtype, types, constants, options)
+
+
+def compile_blur(target: str, head_dim: int, dtype: torch.dtype) -> Compiled:
+    """The separable blur's first launch: the input's dtype to float32."""
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_I": _BLOCK_I,
+        "BLOCK_J": _BLOCK_J,
+        "BLOCK_D": blur_block_d(head_dim),
+        "PRECISION": _configs.blur_precision(dtype, target.startswith("gfx")),
+    }
+    types = {"out_ptr": "*fp32", "tables_ptr": "*i32", "weights_ptr": "*fp32", "reach_ptr": "*i32"}
+    options = {"num_warps": 4, "num_stages": 2}
+    return compile_kernel(_gaussian_blur_kernel, target, head_dim, dtype, types, constants, options)
+
+
+def compile_uniform(target: str, head_dim: int, dtype: torch.dtype) -> list[Compiled]:
+    """The two kernels of infinite sigma."""
+    block_d = triton.next_power_of_2(head_dim)
+    types = {"partial_ptr": "*fp32", "samples_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32"}
+    split = {"HEAD_DIM": head_dim, "BLOCK_N": _BLOCK_N, "BLOCK_D": block_d, "MASK": 0}
+    expand = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_S": 32,
+        "BLOCK_T": _BLOCK_TOKENS,
+        "BLOCK_D": block_d,
+        "WITH_LSE": True,
+    }
+    return [
+        compile_kernel(kernel, target, head_dim, dtype, types, constants, {"num_warps": 4, "num_stages": stages})
+        for kernel, constants, stages in ((_uniform_attention_kernel, split, 2), (_expand_rows_kernel, expand, 1))
+    ]
+
+
+def compile_all(target: str) -> list[Compiled]:
+    """Every kernel for one target: head dimensions of the models in use in float16, some in the other dtypes."""
+    found = [compile_attention(target, head_dim, torch.float16) for head_dim in (16, 40, 64, 80, 96, 128, 160, 192, 256)]
+    found += [compile_attention(target, head_dim, torch.float32) for head_dim in (40, 64, 128, 160, 256)]
+    found += [compile_attention(target, 64, torch.bfloat16), compile_attention(target, 64, torch.float16, mask=1)]
+    for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
+        found.append(compile_blur(target, head_dim, dtype))
+        found += compile_uniform(target, head_dim, dtype)
+    return found
+
+
+def main(targets: list[str]) -> None:
+    """Print the records of the targets as JSON."""
+    print(json.dumps([asdict(record) for target in targets or TARGETS for record in compile_all(target)], indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels compile for real targets, without spills, with matrix instructions, within shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from segkern.dispatch import triton_is_installed
+
+SHARED_LIMIT = {  # bytes a program may use
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+
+pytestmark = pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
+
+
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_kernels_compile_without_spills(target: str) -> None:
+    # A process that interprets kernels cannot compile them.
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run(
+        [sys.executable, script, target], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    records = json.loads(run.stdout)
+    assert {record["kernel"] for record in records} == {
+        "_seg_attention_kernel",
+        "_gaussian_blur_kernel",
+        "_uniform_attention_kernel",
+        "_expand_rows_kernel",
+    }
+    faults = []
+    for record in records:
+        name = f"{record['kernel']} D={record['head_dim']} {record['dtype']}"
+        if record["spilled_bytes"] or record["local_bytes"]:
+            faults.append(f"{name}: spills {record['spilled_bytes']}, local memory {record['local_bytes']} bytes")
+        if record["shared_bytes"] > SHARED_LIMIT[target]:
+            faults.append(f"{name}: {record['shared_bytes']} bytes of shared memory")
+        if record["serialisation"]:
+            faults.append(f"{name}: assembler warns {record['serialisation']}")
+        multiplies = record["kernel"] == "_seg_attention_kernel" and record["dtype"] != "fp32"
+        if multiplies and not record["matrix_instructions"].get(MATRIX_INSTRUCTION.get(target, "HMMA")):
+            faults.append(f"{name}: no matrix instructions, found {record['matrix_instructions']}")
+    assert not faults, "\n".join(faults)

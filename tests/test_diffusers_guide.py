@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidance on the stock pipeline computes the method's formula, shares branches, acts when asked to."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
+from diffusers_tools import (
+    PIPELINE_TOLERANCE,
+    batches_seen,
+    noise,
+    reference_run,
+    relative,
+    run,
+    tiny_pipeline,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkern.integrations.diffusers import SEG, guide
+
+both_ways = pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
+
+CASES: dict[str, tuple[list[SEG], dict[str, Any]]] = {
+    "landscape": ([SEG(sigma=1.0)], {"latents": noise(1, 18, 26)}),
+    "portrait_infinite": ([SEG()], {"latents": noise(1, 26, 18)}),
+    "odd_sizes": ([SEG(sigma=2.0, layers=["d2", "mid", "u0"])], {"latents": noise(1, 13, 19)}),
+    "a_single_row": ([SEG(sigma=1.0)], {"latents": noise(1, 3, 17)}),
+    "two_prompts": ([SEG(sigma=2.0)], {"prompt": ["a lake", "a fox"], "latents": noise(2)}),
+    "two_images_per_prompt": (
+        [SEG(sigma=2.0)],
+        {"prompt": ["a lake", "a fox"], "num_images_per_prompt": 2, "latents": noise(4, 12, 16)},
+    ),
+    "rescaled": ([SEG(sigma=2.0)], {"guidance_rescale": 0.7, "latents": noise()}),
+    "rescaled_infinite_two_prompts": (
+        [SEG(layers="up")],
+        {"prompt": ["a lake", "a fox"], "guidance_rescale": 0.3, "latents": noise(2)},
+    ),
+    "without_cfg": ([SEG(sigma=2.0)], {"guidance_scale": 1.0, "latents": noise(1, 18, 26)}),
+    "without_cfg_batch": (
+        [SEG(layers=["d0", "u8"])],
+        {"prompt": ["a lake", "a fox"], "guidance_scale": 0.0, "latents": noise(2)},
+    ),
+    "every_layer": ([SEG(scale=1.0, sigma=1.0, layers=["down", "mid", "up"])], {"latents": noise()}),
+    "negative_scale": ([SEG(scale=-1.0, sigma=2.0)], {"latents": noise()}),
+    "specs_joining_at_different_blocks": (
+        [SEG(1.0, 1.0, "up"), SEG(2.0, math.inf, "d1"), SEG(0.5, 3.0, "mid")],
+        {"latents": noise(1, 18, 26)},
+    ),
+    "specs_on_the_same_layers": (
+        [SEG(1.0, 1.0), SEG(1.0, math.inf)],
+        {"latents": noise(2), "prompt": ["a", "b"]},
+    ),
+    "specs_taking_turns": (
+        [
+            SEG(1.0, 1.0, "mid", stop=0.5),
+            SEG(2.0, math.inf, "up", start=0.5),
+            SEG(1.0, 2.0, "d2", start=0.25, stop=0.75),
+        ],
+        {"latents": noise(), "num_inference_steps": 4},
+    ),
+}
+
+
+@both_ways
+@pytest.mark.parametrize("name", CASES)
+def test_guided_runs_follow_the_formula(name: str, share: bool) -> None:
+    specs, arguments = CASES[name]
+    pipe = tiny_pipeline()
+    pipe.vae_scale_factor = 8  # as SDXL's, so that latents of any size are images of whole pixels
+    with guide(pipe, *specs, share=share):
+        output = run(pipe, **arguments)
+    expected = reference_run(pipe, specs, **arguments)
+    assert relative(output, expected) < PIPELINE_TOLERANCE
+    assert relative(run(pipe, **arguments), expected) > 1e-3, "the case would not notice guidance"
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(3, 24),
+    st.integers(3, 24),
+    st.sampled_from([0.5, 1.0, 3.0, math.inf]),
+    st.sampled_from(["down", "mid", "up", "d3", "u8"]),
+    st.sampled_from([1.0, 4.0]),
+)
+def test_every_size_is_guided_on_its_own_grid(
+    height: int, width: int, sigma: float, layers: str, guidance_scale: float
+) -> None:
+    pipe, specs = tiny_pipeline(), [SEG(2.0, sigma, layers)]
+    pipe.vae_scale_factor = 8
+    arguments: dict[str, Any] = {
+        "latents": noise(1, height, width),
+        "num_inference_steps": 1,
+        "guidance_scale": guidance_scale,
+    }
+    with warnings.catch_warnings():
+        # A grid of one token leaves nothing to blur.
+        warnings.filterwarnings("ignore", "SEG.*changed nothing")
+        with guide(pipe, *specs) as guidance:
+            output = run(pipe, **arguments)
+        assert all(layer.fired == 1 for layer in guidance.report().layers)
+    assert relative(output, reference_run(pipe, specs, **arguments)) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("boundary", ["symmetric", "circular"])
+def test_the_boundary_reaches_the_layers(boundary: str) -> None:
+    pipe, latents = tiny_pipeline(), noise()
+    with guide(pipe, SEG(sigma=2.0)):
+        reflected = run(pipe, latents=latents)
+    with guide(pipe, SEG(sigma=2.0, boundary=boundary)):
+        assert relative(run(pipe, latents=latents), reflected) > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
+def test_half_precision_stays_as_near_to_float32_as_the_stock_run(dtype: torch.dtype, sigma: float) -> None:
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+    texts = dict(zip(names, tiny_pipeline().encode_prompt("a red fox"), strict=True))
+    pipe = tiny_pipeline(own_unet=True, text_encoder=None, text_encoder_2=None)
+    guided, stock = [], []
+    for to in (torch.float32, dtype):
+        pipe.unet.to(to)
+        arguments = {
+            "prompt": None,
+            "latents": noise(1, 20, 28).to(to),
+            **{k: v.to(to) for k, v in texts.items()},
+        }
+        with guide(pipe, SEG(sigma=sigma)):
+            guided.append(run(pipe, **arguments))
+        stock.append(run(pipe, **arguments))
+    assert guided[1].dtype == dtype
+    assert relative(guided[1], guided[0]) < 2 * relative(stock[1], stock[0])
+
+
+@pytest.mark.parametrize(
+    "specs, joined",
+    [
+        ([SEG()], {"down": 2, "mid": 3, "up": 3}),
+        ([SEG(layers="up")], {"down": 2, "mid": 2, "up": 3}),
+        ([SEG(sigma=1.0), SEG(sigma=2.0)], {"down": 2, "mid": 4, "up": 4}),
+        ([SEG(layers="up"), SEG()], {"down": 2, "mid": 3, "up": 4}),
+    ],
+    ids=["mid", "up", "two_at_mid", "up_and_mid"],
+)
+def test_branches_join_at_their_first_perturbed_block(specs: list[SEG], joined: dict[str, int]) -> None:
+    pipe = tiny_pipeline()
+    with guide(pipe, *specs):
+        seen = batches_seen(pipe, lambda: run(pipe, latents=noise()))
+    assert seen["conv_in"] == {2}
+    assert {name.split("_")[0]: batch for name, batch in seen.items() if "block" in name} == {
+        part: {batch} for part, batch in joined.items()
+    }
+
+
+def test_a_branch_that_starts_in_a_down_block_shares_the_blocks_before() -> None:
+    pipe = tiny_pipeline()
+    with guide(pipe, SEG(layers="d2")):
+        seen = batches_seen(pipe, lambda: run(pipe, latents=noise(3), prompt=["a", "b", "c"]))
+    assert seen["conv_in"] == seen["down_blocks.0"] == seen["down_blocks.1"] == {6}
+    assert seen["down_blocks.2"] == seen["mid_block"] == seen["up_blocks.2"] == {9}
+
+
+def test_without_sharing_every_block_sees_every_branch() -> None:
+    pipe = tiny_pipeline()
+    with guide(pipe, SEG(), share=False):
+        seen = batches_seen(pipe, lambda: run(pipe, latents=noise(), guidance_scale=1.0))
+    assert set(map(tuple, seen.values())) == {(2,)}
+
+
+def test_at_infinity_no_perturbed_sample_of_a_run_has_more_than_one_query_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe, rows = tiny_pipeline(), []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (
+            query.shape[2] == key.shape[2] or query.shape[2] == 1
+        ):  # self-attention: keys are the grid's tokens
+            rows.append((query.shape[0], query.shape[2], key.shape[2]))
+        return real(query, key, *args, **kwargs)
+
+    with guide(pipe, SEG()):
+        run(pipe, latents=noise(), num_inference_steps=1)  # imports what the first run imports
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        run(pipe, latents=noise(), num_inference_steps=1)
+    down = [(2, 64, 64)] * 2 + [(2, 16, 16)] * 4
+    mid = [(2, 16, 16), (1, 1, 16)] * 2
+    up = [(3, 16, 16)] * 6 + [(3, 64, 64)] * 3
+    text_encoders = [row for row in rows if row not in {*down, *mid, *up}]
+    assert [row for row in rows if row not in text_encoders] == down + mid + up
+
+
+@pytest.mark.parametrize(
+    "scheduler, steps, forwards, guided",
+    [
+        (None, 8, 8, [2, 3, 4, 5]),
+        (DDIMScheduler, 4, 4, [1, 2]),
+        (EulerAncestralDiscreteScheduler, 4, 4, [1, 2]),
+        (HeunDiscreteScheduler, 4, 7, [2, 3, 4, 5]),
+    ],
+    ids=["euler", "ddim", "ancestral", "heun"],
+)
+def test_start_and_stop_are_fractions_of_the_denoisers_calls(
+    scheduler: Any, steps: int, forwards: int, guided: list[int]
+) -> None:
+    pipe, calls = tiny_pipeline(), []
+    if scheduler is not None:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    handle = pipe.unet.up_blocks[0].register_forward_hook(
+        lambda module, args, output: calls.append(len(output))
+    )
+    with guide(pipe, SEG(start=0.25, stop=0.75)):
+        for _ in range(2):  # the second run starts from its own beginning
+            calls.clear()
+            run(pipe, latents=noise(), num_inference_steps=steps, generator=torch.manual_seed(0))
+            assert calls == [3 if step in guided else 2 for step in range(forwards)]
+    handle.remove()
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "spec", [SEG(start=0.5), SEG(scale=0.0), SEG(sigma=0.0)], ids=["before_start", "no_scale", "no_sigma"]
+)
+def test_an_inactive_step_is_the_plain_step_bit_for_bit(spec: SEG, share: bool) -> None:
+    pipe, latents = tiny_pipeline(), noise()
+    steps: list[torch.Tensor] = []
+
+    def record(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        steps.append(values["latents"])
+        return values
+
+    run(pipe, latents=latents, num_inference_steps=4, callback_on_step_end=record)
+    plain = list(steps)
+    steps.clear()
+    guidance = guide(pipe, spec, share=share)
+    seen = batches_seen(
+        pipe, lambda: run(pipe, latents=latents, num_inference_steps=4, callback_on_step_end=record)
+    )
+    guidance._remove(warn=False)
+    inactive = 2 if spec.active(0.75) else 4
+    for step in range(4):
+        assert torch.equal(steps[step], plain[step]) == (step < inactive)
+    assert seen["up_blocks.0"] == ({2, 3} if inactive == 2 else {2})
+
+
+def test_a_run_that_was_interrupted_does_not_shift_the_next_one() -> None:
+    pipe, calls = tiny_pipeline(), []
+
+    def interrupt(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 1
+        return values
+
+    handle = pipe.unet.up_blocks[0].register_forward_hook(
+        lambda module, args, output: calls.append(len(output))
+    )
+    with guide(pipe, SEG(stop=0.5)):
+        run(pipe, latents=noise(), num_inference_steps=4, callback_on_step_end=interrupt)
+        calls.clear()
+        run(pipe, latents=noise(), num_inference_steps=4)
+    handle.remove()
+    assert calls == [3, 3, 2, 2]
+
+
+def test_a_callback_may_edit_latents_and_switch_classifier_free_guidance_off() -> None:
+    pipe, latents = tiny_pipeline(), noise()
+
+    def switch(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        values["latents"] = values["latents"] * 1.01
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            for name in ("prompt_embeds", "add_text_embeds", "add_time_ids"):
+                values[name] = values[name].chunk(2)[1]
+        return values
+
+    names = ["latents", "prompt_embeds", "add_text_embeds", "add_time_ids"]
+    arguments: dict[str, Any] = {
+        "num_inference_steps": 4,
+        "callback_on_step_end": switch,
+        "callback_on_step_end_tensor_inputs": names,
+    }
+    outputs = []
+    for share in (True, False):
+        with guide(pipe, SEG(sigma=2.0), share=share):
+            seen = batches_seen(pipe, lambda: outputs.append(run(pipe, latents=latents, **arguments)))
+        assert seen["up_blocks.0"] == {3, 2}
+    assert relative(outputs[0], outputs[1]) < PIPELINE_TOLERANCE
+    plain = run(pipe, latents=latents, **arguments)
+    assert relative(outputs[0], plain) > 1e-3
+
+
+def test_both_containers_of_the_prediction_are_kept() -> None:
+    pipe = tiny_pipeline()
+    with guide(pipe, SEG()):
+        run(pipe, latents=noise(), num_inference_steps=1)
+        arguments = {
+            "sample": noise(2),
+            "timestep": torch.tensor(500),
+            "encoder_hidden_states": torch.randn(2, 7, 64),
+            "added_cond_kwargs": {"text_embeds": torch.randn(2, 32), "time_ids": torch.zeros(2, 6)},
+        }
+        with torch.no_grad():
+            as_object = pipe.unet(**arguments)
+            (as_tuple,) = pipe.unet(**arguments, return_dict=False)
+            positional = pipe.unet(
+                *[arguments[k] for k in ("sample", "timestep", "encoder_hidden_states")],
+                added_cond_kwargs=arguments["added_cond_kwargs"],
+            )
+    assert type(as_object).__name__ == "UNet2DConditionOutput"
+    assert torch.equal(as_object.sample, as_tuple)
+    assert torch.equal(positional.sample, as_tuple)
+    assert as_tuple.shape == (2, 4, 16, 16)

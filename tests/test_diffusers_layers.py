@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers are found under the official names, module names and globs; a spec says what it cannot mean."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers_tools import noise, run, tiny_pipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkern import Grid
+from segkern.integrations.diffusers import SEG, LayerInfo, list_layers
+from segkern.integrations.diffusers.layers import select_layers
+
+MID = "mid_block.attentions.0.transformer_blocks"
+
+
+def selected(layers: str | list[str]) -> list[str]:
+    return [layer.name for layer in select_layers(list_layers(tiny_pipeline()), layers)]
+
+
+def test_layers_are_counted_per_part_in_module_order() -> None:
+    layers = list_layers(tiny_pipeline())
+    assert [layer.name for layer in layers] == [
+        *(f"d{i}" for i in range(6)),
+        *(f"m{i}" for i in range(2)),
+        *(f"u{i}" for i in range(9)),
+    ]
+    assert layers[7] == LayerInfo("m1", f"{MID}.1.attn1", "mid", heads=2, head_dim=16, grid=None)
+
+
+def test_sdxl_has_the_official_layers() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+        )
+    layers = {layer.name: layer for layer in list_layers(unet)}
+    counts = {part: sum(layer.part == part for layer in layers.values()) for part in ("down", "mid", "up")}
+    assert counts == {"down": 24, "mid": 10, "up": 36}
+    assert {layer.head_dim for layer in layers.values()} == {64}
+    assert [layers[name].heads for name in ("d3", "d4", "m0", "u29", "u30")] == [10, 20, 20, 20, 10]
+
+
+@pytest.mark.parametrize(
+    "layers, names",
+    [
+        ("mid", ["m0", "m1"]),
+        (["up", "d1"], ["d1", *(f"u{i}" for i in range(9))]),
+        ("d4", ["d4"]),
+        ("u2-4", ["u2", "u3", "u4"]),
+        ("u2-u4", ["u2", "u3", "u4"]),
+        (["m0", "m0", "mid"], ["m0", "m1"]),
+        ("mid_block", ["m0", "m1"]),
+        (f"{MID}.1", ["m1"]),
+        (f"{MID}.1.attn1", ["m1"]),
+        ("down_blocks.1", ["d0", "d1"]),
+        ("*.transformer_blocks.1.*", ["d3", "d5", "m1", "u1", "u3", "u5"]),
+        ("up_blocks.[1-9].*", ["u6", "u7", "u8"]),
+    ],
+    ids=str,
+)
+def test_names_select_layers_in_execution_order(layers: str | list[str], names: list[str]) -> None:
+    assert selected(layers) == names
+
+
+def test_a_prefix_ends_at_a_dot() -> None:
+    available = [LayerInfo(f"u{i}", f"up_blocks.{i}.attn1", "up", 1, 1) for i in (1, 10)]
+    assert [layer.name for layer in select_layers(available, "up_blocks.1")] == ["u1"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "middle",
+        "d6",
+        "u7-9",
+        "u4-2",
+        "x0",
+        "mid_bloc",
+        "mid_block.",
+        "*.attn2",
+        "",
+        "u0-d3",
+        "M0",
+        "up_blocks.2",
+    ],
+)
+def test_an_unknown_layer_is_quoted_with_what_is_valid(name: str) -> None:
+    with pytest.raises(ValueError, match="unknown layer") as error:
+        selected(["mid", name])
+    message = str(error.value)
+    assert repr(name) in message
+    assert "'down' (d0 to d5), 'mid' (m0 to m1), 'up' (u0 to u8)" in message
+    assert len(message) < 500
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(3, 40), st.integers(3, 40))
+def test_listed_grids_are_those_of_the_run(height: int, width: int) -> None:
+    pipe = tiny_pipeline()
+    seen: dict[str, Grid] = {}
+    handles = []
+    for name, module in pipe.unet.named_modules():
+        if isinstance(module, Transformer2DModel):
+
+            def note(module: Any, args: Any, name: str = name) -> None:
+                seen[name] = Grid(*args[0].shape[2:])
+
+            handles.append(module.register_forward_pre_hook(note))
+    pipe.vae_scale_factor = 8  # as SDXL's, so that latents of any size are images of whole pixels
+    run(pipe, latents=noise(1, height, width), num_inference_steps=1, guidance_scale=1.0)
+    for handle in handles:
+        handle.remove()
+    for layer in list_layers(pipe, 8 * height, 8 * width):
+        assert layer.grid == seen[layer.module.split(".transformer_blocks")[0]], layer
+
+
+@pytest.mark.parametrize(
+    "arguments, quoted",
+    [
+        ((torch.nn.Linear(1, 1),), "Linear"),
+        (("unet",), "str"),
+        ((tiny_pipeline(), 64), "width=None"),
+        ((tiny_pipeline().unet, 64, 64), "bare UNet2DConditionModel"),
+    ],
+    ids=["module", "string", "height_alone", "pixels_without_vae"],
+)
+def test_list_layers_says_what_it_cannot_list(arguments: tuple[Any, ...], quoted: str) -> None:
+    with pytest.raises(ValueError, match=quoted):
+        list_layers(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, quoted",
+    [
+        ({"scale": math.nan}, "nan"),
+        ({"scale": math.inf}, "inf"),
+        ({"scale": "3"}, "'3'"),
+        ({"sigma": -1.0}, "-1.0"),
+        ({"sigma": math.nan}, "nan"),
+        ({"sigma": (0.0, 1.0)}, r"\(0.0, 1.0\)"),
+        ({"start": -0.1}, "start=-0.1"),
+        ({"stop": 1.1}, "stop=1.1"),
+        ({"start": 0.5, "stop": 0.5}, "start=0.5, stop=0.5"),
+        ({"start": math.nan}, "start=nan"),
+        ({"boundary": "zero"}, "'zero'"),
+        ({"backend": "cuda"}, "'cuda'"),
+        ({"layers": []}, r"\[\]"),
+        ({"layers": [4]}, r"\[4\]"),
+        ({"layers": 4}, "4"),
+        ({"layers": None}, "None"),
+    ],
+    ids=str,
+)
+def test_a_spec_quotes_what_does_not_fit(arguments: dict[str, Any], quoted: str) -> None:
+    with pytest.raises(ValueError, match=quoted):
+        SEG(**arguments)
+
+
+def test_a_spec_does_not_change_with_the_list_it_was_made_from() -> None:
+    layers = ["mid"]
+    spec = SEG(layers=layers)
+    layers.append("up")
+    assert spec.layers == ("mid",)
+    assert hash(spec) == hash(SEG(layers=["mid"]))
+
+
+@pytest.mark.parametrize(
+    "spec, fraction, active",
+    [
+        (SEG(), 0.0, True),
+        (SEG(), 0.999, True),
+        (SEG(start=0.25, stop=0.75), 0.25, True),
+        (SEG(start=0.25, stop=0.75), 0.75, False),
+        (SEG(start=0.25), 0.2, False),
+        (SEG(scale=0.0), 0.5, False),
+        (SEG(sigma=0.0), 0.5, False),
+        (SEG(scale=-1.0), 0.5, True),
+    ],
+    ids=str,
+)
+def test_a_spec_acts_from_start_until_before_stop_unless_it_does_nothing(
+    spec: SEG, fraction: float, active: bool
+) -> None:
+    assert spec.active(fraction) is active

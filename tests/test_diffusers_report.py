@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report says what guidance did, and a guidance that did nothing does not pass unnoticed."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers_tools import noise, run, tiny_pipeline
+
+from segkern.integrations.diffusers import SEG, guide
+
+
+@contextmanager
+def problems_warned() -> Iterator[list[warnings.WarningMessage]]:
+    """The adapter's own warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", message=r"SEG\(", category=UserWarning)
+        yield caught
+
+
+MID = "mid_block.attentions.0.transformer_blocks"
+
+
+def test_the_report_counts_forwards_for_each_guidance_and_layer() -> None:
+    pipe = tiny_pipeline()
+    with guide(pipe, SEG(layers="mid", stop=0.5), SEG(sigma=2.0, layers=["d1", "m1"])) as guidance:
+        run(pipe, latents=noise(), num_inference_steps=4)
+        run(pipe, latents=noise(), num_inference_steps=2)
+    report = guidance.report()
+    assert report.forwards == 6
+    assert [(row.spec, row.layer, row.fired) for row in report.layers] == [
+        (0, "m0", 3),
+        (0, "m1", 3),
+        (1, "d1", 6),
+        (1, "m1", 6),
+    ]
+    assert report.layers[1].module == f"{MID}.1.attn1"
+    assert all(row.moved is not None and 0.01 < row.moved < 2.0 for row in report.layers)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0], ids=["without_cfg", "cfg"])
+@pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
+def test_moved_is_the_mean_relative_distance_of_the_layers_outputs(
+    sigma: float, guidance_scale: float
+) -> None:
+    pipe, distances = tiny_pipeline(), []
+
+    def measure(module: Any, args: Any, output: torch.Tensor) -> None:
+        *_, c, p = output.double().chunk(2 if guidance_scale == 1.0 else 3)
+        distances.append(((c - p).flatten(1).norm(dim=1) / c.flatten(1).norm(dim=1)).mean().item())
+
+    handle = pipe.unet.get_submodule(f"{MID}.1.attn1").register_forward_hook(measure)
+    with guide(pipe, SEG(sigma=sigma)) as guidance:
+        run(pipe, ["a", "b"], latents=noise(2), guidance_scale=guidance_scale)
+    handle.remove()
+    assert guidance.report().layers[1].moved == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+
+
+def test_the_report_prints_as_a_table_and_turns_into_a_dictionary() -> None:
+    pipe = tiny_pipeline()
+    with guide(pipe, SEG(layers="mid")) as guidance:
+        run(pipe, latents=noise())
+    report = guidance.report()
+    lines = str(report).splitlines()
+    assert lines[0] == "3 forwards of the denoiser"
+    assert lines[2].startswith("SEG(scale=3.0, sigma=inf, layers='mid'")
+    assert lines[3].split() == ["layer", "fired", "moved", "module"]
+    assert [line.split()[0] for line in lines[4:]] == ["m0", "m1"]
+    assert lines[4].split()[1:] == ["3", f"{report.layers[0].moved:.2%}", f"{MID}.0.attn1"]
+    values = report.to_dict()
+    assert values["layers"][1]["moved"] == report.layers[1].moved
+    assert values["specs"][0]["layers"] == "mid"
+    assert json.loads(json.dumps(values))["forwards"] == 3
+
+
+def test_before_the_first_forward_nothing_has_fired() -> None:
+    pipe = tiny_pipeline()
+    guidance = guide(pipe, SEG())
+    with pytest.warns(UserWarning, match="fired in none of 0 forwards"):
+        report = guidance.report()
+    assert [(row.fired, row.moved) for row in report.layers] == [(0, None)] * 2
+    assert "-" in str(report).splitlines()[4].split()
+    with problems_warned() as caught:
+        guidance.remove()
+    assert caught == [], "the denoiser never ran, so there is nothing to warn about"
+
+
+@pytest.mark.parametrize(
+    "spec, latents, problem",
+    [
+        (SEG(start=0.9), noise(), "fired in none of 3 forwards"),
+        (SEG(scale=0.0), noise(), "fired in none"),
+        (SEG(sigma=0.0), noise(), "fired in none"),
+        (SEG(), noise(1, 4, 4), "changed nothing"),
+        (SEG(sigma=0.01), noise(), "changed nothing"),
+    ],
+    ids=["too_late", "no_scale", "no_sigma", "one_token", "sigma_too_small"],
+)
+def test_a_guidance_that_did_nothing_warns_on_leaving_and_in_its_report(
+    spec: SEG, latents: torch.Tensor, problem: str
+) -> None:
+    pipe = tiny_pipeline()
+    with problems_warned() as caught:
+        with guide(pipe, spec) as guidance:
+            run(pipe, latents=latents)
+        guidance.remove()
+        report = guidance.report()
+    assert len(caught) == 2, "one on leaving, one with the report"
+    for warning in caught:
+        assert problem in str(warning.message)
+        assert warning.filename == __file__
+    assert f"warning: {report.problems[0]}" in str(report)
+
+
+def test_only_the_guidance_that_did_nothing_is_named() -> None:
+    pipe = tiny_pipeline()
+    with problems_warned() as caught, guide(pipe, SEG(), SEG(scale=0.0)):
+        run(pipe, latents=noise())
+    assert ["scale=0.0" in str(warning.message) for warning in caught] == [True]
+
+
+def test_leaving_by_an_exception_does_not_add_warnings() -> None:
+    pipe = tiny_pipeline()
+
+    def guided() -> None:
+        with guide(pipe, SEG(scale=0.0)):
+            run(pipe, latents=noise())
+            raise ZeroDivisionError
+
+    with problems_warned() as caught, pytest.raises(ZeroDivisionError):
+        guided()
+    assert caught == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_of_half_precision_is_not_movement(dtype: torch.dtype) -> None:
+    names = (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+    texts = dict(zip(names, tiny_pipeline().encode_prompt("a red fox"), strict=True))
+    pipe = tiny_pipeline(own_unet=True, text_encoder=None, text_encoder_2=None)
+    pipe.unet.to(dtype)
+    arguments = {"prompt": None, **{name: text.to(dtype) for name, text in texts.items()}}
+    with problems_warned() as caught, guide(pipe, SEG()):
+        run(pipe, latents=noise(1, 4, 4).to(dtype), **arguments)
+    assert ["changed nothing" in str(warning.message) for warning in caught] == [True]
+    with guide(pipe, SEG()) as guidance:
+        run(pipe, latents=noise().to(dtype), **arguments)
+    assert guidance.report().problems == ()
