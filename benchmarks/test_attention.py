@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from segkern import Grid, reference
 
 from benchmarks.conftest import ROWS
 from benchmarks.providers import Case, Provider, official, ours, sdpa
+from segkern import Grid, reference
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 CASES = [Case(Grid(32, 32), 20), Case(Grid(64, 64), 10)]

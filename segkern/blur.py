@@ -36,7 +36,7 @@ def gaussian_taps(sigma: float, length: int) -> torch.Tensor:
     """The normalised taps of a finite, positive ``sigma``: float64 ``[tap_count(sigma, length)]``.
 
     Example:
-        >>> gaussian_taps(1.0, 64).sum().item()
+        >>> round(gaussian_taps(1.0, 64).sum().item(), 12)
         1.0
     """
     radius = tap_count(sigma, length) // 2
@@ -139,8 +139,7 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
         sigmas = tuple(float(value) for value in sigma)
         if len(sigmas) != batch:
             raise ValueError(
-                f"sigma must be one number or one per sample: got {len(sigmas)} numbers "
-                f"{sigmas} for a batch of {batch}"
+                f"sigma must be one number or one per sample: got {len(sigmas)} numbers {sigmas} for a batch of {batch}"
             )
     else:
         raise ValueError(f"sigma must be a number or a sequence of one number per sample, got {sigma!r}")

@@ -35,9 +35,7 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def why_not_triton(
-    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None = None
-) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None = None) -> str | None:
     """The reason why the Triton kernels cannot serve such a call; None when they can.
 
     Example:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators ``segkern::*``: schemas, fakes and gradients; kernels are imported at their first launch.
 
-They are opaque to tracers: the backend is chosen and blur tables are made when they run, never in a graph. Results are laid
-out ``[batch, tokens, heads, dim]`` in memory, as PyTorch's attention does, and seen as ``[batch, heads, tokens,
-dim]``. Gradients are compositions of PyTorch operations on the saved inputs.
+They are opaque to tracers: the backend is chosen and blur tables are made when they run, never in a graph.
+Results are laid out ``[batch, tokens, heads, dim]`` in memory, as PyTorch's attention does, and seen as
+``[batch, heads, tokens, dim]``. Gradients are compositions of PyTorch operations on the saved inputs.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ def seg_attention(
     return _tokens_first(out), lse
 
 
-def _empty_attention(
-    query: torch.Tensor, value: torch.Tensor, return_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty_attention(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
     lse_shape = query.shape[:3] if return_lse else (0,)
     return _empty_output(query, value.shape[3]), query.new_empty(lse_shape, dtype=torch.float32)
 

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
-from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, blur_block_d, _gaussian_blur_kernel
+from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, _gaussian_blur_kernel, blur_block_d
 from segkern.kernels.seg_attention import _seg_attention_kernel
 from segkern.kernels.uniform_attention import (
     _BLOCK_N,
@@ -227,9 +227,12 @@ def compile_uniform(target: str, head_dim: int, dtype: torch.dtype) -> list[Comp
 
 def compile_all(target: str) -> list[Compiled]:
     """Every kernel for one target: head dimensions of the models in use in float16, some in the other dtypes."""
-    found = [compile_attention(target, head_dim, torch.float16) for head_dim in (16, 40, 64, 80, 96, 128, 160, 192, 256)]
+    found = [
+        compile_attention(target, head_dim, torch.float16) for head_dim in (16, 40, 64, 80, 96, 128, 160, 192, 256)
+    ]
     found += [compile_attention(target, head_dim, torch.float32) for head_dim in (40, 64, 128, 160, 256)]
-    found += [compile_attention(target, 64, torch.bfloat16), compile_attention(target, 64, torch.float16, mask=1)]
+    found += [compile_attention(target, head_dim, torch.float16, mask=1) for head_dim in (64, 128, 256)]
+    found.append(compile_attention(target, 64, torch.bfloat16))
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
         found.append(compile_blur(target, head_dim, dtype))
         found += compile_uniform(target, head_dim, dtype)

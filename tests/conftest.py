@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
 if not torch.cuda.is_available():
@@ -15,8 +16,6 @@ if not torch.cuda.is_available():
 
 # Tensors here are tiny: more threads than cores, in parallel test runs, only wait for each other.
 torch.set_num_threads(1)
-
-from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "segkern", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -46,9 +46,7 @@ def tiny_pipeline(kind: type = StableDiffusionXLPipeline, own_unet: bool = False
     return pipe
 
 
-def run(
-    pipe: Any, prompt: str | list[str] = "a red fox", *, latents: torch.Tensor, **arguments: Any
-) -> torch.Tensor:
+def run(pipe: Any, prompt: str | list[str] = "a red fox", *, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """Latents of a short run. Height and width follow from the initial latents."""
     factor = pipe.vae_scale_factor
     defaults = {
@@ -77,9 +75,7 @@ def golden_cases() -> list[dict[str, Any]]:
         cases = json.loads(file.metadata()["cases"])
         for index, case in enumerate(cases):
             case.pop("seed")
-            case.update(
-                {name: file.get_tensor(f"{index}.{name}") for name in ("latents", "output", "unguided")}
-            )
+            case.update({name: file.get_tensor(f"{index}.{name}") for name in ("latents", "output", "unguided")})
     return cases
 
 
@@ -123,9 +119,7 @@ class DenseProcessor:
             for linear in (attn.to_q, attn.to_k, attn.to_v)
         )
         logits = query @ key.transpose(-2, -1) * attn.scale
-        blurs = [
-            dense_blur(*self.shape, s) if s else torch.eye(logits.shape[2]).double() for s in self.sigmas
-        ]
+        blurs = [dense_blur(*self.shape, s) if s else torch.eye(logits.shape[2]).double() for s in self.sigmas]
         logits = torch.stack(blurs)[:, None] @ logits
         output = (logits.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
         return attn.to_out[0](output.to(hidden_states.dtype))
@@ -146,9 +140,7 @@ def reference_run(
     """What ``run`` must return under ``guide(pipe, *specs)``, from a denoising loop of its own."""
     height, width = (size * pipe.vae_scale_factor for size in latents.shape[2:])
     cfg = guidance_scale > 1.0
-    texts = pipe.encode_prompt(
-        prompt, num_images_per_prompt=num_images_per_prompt, do_classifier_free_guidance=cfg
-    )
+    texts = pipe.encode_prompt(prompt, num_images_per_prompt=num_images_per_prompt, do_classifier_free_guidance=cfg)
     conditional, unconditional, pooled, unconditional_pooled = texts
     ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(len(latents), 1)
 

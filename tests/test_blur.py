@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def test_reflect_does_not_keep_the_mean() -> None:
 
 def test_taps_are_clamped_per_axis() -> None:
     wide = reference.gaussian_blur(torch.eye(6 * 40)[None, None], Grid(6, 40), 3.0)[0, 0]
-    assert tap_count(3.0, 6) == 7 and tap_count(3.0, 40) == 19
+    assert tap_count(3.0, 6) == 7
+    assert tap_count(3.0, 40) == 19
     centre = wide.unflatten(1, (6, 40)).unflatten(0, (6, 40))[3, 20]
     assert (centre[:, 20] > 0).all(), "every row is in reach"
     assert (centre[3] > 0).nonzero().flatten().tolist() == list(range(11, 30))
@@ -160,7 +162,8 @@ def test_unknown_boundary_is_quoted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "quoted"), [((0, 3), "0"), ((2, -1), "-1"), ((2.5, 3), "2.5"), ((2, 3, -4), "-4"), ((True, 3), "True")]
+    ("arguments", "quoted"),
+    [((0, 3), "0"), ((2, -1), "-1"), ((2.5, 3), "2.5"), ((2, 3, -4), "-4"), ((True, 3), "True")],
 )
 def test_bad_grid_is_quoted(arguments: tuple, quoted: str) -> None:
     with pytest.raises(ValueError, match="Grid") as error:
@@ -185,7 +188,7 @@ def test_runs_cover_the_batch_in_order(sigmas: list[float]) -> None:
     rebuilt = [value for samples, value in runs(sigmas) for _ in range(*samples.indices(len(sigmas)))]
     assert rebuilt == sigmas
     found = runs(sigmas)
-    assert all(a[1] != b[1] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[1] != b[1] for a, b in itertools.pairwise(found))
 
 
 def test_sigma_may_be_a_tensor() -> None:

@@ -32,9 +32,7 @@ def test_kernels_compile_without_spills(target: str) -> None:
     # A process that interprets kernels cannot compile them.
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run(
-        [sys.executable, script, target], capture_output=True, text=True, env=environment, check=False
-    )
+    run = subprocess.run([sys.executable, script, target], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     records = json.loads(run.stdout)
     assert {record["kernel"] for record in records} == {

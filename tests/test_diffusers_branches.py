@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from segkern.integrations.diffusers.branches import Batch, Join, fold
 
-batches = st.builds(
-    lambda samples, cfg: Batch(samples * (1 + cfg), samples * cfg), st.integers(1, 4), st.booleans()
-)
+batches = st.builds(lambda samples, cfg: Batch(samples * (1 + cfg), samples * cfg), st.integers(1, 4), st.booleans())
 
 
 @given(batches, st.integers(0, 3), st.integers(0, 3))
@@ -88,9 +86,7 @@ def test_folding_gives_the_formula_through_the_pipelines_own(
 
 
 @given(st.integers(1, 3), scales)
-def test_folding_without_classifier_free_guidance_adds_to_the_prediction(
-    samples: int, scales: list[float]
-) -> None:
+def test_folding_without_classifier_free_guidance_adds_to_the_prediction(samples: int, scales: list[float]) -> None:
     batch = Batch(samples, 0)
     output = torch.randn(batch.with_branches(len(scales)), 4, 2, 2, dtype=torch.float64)
     c, *perturbed = output.chunk(1 + len(scales))

@@ -38,9 +38,7 @@ def test_guide_reproduces_the_official_latents(case: dict[str, Any], share: bool
     with guide(pipe, SEG(seg["seg_scale"], sigma, layers), share=share):
         output = pipe(**stock).images
     assert relative(output, case["output"]) < PIPELINE_TOLERANCE
-    assert relative(case["unguided"], case["output"]) > 100 * PIPELINE_TOLERANCE, (
-        "the case would not notice guidance"
-    )
+    assert relative(case["unguided"], case["output"]) > 100 * PIPELINE_TOLERANCE, "the case would not notice guidance"
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

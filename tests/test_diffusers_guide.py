@@ -184,9 +184,7 @@ def test_at_infinity_no_perturbed_sample_of_a_run_has_more_than_one_query_row(
     real = torch.nn.functional.scaled_dot_product_attention
 
     def spy(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if (
-            query.shape[2] == key.shape[2] or query.shape[2] == 1
-        ):  # self-attention: keys are the grid's tokens
+        if query.shape[2] == key.shape[2] or query.shape[2] == 1:  # self-attention: keys are the grid's tokens
             rows.append((query.shape[0], query.shape[2], key.shape[2]))
         return real(query, key, *args, **kwargs)
 
@@ -217,9 +215,7 @@ def test_start_and_stop_are_fractions_of_the_denoisers_calls(
     pipe, calls = tiny_pipeline(), []
     if scheduler is not None:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    handle = pipe.unet.up_blocks[0].register_forward_hook(
-        lambda module, args, output: calls.append(len(output))
-    )
+    handle = pipe.unet.up_blocks[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
     with guide(pipe, SEG(start=0.25, stop=0.75)):
         for _ in range(2):  # the second run starts from its own beginning
             calls.clear()
@@ -244,9 +240,7 @@ def test_an_inactive_step_is_the_plain_step_bit_for_bit(spec: SEG, share: bool) 
     plain = list(steps)
     steps.clear()
     guidance = guide(pipe, spec, share=share)
-    seen = batches_seen(
-        pipe, lambda: run(pipe, latents=latents, num_inference_steps=4, callback_on_step_end=record)
-    )
+    seen = batches_seen(pipe, lambda: run(pipe, latents=latents, num_inference_steps=4, callback_on_step_end=record))
     guidance._remove(warn=False)
     inactive = 2 if spec.active(0.75) else 4
     for step in range(4):
@@ -261,9 +255,7 @@ def test_a_run_that_was_interrupted_does_not_shift_the_next_one() -> None:
         pipe._interrupt = step == 1
         return values
 
-    handle = pipe.unet.up_blocks[0].register_forward_hook(
-        lambda module, args, output: calls.append(len(output))
-    )
+    handle = pipe.unet.up_blocks[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
     with guide(pipe, SEG(stop=0.5)):
         run(pipe, latents=noise(), num_inference_steps=4, callback_on_step_end=interrupt)
         calls.clear()

@@ -58,18 +58,14 @@ def test_leaving_the_context_puts_back_the_very_objects() -> None:
     plain, state = run_once(pipe)
     with guide(pipe, SEG(layers=["down", "mid", "up"])) as guidance:
         assert isinstance(guidance, Guidance)
-        assert all(
-            isinstance(p, GuidedProcessor) == ("attn1" in n) for n, p in pipe.unet.attn_processors.items()
-        )
+        assert all(isinstance(p, GuidedProcessor) == ("attn1" in n) for n, p in pipe.unet.attn_processors.items())
         assert hooks_of(pipe.unet) > state.hooks
         run(pipe, latents=noise())
     state.assert_same(pipe)
     assert torch.equal(run(pipe, latents=noise()), plain)
 
 
-@pytest.mark.parametrize(
-    "error", [ZeroDivisionError, KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__
-)
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("place", ["callback", "denoiser", "context"])
 def test_an_exception_puts_back_the_very_objects(place: str, error: type[BaseException]) -> None:
     pipe = tiny_pipeline()
@@ -189,9 +185,7 @@ def test_fused_projections_are_used_and_restored(inside: bool, unfuse: bool, sig
     assert all(pipe.unet.attn_processors[name] is before[name] for name in before)
 
 
-@pytest.mark.parametrize(
-    "processor", [AttnProcessor(), SlicedAttnProcessor(1)], ids=lambda p: type(p).__name__
-)
+@pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(1)], ids=lambda p: type(p).__name__)
 def test_other_standard_processors_are_guided_alike(processor: Any) -> None:
     pipe, latents = tiny_pipeline(own_unet=True), noise()
     with guide(pipe, SEG(start=0.3)):

@@ -26,9 +26,7 @@ from segkern.integrations.diffusers import SEG, StableDiffusionXLSEGPipeline, gu
 SIZE = 64  # pixels; the latents are 32 x 32
 
 
-def guided_both_ways(
-    pipe: Any, specs: list[SEG], **arguments: Any
-) -> tuple[torch.Tensor, dict[str, set[int]]]:
+def guided_both_ways(pipe: Any, specs: list[SEG], **arguments: Any) -> tuple[torch.Tensor, dict[str, set[int]]]:
     """Latents guided with shared branches, checked against every branch in full, and the batches seen."""
     defaults = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "latent"}
 
@@ -172,9 +170,7 @@ def _ip_adapter_weights(unet: Any) -> dict[str, Any]:
     for index, name in enumerate(cross):
         channels = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
         for part in ("k", "v"):
-            weights[f"{2 * index + 1}.to_{part}_ip.weight"] = (
-                torch.randn(channels, text, generator=generator) * 0.5
-            )
+            weights[f"{2 * index + 1}.to_{part}_ip.weight"] = torch.randn(channels, text, generator=generator) * 0.5
     proj = {
         "proj.weight": torch.randn(4 * text, 8, generator=generator),
         "proj.bias": torch.zeros(4 * text),

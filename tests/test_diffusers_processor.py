@@ -40,9 +40,7 @@ class Spelled:
     """diffusers' steps one by one, queries blurred by a dense float64 matrix, softmax written out."""
 
     def __init__(self, sigmas: list[float], height: int, width: int) -> None:
-        self.blurs = [
-            dense_blur(height, width, s) if s else torch.eye(height * width).double() for s in sigmas
-        ]
+        self.blurs = [dense_blur(height, width, s) if s else torch.eye(height * width).double() for s in sigmas]
 
     def __call__(self, attn: Any, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         residual, shape = x, x.shape
@@ -50,9 +48,7 @@ class Spelled:
             x = x.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        q, k, v = (
-            p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
             q, k = attn.norm_q(q), attn.norm_k(k)
         q = torch.stack(self.blurs)[:, None] @ q.double()
@@ -74,9 +70,7 @@ def spied(attn: Attention) -> Iterator[dict[str, list[tuple[int, ...]]]]:
         seen[name] = []
         module = attn.get_submodule(name)
         handles.append(
-            module.register_forward_pre_hook(
-                lambda _, args, name=name: seen[name].append(tuple(args[0].shape))
-            )
+            module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(tuple(args[0].shape)))
         )
     real = F.scaled_dot_product_attention
 
@@ -139,9 +133,7 @@ def test_a_mask_hides_keys_from_blurred_queries(rows: int, sigma: float) -> None
     bias = torch.where(torch.rand(3, rows, 15) < 0.3, -10000.0, 0.0)
     sigmas = [0.0, sigma, sigma]
     attn.set_processor(SEGAttnProcessor(sigmas, Grid(3, 5)))
-    assert (
-        relative(attn(x, attention_mask=bias), Spelled(sigmas, 3, 5)(attn, x, bias[:, None].double())) < 2e-6
-    )
+    assert relative(attn(x, attention_mask=bias), Spelled(sigmas, 3, 5)(attn, x, bias[:, None].double())) < 2e-6
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["projections", "fused"])
@@ -200,9 +192,7 @@ def test_blurred_and_plain_samples_go_in_one_call(monkeypatch: pytest.MonkeyPatc
 
     def spy(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append(tuple(query.shape))
-        assert query.untyped_storage().nbytes() == query.numel() * 4, (
-            "a view of the projection, not a copy of parts"
-        )
+        assert query.untyped_storage().nbytes() == query.numel() * 4, "a view of the projection, not a copy of parts"
         return real(query, *args, **kwargs)
 
     monkeypatch.setattr("segkern.integrations.diffusers.attention.seg_attention", spy)

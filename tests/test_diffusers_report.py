@@ -48,9 +48,7 @@ def test_the_report_counts_forwards_for_each_guidance_and_layer() -> None:
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0], ids=["without_cfg", "cfg"])
 @pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
-def test_moved_is_the_mean_relative_distance_of_the_layers_outputs(
-    sigma: float, guidance_scale: float
-) -> None:
+def test_moved_is_the_mean_relative_distance_of_the_layers_outputs(sigma: float, guidance_scale: float) -> None:
     pipe, distances = tiny_pipeline(), []
 
     def measure(module: Any, args: Any, output: torch.Tensor) -> None:

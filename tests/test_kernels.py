@@ -29,7 +29,7 @@ pytestmark = [
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
-EXAMPLES = 60 if CUDA else 12
+EXAMPLES = 60 if CUDA else 25
 
 sigmas = st.one_of(st.just(0.0), st.floats(0.2, 30.0), st.just(math.inf))
 
@@ -48,10 +48,9 @@ def check_attention(
     query = draw(shape, dtype, DEVICE, layouts[0])
     key, value = (draw((batch, heads, keys or tokens, dim), dtype, DEVICE, layout) for layout in layouts[1:])
     oracle, oracle_lse = oracle_attention(query, key, value, grid, sigma, **options)
-    output, lse = segkern.seg_attention(
-        query, key, value, grid, sigma, backend="triton", return_lse=True, **options
-    )
-    assert output.dtype == dtype and lse.dtype == torch.float32
+    output, lse = segkern.seg_attention(query, key, value, grid, sigma, backend="triton", return_lse=True, **options)
+    assert output.dtype == dtype
+    assert lse.dtype == torch.float32
     assert_contract(output, oracle, plain_attention(query, key, value, grid, sigma, **options))
     finite = oracle_lse.isfinite()
     assert torch.equal(lse.isfinite(), finite)
@@ -155,7 +154,8 @@ def test_large_logits_stay_finite() -> None:
     output, lse = segkern.seg_attention(
         query * 1e4, key * 1e4, value, Grid(4, 9), (0.0, math.inf), backend="triton", return_lse=True
     )
-    assert output.isfinite().all() and lse.isfinite().all()
+    assert output.isfinite().all()
+    assert lse.isfinite().all()
 
 
 def test_backends_agree() -> None:

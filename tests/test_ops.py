@@ -55,7 +55,7 @@ def gradients(run, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def test_gradients_equal_those_of_the_reference(backend: str, boundary: str, device: torch.device) -> None:
     inputs = tensors(device, grad=True)
     mask = torch.randn(1, 2, 14, 14, device=device, requires_grad=True)
-    options = dict(boundary=boundary, return_lse=True)
+    options = {"boundary": boundary, "return_lse": True}
 
     def ours(query, key, value, mask):
         return segkern.seg_attention(query, key, value, GRID, SIGMA, attn_mask=mask, backend=backend, **options)
@@ -110,9 +110,16 @@ def test_shapes_are_inferred_on_fake_tensors(backend: str) -> None:
     with FakeTensorMode():
         query, key = torch.empty(2, 4, 30, 16), torch.empty(2, 4, 50, 16)
         output, lse = segkern.seg_attention(query, key, key, Grid(5, 6), 2.0, backend=backend, return_lse=True)
-        assert output.shape == (2, 4, 30, 16) and lse.shape == (2, 4, 30)
-    real = segkern.seg_attention(torch.randn(2, 4, 30, 16), torch.randn(2, 4, 50, 16), torch.randn(2, 4, 50, 16),
-                                 Grid(5, 6), 2.0, backend="torch")
+        assert output.shape == (2, 4, 30, 16)
+        assert lse.shape == (2, 4, 30)
+    real = segkern.seg_attention(
+        torch.randn(2, 4, 30, 16),
+        torch.randn(2, 4, 50, 16),
+        torch.randn(2, 4, 50, 16),
+        Grid(5, 6),
+        2.0,
+        backend="torch",
+    )
     assert real.isfinite().all(), "tables made while tracing must not be kept"
 
 
@@ -123,4 +130,5 @@ def test_inference_tensors_do_not_leak_into_training(backend: str, device: torch
         segkern.seg_attention(x, x, x, grid, 1.1, backend=backend)
     y = x.clone().requires_grad_()
     segkern.seg_attention(y, y, y, grid, 1.1, backend=backend).sum().backward()
-    assert y.grad is not None and y.grad.isfinite().all()
+    assert y.grad is not None
+    assert y.grad.isfinite().all()

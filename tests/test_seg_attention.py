@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -30,8 +31,10 @@ def test_float64_equals_the_reference(data: st.DataObject) -> None:
     batch, heads, dim = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 24))
     keys, value_dim = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 24))
     sigma = tuple(data.draw(sigmas) for _ in range(batch))
-    query, key, value = randn(batch, heads, tokens, dim), randn(batch, heads, keys, dim), randn(
-        batch, heads, keys, value_dim
+    query, key, value = (
+        randn(batch, heads, tokens, dim),
+        randn(batch, heads, keys, dim),
+        randn(batch, heads, keys, value_dim),
     )
     mask = data.draw(
         st.sampled_from(
@@ -44,7 +47,7 @@ def test_float64_equals_the_reference(data: st.DataObject) -> None:
             ]
         )
     )
-    options = dict(scale=data.draw(st.sampled_from([None, 0.3, -0.5])), attn_mask=mask, boundary="reflect")
+    options = {"scale": data.draw(st.sampled_from([None, 0.3, -0.5])), "attn_mask": mask, "boundary": "reflect"}
     expected, expected_lse = reference.seg_attention(query, key, value, grid, sigma, return_lse=True, **options)
     found, lse = segkern.seg_attention(query, key, value, grid, sigma, return_lse=True, backend="torch", **options)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -94,7 +97,7 @@ def test_energy_does_not_fall_when_sigma_grows(boundary: str) -> None:
     for sigma in (0.0, 0.5, 1.0, 1.7, 2.5, math.inf):  # finite ones whose taps fit the grid: clamped taps form a box
         _, lse = segkern.seg_attention(query, key, value, grid, sigma, boundary=boundary, return_lse=True)
         energies.append(-lse.double().sum(dim=-1))
-    assert all((later >= earlier - 1e-4).all() for earlier, later in zip(energies, energies[1:], strict=False))
+    assert all((later >= earlier - 1e-4).all() for earlier, later in itertools.pairwise(energies))
     assert (energies[-1] > energies[0] + 1.0).all()
 
 
@@ -170,36 +173,36 @@ def test_gradients(sigma: object) -> None:
 
 
 BAD_CALLS = {
-    "three dimensions": (dict(query=torch.zeros(2, 6, 4)), r"\(2, 6, 4\)"),
-    "integers": (dict(query=torch.zeros(1, 1, 6, 4, dtype=torch.long)), "torch.int64"),
-    "not a tensor": (dict(key=[1, 2]), "list"),
-    "other dtype": (dict(value=torch.zeros(1, 1, 6, 4, dtype=torch.float16)), "torch.float16"),
-    "other device": (dict(key=torch.zeros(1, 1, 6, 4, device="meta")), "meta"),
-    "other batch": (dict(key=torch.zeros(2, 1, 6, 4)), r"\(2, 1, 6, 4\)"),
-    "other heads": (dict(value=torch.zeros(1, 3, 6, 4)), r"\(1, 3, 6, 4\)"),
-    "other head_dim": (dict(key=torch.zeros(1, 1, 6, 5)), r"\(1, 1, 6, 5\)"),
-    "other keys": (dict(value=torch.zeros(1, 1, 7, 4)), r"\(1, 1, 7, 4\)"),
-    "no keys": (dict(key=torch.zeros(1, 1, 0, 4), value=torch.zeros(1, 1, 0, 4)), r"\(1, 1, 0, 4\)"),
-    "grid": (dict(grid=Grid(3, 3)), r"Grid\(height=3, width=3, start=0\)"),
-    "sigma": (dict(sigma=-2.0), "-2.0"),
-    "sigmas": (dict(sigma=(1.0, 2.0)), r"\(1.0, 2.0\) for a batch of 1"),
-    "boundary": (dict(boundary="wrap"), "'wrap'"),
-    "backend": (dict(backend="cuda"), "'cuda'"),
-    "mask shape": (dict(attn_mask=torch.zeros(5, 6)), r"\(1, 1, 5, 6\)"),
-    "mask dtype": (dict(attn_mask=torch.zeros(6, 6, dtype=torch.long)), "torch.int64"),
-    "mask device": (dict(attn_mask=torch.zeros(6, 6, device="meta")), "meta"),
+    "three dimensions": ({"query": torch.zeros(2, 6, 4)}, r"\(2, 6, 4\)"),
+    "integers": ({"query": torch.zeros(1, 1, 6, 4, dtype=torch.long)}, "torch.int64"),
+    "not a tensor": ({"key": [1, 2]}, "list"),
+    "other dtype": ({"value": torch.zeros(1, 1, 6, 4, dtype=torch.float16)}, "torch.float16"),
+    "other device": ({"key": torch.zeros(1, 1, 6, 4, device="meta")}, "meta"),
+    "other batch": ({"key": torch.zeros(2, 1, 6, 4)}, r"\(2, 1, 6, 4\)"),
+    "other heads": ({"value": torch.zeros(1, 3, 6, 4)}, r"\(1, 3, 6, 4\)"),
+    "other head_dim": ({"key": torch.zeros(1, 1, 6, 5)}, r"\(1, 1, 6, 5\)"),
+    "other keys": ({"value": torch.zeros(1, 1, 7, 4)}, r"\(1, 1, 7, 4\)"),
+    "no keys": ({"key": torch.zeros(1, 1, 0, 4), "value": torch.zeros(1, 1, 0, 4)}, r"\(1, 1, 0, 4\)"),
+    "grid": ({"grid": Grid(3, 3)}, r"Grid\(height=3, width=3, start=0\)"),
+    "sigma": ({"sigma": -2.0}, "-2.0"),
+    "sigmas": ({"sigma": (1.0, 2.0)}, r"\(1.0, 2.0\) for a batch of 1"),
+    "boundary": ({"boundary": "wrap"}, "'wrap'"),
+    "backend": ({"backend": "cuda"}, "'cuda'"),
+    "mask shape": ({"attn_mask": torch.zeros(5, 6)}, r"\(1, 1, 5, 6\)"),
+    "mask dtype": ({"attn_mask": torch.zeros(6, 6, dtype=torch.long)}, "torch.int64"),
+    "mask device": ({"attn_mask": torch.zeros(6, 6, device="meta")}, "meta"),
 }
 
 
 @pytest.mark.parametrize(("changes", "quoted"), BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_input_is_quoted(changes: dict, quoted: str) -> None:
-    arguments = dict(
-        query=torch.zeros(1, 1, 6, 4),
-        key=torch.zeros(1, 1, 6, 4),
-        value=torch.zeros(1, 1, 6, 4),
-        grid=Grid(2, 3),
-        sigma=1.0,
-    )
+    arguments = {
+        "query": torch.zeros(1, 1, 6, 4),
+        "key": torch.zeros(1, 1, 6, 4),
+        "value": torch.zeros(1, 1, 6, 4),
+        "grid": Grid(2, 3),
+        "sigma": 1.0,
+    }
     segkern.seg_attention(**arguments)
     with pytest.raises(ValueError, match=quoted):
         segkern.seg_attention(**(arguments | changes))
@@ -208,5 +211,6 @@ def test_bad_input_is_quoted(changes: dict, quoted: str) -> None:
 def test_empty_batch_gives_empty_results() -> None:
     x = torch.zeros(0, 2, 6, 4)
     output, lse = segkern.seg_attention(x, x, x, Grid(2, 3), 1.0, return_lse=True)
-    assert output.shape == (0, 2, 6, 4) and lse.shape == (0, 2, 6)
+    assert output.shape == (0, 2, 6, 4)
+    assert lse.shape == (0, 2, 6)
     assert segkern.gaussian_blur(x, Grid(2, 3), 1.0).shape == (0, 2, 6, 4)

@@ -9,7 +9,8 @@ acts on it; each is a function below:
 
 1. 3x3 convolutions are a random mixing of channels times a fixed low-pass kernel (`smooth_convolutions`).
 2. Query and key weights of the self-attention are enlarged, so attention is far from uniform (`shape_attention`).
-3. The denoiser's latents pass through to its output, high frequencies only: a step removes noise (`pass_noise_through`).
+3. The denoiser's latents pass through to its output, high frequencies only, so that a step removes noise
+   (`pass_noise_through`).
 4. Its output is a fixed share of random structure besides (`NETWORK_SHARE`).
 """
 
@@ -234,7 +235,11 @@ def build(out: Path, seed: int) -> None:
         tokenizer_2=tokenizers[1],
         unet=build_unet(),
         scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
         ),
         add_watermarker=False,
     )

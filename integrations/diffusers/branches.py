@@ -132,9 +132,7 @@ class DenoiserArguments:
         """Every batch-first argument with ``count`` branches, so that every block runs with them."""
         return _grow_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, batch, count)
 
-    def grow_mid_residual(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int
-    ) -> Arguments:
+    def grow_mid_residual(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
         """A ControlNet's residual of the mid block, which is added to that block's enlarged output."""
         return _grow_arguments(self._names, {"mid_block_additional_residual"}, args, kwargs, batch, count)
 
@@ -192,7 +190,5 @@ def _grow_arguments(
         batch.grow(value, count) if i < len(names) and names[i] in batch_first else value
         for i, value in enumerate(args)
     )
-    named = {
-        name: batch.grow(value, count) if name in batch_first else value for name, value in kwargs.items()
-    }
+    named = {name: batch.grow(value, count) if name in batch_first else value for name, value in kwargs.items()}
     return positional, named

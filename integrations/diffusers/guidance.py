@@ -85,9 +85,7 @@ class Guidance:
         layers: tuple[list[LayerInfo], ...],
         share: bool,
     ) -> None:
-        self._denoiser: nn.Module = (
-            pipe.unet
-        )  # torch.compile's wrapper, if there is one: bookkeeping stays outside
+        self._denoiser: nn.Module = pipe.unet  # torch.compile's wrapper, if there is one: bookkeeping stays outside
         self._unet = unet
         self._specs = specs
         self._share = share
@@ -102,9 +100,7 @@ class Guidance:
         self._first = [min(_block_index(order, layer.module) for layer in chosen) for chosen in layers]
         self._last_down = sum(name.startswith("down") for name in order) - 1
         self._batch: Batch | None = None  # of the forward under way; None when it is a plain one
-        self._active: tuple[
-            int, ...
-        ] = ()  # guidances of the forward under way, in the order in which they join
+        self._active: tuple[int, ...] = ()  # guidances of the forward under way, in the order in which they join
 
     def __enter__(self) -> Guidance:
         if not self._handles:
@@ -146,9 +142,7 @@ class Guidance:
             if isinstance(module, Transformer2DModel):
                 inside = [layer for layer in self._layers if layer.info.module.startswith(f"{name}.")]
                 if inside:
-                    self._handles.append(
-                        module.register_forward_pre_hook(_ReadGrid(inside), with_kwargs=True)
-                    )
+                    self._handles.append(module.register_forward_pre_hook(_ReadGrid(inside), with_kwargs=True))
 
     def _remove(self, warn: bool) -> None:
         ran = bool(self._handles) and self._recorder.forwards > 0
@@ -158,9 +152,7 @@ class Guidance:
         for layer in self._layers:
             if layer.attention.processor is not unwrap(layer.attention.processor):
                 layer.attention.set_processor(unwrap(layer.attention.processor))
-        saved = getattr(
-            self._unet, "original_attn_processors", None
-        )  # what unfuse_qkv_projections will put back
+        saved = getattr(self._unet, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
         if ran and warn:
@@ -214,9 +206,7 @@ class Guidance:
         down = self._arguments.get("down_block_additional_residuals", args, kwargs)
         mid = self._arguments.get("mid_block_additional_residual", args, kwargs)
         inside = self._arguments.get("down_intrablock_additional_residuals", args, kwargs)
-        if inside is not None or (
-            down is not None and mid is None
-        ):  # the second is the old way to pass the first
+        if inside is not None or (down is not None and mid is None):  # the second is the old way to pass the first
             return False
         return down is None or self._joined(self._last_down) == 0
 

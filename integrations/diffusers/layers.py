@@ -68,9 +68,7 @@ def list_layers(pipe_or_unet: object, height: int | None = None, width: int | No
     """
     unet = find_unet(pipe_or_unet)
     if (height is None) != (width is None):
-        raise ValueError(
-            f"list_layers takes height and width together, got height={height!r}, width={width!r}"
-        )
+        raise ValueError(f"list_layers takes height and width together, got height={height!r}, width={width!r}")
     grids: dict[str, Grid] = {}
     if height is not None and width is not None:
         factor = getattr(pipe_or_unet, "vae_scale_factor", None)
@@ -189,9 +187,7 @@ def _what_is_valid(available: Sequence[LayerInfo]) -> str:
     for part in PARTS:
         names = [layer.name for layer in available if layer.part == part]
         if names:
-            parts.append(
-                f"{part!r} ({names[0]})" if len(names) == 1 else f"{part!r} ({names[0]} to {names[-1]})"
-            )
+            parts.append(f"{part!r} ({names[0]})" if len(names) == 1 else f"{part!r} ({names[0]} to {names[-1]})")
     example = available[0].module.rsplit(".", 3)[0] if available else "mid_block.attentions.0"
     return (
         f"valid are {', '.join(parts) or 'no layers at all'}, ranges such as 'd0-1', module names and their "

@@ -13,9 +13,7 @@ import torch
 from segkern.integrations.diffusers.layers import LayerInfo
 from segkern.integrations.diffusers.specs import SEG
 
-_ROUNDING = (
-    1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
-)
+_ROUNDING = 1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,7 @@ class Recorder:
     forwards: int = 0
     # Which (guidance, module) pairs fired together -> in how many forwards, and the sum of their relative
     # distances.
-    _sums: dict[tuple[tuple[int, str], ...], tuple[int, torch.Tensor]] = field(
-        default_factory=dict, init=False
-    )
+    _sums: dict[tuple[tuple[int, str], ...], tuple[int, torch.Tensor]] = field(default_factory=dict, init=False)
     _dtype: torch.dtype = field(default=torch.float32, init=False)
 
     def add(self, moved: dict[tuple[int, str], torch.Tensor], dtype: torch.dtype) -> None:

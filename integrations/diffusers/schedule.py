@@ -19,9 +19,7 @@ class Run:
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
-        self._timesteps: torch.Tensor | None = (
-            None  # held, so that a new run's tensor cannot take its identity
-        )
+        self._timesteps: torch.Tensor | None = None  # held, so that a new run's tensor cannot take its identity
         self._step = 0
 
     def next_fraction(self) -> float:

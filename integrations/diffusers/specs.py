@@ -54,9 +54,7 @@ class SEG:
         if not (_is_number(self.scale) and math.isfinite(self.scale)):
             raise ValueError(f"SEG.scale must be a finite number, got {self.scale!r}")
         if not (_is_number(self.sigma) and self.sigma >= 0.0):  # false for NaN as well
-            raise ValueError(
-                f"SEG.sigma must be 0 (no blur), positive, or math.inf (mean query), got {self.sigma!r}"
-            )
+            raise ValueError(f"SEG.sigma must be 0 (no blur), positive, or math.inf (mean query), got {self.sigma!r}")
         if not (_is_number(self.start) and _is_number(self.stop) and 0.0 <= self.start < self.stop <= 1.0):
             raise ValueError(
                 f"SEG.start and SEG.stop must be fractions of the run with 0 <= start < stop <= 1, "
@@ -64,9 +62,7 @@ class SEG:
             )
         check_boundary(self.boundary)
         if self.backend not in BACKENDS:
-            raise ValueError(
-                f"SEG.backend must be one of {', '.join(map(repr, BACKENDS))}, got {self.backend!r}"
-            )
+            raise ValueError(f"SEG.backend must be one of {', '.join(map(repr, BACKENDS))}, got {self.backend!r}")
         layers = self.layers if isinstance(self.layers, str) else _names(self.layers)
         object.__setattr__(self, "layers", layers)
 

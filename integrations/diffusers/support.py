@@ -50,9 +50,7 @@ def check_pipeline(pipe: Any) -> UNet2DConditionModel:
         )
     _, last_block = execution_order(unet)[-1]
     if any(isinstance(hook, Join) for hook in last_block._forward_pre_hooks.values()):
-        raise ValueError(
-            f"this {name} is guided already; pass several specs in one guide call, or remove the other"
-        )
+        raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
     return unet
 
 
@@ -87,9 +85,7 @@ def _check_layer(unet: UNet2DConditionModel, layer: LayerInfo) -> None:
     attention = unet.get_submodule(layer.module)
     assert isinstance(attention, Attention)
     if attention.is_cross_attention or attention.added_kv_proj_dim is not None:
-        raise ValueError(
-            f"layer {layer.name} ({layer.module}) does not attend to the image alone; choose others"
-        )
+        raise ValueError(f"layer {layer.name} ({layer.module}) does not attend to the image alone; choose others")
     processor = unwrap(attention.processor)
     if type(processor) not in STANDARD_PROCESSORS:
         raise ValueError(

@@ -7,7 +7,7 @@ are not serialised), which ``tests/test_compile.py`` checks for every target; th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -88,6 +88,11 @@ _ATTENTION: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
         4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
     },
 }
+_MASKED = (
+    Tile(128, 32, 16, 8, 2),
+    Tile(64, 32, 16, 8, 1, max_registers=255),
+)  # padded head dimension up to 80, and above
+_MASKED_GFX = Tile(64, 32, 16, 4, 1)
 _INTERPRETER = Tile(32, 32, 16, 4, 1)
 
 
@@ -111,16 +116,16 @@ def attention_tile(device: torch.device, head_dim: int, dtype: torch.dtype, mask
 def tile_for(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
     """The attention kernel's tile for an architecture by name; unknown ones get a safe tile.
 
-    A mask's tile takes registers as well, so there are fewer keys at a time then.
+    A mask's tile takes registers as well, so a program has fewer keys or queries at a time then.
     """
     if arch == "interpreter":
         return _INTERPRETER
-    table = _ATTENTION[_FAMILY.get(arch, "gfx942" if arch.startswith("gfx") else _DEFAULT_FAMILY)]
+    gfx = arch.startswith("gfx")
     padded = sum(split_head_dim(head_dim))
-    tile = next(tile for largest, tile in table[dtype.itemsize] if padded <= largest)
     if masked and dtype.itemsize == 2:
-        return replace(tile, block_n=min(tile.block_n, 32), num_stages=min(tile.num_stages, 2))
-    return tile
+        return _MASKED_GFX if gfx else _MASKED[padded > 80]
+    table = _ATTENTION[_FAMILY.get(arch, "gfx942" if gfx else _DEFAULT_FAMILY)]
+    return next(tile for largest, tile in table[dtype.itemsize] if padded <= largest)
 
 
 @lru_cache(maxsize=256)

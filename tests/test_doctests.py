@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples in docstrings run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import math
+
+import pytest
+import torch
+
+import segkern
+
+MODULES = [
+    "segkern.grid",
+    "segkern.blur",
+    "segkern.api",
+    "segkern.dispatch",
+    "segkern.kernels._configs",
+    "segkern.integrations.diffusers.specs",
+    "segkern.integrations.diffusers.layers",
+    "segkern.integrations.diffusers.processor",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name: str) -> None:
+    module = importlib.import_module(name)
+    names = {"torch": torch, "math": math, "segkern": segkern, "Grid": segkern.Grid}
+    results = doctest.testmod(module, extraglobs=names)
+    assert results.attempted > 0, f"{name} has no example"
+    assert results.failed == 0
