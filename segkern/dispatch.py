@@ -109,4 +109,6 @@ def choose_backend(
         return "torch", "nothing to blur: PyTorch's own attention"
     if device.type == "cpu":
         return "torch", "Triton's interpreter is for tests"
+    if dtype == torch.float32:
+        return "torch", "float32 products at full precision gain nothing from the fused kernels"
     return "triton", "fused kernels"

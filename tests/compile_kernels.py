@@ -53,6 +53,7 @@ class Compiled:
     target: str
     head_dim: int
     dtype: str
+    masked: bool
     registers: int
     spilled_bytes: int
     local_bytes: int
@@ -105,6 +106,7 @@ def compile_kernel(
         target=target,
         head_dim=head_dim,
         dtype=TYPES[dtype],
+        masked=constants.get("MASK", 0) != 0,
         shared_bytes=compiled.metadata.shared,
         **used,
     )

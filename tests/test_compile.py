@@ -41,16 +41,20 @@ def test_kernels_compile_without_spills(target: str) -> None:
         "_uniform_attention_kernel",
         "_expand_rows_kernel",
     }
+    best = MATRIX_INSTRUCTION.get(target, "HMMA")
     faults = []
     for record in records:
-        name = f"{record['kernel']} D={record['head_dim']} {record['dtype']}"
+        name = f"{record['kernel']} D={record['head_dim']} {record['dtype']}{' masked' * record['masked']}"
         if record["spilled_bytes"] or record["local_bytes"]:
             faults.append(f"{name}: spills {record['spilled_bytes']}, local memory {record['local_bytes']} bytes")
         if record["shared_bytes"] > SHARED_LIMIT[target]:
             faults.append(f"{name}: {record['shared_bytes']} bytes of shared memory")
         if record["serialisation"]:
             faults.append(f"{name}: assembler warns {record['serialisation']}")
-        multiplies = record["kernel"] == "_seg_attention_kernel" and record["dtype"] != "fp32"
-        if multiplies and not record["matrix_instructions"].get(MATRIX_INSTRUCTION.get(target, "HMMA")):
+        if record["kernel"] != "_seg_attention_kernel" or record["dtype"] == "fp32":
+            continue
+        # The widest heads under a mask have tiles too small for the newer instructions.
+        small = record["masked"] and record["head_dim"] > 160
+        if not record["matrix_instructions"].get("HMMA" if small and target != "gfx942" else best):
             faults.append(f"{name}: no matrix instructions, found {record['matrix_instructions']}")
     assert not faults, "\n".join(faults)

@@ -89,9 +89,10 @@ _ATTENTION: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
     },
 }
 _MASKED = (
-    Tile(128, 32, 16, 8, 2),
-    Tile(64, 32, 16, 8, 1, max_registers=255),
-)  # padded head dimension up to 80, and above
+    (80, Tile(128, 32, 16, 8, 2)),
+    (160, Tile(64, 32, 16, 8, 1, max_registers=255)),
+    (256, Tile(32, 32, 16, 8, 1, max_registers=255)),
+)
 _MASKED_GFX = Tile(64, 32, 16, 4, 1)
 _INTERPRETER = Tile(32, 32, 16, 4, 1)
 
@@ -121,11 +122,14 @@ def tile_for(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False)
     if arch == "interpreter":
         return _INTERPRETER
     gfx = arch.startswith("gfx")
-    padded = sum(split_head_dim(head_dim))
     if masked and dtype.itemsize == 2:
-        return _MASKED_GFX if gfx else _MASKED[padded > 80]
-    table = _ATTENTION[_FAMILY.get(arch, "gfx942" if gfx else _DEFAULT_FAMILY)]
-    return next(tile for largest, tile in table[dtype.itemsize] if padded <= largest)
+        if gfx:
+            return _MASKED_GFX
+        tiles = _MASKED
+    else:
+        tiles = _ATTENTION[_FAMILY.get(arch, "gfx942" if gfx else _DEFAULT_FAMILY)][dtype.itemsize]
+    padded = sum(split_head_dim(head_dim))
+    return next(tile for largest, tile in tiles if padded <= largest)
 
 
 @lru_cache(maxsize=256)

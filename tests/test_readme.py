@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README says is so: its numbers come from result files, its Python parses, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.readme import readme_with_tables, rendered  # noqa: E402
+
+
+def test_measurements_are_those_of_the_result_files() -> None:
+    assert rendered(), "no result file is committed"
+    assert readme_with_tables(README) == README, "run python -m benchmarks.readme"
+
+
+def test_it_opens_with_the_two_commands() -> None:
+    first = README.index("make demo"), README.index("make test")
+    assert max(first) < 900
+    makefile = (ROOT / "Makefile").read_text()
+    for command in set(re.findall(r"make ([a-z]+)", README)):
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
+
+
+def test_python_examples_parse_and_import_what_exists() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        imports = [line for line in block.splitlines() if re.match(r"(from|import) segkern", line)]
+        exec("\n".join(imports), {})
