@@ -50,7 +50,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not ROWS:
         return
     write = terminalreporter.write_line
-    terminalreporter.section("medians of interleaved rounds, one thirds of the batch blurred")
+    terminalreporter.section("medians of interleaved rounds, a third of the batch blurred")
     header = f"{'case':30} {'sigma':>6} {'sdpa ms':>9} {'official':>9} {'segkern':>9} {'x sdpa':>8} {'x official':>11}"
     write(header)
     for row in ROWS:

@@ -25,6 +25,11 @@ ALLOWED = {
     "api": {"ops", "sdpa", "dispatch"},
     "__init__": {"api", "reference"},
     "kernels": {"kernels", "dispatch"},
+    "cli": {"commands"},
+    "commands": {"loading", "drawing", "pictures", "dispatch", "integrations"},
+    "drawing": {"loading", "dispatch", "integrations"},
+    "loading": set(),
+    "pictures": set(),
 }
 
 

@@ -44,15 +44,17 @@ _FAMILY = {
 }
 _DEFAULT_FAMILY = "sm_86"  # the smallest shared memory on the CUDA side: safe where nothing is known
 
-_FLOAT32 = (
+Tiles = tuple[tuple[int, Tile], ...]  # (largest padded head dimension, tile), smallest first
+
+_FLOAT32: Tiles = (
     # Full-precision products run on the ordinary units and want registers; without being told the limit, the
     # assembler settles for fewer and spills.
     (128, Tile(32, 32, 16, 8, 1, max_registers=255)),
     (256, Tile(16, 16, 16, 8, 1, max_registers=255)),
 )
 
-# family -> bytes per element -> (largest padded head dimension, tile), smallest first
-_ATTENTION: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
+# family -> bytes per element -> tiles
+_ATTENTION: dict[str, dict[int, Tiles]] = {
     "sm_80": {
         2: (
             (80, Tile(128, 64, 16, 8, 3)),
@@ -88,7 +90,7 @@ _ATTENTION: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
         4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
     },
 }
-_MASKED = (
+_MASKED: Tiles = (
     (80, Tile(128, 32, 16, 8, 2)),
     (160, Tile(64, 32, 16, 8, 1, max_registers=255)),
     (256, Tile(32, 32, 16, 8, 1, max_registers=255)),

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the console script ``segkern``: starts the commands, or says what to install for them."""
+
+from __future__ import annotations
+
+import sys
+
+_EXTRAS = ("typer", "rich", "click", "PIL")
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from segkern.commands import app
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRAS:
+            raise
+        print(f'segkern: {package} is not installed; pip install "segkern[cli]"', file=sys.stderr)
+        sys.exit(2)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of the console script: what each one takes, runs and prints."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from segkern import loading
+from segkern.dispatch import choose_backend
+from segkern.drawing import Drawn, Job, check_layers, describe, draw_all, label, parse_sigmas, version_of
+from segkern.pictures import Row, Tile, check_target, contact_sheet, difference, save
+from segkern.version import __version__
+
+if TYPE_CHECKING:
+    from segkern.integrations.diffusers import SEG
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Smoothed Energy Guidance for diffusion models.",
+)
+
+DEMO_PROMPT = "a red fox in the forest"
+DEMO_SIGMAS = "1,4,16,inf"
+DEMO_SIZES = ((128, 128), (160, 96))
+
+# Label, head dimension, of self-attention calls that occur in real models.
+CALLS = (
+    ("SDXL mid, 32x32 tokens, 20 heads", 64),
+    ("SDXL, 64x64 tokens, 10 heads", 64),
+    ("SD 1.5, 64x64 tokens, 8 heads", 40),
+    ("SD 1.5, 32x32 tokens, 8 heads", 80),
+    ("SD 1.5, 16x16 tokens, 8 heads", 160),
+)
+
+
+def fail(message: object) -> NoReturn:
+    """End with exit code 2 and one line on standard error."""
+    typer.echo(f"segkern: {' '.join(str(message).split())}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn what is wrong with a user's words and files into one line; only checks and loading stand in here."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+def need_diffusers() -> None:
+    missing = loading.missing_packages()
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        fail(f'{", ".join(missing)} {verb} not installed; pip install "segkern[cli]"')
+    loading.quiet_libraries()
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"segkern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Smoothed Energy Guidance for diffusion models."""
+
+
+Model = Annotated[
+    str, typer.Argument(help="'demo', a checkpoint folder, a hub name, or a single .safetensors file (SDXL).")
+]
+Config = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub name that describes a single file, so that it loads offline."),
+]
+Width = Annotated[int | None, typer.Option(help="Pixels; the model's own width if not given.")]
+Height = Annotated[int | None, typer.Option(help="Pixels; the model's own height if not given.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    negative_prompt: Annotated[str, typer.Option(help="What it does not show.")] = "",
+    sigma: Annotated[
+        str | None, typer.Option(help="Blur in tokens, such as 4; inf, the mean query, if not given.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Strength of the guidance; the paper's gamma - 1.")] = 3.0,
+    layers: Annotated[str, typer.Option(help="down, mid, up, d4, u0-29, globs; several with commas.")] = "mid",
+    width: Width = None,
+    height: Height = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the initial noise.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 30,
+    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 5.0,
+    start: Annotated[float, typer.Option(help="Fraction of the run at which guidance begins.")] = 0.0,
+    stop: Annotated[float, typer.Option(help="Fraction of the run at which it ends.")] = 1.0,
+    boundary: Annotated[str, typer.Option(help="reflect, symmetric or circular.")] = "reflect",
+    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
+    config: Config = None,
+    out: Annotated[Path, typer.Option(help="File to write; PNG keeps all settings as text.")] = Path("out.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    no_guidance: Annotated[bool, typer.Option("--no-guidance", help="The stock pipeline, same seed.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="One picture: without, and each of --sigmas.")] = False,
+    sigmas: Annotated[str | None, typer.Option(help=f"For --compare; {DEMO_SIGMAS} if not given.")] = None,
+) -> None:
+    """Draw a picture with Smoothed Energy Guidance, or compare several."""
+    with refusing():
+        check_target(out, overwrite)
+        if compare and no_guidance:
+            raise ValueError("--compare draws with and without guidance, so it does not go with --no-guidance")
+        if sigmas is not None and not compare:
+            raise ValueError(f"--sigmas {sigmas!r} needs --compare; one picture takes --sigma")
+        if compare and sigma is not None:
+            raise ValueError(f"--compare takes --sigmas, not --sigma {sigma!r}")
+        values = parse_sigmas(
+            (DEMO_SIGMAS if sigmas is None else sigmas) if compare else ("inf" if sigma is None else sigma)
+        )
+        if len(values) > 1 and not compare:
+            raise ValueError(f"--sigma takes one number, got {sigma!r}; several are for --compare --sigmas")
+        where = loading.find_device(device)
+        kind = loading.find_dtype(dtype, where)
+    need_diffusers()
+    from segkern.integrations.diffusers import SEG, guide
+
+    names = [name.strip() for name in layers.split(",")]
+    with refusing():
+        specs = [SEG(scale, value, names, start, stop, boundary, backend) for value in values]
+        source = loading.find_model(model, config)
+        outline = loading.outline(source)
+        size = loading.image_size(outline, width, height)
+        check_layers(outline, specs[0], where, kind)
+        pipe = loading.load_pipeline(source, kind, where)
+        guide(pipe, specs[0]).remove()  # refuses pipelines that cannot be guided
+    job = Job(prompt, negative_prompt, *size, seed, steps, guidance_scale)
+
+    plan: list[SEG | None] = [None] if no_guidance else [None, *specs] if compare else [*specs]
+    drawn = draw_all(pipe, job, plan)
+    details = describe(source, job, None if no_guidance else specs[0], kind)
+    if compare:
+        details["seg_sigma"] = ", ".join(f"{value:g}" for value in values)
+        tiles = [Tile(one.image, label(spec)) for one, spec in zip(drawn, plan, strict=True)]
+        image = contact_sheet(
+            [Row(tiles)],
+            prompt,
+            f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
+            f"guidance scale {guidance_scale:g}, SEG scale {scale:g} in {layers}",
+        )
+    else:
+        image = drawn[0].image
+    kept = save(image, out, details)
+
+    if not no_guidance:
+        print_reports(plan, drawn)
+    typer.echo(f"wrote {out}" + ("" if kept else " (only PNG keeps the settings as text)"))
+
+
+@app.command("layers")
+def list_model_layers(model: Model, width: Width = None, height: Height = None, config: Config = None) -> None:
+    """List the self-attention layers that a guidance can act on; needs configuration files only."""
+    need_diffusers()
+    from segkern.integrations.diffusers import list_layers
+
+    with refusing():
+        source = loading.find_model(model, config)
+        outline = loading.outline(source)
+        size = loading.image_size(outline, width, height)
+    table = Table(
+        "layer",
+        "part",
+        "heads",
+        "head dim",
+        "tokens",
+        "module",
+        title=f"{source.name}, {size[0]} x {size[1]}",
+    )
+    for layer in list_layers(outline, size[1], size[0]):
+        grid = f"{layer.grid.height}x{layer.grid.width}" if layer.grid else "?"
+        table.add_row(layer.name, layer.part, str(layer.heads), str(layer.head_dim), grid, layer.module)
+    wide(table).print(table)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and which backend serves the attention of common models."""
+    versions = Table("package", "version", title="versions")
+    versions.add_row("segkern", __version__)
+    versions.add_row("python", platform.python_version())
+    for name in ("torch", "triton", "diffusers", "transformers"):
+        versions.add_row(name, version_of(name))
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    served = Table("device", "call", "head dim", "dtype", "backend", "why", title="who serves seg_attention")
+    for device in devices:
+        for call, head_dim in CALLS:
+            answers: dict[tuple[str, str], list[str]] = {}
+            for name, dtype in loading.DTYPES.items():
+                answers.setdefault(choose_backend(device, dtype, head_dim), []).append(name)
+            for (backend, reason), names in answers.items():
+                served.add_row(str(device), call, str(head_dim), ", ".join(names), backend, reason)
+    console = wide(versions, served)
+    console.print(versions)
+    typer.echo(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads")
+    for device in devices[1:]:
+        typer.echo(f"{device}: {torch.cuda.get_device_name(device)}")
+    console.print(served)
+    if len(devices) == 1:
+        typer.echo("There is no CUDA device here, so what one would use is not shown.")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Picture to write; its folder is made.")] = Path("outputs/demo.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    steps: Annotated[int, typer.Option(min=1, hidden=True)] = 15,
+) -> None:
+    """Run the bundled checkpoint without and with guidance and write a contact sheet."""
+    with refusing():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_target(out, overwrite)
+        device = loading.find_device("auto")
+        dtype = loading.find_dtype("auto", device)
+        source = loading.find_model("demo")
+    need_diffusers()
+    from segkern.integrations.diffusers import SEG, list_layers
+
+    with refusing():
+        pipe = loading.load_pipeline(source, dtype, device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # the checkpoint is tiny: on a busy machine more threads wait for each other
+    plan = [None, *(SEG(sigma=value) for value in parse_sigmas(DEMO_SIGMAS))]
+    head_dim = next(layer.head_dim for layer in list_layers(pipe) if layer.part == "mid")
+    backend, reason = choose_backend(device, dtype, head_dim)
+
+    table = Table("size", "run", "attention served by", "seconds", "attention moved", "picture changed")
+    rows = []
+    for width, height in DEMO_SIZES:
+        job = Job(DEMO_PROMPT, "", width, height, 1, steps, 5.0)
+        drawn = draw_all(pipe, job, plan)
+        for spec, one in zip(plan, drawn, strict=True):
+            served = "pipeline's own" if spec is None else backend
+            changed = "-" if spec is None else f"{difference(one.image, drawn[0].image):.1f} / 255"
+            table.add_row(f"{width} x {height}", label(spec), served, f"{one.seconds:.1f}", farthest(one), changed)
+        tiles = [Tile(one.image, label(spec)) for spec, one in zip(plan, drawn, strict=True)]
+        rows.append(Row(tiles, f"{width} x {height}"))
+    note = "The bundled weights are random, not trained: the pictures are abstract and only show that guidance acts."
+    details = describe(source, job, plan[1], dtype) | {"seg_sigma": DEMO_SIGMAS, "note": note}
+    details |= {
+        "width": ", ".join(str(w) for w, _ in DEMO_SIZES),
+        "height": ", ".join(str(h) for _, h in DEMO_SIZES),
+    }
+    save(contact_sheet(rows, f"segkern demo: {DEMO_PROMPT}", note), out, details)
+
+    console = wide(table)
+    console.print(table)
+    typer.echo(f"seg_attention on {device}, {str(dtype).removeprefix('torch.')}: {backend}, because: {reason}")
+    typer.echo("attention moved: |perturbed - conditional| / |conditional| of the guided layers' output")
+    typer.echo(note)
+    typer.echo(f"wrote {out}")
+
+
+def farthest(drawn: Drawn) -> str:
+    """How far guidance moved the outputs of the guided layers, by layer."""
+    if drawn.report is None:
+        return "-"
+    rows = drawn.report.to_dict()["layers"]
+    return ", ".join(f"{row['layer']} {percent(row['moved'])}" for row in rows)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def print_reports(plan: Sequence[SEG | None], drawn: Sequence[Drawn]) -> None:
+    """What guidance did in each run, as one table, and what went wrong."""
+    table = Table("run", "layer", "fired", "moved", "module", title="guidance report")
+    problems: list[str] = []
+    for spec, one in zip(plan, drawn, strict=True):
+        if one.report is None:
+            continue
+        report = one.report.to_dict()
+        for row in report["layers"]:
+            fired = f"{row['fired']} of {report['forwards']}"
+            table.add_row(label(spec), row["layer"], fired, percent(row["moved"]), row["module"])
+        problems += report["problems"]
+    wide(table).print(table)
+    for problem in problems:
+        typer.echo(f"warning: {problem}", err=True)
+
+
+def wide(*tables: Table) -> Console:
+    """A console as wide as the terminal or, where output is no terminal, as the widest table."""
+    console = Console()
+    for table in tables:
+        table.columns[-1].overflow = "fold"  # names of modules break rather than lose their ends
+    if not console.is_terminal:
+        wanted = Console(width=10_000)
+        console = Console(width=max(wanted.measure(table).maximum for table in tables))
+    return console

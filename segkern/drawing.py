@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of a pipeline from one seed, with and without guidance, and what to write down about them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL.Image import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from segkern.dispatch import choose_backend
+from segkern.loading import Outline, Source
+from segkern.version import __version__
+
+if TYPE_CHECKING:
+    from segkern.integrations.diffusers import SEG, Report
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to draw, whatever the guidance.
+
+    Attributes:
+        prompt: what the picture shows.
+        negative_prompt: what it does not show.
+        width: in pixels.
+        height: in pixels.
+        seed: of the initial noise.
+        steps: of the scheduler.
+        guidance_scale: of classifier-free guidance.
+    """
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    seed: int
+    steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture and how it came about.
+
+    Attributes:
+        image: the picture.
+        report: what guidance did; None without guidance.
+        seconds: of the whole run.
+    """
+
+    image: Image
+    report: Report | None
+    seconds: float
+
+
+def parse_sigmas(text: str) -> list[float]:
+    """The numbers in ``1,4,inf``; whether they are sigmas, SEG itself says.
+
+    Raises:
+        ValueError: for what is no number, and for one that comes twice.
+
+    Example:
+        >>> parse_sigmas("1,4,inf")
+        [1.0, 4.0, inf]
+    """
+    values: list[float] = []
+    for word in text.split(","):
+        try:
+            value = float(word)
+        except ValueError:
+            raise ValueError(f"a sigma is a number such as 4 or inf, got {word!r} in {text!r}") from None
+        if value in values:
+            raise ValueError(f"sigma {value:g} comes twice in {text!r}")
+        values.append(value)
+    return values
+
+
+def check_layers(outline: Outline, spec: SEG, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what can be refused before weights are loaded.
+
+    Raises:
+        ValueError: for unknown layers, and for a backend that cannot serve them.
+    """
+    from segkern.integrations.diffusers.layers import list_layers, select_layers
+
+    for layer in select_layers(list_layers(outline), spec.layers):
+        choose_backend(device, dtype, layer.head_dim, spec.backend)
+
+
+def draw_all(pipe: Any, job: Job, plan: Sequence[SEG | None]) -> list[Drawn]:
+    """One picture for each guidance, None being none, all from the same noise; on a terminal with progress."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    drawn = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for spec in plan:
+            task = progress.add_task(label(spec), total=job.steps)
+
+            def step(pipe: Any, index: int, timestep: Any, tensors: Any, task: Any = task) -> Any:
+                progress.update(task, total=pipe.num_timesteps, completed=index + 1)
+                return tensors
+
+            drawn.append(draw(pipe, job, spec, step))
+    return drawn
+
+
+def draw(pipe: Any, job: Job, spec: SEG | None, step: Callable[..., Any] | None = None) -> Drawn:
+    """One picture; ``step`` is diffusers' ``callback_on_step_end``.
+
+    The noise comes from the CPU's generator, so that it is the same on every device.
+    """
+    from segkern.integrations.diffusers import guide
+
+    def run() -> Image:
+        image: Image = pipe(
+            job.prompt,
+            negative_prompt=job.negative_prompt or None,
+            width=job.width,
+            height=job.height,
+            num_inference_steps=job.steps,
+            guidance_scale=job.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(job.seed),
+            callback_on_step_end=step,
+        ).images[0]
+        return image
+
+    begun = time.perf_counter()
+    if spec is None:
+        return Drawn(run(), None, time.perf_counter() - begun)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"SEG\(", UserWarning)  # the report says the same
+        with guide(pipe, spec) as guidance:
+            image = run()
+        report = guidance.report()
+    return Drawn(image, report, time.perf_counter() - begun)
+
+
+def label(spec: SEG | None) -> str:
+    """What a run is called in tables and pictures."""
+    if spec is None:
+        return "without guidance"
+    return "sigma infinity" if spec.sigma == float("inf") else f"sigma {spec.sigma:g}"
+
+
+def describe(source: Source, job: Job, spec: SEG | None, dtype: torch.dtype) -> dict[str, object]:
+    """All that is needed to draw a picture again, by name."""
+    details: dict[str, object] = {
+        "model": source.name,
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        "steps": job.steps,
+        "width": job.width,
+        "height": job.height,
+        "guidance_scale": job.guidance_scale,
+        "dtype": str(dtype).removeprefix("torch."),
+        "guidance": "none" if spec is None else "SEG",
+    }
+    if spec is not None:
+        details |= {
+            "seg_scale": spec.scale,
+            "seg_sigma": f"{spec.sigma:g}",
+            "seg_layers": spec.layers if isinstance(spec.layers, str) else ",".join(spec.layers),
+            "seg_start": spec.start,
+            "seg_stop": spec.stop,
+            "seg_boundary": spec.boundary,
+        }
+    return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
+
+
+def version_of(package: str) -> str:
+    """Version of an installed package.
+
+    Example:
+        >>> version_of("no-such-package")
+        'not installed'
+    """
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the distributions hold, and that they work outside the checkout."""
+
+from __future__ import annotations
+
+import email
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import segkern
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "outputs", "*.egg-info")
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source archive and the wheel built from that archive."""
+    checkout = tmp_path_factory.mktemp("checkout") / "segkern"
+    shutil.copytree(ROOT, checkout, ignore=LEFT_OUT)
+    out = checkout / "dist"
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(checkout)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def installed(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's content in a folder of its own, as an installer lays it out."""
+    site = tmp_path_factory.mktemp("site")
+    (wheel,) = distributions.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+def files_under(folder: Path) -> set[str]:
+    """Names of all files below ``folder`` that belong to the sources."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if "__pycache__" not in path.parts}
+
+
+def test_wheel_holds_every_file_of_the_package_and_of_the_integrations(installed: Path) -> None:
+    assert files_under(installed / "segkern" / "integrations") == files_under(ROOT / "integrations")
+    own = {name for name in files_under(installed / "segkern") if not name.startswith("integrations/")}
+    assert own == files_under(ROOT / "segkern")
+    assert {"py.typed", "checkpoints/demo/unet/diffusion_pytorch_model.safetensors"} <= own
+
+
+def test_wheel_holds_nothing_else(installed: Path) -> None:
+    top = {path.name for path in installed.iterdir()}
+    assert top == {"segkern", f"segkern-{segkern.__version__}.dist-info"}
+
+
+def test_wheel_says_what_it_is_and_needs(installed: Path) -> None:
+    (info,) = installed.glob("*.dist-info")
+    metadata = email.message_from_string((info / "METADATA").read_text(encoding="utf-8"))
+    assert metadata["Name"] == "segkern"
+    assert metadata["Version"] == segkern.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    always = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
+    assert len(always) == 1, always
+    assert always[0].startswith("torch>=")
+    assert "segkern = segkern.cli:main" in (info / "entry_points.txt").read_text(encoding="utf-8")
+
+
+def test_source_archive_holds_what_testing_it_needs(distributions: Path) -> None:
+    (archive,) = distributions.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.partition("/")[2] for name in content.getnames()}
+    assert {"Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md"} <= names
+    assert {"tests/test_packaging.py", "tools/build_demo_checkpoint.py", "integrations/__init__.py"} <= names
+
+
+@pytest.mark.parametrize(
+    "module, absent",
+    [
+        ("segkern", {"triton", "diffusers", "transformers", "typer", "PIL"}),
+        ("segkern.cli", {"triton", "diffusers", "transformers", "typer", "PIL"}),
+        ("segkern.integrations.diffusers", {"triton", "typer"}),
+    ],
+)
+def test_importing_the_installed_wheel_brings_in_only_what_it_needs(
+    installed: Path, tmp_path: Path, module: str, absent: set[str]
+) -> None:
+    """Counted without what torch or diffusers import themselves."""
+    dependency = "diffusers" if "diffusers" in module else "torch"
+    program = (
+        f"import sys, {dependency}; before = set(sys.modules)\n"
+        f"import {module} as module\n"
+        "print(module.__file__, *{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    where, *imported = ran.stdout.split()
+    assert Path(where).is_relative_to(installed)
+    assert not absent & set(imported)
