@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-_EXTRAS = ("typer", "rich", "click", "PIL")
+_EXTRAS = ("typer", "rich", "PIL")
 
 
 def main() -> None:

@@ -105,18 +105,15 @@ def load_pipeline(source: Source, dtype: torch.dtype, device: torch.device) -> A
         OSError: when files are missing or cannot be fetched.
         ValueError: when diffusers refuses the checkpoint.
     """
-    import diffusers
     from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-    recent = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 41)
-    kind = {"dtype" if recent else "torch_dtype": dtype}
     if source.kind == "file":
         offline = Path(source.config).is_dir()
         pipe = StableDiffusionXLPipeline.from_single_file(
-            source.weights, config=source.config, local_files_only=offline, **kind
+            source.weights, config=source.config, local_files_only=offline, dtype=dtype
         )
     else:
-        pipe = DiffusionPipeline.from_pretrained(source.weights, use_safetensors=True, **kind)
+        pipe = DiffusionPipeline.from_pretrained(source.weights, use_safetensors=True, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_file import write_single_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from segkern.commands import app
 from segkern.loading import DEMO, find_device, find_model
