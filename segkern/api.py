@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
 
 from segkern import ops, sdpa
 from segkern.blur import check_boundary, check_sigma
@@ -51,6 +52,7 @@ def gaussian_blur(
     sigmas = check_sigma(sigma, x.shape[0])
     check_boundary(boundary)
     check_backend(backend)
+    backend = _differentiable(backend, x)
     if _is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "torch":
         return sdpa.gaussian_blur(x, grid, sigmas, boundary)
     return ops.gaussian_blur(x, grid.height, grid.width, grid.start, sigmas, boundary, backend)
@@ -103,15 +105,17 @@ def seg_attention(
         >>> seg_attention(q, k, v, Grid(26, 38), sigma=(0.0, math.inf)).shape
         torch.Size([2, 8, 988, 64])
     """
-    query, key, value = _autocast(query, key, value)
     _check_qkv(query, key, value)
+    query, key, value = _autocast(query, key, value)
     grid = _check_grid(grid, query.shape[2])
     sigmas = check_sigma(sigma, query.shape[0])
     check_boundary(boundary)
     mask = _check_mask(attn_mask, query, key)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else _check_scale(scale)
     check_backend(backend)
-    if _is_plain(query) and _backend_of(query, value, sigmas, backend) == "torch":
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    backend = _differentiable(backend, *tensors)
+    if _is_plain(*tensors) and _backend_of(query, value, sigmas, backend) == "torch":
         output, lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, mask, boundary, return_lse)
     else:
         output, lse = ops.seg_attention(
@@ -127,12 +131,23 @@ def _backend_of(query: torch.Tensor, value: torch.Tensor, sigmas: tuple[float, .
     return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], any(sigmas))[0]
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether x is a real tensor run eagerly, not one that a tracer follows.
+def _is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are real tensors in an eager run, none that a tracer follows.
 
     Only then may tables be made here, and a backend be chosen; operators do both when they run.
     """
-    return not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def _differentiable(backend: str, *tensors: torch.Tensor) -> str:
+    """The backend, or PyTorch's path where forward-mode derivatives are wanted, which operators do not have."""
+    if torch.compiler.is_compiling() or all(forward_ad.unpack_dual(x).tangent is None for x in tensors):
+        return backend
+    if backend == "triton":
+        raise ValueError("backend='triton' has no forward-mode derivatives; take backend='torch'")
+    return "torch"
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -149,8 +164,16 @@ def _check_tensor(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} must be a tensor [batch, heads, tokens, dim], got {type(x).__name__}")
     if x.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, dim], got shape {tuple(x.shape)}")
+    if x.shape[3] == 0:
+        raise ValueError(f"{name} must have at least one channel, got shape {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
+
+
+def _check_scale(scale: float) -> float:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    return float(scale)
 
 
 def _check_grid(grid: Grid, tokens: int) -> Grid:

@@ -8,11 +8,14 @@ and ``B_w`` from :func:`blur_matrix`, ``blurred[i, j] = sum_{k, l} B_h[i, k] B_w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from numbers import Real
+from typing import Literal, TypeGuard, get_args
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 Boundary = Literal["reflect", "symmetric", "circular"]
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
@@ -41,7 +44,7 @@ def gaussian_taps(sigma: float, length: int) -> torch.Tensor:
     """
     radius = tap_count(sigma, length) // 2
     # The largest exponent is subtracted by construction (x = 0), so that a tiny sigma gives (0, 1, 0), not 0 / 0.
-    scaled = torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma
+    scaled = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu") / sigma
     weights = torch.exp(-0.5 * scaled * scaled)
     return weights / weights.sum()
 
@@ -99,20 +102,27 @@ def blur_matrix(
         return torch.full((length, length), 1.0 / length, dtype=dtype, device=device)
     taps = gaussian_taps(sigma, length)
     radius = taps.numel() // 2
-    rows = torch.arange(length)[:, None]
-    columns = _fold(rows + torch.arange(-radius, radius + 1)[None, :], length, boundary)
-    matrix = torch.zeros(length, length, dtype=torch.float64)
+    rows = torch.arange(length, device="cpu")[:, None]
+    columns = _fold(rows + torch.arange(-radius, radius + 1, device="cpu")[None, :], length, boundary)
+    matrix = torch.zeros(length, length, dtype=torch.float64, device="cpu")
     matrix.scatter_add_(1, columns, taps.expand(length, -1))
     return matrix.to(device=device, dtype=dtype)
 
 
-@lru_cache(maxsize=512)
+@cache  # for good: a captured CUDA graph reads the same memory at every replay
 def cached_blur_matrix(
     length: int, sigma: float, boundary: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """:func:`blur_matrix`, kept per argument; the caller must not write to it."""
-    with torch.inference_mode(False), torch.no_grad():
+    with table_making():
         return blur_matrix(length, sigma, boundary, dtype=dtype, device=device)
+
+
+@contextmanager
+def table_making() -> Iterator[None]:
+    """Inside, tensors are ordinary ones whatever the caller's modes: they are kept and serve later calls too."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def check_boundary(boundary: str) -> None:
@@ -133,10 +143,13 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
     """
     if isinstance(sigma, torch.Tensor):
         sigma = sigma.tolist()
-    if isinstance(sigma, (int, float)) and not isinstance(sigma, bool):
+    if _is_number(sigma):
         sigmas = (float(sigma),) * batch
     elif isinstance(sigma, Iterable) and not isinstance(sigma, (str, bytes)):
-        sigmas = tuple(float(value) for value in sigma)
+        values = tuple(sigma)
+        if not all(_is_number(value) for value in values):
+            raise ValueError(f"sigma must be one number or one per sample, got {values}")
+        sigmas = tuple(float(value) for value in values)
         if len(sigmas) != batch:
             raise ValueError(
                 f"sigma must be one number or one per sample: got {len(sigmas)} numbers {sigmas} for a batch of {batch}"
@@ -147,6 +160,11 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
         if not value >= 0.0:  # true for NaN as well
             raise ValueError(f"sigma must be 0 (no blur), positive, or math.inf (mean query); got {value}")
     return sigmas
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    # torch.SymFloat while compiling; Real covers NumPy's numbers as well.
+    return isinstance(value, (int, float, torch.SymFloat, Real)) and not isinstance(value, bool)
 
 
 def runs(sigmas: Sequence[float]) -> list[tuple[slice, float]]:

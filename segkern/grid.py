@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,11 @@ class Grid:
     start: int = 0
 
     def __post_init__(self) -> None:
+        value: Any
         for name, value, least in (("height", self.height, 1), ("width", self.width, 1), ("start", self.start, 0)):
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
+            # torch.SymInt while compiling; other integers (NumPy's) by their protocol.
+            integral = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
+            if isinstance(value, bool) or not integral:
                 raise ValueError(f"Grid.{name} must be an integer of at least {least}, got {value!r}")
             if value < least:
                 raise ValueError(f"Grid.{name} must be at least {least}, got {value}")

@@ -14,8 +14,12 @@ from typing import Any
 import torch
 
 from segkern import sdpa
+from segkern.blur import check_sigma
 from segkern.dispatch import choose_backend
 from segkern.grid import Grid
+
+# Tables made inside an operator outlive it, which memory of a compiler's CUDA graph must not.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _tokens_first(x: torch.Tensor) -> torch.Tensor:
@@ -28,7 +32,16 @@ def _empty_output(query: torch.Tensor, value_dim: int) -> torch.Tensor:
     return query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
 
 
-@torch.library.custom_op("segkern::gaussian_blur", mutates_args=())
+def _checked(
+    x: torch.Tensor, height: int, width: int, start: int, sigma: Sequence[float]
+) -> tuple[Grid, tuple[float, ...]]:
+    """Grid and sigmas that fit ``x``; operators can be called, and graphs replayed, around the public functions."""
+    grid = Grid(height, width, start)
+    grid.check(x.shape[2])
+    return grid, check_sigma(sigma, x.shape[0])
+
+
+@torch.library.custom_op("segkern::gaussian_blur", mutates_args=(), tags=_TAGS)
 def gaussian_blur(
     x: torch.Tensor,
     height: int,
@@ -40,7 +53,7 @@ def gaussian_blur(
     adjoint: bool = False,
 ) -> torch.Tensor:
     """See :func:`segkern.gaussian_blur`; ``adjoint`` applies the transposed blur, which gradients need."""
-    grid, sigmas = Grid(height, width, start), tuple(sigma)
+    grid, sigmas = _checked(x, height, width, start, sigma)
     if choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "triton":
         from segkern.kernels.gaussian_blur import launch_gaussian_blur
 
@@ -76,7 +89,7 @@ def _blur_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, .
 gaussian_blur.register_autograd(_blur_gradient, setup_context=_blur_context)
 
 
-@torch.library.custom_op("segkern::seg_attention", mutates_args=())
+@torch.library.custom_op("segkern::seg_attention", mutates_args=(), tags=_TAGS)
 def seg_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -92,7 +105,7 @@ def seg_attention(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
-    grid, sigmas = Grid(height, width, start), tuple(sigma)
+    grid, sigmas = _checked(query, height, width, start, sigma)
     chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], any(sigmas))
     if chosen == "triton":
         from segkern.kernels.seg_attention import launch_seg_attention
@@ -130,7 +143,7 @@ def _(
     return _empty_attention(query, value, return_lse)
 
 
-@torch.library.custom_op("segkern::seg_attention_backward", mutates_args=())
+@torch.library.custom_op("segkern::seg_attention_backward", mutates_args=(), tags=_TAGS)
 def seg_attention_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -146,9 +159,8 @@ def seg_attention_backward(
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and an additive mask (empty without one)."""
-    return sdpa.seg_attention_backward(
-        grad_out, grad_lse, query, key, value, attn_mask, Grid(height, width, start), tuple(sigma), scale, boundary
-    )
+    grid, sigmas = _checked(query, height, width, start, sigma)
+    return sdpa.seg_attention_backward(grad_out, grad_lse, query, key, value, attn_mask, grid, sigmas, scale, boundary)
 
 
 @seg_attention_backward.register_fake

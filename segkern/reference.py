@@ -59,8 +59,7 @@ def attention(
         else:
             logits = logits + attn_mask.to(compute)
     lse = torch.logsumexp(logits, dim=-1)
-    empty = lse == float("-inf")
-    weights = torch.exp(logits - lse.masked_fill(empty, 0.0)[..., None])
+    weights = torch.softmax(logits, dim=-1).masked_fill((lse == float("-inf"))[..., None], 0.0)
     return torch.matmul(weights, value.to(compute)).to(query.dtype), lse
 
 

@@ -210,21 +210,25 @@ def seg_attention_backward(
     k, v, grad = key.to(compute), value.to(compute), grad_out.to(compute)
     grad_blurred, grad_key, grad_value = torch.empty_like(blurred), torch.zeros_like(k), torch.zeros_like(v)
     grad_mask = torch.zeros(0 if additive is None else additive.shape, dtype=compute, device=query.device)
-    for first in range(0, query.shape[2], _ROWS_AT_ONCE):
-        rows = slice(first, first + _ROWS_AT_ONCE)
-        mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]
-        weights = torch.softmax(_logits(blurred[:, :, rows], k, scale, mask), dim=-1).nan_to_num(nan=0.0)
-        grad_weights = torch.matmul(grad[:, :, rows], v.transpose(-2, -1))
-        centre = (grad_weights * weights).sum(dim=-1, keepdim=True)
-        if grad_lse is not None:
-            centre = centre - grad_lse[:, :, rows, None].to(compute)
-        grad_logits = weights * (grad_weights - centre)
-        grad_value += torch.matmul(weights.transpose(-2, -1), grad[:, :, rows])
-        grad_key += torch.matmul(grad_logits.transpose(-2, -1), blurred[:, :, rows]) * scale
-        grad_blurred[:, :, rows] = torch.matmul(grad_logits, k) * scale
-        if additive is not None:
-            target = grad_mask if grad_mask.shape[-2] == 1 else grad_mask[..., rows, :]
-            target += grad_logits.sum_to_size(target.shape)
+    with _full_precision(query.device):
+        for first in range(0, query.shape[2], _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]
+            logits = _logits(blurred[:, :, rows], k, scale, mask)
+            weights = torch.softmax(logits, dim=-1)
+            if mask is not None:  # a row whose keys are all masked attends to nothing
+                weights = weights.masked_fill((logits == float("-inf")).all(dim=-1, keepdim=True), 0.0)
+            grad_weights = torch.matmul(grad[:, :, rows], v.transpose(-2, -1))
+            centre = (grad_weights * weights).sum(dim=-1, keepdim=True)
+            if grad_lse is not None:
+                centre = centre - grad_lse[:, :, rows, None].to(compute)
+            grad_logits = weights * (grad_weights - centre)
+            grad_value += torch.matmul(weights.transpose(-2, -1), grad[:, :, rows])
+            grad_key += torch.matmul(grad_logits.transpose(-2, -1), blurred[:, :, rows]) * scale
+            grad_blurred[:, :, rows] = torch.matmul(grad_logits, k) * scale
+            if additive is not None:
+                target = grad_mask if grad_mask.shape[-2] == 1 else grad_mask[..., rows, :]
+                target += grad_logits.sum_to_size(target.shape)
     grad_query = gaussian_blur(grad_blurred, grid, sigmas, boundary, adjoint=True)
     dtype = query.dtype
     return (

@@ -107,12 +107,16 @@ class Join:
     """
 
     def __init__(self, block: nn.Module) -> None:
+        self.block = block
         self._names = _parameter_names(block)
         self.batch: Batch | None = None
         self.branches = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Join:
+        return self
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        if self.batch is None:
+        if self.batch is None or module is not self.block:  # a copy of the block is not guided
             return None
         return _grow_arguments(self._names, _BLOCK_ARGUMENTS, args, kwargs, self.batch, self.branches)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -31,7 +32,7 @@ def guide(pipe: Any, *specs: SEG, share: bool = True) -> Guidance:
     ControlNet, T2I-Adapter, IP-Adapter, LoRA): hooks on its denoiser append one perturbed branch for each
     spec, compute the guided prediction and hand it back in the shape the pipeline expects. The pipeline's own
     arguments mean what they always meant. Specs combine: ``u + g (c - u) + sum_i s_i (c - p_i)``, and a layer
-    may belong to several.
+    may belong to several. Guidance belongs to the pipeline: another one that shares its ``unet`` runs unguided.
 
     Args:
         pipe: a Stable Diffusion or Stable Diffusion XL pipeline. Its ``unet`` may be compiled.
@@ -85,6 +86,7 @@ class Guidance:
         layers: tuple[list[LayerInfo], ...],
         share: bool,
     ) -> None:
+        self._pipe = pipe
         self._denoiser: nn.Module = pipe.unet  # torch.compile's wrapper, if there is one: bookkeeping stays outside
         self._unet = unet
         self._specs = specs
@@ -101,6 +103,10 @@ class Guidance:
         self._last_down = sum(name.startswith("down") for name in order) - 1
         self._batch: Batch | None = None  # of the forward under way; None when it is a plain one
         self._active: tuple[int, ...] = ()  # guidances of the forward under way, in the order in which they join
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
+        """A copy of the pipeline takes the hooks along, but they act on the original alone."""
+        return self
 
     def __enter__(self) -> Guidance:
         if not self._handles:
@@ -142,32 +148,47 @@ class Guidance:
             if isinstance(module, Transformer2DModel):
                 inside = [layer for layer in self._layers if layer.info.module.startswith(f"{name}.")]
                 if inside:
-                    self._handles.append(module.register_forward_pre_hook(_ReadGrid(inside), with_kwargs=True))
+                    read = _ReadGrid(module, inside)
+                    self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
 
     def _remove(self, warn: bool) -> None:
-        ran = bool(self._handles) and self._recorder.forwards > 0
+        had_hooks = bool(self._handles)
+        ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
         self._tell_plain()  # someone may have kept our processors
         for layer in self._layers:
+            layer.processor.moved = None
             if layer.attention.processor is not unwrap(layer.attention.processor):
                 layer.attention.set_processor(unwrap(layer.attention.processor))
         saved = getattr(self._unet, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
+        if warn and not ran and had_hooks and self._pipe.unet is not self._denoiser:
+            warnings.warn(
+                f"guidance did nothing: this {type(self._pipe).__name__} was given another unet while guided; call "
+                f"guide after replacing it",
+                UserWarning,
+                stacklevel=3,
+            )
         if ran and warn:
             self._recorder.warn(self._recorder.report(), stacklevel=4)
 
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: decide what this forward does and tell the blocks and layers."""
+        if module is not self._denoiser:  # a copy is not guided
+            return None
+        self._batch = None
+        if not self._run.is_ours():
+            self._tell_plain()
+            return None
         fraction = self._run.next_fraction()
         active = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
         self._adopt_processors()
         self._recorder.forwards += 1
         self._active = tuple(sorted(active, key=lambda index: self._first[index]))
         if not active:
-            self._batch = None
             self._tell_plain()
             return None
         sample = self._arguments.get("sample", args, kwargs)
@@ -182,7 +203,7 @@ class Guidance:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser: fold the branches back and take down what the layers report."""
-        if self._batch is None:
+        if self._batch is None or module is not self._denoiser:
             return None
         sample = output[0]
         moved: dict[tuple[int, str], torch.Tensor] = {}
@@ -256,10 +277,16 @@ class Guidance:
 class _ReadGrid:
     """Forward pre-hook of a transformer: the height and width of its image are its layers' grid."""
 
-    def __init__(self, layers: list[_Layer]) -> None:
+    def __init__(self, transformer: nn.Module, layers: list[_Layer]) -> None:
+        self._transformer = transformer
         self._layers = layers
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadGrid:
+        return self
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._transformer:  # a copy is not guided
+            return
         hidden_states = args[0] if args else kwargs["hidden_states"]
         height, width = hidden_states.shape[2:]
         for layer in self._layers:

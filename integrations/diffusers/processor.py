@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,17 +68,14 @@ class SEGAttnProcessor:
         boundary: str = "reflect",
         backend: str = "auto",
     ) -> None:
-        if isinstance(sigma, (int, float)):
-            sigma = check_sigma(sigma, 1)[0]
-        else:
-            sigma = tuple(sigma)
-            sigma = check_sigma(sigma, len(sigma))
+        count = len(sigma) if isinstance(sigma, Sequence) and not isinstance(sigma, str) else None
+        checked = check_sigma(sigma, 1 if count is None else count)
         if grid is not None and not isinstance(grid, Grid):
             raise ValueError(f"grid must be a segkern.Grid(height, width) or None, got {grid!r}")
         check_boundary(boundary)
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-        self.sigma = sigma
+        self.sigma: float | tuple[float, ...] = checked[0] if count is None else checked
         self.grid = grid
         self.boundary = boundary
         self.backend = backend
@@ -138,6 +136,10 @@ class GuidedProcessor:
         self.grid: Grid | None = None
         self.moved: tuple[torch.Tensor, ...] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the layer is a layer of its own, without guidance."""
+        return copy.deepcopy(self.original, memo)
+
     def __call__(
         self,
         attn: Attention,
@@ -175,9 +177,9 @@ class GuidedProcessor:
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:
-    """The L2 norm of each sample, ``[samples]``, in float32 at least."""
+    """The L2 norm of each sample, ``[samples]``, in float32 at least; no gradient, since reports are kept."""
     dims = tuple(range(1, x.ndim))
-    return torch.linalg.vector_norm(x, dim=dims, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(x.detach(), dim=dims, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def unwrap(processor: Any) -> Any:

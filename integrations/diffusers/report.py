@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -127,6 +128,8 @@ class Recorder:
             moves = [row.moved for row in rows if row.spec == index and row.moved is not None]
             if not moves:
                 problems.append(f"{spec} fired in none of {self.forwards} forwards of the denoiser")
-            elif not any(moved > least for moved in moves):  # false for NaN as well
+            elif any(math.isnan(moved) for moved in moves):
+                problems.append(f"{spec} met NaN: the outputs of its layers are not numbers")
+            elif not any(moved > least for moved in moves):
                 problems.append(f"{spec} changed nothing: its layers moved by {max(moves):.1e} at most")
         return tuple(problems)

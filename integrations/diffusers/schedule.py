@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from segkern.integrations.diffusers.branches import Batch
 
@@ -21,6 +24,20 @@ class Run:
         self._pipe = pipe
         self._timesteps: torch.Tensor | None = None  # held, so that a new run's tensor cannot take its identity
         self._step = 0
+
+    def is_ours(self) -> bool:
+        """Whether the pipeline, not another one that shares its denoiser, is calling it.
+
+        The nearest pipeline on the call stack is the one. Where there is none (somebody's own denoising loop), the
+        call is taken for the guided pipeline's.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            names = frame.f_code.co_varnames
+            if names and names[0] == "self" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+                return frame.f_locals["self"] is self._pipe
+            frame = frame.f_back
+        return True
 
     def next_fraction(self) -> float:
         """The fraction of the run at which this call of the denoiser stands; counts the call.

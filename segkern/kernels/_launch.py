@@ -19,6 +19,14 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
+_LARGEST_TILE = 256  # rows, columns or channels that a program addresses from one pointer
+
+
+def strides_are_wide(*tensors: torch.Tensor) -> bool:
+    """Whether offsets inside a tile may exceed 32 bits, so that a kernel must compute them in 64."""
+    return any(stride * _LARGEST_TILE >= 2**31 for x in tensors for stride in x.stride()[2:])
+
+
 def compile_options(tile: Tile) -> dict[str, Any]:
     """Options of a launch; fused multiply-adds are asked for by name because Triton's default varies."""
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}

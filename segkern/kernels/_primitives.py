@@ -39,6 +39,13 @@ def load_tile(
 
 
 @triton.jit
+def log2_bias(bias):
+    """An additive mask in units of log2; the most negative finite number stays finite, as in PyTorch."""
+    bias = bias.to(tl.float32)
+    return tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, -3.0e38))
+
+
+@triton.jit
 def store_tile(
     ptr,
     tile,
@@ -185,10 +192,11 @@ def attend_keys(
         if TAIL or MASK != 0:
             logits = products * scale
             if MASK != 0:
-                mask_ptrs = mask_ptr + offs_m[:, None] * stride_mm + (n + offs_n)[None, :] * stride_mn
+                mask_tile = mask_ptr + tl.cast(n, tl.int64) * stride_mn
+                mask_ptrs = mask_tile + offs_m[:, None] * stride_mm + offs_n[None, :] * stride_mn
                 bounds = mask_m[:, None] & mask_n[None, :]
                 if MASK == 1:
-                    logits += tl.load(mask_ptrs, mask=bounds, other=0.0).to(tl.float32) * LOG2E
+                    logits += log2_bias(tl.load(mask_ptrs, mask=bounds, other=0.0))
                 else:
                     logits = tl.where(tl.load(mask_ptrs, mask=bounds, other=1) != 0, logits, float("-inf"))
             if TAIL:

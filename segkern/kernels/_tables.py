@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
-from segkern.blur import blur_matrix, blur_reach
+from segkern.blur import blur_matrix, blur_reach, table_making
 
 PLAIN = -1  # the sample's queries are taken as they are
 OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
@@ -40,7 +40,7 @@ class BlurTables:
     blurs: bool
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: a captured CUDA graph reads the same memory at every replay
 def blur_tables(
     samples: tuple[int, ...],
     sigmas: tuple[float, ...],
@@ -57,24 +57,36 @@ def blur_tables(
         adjoint: use transposed matrices.
         outside: samples of infinite sigma are marked OUTSIDE instead of getting the matrix of the mean.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the tables of sigma {sigmas} on a {height} x {width} grid are not on {device} yet, and a CUDA graph is "
+            f"being captured; run the same call once before capturing"
+        )
     distinct = sorted({sigma for sigma in sigmas if sigma > 0.0 and not (outside and math.isinf(sigma))})
     index = {0.0: PLAIN, math.inf: OUTSIDE} | {sigma: table for table, sigma in enumerate(distinct)}
-    matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
-    if adjoint:
-        matrices = [[matrix.T for matrix in axis] for axis in matrices]
-        reach = [[height, width] for _ in distinct]  # the edge row of a transposed reflection looks further
-    else:
-        reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
-    with torch.inference_mode(False), torch.no_grad():
+    with table_making():
+        matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
+        if adjoint:
+            matrices = [[matrix.T for matrix in axis] for axis in matrices]
+            reach = [[height, width] for _ in distinct]  # the edge row of a transposed reflection looks further
+        else:
+            reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
         return BlurTables(
-            samples=torch.tensor(samples, dtype=torch.int32).to(device),
-            tables=torch.tensor([index[sigma] for sigma in sigmas], dtype=torch.int32).to(device),
+            samples=index_tensor(samples, device),
+            tables=index_tensor(tuple(index[sigma] for sigma in sigmas), device),
             rows=_stack(matrices[0], height).to(device),
             columns=_stack(matrices[1], width).to(device),
-            reach=torch.tensor(reach, dtype=torch.int32).reshape(-1, 2).to(device),
+            reach=torch.tensor(reach, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device),
             blurs=bool(distinct),
         )
 
 
+@cache
+def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Integers as an int32 tensor on a device, made once."""
+    with table_making():
+        return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
+
+
 def _stack(matrices: list[torch.Tensor], length: int) -> torch.Tensor:
-    return torch.stack(matrices).contiguous() if matrices else torch.zeros(0, length, length)
+    return torch.stack(matrices).contiguous() if matrices else torch.zeros(0, length, length, device="cpu")

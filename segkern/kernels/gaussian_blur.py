@@ -19,7 +19,7 @@ import triton.language as tl
 
 from segkern.grid import Grid
 from segkern.kernels._configs import blur_precision
-from segkern.kernels._launch import device_guard
+from segkern.kernels._launch import device_guard, strides_are_wide
 from segkern.kernels._primitives import load_tile, store_tile
 from segkern.kernels._tables import blur_tables
 
@@ -53,7 +53,10 @@ def _gaussian_blur_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
+    if WIDE:
+        stride_xd, stride_od = tl.cast(stride_xd, tl.int64), tl.cast(stride_od, tl.int64)
     pid = tl.program_id(0)
     blocks = tl.cdiv(length, BLOCK_I)
     start_i = (pid % blocks) * BLOCK_I
@@ -138,6 +141,7 @@ def launch_gaussian_blur(
                 BLOCK_J=_BLOCK_J,
                 BLOCK_D=blur_block_d(head_dim),
                 PRECISION=blur_precision(x.dtype),
+                WIDE=strides_are_wide(source, target),
                 num_warps=4,
                 num_stages=2,
                 enable_fp_fusion=True,

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from segkern.grid import Grid
 from segkern.kernels._configs import attention_tile, blur_precision, dot_precision, split_head_dim
-from segkern.kernels._launch import compile_options, device_guard
+from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import (
     LN2,
@@ -98,7 +98,14 @@ def _seg_attention_kernel(
     WITH_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLUR_PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
+    if WIDE:  # offsets inside a tile exceed 32 bits
+        stride_qn, stride_qd = tl.cast(stride_qn, tl.int64), tl.cast(stride_qd, tl.int64)
+        stride_kn, stride_kd = tl.cast(stride_kn, tl.int64), tl.cast(stride_kd, tl.int64)
+        stride_vn, stride_vd = tl.cast(stride_vn, tl.int64), tl.cast(stride_vd, tl.int64)
+        stride_on, stride_od = tl.cast(stride_on, tl.int64), tl.cast(stride_od, tl.int64)
+        stride_mm, stride_mn = tl.cast(stride_mm, tl.int64), tl.cast(stride_mn, tl.int64)
     pid = tl.program_id(0)
     tiles = tl.cdiv(tokens, BLOCK_M)
     tile = pid % tiles
@@ -348,5 +355,6 @@ def _launch_tiles(
             WITH_LSE=lse is not None,
             PRECISION=dot_precision(query.dtype),
             BLUR_PRECISION=blur_precision(query.dtype),
+            WIDE=strides_are_wide(query, key, value, out, *(() if attn_mask is None else (attn_mask,))),
             **compile_options(tile),
         )

@@ -16,16 +16,15 @@ the output once.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 
 from segkern.grid import Grid
-from segkern.kernels._launch import device_guard
+from segkern.kernels._launch import device_guard, strides_are_wide
 from segkern.kernels._masks import mask_arguments
-from segkern.kernels._primitives import LN2, LOG2E, load_tile, store_tile
+from segkern.kernels._primitives import LN2, LOG2E, load_tile, log2_bias, store_tile
+from segkern.kernels._tables import index_tensor
 
 _BLOCK_N = 32  # keys at a time
 _BLOCK_TOKENS = 32  # output tokens a program of the second kernel writes
@@ -61,7 +60,11 @@ def _uniform_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
+    if WIDE:
+        stride_kn, stride_kd = tl.cast(stride_kn, tl.int64), tl.cast(stride_kd, tl.int64)
+        stride_vn, stride_vd = tl.cast(stride_vn, tl.int64), tl.cast(stride_vd, tl.int64)
     row = tl.program_id(0)
     split = tl.program_id(1)
     sample = tl.load(samples_ptr + row // heads).to(tl.int64)
@@ -86,7 +89,7 @@ def _uniform_attention_kernel(
         logits = tl.sum(k.to(tl.float32) * q[None, :], axis=1) * scale  # [BLOCK_N]
         if MASK == 1:
             bias = tl.load(mask_ptr + tl.cast(n + offs_n, tl.int64) * stride_mn, mask=mask_n, other=0.0)
-            logits += bias.to(tl.float32) * LOG2E
+            logits += log2_bias(bias)
         if MASK == 2:
             takes_part = tl.load(mask_ptr + tl.cast(n + offs_n, tl.int64) * stride_mn, mask=mask_n, other=0)
             logits = tl.where(takes_part != 0, logits, float("-inf"))
@@ -126,7 +129,10 @@ def _expand_rows_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
+    if WIDE:
+        stride_on, stride_od = tl.cast(stride_on, tl.int64), tl.cast(stride_od, tl.int64)
     row = tl.program_id(0)
     tile = tl.program_id(1)
     sample = tl.load(samples_ptr + row // heads).to(tl.int64)
@@ -174,7 +180,7 @@ def launch_uniform_attention(
             for first, last in _consecutive(samples)
         ]
     ).to(query.dtype)
-    sample_index = _sample_index(samples, query.device)
+    sample_index = index_tensor(samples, query.device)
     keys = key.shape[2]
     splits = min(_MAX_SPLITS, triton.cdiv(keys, _KEYS_PER_SPLIT))
     keys_per_split = triton.cdiv(triton.cdiv(keys, splits), _BLOCK_N) * _BLOCK_N
@@ -204,6 +210,7 @@ def launch_uniform_attention(
             BLOCK_N=_BLOCK_N,
             BLOCK_D=block_d,
             MASK=mask_kind,
+            WIDE=strides_are_wide(key, value),
             num_warps=4,
             num_stages=2,
             enable_fp_fusion=True,
@@ -224,6 +231,7 @@ def launch_uniform_attention(
             BLOCK_T=_BLOCK_TOKENS,
             BLOCK_D=block_d,
             WITH_LSE=lse is not None,
+            WIDE=strides_are_wide(out),
             num_warps=4,
             num_stages=1,
             enable_fp_fusion=True,
@@ -235,9 +243,3 @@ def _consecutive(samples: tuple[int, ...]) -> list[tuple[int, int]]:
     firsts = [i for i in samples if i - 1 not in samples]
     lasts = [i for i in samples if i + 1 not in samples]
     return list(zip(firsts, lasts, strict=True))
-
-
-@lru_cache(maxsize=256)
-def _sample_index(samples: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(samples, dtype=torch.int32).to(device)
