@@ -14,6 +14,9 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Deterministic algorithms, which poison memory, want this of cuBLAS before it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Tensors here are tiny: more threads than cores, in parallel test runs, only wait for each other.
 torch.set_num_threads(1)
 

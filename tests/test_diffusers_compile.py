@@ -99,3 +99,17 @@ def test_compiling_inside_the_context() -> None:
         pipe.unet = torch.compile(pipe.unet, backend="eager")
         assert relative(run(pipe, latents=latents), expected) < PIPELINE_TOLERANCE
     assert not denoiser._forward_hooks
+
+
+def test_a_compiled_denoiser_is_guided_at_every_size() -> None:
+    pipe = smaller_pipeline()
+    sizes = [(16, 16), (12, 20), (20, 12), (8, 24)]
+    with guide(pipe, SEG(sigma=2.0, layers="m0")):
+        expected = [run(pipe, latents=noise(1, *size), num_inference_steps=1) for size in sizes]
+    counter = CompileCounter()
+    wrapped(pipe, counter)
+    with guide(pipe, SEG(sigma=2.0, layers="m0")):
+        for size, output in zip(sizes, expected, strict=True):
+            found = run(pipe, latents=noise(1, *size), num_inference_steps=1)
+            assert relative(found, output) < PIPELINE_TOLERANCE
+    assert counter.frame_count < len(sizes), "sizes do not share what was compiled"

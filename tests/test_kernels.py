@@ -167,13 +167,47 @@ def test_backends_agree() -> None:
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_offsets_beyond_32_bits() -> None:
-    tokens, stride = 3 * 5, 2**28
-    base = torch.zeros(tokens * stride // 8 + 64, dtype=torch.float16, device=DEVICE)
-    query = torch.as_strided(base, (1, 1, tokens, 64), (0, 0, stride // 8, 1))
-    query.normal_()
-    key, value = (draw((1, 1, tokens, 64), torch.float16, DEVICE) for _ in range(2))
-    found = segkern.seg_attention(query, key, value, Grid(3, 5), 1.0, backend="triton")
-    expected = segkern.seg_attention(query.contiguous(), key, value, Grid(3, 5), 1.0, backend="triton")
-    assert torch.equal(found, expected)
+def spread(shape: tuple[int, ...], dim: int, step: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal values whose neighbours along ``dim`` lie ``step`` elements apart; memory between is never touched."""
+    strides = [0] * len(shape)
+    strides[dim] = step
+    inner = [i for i in range(len(shape)) if i != dim]
+    for place, i in enumerate(reversed(inner)):
+        strides[i] = math.prod(shape[j] for j in inner[len(inner) - place :])
+    base = torch.zeros((shape[dim] - 1) * step + math.prod(shape[i] for i in inner), dtype=dtype, device=DEVICE)
+    return base.as_strided(shape, strides).normal_()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.2, math.inf], ids=str)
+def test_offsets_beyond_32_bits(sigma: float) -> None:
+    shape, step = (1, 1, 9, 16), 2**28
+    assert (shape[2] - 1) * step >= 2**31
+    for wide in range(3):  # query, key, value in turn
+        tensors = [draw(shape, torch.float16, DEVICE) for _ in range(3)]
+        tensors[wide] = spread(shape, 2, step, torch.float16)
+        found = segkern.seg_attention(*tensors, Grid(1, 9), sigma, backend="triton")
+        dense = [x.contiguous() for x in tensors]
+        assert torch.equal(found, segkern.seg_attention(*dense, Grid(1, 9), sigma, backend="triton"))
+        if wide == 0:
+            blurred = segkern.gaussian_blur(tensors[0], Grid(1, 9), sigma, backend="triton")
+            assert torch.equal(blurred, segkern.gaussian_blur(dense[0], Grid(1, 9), sigma, backend="triton"))
+        del tensors, dense
+
+
+@pytest.mark.parametrize("dim", [2, 3], ids=["rows", "keys"])
+def test_mask_offsets_beyond_32_bits(dim: int) -> None:
+    mask = spread((1, 1, 9, 9), dim, 2**28, torch.float16)
+    tensors = [draw((1, 1, 9, 16), torch.float16, DEVICE) for _ in range(3)]
+    found = segkern.seg_attention(*tensors, Grid(1, 9), 1.2, attn_mask=mask, backend="triton")
+    dense = segkern.seg_attention(*tensors, Grid(1, 9), 1.2, attn_mask=mask.contiguous(), backend="triton")
+    assert torch.equal(found, dense)
+
+
+@pytest.mark.parametrize("rows", [1, 18], ids=["per key", "per row"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_smallest_finite_mask_is_not_minus_infinity(backend: str, rows: int) -> None:
+    """A row masked throughout by the dtype's smallest number attends evenly, as in PyTorch in float32."""
+    query, key, value = (draw((2, 1, 18, 16), torch.float32, DEVICE) for _ in range(3))
+    mask = torch.full((1, 1, rows, 18), torch.finfo(torch.float32).min, device=DEVICE)
+    found = segkern.seg_attention(query, key, value, Grid(2, 9), (1.0, math.inf), attn_mask=mask, backend=backend)
+    torch.testing.assert_close(found, value.mean(dim=2, keepdim=True).expand_as(found), rtol=1e-5, atol=1e-5)

@@ -132,3 +132,57 @@ def test_inference_tensors_do_not_leak_into_training(backend: str, device: torch
     segkern.seg_attention(y, y, y, grid, 1.1, backend=backend).sum().backward()
     assert y.grad is not None
     assert y.grad.isfinite().all()
+
+
+def test_compiles_once_for_all_grids(backend: str, device: torch.device) -> None:
+    frames = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        frames.append(graph)
+        return graph
+
+    def step(image: torch.Tensor) -> torch.Tensor:
+        grid = Grid(image.shape[2], image.shape[3])
+        tokens = image.flatten(2).transpose(1, 2)[:, None]
+        return segkern.seg_attention(tokens, tokens, tokens, grid, 1.3, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
+    for shape in ((2, 8, 3, 5), (2, 8, 4, 9), (2, 8, 6, 3), (2, 8, 7, 5)):  # a batch has a sigma each, so it is fixed
+        image = torch.randn(shape, device=device)
+        torch.testing.assert_close(compiled(image), step(image), rtol=1e-5, atol=1e-5)
+    assert len(frames) == 1, "sizes do not share what was compiled"
+
+
+@pytest.mark.parametrize("changes", [{"width": 60}, {"start": 20}, {"sigma": [1.0]}, {"height": 0}], ids=str)
+def test_operators_called_directly_check_their_arguments(backend: str, changes: dict, device: torch.device) -> None:
+    x = torch.randn(2, 3, 30, 16, device=device)
+    grid = {"height": 5, "width": 6, "start": 0, "sigma": [1.0, 1.0]} | changes
+    with pytest.raises(ValueError, match=r"Grid|sigma"):
+        torch.ops.segkern.gaussian_blur(x, *grid.values(), "reflect", backend)
+    with pytest.raises(ValueError, match=r"Grid|sigma"):
+        torch.ops.segkern.seg_attention(x, x, x, None, *grid.values(), 0.25, "reflect", backend, False)
+
+
+def test_tables_made_under_a_callers_mode_are_ordinary_tensors(backend: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    x = torch.randn(1, 1, 22, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        segkern.seg_attention(x, x, x, Grid(2, 11), 1.7, backend=backend)
+    with torch.device("meta"):
+        blurred = segkern.gaussian_blur(x, Grid(11, 2), 1.7, backend="torch")
+    assert blurred.isfinite().all()
+    found = segkern.seg_attention(x, x, x, Grid(2, 11), 1.7, backend=backend)
+    assert not isinstance(found, FakeTensor)
+    assert found.isfinite().all()
+
+
+def test_forward_derivatives_are_right_or_refused(backend: str) -> None:
+    x, direction = torch.randn(2, 1, 1, 14, 8).unbind()
+    blur = lambda y: segkern.gaussian_blur(y, GRID, 1.5, backend=backend)  # noqa: E731
+    if backend == "triton":
+        with pytest.raises(ValueError, match="forward-mode"):
+            torch.func.jvp(blur, (x,), (direction,))
+    else:
+        _, tangent = torch.func.jvp(blur, (x,), (direction,))
+        torch.testing.assert_close(tangent, blur(direction), rtol=1e-5, atol=1e-6)

@@ -68,7 +68,7 @@ class SEGAttnProcessor:
         boundary: str = "reflect",
         backend: str = "auto",
     ) -> None:
-        count = len(sigma) if isinstance(sigma, Sequence) and not isinstance(sigma, str) else None
+        count = len(sigma) if isinstance(sigma, (list, tuple)) else None
         checked = check_sigma(sigma, 1 if count is None else count)
         if grid is not None and not isinstance(grid, Grid):
             raise ValueError(f"grid must be a segkern.Grid(height, width) or None, got {grid!r}")
