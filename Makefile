@@ -42,7 +42,7 @@ typecheck: $(INSTALLED) ## mypy over the packages as they are installed
 	$(BIN)/mypy
 
 pytest: $(INSTALLED) ## the tests alone, on all cores
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 benchmark: $(INSTALLED) ## speed against plain attention and the official algorithm
 	$(BIN)/python -m pytest benchmarks

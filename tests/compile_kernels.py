@@ -24,11 +24,14 @@ from triton.compiler import ASTSource
 
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
-from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, _gaussian_blur_kernel, blur_block_d
+from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, BLUR_OPTIONS, _gaussian_blur_kernel, blur_block_d
 from segkern.kernels.seg_attention import _seg_attention_kernel
 from segkern.kernels.uniform_attention import (
     _BLOCK_N,
     _BLOCK_TOKENS,
+    _MAX_SPLITS,
+    EXPAND_OPTIONS,
+    SPLIT_OPTIONS,
     _expand_rows_kernel,
     _uniform_attention_kernel,
 )
@@ -98,7 +101,7 @@ def compile_kernel(
         if name not in constants and (signature[name].startswith("*") or name.startswith("stride_"))
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
-    compiled = triton.compile(source, target=TARGETS[target], options=options | {"enable_fp_fusion": True})
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     read = _read_amdgcn if target.startswith("gfx") else _read_cubin
     used = read(compiled, target)
     return Compiled(
@@ -118,28 +121,31 @@ def _tool(name: str) -> str:
 
 def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True)
-        sass = subprocess.run([_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
-        assembler = _tool("ptxas-blackwell" if Path(_tool("ptxas-blackwell")).exists() else "ptxas")
-        suffix = "a" if target in ("sm_90", "sm_100", "sm_120") else ""
-        messages = subprocess.run(
-            [assembler, "-v", f"--gpu-name={target}{suffix}", ptx, "-o", Path(folder) / "again.cubin"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    resources = usage.stdout + usage.stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", messages)]
+        resources = _run("cuobjdump", "-res-usage", cubin)
+        sass = _run("nvdisasm", "-c", cubin)
+        # Only Hopper's matrix instructions can be serialised, and only the assembler says so.
+        messages = _assembler_messages(compiled.asm["ptx"], Path(folder)) if target == "sm_90" else ""
     return {
         "registers": int(re.search(r"REG:(\d+)", resources).group(1)),
-        "spilled_bytes": sum(spills),
+        "spilled_bytes": int(re.search(r"STACK:(\d+)", resources).group(1)),  # kernels have no other use of a stack
         "local_bytes": int(re.search(r"LOCAL:(\d+)", resources).group(1)),
         "matrix_instructions": _count(sass, r"\b(HGMMA|QGMMA|HMMA|IMMA|UTCHMMA|UTCQMMA)\b"),
         "serialisation": sorted(set(re.findall(r"C75(?:10|11|12)", messages))),
     }
+
+
+def _assembler_messages(ptx: str, folder: Path) -> str:
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    assembler = "ptxas-blackwell" if Path(_tool("ptxas-blackwell")).exists() else "ptxas"  # reads newer PTX
+    return _run(assembler, "-v", "--gpu-name=sm_90a", source, "-o", folder / "again.cubin")
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    done = subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _read_amdgcn(compiled: Any, target: str) -> dict[str, Any]:
@@ -163,7 +169,9 @@ def _count(text: str, pattern: str) -> dict[str, int]:
     return found
 
 
-def compile_attention(target: str, head_dim: int, dtype: torch.dtype, mask: int = 0, tile: Any = None) -> Compiled:
+def compile_attention(
+    target: str, head_dim: int, dtype: torch.dtype, mask: int = 0, tile: Any = None, wide: bool = False
+) -> Compiled:
     """The one-pass kernel as its launcher would configure it for this target, ragged keys included."""
     tile = tile or _configs.tile_for(target, head_dim, dtype, mask != 0)
     block_d, block_r = _configs.split_head_dim(head_dim)
@@ -181,8 +189,10 @@ def compile_attention(target: str, head_dim: int, dtype: torch.dtype, mask: int 
         "WITH_LSE": True,
         "PRECISION": _configs.dot_precision(dtype),
         "BLUR_PRECISION": _configs.blur_precision(dtype, hip),
+        "WIDE": wide,
     }
     types = {
+        "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
         "lse_ptr": "*fp32",
         "samples_ptr": "*i32",
         "tables_ptr": "*i32",
@@ -191,40 +201,57 @@ def compile_attention(target: str, head_dim: int, dtype: torch.dtype, mask: int 
         "reach_ptr": "*i32",
         "scale": "fp32",
     }
-    options = compile_options(tile)
+    options = compile_options(tile, hip)
     return compile_kernel(_seg_attention_kernel, target, head_dim, dtype, types, constants, options)
 
 
-def compile_blur(target: str, head_dim: int, dtype: torch.dtype) -> Compiled:
-    """The separable blur's first launch: the input's dtype to float32."""
+def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = False) -> Compiled:
+    """The separable blur's first launch, from the input's dtype to float32, or the second one, back again."""
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_I": _BLOCK_I,
         "BLOCK_J": _BLOCK_J,
         "BLOCK_D": blur_block_d(head_dim),
         "PRECISION": _configs.blur_precision(dtype, target.startswith("gfx")),
+        "WIDE": False,
     }
-    types = {"out_ptr": "*fp32", "tables_ptr": "*i32", "weights_ptr": "*fp32", "reach_ptr": "*i32"}
-    options = {"num_warps": 4, "num_stages": 2}
+    types = {
+        ("x_ptr" if second else "out_ptr"): "*fp32",
+        "tables_ptr": "*i32",
+        "weights_ptr": "*fp32",
+        "reach_ptr": "*i32",
+    }
+    options = compile_options(BLUR_OPTIONS, target.startswith("gfx"))
     return compile_kernel(_gaussian_blur_kernel, target, head_dim, dtype, types, constants, options)
 
 
-def compile_uniform(target: str, head_dim: int, dtype: torch.dtype) -> list[Compiled]:
-    """The two kernels of infinite sigma."""
+def compile_uniform(target: str, head_dim: int, dtype: torch.dtype, mask: int = 0) -> list[Compiled]:
+    """The two kernels of infinite sigma, the second for as many splits as there may be."""
     block_d = triton.next_power_of_2(head_dim)
-    types = {"partial_ptr": "*fp32", "samples_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32"}
-    split = {"HEAD_DIM": head_dim, "BLOCK_N": _BLOCK_N, "BLOCK_D": block_d, "MASK": 0}
+    types = {
+        "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
+        "partial_ptr": "*fp32",
+        "samples_ptr": "*i32",
+        "lse_ptr": "*fp32",
+        "scale": "fp32",
+    }
+    split = {"HEAD_DIM": head_dim, "BLOCK_N": _BLOCK_N, "BLOCK_D": block_d, "MASK": mask, "WIDE": False}
     expand = {
         "HEAD_DIM": head_dim,
-        "BLOCK_S": 32,
+        "BLOCK_S": _MAX_SPLITS,
         "BLOCK_T": _BLOCK_TOKENS,
         "BLOCK_D": block_d,
         "WITH_LSE": True,
+        "WIDE": False,
     }
-    return [
-        compile_kernel(kernel, target, head_dim, dtype, types, constants, {"num_warps": 4, "num_stages": stages})
-        for kernel, constants, stages in ((_uniform_attention_kernel, split, 2), (_expand_rows_kernel, expand, 1))
-    ]
+    found = []
+    for kernel, constants, options in (
+        (_uniform_attention_kernel, split, SPLIT_OPTIONS),
+        (_expand_rows_kernel, expand, EXPAND_OPTIONS),
+    ):
+        chosen = compile_options(options, target.startswith("gfx"))
+        found.append(compile_kernel(kernel, target, head_dim, dtype, types, constants, chosen))
+    return found
 
 
 def compile_all(target: str) -> list[Compiled]:
@@ -234,10 +261,14 @@ def compile_all(target: str) -> list[Compiled]:
     ]
     found += [compile_attention(target, head_dim, torch.float32) for head_dim in (40, 64, 128, 160, 256)]
     found += [compile_attention(target, head_dim, torch.float16, mask=1) for head_dim in (64, 128, 256)]
+    found.append(compile_attention(target, 64, torch.float16, mask=2))
+    found.append(compile_attention(target, 64, torch.float16, wide=True))
     found.append(compile_attention(target, 64, torch.bfloat16))
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
-        found.append(compile_blur(target, head_dim, dtype))
+        found += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
         found += compile_uniform(target, head_dim, dtype)
+    for mask in (1, 2):
+        found += compile_uniform(target, 64, torch.float16, mask)
     return found
 
 

@@ -16,6 +16,15 @@ from segkern.dispatch import interpreting
 
 
 @dataclass(frozen=True)
+class Options:
+    """What the compiler is told: warps of a program, depth of its pipeline, registers of a thread (CUDA only)."""
+
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True)
 class Tile:
     """Shape of one program's work: queries, keys and grid columns at a time, and the compiler's options."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from segkern.kernels._configs import Tile
+from segkern.kernels._configs import Options, Tile
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
@@ -27,7 +27,8 @@ def strides_are_wide(*tensors: torch.Tensor) -> bool:
     return any(stride * _LARGEST_TILE >= 2**31 for x in tensors for stride in x.stride()[2:])
 
 
-def compile_options(tile: Tile) -> dict[str, Any]:
-    """Options of a launch; fused multiply-adds are asked for by name because Triton's default varies."""
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return options if tile.max_registers is None else options | {"maxnreg": tile.max_registers}
+def compile_options(options: Tile | Options, hip: bool | None = None) -> dict[str, Any]:
+    """Keyword options of a launch; fused multiply-adds are asked for by name because Triton's default varies."""
+    hip = torch.version.hip is not None if hip is None else hip
+    found = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
+    return found if options.max_registers is None or hip else found | {"maxnreg": options.max_registers}

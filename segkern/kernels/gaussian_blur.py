@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 
 from segkern.grid import Grid
-from segkern.kernels._configs import blur_precision
-from segkern.kernels._launch import device_guard, strides_are_wide
+from segkern.kernels._configs import Options, blur_precision
+from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
 from segkern.kernels._primitives import load_tile, store_tile
 from segkern.kernels._tables import blur_tables
 
 _BLOCK_I = 32
 _BLOCK_J = 32
 _BLOCK_D = 64
+BLUR_OPTIONS = Options(num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -142,7 +143,5 @@ def launch_gaussian_blur(
                 BLOCK_D=blur_block_d(head_dim),
                 PRECISION=blur_precision(x.dtype),
                 WIDE=strides_are_wide(source, target),
-                num_warps=4,
-                num_stages=2,
-                enable_fp_fusion=True,
+                **compile_options(BLUR_OPTIONS),
             )

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 from segkern.grid import Grid
-from segkern.kernels._launch import device_guard, strides_are_wide
+from segkern.kernels._configs import Options
+from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, load_tile, log2_bias, store_tile
 from segkern.kernels._tables import index_tensor
@@ -30,6 +31,8 @@ _BLOCK_N = 32  # keys at a time
 _BLOCK_TOKENS = 32  # output tokens a program of the second kernel writes
 _KEYS_PER_SPLIT = 128
 _MAX_SPLITS = 64
+SPLIT_OPTIONS = Options(num_warps=4, num_stages=2, max_registers=255)
+EXPAND_OPTIONS = Options(num_warps=4, num_stages=1)
 
 
 @triton.jit
@@ -211,9 +214,7 @@ def launch_uniform_attention(
             BLOCK_D=block_d,
             MASK=mask_kind,
             WIDE=strides_are_wide(key, value),
-            num_warps=4,
-            num_stages=2,
-            enable_fp_fusion=True,
+            **compile_options(SPLIT_OPTIONS),
         )
         _expand_rows_kernel[(rows * heads, triton.cdiv(grid.tokens, _BLOCK_TOKENS))](
             partial,
@@ -232,9 +233,7 @@ def launch_uniform_attention(
             BLOCK_D=block_d,
             WITH_LSE=lse is not None,
             WIDE=strides_are_wide(out),
-            num_warps=4,
-            num_stages=1,
-            enable_fp_fusion=True,
+            **compile_options(EXPAND_OPTIONS),
         )
 
 
