@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
-from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, BLUR_OPTIONS, _gaussian_blur_kernel, blur_block_d
+from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
 from segkern.kernels.seg_attention import _seg_attention_kernel
 from segkern.kernels.uniform_attention import (
     _BLOCK_N,
@@ -221,7 +221,7 @@ def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = 
         "weights_ptr": "*fp32",
         "reach_ptr": "*i32",
     }
-    options = compile_options(BLUR_OPTIONS, target.startswith("gfx"))
+    options = compile_options(blur_options(dtype), target.startswith("gfx"))
     return compile_kernel(_gaussian_blur_kernel, target, head_dim, dtype, types, constants, options)
 
 

@@ -58,6 +58,7 @@ Tiles = tuple[tuple[int, Tile], ...]  # (largest padded head dimension, tile), s
 _FLOAT32: Tiles = (
     # Full-precision products run on the ordinary units and want registers; without being told the limit, the
     # assembler settles for fewer and spills.
+    (48, Tile(32, 16, 16, 8, 1, max_registers=255)),
     (128, Tile(32, 32, 16, 8, 1, max_registers=255)),
     (256, Tile(16, 16, 16, 8, 1, max_registers=255)),
 )
@@ -86,7 +87,7 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
     "sm_90": {
         2: (
             (192, Tile(128, 64, 16, 8, 3)),
-            (256, Tile(128, 32, 16, 8, 3)),
+            (256, Tile(64, 64, 16, 8, 2)),
         ),
         4: _FLOAT32,
     },

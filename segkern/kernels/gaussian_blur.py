@@ -26,7 +26,6 @@ from segkern.kernels._tables import blur_tables
 _BLOCK_I = 32
 _BLOCK_J = 32
 _BLOCK_D = 64
-BLUR_OPTIONS = Options(num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -95,6 +94,11 @@ def _gaussian_blur_kernel(
             store_tile(out_ptr, acc, offs_i, mask_i, stride_oi, stride_od, first_d, HEAD_DIM, BLOCK_D)
 
 
+def blur_options(dtype: torch.dtype) -> Options:
+    """The compiler's options: products of half precision spill unless it is told how many registers there are."""
+    return Options(num_warps=4, num_stages=2, max_registers=255 if dtype.itemsize == 2 else None)
+
+
 def blur_block_d(head_dim: int) -> int:
     """Channels a program blurs at a time."""
     return min(_BLOCK_D, max(16, triton.next_power_of_2(head_dim)))
@@ -143,5 +147,5 @@ def launch_gaussian_blur(
                 BLOCK_D=blur_block_d(head_dim),
                 PRECISION=blur_precision(x.dtype),
                 WIDE=strides_are_wide(source, target),
-                **compile_options(BLUR_OPTIONS),
+                **compile_options(blur_options(x.dtype)),
             )

@@ -131,7 +131,7 @@ def _seg_attention_kernel(
         mask_ptr += sample * stride_mb + head * stride_mh + tl.cast(start_m, tl.int64) * stride_mm
 
     q_tile = q_ptr + tl.cast(start_m, tl.int64) * stride_qn
-    mask_plain = mask_m & ((in_grid == 0) | (table < 0))
+    mask_plain = mask_m & tl.where(in_grid, table < 0, True)
     q = load_tile(q_tile, offs_m, mask_plain, stride_qn, stride_qd, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     q_rest = 0.0
     if BLOCK_R > 0:
