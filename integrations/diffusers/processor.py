@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
 )
 
 from segkern.blur import check_boundary, check_sigma
-from segkern.dispatch import BACKENDS
+from segkern.dispatch import check_backend
 from segkern.grid import Grid
 from segkern.integrations.diffusers.attention import self_attention
 
@@ -73,8 +73,7 @@ class SEGAttnProcessor:
         if grid is not None and not isinstance(grid, Grid):
             raise ValueError(f"grid must be a segkern.Grid(height, width) or None, got {grid!r}")
         check_boundary(boundary)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        check_backend(backend)
         self.sigma: float | tuple[float, ...] = checked[0] if count is None else checked
         self.grid = grid
         self.boundary = boundary

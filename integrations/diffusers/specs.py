@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from segkern.blur import check_boundary
-from segkern.dispatch import BACKENDS
+from segkern.dispatch import check_backend
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class SEG:
                 f"got start={self.start!r}, stop={self.stop!r}"
             )
         check_boundary(self.boundary)
-        if self.backend not in BACKENDS:
-            raise ValueError(f"SEG.backend must be one of {', '.join(map(repr, BACKENDS))}, got {self.backend!r}")
+        check_backend(self.backend)
         layers = self.layers if isinstance(self.layers, str) else _names(self.layers)
         object.__setattr__(self, "layers", layers)
 

@@ -36,7 +36,7 @@ class Tile:
     max_registers: int | None = None
 
 
-# The same programs' shared memory per multiprocessor decides the family: 80 has 163 KB, 90 and 100 have 227 KB,
+# Shared memory per multiprocessor decides the family: 80 has 163 KB, 90 and 100 have 227 KB,
 # 86, 89 and 120 have 99 KB, gfx942 has 64 KB.
 _FAMILY = {
     "sm_80": "sm_80",
