@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import segkern
+from segkern.environment import environment as measured_with
 
 RESULTS = Path(__file__).parent / "results"
 ROWS: list[dict[str, Any]] = []
@@ -21,28 +19,6 @@ ROWS: list[dict[str, Any]] = []
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option that keeps a run's ratios."""
     parser.addoption("--save-results", action="store_true", help="write benchmarks/results/<device>.json")
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _environment() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "segkern": segkern.__version__,
-        "commit": commit,
-    }
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -59,8 +35,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{row['segkern_ms']:9.1f} {row['ratio_to_sdpa']:8.3f} {row['ratio_to_official']:11.3f}"
         )
     if config.getoption("--save-results"):
-        environment = _environment()
-        name = "".join(c if c.isalnum() else "-" for c in environment["device"].lower()).strip("-")
+        environment = measured_with(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = environment["device"].lower()
+        name = "".join(c if c.isalnum() else "-" for c in device).strip("-")
         while "--" in name:
             name = name.replace("--", "-")
         RESULTS.mkdir(exist_ok=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from segkern.dispatch import choose_backend
+from segkern.environment import version_of
 from segkern.loading import Outline, Source
 from segkern.version import __version__
 
@@ -174,16 +174,3 @@ def describe(source: Source, job: Job, spec: SEG | None, dtype: torch.dtype) -> 
             "seg_boundary": spec.boundary,
         }
     return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
-
-
-def version_of(package: str) -> str:
-    """Version of an installed package.
-
-    Example:
-        >>> version_of("no-such-package")
-        'not installed'
-    """
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
