@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table of measurements, made from the committed result files: ``python -m benchmarks.readme``."""
+"""Every page and picture with measurements, made from the committed result files: ``python -m benchmarks.readme``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from segkern.evaluation import report
+
 ROOT = Path(__file__).parents[1]
+EVALUATION = ROOT / "segkern" / "checkpoints" / "demo" / "evaluation.json"
 BLOCK = re.compile(r"(<!-- measurements -->\n).*?(<!-- /measurements -->)", re.DOTALL)
+
+EVALUATED = re.compile(r"(<!-- evaluation -->\n).*?(<!-- /evaluation -->)", re.DOTALL)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -37,11 +42,35 @@ def rendered() -> str:
     return "\n\n".join(table(json.loads(path.read_text())) for path in files)
 
 
+def evaluation_summary() -> str:
+    """What the committed evaluation says in short: the chosen setting, the paper's, and none."""
+    if not EVALUATION.exists():
+        return "Not measured yet for this checkpoint."
+    found = report.read(EVALUATION)
+    parts = [found["verdict"]]
+    for mode in report.modes(found["rows"]):
+        rows = [row for row in report.short(found) if row["setting"]["mode"] == mode]
+        parts += [f"{mode.capitalize()}:", report.table(rows)]
+    return "\n\n".join(parts)
+
+
 def readme_with_tables(readme: str) -> str:
     """The README's text with its measurements replaced."""
-    return BLOCK.sub(lambda found: f"{found[1]}\n{rendered()}\n\n{found[2]}", readme)
+    readme = BLOCK.sub(lambda found: f"{found[1]}\n{rendered()}\n\n{found[2]}", readme)
+    return EVALUATED.sub(lambda found: f"{found[1]}\n{evaluation_summary()}\n\n{found[2]}", readme)
+
+
+def main() -> None:
+    """Rewrite them all."""
+    path = ROOT / "README.md"
+    path.write_text(readme_with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    if not EVALUATION.exists():
+        return
+    found = report.read(EVALUATION)
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "evaluation.md").write_text(report.markdown(found), encoding="utf-8")
+    report.plot(found["rows"], ROOT / "docs" / "evaluation.png", report.title(found))
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(readme_with_tables(path.read_text()))
+    main()

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from segkern import loading
 from segkern.dispatch import choose_backend
-from segkern.drawing import Drawn, Job, check_layers, describe, draw_all, label, parse_sigmas, version_of
-from segkern.pictures import Row, Tile, check_target, contact_sheet, difference, save
+from segkern.drawing import Drawn, Job, check_layers, describe, draw_all, label, parse_sigmas
+from segkern.environment import version_of
+from segkern.pictures import Row, Tile, check_target, contact_sheet, save
+from segkern.tables import percent, wide
 from segkern.version import __version__
 
 if TYPE_CHECKING:
@@ -30,9 +31,7 @@ app = typer.Typer(
     help="Smoothed Energy Guidance for diffusion models.",
 )
 
-DEMO_PROMPT = "a red fox in the forest"
-DEMO_SIGMAS = "1,4,16,inf"
-DEMO_SIZES = ((128, 128), (160, 96))
+SIGMAS = "1,2,5,10,inf"
 
 # Label, head dimension, of self-attention calls that occur in real models.
 CALLS = (
@@ -59,11 +58,11 @@ def refusing() -> Iterator[None]:
         fail(error)
 
 
-def need_diffusers() -> None:
-    missing = loading.missing_packages()
+def need_diffusers(*others: str, extra: str = "cli") -> None:
+    missing = loading.missing_packages(*others)
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        fail(f'{", ".join(missing)} {verb} not installed; pip install "segkern[cli]"')
+        fail(f'{", ".join(missing)} {verb} not installed; pip install "segkern[{extra}]"')
     loading.quiet_libraries()
 
 
@@ -119,7 +118,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     no_guidance: Annotated[bool, typer.Option("--no-guidance", help="The stock pipeline, same seed.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="One picture: without, and each of --sigmas.")] = False,
-    sigmas: Annotated[str | None, typer.Option(help=f"For --compare; {DEMO_SIGMAS} if not given.")] = None,
+    sigmas: Annotated[str | None, typer.Option(help=f"For --compare; {SIGMAS} if not given.")] = None,
 ) -> None:
     """Draw a picture with Smoothed Energy Guidance, or compare several."""
     with refusing():
@@ -131,7 +130,7 @@ def generate(
         if compare and sigma is not None:
             raise ValueError(f"--compare takes --sigmas, not --sigma {sigma!r}")
         values = parse_sigmas(
-            (DEMO_SIGMAS if sigmas is None else sigmas) if compare else ("inf" if sigma is None else sigma)
+            (SIGMAS if sigmas is None else sigmas) if compare else ("inf" if sigma is None else sigma)
         )
         if len(values) > 1 and not compare:
             raise ValueError(f"--sigma takes one number, got {sigma!r}; several are for --compare --sigmas")
@@ -226,65 +225,70 @@ def info() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Picture to write; its folder is made.")] = Path("outputs/demo.png"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    steps: Annotated[int, typer.Option(min=1, hidden=True)] = 15,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures; it is made.")] = Path("outputs"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pictures.")] = False,
+    steps: Annotated[int, typer.Option(min=1, hidden=True)] = 20,
 ) -> None:
-    """Run the bundled checkpoint without and with guidance and write a contact sheet."""
-    with refusing():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        check_target(out, overwrite)
-        device = loading.find_device("auto")
-        dtype = loading.find_dtype("auto", device)
-        source = loading.find_model("demo")
+    """Draw two sheets with the bundled checkpoint, with prompts and without, by sigma; and say what was measured."""
     need_diffusers()
+    from segkern import demo as shown
     from segkern.integrations.diffusers import SEG, list_layers
 
     with refusing():
+        out.mkdir(parents=True, exist_ok=True)
+        for name in shown.FILES:
+            check_target(out / name, overwrite)
+        device = loading.find_device("auto")
+        dtype = loading.find_dtype("auto", device)
+        source = loading.find_model("demo")
         pipe = loading.load_pipeline(source, dtype, device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # the checkpoint is tiny: on a busy machine more threads wait for each other
-    plan = [None, *(SEG(sigma=value) for value in parse_sigmas(DEMO_SIGMAS))]
+    plan = [None, *(SEG(shown.SCALE, value) for value in parse_sigmas(SIGMAS))]
     head_dim = next(layer.head_dim for layer in list_layers(pipe) if layer.part == "mid")
     backend, reason = choose_backend(device, dtype, head_dim)
 
-    table = Table("size", "run", "attention served by", "seconds", "attention moved", "picture changed")
-    rows = []
-    for width, height in DEMO_SIZES:
-        job = Job(DEMO_PROMPT, "", width, height, 1, steps, 5.0)
-        drawn = draw_all(pipe, job, plan)
-        for spec, one in zip(plan, drawn, strict=True):
-            served = "pipeline's own" if spec is None else backend
-            changed = "-" if spec is None else f"{difference(one.image, drawn[0].image):.1f} / 255"
-            table.add_row(f"{width} x {height}", label(spec), served, f"{one.seconds:.1f}", farthest(one), changed)
-        tiles = [Tile(one.image, label(spec)) for spec, one in zip(plan, drawn, strict=True)]
-        rows.append(Row(tiles, f"{width} x {height}"))
-    note = "The bundled weights are random, not trained: the pictures are abstract and only show that guidance acts."
-    details = describe(source, job, plan[1], dtype) | {"seg_sigma": DEMO_SIGMAS, "note": note}
-    details |= {
-        "width": ", ".join(str(w) for w, _ in DEMO_SIZES),
-        "height": ", ".join(str(h) for _, h in DEMO_SIZES),
-    }
-    save(contact_sheet(rows, f"segkern demo: {DEMO_PROMPT}", note), out, details)
-
-    console = wide(table)
-    console.print(table)
+    table = shown.run_table()
+    for _, subject, drawn in shown.sheets(pipe, source, dtype, plan, steps, out):
+        shown.add_runs(table, subject, plan, drawn, backend)
+    wide(table).print(table)
     typer.echo(f"seg_attention on {device}, {str(dtype).removeprefix('torch.')}: {backend}, because: {reason}")
     typer.echo("attention moved: |perturbed - conditional| / |conditional| of the guided layers' output")
-    typer.echo(note)
-    typer.echo(f"wrote {out}")
+    shown.print_evaluation()
+    for name in shown.FILES:
+        typer.echo(f"wrote {out / name}")
 
 
-def farthest(drawn: Drawn) -> str:
-    """How far guidance moved the outputs of the guided layers, by layer."""
-    if drawn.report is None:
-        return "-"
-    rows = drawn.report.to_dict()["layers"]
-    return ", ".join(f"{row['layer']} {percent(row['moved'])}" for row in rows)
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model of the drawings: 'demo' or a checkpoint folder.")] = "demo",
+    images: Annotated[int, typer.Option(min=8, help="Per setting and seed.")] = 256,
+    seeds: Annotated[str, typer.Option(help="Reported: mean and spread are over these.")] = "1,2,3",
+    selection_seeds: Annotated[
+        str, typer.Option(help="On which a setting is chosen to be reported too; empty for none.")
+    ] = "101",
+    modes: Annotated[str, typer.Option(help="unconditional, prompts, or both.")] = "unconditional,prompts",
+    scales: Annotated[str, typer.Option(help="Of SEG.")] = "0.25,0.5,1,2,3,4",
+    sigmas: Annotated[str, typer.Option(help="Of SEG, in tokens of the model's own grid.")] = SIGMAS,
+    cfg_scales: Annotated[str, typer.Option(help="Of classifier-free guidance, with prompts.")] = "1.5,2,3,5",
+    layers: Annotated[str, typer.Option(help="That SEG guides.")] = "mid",
+    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 15,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for JSON, table, plot and what is measured on the way.")] = Path(
+        "outputs/evaluation"
+    ),
+) -> None:
+    """Measure what guidance does to samples: fidelity, diversity, captions. What was cut off goes on."""
+    need_diffusers("torchmetrics", "matplotlib", extra="evaluate")
+    from segkern.evaluation import command
 
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    with refusing():
+        design = command.design(modes, scales, sigmas, cfg_scales, layers, seeds, selection_seeds)
+        where = loading.find_device(device)
+        kind = loading.find_dtype(dtype, where)
+        source = loading.find_model(model)
+        study = command.prepare(source, design, kind, where, out, images, steps, batch)
+    command.run(study, design, source, out)
 
 
 def print_reports(plan: Sequence[SEG | None], drawn: Sequence[Drawn]) -> None:
@@ -302,14 +306,3 @@ def print_reports(plan: Sequence[SEG | None], drawn: Sequence[Drawn]) -> None:
     wide(table).print(table)
     for problem in problems:
         typer.echo(f"warning: {problem}", err=True)
-
-
-def wide(*tables: Table) -> Console:
-    """A console as wide as the terminal or, where output is no terminal, as the widest table."""
-    console = Console()
-    for table in tables:
-        table.columns[-1].overflow = "fold"  # names of modules break rather than lose their ends
-    if not console.is_terminal:
-        wanted = Console(width=10_000)
-        console = Console(width=max(wanted.measure(table).maximum for table in tables))
-    return console

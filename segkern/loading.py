@@ -58,9 +58,9 @@ class Outline:
     vae_scale_factor: int
 
 
-def missing_packages() -> list[str]:
-    """The packages that loading a pipeline needs and that are not installed."""
-    needed = ("diffusers", "transformers", "accelerate", "safetensors")
+def missing_packages(*others: str) -> list[str]:
+    """The packages that loading a pipeline needs, and others, that are not installed."""
+    needed = ("diffusers", "transformers", "accelerate", "safetensors", *others)
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
@@ -89,7 +89,7 @@ def find_model(model: str, config: str | None = None) -> Source:
             raise ValueError(f"folder {model!r} holds no model_index.json, so it is no diffusers checkpoint")
         return Source("demo" if model == "demo" else path.resolve().name, "folder", str(path), str(path))
     if model == "demo":
-        raise ValueError("the demo checkpoint is not installed; tools/build_demo_checkpoint.py makes it")
+        raise ValueError("the demo checkpoint is not installed; python -m training makes it")
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin") or not _HUB_NAME.fullmatch(model):
         raise ValueError(
             f"there is no file or folder {model!r}; a model is 'demo', a checkpoint folder, a .safetensors file, "

@@ -11,51 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_tools import done, picture, refusal, segkern
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_file import write_single_file
-from typer.testing import CliRunner, Result
 
-from segkern.commands import app
+from segkern.evaluation import report
 from segkern.loading import DEMO, find_device, find_model
 from segkern.pictures import Row, Tile, contact_sheet, difference, drawable
 from segkern.version import __version__
 
-PROMPT = "a red fox"
+PROMPT = "a large red ring"
 SMALL = ("--width", "64", "--height", "48", "--steps", "2", "--device", "cpu")
-
-
-def segkern(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def done(*arguments: object) -> str:
-    """Output of a command that must succeed."""
-    result = segkern(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
-
-
-def picture(path: Path) -> Image.Image:
-    """A picture from disk, its file closed."""
-    with Image.open(path) as image:
-        image.load()
-    return image
 
 
 def generate(out: Path, *arguments: object, model: object = "demo") -> Image.Image:
     done("generate", model, PROMPT, *SMALL, "--out", out, *arguments)
     return picture(out).convert("RGB")
-
-
-def refusal(*arguments: object) -> str:
-    """The one line with which a command refuses."""
-    result = segkern(*arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert isinstance(result.exception, SystemExit)
-    assert result.stderr.startswith("segkern: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +126,8 @@ def test_other_formats_are_written_without_settings(tmp_path: Path) -> None:
 
 def test_layers_lists_every_layer_with_its_grid() -> None:
     output = done("layers", "demo", "--width", "160", "--height", "96")
-    assert re.search(r"m0 +. mid +. 2 +. 32 +. 12x20 +. mid_block\.attentions\.0", output)
-    assert re.search(r"d0 +. down . 1 +. 32 +. 24x40", output)
+    assert re.search(r"m0 +. mid +. 2 +. 64 +. 12x20 +. mid_block\.attentions\.0", output)
+    assert re.search(r"d0 +. down . 2 +. 64 +. 12x20", output)
     assert re.search(r"m0 .* 16x16 ", done("layers", DEMO))
 
 
@@ -171,16 +143,27 @@ def test_version() -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "folder" / "demo.png"
+    out = tmp_path / "new" / "folder"
     output = done("demo", "--steps", "1", "--out", out)
-    assert output.count("without guidance") == 2
-    assert output.count("sigma infinity") == 2
-    assert "random, not trained" in output
-    assert re.search(r"160 x 96 +. sigma 4 +. (torch|triton) +. \d+\.\d +. m0 \d+\.\d%, m1", output)
-    sheet = picture(out)
-    assert sheet.width == 5 * 320 + 4 * 20 + 2 * 40
-    assert sheet.text["seg_sigma"] == "1,4,16,inf"
+    assert output.count("without guidance") == 8
+    assert output.count("sigma infinity") == 8
+    assert re.search(r"160 x 96, seed \d+. +. sigma 5 +. (torch|triton) +. \d+\.\d +. m0 \d+\.\d%, m1", output)
+    for name in ("demo.png", "demo-unconditional.png"):
+        sheet = picture(out / name)
+        assert sheet.width == 6 * 320 + 5 * 20 + 2 * 40
+        assert sheet.text["seg_sigma"] == "1, 2, 5, 10, inf"
+        assert f"wrote {out / name}" in output
+    assert "six yellow stars" in picture(out / "demo.png").text["prompt"]
     assert "exists" in refusal("demo", "--steps", "1", "--out", out)
+
+
+@pytest.mark.skipif(not (DEMO / "evaluation.json").exists(), reason="the bundled model is not evaluated yet")
+def test_demo_shows_the_committed_evaluation(tmp_path: Path) -> None:
+    output = done("demo", "--steps", "1", "--out", tmp_path)
+    found = report.read(DEMO / "evaluation.json")
+    assert found["verdict"] in output
+    for row in report.short(found):
+        assert report.cell(row, report.COLUMNS[0]) in output
 
 
 @pytest.mark.parametrize(

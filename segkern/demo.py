@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``segkern demo`` draws with the bundled checkpoint and what it says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from segkern.drawing import Drawn, Job, describe, draw_all, label
+from segkern.evaluation import report
+from segkern.loading import DEMO, Source
+from segkern.pictures import Row, Tile, contact_sheet, difference, save
+from segkern.tables import percent, wide
+
+if TYPE_CHECKING:
+    from segkern.integrations.diffusers import SEG
+
+SQUARE, WIDE, TALL = (128, 128), (160, 96), (96, 160)
+SCALE = 3.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of a sheet.
+
+    Attributes:
+        prompt: empty for none.
+        size: width and height in pixels.
+        seed: of the noise.
+    """
+
+    prompt: str
+    size: tuple[int, int]
+    seed: int
+
+    @property
+    def heading(self) -> str:
+        width, height = self.size
+        return f"{self.prompt or 'no prompt'} ({width} x {height}, seed {self.seed})"
+
+
+PROMPTED = (
+    Subject("a large red ring above a small blue square", SQUARE, 1),
+    Subject("six yellow stars in a circle on a dark background", SQUARE, 2),
+    Subject("a small orange cross in front of a large purple circle", SQUARE, 3),
+    Subject("a row of three green triangles on a light background", WIDE, 4),
+)
+UNPROMPTED = (
+    Subject("", SQUARE, 11),
+    Subject("", SQUARE, 12),
+    Subject("", SQUARE, 13),
+    Subject("", WIDE, 14),
+)
+FILES = {"demo.png": PROMPTED, "demo-unconditional.png": UNPROMPTED}
+
+
+def sheets(
+    pipe: Any, source: Source, dtype: torch.dtype, plan: Sequence[SEG | None], steps: int, folder: Path
+) -> Iterator[tuple[Path, Subject, list[Drawn]]]:
+    """Draw all subjects, a sheet per file; yields each subject's file, itself and its pictures."""
+    for name, subjects in FILES.items():
+        rows = []
+        for subject in subjects:
+            job = Job(subject.prompt, "", *subject.size, subject.seed, steps, 1.0)
+            drawn = draw_all(pipe, job, plan)
+            tiles = [Tile(one.image, label(spec)) for spec, one in zip(plan, drawn, strict=True)]
+            rows.append(Row(tiles, subject.heading))
+            yield folder / name, subject, drawn
+        guided = next(spec for spec in plan if spec is not None)
+        what = "with prompts" if subjects[0].prompt else "without prompts"
+        fine_print = (
+            f"Each row: the same noise, first without guidance, then with Smoothed Energy Guidance at scale "
+            f"{guided.scale:g} and growing blur of the queries in the mid block's self-attention (16 x 16 tokens). "
+            f"No classifier-free guidance, {steps} steps, a model of "
+            f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.1f} million parameters that comes with segkern."
+        )
+        details = describe(source, job, guided, dtype) | {
+            "prompt": "; ".join(subject.prompt for subject in subjects),
+            "seed": ", ".join(str(subject.seed) for subject in subjects),
+            "width": ", ".join(str(subject.size[0]) for subject in subjects),
+            "height": ", ".join(str(subject.size[1]) for subject in subjects),
+            "seg_sigma": ", ".join(f"{spec.sigma:g}" for spec in plan if spec is not None),
+        }
+        save(contact_sheet(rows, f"segkern: guidance {what}", fine_print), folder / name, details)
+
+
+def run_table() -> Table:
+    """An empty table for ``add_runs``."""
+    return Table("picture", "run", "attention served by", "seconds", "attention moved", "picture changed")
+
+
+def add_runs(table: Table, subject: Subject, plan: Sequence[SEG | None], drawn: Sequence[Drawn], backend: str) -> None:
+    """A line for each picture of a subject."""
+    for spec, one in zip(plan, drawn, strict=True):
+        served = "pipeline's own" if spec is None else backend
+        changed = "-" if spec is None else f"{difference(one.image, drawn[0].image):.1f} / 255"
+        table.add_row(subject.heading, label(spec), served, f"{one.seconds:.1f}", farthest(one), changed)
+
+
+def farthest(drawn: Drawn) -> str:
+    """How far guidance moved the outputs of the guided layers, by layer."""
+    if drawn.report is None:
+        return "-"
+    rows = drawn.report.to_dict()["layers"]
+    return ", ".join(f"{row['layer']} {percent(row['moved'])}" for row in rows)
+
+
+def print_evaluation(path: Path = DEMO / "evaluation.json") -> None:
+    """The checkpoint's own evaluation in short: no guidance, CFG, the paper's and the chosen settings."""
+    if not path.exists():
+        typer.echo("This checkpoint has not been evaluated yet; segkern evaluate does that.")
+        return
+    found = report.read(path)
+    for mode in report.modes(found["rows"]):
+        rows = [row for row in report.short(found) if row["setting"]["mode"] == mode]
+        shown = report.columns(rows)
+        table = Table("guidance", *(heading for _, heading, _ in shown), title=f"measured before, {mode}")
+        for row in rows:
+            table.add_row(report.describe(report.setting_of(row)), *(report.cell(row, column) for column in shown))
+        wide(table).print(table)
+    typer.echo(f"{found['images_per_seed']} images for each of {len(found['seeds'])} seeds; ★ as the paper recommends")
+    typer.echo(found["verdict"])

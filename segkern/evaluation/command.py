@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``segkern evaluate``: from a user's words to a study, with progress, to JSON, a table and a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from segkern.environment import environment
+from segkern.evaluation import report
+from segkern.evaluation.judge import load_judge
+from segkern.evaluation.run import Design, carry_out
+from segkern.evaluation.study import MODES, Study
+from segkern.loading import Source, load_pipeline, outline
+
+T = TypeVar("T", int, float, str)
+
+
+def words(name: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
+    """The values in ``1,2,3``; none in an empty text.
+
+    Raises:
+        ValueError: for a word that is no such value, and for one that comes twice.
+
+    Example:
+        >>> words("seeds", "1,2", int)
+        (1, 2)
+    """
+    found: list[T] = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            value = kind(word)
+        except ValueError:
+            raise ValueError(f"--{name} takes {kind.__name__} values with commas between, got {word!r}") from None
+        if value in found:
+            raise ValueError(f"--{name}: {word} comes twice in {text!r}")
+        found.append(value)
+    return tuple(found)
+
+
+def design(
+    modes: str, scales: str, sigmas: str, cfg_scales: str, layers: str, seeds: str, selection_seeds: str
+) -> Design:
+    """The design that the options describe.
+
+    Raises:
+        ValueError: for an option that says nothing sensible; the message quotes it.
+    """
+    from segkern.integrations.diffusers import SEG
+
+    found = Design(
+        words("modes", modes, str),
+        words("scales", scales, float),
+        words("sigmas", sigmas, float),
+        words("cfg-scales", cfg_scales, float),
+        ",".join(words("layers", layers, str)),
+        words("seeds", seeds, int),
+        words("selection-seeds", selection_seeds, int),
+    )
+    for name in ("modes", "scales", "sigmas", "seeds"):
+        if not getattr(found, name):
+            raise ValueError(f"--{name} needs at least one value")
+    for mode in found.modes:
+        if mode not in MODES:
+            raise ValueError(f"--modes takes {' and '.join(MODES)}, got {mode!r}")
+    for scale in found.scales:
+        for sigma in found.sigmas:
+            SEG(scale, sigma, layers.split(","))
+    for name, values, least in (("scales", found.scales, 0.0), ("sigmas", found.sigmas, 0.0)):
+        if min(values) <= least:
+            raise ValueError(f"--{name} must be above {least:g}, no guidance is measured anyway; got {min(values):g}")
+    for cfg in found.cfg_scales:
+        if not 1 < cfg < math.inf:
+            raise ValueError(f"--cfg-scales must be finite and above 1, which is none; got {cfg:g}")
+    for seed in (*found.seeds, *found.selection_seeds):
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"a seed lies between 0 and {2**32 - 1}, got {seed}")
+    return found
+
+
+def prepare(
+    source: Source,
+    wanted: Design,
+    dtype: torch.dtype,
+    device: torch.device,
+    out: Path,
+    images: int,
+    steps: int,
+    batch: int,
+) -> Study:
+    """Load the model and the judge, and what an earlier run measured.
+
+    Raises:
+        ValueError: for layers that the model lacks, and when ``out`` holds measurements of another model.
+        OSError: when files are missing.
+    """
+    from segkern.integrations.diffusers.layers import list_layers, select_layers
+
+    select_layers(list_layers(outline(source)), wanted.layers.split(","))
+    out.mkdir(parents=True, exist_ok=True)
+    judge = load_judge().to(device)
+    return Study(load_pipeline(source, dtype, device), judge, out / "cells.jsonl", images, steps, batch)
+
+
+def run(study: Study, wanted: Design, source: Source, out: Path) -> None:
+    """Measure, and write ``evaluation.json``, ``evaluation.md`` and ``evaluation.png`` to ``out``."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("images", total=wanted.runs * study.images)
+
+        def advance(name: str, count: int) -> None:
+            progress.update(task, advance=count, description=name)
+
+        found = carry_out(study, wanted, advance)
+        progress.update(task, completed=wanted.runs * study.images, description="done")
+    found = {
+        "model": source.name,
+        **study.kind,
+        **environment(study.pipe.device, "diffusers", "transformers", "torchmetrics"),
+        **found,
+    }
+    report.write(out / "evaluation.json", found)
+    text = report.markdown(found)
+    (out / "evaluation.md").write_text(text, encoding="utf-8")
+    report.plot(found["rows"], out / "evaluation.png", report.title(found))
+    typer.echo(text)
+    for name in ("evaluation.json", "evaluation.md", "evaluation.png"):
+        typer.echo(f"wrote {out / name}")

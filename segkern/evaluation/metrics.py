@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good, how varied and how faithful samples are, in the features of the judge.
+
+Frechet and kernel distance are torchmetrics' own, given the judge's features instead of Inception's; their values
+compare with each other only, never with distances in other features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from segkern.evaluation.judge import FEATURES, Judge
+from segkern.evaluation.shapes import ATTRIBUTES, Scene
+
+NEIGHBOURS = 3
+KERNEL_SUBSETS = 20
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the judge made of a set of pictures.
+
+    Attributes:
+        features: float32 ``[count, FEATURES]``.
+        answers: int64 ``[count, len(ATTRIBUTES)]``: the answer found most likely to each question.
+        confidence: float32 ``[count]``: the mean probability of these answers.
+    """
+
+    features: torch.Tensor
+    answers: torch.Tensor
+    confidence: torch.Tensor
+
+
+@torch.no_grad()
+def judged(judge: Judge, pictures: torch.Tensor, batch: int = 128) -> Judged:
+    """Show pictures to the judge.
+
+    Args:
+        judge: the classifier.
+        pictures: uint8 ``[count, 3, height, width]``.
+        batch: pictures at once.
+    """
+    features, answers, confidence = [], [], []
+    for part in pictures.split(batch):
+        found = judge.features(_levels(judge, part))
+        chances = [logits.softmax(-1).max(-1) for logits in judge.answers(found)]
+        features.append(found.cpu())
+        answers.append(torch.stack([best.indices for best in chances], dim=1).cpu())
+        confidence.append(torch.stack([best.values for best in chances], dim=1).mean(1).cpu())
+    return Judged(torch.cat(features), torch.cat(answers), torch.cat(confidence))
+
+
+class _AsTheyAre(nn.Module):
+    """Stands where torchmetrics expects a network and hands features on."""
+
+    num_features = FEATURES
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """Frechet distance of the Gaussians with the features' means and covariances; biased upwards in small sets.
+
+    Args:
+        real: features ``[count, FEATURES]``.
+        fake: features ``[count, FEATURES]``.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=_AsTheyAre()).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return float(metric.compute())
+
+
+def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
+    """KID: the unbiased squared maximum mean discrepancy under a cubic kernel, against random subsets of ``real``.
+
+    Args:
+        real: features ``[count, FEATURES]``, as many as ``fake`` or more.
+        fake: features ``[count, FEATURES]``.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
+            metric = KernelInceptionDistance(feature=_AsTheyAre(), subsets=KERNEL_SUBSETS, subset_size=len(fake))
+        metric.update(real.double(), real=True)
+        metric.update(fake.double(), real=False)
+        return float(metric.compute()[0])
+
+
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., NeurIPS 2019).
+
+    Precision is the share of samples that lie within the distance of a real picture to its k-th nearest real
+    neighbour, recall the share of real pictures that lie so near to a sample.
+
+    Args:
+        real: features ``[count, FEATURES]``.
+        fake: features ``[count, FEATURES]``, best as many as ``real``.
+        neighbours: k.
+
+    Example:
+        >>> points = torch.randn(32, FEATURES)
+        >>> precision_recall(points, points)
+        (1.0, 1.0)
+    """
+    apart = torch.cdist(real.double(), fake.double())
+
+    def reach(points: torch.Tensor) -> torch.Tensor:
+        among = torch.cdist(points.double(), points.double())
+        return among.kthvalue(neighbours + 1, dim=1).values  # the nearest is the point itself
+
+    precision = (apart <= reach(real)[:, None]).any(0)
+    recall = (apart <= reach(fake)[None, :]).any(1)
+    return float(precision.double().mean()), float(recall.double().mean())
+
+
+def caption_accuracy(answers: torch.Tensor, scenes: Sequence[Scene]) -> tuple[float, float]:
+    """The share of a caption's statements that pictures fulfil, and the share of captions fulfilled in all.
+
+    Args:
+        answers: int64 ``[count, len(ATTRIBUTES)]``, the judge's.
+        scenes: what each picture was to show.
+    """
+    labels = torch.tensor([scene.labels() for scene in scenes])
+    stated = torch.tensor([_stated(scene) for scene in scenes])
+    right = answers == labels
+    return float(right[stated].double().mean()), float((right | ~stated).all(1).double().mean())
+
+
+def _stated(scene: Scene) -> list[bool]:
+    said = {"none": False}
+    answers = scene.answers()
+    return [scene.names_background if name == "background" else said.get(answers[name], True) for name in ATTRIBUTES]
+
+
+@torch.no_grad()
+def picture_distance(judge: Judge, first: torch.Tensor, second: torch.Tensor, batch: int = 128) -> float:
+    """Mean distance of pairs of pictures in the judge's feature maps.
+
+    The form of LPIPS (Zhang et al., CVPR 2018) without its learned weights: at each depth, the squared difference of
+    maps normalised over their channels, summed over channels, averaged over places, summed over depths.
+
+    Args:
+        judge: the classifier.
+        first: uint8 ``[count, 3, height, width]``.
+        second: like ``first``.
+        batch: pairs at once.
+    """
+    total = 0.0
+    for one, other in zip(first.split(batch), second.split(batch), strict=True):
+        pairs = zip(judge.maps(_levels(judge, one)), judge.maps(_levels(judge, other)), strict=True)
+        for left, right in pairs:
+            difference = nn.functional.normalize(left, dim=1) - nn.functional.normalize(right, dim=1)
+            total += float(difference.square().sum(1).mean((1, 2)).sum())
+    return total / len(first)
+
+
+def _levels(judge: Judge, pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures as the judge takes them, on its device."""
+    return pictures.to(next(judge.parameters()).device).float() / 127.5 - 1

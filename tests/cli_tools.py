@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands run in this process, and the pictures that they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from segkern.commands import app
+
+
+def segkern(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> str:
+    """Output of a command that must succeed."""
+    result = segkern(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+def picture(path: Path) -> Image.Image:
+    """A picture from disk, its file closed."""
+    with Image.open(path) as image:
+        image.load()
+    return image
+
+
+def refusal(*arguments: object) -> str:
+    """The one line with which a command refuses."""
+    result = segkern(*arguments)
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("segkern: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures against their definitions, written out, and the judge against drawings that it has not seen."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from segkern.evaluation.judge import FEATURES, Judge, load_judge
+from segkern.evaluation.metrics import (
+    caption_accuracy,
+    frechet_distance,
+    judged,
+    kernel_distance,
+    picture_distance,
+    precision_recall,
+)
+from segkern.evaluation.shapes import ATTRIBUTES, PICTURE_SIZES, Scene, Thing, numbered
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return load_judge()
+
+
+def test_frechet_distance_is_the_formula() -> None:
+    real, fake = torch.randn(300, FEATURES).double(), 1.5 * torch.randn(200, FEATURES).double() + 0.3
+    first, second = torch.cov(real.T), torch.cov(fake.T)
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
+    expected = (real.mean(0) - fake.mean(0)).square().sum() + first.trace() + second.trace() - 2 * cross
+    assert frechet_distance(real, fake) == pytest.approx(float(expected), rel=1e-6)
+    assert abs(frechet_distance(real, real)) < 1e-6
+
+
+def test_kernel_distance_is_the_formula() -> None:
+    real, fake = torch.randn(60, FEATURES), torch.randn(60, FEATURES) + 0.2
+
+    def kernel(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (one.double() @ other.double().T / FEATURES + 1) ** 3
+
+    apart = ~torch.eye(60, dtype=torch.bool)
+    expected = kernel(real, real)[apart].mean() + kernel(fake, fake)[apart].mean() - 2 * kernel(real, fake).mean()
+    assert kernel_distance(real, fake) == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
+
+
+def test_kernel_distance_repeats_and_leaves_the_random_state() -> None:
+    real, fake = torch.randn(200, FEATURES), torch.randn(50, FEATURES)
+    state = torch.get_rng_state()
+    assert kernel_distance(real, fake) == kernel_distance(real, fake)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_precision_and_recall_count_neighbours() -> None:
+    real, fake = torch.randn(40, FEATURES), torch.randn(40, FEATURES) * 1.3
+
+    def covered(points: torch.Tensor, by: torch.Tensor) -> float:
+        inside = 0
+        for point in points:
+            for ball in by:
+                reach = sorted(float(torch.dist(ball, other)) for other in by)[3]
+                if float(torch.dist(point, ball)) <= reach:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    precision, recall = precision_recall(real, fake)
+    assert precision == pytest.approx(covered(fake, real))
+    assert recall == pytest.approx(covered(real, fake))
+
+
+def test_precision_without_diversity() -> None:
+    real = torch.randn(64, FEATURES)
+    copies = real[:1].expand(64, -1) + 1e-6 * torch.randn(64, FEATURES)
+    precision, recall = precision_recall(real, copies)
+    assert precision == 1.0
+    assert recall <= 1 / 64
+    assert precision_recall(real, real + 1000) == (0.0, 0.0)
+
+
+def test_only_what_a_caption_says_is_asked() -> None:
+    first = Scene("single", (Thing("ring", "red", "small"),), "dark", "a small red ring")
+    second = Scene("row", (Thing("star", "blue", None),), "light", "a row of three blue stars on a light background")
+    right = torch.tensor([first.labels(), second.labels()])
+    assert caption_accuracy(right, [first, second]) == (1.0, 1.0)
+    wrong = right.clone()
+    names = list(ATTRIBUTES)
+    wrong[0, names.index("background")] = 1  # not said
+    wrong[1, names.index("size")] = 0  # not said
+    wrong[0, names.index("second colour")] = 2  # not said, but a second object is not there
+    assert caption_accuracy(wrong, [first, second]) == (1.0, 1.0)
+    wrong[1, names.index("background")] = 0  # said
+    wrong[1, names.index("shape")] = 0  # said
+    share, whole = caption_accuracy(wrong, [first, second])
+    assert share == pytest.approx(6 / 8)  # layout, shape, colour, size; layout, shape, colour, background
+    assert whole == 0.5
+
+
+def test_judge_knows_drawings_it_has_not_seen(judge: Judge) -> None:
+    seed = random.randrange(10**6, 10**9)
+    for size in PICTURE_SIZES:
+        found = [numbered(seed, index, size) for index in range(128)]
+        scenes, pictures = zip(*found, strict=True)
+        answers = judged(judge, torch.stack(pictures))
+        share, whole = caption_accuracy(answers.answers, scenes)
+        assert share > 0.97
+        assert whole > 0.85
+        assert answers.features.shape == (128, FEATURES)
+        assert 0.8 < float(answers.confidence.mean()) <= 1
+
+
+def test_picture_distance(judge: Judge) -> None:
+    pictures = torch.stack([numbered(random.randrange(10**9), 0)[1] for _ in range(4)])
+    assert picture_distance(judge, pictures, pictures) == 0
+    others = pictures.roll(1, 0)
+    there, back = picture_distance(judge, pictures, others), picture_distance(judge, others, pictures)
+    assert there == pytest.approx(back, rel=1e-5)
+    nearly = (pictures.float() + 4 * torch.randn(pictures.shape)).clamp(0, 255).to(torch.uint8)
+    assert 0 < picture_distance(judge, pictures, nearly) < there
+    in_parts = picture_distance(judge, pictures, others, batch=3)
+    assert in_parts == pytest.approx(there, rel=1e-5)
