@@ -5,11 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := segkern integrations tests benchmarks tools setup.py
+SOURCES := segkern integrations training tests benchmarks setup.py
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format typecheck pytest benchmark wheel clean
+.PHONY: help install demo test lint format typecheck pytest benchmark evaluate train wheel clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -22,9 +22,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[all]"
 	touch $@
 
-# Tensors of the bundled checkpoint are tiny: on a busy machine a second thread only waits for the first.
-demo: $(INSTALLED) ## guidance end to end on the bundled checkpoint; writes outputs/demo.png
-	OMP_NUM_THREADS=1 $(BIN)/segkern demo --out outputs/demo.png --overwrite
+demo: $(INSTALLED) ## the bundled model with and without guidance; writes outputs/demo.png and outputs/demo-unconditional.png
+	$(BIN)/segkern demo --out outputs --overwrite
 
 test: lint typecheck pytest ## all checks and all tests
 
@@ -47,10 +46,16 @@ pytest: $(INSTALLED) ## the tests alone, on all cores
 benchmark: $(INSTALLED) ## speed against plain attention and the official algorithm
 	$(BIN)/python -m pytest benchmarks
 
+evaluate: $(INSTALLED) ## what guidance does to samples, hours on a CPU
+	$(BIN)/segkern evaluate
+
+train: $(INSTALLED) ## the bundled model again from nothing; about two hours on a CPU
+	$(BIN)/python -m training
+
 wheel: $(INSTALLED) ## dist/*.whl and dist/*.tar.gz
 	rm -rf build/lib dist
 	$(BIN)/python -m build --no-isolation
 
 clean: ## everything that the targets above made
 	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
-	find segkern integrations tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find segkern integrations training tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -80,14 +80,14 @@ def test_source_archive_holds_what_testing_it_needs(distributions: Path) -> None
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
     assert {"Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md"} <= names
-    assert {"tests/test_packaging.py", "tools/build_demo_checkpoint.py", "integrations/__init__.py"} <= names
+    assert {"tests/test_packaging.py", "training/denoiser.py", "integrations/__init__.py"} <= names
 
 
 @pytest.mark.parametrize(
     "module, absent",
     [
-        ("segkern", {"triton", "diffusers", "transformers", "typer", "PIL"}),
-        ("segkern.cli", {"triton", "diffusers", "transformers", "typer", "PIL"}),
+        ("segkern", {"triton", "diffusers", "transformers", "typer", "PIL", "torchmetrics", "matplotlib"}),
+        ("segkern.cli", {"triton", "diffusers", "transformers", "typer", "PIL", "torchmetrics", "matplotlib"}),
         ("segkern.integrations.diffusers", {"triton", "typer"}),
     ],
 )

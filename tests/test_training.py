@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training of the bundled model goes on where it was cut off, and a rehearsal of all of it gives checkpoints."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from segkern.evaluation.judge import load_judge
+from training import denoiser, vae
+from training.data import scaled
+from training.loop import Plan, train
+from training.text import Texts
+
+ROOT = Path(__file__).parents[1]
+
+
+class Interrupted(Exception):
+    """What stands for a power cut."""
+
+
+def line_fit(work: Path, plan: Plan, stop_at: int | None = None) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 1))
+
+    def loss_of(step: int, rng: torch.Generator) -> torch.Tensor:
+        if step == stop_at:
+            raise Interrupted
+        points = torch.randn(16, 3, generator=rng)
+        return (module(points) - points.sum(1, keepdim=True)).square().mean()
+
+    return list(train("line", module, loss_of, plan, work, save_every=10).parameters())
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tmp_path: Path, average: float | None) -> None:
+    plan = Plan(steps=40, rate=1e-2, warmup=5, average=average, seed=3)
+    whole = line_fit(tmp_path / "whole", plan)
+    with pytest.raises(Interrupted):
+        line_fit(tmp_path / "cut", plan, stop_at=25)
+    resumed = line_fit(tmp_path / "cut", plan)
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_losses_fall_and_are_written_down(tmp_path: Path) -> None:
+    line_fit(tmp_path, Plan(steps=200, rate=2e-2, warmup=5))
+    losses = [
+        float(line.split('"loss": ')[1].split(",")[0]) for line in (tmp_path / "line.jsonl").read_text().splitlines()
+    ]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] / 2
+
+
+def test_untrained_autoencoder_passes_colours() -> None:
+    torch.manual_seed(0)
+    model = vae.build().eval()
+    colours = (torch.rand(4, 3, 1, 1) - 0.5).expand(4, 3, 64, 64)
+    with torch.no_grad():
+        rebuilt = model.decode(model.encode(colours).latent_dist.mean).sample
+    inside = rebuilt[:, :, 16:-16, 16:-16].mean((2, 3))
+    assert torch.corrcoef(torch.stack([inside.flatten(), colours[:, :, 0, 0].flatten()]))[0, 1] > 0.95
+
+
+def test_whitening_changes_the_latents_and_not_the_pictures() -> None:
+    torch.manual_seed(0)
+    model = vae.build().eval()
+    pixels = scaled(torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8))
+    with torch.no_grad():
+        before = model.decode(model.encode(pixels[:4]).latent_dist.mean).sample
+        vae.whiten(model, pixels)
+        latents = model.encode(pixels).latent_dist.mean
+        after = model.decode(latents[:4]).sample
+    assert torch.allclose(before, after, atol=1e-4)
+    spread = torch.cov(latents.transpose(0, 1).flatten(1))
+    assert torch.allclose(spread, torch.eye(4), atol=1e-3)
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-3
+
+
+def test_times_cover_the_schedule() -> None:
+    drawn = denoiser.times(20_000, torch.Generator().manual_seed(1))
+    assert drawn.dtype == torch.int64
+    assert 0 <= int(drawn.min()) < 20
+    assert 980 < int(drawn.max()) <= 999
+    assert math.isclose(float(drawn.float().mean()), 555, abs_tol=25)
+
+
+def test_texts_encode_as_the_pipeline_does(tmp_path: Path) -> None:
+    from segkern.loading import find_model, load_pipeline
+
+    pipe = load_pipeline(find_model("demo"), torch.float32, torch.device("cpu"))
+    texts = Texts(tmp_path)
+    texts.first.load_state_dict(pipe.text_encoder.state_dict())
+    texts.second.load_state_dict(pipe.text_encoder_2.state_dict())
+    captions = ["a large red ring above a small blue square", "", "six green stars in a circle on a dark background"]
+    with torch.no_grad():
+        states, whole = texts.eval()(captions)
+        expected, _, pooled, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False)
+    assert torch.allclose(states, expected, atol=1e-5)
+    assert torch.allclose(whole, pooled, atol=1e-5)
+
+
+def test_rehearsal_of_the_whole_training(tmp_path: Path) -> None:
+    """In a process of its own, since it draws with several; the results load and sample."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    command = [sys.executable, "-m", "training", "--work", work, "--out", out, "--share", "0.0005"]
+    ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(out / "demo", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red ring", num_inference_steps=1, width=160, height=96).images[0]
+    assert image.size == (160, 96)
+    load_judge(out / "judge" / "model.safetensors")
+    logs = {path.stem for path in work.glob("*.pt")}
+    assert {"vae", "decoder", "text", "denoiser", "judge"} <= logs
+
+
+def test_a_rehearsal_does_not_replace_the_bundled_checkpoints(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training", "--work", str(tmp_path / "work"), "--share", "0.001"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "--out" in ran.stderr
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_run_of_another_plan_is_refused(tmp_path: Path) -> None:
+    line_fit(tmp_path, Plan(steps=10, rate=1e-2))
+    with pytest.raises(ValueError, match=r"line.pt belongs to .*'steps': 10.*choose another folder with --work"):
+        line_fit(tmp_path, Plan(steps=20, rate=1e-2))

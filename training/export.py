@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From trained parts to the checkpoints that the package carries, in half precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+
+from segkern.environment import environment
+from segkern.evaluation.judge import Judge
+from training.denoiser import scheduler
+from training.loop import DEVICE
+from training.text import Texts
+
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "segkern" / "checkpoints"
+
+
+def pipeline(folder: Path, work: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditionModel) -> None:
+    """Write a checkpoint that ``StableDiffusionXLPipeline.from_pretrained`` loads."""
+    whole = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=texts.first,
+        text_encoder_2=texts.second,
+        tokenizer=texts.tokenizers[0],
+        tokenizer_2=texts.tokenizers[1],
+        unet=unet,
+        scheduler=scheduler(),
+        add_watermarker=False,
+    )
+    whole.to(dtype=torch.float16)
+    whole.save_pretrained(folder)
+    whole.to(dtype=torch.float32)
+    for name in ("tokenizer", "tokenizer_2"):  # saved as tokenizer.json, which older releases cannot read
+        (folder / name / "tokenizer.json").unlink(missing_ok=True)
+        for file in (work / "texts" / name).iterdir():
+            shutil.copy(file, folder / name)
+
+
+def record(folder: Path, work: Path) -> None:
+    """Write training.json: how long each part took, on what, and its losses."""
+    parts = {}
+    for log in sorted(work.glob("*.jsonl")):
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        every = max(1, len(lines) // 20)
+        losses = {line["step"]: round(line["loss"], 5) for line in [*lines[every - 1 :: every], lines[-1]]}
+        parts[log.stem] = {"steps": lines[-1]["step"], "seconds": round(lines[-1]["seconds"]), "loss": losses}
+    found = environment(DEVICE, "diffusers", "transformers") | {"parts": parts}
+    (folder / "training.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def judge(folder: Path, trained: Judge) -> None:
+    """Write the classifier's weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.half().contiguous() for name, weight in trained.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
