@@ -13,7 +13,7 @@ from training.data import COUNT, drawings, scaled
 from training.denoiser import batches
 from training.loop import DEVICE, Plan, half_precision, train
 
-PLAN = Plan(steps=1500, rate=2e-3, average=0.998, seed=4)
+PLAN = Plan(steps=2600, rate=2e-3, average=0.998, seed=4)
 BATCH = 64
 
 

@@ -17,7 +17,7 @@ from segkern.environment import environment
 from segkern.evaluation import report
 from segkern.evaluation.judge import load_judge
 from segkern.evaluation.run import Design, carry_out
-from segkern.evaluation.study import MODES, Study
+from segkern.evaluation.study import MODES, Study, check_images
 from segkern.loading import Source, load_pipeline, outline
 
 T = TypeVar("T", int, float, str)
@@ -104,6 +104,7 @@ def prepare(
     from segkern.integrations.diffusers.layers import list_layers, select_layers
 
     select_layers(list_layers(outline(source)), wanted.layers.split(","))
+    check_images(images)
     out.mkdir(parents=True, exist_ok=True)
     judge = load_judge().to(device)
     return Study(load_pipeline(source, dtype, device), judge, out / "cells.jsonl", images, steps, batch)

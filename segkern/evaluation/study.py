@@ -138,6 +138,16 @@ def sample(pipe: Any, setting: Setting, seed: int, count: int, steps: int, batch
             guidance.remove()
 
 
+def check_images(images: int) -> None:
+    """Refuse more images per setting and seed than there are real drawings.
+
+    Raises:
+        ValueError: for too many.
+    """
+    if images > REFERENCE_COUNT:
+        raise ValueError(f"there are {REFERENCE_COUNT} real drawings to compare with, fewer than {images} images")
+
+
 class Study:
     """Runs settings and keeps what it measured in a file, so that a study that was cut off goes on.
 
@@ -154,8 +164,7 @@ class Study:
     """
 
     def __init__(self, pipe: Any, judge: Judge, path: Path, images: int, steps: int, batch: int = 64) -> None:
-        if images > REFERENCE_COUNT:
-            raise ValueError(f"there are {REFERENCE_COUNT} real drawings to compare with, fewer than {images} images")
+        check_images(images)
         self.pipe, self.judge, self.path = pipe, judge, path
         self.images, self.steps, self.batch = images, steps, batch
         weights = fingerprint(pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, judge)
