@@ -46,10 +46,10 @@ pytest: $(INSTALLED) ## the tests alone, on all cores
 benchmark: $(INSTALLED) ## speed against plain attention and the official algorithm
 	$(BIN)/python -m pytest benchmarks
 
-evaluate: $(INSTALLED) ## what guidance does to samples, hours on a CPU
+evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU
 	$(BIN)/segkern evaluate
 
-train: $(INSTALLED) ## the bundled model again from nothing; about two hours on a CPU
+train: $(INSTALLED) ## the bundled model again from nothing; well over an hour on a CPU
 	$(BIN)/python -m training
 
 wheel: $(INSTALLED) ## dist/*.whl and dist/*.tar.gz

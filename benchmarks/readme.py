@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from segkern.evaluation import report
+from segkern.evaluation.plots import plot
 
 ROOT = Path(__file__).parents[1]
 EVALUATION = ROOT / "segkern" / "checkpoints" / "demo" / "evaluation.json"
 BLOCK = re.compile(r"(<!-- measurements -->\n).*?(<!-- /measurements -->)", re.DOTALL)
-
 EVALUATED = re.compile(r"(<!-- evaluation -->\n).*?(<!-- /evaluation -->)", re.DOTALL)
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     found = report.read(EVALUATION)
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "evaluation.md").write_text(report.markdown(found), encoding="utf-8")
-    report.plot(found["rows"], ROOT / "docs" / "evaluation.png", report.title(found))
+    plot(found["rows"], ROOT / "docs" / "evaluation.png", report.title(found))
 
 
 if __name__ == "__main__":

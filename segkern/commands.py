@@ -15,8 +15,9 @@ from rich.table import Table
 
 from segkern import loading
 from segkern.dispatch import choose_backend
-from segkern.drawing import Drawn, Job, check_layers, describe, draw_all, label, parse_sigmas
+from segkern.drawing import Drawn, Job, check_layers, describe, draw_all, label
 from segkern.environment import version_of
+from segkern.options import listed
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.tables import percent, wide
 from segkern.version import __version__
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 SIGMAS = "1,2,5,10,inf"
+NUMBERS = "numbers such as 4 or inf"
 
 # Label, head dimension, of self-attention calls that occur in real models.
 CALLS = (
@@ -129,9 +131,10 @@ def generate(
             raise ValueError(f"--sigmas {sigmas!r} needs --compare; one picture takes --sigma")
         if compare and sigma is not None:
             raise ValueError(f"--compare takes --sigmas, not --sigma {sigma!r}")
-        values = parse_sigmas(
-            (SIGMAS if sigmas is None else sigmas) if compare else ("inf" if sigma is None else sigma)
-        )
+        if compare:
+            values = listed("--sigmas", SIGMAS if sigmas is None else sigmas, float, NUMBERS)
+        else:
+            values = listed("--sigma", "inf" if sigma is None else sigma, float, NUMBERS)
         if len(values) > 1 and not compare:
             raise ValueError(f"--sigma takes one number, got {sigma!r}; several are for --compare --sigmas")
         where = loading.find_device(device)
@@ -242,12 +245,12 @@ def demo(
         dtype = loading.find_dtype("auto", device)
         source = loading.find_model("demo")
         pipe = loading.load_pipeline(source, dtype, device)
-    plan = [None, *(SEG(shown.SCALE, value) for value in parse_sigmas(SIGMAS))]
+    plan = [None, *(SEG(shown.SCALE, value) for value in listed("--sigmas", SIGMAS, float, NUMBERS))]
     head_dim = next(layer.head_dim for layer in list_layers(pipe) if layer.part == "mid")
     backend, reason = choose_backend(device, dtype, head_dim)
 
     table = shown.run_table()
-    for _, subject, drawn in shown.sheets(pipe, source, dtype, plan, steps, out):
+    for subject, drawn in shown.sheets(pipe, source, dtype, plan, steps, out):
         shown.add_runs(table, subject, plan, drawn, backend)
     wide(table).print(table)
     typer.echo(f"seg_attention on {device}, {str(dtype).removeprefix('torch.')}: {backend}, because: {reason}")

@@ -62,8 +62,8 @@ FILES = {"demo.png": PROMPTED, "demo-unconditional.png": UNPROMPTED}
 
 def sheets(
     pipe: Any, source: Source, dtype: torch.dtype, plan: Sequence[SEG | None], steps: int, folder: Path
-) -> Iterator[tuple[Path, Subject, list[Drawn]]]:
-    """Draw all subjects, a sheet per file; yields each subject's file, itself and its pictures."""
+) -> Iterator[tuple[Subject, list[Drawn]]]:
+    """Draw all subjects, a sheet per file; yields each subject and its pictures."""
     for name, subjects in FILES.items():
         rows = []
         for subject in subjects:
@@ -71,7 +71,7 @@ def sheets(
             drawn = draw_all(pipe, job, plan)
             tiles = [Tile(one.image, label(spec)) for spec, one in zip(plan, drawn, strict=True)]
             rows.append(Row(tiles, subject.heading))
-            yield folder / name, subject, drawn
+            yield subject, drawn
         guided = next(spec for spec in plan if spec is not None)
         what = "with prompts" if subjects[0].prompt else "without prompts"
         fine_print = (

@@ -61,28 +61,6 @@ class Drawn:
     seconds: float
 
 
-def parse_sigmas(text: str) -> list[float]:
-    """The numbers in ``1,4,inf``; whether they are sigmas, SEG itself says.
-
-    Raises:
-        ValueError: for what is no number, and for one that comes twice.
-
-    Example:
-        >>> parse_sigmas("1,4,inf")
-        [1.0, 4.0, inf]
-    """
-    values: list[float] = []
-    for word in text.split(","):
-        try:
-            value = float(word)
-        except ValueError:
-            raise ValueError(f"a sigma is a number such as 4 or inf, got {word!r} in {text!r}") from None
-        if value in values:
-            raise ValueError(f"sigma {value:g} comes twice in {text!r}")
-        values.append(value)
-    return values
-
-
 def check_layers(outline: Outline, spec: SEG, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what can be refused before weights are loaded.
 

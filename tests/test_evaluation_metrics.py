@@ -100,7 +100,7 @@ def test_only_what_a_caption_says_is_asked() -> None:
 
 
 @pytest.mark.xfail(
-    strict=False, reason="the present judge gives 0.94 to 0.96 of the answers: it is trained again with the model"
+    raises=AssertionError, reason="the present judge overfits: below 0.97 at every size; trained again with the model"
 )
 def test_judge_knows_drawings_it_has_not_seen(judge: Judge) -> None:
     seed = random.randrange(10**6, 10**9)

@@ -14,6 +14,7 @@ import torch
 
 from segkern.evaluation import report
 from segkern.evaluation.judge import Judge, load_judge
+from segkern.evaluation.plots import curves, plot
 from segkern.evaluation.run import Design, carry_out, choose, verdict
 from segkern.evaluation.study import Setting, Study, grid, prompts, sample, variants
 from segkern.loading import DEMO, find_model, load_pipeline
@@ -50,6 +51,13 @@ def test_samples_do_not_depend_on_the_batch(pipe: Any) -> None:
     assert together.dtype == torch.uint8
     assert together.shape == (3, 3, 128, 128)
     assert (together.int() - apart.int()).abs().max() <= 1
+
+
+def test_samples_of_a_seed_differ_and_repeat(pipe: Any) -> None:
+    """Without prompts nothing but the noise tells them apart."""
+    first, second = pictures(pipe, Setting("unconditional"), count=2)
+    assert (first.int() - second.int()).abs().float().mean() > 1
+    assert torch.equal(first, pictures(pipe, Setting("unconditional"), count=2)[0])
 
 
 def test_unguided_samples_are_the_stock_pipelines(pipe: Any) -> None:
@@ -189,7 +197,7 @@ def test_committed_pages_are_made_from_the_committed_evaluation() -> None:
 @pytest.mark.skipif(not (DEMO / "evaluation.json").exists(), reason="the bundled model is not evaluated yet")
 def test_plot_and_table_show_every_setting(tmp_path: Path) -> None:
     found = report.read(DEMO / "evaluation.json")
-    report.plot(found["rows"], tmp_path / "plot.png", report.title(found))
+    plot(found["rows"], tmp_path / "plot.png", report.title(found))
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     text = report.markdown(found)
     for row in [*found["rows"], *found["selection"]]:
@@ -206,8 +214,17 @@ def test_plot_takes_every_kind_of_setting(tmp_path: Path) -> None:
     for one in cells:
         one["measures"] |= measures | {"caption_accuracy": 0.5, "distance_to_unguided": 0.1}
     rows = report.summarise(cells)
-    report.plot(rows, tmp_path / "plot.png", "title")
+    plot(rows, tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+    unconditional = [row for row in rows if row["setting"]["mode"] == "unconditional"]
+    drawn = [
+        [(s.layers, s.start, s.stop, s.sigma, s.seg) for s in map(report.setting_of, points)]
+        for _, points in curves(unconditional)
+    ]
+    mid = ("mid", 0.0, 1.0)
+    assert drawn[:2] == [[(*mid, sigma, scale) for scale in (1.0, 3.0)] for sigma in (5.0, math.inf)]
+    assert all(len(points) == 1 for points in drawn[2:])
+    assert len(drawn) == 2 + 5
     starred = [report.setting_of(row) for row in rows if report.is_papers(report.setting_of(row))]
     assert starred == [
         Setting(mode, seg=3.0, sigma=sigma, layers="mid")

@@ -29,6 +29,7 @@ ALLOWED = {
     "commands": {
         "loading",
         "drawing",
+        "options",
         "pictures",
         "tables",
         "environment",
@@ -40,7 +41,8 @@ ALLOWED = {
     "demo": {"loading", "drawing", "pictures", "tables", "evaluation", "integrations"},
     "drawing": {"loading", "dispatch", "environment", "integrations"},
     "environment": set(),
-    "evaluation": {"evaluation", "loading", "environment", "integrations"},
+    "evaluation": {"evaluation", "loading", "environment", "options", "integrations"},
+    "options": set(),
     "tables": set(),
     "loading": set(),
     "pictures": set(),

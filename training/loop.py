@@ -62,9 +62,6 @@ def train(
 
     Goes on from ``work/name.pt`` where a run was cut off. The losses are written to ``work/name.jsonl``.
 
-    Raises:
-        ValueError: when that is a run of another plan.
-
     Args:
         name: of the run.
         module: what to train.
@@ -72,6 +69,9 @@ def train(
         plan: how long and how fast.
         work: folder for checkpoints and losses.
         save_every: steps between checkpoints.
+
+    Raises:
+        ValueError: when ``work`` holds a run of another plan under this name.
     """
     work.mkdir(parents=True, exist_ok=True)
     path, log = work / f"{name}.pt", work / f"{name}.jsonl"

@@ -21,7 +21,6 @@ BATCH = 4
 LATENT_NOISE = 0.06  # standard deviation of what the decoder learns to overlook; the latents' own is 1
 KL_WEIGHT = 1e-6  # far more of it, and all channels but one fall silent
 
-
 COLOURS = 3
 CONSTANT = 2 * COLOURS
 CONSTANT_LEVEL = 8.0  # large beside colours of -1 to 1, so that normalisation divides all pictures by nearly the same

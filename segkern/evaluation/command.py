@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import typer
@@ -16,33 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from segkern.environment import environment
 from segkern.evaluation import report
 from segkern.evaluation.judge import load_judge
+from segkern.evaluation.plots import plot
 from segkern.evaluation.run import Design, carry_out
 from segkern.evaluation.study import MODES, Study, check_images
 from segkern.loading import Source, load_pipeline, outline
-
-T = TypeVar("T", int, float, str)
-
-
-def words(name: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
-    """The values in ``1,2,3``; none in an empty text.
-
-    Raises:
-        ValueError: for a word that is no such value, and for one that comes twice.
-
-    Example:
-        >>> words("seeds", "1,2", int)
-        (1, 2)
-    """
-    found: list[T] = []
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            value = kind(word)
-        except ValueError:
-            raise ValueError(f"--{name} takes {kind.__name__} values with commas between, got {word!r}") from None
-        if value in found:
-            raise ValueError(f"--{name}: {word} comes twice in {text!r}")
-        found.append(value)
-    return tuple(found)
+from segkern.options import listed
 
 
 def design(
@@ -56,26 +32,23 @@ def design(
     from segkern.integrations.diffusers import SEG
 
     found = Design(
-        words("modes", modes, str),
-        words("scales", scales, float),
-        words("sigmas", sigmas, float),
-        words("cfg-scales", cfg_scales, float),
-        ",".join(words("layers", layers, str)),
-        words("seeds", seeds, int),
-        words("selection-seeds", selection_seeds, int),
+        listed("--modes", modes, str, " and ".join(MODES)),
+        listed("--scales", scales, float, "numbers"),
+        listed("--sigmas", sigmas, float, "numbers such as 4 or inf"),
+        listed("--cfg-scales", cfg_scales, float, "numbers", empty=True),
+        ",".join(listed("--layers", layers, str, "layers")),
+        listed("--seeds", seeds, int, "whole numbers"),
+        listed("--selection-seeds", selection_seeds, int, "whole numbers", empty=True),
     )
-    for name in ("modes", "scales", "sigmas", "seeds"):
-        if not getattr(found, name):
-            raise ValueError(f"--{name} needs at least one value")
     for mode in found.modes:
         if mode not in MODES:
             raise ValueError(f"--modes takes {' and '.join(MODES)}, got {mode!r}")
     for scale in found.scales:
         for sigma in found.sigmas:
-            SEG(scale, sigma, layers.split(","))
-    for name, values, least in (("scales", found.scales, 0.0), ("sigmas", found.sigmas, 0.0)):
-        if min(values) <= least:
-            raise ValueError(f"--{name} must be above {least:g}, no guidance is measured anyway; got {min(values):g}")
+            SEG(scale, sigma, found.layers.split(","))
+    for name, values in (("scales", found.scales), ("sigmas", found.sigmas)):
+        if min(values) <= 0:
+            raise ValueError(f"--{name} must be above 0, no guidance is measured anyway; got {min(values):g}")
     for cfg in found.cfg_scales:
         if not 1 < cfg < math.inf:
             raise ValueError(f"--cfg-scales must be finite and above 1, which is none; got {cfg:g}")
@@ -131,7 +104,7 @@ def run(study: Study, wanted: Design, source: Source, out: Path) -> None:
     report.write(out / "evaluation.json", found)
     text = report.markdown(found)
     (out / "evaluation.md").write_text(text, encoding="utf-8")
-    report.plot(found["rows"], out / "evaluation.png", report.title(found))
+    plot(found["rows"], out / "evaluation.png", report.title(found))
     typer.echo(text)
     for name in ("evaluation.json", "evaluation.md", "evaluation.png"):
         typer.echo(f"wrote {out / name}")

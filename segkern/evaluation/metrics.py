@@ -139,9 +139,8 @@ def caption_accuracy(answers: torch.Tensor, scenes: Sequence[Scene]) -> tuple[fl
 
 
 def _stated(scene: Scene) -> list[bool]:
-    said = {"none": False}
     answers = scene.answers()
-    return [scene.names_background if name == "background" else said.get(answers[name], True) for name in ATTRIBUTES]
+    return [scene.names_background if name == "background" else answers[name] != "none" for name in ATTRIBUTES]
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ class Design:
         mode = "unconditional"
         if mode not in self.modes or not self.selection_seeds:
             return []
-        middle = self.scales[:: max(1, len(self.scales) // 3)]
-        found = grid(mode, self.scales, self.sigmas, (), self.layers) + variants(mode, middle, self.sigmas[-1])
+        fewer = self.scales[:: max(1, len(self.scales) // 3)]
+        found = grid(mode, self.scales, self.sigmas, (), self.layers) + variants(mode, fewer, self.sigmas[-1])
         return list(dict.fromkeys(found))
 
     @property

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the command line that hold several values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T", int, float, str)
+
+
+def listed(option: str, text: str, kind: Callable[[str], T], what: str, *, empty: bool = False) -> tuple[T, ...]:
+    """The values in ``1,2,3``.
+
+    Args:
+        option: such as ``--sigmas``, for messages.
+        text: the user's words.
+        kind: makes a value of one word.
+        what: such values in words, for messages.
+        empty: whether an empty text is no value; an error if not.
+
+    Raises:
+        ValueError: for a word that is no such value, one that comes twice, and an empty text.
+
+    Example:
+        >>> listed("--sigmas", "1, 4,inf", float, "numbers such as 4 or inf")
+        (1.0, 4.0, inf)
+    """
+    if not text.strip():
+        if empty:
+            return ()
+        raise ValueError(f"{option} needs at least one value, got {text!r}")
+    found: list[T] = []
+    for word in (part.strip() for part in text.split(",")):
+        try:
+            value = kind(word)
+        except ValueError:
+            raise ValueError(f"{option} takes {what}, got {word!r}") from None
+        if value in found:
+            raise ValueError(f"{option}: {word} comes twice in {text!r}")
+        found.append(value)
+    return tuple(found)
