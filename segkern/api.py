@@ -10,7 +10,8 @@ import torch
 from torch.autograd import forward_ad
 
 from segkern import ops, sdpa
-from segkern.blur import check_boundary, check_sigma
+from segkern.blur import check_boundary, check_sigma, runs
+from segkern.coarse import check_query_stride, coarse_grid
 from segkern.dispatch import check_backend, choose_backend
 from segkern.grid import Grid
 
@@ -68,6 +69,7 @@ def seg_attention(
     scale: float | None = None,
     attn_mask: torch.Tensor | None = None,
     boundary: str = "reflect",
+    query_stride: int | tuple[int, int] = 1,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +89,12 @@ def seg_attention(
         scale: of the logits; ``1 / sqrt(head_dim)`` by default.
         attn_mask: boolean (True takes part) or additive, broadcastable to ``[batch, heads, tokens, keys]``.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`gaussian_blur`.
+        query_stride: 1 computes every query row. With more, or a pair for height and width, samples of finite sigma
+            are computed at points that are so many tokens apart at most, and interpolated between, log-sum-exp
+            included: a blurred query changes slowly. It is an approximation whose error depends on the data: it
+            grows with the stride over sigma, with the logits' swing, and where a small grid clamps the taps.
+            Sampling and interpolation are products of small matrices in PyTorch on every backend; see
+            :mod:`segkern.coarse`.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
         return_lse: also return the rows' log-sum-exp (natural logarithm); minus it is the row's energy.
 
@@ -110,21 +118,108 @@ def seg_attention(
     grid = _check_grid(grid, query.shape[2])
     sigmas = check_sigma(sigma, query.shape[0])
     check_boundary(boundary)
+    stride = check_query_stride(query_stride)
     mask = _check_mask(attn_mask, query, key)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else _check_scale(scale)
     check_backend(backend)
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     backend = _differentiable(backend, *tensors)
-    if _is_plain(*tensors) and _backend_of(query, value, sigmas, backend) == "torch":
-        output, lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, mask, boundary, return_lse)
-    else:
-        output, lse = ops.seg_attention(
-            query, key, value, mask, grid.height, grid.width, grid.start, sigmas, scale, boundary, backend, return_lse
+    if coarse_grid(grid, stride, boundary).tokens != grid.tokens and any(map(_takes_points, sigmas)):
+        output, lse = _coarse_attention(
+            query, key, value, grid, sigmas, scale, mask, boundary, stride, backend, return_lse
         )
+    else:
+        output, lse = _attention(query, key, value, grid, sigmas, scale, mask, boundary, backend, return_lse)
     if not return_lse:
         return output
     assert lse is not None
     return output, lse
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    sigmas: tuple[float, ...],
+    scale: float,
+    mask: torch.Tensor | None,
+    boundary: str,
+    backend: str,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Every query row; arguments are checked already."""
+    tensors = (query, key, value) if mask is None else (query, key, value, mask)
+    if _is_plain(*tensors) and _backend_of(query, value, sigmas, backend) == "torch":
+        return sdpa.seg_attention(query, key, value, grid, sigmas, scale, mask, boundary, return_lse)
+    output, lse = ops.seg_attention(
+        query, key, value, mask, grid.height, grid.width, grid.start, sigmas, scale, boundary, backend, return_lse
+    )
+    return output, lse if return_lse else None
+
+
+def _takes_points(sigma: float) -> bool:
+    """Whether a sample's queries are smooth without being all the same."""
+    return 0.0 < sigma < math.inf
+
+
+def _coarse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    sigmas: tuple[float, ...],
+    scale: float,
+    mask: torch.Tensor | None,
+    boundary: str,
+    stride: tuple[int, int],
+    backend: str,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Samples of finite sigma at the points of the coarse grid, the others as ever; arguments are checked already."""
+    if mask is not None and mask.shape[2] != 1:
+        raise ValueError(
+            f"query_stride={stride} interpolates between query rows, which a mask with rows of its own "
+            f"{tuple(mask.shape)} does not allow; take query_stride=1 or a mask [batch, heads, 1, keys]"
+        )
+    outputs, lses = [], []
+    for samples, coarse in runs([_takes_points(sigma) for sigma in sigmas]):
+        q, k, v, s = query[samples], key[samples], value[samples], sigmas[samples]
+        m = mask[samples] if mask is not None and mask.shape[0] != 1 else mask
+        if coarse:
+            q = _coarse_queries(q, grid, s, stride, boundary)
+            unblurred = (0.0,) * len(s)
+            output, lse = _attention(q, k, v, Grid(1, 1), unblurred, scale, m, boundary, backend, return_lse)
+            output = _coarse_outputs(output, grid, stride, boundary)
+            lse = None if lse is None else _coarse_lse(lse, grid, stride, boundary)
+        else:
+            output, lse = _attention(q, k, v, grid, s, scale, m, boundary, backend, return_lse)
+        outputs.append(output)
+        lses.append(lse)
+    if len(outputs) == 1:
+        return outputs[0], lses[0]
+    return sdpa.join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None
+
+
+def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
+    """Log-sum-exp of all tokens; minus infinity, where every key is masked, is so in all rows alike."""
+    masked = (lse == -math.inf).all(dim=-1, keepdim=True)
+    found = _coarse_outputs(lse.masked_fill(masked, 0.0)[..., None], grid, stride, boundary)[..., 0]
+    return found.masked_fill(masked, -math.inf)
+
+
+def _coarse_queries(
+    x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], stride: tuple[int, int], boundary: str
+) -> torch.Tensor:
+    if _is_plain(x):
+        return sdpa.coarse_queries(x, grid, sigmas, stride, boundary)
+    return ops.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
+
+
+def _coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
+    if _is_plain(x):
+        return sdpa.coarse_outputs(x, grid, stride, boundary)
+    return ops.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
 
 
 def _backend_of(query: torch.Tensor, value: torch.Tensor, sigmas: tuple[float, ...], backend: str) -> str:

@@ -7,11 +7,13 @@ round: blurred queries and outputs to the input's dtype. float64 stays float64 t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 
 from segkern.blur import blur_matrix, check_boundary, check_sigma
+from segkern.coarse import check_query_stride, coarse_grid, interpolation_matrix, sampling_matrix
 from segkern.grid import Grid
 
 
@@ -73,9 +75,64 @@ def seg_attention(
     scale: float | None = None,
     attn_mask: torch.Tensor | None = None,
     boundary: str = "reflect",
+    query_stride: int | tuple[int, int] = 1,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of blurred queries; see :func:`segkern.seg_attention`. The log-sum-exp keeps float64 for float64."""
+    stride = check_query_stride(query_stride)
+    if stride != (1, 1):
+        output, lse = _coarse_attention(query, key, value, grid, sigma, scale, attn_mask, boundary, stride)
+        return (output, lse) if return_lse else output
     blurred = gaussian_blur(query, grid, sigma, boundary=boundary)
     output, lse = attention(blurred, key, value, scale=scale, attn_mask=attn_mask)
     return (output, lse) if return_lse else output
+
+
+def _coarse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float],
+    scale: float | None,
+    attn_mask: torch.Tensor | None,
+    boundary: str,
+    stride: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample by sample: queries at the points of the coarse grid, output and log-sum-exp carried to all tokens."""
+    grid.check(query.shape[2])
+    if attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] != 1:
+        raise ValueError(
+            f"a mask with rows of its own {tuple(attn_mask.shape)} cannot be interpolated; take a stride of 1"
+        )
+    coarse = coarse_grid(grid, stride, boundary)
+    sizes = ((grid.height, coarse.height), (grid.width, coarse.width))
+    outputs = [query.new_empty(0, *query.shape[1:3], value.shape[3])]
+    lses = [query.new_empty(0, *query.shape[1:3], dtype=_compute_dtype(query.dtype))]
+    for sample, value_of_sigma in enumerate(check_sigma(sigma, query.shape[0])):
+        one = slice(sample, sample + 1)
+        mask = attn_mask if attn_mask is None or attn_mask.ndim < 4 or attn_mask.shape[0] == 1 else attn_mask[one]
+        if not 0.0 < value_of_sigma < math.inf:
+            blurred = gaussian_blur(query[one], grid, value_of_sigma, boundary=boundary)
+            output, lse = attention(blurred, key[one], value[one], scale=scale, attn_mask=mask)
+        else:
+            into = [sampling_matrix(n, value_of_sigma, m, boundary, dtype=torch.float64) for n, m in sizes]
+            back = [interpolation_matrix(n, m, boundary, dtype=torch.float64) for n, m in sizes]
+            rows = _along_axes(query[one], grid, *into)
+            output, lse = attention(rows, key[one], value[one], scale=scale, attn_mask=mask)
+            output = _along_axes(output, coarse, *back)
+            nothing = (lse == -math.inf).all(dim=-1, keepdim=True)  # every key is masked, for all rows alike
+            lse = _along_axes(lse.masked_fill(nothing, 0.0)[..., None], coarse, *back)[..., 0]
+            lse = lse.masked_fill(nothing, -math.inf)
+        outputs.append(output)
+        lses.append(lse)
+    return torch.cat(outputs), torch.cat(lses)
+
+
+def _along_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """A matrix on each axis of the grid's tokens in ``[batch, heads, tokens, dim]``, the others left as they are."""
+    compute = _compute_dtype(x.dtype)
+    image = x[:, :, grid.start : grid.stop].to(compute).unflatten(2, (grid.height, grid.width))
+    rows, columns = rows.to(x.device, compute), columns.to(x.device, compute)
+    mixed = torch.einsum("ik,jl,bnkld->bnijd", rows, columns, image).flatten(2, 3)
+    return torch.cat([x[:, :, : grid.start], mixed.to(x.dtype), x[:, :, grid.stop :]], dim=2)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from segkern.blur import cached_blur_matrix, runs
+from segkern.coarse import cached_interpolation_matrix, cached_sampling_matrix, coarse_grid
 from segkern.grid import Grid
 
 _PLAIN, _BLURRED, _UNIFORM = range(3)
@@ -45,34 +46,39 @@ def _grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     return image.mean(dim=2, keepdim=True, dtype=_compute_dtype(x.dtype)).to(x.dtype)
 
 
-def _blur_image(image: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint: bool) -> torch.Tensor:
-    """Blur ``[batch, heads, height * width, dim]`` at one finite sigma.
+def _mix_image(image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Apply a matrix to each axis of ``[batch, heads, height * width, dim]``: ``rows`` to height, ``columns`` to width.
 
     Works on a channels-last view ``[batch, height, width, heads * dim]`` where the layout allows it, so that each
     axis is one matrix product over long contiguous rows: first over the width, then over the height.
     """
     batch, heads, _, dim = image.shape
-    compute = _compute_dtype(image.dtype)
-    matrices = [
-        cached_blur_matrix(length, sigma, boundary, compute, image.device) for length in (grid.height, grid.width)
-    ]
-    if adjoint:
-        matrices = [matrix.T for matrix in matrices]
-    tokens_first = image.transpose(1, 2).to(compute)  # [batch, tokens, heads, dim]
-    x = tokens_first.reshape(batch * grid.height, grid.width, heads * dim)
+    (new_height, height), (new_width, width) = rows.shape, columns.shape
+    x = image.transpose(1, 2).to(rows.dtype)  # [batch, tokens, heads, dim]
+    x = x.reshape(batch * height, width, heads * dim)
     with _full_precision(image.device):
-        x = torch.matmul(matrices[1], x)  # [batch * height, width, heads * dim]
-        x = x.view(batch, grid.height, grid.width * heads * dim)
-        x = torch.matmul(matrices[0], x)  # [batch, height, width * heads * dim]
-    return x.view(batch, grid.tokens, heads, dim).transpose(1, 2).to(image.dtype)
+        x = torch.matmul(columns, x)  # [batch * height, new_width, heads * dim]
+        x = x.view(batch, height, new_width * heads * dim)
+        x = torch.matmul(rows, x)  # [batch, new_height, new_width * heads * dim]
+    return x.view(batch, new_height * new_width, heads, dim).transpose(1, 2).to(image.dtype)
+
+
+def _mix_grid(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``_mix_image`` of the grid's tokens; those outside pass through."""
+    image = _mix_image(x[:, :, grid.start : grid.stop], rows, columns)
+    if grid.tokens == x.shape[2]:
+        return image
+    return join([x[:, :, : grid.start], image, x[:, :, grid.stop :]], dim=2)
 
 
 def _blur_run(x: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint: bool = False) -> torch.Tensor:
     """Blur a run of samples of one positive sigma; tokens outside the grid pass through."""
-    if math.isinf(sigma):  # the mean over the grid is its own adjoint
-        image = _grid_mean(x, grid).expand(-1, -1, grid.tokens, -1)
-    else:
-        image = _blur_image(x[:, :, grid.start : grid.stop], grid, sigma, boundary, adjoint)
+    if not math.isinf(sigma):
+        compute = _compute_dtype(x.dtype)
+        matrices = [cached_blur_matrix(n, sigma, boundary, compute, x.device) for n in (grid.height, grid.width)]
+        rows, columns = [matrix.T for matrix in matrices] if adjoint else matrices
+        return _mix_grid(x, grid, rows, columns)
+    image = _grid_mean(x, grid).expand(-1, -1, grid.tokens, -1)  # the mean over the grid is its own adjoint
     if grid.tokens == x.shape[2]:
         return image
     return torch.cat([x[:, :, : grid.start], image, x[:, :, grid.stop :]], dim=2)
@@ -89,12 +95,56 @@ def gaussian_blur(
     if not parts:  # an empty batch
         return torch.empty_like(x)
     if len(parts) > 1:
-        return _join(parts, dim=0)
+        return join(parts, dim=0)
     # An unblurred part is the caller's memory, an infinite one an expanded row: the result must be neither.
     return parts[0].clone(memory_format=torch.contiguous_format) if _kind(sigmas[0]) != _BLURRED else parts[0]
 
 
-def _join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def coarse_queries(
+    x: torch.Tensor,
+    grid: Grid,
+    sigmas: tuple[float, ...],
+    stride: tuple[int, int],
+    boundary: str,
+    adjoint: bool = False,
+) -> torch.Tensor:
+    """The blurred image at the points of its coarse grid, one finite sigma per sample.
+
+    The tokens of ``grid`` in ``[batch, heads, tokens, dim]`` give way to those of its coarse grid; ``adjoint`` applies
+    the transpose, which brings them back.
+    """
+    coarse = coarse_grid(grid, stride, boundary)
+    compute = _compute_dtype(x.dtype)
+    parts = []
+    for samples, sigma in runs(sigmas):
+        matrices = [
+            cached_sampling_matrix(n, sigma, m, boundary, compute, x.device)
+            for n, m in ((grid.height, coarse.height), (grid.width, coarse.width))
+        ]
+        if adjoint:
+            parts.append(_mix_grid(x[samples], coarse, matrices[0].T, matrices[1].T))
+        else:
+            parts.append(_mix_grid(x[samples], grid, *matrices))
+    if not parts:  # an empty batch
+        into = grid if adjoint else coarse
+        return x.new_empty(0, x.shape[1], x.shape[2] - (coarse if adjoint else grid).tokens + into.tokens, x.shape[3])
+    return parts[0] if len(parts) == 1 else join(parts, dim=0)
+
+
+def coarse_outputs(
+    y: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str, adjoint: bool = False
+) -> torch.Tensor:
+    """From the points of the coarse grid to all tokens of ``grid``; ``adjoint`` applies the transpose."""
+    coarse = coarse_grid(grid, stride, boundary)
+    compute = _compute_dtype(y.dtype)
+    rows, columns = (
+        cached_interpolation_matrix(n, m, boundary, compute, y.device)
+        for n, m in ((grid.height, coarse.height), (grid.width, coarse.width))
+    )
+    return _mix_grid(y, grid, rows.T, columns.T) if adjoint else _mix_grid(y, coarse, rows, columns)
+
+
+def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     """Concatenate ``[batch, heads, tokens, dim]`` parts, keeping attention's tokens-before-heads memory order."""
     swapped = {0: 0, 2: 1}[dim]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=swapped).transpose(1, 2)
@@ -152,7 +202,7 @@ def _attend_uniform(
         return image, image_lse
     before, before_lse = _attend(query[:, :, : grid.start], key, value, scale, attn_mask, return_lse)
     after, after_lse = _attend(query[:, :, grid.stop :], key, value, scale, attn_mask, return_lse)
-    output = _join([before, image, after], dim=2)
+    output = join([before, image, after], dim=2)
     if image_lse is None or before_lse is None or after_lse is None:
         return output, None
     return output, torch.cat([before_lse, image_lse, after_lse], dim=2)
@@ -188,7 +238,7 @@ def seg_attention(
         return outputs[0].contiguous() if kind == _UNIFORM else outputs[0], lses[0]
     if not outputs:  # an empty batch
         return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
-    return _join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None
+    return join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None
 
 
 def seg_attention_backward(

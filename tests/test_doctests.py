@@ -15,6 +15,7 @@ import segkern
 MODULES = [
     "segkern.grid",
     "segkern.blur",
+    "segkern.coarse",
     "segkern.api",
     "segkern.dispatch",
     "segkern.environment",

@@ -12,12 +12,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "segkern"
 
-# module -> what it may import from the package; everything may use these four
-BASE = {"blur", "grid", "version"}
+# module -> what it may import from the package; everything may use these
+BASE = {"blur", "coarse", "grid", "version"}
 ALLOWED = {
     "version": set(),
     "grid": set(),
     "blur": set(),
+    "coarse": set(),
     "reference": set(),
     "sdpa": set(),
     "dispatch": set(),

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coarse queries: a blurred query changes slowly over the grid, so few points of it say what lies between.
+
+Along an axis of ``n`` tokens, ``m`` points are spread evenly. Fields on the axis are sums of the waves that the
+boundary's padding keeps apart: cosines for reflect (DCT-I) and symmetric (DCT-II), sines and cosines for circular.
+``S = C(points) C(tokens)^-1 B`` is the blurred field at the points, whichever of its waves the blur let through, and
+``P`` carries ``m`` values to the tokens by the waves that ``m`` points tell apart. Both are small matrices of one
+axis, like the blur itself, and linear over tokens, so they commute with projections of the channels.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+
+from segkern.blur import blur_matrix, check_boundary, table_making
+from segkern.grid import Grid
+
+
+def check_query_stride(query_stride: int | tuple[int, int]) -> tuple[int, int]:
+    """The stride of each axis, height first.
+
+    Raises:
+        ValueError: unless it is an integer of at least 1, or a pair of them.
+
+    Example:
+        >>> check_query_stride(2), check_query_stride((1, 4))
+        ((2, 2), (1, 4))
+    """
+    pair = tuple(query_stride) if isinstance(query_stride, (tuple, list)) else (query_stride, query_stride)
+    if len(pair) != 2 or not all(map(_is_whole, pair)) or min(pair) < 1:
+        raise ValueError(
+            f"query_stride must be an integer of at least 1 or one for height and one for width, got {query_stride!r}"
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def _is_whole(value: object) -> bool:
+    # torch.SymInt while compiling; other integers (NumPy's) by their protocol.
+    integral = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
+    return integral and not isinstance(value, bool)
+
+
+def point_count(length: int, stride: int, boundary: str) -> int:
+    """The least number of points for an axis of ``length`` tokens that are ``stride`` tokens apart at most.
+
+    Reflected, an axis has a point at each end.
+
+    Example:
+        >>> [point_count(64, 4, "reflect"), point_count(13, 4, "reflect"), point_count(5, 100, "reflect")]
+        [17, 4, 2]
+        >>> point_count(64, 4, "symmetric"), point_count(64, 4, "circular"), point_count(1, 4, "reflect")
+        (16, 16, 1)
+    """
+    return -(-(length - 1) // stride) + 1 if boundary == "reflect" else -(-length // stride)
+
+
+def coarse_grid(grid: Grid, stride: tuple[int, int], boundary: str) -> Grid:
+    """The points of a grid as a grid of their own, which begins at the same token.
+
+    Example:
+        >>> coarse_grid(Grid(26, 38, start=77), (4, 4), "reflect")
+        Grid(height=8, width=11, start=77)
+    """
+    height, width = point_count(grid.height, stride[0], boundary), point_count(grid.width, stride[1], boundary)
+    return Grid(height, width, grid.start)
+
+
+def points(length: int, count: int, boundary: str) -> torch.Tensor:
+    """Where the points lie, in tokens: float64 ``[count]``; all tokens themselves when there are as many.
+
+    Example:
+        >>> points(9, 3, "reflect").tolist(), points(9, 3, "symmetric").tolist(), points(9, 3, "circular").tolist()
+        ([0.0, 4.0, 8.0], [1.0, 4.0, 7.0], [0.0, 3.0, 6.0])
+    """
+    index = torch.arange(count, dtype=torch.float64, device="cpu")
+    if boundary == "reflect":
+        return index * ((length - 1) / (count - 1)) if count > 1 else index + (length - 1) / 2
+    if boundary == "symmetric":
+        return (index + 0.5) * (length / count) - 0.5
+    return index * (length / count)
+
+
+def _waves(at: torch.Tensor, count: int, length: int, boundary: str) -> torch.Tensor:
+    """The ``count`` slowest waves of an axis of ``length`` tokens at these places: float64 ``[places, count]``."""
+    number = torch.arange(count, dtype=torch.float64, device="cpu")
+    if boundary == "reflect":
+        return torch.cos(math.pi / max(length - 1, 1) * at[:, None] * number)
+    if boundary == "symmetric":
+        return torch.cos(math.pi / length * (at[:, None] + 0.5) * number)
+    turns = torch.div(number + 1, 2, rounding_mode="floor")  # 0, 1, 1, 2, 2, ...: cosine before sine
+    phase = 2 * math.pi / length * at[:, None] * turns
+    sine = (number % 2 == 0) & (number > 0)
+    return torch.where(sine, torch.sin(phase), torch.cos(phase))
+
+
+def sampling_matrix(
+    length: int,
+    sigma: float,
+    count: int,
+    boundary: str = "reflect",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The blurred field at the points: ``matrix @ x`` for ``x`` of shape ``[length, ...]``.
+
+    Args:
+        length: tokens on the axis.
+        sigma: of the blur, in tokens, as in :func:`segkern.blur.blur_matrix`.
+        count: of points, 1 to ``length``; with ``length`` it is the blur.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
+        dtype: of the result; made in float64 and rounded once.
+        device: of the result.
+
+    Returns:
+        ``[count, length]``; every row sums to 1.
+
+    Raises:
+        ValueError: for a negative sigma or NaN, an unknown boundary, or a count that does not fit.
+
+    Example:
+        >>> sampling_matrix(64, 4.0, 16).shape
+        torch.Size([16, 64])
+    """
+    _check_count(count, length)
+    blur = blur_matrix(length, sigma, boundary, dtype=torch.float64)
+    if count < length:
+        at = points(length, count, boundary)
+        waves = torch.linalg.solve(_tokens(length, length, boundary), blur)
+        blur = _waves(at, length, length, boundary) @ waves
+    return blur.to(device=device, dtype=dtype)
+
+
+def interpolation_matrix(
+    length: int,
+    count: int,
+    boundary: str = "reflect",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """From values at the points to the tokens: ``matrix @ y`` for ``y`` of shape ``[count, ...]``.
+
+    Exact for every sum of the ``count`` slowest waves, and the identity when every token is a point.
+
+    Args:
+        length: tokens on the axis.
+        count: of points, 1 to ``length``.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
+        dtype: of the result; made in float64 and rounded once.
+        device: of the result.
+
+    Returns:
+        ``[length, count]``; every row sums to 1.
+
+    Raises:
+        ValueError: for an unknown boundary or a count that does not fit.
+
+    Example:
+        >>> torch.allclose(interpolation_matrix(64, 16) @ torch.ones(16), torch.ones(64))
+        True
+    """
+    _check_count(count, length)
+    check_boundary(boundary)
+    if count == length:
+        return torch.eye(length, dtype=dtype, device=device)
+    there = _waves(points(length, count, boundary), count, length, boundary)
+    matrix = torch.linalg.solve(there.T, _tokens(length, count, boundary).T).T
+    return matrix.to(device=device, dtype=dtype)
+
+
+def _check_count(count: int, length: int) -> None:
+    if not 1 <= count <= length:
+        raise ValueError(f"an axis of {length} tokens has 1 to {length} points, got {count}")
+
+
+def _tokens(length: int, count: int, boundary: str) -> torch.Tensor:
+    """The slowest waves at the tokens, ``[length, count]``."""
+    return _waves(torch.arange(length, dtype=torch.float64, device="cpu"), count, length, boundary)
+
+
+@cache  # for good, as blur matrices are: a captured CUDA graph reads the same memory at every replay
+def cached_sampling_matrix(
+    length: int, sigma: float, count: int, boundary: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """:func:`sampling_matrix`, kept per argument; the caller must not write to it."""
+    with table_making():
+        return sampling_matrix(length, sigma, count, boundary, dtype=dtype, device=device)
+
+
+@cache
+def cached_interpolation_matrix(
+    length: int, count: int, boundary: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """:func:`interpolation_matrix`, kept per argument; the caller must not write to it."""
+    with table_making():
+        return interpolation_matrix(length, count, boundary, dtype=dtype, device=device)
