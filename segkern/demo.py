@@ -21,7 +21,7 @@ from segkern.tables import percent, wide
 if TYPE_CHECKING:
     from segkern.integrations.diffusers import SEG
 
-SQUARE, WIDE, TALL = (128, 128), (160, 96), (96, 160)
+SQUARE, WIDE = (64, 64), (96, 64)
 SCALE = 3.0
 
 

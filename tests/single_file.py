@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 Weights = dict[str, torch.Tensor]
 
@@ -46,24 +43,6 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-
-
-def write_with_two_widths(folder: Path, out: Path) -> None:
-    """The checkpoint in ``folder`` with random text encoders of two widths, as SDXL's are, for the same denoiser.
-
-    Nothing but their widths tells diffusers which of a file's text encoders is which.
-    """
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
-    states = pipe.text_encoder.config.hidden_size + pipe.text_encoder_2.config.hidden_size
-    torch.manual_seed(0)
-    for name, kind, width in (
-        ("text_encoder", CLIPTextModel, states * 3 // 8),
-        ("text_encoder_2", CLIPTextModelWithProjection, states * 5 // 8),
-    ):
-        config = copy.deepcopy(getattr(pipe, name).config)
-        config.update({"hidden_size": width, "num_attention_heads": width // 16})
-        setattr(pipe, name, kind(config))
-    pipe.to(dtype=torch.float16).save_pretrained(out)
 
 
 def write_single_file(folder: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from cli_tools import done, picture, refusal, segkern
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from single_file import write_single_file, write_with_two_widths
+from single_file import write_single_file
 
 from segkern.evaluation import report
 from segkern.loading import DEMO, find_device, find_model
@@ -40,7 +40,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_picture_holds_its_settings(tmp_path: Path) -> None:
     out = tmp_path / "a.png"
-    generate(out, "--negative-prompt", "grün", "--sigma", "4", "--scale", "2.5", "--layers", "mid,d0-1", "--seed", "7")
+    generate(out, "--negative-prompt", "grün", "--sigma", "4", "--scale", "2.5", "--layers", "mid,u0-1", "--seed", "7")
     image = picture(out)
     assert image.size == (64, 48)
     text = dict(image.text)
@@ -59,7 +59,7 @@ def test_picture_holds_its_settings(tmp_path: Path) -> None:
         "guidance": "SEG",
         "seg_scale": "2.5",
         "seg_sigma": "4",
-        "seg_layers": "mid,d0-1",
+        "seg_layers": "mid,u0-1",
         "seg_start": "0.0",
         "seg_stop": "1.0",
         "seg_boundary": "reflect",
@@ -125,9 +125,9 @@ def test_other_formats_are_written_without_settings(tmp_path: Path) -> None:
 
 
 def test_layers_lists_every_layer_with_its_grid() -> None:
-    output = done("layers", "demo", "--width", "160", "--height", "96")
-    assert re.search(r"m0 +. mid +. 2 +. 64 +. 12x20 +. mid_block\.attentions\.0", output)
-    assert re.search(r"d0 +. down . 2 +. 64 +. 12x20", output)
+    output = done("layers", "demo", "--width", "96", "--height", "64")
+    assert re.search(r"m0 +. mid +. 2 +. 64 +. 16x24 +. mid_block\.attentions\.0", output)
+    assert re.search(r"d0 +. down . 2 +. 64 +. 16x24", output)
     assert re.search(r"m0 .* 16x16 ", done("layers", DEMO))
 
 
@@ -147,10 +147,10 @@ def test_demo(tmp_path: Path) -> None:
     output = done("demo", "--steps", "1", "--out", out)
     assert output.count("without guidance") == 8
     assert output.count("sigma infinity") == 8
-    assert re.search(r"160 x 96, seed \d+. +. sigma 5 +. (torch|triton) +. \d+\.\d +. m0 \d+\.\d%, m1", output)
+    assert re.search(r"96 x 64, seed \d+. +. sigma 5 +. (torch|triton) +. \d+\.\d +. m0 \d+\.\d%", output)
     for name in ("demo.png", "demo-unconditional.png"):
         sheet = picture(out / name)
-        assert sheet.width == 6 * 320 + 5 * 20 + 2 * 40
+        assert sheet.width == 6 * 288 + 5 * 18 + 2 * 36
         assert sheet.text["seg_sigma"] == "1, 2, 5, 10, inf"
         assert f"wrote {out / name}" in output
     assert "six yellow stars" in picture(out / "demo.png").text["prompt"]
@@ -174,7 +174,7 @@ def test_demo_shows_the_committed_evaluation(tmp_path: Path) -> None:
         (("--sigma", "nan"), ["nan"]),
         (("--sigma", "1,4"), ["'1,4'", "--compare"]),
         (("--scale", "inf"), ["inf", "finite"]),
-        (("--layers", "middle"), ["'middle'", "'mid' (m0 to m1)"]),
+        (("--layers", "middle"), ["'middle'", "'mid' (m0)"]),
         (("--layers", "u0-99"), ["'u0-99'"]),
         (("--start", "0.6", "--stop", "0.5"), ["start=0.6", "stop=0.5"]),
         (("--boundary", "zero"), ["'zero'", "reflect"]),
@@ -245,31 +245,24 @@ def test_real_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("two") / "widths"
-    write_with_two_widths(DEMO, path)
+def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("single") / "one.safetensors"
+    write_single_file(DEMO, path)
     return path
 
 
-@pytest.fixture(scope="module")
-def single_file(folder: Path) -> Path:
-    path = folder.parent / "one.safetensors"
-    write_single_file(folder, path)
-    return path
-
-
-def test_single_file_gives_the_picture_of_its_folder(single_file: Path, folder: Path, tmp_path: Path) -> None:
+def test_single_file_gives_the_picture_of_its_folder(single_file: Path, tmp_path: Path) -> None:
     # Without weights in the folder, so that none can come from there.
-    described = shutil.copytree(folder, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    described = shutil.copytree(DEMO, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
     image = generate(tmp_path / "a.png", "--config", described, model=single_file)
-    assert difference(image, generate(tmp_path / "b.png", model=folder)) == 0
+    assert difference(image, generate(tmp_path / "b.png", model=DEMO)) == 0
     assert picture(tmp_path / "a.png").text["model"] == "one.safetensors"
     assert "m0" in done("layers", single_file, "--config", described)
 
 
-def test_single_file_holds_all_weights(single_file: Path, folder: Path) -> None:
-    parts = [load_file(path) for path in folder.rglob("*.safetensors")]
-    open_clip = load_file(folder / "text_encoder_2" / "model.safetensors")
+def test_single_file_holds_all_weights(single_file: Path) -> None:
+    parts = [load_file(path) for path in DEMO.rglob("*.safetensors")]
+    open_clip = load_file(DEMO / "text_encoder_2" / "model.safetensors")
     packed = sum("k_proj" in key or "v_proj" in key for key in open_clip)
     assert len(load_file(single_file)) == sum(map(len, parts)) - packed
 

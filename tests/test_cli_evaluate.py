@@ -14,7 +14,7 @@ FEW = ("--images", "8", "--steps", "1", "--scales", "1", "--sigmas", "inf", "--c
 
 
 def test_evaluate_writes_everything_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkern.evaluation.study.reference.__defaults__", (64, (128, 128)))
+    monkeypatch.setattr("segkern.evaluation.study.reference.__defaults__", (64, (64, 64)))
     output = done("evaluate", *FEW, "--seeds", "1", "--selection-seeds", "", "--out", tmp_path)
     found = report.read(tmp_path / "evaluation.json")
     assert (tmp_path / "evaluation.md").read_text(encoding="utf-8") == report.markdown(found)

@@ -34,7 +34,7 @@ def judge() -> Judge:
 
 @pytest.fixture(autouse=True)
 def few_real_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkern.evaluation.study.reference.__defaults__", (64, (128, 128)))
+    monkeypatch.setattr("segkern.evaluation.study.reference.__defaults__", (64, (64, 64)))
 
 
 def pictures(pipe: Any, setting: Setting, count: int = 3, batch: int = 64) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_samples_do_not_depend_on_the_batch(pipe: Any) -> None:
     setting = Setting("prompts", seg=2.0, sigma=math.inf, layers="mid")
     together, apart = pictures(pipe, setting), pictures(pipe, setting, batch=2)
     assert together.dtype == torch.uint8
-    assert together.shape == (3, 3, 128, 128)
+    assert together.shape == (3, 3, 64, 64)
     assert (together.int() - apart.int()).abs().max() <= 1
 
 

@@ -35,7 +35,7 @@ def main(
     unet = denoiser.fit(work, autoencoder, texts, part(denoiser.PLAN), count)
     autoencoder = vae.sharpen(work, autoencoder, part(vae.SHARPEN), count)
     export.pipeline(out / "demo", work, autoencoder, texts, unet)
-    export.judge(out / "judge", judge.fit(work, part(judge.PLAN), count))
+    export.judge(out / "judge", judge.fit(work, part(judge.PLAN)))
     export.record(out / "demo", work)
 
 

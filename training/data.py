@@ -41,7 +41,8 @@ def _one(index: int) -> tuple[Scene, np.ndarray]:
 
 def drawings(work: Path, count: int = COUNT) -> Drawings:
     """The first ``count`` drawings of the training series, from ``work`` if they lie there already."""
-    path = work / f"drawings-{count}.pt"
+    sizes = "-".join(f"{width}x{height}" for width, height in PICTURE_SIZES)
+    path = work / f"drawings-{count}-{sizes}.pt"
     if not path.exists():
         pictures: dict[Size, list[torch.Tensor]] = {size: [] for size in PICTURE_SIZES}
         scenes: dict[Size, list[Scene]] = {size: [] for size in PICTURE_SIZES}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The classifier that measures samples, trained on the same drawings as the model, with noise."""
+"""The classifier that measures samples, trained on drawings like the model's, with noise; none of them comes twice."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 from torch.nn import functional as F
 
 from segkern.evaluation.judge import Judge
-from training.data import COUNT, drawings, scaled
+from segkern.evaluation.shapes import PICTURE_SIZES, numbered
+from training.data import SEED, scaled
 from training.denoiser import batches
 from training.loop import DEVICE, Plan, half_precision, train
 
-PLAN = Plan(steps=2600, rate=2e-3, average=0.998, seed=4)
+PLAN = Plan(steps=6000, rate=2e-3, average=0.998, seed=4)
 BATCH = 64
 
 
-def fit(work: Path, plan: Plan = PLAN, count: int = COUNT) -> Judge:
-    """Train on the drawings; noise and changes of contrast keep it from counting on exact levels."""
+def fit(work: Path, plan: Plan = PLAN) -> Judge:
+    """Train on ever new drawings; noise and changes of contrast keep it from counting on exact levels."""
     torch.manual_seed(plan.seed)
     judge = Judge().to(DEVICE, memory_format=torch.channels_last)
-    data = drawings(work, count)
-    labels = {size: torch.tensor([scene.labels() for scene in scenes]) for size, scenes in data.scenes.items()}
-    order = batches(data.pictures)
+    order = batches(PICTURE_SIZES)
 
     def loss_of(step: int, rng: torch.Generator) -> torch.Tensor:
         size = order[step % len(order)]
-        chosen = torch.randint(len(labels[size]), (BATCH,), generator=rng)
-        pixels = scaled(data.pictures[size][chosen])
+        drawn = [numbered(SEED + plan.seed, index, size) for index in range(step * BATCH, (step + 1) * BATCH)]
+        labels = torch.tensor([scene.labels() for scene, _ in drawn])
+        pixels = scaled(torch.stack([picture for _, picture in drawn]))
         contrast = 1 + 0.1 * torch.randn(BATCH, 1, 1, 1, generator=rng)
         noise = torch.rand(BATCH, 1, 1, 1, generator=rng) * 0.1 * torch.randn(pixels.shape, generator=rng)
         pixels = (pixels * contrast + noise).to(DEVICE).contiguous(memory_format=torch.channels_last)
         with half_precision():
             answers = judge(pixels)
-        pairs = zip(answers, labels[size][chosen].to(DEVICE).unbind(1), strict=True)
+        pairs = zip(answers, labels.to(DEVICE).unbind(1), strict=True)
         losses = [F.cross_entropy(logits.float(), label) for logits, label in pairs]
         return torch.stack(losses).sum()
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from training.optimisers import Optimisers
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -40,6 +42,7 @@ class Plan:
         average: decay of the moving average of the weights; None keeps the last weights.
         decay: of the weights, as in AdamW.
         seed: of the whole run.
+        muon: rate of Muon at its highest, see ``Optimisers``.
     """
 
     steps: int
@@ -48,6 +51,7 @@ class Plan:
     average: float | None = None
     decay: float = 0.01
     seed: int = 0
+    muon: float | None = None
 
 
 def train(
@@ -76,9 +80,7 @@ def train(
     work.mkdir(parents=True, exist_ok=True)
     path, log = work / f"{name}.pt", work / f"{name}.jsonl"
     averaged = copy.deepcopy(module).requires_grad_(False) if plan.average is not None else module
-    optimiser = torch.optim.AdamW(
-        module.parameters(), plan.rate, betas=(0.9, 0.99), weight_decay=plan.decay, fused=True
-    )
+    optimisers = Optimisers(module, plan.rate, plan.decay, plan.muon)
     first, spent = 0, 0.0
     if path.exists():
         state = torch.load(path, map_location=DEVICE, weights_only=True)
@@ -86,7 +88,7 @@ def train(
             raise ValueError(f"{path} belongs to {state['plan']}, not to {plan}; choose another folder with --work")
         module.load_state_dict(state["module"])
         averaged.load_state_dict(state["averaged"])
-        optimiser.load_state_dict(state["optimiser"])
+        optimisers.load_state_dict(state["optimisers"])
         first, spent = state["step"], state["seconds"]
         log.write_text("".join(line for line in _lines(log) if json.loads(line)["step"] <= first), encoding="utf-8")
     else:
@@ -99,12 +101,11 @@ def train(
         module.train()
         for step in range(first, plan.steps):
             rise = min(1.0, (step + 1) / plan.warmup)
-            optimiser.param_groups[0]["lr"] = plan.rate * rise * (0.5 + 0.5 * math.cos(math.pi * step / plan.steps))
-            optimiser.zero_grad(set_to_none=True)
+            optimisers.zero_grad()
             loss = loss_of(step, torch.Generator().manual_seed(plan.seed * 1_000_003 + step))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimiser.step()
+            optimisers.step(rise * (0.5 + 0.5 * math.cos(math.pi * step / plan.steps)))
             if plan.average is not None:
                 decay = min(plan.average, (step + 1) / (step + 10))
                 with torch.no_grad():
@@ -122,7 +123,7 @@ def train(
                     "plan": asdict(plan),
                     "module": module.state_dict(),
                     "averaged": averaged.state_dict(),
-                    "optimiser": optimiser.state_dict(),
+                    "optimisers": optimisers.state_dict(),
                     "step": step + 1,
                     "seconds": spent + time.perf_counter() - began,
                 }

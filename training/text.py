@@ -15,9 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from segkern.evaluation.shapes import ATTRIBUTES, random_scene
 from training.loop import DEVICE, Plan, train
 
-PLAN = Plan(steps=2000, rate=2e-3, seed=2)
+PLAN = Plan(steps=900, rate=2e-3, seed=2)
 BATCH = 128
-WIDTH = 64
+WIDTHS = (48, 80)  # two, since diffusers tells the encoders of a single file apart by their widths
 TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = (
@@ -79,12 +79,12 @@ def write_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def text_config(tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
+def text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        projection_dim=WIDTH,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=4 * width,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=TOKENS,
@@ -104,8 +104,8 @@ class Texts(nn.Module):
             write_tokenizer(folder / "tokenizer", END),
             write_tokenizer(folder / "tokenizer_2", "!"),
         ]
-        self.first = CLIPTextModel(text_config(self.tokenizers[0], "quick_gelu"))
-        self.second = CLIPTextModelWithProjection(text_config(self.tokenizers[1], "gelu"))
+        self.first = CLIPTextModel(text_config(self.tokenizers[0], WIDTHS[0], "quick_gelu"))
+        self.second = CLIPTextModelWithProjection(text_config(self.tokenizers[1], WIDTHS[1], "gelu"))
 
     def tokens(self, captions: list[str]) -> list[torch.Tensor]:
         settings = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
@@ -113,7 +113,7 @@ class Texts(nn.Module):
         return [tokenizer(captions, **settings).input_ids.to(device) for tokenizer in self.tokenizers]
 
     def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """States of all tokens ``[batch, TOKENS, 2 * WIDTH]`` and of the whole caption ``[batch, WIDTH]``."""
+        """States of all tokens ``[batch, TOKENS, sum(WIDTHS)]`` and of the whole caption ``[batch, WIDTHS[1]]``."""
         ids = self.tokens(captions)
         first = self.first(ids[0], output_hidden_states=True)
         second = self.second(ids[1], output_hidden_states=True)
@@ -128,8 +128,8 @@ class Quiz(nn.Module):
         super().__init__()
         self.texts = texts
         answers = sum(len(known) + 1 for known in ATTRIBUTES.values())  # one more for what the caption does not say
-        self.whole = nn.Linear(WIDTH, answers)
-        self.end = nn.Linear(2 * WIDTH, answers)
+        self.whole = nn.Linear(WIDTHS[1], answers)
+        self.end = nn.Linear(sum(WIDTHS), answers)
 
     def forward(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         states, whole = self.texts(captions)

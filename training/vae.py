@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from training.data import COUNT, drawings, scaled
 from training.loop import DEVICE, Plan, half_precision, train
 
-PLAN = Plan(steps=2400, rate=2.5e-4, average=0.995, seed=1)
-SHARPEN = Plan(steps=3600, rate=2.5e-4, average=0.995, seed=5)
-BATCH = 4
+PLAN = Plan(steps=2600, rate=2.5e-4, average=0.995, seed=1)
+SHARPEN = Plan(steps=2400, rate=2.5e-4, average=0.995, seed=5)
+BATCH = 12
 LATENT_NOISE = 0.06  # standard deviation of what the decoder learns to overlook; the latents' own is 1
 KL_WEIGHT = 1e-6  # far more of it, and all channels but one fall silent
 
@@ -36,7 +36,7 @@ def build() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=1,  # more groups lose the tint of a flat picture: each is normalised on its own
         mid_block_add_attention=False,
-        sample_size=128,
+        sample_size=64,
     )
     lead_colours_through(vae)
     return vae

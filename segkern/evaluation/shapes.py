@@ -40,7 +40,7 @@ ATTRIBUTES = {
 }
 
 # Width and height in pixels of the sizes that the model is trained at.
-PICTURE_SIZES = ((128, 128), (160, 96), (96, 160))
+PICTURE_SIZES = ((64, 64), (96, 64), (64, 96))
 
 _LAYOUT_WEIGHTS = (25, 15, 15, 15, 10, 10, 10)
 _RADII = {"small": (0.13, 0.15), "large": (0.215, 0.24)}  # of the shorter side

@@ -17,7 +17,7 @@ import torch
 from segkern.environment import fingerprint
 from segkern.evaluation import metrics
 from segkern.evaluation.judge import Judge
-from segkern.evaluation.shapes import Scene, numbered, random_scene
+from segkern.evaluation.shapes import PICTURE_SIZES, Scene, numbered, random_scene
 
 if TYPE_CHECKING:
     from segkern.integrations.diffusers import SEG
@@ -106,7 +106,7 @@ def prompts(seed: int, count: int) -> list[Scene]:
     return [random_scene(random.Random(f"prompts/{seed}/{index}")) for index in range(count)]
 
 
-def reference(count: int = REFERENCE_COUNT, size: tuple[int, int] = (128, 128)) -> torch.Tensor:
+def reference(count: int = REFERENCE_COUNT, size: tuple[int, int] = PICTURE_SIZES[0]) -> torch.Tensor:
     """Real drawings that the model was not trained on, uint8 ``[count, 3, height, width]``."""
     return torch.stack([numbered(REFERENCE_SEED, index, size)[1] for index in range(count)])
 
