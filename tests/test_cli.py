@@ -102,7 +102,8 @@ def test_guidance_that_never_acts_is_said(tmp_path: Path) -> None:
 
 
 def test_compare_is_one_picture_with_different_tiles(tmp_path: Path) -> None:
-    sheet = generate(tmp_path / "sheet.png", "--compare", "--sigmas", "1,inf")
+    strong = ("--scale", "9")
+    sheet = generate(tmp_path / "sheet.png", "--compare", "--sigmas", "1,inf", *strong)
     width, height, unit = 4 * 64, 4 * 48, 16  # 64 pixels are enlarged to 256, letters have 16
     label, margin = 24, 2 * unit
     assert sheet.width == 2 * margin + 3 * width + 2 * unit
@@ -112,7 +113,7 @@ def test_compare_is_one_picture_with_different_tiles(tmp_path: Path) -> None:
     for i in range(3):
         for j in range(i):
             assert difference(tiles[i], tiles[j]) > 1
-    plain, mean_query = (generate(tmp_path / f"{i}.png", *o) for i, o in enumerate([["--no-guidance"], []]))
+    plain, mean_query = (generate(tmp_path / f"{i}.png", *o) for i, o in enumerate([["--no-guidance"], strong]))
     for tile, alone in ((tiles[0], plain), (tiles[2], mean_query)):
         assert difference(tile, alone.resize((width, height), Image.Resampling.NEAREST)) == 0
     assert picture(tmp_path / "sheet.png").text["seg_sigma"] == "1, inf"

@@ -150,7 +150,7 @@ def test_muon_turns_every_direction_of_a_block_alike() -> None:
 def test_muon_refuses_weights_that_are_no_matrix_in_memory() -> None:
     line = Line()
     line.resnets.append(nn.Conv2d(4, 16, 3))
-    with pytest.raises(ValueError, match=r"\[16, 4, 3, 3\] .* channels_last"):
+    with pytest.raises(ValueError, match=r"\[16, 4, 3, 3\] .*channels_last"):
         Optimisers(line, rate=1e-3, decay=0.0, muon=1e-3)
     Optimisers(line, rate=1e-3, decay=0.0)
 
