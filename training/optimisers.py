@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW, and Muon for the weight matrices of attention and residual blocks, which learns more from each drawing."""
+"""AdamW, and Muon for the weight matrices of attention and residual blocks."""
 
 from __future__ import annotations
 
