@@ -50,7 +50,7 @@ def evaluation_summary() -> str:
     parts = [found["verdict"]]
     for mode in report.modes(found["rows"]):
         rows = [row for row in report.short(found) if row["setting"]["mode"] == mode]
-        parts += [f"{mode.capitalize()}:", report.table(rows)]
+        parts += [f"{mode.capitalize()}:", report.table(rows, found["drawings"])]
     return "\n\n".join(parts)
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     found = report.read(EVALUATION)
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "evaluation.md").write_text(report.markdown(found), encoding="utf-8")
-    plot(found["rows"], ROOT / "docs" / "evaluation.png", report.title(found))
+    plot(found["rows"], ROOT / "docs" / "evaluation.png", report.title(found), found["drawings"])
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def evaluate(
     sigmas: Annotated[str, typer.Option(help="Of SEG, in tokens of the model's own grid.")] = SIGMAS,
     cfg_scales: Annotated[str, typer.Option(help="Of classifier-free guidance, with prompts.")] = "1.5,2,3,5",
     layers: Annotated[str, typer.Option(help="That SEG guides.")] = "mid",
-    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 15,
+    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",

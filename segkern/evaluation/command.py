@@ -86,6 +86,7 @@ def prepare(
 def run(study: Study, wanted: Design, source: Source, out: Path) -> None:
     """Measure, and write ``evaluation.json``, ``evaluation.md`` and ``evaluation.png`` to ``out``."""
     console = Console(stderr=True)
+    measured_with = environment(study.pipe.device, "diffusers", "transformers", "torchmetrics")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("images", total=wanted.runs * study.images)
@@ -98,13 +99,13 @@ def run(study: Study, wanted: Design, source: Source, out: Path) -> None:
     found = {
         "model": source.name,
         **study.kind,
-        **environment(study.pipe.device, "diffusers", "transformers", "torchmetrics"),
+        **measured_with,
         **found,
     }
     report.write(out / "evaluation.json", found)
     text = report.markdown(found)
     (out / "evaluation.md").write_text(text, encoding="utf-8")
-    plot(found["rows"], out / "evaluation.png", report.title(found))
+    plot(found["rows"], out / "evaluation.png", report.title(found), found["drawings"])
     typer.echo(text)
     for name in ("evaluation.json", "evaluation.md", "evaluation.png"):
         typer.echo(f"wrote {out / name}")

@@ -55,6 +55,23 @@ def judged(judge: Judge, pictures: torch.Tensor, batch: int = 128) -> Judged:
     return Judged(torch.cat(features), torch.cat(answers), torch.cat(confidence))
 
 
+def unit(real: torch.Tensor) -> float:
+    """The length by which features are divided before they are measured, so that numbers stay near 1.
+
+    The root of the mean variance of a channel over real drawings: Frechet distance is then in units of that variance,
+    and the kernel distance's cubic kernel sees features of the size that it was made for.
+
+    Args:
+        real: features ``[count, FEATURES]``.
+
+    Example:
+        >>> features = 100 * torch.randn(64, FEATURES)
+        >>> round(unit(features / unit(features)), 4)
+        1.0
+    """
+    return float(real.double().var(dim=0).mean().sqrt())
+
+
 class _AsTheyAre(nn.Module):
     """Stands where torchmetrics expects a network and hands features on."""
 

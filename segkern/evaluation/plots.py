@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def plot(
+    rows: Sequence[dict[str, Any]], path: Path, title: str, drawings: dict[str, dict[str, float]] | None = None
+) -> None:
     """The trade-off as a picture: Frechet distance by scale, precision by recall, and captions by scale.
 
-    A row of panels per mode; error bars are standard deviations over seeds, stars the paper's settings.
+    A row of panels per mode; error bars are standard deviations over seeds, stars the paper's settings. Measures of
+    real drawings, if given, are what a perfect model could reach.
     """
     from matplotlib.figure import Figure
 
@@ -28,9 +31,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     panels = figure.subplots(len(shown), 3, squeeze=False)
     for mode, (left, middle, right) in zip(shown, panels, strict=True):
         chosen = [row for row in rows if row["setting"]["mode"] == mode]
-        _by_scale(left, chosen, "frechet_distance")
-        _trade_off(middle, chosen)
-        _by_scale(right, chosen, "caption_accuracy" if mode == "prompts" else "precision")
+        _by_scale(left, chosen, "frechet_distance", drawings)
+        _trade_off(middle, chosen, drawings)
+        _by_scale(right, chosen, "caption_accuracy" if mode == "prompts" else "precision", drawings)
         for panel in (left, middle, right):
             panel.grid(alpha=0.3)
         left.set_title(f"{mode}: distance from real drawings (lower is better)")
@@ -45,7 +48,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _by_scale(panel: Axes, rows: Sequence[dict[str, Any]], measure: str) -> None:
+def _by_scale(
+    panel: Axes, rows: Sequence[dict[str, Any]], measure: str, drawings: dict[str, dict[str, float]] | None
+) -> None:
+    if drawings:
+        panel.axhline(drawings[measure]["mean"], color="tab:green", linestyle="-.", label="real drawings")
     plain = next(row for row in rows if setting_of(row).method == "none")
     mean, spread = plain["measures"][measure]["mean"], plain["measures"][measure]["spread"]
     panel.axhline(mean, color="black", linestyle="--", label="no guidance")
@@ -69,7 +76,11 @@ def _by_scale(panel: Axes, rows: Sequence[dict[str, Any]], measure: str) -> None
         panel.yaxis.set_minor_formatter("{x:g}")
 
 
-def _trade_off(panel: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def _trade_off(panel: Axes, rows: Sequence[dict[str, Any]], drawings: dict[str, dict[str, float]] | None) -> None:
+    if drawings:
+        place = _place({"measures": drawings})
+        panel.plot(*place, "P", color="tab:green", markersize=9, zorder=4)
+        panel.annotate("real drawings", place, xytext=(-5, -12), textcoords="offset points", fontsize=8, ha="right")
     for row in rows:
         setting = setting_of(row)
         if not setting.seg:

@@ -34,11 +34,20 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(setting_of(cell), []).append(cell)
     rows = []
     for setting, group in groups.items():
-        names = group[0]["measures"]
-        measures = {name: _mean_and_spread([cell["measures"][name] for cell in group]) for name in names}
+        measures = mean_and_spread([cell["measures"] for cell in group])
         images = sum(cell["images"] for cell in group)
         rows.append({"setting": setting.to_dict(), "seeds": len(group), "images": images, "measures": measures})
     return rows
+
+
+def mean_and_spread(found: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation of every measure, of one dictionary of measures per seed."""
+    measures = {}
+    for name in found[0]:
+        values = [one[name] for one in found]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        measures[name] = {"mean": statistics.fmean(values), "spread": spread}
+    return measures
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -69,14 +78,14 @@ def cell(row: dict[str, Any], column: Column) -> str:
     return "" if value is None else f"{value['mean']:.{digits}f} ± {value['spread']:.{digits}f}"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A markdown table of rows of one mode, the paper's settings marked with a star."""
+def table(rows: Sequence[dict[str, Any]], drawings: dict[str, Any] | None = None) -> str:
+    """A markdown table of rows of one mode, the paper's settings marked with a star; real drawings first, if given."""
     shown = columns(rows)
     lines = ["| guidance | " + " | ".join(heading for _, heading, _ in shown) + " |"]
     lines.append("| --- |" + " ---: |" * len(shown))
-    for row in rows:
-        cells = [cell(row, column) for column in shown]
-        lines.append(f"| {describe(setting_of(row))} | " + " | ".join(cells) + " |")
+    named = [("real drawings", {"measures": drawings})] if drawings else []
+    for name, row in [*named, *((describe(setting_of(row)), row) for row in rows)]:
+        lines.append(f"| {name} | " + " | ".join(cell(row, column) for column in shown) + " |")
     return "\n".join(lines)
 
 
@@ -107,13 +116,14 @@ def markdown(found: dict[str, Any]) -> str:
         "# What guidance does to samples",
         f"{where}. {found['images_per_seed']} images for each of the seeds {seeds}, {found['steps']} steps of the "
         f"Euler sampler; mean ± standard deviation over seeds. Distances are to {found['reference']['count']} drawings "
-        "that the model was not trained on, in features of the bundled classifier, so they compare with each other and "
-        "with nothing else. Sigma counts tokens of the model's own 16x16 grid; the paper's sigma 10 on SDXL's 32x32 "
-        "is 5 here, so ★ marks scale 3 at sigma 5 and at infinity.",
+        "that the model was not trained on, in features of the bundled classifier, divided by their standard "
+        "deviation, so they compare with each other and with nothing else. Real drawings are as many fresh ones of the "
+        "prompts: what a perfect model could reach. Sigma counts tokens of the model's own 16x16 grid; the paper's "
+        "sigma 10 on SDXL's 32x32 is 5 here, so ★ marks scale 3 at sigma 5 and at infinity.",
     ]
     for mode in modes(found["rows"]):
         rows = [row for row in found["rows"] if row["setting"]["mode"] == mode]
-        parts += [f"## {mode.capitalize()}", table(rows)]
+        parts += [f"## {mode.capitalize()}", table(rows, found["drawings"])]
     if found["chosen"]:
         tried = ", ".join(map(str, found["selection_seeds"]))
         parts += ["## The choice", found["verdict"], f"Chosen by the least Frechet distance on seed {tried}, among:"]
@@ -148,7 +158,3 @@ def setting_of(row: dict[str, Any]) -> Setting:
 
 def _sigma(sigma: float) -> str:
     return "∞" if math.isinf(sigma) else f"{sigma:g}"
-
-
-def _mean_and_spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}

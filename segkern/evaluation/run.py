@@ -93,6 +93,7 @@ def carry_out(study: Study, design: Design, advance: Callable[[str, int], None])
         "reference": {"seed": REFERENCE_SEED, "count": REFERENCE_COUNT},
         "chosen": chosen.to_dict() if chosen else None,
         "verdict": verdict(cells, chosen) if chosen else "",
+        "drawings": report.mean_and_spread([study.drawn(seed) for seed in design.seeds]),
         "rows": rows,
         "selection": report.summarise(tried),
     }

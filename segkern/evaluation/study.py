@@ -17,7 +17,7 @@ import torch
 from segkern.environment import fingerprint
 from segkern.evaluation import metrics
 from segkern.evaluation.judge import Judge
-from segkern.evaluation.shapes import PICTURE_SIZES, Scene, numbered, random_scene
+from segkern.evaluation.shapes import PICTURE_SIZES, Scene, draw, numbered, random_scene
 
 if TYPE_CHECKING:
     from segkern.integrations.diffusers import SEG
@@ -170,8 +170,9 @@ class Study:
         weights = fingerprint(pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, judge)
         self.kind = {"weights": weights, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
         self.cells = self._take_up()
-        real = metrics.judged(judge, reference())
-        self._real = real.features
+        real = metrics.judged(judge, reference()).features
+        self._unit = metrics.unit(real)
+        self._real = real / self._unit
         self._unguided: dict[tuple[str, int], torch.Tensor] = {}
 
     def _take_up(self) -> list[dict[str, Any]]:
@@ -214,21 +215,35 @@ class Study:
             file.write(json.dumps(cell) + "\n")
         return cell
 
-    def _measures(self, setting: Setting, seed: int, pictures: torch.Tensor) -> dict[str, float]:
+    def drawn(self, seed: int) -> dict[str, float]:
+        """Measures of as many real drawings, of the seed's prompts: what a perfect model could reach."""
+        width, height = PICTURE_SIZES[0]
+        pictures = [
+            draw(scene, width, height, random.Random(f"drawn/{seed}/{index}"))
+            for index, scene in enumerate(prompts(seed, self.images))
+        ]
+        return self._judged("prompts", seed, torch.stack(pictures))
+
+    def _judged(self, mode: str, seed: int, pictures: torch.Tensor) -> dict[str, float]:
         found = metrics.judged(self.judge, pictures)
-        precision, recall = metrics.precision_recall(self._real[: len(pictures)], found.features)
+        features = found.features / self._unit
+        precision, recall = metrics.precision_recall(self._real[: len(pictures)], features)
         measures = {
-            "frechet_distance": metrics.frechet_distance(self._real, found.features),
-            "kernel_distance": metrics.kernel_distance(self._real, found.features),
+            "frechet_distance": metrics.frechet_distance(self._real, features),
+            "kernel_distance": metrics.kernel_distance(self._real, features),
             "precision": precision,
             "recall": recall,
             "confidence": float(found.confidence.mean()),
         }
-        if setting.mode == "prompts":
+        if mode == "prompts":
             scenes = prompts(seed, len(pictures))
             measures["caption_accuracy"], measures["captions_fulfilled"] = metrics.caption_accuracy(
                 found.answers, scenes
             )
+        return measures
+
+    def _measures(self, setting: Setting, seed: int, pictures: torch.Tensor) -> dict[str, float]:
+        measures = self._judged(setting.mode, seed, pictures)
         plain = Setting(setting.mode)
         if setting == plain:
             self._unguided[setting.mode, seed] = pictures
