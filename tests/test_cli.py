@@ -158,7 +158,6 @@ def test_demo(tmp_path: Path) -> None:
     assert "exists" in refusal("demo", "--steps", "1", "--out", out)
 
 
-@pytest.mark.skipif(not (DEMO / "evaluation.json").exists(), reason="the bundled model is not evaluated yet")
 def test_demo_shows_the_committed_evaluation(tmp_path: Path) -> None:
     output = done("demo", "--steps", "1", "--out", tmp_path)
     found = report.read(DEMO / "evaluation.json")

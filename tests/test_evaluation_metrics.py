@@ -16,6 +16,7 @@ from segkern.evaluation.metrics import (
     kernel_distance,
     picture_distance,
     precision_recall,
+    unit,
 )
 from segkern.evaluation.shapes import ATTRIBUTES, PICTURE_SIZES, Scene, Thing, numbered
 
@@ -45,6 +46,15 @@ def test_kernel_distance_is_the_formula() -> None:
     apart = ~torch.eye(60, dtype=torch.bool)
     expected = kernel(real, real)[apart].mean() + kernel(fake, fake)[apart].mean() - 2 * kernel(real, fake).mean()
     assert kernel_distance(real, fake) == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
+
+
+def test_unit_is_the_spread_of_a_channel() -> None:
+    real = torch.randn(500, FEATURES) * torch.linspace(1, 3, FEATURES) + 5
+    variances = (real - real.mean(0)).square().sum(0) / 499
+    assert unit(real) == pytest.approx(float(variances.mean().sqrt()), rel=1e-5)
+    assert frechet_distance(2 * real[:250], 2 * real[250:]) / unit(2 * real) ** 2 == pytest.approx(
+        frechet_distance(real[:250], real[250:]) / unit(real) ** 2, rel=1e-5
+    )
 
 
 def test_kernel_distance_repeats_and_leaves_the_random_state() -> None:

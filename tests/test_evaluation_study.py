@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import statistics
@@ -68,6 +69,27 @@ def test_unguided_samples_are_the_stock_pipelines(pipe: Any) -> None:
     ).images
     levels = torch.from_numpy(stock).permute(2, 0, 1) * 255
     assert (own[0].float() - levels).abs().max() <= 0.51
+
+
+def test_measures_do_not_depend_on_the_size_of_features(judge: Judge, pipe: Any, tmp_path: Path) -> None:
+    """Features are divided by what the same features of real drawings spread over."""
+    larger = copy.deepcopy(judge)
+    larger.project.weight.mul_(7), larger.project.bias.mul_(7)
+    found, expected = (
+        Study(pipe, one, tmp_path / name, 16, STEPS).drawn(3) for name, one in (("7", larger), ("1", judge))
+    )
+    for name in ("frechet_distance", "kernel_distance", "precision", "recall"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+
+
+def test_real_drawings_of_prompts_are_what_their_captions_say(judge: Judge, pipe: Any, tmp_path: Path) -> None:
+    study = Study(pipe, judge, tmp_path / "cells.jsonl", 64, STEPS)
+    found = study.drawn(3)
+    assert found["caption_accuracy"] > 0.95
+    assert found != study.drawn(4)
+    unguided = study.measure(Setting("prompts"), 3, lambda _: None)["measures"]  # two steps draw nothing yet
+    assert found["frechet_distance"] < unguided["frechet_distance"]
+    assert found["caption_accuracy"] > unguided["caption_accuracy"]
 
 
 def test_every_kind_of_guidance_acts(pipe: Any) -> None:
@@ -144,6 +166,10 @@ def test_a_whole_evaluation(pipe: Any, judge: Judge, tmp_path: Path) -> None:
     assert chosen in map(report.setting_of, found["rows"])
     assert all(row["seeds"] == 1 for row in found["selection"])
     values = [c["measures"]["recall"] for c in study.cells if c["setting"] == found["rows"][0]["setting"]]
+    drawings = {name: value["mean"] for name, value in found["drawings"].items()}
+    assert drawings == pytest.approx(
+        {name: statistics.fmean(study.drawn(seed)[name] for seed in (1, 2)) for name in drawings}
+    )
     recall = found["rows"][0]["measures"]["recall"]
     assert recall["mean"] == pytest.approx(statistics.fmean(values[-2:]))
     assert recall["spread"] == pytest.approx(statistics.stdev(values[-2:]))
@@ -170,7 +196,6 @@ def test_choosing_on_reported_seeds_is_refused() -> None:
         Design(("unconditional",), (1.0,), (1.0,), (), "mid", (1, 2), (2,))
 
 
-@pytest.mark.skipif(not (DEMO / "evaluation.json").exists(), reason="the bundled model is not evaluated yet")
 def test_committed_evaluation_belongs_to_the_bundled_weights(judge: Judge, tmp_path: Path) -> None:
     found = report.read(DEMO / "evaluation.json")
     pipe = load_pipeline(find_model("demo"), getattr(torch, found["dtype"]), torch.device("cpu"))
@@ -186,7 +211,6 @@ def test_committed_evaluation_belongs_to_the_bundled_weights(judge: Judge, tmp_p
     assert not set(found["seeds"]) & set(found["selection_seeds"])
 
 
-@pytest.mark.skipif(not (DEMO / "evaluation.json").exists(), reason="the bundled model is not evaluated yet")
 def test_committed_pages_are_made_from_the_committed_evaluation() -> None:
     found = report.read(DEMO / "evaluation.json")
     docs = Path(__file__).parents[1] / "docs"
@@ -194,12 +218,12 @@ def test_committed_pages_are_made_from_the_committed_evaluation() -> None:
     assert (docs / "evaluation.png").stat().st_size > 10_000
 
 
-@pytest.mark.skipif(not (DEMO / "evaluation.json").exists(), reason="the bundled model is not evaluated yet")
 def test_plot_and_table_show_every_setting(tmp_path: Path) -> None:
     found = report.read(DEMO / "evaluation.json")
-    plot(found["rows"], tmp_path / "plot.png", report.title(found))
+    plot(found["rows"], tmp_path / "plot.png", report.title(found), found["drawings"])
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     text = report.markdown(found)
+    assert text.count("| real drawings |") == 2
     for row in [*found["rows"], *found["selection"]]:
         assert f"| {report.describe(report.setting_of(row))} |" in text
     assert "★" in text

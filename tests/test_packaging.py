@@ -80,7 +80,12 @@ def test_source_archive_holds_what_testing_it_needs(distributions: Path) -> None
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
     assert {"Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md"} <= names
-    assert {"tests/test_packaging.py", "training/denoiser.py", "integrations/__init__.py"} <= names
+    assert {
+        "tests/test_packaging.py",
+        "training/denoiser.py",
+        "integrations/__init__.py",
+        "docs/evaluation.md",
+    } <= names
 
 
 @pytest.mark.parametrize(
