@@ -26,14 +26,11 @@ from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
 from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
 from segkern.kernels.seg_attention import _seg_attention_kernel
-from segkern.kernels.uniform_attention import (
-    _BLOCK_N,
-    _BLOCK_TOKENS,
-    _MAX_SPLITS,
-    EXPAND_OPTIONS,
-    SPLIT_OPTIONS,
-    _expand_rows_kernel,
-    _uniform_attention_kernel,
+from segkern.kernels.split_attention import (
+    _EXPANDED_TOKENS,
+    COMBINE_OPTIONS,
+    _combine_splits_kernel,
+    _split_attention_kernel,
 )
 
 TARGETS = {
@@ -225,29 +222,41 @@ def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = 
     return compile_kernel(_gaussian_blur_kernel, target, head_dim, dtype, types, constants, options)
 
 
-def compile_uniform(target: str, head_dim: int, dtype: torch.dtype, mask: int = 0) -> list[Compiled]:
-    """The two kernels of infinite sigma, the second for as many splits as there may be."""
-    block_d = triton.next_power_of_2(head_dim)
+def compile_split(target: str, head_dim: int, dtype: torch.dtype, rows: int, mask: int = 0) -> list[Compiled]:
+    """The two kernels of few rows, the second for as many splits as there may be."""
+    tile = _configs.split_tile_for(target, head_dim, dtype, rows)
+    block_d, block_r = _configs.split_head_dim(head_dim)
     types = {
         "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
         "partial_ptr": "*fp32",
         "samples_ptr": "*i32",
+        "query_samples_ptr": "*i32",
         "lse_ptr": "*fp32",
         "scale": "fp32",
     }
-    split = {"HEAD_DIM": head_dim, "BLOCK_N": _BLOCK_N, "BLOCK_D": block_d, "MASK": mask, "WIDE": False}
-    expand = {
+    split = {
         "HEAD_DIM": head_dim,
-        "BLOCK_S": _MAX_SPLITS,
-        "BLOCK_T": _BLOCK_TOKENS,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "MASK": mask,
+        "EVEN_KEYS": False,
+        "PRECISION": _configs.dot_precision(dtype),
+        "WIDE": False,
+    }
+    combine = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_S": _configs.MAX_SPLITS,
+        "BLOCK_T": _EXPANDED_TOKENS if rows == 1 else 1,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
         "WITH_LSE": True,
         "WIDE": False,
     }
     found = []
     for kernel, constants, options in (
-        (_uniform_attention_kernel, split, SPLIT_OPTIONS),
-        (_expand_rows_kernel, expand, EXPAND_OPTIONS),
+        (_split_attention_kernel, split, tile),
+        (_combine_splits_kernel, combine, COMBINE_OPTIONS),
     ):
         chosen = compile_options(options, target.startswith("gfx"))
         found.append(compile_kernel(kernel, target, head_dim, dtype, types, constants, chosen))
@@ -266,9 +275,11 @@ def compile_all(target: str) -> list[Compiled]:
     found.append(compile_attention(target, 64, torch.bfloat16))
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
         found += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
-        found += compile_uniform(target, head_dim, dtype)
-    for mask in (1, 2):
-        found += compile_uniform(target, 64, torch.float16, mask)
+    for rows in (1, 289):
+        for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (160, torch.float16), (256, torch.float32)):
+            found += compile_split(target, head_dim, dtype, rows)
+        for mask in (1, 2):
+            found += compile_split(target, 64, torch.float16, rows, mask)
     return found
 
 

@@ -38,8 +38,8 @@ def test_kernels_compile_without_spills(target: str) -> None:
     assert {record["kernel"] for record in records} == {
         "_seg_attention_kernel",
         "_gaussian_blur_kernel",
-        "_uniform_attention_kernel",
-        "_expand_rows_kernel",
+        "_split_attention_kernel",
+        "_combine_splits_kernel",
     }
     best = MATRIX_INSTRUCTION.get(target, "HMMA")
     faults = []

@@ -97,6 +97,41 @@ def test_sdxl_grids(shape: tuple[int, int], sigma: float, dtype: torch.dtype) ->
     check_attention((3, 10, shape[0] * shape[1], 64), Grid(*shape), (0.0, 0.0, sigma), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 21])
+@pytest.mark.parametrize("keys", [128, 300])
+def test_few_rows_share_their_keys_among_programs(
+    rows: int, keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coarse queries are such rows: not blurred here, and fewer than the keys."""
+    splits = spied_splits(monkeypatch)
+    check_attention((2, 1, rows, 40), Grid(1, 1), 0.0, dtype, keys=keys)
+    assert splits == ([] if keys == 128 else [3])
+
+
+def spied_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often keys are split, call by call, on a device of 8 multiprocessors."""
+    from segkern.kernels._configs import key_splits
+
+    seen = []
+
+    def spied(*arguments: int) -> tuple[int, int]:
+        seen.append(key_splits(*arguments)[0])
+        return key_splits(*arguments)
+
+    monkeypatch.setattr("segkern.kernels.split_attention.key_splits", spied)
+    monkeypatch.setattr("segkern.kernels.split_attention.multiprocessors", lambda _: 8)
+    monkeypatch.setattr("segkern.kernels.seg_attention.multiprocessors", lambda _: 8)
+    return seen
+
+
+@pytest.mark.parametrize("keys", [1, 31, 32, 33, 127, 129, 260])
+def test_infinite_sigma_at_any_number_of_keys(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = spied_splits(monkeypatch)
+    check_attention((3, 1, 2 * 9 + 1, 24), Grid(2, 9, start=1), (math.inf, 0.0, math.inf), DTYPES[1], keys=keys)
+    assert splits == [-(-keys // 128)]
+
+
 MASKS = {
     "additive per key": lambda b, h, m, n: torch.randn(b, 1, 1, n),
     "boolean per key": lambda b, h, m, n: torch.rand(b, 1, 1, n) > 0.4,

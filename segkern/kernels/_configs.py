@@ -107,6 +107,11 @@ _MASKED: Tiles = (
 )
 _MASKED_GFX = Tile(64, 32, 16, 4, 1)
 _INTERPRETER = Tile(32, 32, 16, 4, 1)
+_SPLIT_INTERPRETER = Tile(16, 32, 0, 4, 1)
+_INTERPRETER_MULTIPROCESSORS = 8
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+_KEYS_PER_SPLIT = 128
+MAX_SPLITS = 32
 
 
 @lru_cache(maxsize=64)
@@ -142,6 +147,50 @@ def tile_for(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False)
         tiles = _ATTENTION[_FAMILY.get(arch, "gfx942" if gfx else _DEFAULT_FAMILY)][dtype.itemsize]
     padded = sum(split_head_dim(head_dim))
     return next(tile for largest, tile in tiles if padded <= largest)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time at least; in the interpreter a number to divide work by."""
+    if architecture(device) == "interpreter":
+        return _INTERPRETER_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def split_tile(device: torch.device, head_dim: int, dtype: torch.dtype, rows: int) -> Tile:
+    """The tile of attention of few rows on a device."""
+    return split_tile_for(architecture(device), head_dim, dtype, rows)
+
+
+@lru_cache(maxsize=256)
+def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int) -> Tile:
+    """The tile of attention of few rows for an architecture by name: products want 16 rows at least."""
+    if arch == "interpreter":
+        return _SPLIT_INTERPRETER
+    padded = sum(split_head_dim(head_dim))
+    if dtype == torch.float32:
+        return Tile(16, 16 if padded > 128 else 32, 0, 8, 1, max_registers=255)
+    if rows <= 16:
+        return Tile(16, 32 if padded > 128 else 64, 0, 4, 2)
+    return Tile(64, 32, 0, 4 if padded <= 96 else 8, 2)
+
+
+def key_splits(programs: int, keys: int, block_n: int, parallel: int) -> tuple[int, int]:
+    """How many ways to split the keys, and keys of a split: a multiple of ``block_n``.
+
+    So many that every multiprocessor gets a few programs, but none of them less than ``_KEYS_PER_SPLIT`` keys, whose
+    partial results cost as much as they save.
+
+    Example:
+        >>> key_splits(programs=10, keys=4096, block_n=64, parallel=132)
+        (32, 128)
+        >>> key_splits(programs=100, keys=1000, block_n=64, parallel=132)
+        (6, 192)
+    """
+    wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * parallel // programs)
+    splits = max(1, min(wanted, -(-keys // _KEYS_PER_SPLIT), MAX_SPLITS))
+    keys_per_split = -(-keys // (splits * block_n)) * block_n
+    return -(-keys // keys_per_split), keys_per_split
 
 
 @lru_cache(maxsize=256)

@@ -148,7 +148,7 @@ def scaled_softmax_update(products, scale, row_max, row_sum):
 
 
 @triton.jit
-def attend_keys(
+def attend_blocks(
     q,
     q_rest,
     acc,
@@ -178,7 +178,7 @@ def attend_keys(
     TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend to keys ``first .. stop - 1``; only with TAIL may a block reach beyond the last key."""
+    """Attend to blocks of keys that begin in ``first .. stop - 1``; only with TAIL may one reach past the last key."""
     offs_n = tl.arange(0, BLOCK_N)
     for n in tl.range(first, stop, BLOCK_N):
         mask_n = n + offs_n < keys
@@ -210,4 +210,104 @@ def attend_keys(
         if BLOCK_R > 0:
             v_rest = load_tile(v_tile, offs_n, mask_n, stride_vn, stride_vd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
             acc_rest = tl.dot(weights, v_rest, acc_rest * factor[:, None], input_precision=PRECISION)
+    return acc, acc_rest, row_max, row_sum
+
+
+@triton.jit
+def attend_keys(
+    q,
+    q_rest,
+    acc,
+    acc_rest,
+    row_max,
+    row_sum,
+    k_ptr,
+    v_ptr,
+    mask_ptr,  # first query row of the tile
+    offs_m,
+    mask_m,
+    first,
+    stop,
+    keys,
+    stride_kn,
+    stride_kd,
+    stride_vn,
+    stride_vd,
+    stride_mm,
+    stride_mn,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    MASK: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attend to keys ``first .. stop - 1``: the whole blocks, then what is left behind them at the very end.
+
+    ``first`` is a multiple of BLOCK_N, and so is ``stop`` but for the last key.
+    """
+    full = tl.minimum(stop, keys - keys % BLOCK_N)
+    acc, acc_rest, row_max, row_sum = attend_blocks(
+        q,
+        q_rest,
+        acc,
+        acc_rest,
+        row_max,
+        row_sum,
+        k_ptr,
+        v_ptr,
+        mask_ptr,
+        offs_m,
+        mask_m,
+        first,
+        full,
+        keys,
+        stride_kn,
+        stride_kd,
+        stride_vn,
+        stride_vd,
+        stride_mm,
+        stride_mn,
+        scale,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_R,
+        MASK,
+        False,
+        PRECISION,
+    )
+    if not EVEN_KEYS:
+        acc, acc_rest, row_max, row_sum = attend_blocks(
+            q,
+            q_rest,
+            acc,
+            acc_rest,
+            row_max,
+            row_sum,
+            k_ptr,
+            v_ptr,
+            mask_ptr,
+            offs_m,
+            mask_m,
+            full,
+            stop,
+            keys,
+            stride_kn,
+            stride_kd,
+            stride_vn,
+            stride_vd,
+            stride_mm,
+            stride_mn,
+            scale,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_R,
+            MASK,
+            True,
+            PRECISION,
+        )
     return acc, acc_rest, row_max, row_sum

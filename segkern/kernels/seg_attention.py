@@ -27,7 +27,14 @@ import triton
 import triton.language as tl
 
 from segkern.grid import Grid
-from segkern.kernels._configs import attention_tile, blur_precision, dot_precision, split_head_dim
+from segkern.kernels._configs import (
+    attention_tile,
+    blur_precision,
+    dot_precision,
+    key_splits,
+    multiprocessors,
+    split_head_dim,
+)
 from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import (
@@ -40,7 +47,7 @@ from segkern.kernels._primitives import (
 )
 from segkern.kernels._tables import OUTSIDE, BlurTables, blur_tables
 from segkern.kernels.gaussian_blur import launch_gaussian_blur
-from segkern.kernels.uniform_attention import launch_uniform_attention
+from segkern.kernels.split_attention import launch_split_attention, launch_uniform_attention
 
 _OUTSIDE = tl.constexpr(OUTSIDE)
 _MIN_FUSED_WIDTH = 8  # narrower grids waste most of a column block: blur them with the separable kernel first
@@ -190,7 +197,6 @@ def _seg_attention_kernel(
         acc_rest = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    full = keys - keys % BLOCK_N
     acc, acc_rest, row_max, row_sum = attend_keys(
         q,
         q_rest,
@@ -204,7 +210,7 @@ def _seg_attention_kernel(
         offs_m,
         mask_m,
         0,
-        full,
+        keys,
         keys,
         stride_kn,
         stride_kd,
@@ -218,40 +224,9 @@ def _seg_attention_kernel(
         BLOCK_D,
         BLOCK_R,
         MASK,
-        False,
+        EVEN_KEYS,
         PRECISION,
     )
-    if not EVEN_KEYS:
-        acc, acc_rest, row_max, row_sum = attend_keys(
-            q,
-            q_rest,
-            acc,
-            acc_rest,
-            row_max,
-            row_sum,
-            k_ptr,
-            v_ptr,
-            mask_ptr,
-            offs_m,
-            mask_m,
-            full,
-            keys,
-            keys,
-            stride_kn,
-            stride_kd,
-            stride_vn,
-            stride_vd,
-            stride_mm,
-            stride_mn,
-            scale,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_R,
-            MASK,
-            True,
-            PRECISION,
-        )
 
     inverse = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)[:, None]  # a row without keys gives 0
     out_tile = out_ptr + sample * stride_ob + head * stride_oh + tl.cast(start_m, tl.int64) * stride_on
@@ -277,7 +252,8 @@ def launch_seg_attention(
 ) -> None:
     """Write attention of blurred queries to ``out`` and, where given, the rows' log-sum-exp to ``lse``.
 
-    Samples of infinite sigma go to the one-row kernel; only their tokens outside the grid, if any, come here.
+    Samples of infinite sigma go to the kernel for few rows, and so do few rows that are not blurred; of the former
+    only tokens outside the grid, if any, come here.
     """
     if query.numel() == 0:
         return
@@ -294,11 +270,22 @@ def launch_seg_attention(
         launch_uniform_attention(query, key, value, out, lse, grid, infinite, scale, attn_mask)
     only_image = grid.tokens == query.shape[2]
     here = tuple(i for i in range(len(sigmas)) if not (only_image and i in infinite))
-    if here:
-        here_sigmas = tuple(sigmas[i] for i in here)
+    here_sigmas = tuple(sigmas[i] for i in here)
+    if here and not any(here_sigmas) and _few_rows(query, key, len(here), attn_mask):
+        launch_split_attention(query, key, value, out, lse, here, scale, attn_mask)
+    elif here:
         shape = (grid.height, grid.width, boundary, query.device)
         tables = blur_tables(here, here_sigmas, *shape, outside=True)
         _launch_tiles(query, key, value, out, lse, grid, tables, scale, attn_mask)
+
+
+def _few_rows(query: torch.Tensor, key: torch.Tensor, samples: int, attn_mask: torch.Tensor | None) -> bool:
+    """Whether tiles of whole rows would leave multiprocessors idle while there are keys to split."""
+    _, heads, tokens, head_dim = query.shape
+    tile = attention_tile(query.device, head_dim, query.dtype, attn_mask is not None)
+    programs = triton.cdiv(tokens, tile.block_m) * heads * samples
+    parallel = multiprocessors(query.device)
+    return programs < parallel and key_splits(programs, key.shape[2], tile.block_n, parallel)[0] > 1
 
 
 def _launch_tiles(

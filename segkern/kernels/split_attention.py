@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Attention of few query rows, its keys split over programs: infinite sigma (one row a head) and coarse queries.
+
+Mathematics, for one sample and head with rows ``q``; at infinite sigma there is one, the mean of the image's queries,
+whose result every image token gets::
+
+    out[i] = softmax(scale * q[i] k^T + mask) v
+
+A tile of rows alone would keep few multiprocessors busy. So a first kernel gives each program a tile of rows and a
+share of the keys, which it reduces to (weighted values, maximum, sum); a second one combines the shares of a row and
+writes it to the tokens that it stands for.
+
+Launch grids: tiles of rows, next to each other for the same keys, times splits times heads times samples; then, for
+each sample and head, rows times tiles of tokens.
+
+Memory traffic: Q once per split, K and V once per tile of rows, shares of rows * splits * (D + 2) float32 written and
+read, the output once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from segkern.grid import Grid
+from segkern.kernels._configs import (
+    Options,
+    dot_precision,
+    key_splits,
+    multiprocessors,
+    split_head_dim,
+    split_tile,
+)
+from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
+from segkern.kernels._masks import mask_arguments
+from segkern.kernels._primitives import LN2, LOG2E, attend_keys, load_tile, store_tile
+from segkern.kernels._tables import index_tensor
+
+_EXPANDED_TOKENS = 32  # tokens a program of the second kernel writes where a row stands for many
+COMBINE_OPTIONS = Options(num_warps=4, num_stages=1)
+
+
+@triton.jit
+def _split_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    partial_ptr,  # float32 [samples * heads, splits, rows, HEAD_DIM + 2], contiguous
+    samples_ptr,  # int32 [samples], of keys, values and mask
+    query_samples_ptr,  # int32 [samples], of queries
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    heads,
+    rows,
+    keys,
+    keys_per_split,
+    splits,
+    scale,  # of the logits, times log2(e); not negative
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # divides keys_per_split
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    MASK: tl.constexpr,
+    EVEN_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if WIDE:  # offsets inside a tile exceed 32 bits
+        stride_qn, stride_qd = tl.cast(stride_qn, tl.int64), tl.cast(stride_qd, tl.int64)
+        stride_kn, stride_kd = tl.cast(stride_kn, tl.int64), tl.cast(stride_kd, tl.int64)
+        stride_vn, stride_vd = tl.cast(stride_vn, tl.int64), tl.cast(stride_vd, tl.int64)
+        stride_mm, stride_mn = tl.cast(stride_mm, tl.int64), tl.cast(stride_mn, tl.int64)
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(rows, BLOCK_M)
+    tile = pid % tiles
+    split = (pid // tiles) % splits
+    head_of_sample = pid // (tiles * splits)
+    head = tl.cast(head_of_sample % heads, tl.int64)
+    sample = tl.load(samples_ptr + head_of_sample // heads).to(tl.int64)
+    query_sample = tl.load(query_samples_ptr + head_of_sample // heads).to(tl.int64)
+
+    start_m = tl.cast(tile * BLOCK_M, tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = start_m + offs_m < rows
+    q_ptr += query_sample * stride_qb + head * stride_qh + start_m * stride_qn
+    k_ptr += sample * stride_kb + head * stride_kh
+    v_ptr += sample * stride_vb + head * stride_vh
+    if MASK != 0:
+        mask_ptr += sample * stride_mb + head * stride_mh + start_m * stride_mm
+    q = load_tile(q_ptr, offs_m, mask_m, stride_qn, stride_qd, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    q_rest = 0.0
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    acc_rest = 0.0
+    if BLOCK_R > 0:
+        q_rest = load_tile(q_ptr, offs_m, mask_m, stride_qn, stride_qd, BLOCK_D, HEAD_DIM, BLOCK_R, True)
+        acc_rest = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    first = split * keys_per_split
+    stop = tl.minimum(first + keys_per_split, keys)
+    acc, acc_rest, row_max, row_sum = attend_keys(
+        q,
+        q_rest,
+        acc,
+        acc_rest,
+        row_max,
+        row_sum,
+        k_ptr,
+        v_ptr,
+        mask_ptr,
+        offs_m,
+        mask_m,
+        first,
+        stop,
+        keys,
+        stride_kn,
+        stride_kd,
+        stride_vn,
+        stride_vd,
+        stride_mm,
+        stride_mn,
+        scale,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_R,
+        MASK,
+        EVEN_KEYS,
+        PRECISION,
+    )
+
+    row = tl.cast(head_of_sample * splits + split, tl.int64) * rows + start_m
+    partial_ptr += row * (HEAD_DIM + 2)
+    store_tile(partial_ptr, acc, offs_m, mask_m, HEAD_DIM + 2, 1, 0, HEAD_DIM, BLOCK_D)
+    if BLOCK_R > 0:
+        store_tile(partial_ptr, acc_rest, offs_m, mask_m, HEAD_DIM + 2, 1, BLOCK_D, HEAD_DIM, BLOCK_R)
+    tl.store(partial_ptr + offs_m * (HEAD_DIM + 2) + HEAD_DIM, row_max, mask=mask_m)
+    tl.store(partial_ptr + offs_m * (HEAD_DIM + 2) + HEAD_DIM + 1, row_sum, mask=mask_m)
+
+
+@triton.jit
+def _combine_splits_kernel(
+    partial_ptr,  # float32 [samples * heads, splits, rows, HEAD_DIM + 2], contiguous
+    out_ptr,
+    lse_ptr,  # float32 [batch, heads, tokens], contiguous
+    samples_ptr,  # int32 [samples]
+    stride_ob,
+    stride_oh,
+    stride_on,
+    stride_od,
+    heads,
+    tokens,
+    first_token,
+    rows,
+    copies,  # tokens that each row stands for
+    splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WITH_LSE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if WIDE:
+        stride_on, stride_od = tl.cast(stride_on, tl.int64), tl.cast(stride_od, tl.int64)
+    head_of_sample = tl.program_id(0)
+    tiles = tl.cdiv(copies, BLOCK_T)
+    row = tl.program_id(1) // tiles
+    tile = tl.program_id(1) % tiles
+    sample = tl.load(samples_ptr + head_of_sample // heads).to(tl.int64)
+    head = tl.cast(head_of_sample % heads, tl.int64)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_t = tl.arange(0, BLOCK_T)
+    mask_s = offs_s < splits
+    partial_ptr += (tl.cast(head_of_sample, tl.int64) * splits * rows + row) * (HEAD_DIM + 2)
+    stride_s = tl.cast(rows, tl.int64) * (HEAD_DIM + 2)
+    acc = load_tile(partial_ptr, offs_s, mask_s, stride_s, 1, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_S, BLOCK_D]
+    maxima = tl.load(partial_ptr + offs_s * stride_s + HEAD_DIM, mask=mask_s, other=float("-inf"))
+    sums = tl.load(partial_ptr + offs_s * stride_s + HEAD_DIM + 1, mask=mask_s, other=0.0)
+    row_max = tl.max(maxima, axis=0)
+    factor = tl.math.exp2(maxima - tl.where(row_max == float("-inf"), 0.0, row_max))  # [BLOCK_S]
+    row_sum = tl.sum(sums * factor, axis=0)
+    out_row = tl.sum(acc * factor[:, None], axis=0) * tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # [BLOCK_D]
+
+    start = tile * BLOCK_T
+    mask_t = start + offs_t < copies
+    token = tl.cast(first_token + row * copies + start, tl.int64)
+    out_tile = out_ptr + sample * stride_ob + head * stride_oh + token * stride_on
+    written = tl.broadcast_to(out_row[None, :], [BLOCK_T, BLOCK_D])
+    store_tile(out_tile, written, offs_t, mask_t, stride_on, stride_od, 0, HEAD_DIM, BLOCK_D)
+    if WITH_LSE:
+        lse = tl.zeros([BLOCK_T], dtype=tl.float32) + (row_max + tl.math.log2(row_sum)) * LN2
+        tl.store(lse_ptr + (sample * heads + head) * tokens + token + offs_t, lse, mask=mask_t)
+
+
+def launch_uniform_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    grid: Grid,
+    samples: tuple[int, ...],
+    scale: float,
+    attn_mask: torch.Tensor | None,
+) -> None:
+    """Write the image tokens of ``samples`` at infinite sigma; ``attn_mask`` must not differ between queries."""
+    if grid.tokens == 1:  # its own mean
+        rows, query_samples = query[:, :, grid.start : grid.stop], samples
+    else:
+        means = [
+            query[first : last + 1, :, grid.start : grid.stop].mean(dim=2, keepdim=True, dtype=torch.float32)
+            for first, last in _consecutive(samples)
+        ]
+        rows = (means[0] if len(means) == 1 else torch.cat(means)).to(query.dtype)
+        query_samples = tuple(range(len(samples)))
+    _launch(rows, query_samples, key, value, out, lse, samples, grid.start, grid.tokens, scale, attn_mask)
+
+
+def launch_split_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    samples: tuple[int, ...],
+    scale: float,
+    attn_mask: torch.Tensor | None,
+) -> None:
+    """Write all tokens of ``samples``, whose queries are taken as they are."""
+    _launch(query, samples, key, value, out, lse, samples, 0, 1, scale, attn_mask)
+
+
+def _launch(
+    query: torch.Tensor,  # [any, heads, rows, head_dim]
+    query_samples: tuple[int, ...],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    samples: tuple[int, ...],
+    first_token: int,
+    copies: int,
+    scale: float,
+    attn_mask: torch.Tensor | None,
+) -> None:
+    _, heads, rows, head_dim = query.shape
+    keys = key.shape[2]
+    tile = split_tile(query.device, head_dim, query.dtype, rows)
+    block_d, block_r = split_head_dim(head_dim)
+    programs = triton.cdiv(rows, tile.block_m) * heads * len(samples)
+    splits, keys_per_split = key_splits(programs, keys, tile.block_n, multiprocessors(query.device))
+    mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
+    partial = query.new_empty(len(samples) * heads, splits, rows, head_dim + 2, dtype=torch.float32)
+    sample_index = index_tensor(samples, query.device)
+    with device_guard(query.device):
+        _split_attention_kernel[(programs * splits,)](
+            query,
+            key,
+            value,
+            mask,
+            partial,
+            sample_index,
+            index_tensor(query_samples, query.device),
+            *query.stride(),
+            *key.stride(),
+            *value.stride(),
+            *mask_strides,
+            heads,
+            rows,
+            keys,
+            keys_per_split,
+            splits,
+            scale * LOG2E.value,
+            HEAD_DIM=head_dim,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=block_d,
+            BLOCK_R=block_r,
+            MASK=mask_kind,
+            EVEN_KEYS=keys % tile.block_n == 0,
+            PRECISION=dot_precision(query.dtype),
+            WIDE=strides_are_wide(query, key, value, *(() if attn_mask is None else (attn_mask,))),
+            **compile_options(tile),
+        )
+        block_t = 1 if copies == 1 else _EXPANDED_TOKENS
+        _combine_splits_kernel[(len(samples) * heads, rows * triton.cdiv(copies, block_t))](
+            partial,
+            out,
+            out if lse is None else lse,
+            sample_index,
+            *out.stride(),
+            heads,
+            out.shape[2],
+            first_token,
+            rows,
+            copies,
+            splits,
+            HEAD_DIM=head_dim,
+            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_T=block_t,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            WITH_LSE=lse is not None,
+            WIDE=strides_are_wide(out),
+            **compile_options(COMBINE_OPTIONS),
+        )
+
+
+def _consecutive(samples: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First and last index of every run of consecutive samples, so that each is one slice."""
+    firsts = [i for i in samples if i - 1 not in samples]
+    lasts = [i for i in samples if i + 1 not in samples]
+    return list(zip(firsts, lasts, strict=True))
