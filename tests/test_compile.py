@@ -13,6 +13,7 @@ import pytest
 
 from segkern.dispatch import triton_is_installed
 
+ROOT = Path(__file__).parents[1]
 SHARED_LIMIT = {  # bytes a program may use
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -31,8 +32,8 @@ pytestmark = pytest.mark.skipif(not triton_is_installed(), reason="kernels need 
 def test_kernels_compile_without_spills(target: str) -> None:
     # A process that interprets kernels cannot compile them.
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    script = Path(__file__).with_name("compile_kernels.py")
-    run = subprocess.run([sys.executable, script, target], capture_output=True, text=True, env=environment, check=False)
+    program = [sys.executable, "-m", "benchmarks.compiled", target]
+    run = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     records = json.loads(run.stdout)
     assert {record["kernel"] for record in records} == {

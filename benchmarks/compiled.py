@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the kernels for real targets without a GPU and print what the compiled code uses, as JSON.
 
-Run as a program, because a process that interprets Triton cannot compile:
-``python tests/compile_kernels.py sm_90 gfx942``. Each record has the kernel, target, head dimension, dtype, registers,
-spilled bytes, local memory, shared memory, matrix instructions and the assembler's serialisation warnings.
+Run as a program, because a process that interprets Triton cannot compile: ``python -m benchmarks.compiled sm_90
+gfx942``; with ``--save`` for all targets, into ``benchmarks/results/compiled.json``, of which ``docs/compiled.md`` is
+made. Each record has the kernel, target, head dimension, dtype, tile, registers, spilled bytes, local memory, shared
+memory, matrix instructions, the assembler's serialisation warnings, and what one pass of the loop over keys issues.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from segkern.environment import commit
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
 from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
@@ -33,6 +35,7 @@ from segkern.kernels.split_attention import (
     _split_attention_kernel,
 )
 
+RESULT = Path(__file__).parent / "results" / "compiled.json"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -60,6 +63,8 @@ class Compiled:
     shared_bytes: int
     matrix_instructions: dict[str, int]
     serialisation: list[str]
+    loop: dict[str, int] | None  # of one warp: instructions and exponentials; None without a loop over keys
+    tile: dict[str, int]  # BLOCK_* and the compiler's options
 
 
 def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any], dtype: str) -> dict[str, str]:
@@ -99,6 +104,8 @@ def compile_kernel(
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
+    blocks = {name: value for name, value in constants.items() if name.startswith("BLOCK_")}
+    tile = blocks | {name: options[name] for name in ("num_warps", "num_stages")}
     read = _read_amdgcn if target.startswith("gfx") else _read_cubin
     used = read(compiled, target)
     return Compiled(
@@ -108,6 +115,7 @@ def compile_kernel(
         dtype=TYPES[dtype],
         masked=constants.get("MASK", 0) != 0,
         shared_bytes=compiled.metadata.shared,
+        tile=tile,
         **used,
     )
 
@@ -130,6 +138,7 @@ def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
         "local_bytes": int(re.search(r"LOCAL:(\d+)", resources).group(1)),
         "matrix_instructions": _count(sass, r"\b(HGMMA|QGMMA|HMMA|IMMA|UTCHMMA|UTCQMMA)\b"),
         "serialisation": sorted(set(re.findall(r"C75(?:10|11|12)", messages))),
+        "loop": key_loop(sass, r"^(\.L_x_\d+):", r"BRA `\((\.L_x_\d+)\)", r"/\*[0-9a-f]{4,}\*/", r"MMA", r"MUFU\.EX2"),
     }
 
 
@@ -156,7 +165,39 @@ def _read_amdgcn(compiled: Any, target: str) -> dict[str, Any]:
         "local_bytes": int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text).group(1)),
         "matrix_instructions": _count(text, r"\b(v_mfma)_"),
         "serialisation": [],
+        "loop": key_loop(
+            text, r"^(\.LBB\d+_\d+):", r"s_c?branch\w* (\.LBB\d+_\d+)", r"^\t[a-z]", r"v_mfma", r"v_exp_f32"
+        ),
     }
+
+
+def key_loop(
+    text: str, label: str, branch: str, instruction: str, matrix: str, exponential: str
+) -> dict[str, int] | None:
+    """What one pass of the loop over whole blocks of keys issues: the shortest with both products and exponentials.
+
+    Args:
+        text: disassembly or assembly.
+        label: regular expression of a line that names a place, the name its first group.
+        branch: of a jump, the name of the place its first group.
+        instruction: of a line that is one.
+        matrix: of a matrix product.
+        exponential: of an exponential.
+    """
+    lines = text.splitlines()
+    places = {found[1]: i for i, line in enumerate(lines) if (found := re.search(label, line))}
+    loops = []
+    for i, line in enumerate(lines):
+        found = re.search(branch, line)
+        if found and places.get(found[1], i) < i:
+            body = [one for one in lines[places[found[1]] : i + 1] if re.search(instruction, one)]
+            counts = {
+                name: sum(bool(re.search(pattern, one)) for one in body)
+                for name, pattern in (("instructions", "."), ("matrix", matrix), ("exponentials", exponential))
+            }
+            if counts["matrix"] and counts["exponentials"] >= 4:
+                loops.append(counts)
+    return min(loops, key=lambda counts: counts["instructions"], default=None)
 
 
 def _count(text: str, pattern: str) -> dict[str, int]:
@@ -275,17 +316,32 @@ def compile_all(target: str) -> list[Compiled]:
     found.append(compile_attention(target, 64, torch.bfloat16))
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
         found += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
-    for rows in (1, 289):
-        for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (160, torch.float16), (256, torch.float32)):
-            found += compile_split(target, head_dim, dtype, rows)
-        for mask in (1, 2):
-            found += compile_split(target, 64, torch.float16, rows, mask)
+    for rows, head_dim, dtype in (
+        (1, 64, torch.bfloat16),
+        (1, 160, torch.float16),
+        (1, 256, torch.float32),
+        (289, 64, torch.bfloat16),
+        (289, 80, torch.float16),
+        (289, 256, torch.float32),
+    ):
+        found += compile_split(target, head_dim, dtype, rows)
+    for mask in (1, 2):
+        found += compile_split(target, 64, torch.float16, 289, mask)
     return found
 
 
-def main(targets: list[str]) -> None:
-    """Print the records of the targets as JSON."""
-    print(json.dumps([asdict(record) for target in targets or TARGETS for record in compile_all(target)], indent=1))
+def main(arguments: list[str]) -> None:
+    """Print the records of the targets as JSON, or keep those of all targets."""
+    if arguments == ["--save"]:
+        records = [asdict(record) for target in TARGETS for record in compile_all(target)]
+        environment = {"triton": triton.__version__, "torch": torch.__version__, "commit": commit()}
+        RESULT.write_text(json.dumps({"environment": environment, "kernels": records}, indent=1) + "\n")
+        return
+    unknown = set(arguments) - set(TARGETS)
+    if unknown:
+        sys.exit(f"unknown target {sorted(unknown)[0]!r}; known are {', '.join(TARGETS)}, and --save")
+    records = [asdict(record) for target in arguments or TARGETS for record in compile_all(target)]
+    print(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":
