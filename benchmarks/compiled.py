@@ -10,10 +10,7 @@ memory, matrix instructions, the assembler's serialisation warnings, and what on
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.disassembly import read_amdgcn, read_cubin
 from segkern.environment import commit
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
+from segkern.kernels._routes import BEFORE, HERE
 from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
 from segkern.kernels.seg_attention import _seg_attention_kernel
 from segkern.kernels.split_attention import (
@@ -57,6 +56,7 @@ class Compiled:
     head_dim: int
     dtype: str
     masked: bool
+    blur: str  # "prologue", "before", or "" of other kernels
     registers: int
     spilled_bytes: int
     local_bytes: int
@@ -106,109 +106,28 @@ def compile_kernel(
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     blocks = {name: value for name, value in constants.items() if name.startswith("BLOCK_")}
     tile = blocks | {name: options[name] for name in ("num_warps", "num_stages")}
-    read = _read_amdgcn if target.startswith("gfx") else _read_cubin
-    used = read(compiled, target)
+    used = read_amdgcn(compiled) if target.startswith("gfx") else read_cubin(compiled, target)
     return Compiled(
         kernel=kernel.fn.__name__,
         target=target,
         head_dim=head_dim,
         dtype=TYPES[dtype],
         masked=constants.get("MASK", 0) != 0,
+        blur={HERE: "prologue", BEFORE: "before"}.get(constants.get("BLUR"), ""),
         shared_bytes=compiled.metadata.shared,
         tile=tile,
         **used,
     )
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        resources = _run("cuobjdump", "-res-usage", cubin)
-        sass = _run("nvdisasm", "-c", cubin)
-        # Only Hopper's matrix instructions can be serialised, and only the assembler says so.
-        messages = _assembler_messages(compiled.asm["ptx"], Path(folder)) if target == "sm_90" else ""
-    return {
-        "registers": int(re.search(r"REG:(\d+)", resources).group(1)),
-        "spilled_bytes": int(re.search(r"STACK:(\d+)", resources).group(1)),  # kernels have no other use of a stack
-        "local_bytes": int(re.search(r"LOCAL:(\d+)", resources).group(1)),
-        "matrix_instructions": _count(sass, r"\b(HGMMA|QGMMA|HMMA|IMMA|UTCHMMA|UTCQMMA)\b"),
-        "serialisation": sorted(set(re.findall(r"C75(?:10|11|12)", messages))),
-        "loop": key_loop(sass, r"^(\.L_x_\d+):", r"BRA `\((\.L_x_\d+)\)", r"/\*[0-9a-f]{4,}\*/", r"MMA", r"MUFU\.EX2"),
-    }
-
-
-def _assembler_messages(ptx: str, folder: Path) -> str:
-    source = folder / "kernel.ptx"
-    source.write_text(ptx)
-    assembler = "ptxas-blackwell" if Path(_tool("ptxas-blackwell")).exists() else "ptxas"  # reads newer PTX
-    return _run(assembler, "-v", "--gpu-name=sm_90a", source, "-o", folder / "again.cubin")
-
-
-def _run(tool: str, *arguments: str | Path) -> str:
-    done = subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
-
-
-def _read_amdgcn(compiled: Any, target: str) -> dict[str, Any]:
-    text = compiled.asm["amdgcn"]
-    vgprs = int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1))
-    # Scalar registers spill to lanes of vector registers, not to memory: private memory would show below.
-    spills = [int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)]
-    return {
-        "registers": vgprs,
-        "spilled_bytes": 4 * sum(spills),
-        "local_bytes": int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text).group(1)),
-        "matrix_instructions": _count(text, r"\b(v_mfma)_"),
-        "serialisation": [],
-        "loop": key_loop(
-            text, r"^(\.LBB\d+_\d+):", r"s_c?branch\w* (\.LBB\d+_\d+)", r"^\t[a-z]", r"v_mfma", r"v_exp_f32"
-        ),
-    }
-
-
-def key_loop(
-    text: str, label: str, branch: str, instruction: str, matrix: str, exponential: str
-) -> dict[str, int] | None:
-    """What one pass of the loop over whole blocks of keys issues: the shortest with both products and exponentials.
-
-    Args:
-        text: disassembly or assembly.
-        label: regular expression of a line that names a place, the name its first group.
-        branch: of a jump, the name of the place its first group.
-        instruction: of a line that is one.
-        matrix: of a matrix product.
-        exponential: of an exponential.
-    """
-    lines = text.splitlines()
-    places = {found[1]: i for i, line in enumerate(lines) if (found := re.search(label, line))}
-    loops = []
-    for i, line in enumerate(lines):
-        found = re.search(branch, line)
-        if found and places.get(found[1], i) < i:
-            body = [one for one in lines[places[found[1]] : i + 1] if re.search(instruction, one)]
-            counts = {
-                name: sum(bool(re.search(pattern, one)) for one in body)
-                for name, pattern in (("instructions", "."), ("matrix", matrix), ("exponentials", exponential))
-            }
-            if counts["matrix"] and counts["exponentials"] >= 4:
-                loops.append(counts)
-    return min(loops, key=lambda counts: counts["instructions"], default=None)
-
-
-def _count(text: str, pattern: str) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name in re.findall(pattern, text):
-        found[name] = found.get(name, 0) + 1
-    return found
-
-
 def compile_attention(
-    target: str, head_dim: int, dtype: torch.dtype, mask: int = 0, tile: Any = None, wide: bool = False
+    target: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    mask: int = 0,
+    tile: Any = None,
+    wide: bool = False,
+    blur: int = HERE,
 ) -> Compiled:
     """The one-pass kernel as its launcher would configure it for this target, ragged keys included."""
     tile = tile or _configs.tile_for(target, head_dim, dtype, mask != 0)
@@ -221,7 +140,7 @@ def compile_attention(
         "BLOCK_C": tile.block_c,
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
-        "BLUR": True,
+        "BLUR": blur,
         "MASK": mask,
         "EVEN_KEYS": False,
         "WITH_LSE": True,
@@ -314,6 +233,7 @@ def compile_all(target: str) -> list[Compiled]:
     found.append(compile_attention(target, 64, torch.float16, mask=2))
     found.append(compile_attention(target, 64, torch.float16, wide=True))
     found.append(compile_attention(target, 64, torch.bfloat16))
+    found += [compile_attention(target, head_dim, torch.bfloat16, blur=BEFORE) for head_dim in (64, 80, 128)]
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
         found += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
     for rows, head_dim, dtype in (

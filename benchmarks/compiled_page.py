@@ -73,7 +73,8 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    return f"| {record['target']} | {record['head_dim']} | {record['dtype']}{', mask' * record['masked']}"
+    notes = ", mask" * record["masked"] + ", blurred before" * (record["blur"] == "before")
+    return f"| {record['target']} | {record['head_dim']} | {record['dtype']}{notes}"
 
 
 def _resources(record: Mapping[str, Any]) -> tuple[str, str]:

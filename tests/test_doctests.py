@@ -23,6 +23,8 @@ MODULES = [
     "segkern.evaluation.shapes",
     "segkern.evaluation.study",
     "segkern.kernels._configs",
+    "segkern.kernels._routes",
+    "segkern.kernels._tables",
     "segkern.loading",
     "segkern.options",
     "segkern.tables",

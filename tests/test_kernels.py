@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 from contract import LAYOUTS, assert_contract, draw, oracle_attention, plain_attention, plain_blur
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import segkern
@@ -29,6 +29,7 @@ pytestmark = [
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
+USUAL = (HealthCheck.too_slow, HealthCheck.data_too_large)  # as in conftest.py
 EXAMPLES = 60 if CUDA else 25
 
 sigmas = st.one_of(st.just(0.0), st.floats(0.2, 30.0), st.just(math.inf))
@@ -59,7 +60,14 @@ def check_attention(
         assert (lse.double() - oracle_lse)[finite].abs().max() <= bound
 
 
-@settings(max_examples=EXAMPLES)
+@pytest.fixture(params=["in the prologue", "before"])
+def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to blur queries, whatever the estimated costs say."""
+    monkeypatch.setattr("segkern.kernels.seg_attention.blurs_before", lambda *_: request.param == "before")
+
+
+@pytest.mark.usefixtures("blur_route")
+@settings(max_examples=EXAMPLES // 2, suppress_health_check=[HealthCheck.function_scoped_fixture, *USUAL])
 @given(data=st.data())
 def test_any_grid_stride_sigma_and_batch(data: st.DataObject) -> None:
     grid = Grid(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 13)), data.draw(st.integers(0, 5)))
@@ -77,6 +85,7 @@ def test_any_grid_stride_sigma_and_batch(data: st.DataObject) -> None:
     )
 
 
+@pytest.mark.usefixtures("blur_route")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 128, 160, 256])
 def test_head_dimensions(dim: int, dtype: torch.dtype) -> None:
@@ -121,7 +130,7 @@ def spied_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr("segkern.kernels.split_attention.key_splits", spied)
     monkeypatch.setattr("segkern.kernels.split_attention.multiprocessors", lambda _: 8)
-    monkeypatch.setattr("segkern.kernels.seg_attention.multiprocessors", lambda _: 8)
+    monkeypatch.setattr("segkern.kernels._routes.multiprocessors", lambda _: 8)
     return seen
 
 
@@ -142,6 +151,7 @@ MASKS = {
 }
 
 
+@pytest.mark.usefixtures("blur_route")
 @pytest.mark.parametrize("make_mask", MASKS.values(), ids=MASKS)
 def test_masks(make_mask) -> None:
     shape = (3, 2, 4 * 9 + 3, 16)

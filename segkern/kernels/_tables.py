@@ -88,5 +88,17 @@ def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
+def consecutive(samples: tuple[int, ...]) -> list[slice]:
+    """Rising sample indices as slices of the batch.
+
+    Example:
+        >>> consecutive((0, 1, 4))
+        [slice(0, 2, None), slice(4, 5, None)]
+    """
+    firsts = [i for i in samples if i - 1 not in samples]
+    lasts = [i for i in samples if i + 1 not in samples]
+    return [slice(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
+
+
 def _stack(matrices: list[torch.Tensor], length: int) -> torch.Tensor:
     return torch.stack(matrices).contiguous() if matrices else torch.zeros(0, length, length, device="cpu")

@@ -21,7 +21,7 @@ from segkern.grid import Grid
 from segkern.kernels._configs import Options, blur_precision
 from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
 from segkern.kernels._primitives import load_tile, store_tile
-from segkern.kernels._tables import blur_tables
+from segkern.kernels._tables import blur_tables, consecutive
 
 _BLOCK_I = 32
 _BLOCK_J = 32
@@ -149,3 +149,19 @@ def launch_gaussian_blur(
                 WIDE=strides_are_wide(source, target),
                 **compile_options(blur_options(x.dtype)),
             )
+
+
+def blurred_image(
+    query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], samples: tuple[int, ...], boundary: str
+) -> torch.Tensor:
+    """The blurred image tokens of some samples, ``[samples, grid tokens, heads, head_dim]``, contiguous."""
+    _, heads, _, head_dim = query.shape
+    image = query.new_empty(len(samples), grid.tokens, heads, head_dim)
+    filled = 0
+    for run in consecutive(samples):
+        count = run.stop - run.start
+        target = image[filled : filled + count].transpose(1, 2)
+        source = query[run, :, grid.start : grid.stop]
+        launch_gaussian_blur(source, target, Grid(grid.height, grid.width), sigmas[run], boundary)
+        filled += count
+    return image

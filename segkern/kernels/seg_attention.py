@@ -9,10 +9,11 @@ Mathematics, for the tokens of one sample and head with axis matrices ``B_h`` an
 
 Launch grid: one program per (sample, head, tile of BLOCK_M queries), tiles of a head next to each other so that they
 share its keys and values in L2. A program blurs its queries in registers (they are rounded once to the input's
-dtype and never written), then walks over the keys with an online softmax.
+dtype and never written), then walks over the keys with an online softmax. Where ``_routes.py`` finds it cheaper, the
+queries of blurred samples are blurred by the separable kernel first, and a program reads its tile of those instead.
 
 Memory traffic per head: Q once for plain samples; for blurred ones every tile reads the source rows within reach, from
-L2; K and V once per tile, from L2; out once.
+L2, or the blurred queries once; K and V once per tile, from L2; out once.
 
 Head dimensions that are no power of two are split into two products, 80 = 64 + 16, so that nothing is padded further
 than to 16.
@@ -21,6 +22,7 @@ than to 16.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -31,8 +33,6 @@ from segkern.kernels._configs import (
     attention_tile,
     blur_precision,
     dot_precision,
-    key_splits,
-    multiprocessors,
     split_head_dim,
 )
 from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
@@ -45,12 +45,14 @@ from segkern.kernels._primitives import (
     load_tile,
     store_tile,
 )
-from segkern.kernels._tables import OUTSIDE, BlurTables, blur_tables
-from segkern.kernels.gaussian_blur import launch_gaussian_blur
+from segkern.kernels._routes import BEFORE, HERE, blurs_before, few_rows
+from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
+from segkern.kernels.gaussian_blur import blurred_image
 from segkern.kernels.split_attention import launch_split_attention, launch_uniform_attention
 
 _OUTSIDE = tl.constexpr(OUTSIDE)
-_MIN_FUSED_WIDTH = 8  # narrower grids waste most of a column block: blur them with the separable kernel first
+_HERE = tl.constexpr(HERE)
+_BEFORE = tl.constexpr(BEFORE)
 
 
 @triton.jit
@@ -66,6 +68,7 @@ def _seg_attention_kernel(
     row_weights_ptr,  # float32 [T, height, height]
     column_weights_ptr,  # float32 [T, width, width]
     reach_ptr,  # int32 [T, 2]
+    blurred_ptr,  # [blurred samples, height * width, heads, HEAD_DIM], contiguous
     stride_qb,
     stride_qh,
     stride_qn,
@@ -99,7 +102,7 @@ def _seg_attention_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLUR: tl.constexpr,
+    BLUR: tl.constexpr,  # 0, or _HERE: tables are matrices, or _BEFORE: tables are blurred samples
     MASK: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
     WITH_LSE: tl.constexpr,
@@ -143,8 +146,19 @@ def _seg_attention_kernel(
     q_rest = 0.0
     if BLOCK_R > 0:
         q_rest = load_tile(q_tile, offs_m, mask_plain, stride_qn, stride_qd, BLOCK_D, HEAD_DIM, BLOCK_R, True)
-    if BLUR:
-        touches_image = (start_m + BLOCK_M > grid_start) & (start_m < grid_start + height * width)
+    touches_image = (start_m + BLOCK_M > grid_start) & (start_m < grid_start + height * width)
+    if BLUR == _BEFORE:
+        if (table >= 0) & touches_image:
+            token = tl.cast(table, tl.int64) * height * width + (start_m - grid_start)
+            blurred_tile = blurred_ptr + (token * heads + head) * HEAD_DIM
+            mask_image = mask_m & in_grid
+            stride = heads * HEAD_DIM
+            blurred = load_tile(blurred_tile, offs_m, mask_image, stride, 1, 0, HEAD_DIM, BLOCK_D, True)
+            q = tl.where(in_grid[:, None], blurred, q)
+            if BLOCK_R > 0:
+                rest = load_tile(blurred_tile, offs_m, mask_image, stride, 1, BLOCK_D, HEAD_DIM, BLOCK_R, True)
+                q_rest = tl.where(in_grid[:, None], rest, q_rest)
+    if BLUR == _HERE:
         if (table >= 0) & touches_image:
             row_weights_ptr += table * height * height
             column_weights_ptr += table * width * width
@@ -259,33 +273,28 @@ def launch_seg_attention(
         return
     if scale < 0.0:  # kernels take the maximum before scaling
         query, scale = -query, -scale
-    infinite = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma))
     per_row_mask = attn_mask is not None and attn_mask.shape[2] != 1
-    blurs = any(0.0 < sigma < math.inf for sigma in sigmas)
-    if (infinite and per_row_mask) or (blurs and grid.width < _MIN_FUSED_WIDTH):
-        blurred = torch.empty_like(query)
-        launch_gaussian_blur(query, blurred, grid, sigmas, boundary)
-        query, sigmas, infinite = blurred, (0.0,) * len(sigmas), ()
-    if infinite:
-        launch_uniform_attention(query, key, value, out, lse, grid, infinite, scale, attn_mask)
+    whole = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and not per_row_mask)
+    if whole:
+        launch_uniform_attention(query, key, value, out, lse, grid, whole, scale, attn_mask)
     only_image = grid.tokens == query.shape[2]
-    here = tuple(i for i in range(len(sigmas)) if not (only_image and i in infinite))
+    here = tuple(i for i in range(len(sigmas)) if not (only_image and i in whole))
     here_sigmas = tuple(sigmas[i] for i in here)
-    if here and not any(here_sigmas) and _few_rows(query, key, len(here), attn_mask):
+    if here and not any(here_sigmas) and few_rows(query, key, len(here), attn_mask):
         launch_split_attention(query, key, value, out, lse, here, scale, attn_mask)
     elif here:
+        blurred = tuple(i for i in here if sigmas[i] > 0.0 and i not in whole)
+        before = bool(blurred) and blurs_before(query, grid, tuple(sigmas[i] for i in blurred), boundary, attn_mask)
+        before = before or any(math.isinf(sigmas[i]) for i in blurred)  # tables hold no matrix of the mean
+        image = blurred_image(query, grid, sigmas, blurred, boundary) if before else None
         shape = (grid.height, grid.width, boundary, query.device)
+        if before:  # only the codes of the other samples are needed
+            here_sigmas = tuple(0.0 if i in blurred else sigmas[i] for i in here)
         tables = blur_tables(here, here_sigmas, *shape, outside=True)
-        _launch_tiles(query, key, value, out, lse, grid, tables, scale, attn_mask)
-
-
-def _few_rows(query: torch.Tensor, key: torch.Tensor, samples: int, attn_mask: torch.Tensor | None) -> bool:
-    """Whether tiles of whole rows would leave multiprocessors idle while there are keys to split."""
-    _, heads, tokens, head_dim = query.shape
-    tile = attention_tile(query.device, head_dim, query.dtype, attn_mask is not None)
-    programs = triton.cdiv(tokens, tile.block_m) * heads * samples
-    parallel = multiprocessors(query.device)
-    return programs < parallel and key_splits(programs, key.shape[2], tile.block_n, parallel)[0] > 1
+        if before:
+            codes = tuple(blurred.index(i) if i in blurred else OUTSIDE if i in whole else PLAIN for i in here)
+            tables = replace(tables, tables=index_tensor(codes, query.device))
+        _launch_tiles(query, key, value, out, lse, grid, tables, image, scale, attn_mask)
 
 
 def _launch_tiles(
@@ -296,6 +305,7 @@ def _launch_tiles(
     lse: torch.Tensor | None,
     grid: Grid,
     tables: BlurTables,
+    image: torch.Tensor | None,  # blurred before, or None
     scale: float,
     attn_mask: torch.Tensor | None,
 ) -> None:
@@ -318,6 +328,7 @@ def _launch_tiles(
             tables.rows,
             tables.columns,
             tables.reach,
+            out if image is None else image,
             *query.stride(),
             *key.stride(),
             *value.stride(),
@@ -336,7 +347,7 @@ def _launch_tiles(
             BLOCK_C=tile.block_c,
             BLOCK_D=block_d,
             BLOCK_R=block_r,
-            BLUR=tables.blurs,
+            BLUR=BEFORE if image is not None else HERE if tables.blurs else 0,
             MASK=mask_kind,
             EVEN_KEYS=keys % tile.block_n == 0,
             WITH_LSE=lse is not None,

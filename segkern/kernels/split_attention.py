@@ -35,7 +35,7 @@ from segkern.kernels._configs import (
 from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, attend_keys, load_tile, store_tile
-from segkern.kernels._tables import index_tensor
+from segkern.kernels._tables import consecutive, index_tensor
 
 _EXPANDED_TOKENS = 32  # tokens a program of the second kernel writes where a row stands for many
 COMBINE_OPTIONS = Options(num_warps=4, num_stages=1)
@@ -227,8 +227,8 @@ def launch_uniform_attention(
         rows, query_samples = query[:, :, grid.start : grid.stop], samples
     else:
         means = [
-            query[first : last + 1, :, grid.start : grid.stop].mean(dim=2, keepdim=True, dtype=torch.float32)
-            for first, last in _consecutive(samples)
+            query[run, :, grid.start : grid.stop].mean(dim=2, keepdim=True, dtype=torch.float32)
+            for run in consecutive(samples)
         ]
         rows = (means[0] if len(means) == 1 else torch.cat(means)).to(query.dtype)
         query_samples = tuple(range(len(samples)))
@@ -322,10 +322,3 @@ def _launch(
             WIDE=strides_are_wide(out),
             **compile_options(COMBINE_OPTIONS),
         )
-
-
-def _consecutive(samples: tuple[int, ...]) -> list[tuple[int, int]]:
-    """First and last index of every run of consecutive samples, so that each is one slice."""
-    firsts = [i for i in samples if i - 1 not in samples]
-    lasts = [i for i in samples if i + 1 not in samples]
-    return list(zip(firsts, lasts, strict=True))
