@@ -31,7 +31,9 @@ def read_cubin(compiled: Any, target: str) -> dict[str, Any]:
         "local_bytes": int(re.search(r"LOCAL:(\d+)", resources).group(1)),
         "matrix_instructions": _count(sass, r"\b(HGMMA|QGMMA|HMMA|IMMA|UTCHMMA|UTCQMMA)\b"),
         "serialisation": sorted(set(re.findall(r"C75(?:10|11|12)", messages))),
-        "loop": key_loop(sass, r"^(\.L_x_\d+):", r"BRA `\((\.L_x_\d+)\)", r"/\*[0-9a-f]{4,}\*/", r"MMA", r"MUFU\.EX2"),
+        "loop": key_loop(
+            sass, r"^(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)", r"/\*[0-9a-f]{4,}\*/", r"MMA", r"MUFU\.EX2"
+        ),
     }
 
 

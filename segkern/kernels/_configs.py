@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import triton
 
 from segkern.dispatch import interpreting
 
@@ -44,8 +45,8 @@ _FAMILY = {
     "sm_87": "sm_80",
     "sm_89": "sm_86",
     "sm_90": "sm_90",
-    "sm_100": "sm_90",
-    "sm_103": "sm_90",
+    "sm_100": "sm_100",
+    "sm_103": "sm_100",
     "sm_120": "sm_86",
     "sm_121": "sm_86",
     "gfx942": "gfx942",
@@ -62,6 +63,10 @@ _FLOAT32: Tiles = (
     (128, Tile(32, 32, 16, 8, 1, max_registers=255)),
     (256, Tile(16, 16, 16, 8, 1, max_registers=255)),
 )
+
+# Of 8 warps, two programs fit a multiprocessor: one's products hide behind the other's exponentials.
+_TWO_PROGRAMS = 128
+_HOPPER_BLOCK_N = 64 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 32  # 3.9 spills 64 keys
 
 # family -> bytes per element -> tiles
 _ATTENTION: dict[str, dict[int, Tiles]] = {
@@ -85,6 +90,14 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
         4: _FLOAT32,
     },
     "sm_90": {
+        2: (
+            (64, Tile(128, _HOPPER_BLOCK_N, 16, 8, 3, max_registers=_TWO_PROGRAMS)),
+            (192, Tile(128, 64, 16, 8, 3)),
+            (256, Tile(64, 64, 16, 8, 2)),
+        ),
+        4: _FLOAT32,
+    },
+    "sm_100": {
         2: (
             (192, Tile(128, 64, 16, 8, 3)),
             (256, Tile(64, 64, 16, 8, 2)),
