@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from segkern import loading
 from segkern.dispatch import choose_backend
 from segkern.drawing import Drawn, Job, check_layers, describe, draw_all, label
 from segkern.environment import version_of
-from segkern.options import listed
+from segkern.explain import Call, explain
+from segkern.options import listed, size_of
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.tables import percent, wide
 from segkern.version import __version__
@@ -200,8 +202,28 @@ def list_model_layers(model: Model, width: Width = None, height: Height = None, 
 
 
 @app.command()
-def info() -> None:
-    """Versions, devices, and which backend serves the attention of common models."""
+def info(
+    shape: Annotated[str | None, typer.Option(help="Explain one attention instead: its grid, such as 64x64.")] = None,
+    heads: Annotated[int, typer.Option(help="With --shape.")] = 10,
+    head_dim: Annotated[int, typer.Option(help="With --shape.")] = 64,
+    sigma: Annotated[float, typer.Option(help="With --shape: of the perturbed samples, or inf.")] = math.inf,
+    query_stride: Annotated[int, typer.Option(help="With --shape: of coarse queries; 1 is every row.")] = 1,
+    dtype: Annotated[str, typer.Option(help="With --shape: auto, fp32, fp16 or bf16.")] = "auto",
+    device: Annotated[str, typer.Option(help="With --shape: auto, cpu, cuda, cuda:1 and so on.")] = "auto",
+    arch: Annotated[str | None, typer.Option(help="With --shape: as if on sm_90, gfx942 and so on.")] = None,
+) -> None:
+    """Versions, devices, and which backend serves the attention of common models; or, with --shape, one of them."""
+    if shape is not None:
+        with refusing():
+            where = loading.find_device(device)
+            kind = torch.float16 if arch and dtype == "auto" else loading.find_dtype(dtype, where)
+            call = Call(size_of("--shape", shape), heads, head_dim, sigma, kind, query_stride)
+            rows = explain(call, where, arch)
+        table = Table("", "", title=f"{shape} tokens, {heads} heads of {head_dim}, sigma {sigma:g}", show_header=False)
+        for topic, answer in rows:
+            table.add_row(topic, answer)
+        wide(table).print(table)
+        return
     versions = Table("package", "version", title="versions")
     versions.add_row("segkern", __version__)
     versions.add_row("python", platform.python_version())

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the command line that hold several values."""
+"""Options of the command line that are read from several parts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
+
+from segkern.grid import Grid
 
 T = TypeVar("T", int, float, str)
 
@@ -40,3 +42,19 @@ def listed(option: str, text: str, kind: Callable[[str], T], what: str, *, empty
             raise ValueError(f"{option}: {word} comes twice in {text!r}")
         found.append(value)
     return tuple(found)
+
+
+def size_of(option: str, text: str) -> Grid:
+    """The grid in ``64x48``: height and width in tokens.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> size_of("--shape", "26x38")
+        Grid(height=26, width=38, start=0)
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{option} takes a height and a width in tokens such as 64x64, got {text!r}")
+    return Grid(int(parts[0]), int(parts[1]))

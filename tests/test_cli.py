@@ -132,6 +132,36 @@ def test_layers_lists_every_layer_with_its_grid() -> None:
     assert re.search(r"m0 .* 16x16 ", done("layers", DEMO))
 
 
+def test_info_explains_one_attention() -> None:
+    output = done("info", "--shape", "64x64", "--sigma", "10", "--arch", "sm_90")
+    assert "by the separable kernel, before" in output
+    assert "61 x 61 taps, one axis after the other" in output
+    assert "128 queries x 64 keys, 8 warps" in output
+    assert "in the prologue" in done("info", "--shape", "32x32", "--sigma", "0.5", "--arch", "sm_90", "--heads", "20")
+    assert "1 of 988: the mean query" in done("info", "--shape", "26x38")
+    coarse = done("info", "--shape", "64x64", "--sigma", "10", "--query-stride", "4", "--device", "cpu")
+    assert "289 of 4096, interpolated" in coarse
+    assert "torch: " in coarse
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--shape", "64"), ["--shape", "'64'", "64x64"]),
+        (("--shape", "64x64", "--sigma", "-1"), ["sigma", "-1"]),
+        (("--shape", "64x64", "--arch", "hopper"), ["'hopper'", "sm_90"]),
+        (("--shape", "64x64", "--heads", "0"), ["heads", "0"]),
+        (("--shape", "64x64", "--query-stride", "0"), ["query_stride", "0"]),
+        (("--shape", "0x64"), ["0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_shape_is_one_line(arguments: tuple[str, ...], words: list[str]) -> None:
+    message = refusal("info", *arguments)
+    for word in words:
+        assert word in message
+
+
 def test_info_names_versions_and_backends() -> None:
     output = done("info")
     for words in (__version__, torch.__version__, "SDXL mid", "SD 1.5", "160", "bf16"):

@@ -19,6 +19,7 @@ MODULES = [
     "segkern.api",
     "segkern.dispatch",
     "segkern.environment",
+    "segkern.explain",
     "segkern.evaluation.metrics",
     "segkern.evaluation.shapes",
     "segkern.evaluation.study",

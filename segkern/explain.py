@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How one attention would be served, in words: the backend, the kernels, their tiles, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from segkern.blur import check_sigma, tap_count
+from segkern.coarse import check_query_stride, coarse_grid
+from segkern.dispatch import choose_backend, triton_is_installed
+from segkern.grid import Grid
+
+if TYPE_CHECKING:
+    from segkern.kernels._configs import Tile
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention over a token grid.
+
+    Attributes:
+        grid: of the tokens.
+        heads: of a sample.
+        head_dim: of a head.
+        sigma: of the perturbed samples.
+        dtype: of queries, keys and values.
+        query_stride: of coarse queries; 1 is every row.
+    """
+
+    grid: Grid
+    heads: int
+    head_dim: int
+    sigma: float
+    dtype: torch.dtype = torch.float16
+    query_stride: int = 1
+
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma, 1)
+        check_query_stride(self.query_stride)
+        for name in ("heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def explain(call: Call, device: torch.device, arch: str | None = None) -> list[tuple[str, str]]:
+    """What serves a call with ``backend="auto"``: topics and answers.
+
+    Args:
+        call: one attention, a sample of whose batch is perturbed.
+        device: on which it would run; with ``arch`` its type counts alone.
+        arch: explain the Triton kernels for this architecture, such as ``"sm_90"``, whatever device is here.
+
+    Raises:
+        ValueError: for an architecture by a name that is none.
+
+    Example:
+        >>> call = Call(Grid(64, 64), heads=10, head_dim=64, sigma=math.inf)
+        >>> dict(explain(call, torch.device("cpu")))["perturbed rows"]
+        '1 of 4096: the mean query'
+    """
+    if arch is None:
+        backend, reason = choose_backend(device, call.dtype, call.head_dim, blurs=call.sigma > 0)
+        found = [("backend", f"{backend}: {reason}")]
+    elif arch.startswith(("sm_", "gfx")):
+        backend, found = "triton", [("backend", f"triton, as if on {arch}")]
+    else:
+        raise ValueError(f"an architecture is named such as sm_90 or gfx942, got {arch!r}")
+    found += [("perturbed rows", _rows(call)), ("blur", _blur(call))]
+    if backend == "triton" and triton_is_installed():
+        found += _kernels(call, device, arch)
+    elif call.sigma > 0:
+        found.append(("computed by", "products with the axes' matrices, then PyTorch's scaled_dot_product_attention"))
+    return found
+
+
+def _rows(call: Call) -> str:
+    tokens = call.grid.tokens
+    if call.sigma == 0:
+        return f"{tokens}: nothing is blurred"
+    if math.isinf(call.sigma):
+        return f"1 of {tokens}: the mean query"
+    points = coarse_grid(call.grid, (call.query_stride,) * 2, "reflect").tokens
+    if points == tokens:
+        return f"all {tokens}"
+    return f"{points} of {tokens}, interpolated between: an approximation"
+
+
+def _blur(call: Call) -> str:
+    if call.sigma == 0 or math.isinf(call.sigma):
+        return "none" if call.sigma == 0 else "the mean of the grid"
+    taps = [tap_count(call.sigma, n) for n in (call.grid.height, call.grid.width)]
+    wanted = tap_count(call.sigma, 10**9)
+    clamped = " (clamped to the grid)" if min(taps) < wanted else ""
+    return f"{taps[0]} x {taps[1]} taps{clamped}, one axis after the other"
+
+
+def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[str, str]]:
+    from segkern.kernels import _configs, _routes
+
+    arch = arch or _configs.architecture(device)
+    tile = _configs.tile_for(arch, call.head_dim, call.dtype)
+    found = [("attention tile", _tile(tile))]
+    if 0 < call.sigma < math.inf and call.query_stride == 1:
+        route = _routes.blur_route(
+            arch, call.grid, (call.sigma,), "reflect", call.heads, call.head_dim, call.dtype.itemsize, tile.block_m
+        )
+        where = "by the separable kernel, before" if route.before else "in the prologue of the attention"
+        costs = f"estimated {route.before_microseconds:.1f} us before, {route.here_microseconds:.1f} us in the prologue"
+        found.append(("queries are blurred", f"{where} ({'a narrow grid' if route.narrow else costs})"))
+    elif call.sigma > 0:
+        rows = 1 if math.isinf(call.sigma) else coarse_grid(call.grid, (call.query_stride,) * 2, "reflect").tokens
+        found.append(("tile of few rows", _tile(_configs.split_tile_for(arch, call.head_dim, call.dtype, rows))))
+    return found
+
+
+def _tile(tile: Tile) -> str:
+    limit = "" if tile.max_registers is None else f", at most {tile.max_registers} registers"
+    return f"{tile.block_m} queries x {tile.block_n} keys, {tile.num_warps} warps, {tile.num_stages} stages{limit}"
