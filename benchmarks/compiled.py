@@ -2,7 +2,7 @@
 """Compile the kernels for real targets without a GPU and print what the compiled code uses, as JSON.
 
 Run as a program, because a process that interprets Triton cannot compile: ``python -m benchmarks.compiled sm_90
-gfx942``; with ``--save`` for all targets, into ``benchmarks/results/compiled.json``, of which ``docs/compiled.md`` is
+gfx942``; with ``--save`` for all targets, into ``benchmarks/results/compiled/``, of which ``docs/compiled.md`` is
 made. Each record has the kernel, target, head dimension, dtype, tile, registers, spilled bytes, local memory, shared
 memory, matrix instructions, the assembler's serialisation warnings, and what one pass of the loop over keys issues.
 """
@@ -34,7 +34,7 @@ from segkern.kernels.split_attention import (
     _split_attention_kernel,
 )
 
-RESULT = Path(__file__).parent / "results" / "compiled.json"
+RESULT = Path(__file__).parent / "results" / "compiled" / "kernels.json"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
