@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import compiled_page
 from segkern.evaluation import report
 from segkern.evaluation.plots import plot
 
 ROOT = Path(__file__).parents[1]
 EVALUATION = ROOT / "segkern" / "checkpoints" / "demo" / "evaluation.json"
+COMPILED = ROOT / "benchmarks" / "results" / "compiled" / "kernels.json"
 BLOCK = re.compile(r"(<!-- measurements -->\n).*?(<!-- /measurements -->)", re.DOTALL)
 EVALUATED = re.compile(r"(<!-- evaluation -->\n).*?(<!-- /evaluation -->)", re.DOTALL)
 
@@ -64,10 +66,12 @@ def main() -> None:
     """Rewrite them all."""
     path = ROOT / "README.md"
     path.write_text(readme_with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / "docs").mkdir(exist_ok=True)
+    compiled = json.loads(COMPILED.read_text(encoding="utf-8"))
+    (ROOT / "docs" / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
     if not EVALUATION.exists():
         return
     found = report.read(EVALUATION)
-    (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "evaluation.md").write_text(report.markdown(found), encoding="utf-8")
     plot(found["rows"], ROOT / "docs" / "evaluation.png", report.title(found), found["drawings"])
 
