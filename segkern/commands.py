@@ -231,18 +231,18 @@ def info(
         versions.add_row(name, version_of(name))
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     served = Table("device", "call", "head dim", "dtype", "backend", "why", title="who serves seg_attention")
-    for device in devices:
-        for call, head_dim in CALLS:
+    for here in devices:
+        for layer, width in CALLS:
             answers: dict[tuple[str, str], list[str]] = {}
-            for name, dtype in loading.DTYPES.items():
-                answers.setdefault(choose_backend(device, dtype, head_dim), []).append(name)
+            for name, known in loading.DTYPES.items():
+                answers.setdefault(choose_backend(here, known, width), []).append(name)
             for (backend, reason), names in answers.items():
-                served.add_row(str(device), call, str(head_dim), ", ".join(names), backend, reason)
+                served.add_row(str(here), layer, str(width), ", ".join(names), backend, reason)
     console = wide(versions, served)
     console.print(versions)
     typer.echo(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads")
-    for device in devices[1:]:
-        typer.echo(f"{device}: {torch.cuda.get_device_name(device)}")
+    for here in devices[1:]:
+        typer.echo(f"{here}: {torch.cuda.get_device_name(here)}")
     console.print(served)
     if len(devices) == 1:
         typer.echo("There is no CUDA device here, so what one would use is not shown.")
