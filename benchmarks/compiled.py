@@ -195,7 +195,7 @@ def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = 
 
 def compile_split(target: str, head_dim: int, dtype: torch.dtype, rows: int, mask: int = 0) -> list[Compiled]:
     """The two kernels of few rows, the second for as many splits as there may be."""
-    tile = _configs.split_tile_for(target, head_dim, dtype, rows)
+    tile = _configs.split_tile_for(target, head_dim, dtype, rows, mask != 0)
     block_d, block_r = _configs.split_head_dim(head_dim)
     types = {
         "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
@@ -256,8 +256,8 @@ def compile_all(target: str) -> list[Compiled]:
         (289, 256, torch.float32),
     ):
         found += compile_split(target, head_dim, dtype, rows)
-    for mask in (1, 2):
-        found += compile_split(target, 64, torch.float16, 289, mask)
+    for rows, mask in ((1, 1), (1, 2), (289, 1), (289, 2)):
+        found += compile_split(target, 64, torch.float16, rows, mask)
     return found
 
 

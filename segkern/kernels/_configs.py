@@ -116,7 +116,7 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
 _MASKED: Tiles = (
     (80, Tile(128, 32, 16, 8, 2)),
     (160, Tile(64, 32, 16, 8, 1, max_registers=255)),
-    (256, Tile(32, 32, 16, 8, 1, max_registers=255)),
+    (256, Tile(32, 16, 16, 8, 1, max_registers=255)),
 )
 _MASKED_GFX = Tile(64, 32, 16, 4, 1)
 _INTERPRETER = Tile(32, 32, 16, 4, 1)
@@ -170,13 +170,13 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def split_tile(device: torch.device, head_dim: int, dtype: torch.dtype, rows: int) -> Tile:
+def split_tile(device: torch.device, head_dim: int, dtype: torch.dtype, rows: int, masked: bool) -> Tile:
     """The tile of attention of few rows on a device."""
-    return split_tile_for(architecture(device), head_dim, dtype, rows)
+    return split_tile_for(architecture(device), head_dim, dtype, rows, masked)
 
 
 @lru_cache(maxsize=256)
-def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int) -> Tile:
+def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: bool = False) -> Tile:
     """The tile of attention of few rows for an architecture by name: products want 16 rows at least."""
     if arch == "interpreter":
         return _SPLIT_INTERPRETER
@@ -185,7 +185,7 @@ def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int) -> T
         return Tile(16, 16 if padded > 128 else 32, 0, 8, 1, max_registers=255)
     if rows <= 16:
         return Tile(16, 32 if padded > 128 else 64, 0, 4, 2)
-    return Tile(64, 32, 0, 4 if padded <= 96 else 8, 2)
+    return Tile(64, 32, 0, 8 if masked or padded > 96 else 4, 2)
 
 
 def key_splits(programs: int, keys: int, block_n: int, parallel: int) -> tuple[int, int]:

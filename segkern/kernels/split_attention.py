@@ -264,7 +264,7 @@ def _launch(
 ) -> None:
     _, heads, rows, head_dim = query.shape
     keys = key.shape[2]
-    tile = split_tile(query.device, head_dim, query.dtype, rows)
+    tile = split_tile(query.device, head_dim, query.dtype, rows, attn_mask is not None)
     block_d, block_r = split_head_dim(head_dim)
     programs = triton.cdiv(rows, tile.block_m) * heads * len(samples)
     splits, keys_per_split = key_splits(programs, keys, tile.block_n, multiprocessors(query.device))
