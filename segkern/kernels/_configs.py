@@ -184,7 +184,7 @@ def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int, mask
     if dtype == torch.float32:
         return Tile(16, 16 if padded > 128 else 32, 0, 8, 1, max_registers=255)
     if rows <= 16:
-        return Tile(16, 32 if padded > 128 else 64, 0, 4, 2)
+        return Tile(16, 32 if masked or padded > 128 else 64, 0, 4, 2)
     return Tile(64, 32, 0, 8 if masked or padded > 96 else 4, 2)
 
 
