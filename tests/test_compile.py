@@ -117,3 +117,14 @@ def test_data_sheet_peaks() -> None:
 
     sheets = {"sm_80": 312, "sm_86": 71, "sm_89": 165, "sm_90": 989, "sm_100": 2250, "sm_120": 210, "gfx942": 1307}
     assert {name: rates.peak for name, rates in RATES.items()} == pytest.approx(sheets, rel=0.01)
+
+
+def test_committed_page_is_made_from_the_committed_records() -> None:
+    from benchmarks.compiled import RESULT, TARGETS, Compiled, faults
+    from benchmarks.compiled_page import page
+
+    found = json.loads(RESULT.read_text())
+    assert (ROOT / "docs" / "compiled.md").read_text() == page(found), "run python -m benchmarks.readme"
+    records = [Compiled(**record) for record in found["kernels"]]
+    assert {record.target for record in records} == set(TARGETS)
+    assert faults(records) == []
