@@ -18,7 +18,7 @@ from benchmarks import compare as comparing
 from benchmarks import machine, plots, results, tables
 from benchmarks.cases import CASES, TINY, Case, find_cases
 from benchmarks.measure import measure, usual_rounds
-from benchmarks.suites import SUITES, find_suite, usual_cases, usual_dtypes
+from benchmarks.suites import SUITES, find_providers, find_suite, usual_cases, usual_dtypes
 from segkern.loading import DTYPES, find_device
 from segkern.options import listed
 from segkern.tables import wide
@@ -87,7 +87,10 @@ def run(
     device: Device = "auto",
     dtype: Dtypes = "",
     cases: Cases = "",
-    rounds: Annotated[int | None, typer.Option(min=1, help="Of every case; usually 50, on a CPU 7 or 15.")] = None,
+    providers: Annotated[str, typer.Option(help="Names or globs, with commas. Not given: all of the suite.")] = "",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Of every case; usually 50, fewer for large cases and on a CPU.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny cases, two rounds: whether everything runs.")] = False,
     out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/<device>-<suite>.json.")] = None,
 ) -> None:
@@ -96,6 +99,7 @@ def run(
         wanted = find_suite(suite)
         where = find_device(device)
         chosen = chosen_cases(cases, TINY if quick else usual_cases(where), chosen_dtypes(dtype, where))
+        ways = find_providers(wanted, listed("--providers", providers, str, "names", empty=True))
     torch.backends.cudnn.allow_tf32 = False  # the official convolution must pass the float32 check too
     environment = machine.described(where)
     folder = results.QUICK if quick else results.RESULTS
@@ -109,7 +113,7 @@ def run(
         for case in chosen:
             progress.update(task, description=f"{suite}: {case.name} {case.dtype_name}")
             repeats = rounds or (_QUICK_ROUNDS if quick else count(case))
-            for rows in measure(case, wanted.sigmas, wanted.providers, where, repeats):
+            for rows in measure(case, wanted.sigmas, ways, where, repeats):
                 found["rows"] += rows
                 results.write(path, found)
                 progress.advance(task)

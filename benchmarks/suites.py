@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -54,6 +56,20 @@ def find_suite(name: str) -> Suite:
     if name not in SUITES:
         raise ValueError(f"--suite takes {', '.join(SUITES)}, got {name!r}")
     return SUITES[name]
+
+
+def find_providers(suite: Suite, wanted: Sequence[str]) -> tuple[Provider, ...]:
+    """The suite's providers of these names or globs, all of them for none.
+
+    Raises:
+        ValueError: for one that fits none; the message lists them.
+    """
+    names = [provider.name for provider in suite.providers]
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"--providers {pattern!r} fits none of {', '.join(names)}")
+    chosen = [name for name in names if not wanted or any(fnmatchcase(name, pattern) for pattern in wanted)]
+    return tuple(PROVIDERS[name] for name in chosen)
 
 
 def usual_cases(device: torch.device) -> tuple[str, ...]:

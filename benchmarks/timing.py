@@ -15,7 +15,7 @@ Before ``hot`` and ``cold`` the device has work to do while the host prepares th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from benchmarks.providers import Call
 CLOCKS = ("wall", "hot", "cold", "graph")
 _NOT_HERE = "not measured"
 _FLUSH_MIB = 256  # or four times L2, if that is more
-_CALLS_IN_A_GRAPH = 10
+_CALLS_IN_A_GRAPH = 10  # at most; fewer once they take a millisecond together
 
 Samples = dict[str, list[float]]  # clock -> milliseconds, one per round
 
@@ -65,8 +65,9 @@ def time_calls(
                 for clock, before in (("cold", None), ("hot", calls[name])):
                     found[name].setdefault(clock, []).append(_on_device(calls[name], flush, before))
                 if name in graphs:
-                    replayed = _on_device(graphs[name].replay, flush, graphs[name].replay)
-                    found[name].setdefault("graph", []).append(replayed / _CALLS_IN_A_GRAPH)
+                    graph, held = graphs[name]
+                    replayed = _on_device(graph.replay, flush, graph.replay)
+                    found[name].setdefault("graph", []).append(replayed / held)
     return found, missing
 
 
@@ -92,7 +93,7 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device=device)
 
 
-def _on_device(call: Call, flush: torch.Tensor, before: Call | None) -> float:
+def _on_device(call: Callable[[], object], flush: torch.Tensor, before: Callable[[], object] | None) -> float:
     """Milliseconds between two events around the call, L2 overwritten and then, if given, ``before`` called."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush.zero_()
@@ -107,8 +108,8 @@ def _on_device(call: Call, flush: torch.Tensor, before: Call | None) -> float:
 
 def _captured(
     calls: Mapping[str, Call], no_graph: Mapping[str, str], missing: dict[str, dict[str, str]]
-) -> dict[str, torch.cuda.CUDAGraph]:
-    """A graph of several calls each; those that cannot be captured go to ``missing``."""
+) -> dict[str, tuple[torch.cuda.CUDAGraph, int]]:
+    """A graph each, and how many calls it holds; those that cannot be captured go to ``missing``."""
     graphs = {}
     for name, call in calls.items():
         if name in no_graph:
@@ -121,7 +122,8 @@ def _captured(
     return graphs
 
 
-def _capture(call: Call) -> torch.cuda.CUDAGraph:
+def _capture(call: Call) -> tuple[torch.cuda.CUDAGraph, int]:
+    held = max(1, min(_CALLS_IN_A_GRAPH, round(1.0 / wall(call, torch.device("cuda")))))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries make their workspaces for the stream of the capture
@@ -131,11 +133,11 @@ def _capture(call: Call) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
-        for _ in range(_CALLS_IN_A_GRAPH):
+        for _ in range(held):
             call()
     graph.replay()
     torch.cuda.synchronize()
-    return graph
+    return graph, held
 
 
 def first_line(error: BaseException) -> str:

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark suite: a wrong result has no time, files hold what they say, runs compare, refusals quote."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import checks, machine, performance, plots, results, timing, tune, work  # noqa: E402
+from benchmarks.__main__ import app  # noqa: E402
+from benchmarks.cases import CASES, REAL, TINY, Inputs  # noqa: E402
+from benchmarks.compare import compare, regressed  # noqa: E402
+from benchmarks.measure import measure  # noqa: E402
+from benchmarks.providers import PROVIDERS, Call, Provider  # noqa: E402
+from benchmarks.suites import SIGMAS, SUITES  # noqa: E402
+from segkern.kernels._configs import Tile  # noqa: E402
+
+CPU = torch.device("cpu")
+TEXT = CASES["tiny-text-5x7"]
+OLD = results.RESULTS / "amd-epyc.json"
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a quick run of everything but FlexAttention, whose compilation takes its time."""
+    path = tmp_path_factory.mktemp("results") / "quick.json"
+    providers = "sdpa*,official,separable,dense,auto,torch,triton,blur + sdpa,stride *"
+    ran = command("run", "--quick", "--device", "cpu", "--providers", providers, "--out", path)
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert f"wrote {path}" in ran.output
+    return path
+
+
+def test_a_quick_run_has_a_row_for_every_way_case_and_sigma(quick: Path) -> None:
+    found = results.read(quick)
+    assert (found["suite"], found["complete"], found["quick"], found["headline"]) == ("attention", True, True, "wall")
+    assert found["environment"]["commit"] == machine.described(CPU)["commit"]
+    ways = [provider.name for provider in SUITES["attention"].providers if provider.name != "flex"]
+    expected = {(case, "float32", f"{sigma:g}", way) for case in TINY for sigma in SIGMAS for way in ways}
+    assert {results.key(row) for row in found["rows"]} == expected
+    assert len(found["rows"]) == len(expected)
+
+
+def test_rows_have_times_errors_and_ratios_or_a_reason(quick: Path) -> None:
+    rows = results.read(quick)["rows"]
+    reasons = {row["provider"]: row["reason"] for row in rows if row["reason"]}
+    assert reasons.keys() == {"sdpa efficient", "sdpa cudnn", "triton"}, reasons
+    for row in rows:
+        if row["reason"]:
+            assert row["wall_ms"] is row["ratio"] is row["tflops"] is None
+            continue
+        time = row["wall_ms"]
+        assert 0 < time["p20"] <= time["median"] <= time["p80"]
+        assert row["hot_ms"] == row["cold_ms"] == row["graph_ms"] == row["peak_mib"] == row["clocks"] == "not measured"
+        assert row["ratio_to"].startswith("sdpa")
+        assert (row["error"]["relative"] < 1e-6) == (row["exact"] or row["sigma"] == "inf")
+    same = [row for row in rows if row["provider"] == row["ratio_to"]]
+    assert same
+    assert all(row["ratio"]["median"] == 1.0 for row in same)
+
+
+def rows_of(*providers: Provider, sigma: float = 1.0) -> dict[str, dict[str, Any]]:
+    (rows,) = measure(TEXT, (sigma,), [PROVIDERS["sdpa"], *providers], CPU, rounds=2)
+    return {row["provider"]: row for row in rows}
+
+
+def spoiled(name: str, spoil: Callable[[torch.Tensor], torch.Tensor], of: str = "auto") -> Provider:
+    def make(inputs: Inputs, sigma: float) -> Call:
+        call = PROVIDERS[of].make(inputs, sigma)
+        return lambda: spoil(call())
+
+    return replace(PROVIDERS[of], name=name, make=make)
+
+
+def test_a_wrong_result_has_no_time() -> None:
+    def fails(result: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel for this\nand a long story")
+
+    rows = rows_of(
+        PROVIDERS["auto"],
+        spoiled("off", lambda result: result * 1.0001),
+        spoiled("nan", lambda result: torch.full_like(result, math.nan)),
+        spoiled("shape", lambda result: result[:, :1]),
+        spoiled("dtype", lambda result: result.half()),
+        spoiled("fails", fails),
+        replace(PROVIDERS["auto"], name="unblurred", make=PROVIDERS["sdpa"].make),
+    )
+    assert rows["auto"]["reason"] is None
+    assert rows["auto"]["wall_ms"]["median"] > 0
+    for name, reason in {
+        "off": "wrong under the numerics contract",
+        "nan": "not finite",
+        "shape": "shape is (3, 1, 38, 16), not (3, 2, 38, 16)",
+        "dtype": "torch.float16, not torch.float32",
+        "fails": "RuntimeError: no kernel for this",
+        "unblurred": "wrong under the numerics contract",
+    }.items():
+        assert reason in rows[name]["reason"]
+        assert rows[name]["wall_ms"] is rows[name]["ratio"] is None
+    assert "story" not in rows["fails"]["reason"]
+
+
+def test_an_approximation_is_timed_and_its_error_told() -> None:
+    rows = rows_of(PROVIDERS["stride 4"], spoiled("nan", lambda result: result * math.nan, of="stride 4"))
+    assert rows["stride 4"]["reason"] is None
+    assert not rows["stride 4"]["exact"]
+    assert rows["stride 4"]["error"]["relative"] > 1e-3
+    assert "not finite" in rows["nan"]["reason"]
+
+
+@pytest.mark.parametrize("sigma", [0.5, 10.0, math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_ways_compute_the_same_around_text(sigma: float, dtype: torch.dtype) -> None:
+    inputs = TEXT.of(dtype).inputs(CPU)
+    wanted = {kind: checks.expected(inputs, sigma, kind) for kind in ("plain", "attention", "blur")}
+    looked_at = 0
+    for name, provider in PROVIDERS.items():
+        if name == "flex" or not provider.exact or provider.why_not(inputs, sigma):
+            continue
+        if name == "blur official" and dtype == torch.float32:
+            continue  # its two-dimensional sum rounds more often than the contract allows at large sigma
+        _, wrong = checks.judge(provider, provider.make(inputs, sigma)(), inputs, wanted[provider.kind])
+        assert not wrong, f"{name}: {wrong}"
+        looked_at += 1
+    assert looked_at >= 10
+
+
+def test_what_does_not_fit_the_memory_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1000.0)
+    rows = rows_of(PROVIDERS["dense"], PROVIDERS["auto"])
+    assert "GiB are free" in rows["dense"]["reason"]
+    assert rows["auto"]["reason"] is None
+
+
+def test_rounds_take_turns_and_start_with_another_call() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples, missing = timing.time_calls(calls, CPU, rounds=4)
+    assert "".join(order) == "abcbcacababc"
+    assert {name: len(found["wall"]) for name, found in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    assert missing["a"] == {"hot": "not measured", "cold": "not measured", "graph": "not measured"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_all_clocks() -> None:
+    device = torch.device("cuda", 0)
+    chosen = [PROVIDERS[name] for name in ("sdpa", "official", "auto", "triton")]
+    (rows,) = measure(CASES["sdxl-32x32"].of(torch.float16), (3.0,), chosen, device, rounds=3)
+    for row in rows:
+        assert row["reason"] is None, row
+        assert row["peak_mib"] > 0
+        assert all(row[f"{clock}_ms"]["median"] > 0 for clock in ("wall", "hot", "cold"))
+        assert isinstance(row["graph_ms"], str if row["provider"] == "official" else dict), row
+
+
+def test_the_schema_is_checked(quick: Path, tmp_path: Path) -> None:
+    good = results.read(quick)
+    for damage, message in (
+        (lambda file: file.pop("suite"), "is no result file"),
+        (lambda file: file.update(schema=3), "schema 3"),
+        (lambda file: file["rows"][0].pop("error"), "row 0: error"),
+        (lambda file: file["rows"][0].update(reason="why"), "either a time or a reason"),
+    ):
+        damaged = copy.deepcopy(good)
+        damage(damaged)
+        path = tmp_path / "damaged.json"
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=message):
+            results.read(path)
+
+
+@pytest.mark.skipif(not OLD.exists(), reason="no file of the first schema is left")
+def test_files_of_the_first_schema_gain_nothing() -> None:
+    old, found = json.loads(OLD.read_text()), results.read(OLD)
+    assert len(found["rows"]) == 3 * len(old["attention"])
+    first, official, ours = found["rows"][:3]
+    assert [row["wall_ms"] for row in (first, official, ours)] == [
+        {"median": old["attention"][0][name]} for name in ("sdpa_ms", "official_ms", "segkern_ms")
+    ]
+    assert ours["ratio"]["median"] == pytest.approx(old["attention"][0]["ratio_to_sdpa"])
+    assert ours["error"] is ours["hot_ms"] is ours["peak_mib"] is ours["clocks"] is None
+
+
+def changed(file: results.Result, provider: str, factor: float, spread: float = 1.0) -> results.Result:
+    file = copy.deepcopy(file)
+    for row in file["rows"]:
+        if row["provider"] == provider and row["wall_ms"] is not None:
+            middle = row["wall_ms"]["median"] * factor
+            row["wall_ms"] = {"median": middle, "p20": middle / (1 + spread / 100), "p80": middle * (1 + spread / 100)}
+    return file
+
+
+def test_runs_are_compared_beyond_their_noise(quick: Path) -> None:
+    before = changed(results.read(quick), "auto", 1.0)
+
+    def verdicts(after: results.Result) -> set[str]:
+        return {line.verdict for line in compare(before, after) if line.key[3] == "auto"}
+
+    assert verdicts(before) == {"same"}
+    assert verdicts(changed(before, "auto", 1.2)) == {"slower"}
+    assert verdicts(changed(before, "auto", 0.8)) == {"faster"}
+    assert verdicts(changed(before, "auto", 1.2, spread=30.0)) == {"same"}, "the noise covers it"
+    assert verdicts(changed(before, "auto", 1.02, spread=0.1)) == {"same"}, "too small to count"
+    lost = copy.deepcopy(before)
+    for row in lost["rows"]:
+        if row["provider"] == "auto":
+            row |= {"wall_ms": None, "reason": "it broke"}
+    assert verdicts(lost) == {"lost"}
+    assert {line.verdict for line in compare(lost, before) if line.key[3] == "auto"} == {"gained"}
+    assert regressed(compare(before, lost))
+    assert not regressed(compare(lost, before))
+    medians = copy.deepcopy(before)
+    for row in medians["rows"]:
+        if row["wall_ms"]:
+            row["wall_ms"] = {"median": 3 * row["wall_ms"]["median"]}
+    assert verdicts(medians) == {"no spread"}
+
+
+def test_compare_ends_with_1_on_a_regression(quick: Path, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    results.write(before, changed(results.read(quick), "auto", 1.0))
+    results.write(after, changed(results.read(quick), "auto", 1.5))
+    assert command("compare", before, before).exit_code == 0
+    worse = command("compare", before, after)
+    assert worse.exit_code == 1
+    assert "12 slower" in worse.output
+    assert command("compare", after, before).exit_code == 0
+
+
+def test_pictures_are_written(quick: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    drawn = command("plot", quick, "--out", tmp_path)
+    assert drawn.exit_code == 0, drawn.output
+    assert "no roofline: the peak rates of" in drawn.output
+    known = results.read(quick)
+    known["environment"]["device"] = "NVIDIA H200"
+    results.write(tmp_path / "known.json", known)
+    assert command("plot", tmp_path / "known.json").exit_code == 0
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == ["known-ratio-float32.png", "known-roofline-float32.png", "quick-ratio-float32.png"]
+    for name in names:
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 400
+            assert len(image.convert("L").getcolors() or []) > 50, "hardly anything is drawn"
+
+
+def test_the_throughput_needs_two_grids(quick: Path) -> None:
+    found = results.read(quick)
+    assert not [picture for picture in plots.pictures("x", found)[0] if "throughput" in picture.name]
+    for row in found["rows"]:
+        if row["case"] == TEXT.name:
+            row.update(height=2, width=19)
+    assert [picture for picture in plots.pictures("x", found)[0] if "throughput" in picture.name]
+
+
+def test_the_page_tells_where_no_gpu_was(quick: Path) -> None:
+    found = results.read(quick) | {"quick": False}
+    page = performance.page({"here": found})
+    assert "GPU: not measured" in page
+    assert "`here.json`" in page
+    assert "triton: Triton has no CPU target" in page
+    assert page.count("Not measured.") == len(SUITES) - 1
+    gpu = copy.deepcopy(found)
+    gpu["environment"] |= {"device": "NVIDIA H200", "device_type": "cuda"}
+    known = performance.page({"there": gpu})
+    assert "GPU: not measured" not in known
+    assert "of limit" in known
+    assert "`here.json`" not in performance.page({"here": found | {"quick": True}}), "a quick run says nothing"
+
+
+@pytest.mark.parametrize(
+    "arguments, quoted",
+    [
+        (("run", "--suite", "stairs"), "'stairs'"),
+        (("run", "--cases", "sdxl-9*"), "'sdxl-9*'"),
+        (("run", "--dtype", "fp8"), "'fp8'"),
+        (("run", "--device", "toaster"), "'toaster'"),
+        (("run", "--providers", "magic"), "'magic'"),
+        (("plot", "nowhere.json"), "nowhere.json"),
+        (("plot", __file__), "is no JSON file"),
+        (("compare", OLD, "nowhere.json"), "nowhere.json"),
+        (("compare", OLD, OLD, "--by", "mood"), "'mood'"),
+        (("tune", "--device", "cpu"), "'cpu'"),
+    ],
+)
+def test_refusals_are_one_line_that_quotes(arguments: tuple[object, ...], quoted: str) -> None:
+    refused = command(*arguments)
+    assert refused.exit_code == 2, (refused.output, refused.exception)
+    assert refused.stderr.startswith("benchmarks: ")
+    assert refused.stderr.count("\n") == 1
+    assert quoted in refused.stderr
+
+
+def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
+    case = CASES["tiny-6x10"].of(torch.float16)
+    good = tune.candidates(case, device)
+    assert good[0] == tune._configs.attention_tile(device, case.head_dim, case.dtype, False)
+    assert len(good) == len(set(good)) > 20
+    tuned = tune.tune(case, 1.0, [Tile(32, 32, 16, 4, 1), Tile(48, 32, 16, 4, 1)], device, rounds=2)
+    first, last = tuned["tiles"]
+    assert first["tile"] == tuned["now"] == asdict(Tile(32, 32, 16, 4, 1))
+    assert first["ms"]["median"] > 0
+    assert last["tile"]["block_m"] == 48, "a product's sides are powers of two"
+    assert last["ms"] is None
+    assert last["reason"]
+    assert tuned["environment"]["torch"] == torch.__version__
+
+
+def test_work_is_counted_as_the_algorithms_need_it() -> None:
+    case = CASES["sdxl-64x64"].of(torch.bfloat16)
+    plain = work.attention(case)
+    assert plain.flops == 4 * 3 * 10 * 4096**2 * 64
+    assert plain.exps == 3 * 10 * 4096**2
+    assert plain.bytes == 4 * 3 * 10 * 4096 * 64 * 2
+    count = {name: provider.count(case, 10.0) for name, provider in PROVIDERS.items()}
+    assert count["stride 4"].flops < count["stride 2"].flops < plain.flops < count["separable"].flops
+    assert count["separable"].flops < count["official"].flops
+    assert PROVIDERS["auto"].count(case, math.inf).flops == pytest.approx(plain.flops * 2 / 3, rel=1e-3)
+
+
+def test_cases_are_the_models_shapes() -> None:
+    shapes = {name: (CASES[name].tokens, CASES[name].heads, CASES[name].head_dim) for name in REAL}
+    assert shapes["sdxl-64x64"] == (4096, 10, 64)
+    assert shapes["sd15-16x16"] == (256, 8, 160)
+    assert shapes["flux-64x64"] == (4608, 24, 128)
+    assert all(case.batch % 3 == 0 and case.sigmas(2.0).count(2.0) == case.third for case in CASES.values())
+    query = TEXT.inputs(CPU).query
+    assert query.shape == (3, 2, 38, 16)
+    assert query.transpose(1, 2).is_contiguous(), "as a projection gives it"
