@@ -71,7 +71,13 @@ def _sdpa(backend: SDPBackend | None, inputs: Inputs, sigma: float) -> Call:
 def _ours(inputs: Inputs, sigma: float, backend: str = "auto", stride: int = 1) -> Call:
     query, key, value, grid = inputs.query, inputs.key, inputs.value, inputs.case.grid
     sigmas = inputs.case.sigmas(sigma)
-    return lambda: segkern.seg_attention(query, key, value, grid, sigmas, query_stride=stride, backend=backend)
+
+    def run() -> torch.Tensor:
+        result = segkern.seg_attention(query, key, value, grid, sigmas, query_stride=stride, backend=backend)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    return run
 
 
 def _our_blur(inputs: Inputs, sigma: float, backend: str = "auto") -> Call:
@@ -108,8 +114,8 @@ def _official(inputs: Inputs, sigma: float) -> Blur:
 
 
 def _axis_matrices(inputs: Inputs, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    grid, kind = inputs.case.grid, {"dtype": inputs.case.dtype, "device": inputs.device}
-    return blur_matrix(grid.height, sigma, **kind), blur_matrix(grid.width, sigma, **kind)
+    grid, make = inputs.case.grid, partial(blur_matrix, dtype=inputs.case.dtype, device=inputs.device)
+    return make(grid.height, sigma), make(grid.width, sigma)
 
 
 def _separable(inputs: Inputs, sigma: float) -> Blur:

@@ -68,8 +68,8 @@ def tune(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, 
             calls[str(number)] = call
     samples, _ = timing.time_calls(calls, device, rounds, dict.fromkeys(calls, "tiles are timed call by call"))
     clock = timing.headline(device)
-    for number, clocks in samples.items():
-        found[int(number)]["ms"] = timing.spread(clocks[clock])
+    for name, clocks in samples.items():
+        found[int(name)]["ms"] = timing.spread(clocks[clock])
     now = asdict(tiles[0])
     found.sort(key=lambda row: row["ms"]["median"] if row["ms"] else float("inf"))
     return {

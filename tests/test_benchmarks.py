@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,17 @@ def test_a_gpu_has_all_clocks() -> None:
         assert row["peak_mib"] > 0
         assert all(row[f"{clock}_ms"]["median"] > 0 for clock in ("wall", "hot", "cold"))
         assert isinstance(row["graph_ms"], str if row["provider"] == "official" else dict), row
+
+
+def test_writing_results_does_not_make_the_checkout_dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(status: str) -> str:
+        ran = SimpleNamespace(returncode=0, stdout=status)
+        monkeypatch.setattr(machine.subprocess, "run", lambda *arguments, **options: ran)
+        monkeypatch.setattr(machine, "environment", lambda *arguments: {"device": "d", "commit": "abc-dirty"})
+        return str(machine.described(CPU)["commit"])
+
+    assert said(" M benchmarks/results/amd-epyc-attention.json\n") == "abc"
+    assert said(" M benchmarks/results/a.json\n M segkern/api.py\n") == "abc-dirty"
 
 
 def test_the_schema_is_checked(quick: Path, tmp_path: Path) -> None:
