@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from benchmarks import plots
+from benchmarks.checks import share_of_allowed
 from benchmarks.measure import summary
 from benchmarks.providers import PROVIDERS
 from benchmarks.results import Result, Row
@@ -24,7 +25,7 @@ _INTRODUCTION = """\
 A batch is [unconditional, conditional, perturbed]: only its last third is blurred, and plain attention of the same
 batch without any blur is what a user compares with. All ways to compute see the same random inputs and take turns in
 every round. Before a result is timed it is held against the float64 reference under the numerics contract, on one plain
-and one blurred sample, two heads and some 256 rows of them; a wrong one has no time. Approximations (`stride`) are not
+and one blurred sample, four heads and some 256 rows of them; a wrong one has no time. Approximations (`stride`) are not
 held to the contract: their error is shown instead. A ratio is the median over rounds of a time divided by that of the
 fastest unblurred attention in the same round. On a GPU times are the device's, with L2 as the same call left it (hot)
 or overwritten (cold), or of a call in a CUDA graph; on a CPU they are the clock on the wall. TFLOP/s count the FLOPs of
@@ -173,18 +174,14 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
 
 def _errors(rows: Sequence[Row]) -> list[str]:
     """How near the exact results come to what the contract allows."""
-    shares = [(_share_of_allowed(row), row) for row in rows if row["exact"] and row["error"] and not row["reason"]]
+    timed = [row for row in rows if row["exact"] and row["error"] and not row["reason"]]
+    shares = [(share_of_allowed(row["error"], getattr(torch, row["dtype"])), row) for row in timed]
     if not shares:
         return []
     share, row = max(shares, key=lambda pair: pair[0])
     where = f"{row['provider']}, `{row['case']}`, {row['dtype']}, sigma {row['sigma']}"
-    return [f"The largest error of a timed exact result is {share:.0%} of what the contract allows ({where})."]
-
-
-def _share_of_allowed(row: Row) -> float:
-    error = row["error"]
-    slack = torch.finfo(getattr(torch, row["dtype"])).eps * error["largest_value"]
-    return max(error[name] / (2 * error[f"plain_{name}"] + slack) for name in ("maximum", "rms"))
+    text = "The largest root-mean-square error of a blurred sample that is exact and timed"
+    return [f"{text} is {share:.0%} of what the contract allows ({where})."]
 
 
 def _limits(stem: str, result: Result) -> list[str]:

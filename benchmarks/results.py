@@ -20,7 +20,7 @@ A row holds
   blurred, ``attention``, ``blur``) and ``exact`` (false for an approximation);
 * ``error`` of the last sample, which is a blurred one: ``maximum``, ``rms`` and ``relative`` (of norms) against the
   float64 reference, the plain computation's ``plain_maximum`` and ``plain_rms``, ``largest_value``, and the part that
-  was looked at: ``samples`` (each is held to the contract), ``heads``, ``rows`` (a count); null where it was not found
+  was looked at: ``samples`` (both are held to the contract), ``heads``, ``rows`` (a count); null where it was not found
   out;
 * ``reason``: why there is no time: wrong, or it cannot run; null where there is one;
 * ``wall_ms``, ``hot_ms``, ``cold_ms``, ``graph_ms``: ``median``, ``p20`` and ``p80`` over ``rounds`` rounds, or a text

@@ -118,6 +118,15 @@ def test_a_wrong_result_has_no_time() -> None:
     assert "story" not in rows["fails"]["reason"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_sigma_is_wrong_in_half_precision_too(dtype: torch.dtype) -> None:
+    inputs = CASES["tiny-6x10"].of(dtype).inputs(CPU)
+    wanted = checks.expected(inputs, 3.0, "attention")
+    for sigma, right in ((3.0, True), (1.5, False), (0.0, False)):
+        _, wrong = checks.judge(PROVIDERS["auto"], PROVIDERS["auto"].make(inputs, sigma)(), inputs, wanted)
+        assert (not wrong) == right, (sigma, wrong)
+
+
 def test_an_approximation_is_timed_and_its_error_told() -> None:
     rows = rows_of(PROVIDERS["stride 4"], spoiled("nan", lambda result: result * math.nan, of="stride 4"))
     assert rows["stride 4"]["reason"] is None
