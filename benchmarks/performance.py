@@ -66,8 +66,8 @@ def page(files: Mapping[str, Result]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(headings) + " |", "| --- |" + " ---: |" * (len(headings) - 1)]
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    lines = ["| " + " | ".join(headings) + " |", "| --- |" + f" {align} |" * (len(headings) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
@@ -81,7 +81,7 @@ def _where(files: Mapping[str, Result]) -> str:
         versions = f"{env['torch']} | {env.get('triton', 'not recorded')} | `{env['commit']}`"
         rows.append([f"`{stem}.json`", device, result["suite"], dtypes, timed, versions])
     headings = ("file", "device", "suite", "dtypes", "rows with a time", "torch", "triton", "commit")
-    return _markdown(headings, rows) if rows else "Nothing yet."
+    return _markdown(headings, rows, "---") if rows else "Nothing yet."
 
 
 def _file(stem: str, result: Result) -> list[str]:
@@ -223,4 +223,5 @@ def _ways() -> str:
     return _markdown(
         ["name", "what"],
         [[f"`{provider.name}`", provider.what] for provider in PROVIDERS.values()],
+        "---",
     )
