@@ -203,13 +203,13 @@ def _throughput(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
         ticks = _apart(sorted({row["tokens"] for row in rows}))
         panel.set_xticks(ticks, [str(count) for count in ticks])
         panel.minorticks_off()
-        panel.set_ylim(bottom=0)
         panel.set_xlabel("tokens of the grid")
         _label_first(panel, f"{unit}, of unblurred attention's FLOPs")
         first = rows[0]
         where = f"head dimension {first['head_dim']}, batch {first['batch']}, dashed: nothing blurred"
         panel.set_title(f"sigma {'∞' if sigma == 'inf' else sigma}; {where}", fontsize=10)
         panel.grid(alpha=0.3)
+    panels[0].set_ylim(0.0, 1.05 * factor * max(row["tflops"] for row in rows))  # the panels share it
     _legend(figure, panels)
 
 

@@ -12,6 +12,7 @@ from benchmark_tools import command, quick_run
 
 from benchmarks import performance, plots, results
 from benchmarks.compare import compare, regressed
+from benchmarks.providers import PROVIDERS
 from benchmarks.suites import SUITES
 
 OLD = results.RESULTS / "amd-epyc.json"
@@ -112,6 +113,29 @@ def test_pictures_are_written(quick: Path, tmp_path: Path) -> None:
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 400
             assert len(image.convert("L").getcolors() or []) > 50, "hardly anything is drawn"
+
+
+def test_pictures_show_every_point(quick: Path) -> None:
+    from matplotlib.figure import Figure
+
+    found = results.read(quick)
+    found["environment"]["device"] = "NVIDIA H200"
+    for row in found["rows"]:
+        if row["case"] == "tiny-text-5x7":
+            row.update(height=2, width=19)  # another grid of the same family
+        if row["sigma"] == "inf" and row["tflops"]:
+            row["tflops"] *= 9  # as infinity is faster, its panel comes last
+            row["ratio"]["median"] /= 9
+    drawn = plots.pictures("x", found)[0]
+    assert len(drawn) == 3
+    for picture in drawn:
+        figure = Figure()
+        picture.draw(figure)
+        for panel in figure.axes:
+            heights = [y for line in panel.get_lines() for y in line.get_ydata() if line.get_label() in PROVIDERS]
+            assert panel.get_lines()
+            low, high = panel.get_ylim()
+            assert all(low <= y <= high for y in heights), f"{picture.title} leaves points out"
 
 
 def test_the_throughput_needs_two_grids(quick: Path) -> None:
