@@ -43,8 +43,9 @@ typecheck: $(INSTALLED) ## mypy over the packages as they are installed
 pytest: $(INSTALLED) ## the tests alone, on all cores
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-benchmark: $(INSTALLED) ## speed against plain attention and the official algorithm
-	$(BIN)/python -m pytest benchmarks
+benchmark: $(INSTALLED) ## speed against everything one could pick instead, into benchmarks/results; long on a CPU
+	for suite in attention infinite coarse blur; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done
+	$(BIN)/python -m benchmarks.readme
 
 evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU
 	$(BIN)/segkern evaluate

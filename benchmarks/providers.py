@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways to compute one layer's attention in a guided step, as closures over the same inputs.
 
-A batch is [unconditional, conditional, perturbed]; only the last third is blurred.
+``PROVIDERS`` is the whole list: another way is one more entry, and every suite, table and plot has it.
 """
 
 from __future__ import annotations
@@ -9,78 +9,236 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import segkern
-from segkern import Grid
-from segkern.blur import gaussian_taps
+from benchmarks import work
+from benchmarks.cases import Case, Inputs
+from benchmarks.work import Work
+from segkern.blur import blur_matrix, gaussian_taps
+from segkern.dispatch import why_not_triton
 
-Provider = Callable[[], torch.Tensor]
+Call = Callable[[], torch.Tensor]
+Blur = Callable[[torch.Tensor], torch.Tensor]  # image tokens of the blurred samples [third, heads, tokens, dim]
 
 
 @dataclass(frozen=True)
-class Case:
-    """One shape: tokens of the grid, heads, head dimension, batch (a third of it blurred), dtype."""
+class Provider:
+    """One way to compute.
 
-    grid: Grid
-    heads: int
-    head_dim: int = 64
-    batch: int = 3
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def label(self) -> str:
-        """Such as ``64x64 tokens, 10 heads``."""
-        return f"{self.grid.height}x{self.grid.width} tokens, {self.heads} heads"
-
-    def inputs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Random query, key and value laid out as projections give them: ``[batch, tokens, heads, dim]``."""
-        shape = (self.batch, self.grid.tokens, self.heads, self.head_dim)
-        generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(shape, generator=generator).to(device, self.dtype) for _ in range(3)]
-        return drawn[0].transpose(1, 2), drawn[1].transpose(1, 2), drawn[2].transpose(1, 2)
-
-    def sigmas(self, sigma: float) -> tuple[float, ...]:
-        """One sigma per sample: the last third is blurred."""
-        third = self.batch // 3
-        return (0.0,) * (2 * third) + (sigma,) * third
-
-
-def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, case: Case, sigma: float) -> Provider:
-    """PyTorch's attention without any blur: the floor that a user compares with."""
-    return lambda: F.scaled_dot_product_attention(query, key, value)
-
-
-def ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, case: Case, sigma: float) -> Provider:
-    """``segkern.seg_attention`` with the backend left to it."""
-    sigmas = case.sigmas(sigma)
-    return lambda: segkern.seg_attention(query, key, value, case.grid, sigmas)
-
-
-def official(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, case: Case, sigma: float) -> Provider:
-    """The official algorithm: a depthwise 2-D convolution of the perturbed queries, ``cat`` of the batch, attention.
-
-    Written from its description and fixed to take any grid; the kernel is built on the host at every call, as there.
+    Attributes:
+        name: in rows, tables and legends.
+        what: in words.
+        make: the closure for inputs and a sigma; what can be made once is made here.
+        count: the work it takes.
+        suites: that measure it.
+        kind: what it computes: attention without any blur, with blurred queries, or the blur alone.
+        exact: False for an approximation, whose error is reported and not held to the contract.
+        why_not: the reason why it cannot run there, or None.
+        scratch: bytes that it allocates beyond inputs and outputs, where they are many.
+        no_graph: why a CUDA graph cannot hold it, or None.
     """
-    third = case.batch // 3
-    height, width = case.grid.height, case.grid.width
 
-    def blurred(perturbed: torch.Tensor) -> torch.Tensor:
+    name: str
+    what: str
+    make: Callable[[Inputs, float], Call]
+    count: Callable[[Case, float], Work]
+    suites: tuple[str, ...]
+    kind: Literal["plain", "attention", "blur"] = "attention"
+    exact: bool = True
+    why_not: Callable[[Inputs, float], str | None] = lambda inputs, sigma: None
+    scratch: Callable[[Case, float], float] = lambda case, sigma: 0.0
+    no_graph: str | None = None
+
+
+def _sdpa(backend: SDPBackend | None, inputs: Inputs, sigma: float) -> Call:
+    query, key, value = inputs.query, inputs.key, inputs.value
+    if backend is None:
+        return lambda: F.scaled_dot_product_attention(query, key, value)
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value)
+
+    return run
+
+
+def _ours(inputs: Inputs, sigma: float, backend: str = "auto", stride: int = 1) -> Call:
+    query, key, value, grid = inputs.query, inputs.key, inputs.value, inputs.case.grid
+    sigmas = inputs.case.sigmas(sigma)
+
+    def run() -> torch.Tensor:
+        result = segkern.seg_attention(query, key, value, grid, sigmas, query_stride=stride, backend=backend)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    return run
+
+
+def _our_blur(inputs: Inputs, sigma: float, backend: str = "auto") -> Call:
+    query, grid, sigmas = inputs.query, inputs.case.grid, inputs.case.sigmas(sigma)
+    return lambda: segkern.gaussian_blur(query, grid, sigmas, backend=backend)
+
+
+def _no_triton(inputs: Inputs, sigma: float) -> str | None:
+    if inputs.device.type == "cpu":
+        return "Triton has no CPU target"
+    return why_not_triton(inputs.device, inputs.case.dtype, inputs.case.head_dim)
+
+
+def _official(inputs: Inputs, sigma: float) -> Blur:
+    """A depthwise 2-D convolution, its kernel built on the host at every call.
+
+    Written from the official algorithm's description and mended to take any grid.
+    """
+    case, grid = inputs.case, inputs.case.grid
+
+    def blurred(image: torch.Tensor) -> torch.Tensor:
         if math.isinf(sigma):
-            return perturbed.mean(dim=2, keepdim=True).expand_as(perturbed)
+            return image.mean(dim=2, keepdim=True).expand_as(image)
         channels = case.heads * case.head_dim
-        image = perturbed.transpose(2, 3).reshape(third, channels, height, width)
-        rows, columns = gaussian_taps(sigma, height), gaussian_taps(sigma, width)
+        image = image.transpose(2, 3).reshape(case.third, channels, grid.height, grid.width)
+        rows, columns = gaussian_taps(sigma, grid.height), gaussian_taps(sigma, grid.width)
         kernel = torch.outer(rows, columns).to(image.device, image.dtype)
         kernel = kernel.expand(channels, 1, *kernel.shape)
         pad_w, pad_h = columns.numel() // 2, rows.numel() // 2
         image = F.conv2d(F.pad(image, (pad_w, pad_w, pad_h, pad_h), mode="reflect"), kernel, groups=channels)
-        return image.view(third, case.heads, case.head_dim, height * width).transpose(2, 3)
+        return image.view(case.third, case.heads, case.head_dim, grid.tokens).transpose(2, 3)
+
+    return blurred
+
+
+def _axis_matrices(inputs: Inputs, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    grid, make = inputs.case.grid, partial(blur_matrix, dtype=inputs.case.dtype, device=inputs.device)
+    return make(grid.height, sigma), make(grid.width, sigma)
+
+
+def _separable(inputs: Inputs, sigma: float) -> Blur:
+    rows, columns = _axis_matrices(inputs, sigma)
+    grid = inputs.case.grid
+
+    def blurred(image: torch.Tensor) -> torch.Tensor:
+        image = torch.einsum("jl,bnild->bnijd", columns, image.unflatten(2, (grid.height, grid.width)))
+        return torch.einsum("ik,bnkjd->bnijd", rows, image).flatten(2, 3)
+
+    return blurred
+
+
+def _dense(inputs: Inputs, sigma: float) -> Blur:
+    matrix = torch.kron(*_axis_matrices(inputs, sigma))
+    return lambda image: torch.matmul(matrix, image)
+
+
+def _blur_only(make: Callable[[Inputs, float], Blur], inputs: Inputs, sigma: float) -> Call:
+    """The queries of the whole batch with the grid of the last third blurred."""
+    query, grid, plain = inputs.query, inputs.case.grid, inputs.case.batch - inputs.case.third
+    blurred, only_image = make(inputs, sigma), inputs.case.tokens == grid.tokens
 
     def run() -> torch.Tensor:
-        plain, perturbed = query[: 2 * third], query[2 * third :]
-        return F.scaled_dot_product_attention(torch.cat([plain, blurred(perturbed)]), key, value)
+        last = query[plain:]
+        image = blurred(last[:, :, grid.start : grid.stop])
+        if not only_image:
+            image = torch.cat([last[:, :, : grid.start], image, last[:, :, grid.stop :]], dim=2)
+        return torch.cat([query[:plain], image])
 
     return run
+
+
+def _then_sdpa(make: Callable[[Inputs, float], Call], inputs: Inputs, sigma: float) -> Call:
+    blur, key, value = make(inputs, sigma), inputs.key, inputs.value
+    return lambda: F.scaled_dot_product_attention(blur(), key, value)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex(case: Case, device: torch.device) -> Callable[..., torch.Tensor]:
+    """FlexAttention compiled for one shape; what was compiled before is forgotten, or a limit would stop it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.compiler.reset()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _flex(inputs: Inputs, sigma: float) -> Call:
+    blur, key, value = _our_blur(inputs, sigma), inputs.key, inputs.value
+    attend = _compiled_flex(inputs.case, inputs.device)
+    return lambda: attend(blur(), key, value)
+
+
+def _no_gpu_backend(inputs: Inputs, sigma: float) -> str | None:
+    return "runs on CUDA only" if inputs.device.type == "cpu" else None
+
+
+def _count_ours(case: Case, sigma: float, moves: bool = True) -> Work:
+    if math.isinf(sigma):
+        return work.one_row(case, sigma)
+    return work.attention(case) + work.separable_blur(case, sigma, moves=moves)
+
+
+def _with_attention(blur: Callable[[Case, float], Work]) -> Callable[[Case, float], Work]:
+    return lambda case, sigma: work.attention(case) + blur(case, sigma)
+
+
+def _dense_scratch(case: Case, sigma: float) -> float:
+    return 2.0 * case.grid.tokens**2 * case.dtype.itemsize
+
+
+_copied = partial(work.separable_blur, banded=False)
+_HOST_COPY = "it copies a kernel from the host at every call"
+_GUIDED = ("attention", "infinite")
+_ALL = (*_GUIDED, "coarse", "blur")
+
+_BASELINES = (
+    Provider("sdpa", "PyTorch's attention, its own choice of backend, no blur", partial(_sdpa, None),
+             work.attention, _ALL, "plain"),
+    Provider("sdpa math", "the same, products and softmax one by one", partial(_sdpa, SDPBackend.MATH),
+             work.attention, _GUIDED, "plain", scratch=work.logits_bytes),
+    Provider("sdpa flash", "the same, FlashAttention", partial(_sdpa, SDPBackend.FLASH_ATTENTION),
+             work.attention, _ALL, "plain"),
+    Provider("sdpa efficient", "the same, memory-efficient kernels", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+             work.attention, _ALL, "plain", why_not=_no_gpu_backend),
+    Provider("sdpa cudnn", "the same, cuDNN", partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
+             work.attention, _ALL, "plain", why_not=_no_gpu_backend),
+)  # fmt: skip
+_OTHERS = (
+    Provider("official", "the official algorithm: 2-D convolution, copy of the batch, attention",
+             partial(_then_sdpa, partial(_blur_only, _official)), _with_attention(work.official_blur), _GUIDED,
+             no_graph=_HOST_COPY),
+    Provider("separable", "two products with a matrix per axis in PyTorch, then its attention",
+             partial(_then_sdpa, partial(_blur_only, _separable)), _with_attention(_copied), _GUIDED),
+    Provider("dense", "one product with the whole grid's blur matrix, then PyTorch's attention",
+             partial(_then_sdpa, partial(_blur_only, _dense)), _with_attention(work.dense_blur), _GUIDED,
+             scratch=_dense_scratch),
+    Provider("flex", "our blur, then FlexAttention, compiled", _flex, _with_attention(work.separable_blur), _GUIDED),
+)  # fmt: skip
+_OURS = (
+    Provider("auto", "segkern, its own choice", _ours, _count_ours, (*_GUIDED, "coarse")),
+    Provider("torch", "segkern in PyTorch", partial(_ours, backend="torch"), _count_ours, _GUIDED),
+    Provider("triton", "segkern's Triton kernels", partial(_ours, backend="triton"),
+             partial(_count_ours, moves=False), _GUIDED, why_not=_no_triton),
+    Provider("blur + sdpa", "segkern's blur, then PyTorch's attention", partial(_then_sdpa, _our_blur),
+             _with_attention(work.separable_blur), _GUIDED),
+    *(
+        Provider(f"stride {stride}", f"segkern, blurred rows {stride} tokens apart, an approximation",
+                 partial(_ours, stride=stride), partial(work.coarse, stride), suites, exact=False)
+        for stride, suites in ((2, ("attention", "coarse")), (3, ("coarse",)), (4, ("attention", "coarse")),
+                               (8, ("coarse",)))
+    ),
+)  # fmt: skip
+_BLURS = (
+    Provider("blur official", "the official 2-D convolution and copy of the batch", partial(_blur_only, _official),
+             work.official_blur, ("blur",), "blur", no_graph=_HOST_COPY),
+    Provider("blur separable", "two products with a matrix per axis in PyTorch", partial(_blur_only, _separable),
+             _copied, ("blur",), "blur"),
+    Provider("blur dense", "one product with the whole grid's blur matrix", partial(_blur_only, _dense),
+             work.dense_blur, ("blur",), "blur", scratch=_dense_scratch),
+    Provider("blur torch", "segkern's blur in PyTorch", partial(_our_blur, backend="torch"),
+             work.separable_blur, ("blur",), "blur"),
+    Provider("blur triton", "segkern's blur, Triton kernel", partial(_our_blur, backend="triton"),
+             work.separable_blur, ("blur",), "blur", why_not=_no_triton),
+)  # fmt: skip
+PROVIDERS = {provider.name: provider for provider in (*_BASELINES, *_OTHERS, *_OURS, *_BLURS)}

@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-from benchmarks import compiled_page
+from benchmarks import compiled_page, performance, plots, results
+from benchmarks.results import Result, Row
 from segkern.evaluation import report
 from segkern.evaluation.plots import plot
 
@@ -18,30 +18,50 @@ COMPILED = ROOT / "benchmarks" / "results" / "compiled" / "kernels.json"
 BLOCK = re.compile(r"(<!-- measurements -->\n).*?(<!-- /measurements -->)", re.DOTALL)
 EVALUATED = re.compile(r"(<!-- evaluation -->\n).*?(<!-- /evaluation -->)", re.DOTALL)
 
+_SHOWN = ("sdxl-32x32", "sdxl-64x64")
 
-def table(result: dict[str, Any]) -> str:
-    """One result file as a paragraph and a markdown table."""
+
+def table(result: Result) -> str:
+    """SDXL's two layers of one attention file, in its first dtype, as a paragraph and a markdown table."""
     env = result["environment"]
-    dtypes = {row["dtype"] for row in result["attention"]}
+    dtype = result["rows"][0]["dtype"]
+    threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
     lines = [
-        f"{env['device']}, {env['threads']} threads, {', '.join(sorted(dtypes))}, torch {env['torch']}, commit "
+        f"{env['device']}{threads}, {dtype}, torch {env['torch']}, commit "
         f"`{env['commit']}`; medians of interleaved rounds:",
         "",
         "| layer, batch of 3 | sigma | plain attention | official algorithm | segkern | x plain | x official |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in result["attention"]:
+    rows = {(row["case"], row["sigma"], row["provider"]): row for row in result["rows"] if row["dtype"] == dtype}
+    for case, sigma in dict.fromkeys(name[:2] for name in rows):
+        ours = rows.get((case, sigma, "auto"))
+        if case not in _SHOWN or ours is None or ours["ratio_to"] is None:
+            continue
+        plain, official = rows[case, sigma, ours["ratio_to"]], rows.get((case, sigma, "official"))
+        ms = [_median(row, result) for row in (plain, official, ours)]
+        share = "-" if ms[1] is None or ms[2] is None else f"{ms[2] / ms[1]:.2f}"
+        label = f"{ours['height']}x{ours['width']} tokens, {ours['heads']} heads"
         lines.append(
-            f"| {row['case']} | {row['sigma']} | {row['sdpa_ms']:.0f} ms | {row['official_ms']:.0f} ms | "
-            f"{row['segkern_ms']:.0f} ms | {row['ratio_to_sdpa']:.2f} | {row['ratio_to_official']:.2f} |"
+            f"| {label} | {float(sigma)} | {' | '.join(map(_written, ms))} | {ours['ratio']['median']:.2f} | {share} |"
         )
     return "\n".join(lines)
 
 
+def _median(row: Row | None, result: Result) -> float | None:
+    return None if row is None or row["reason"] is not None else row[f"{result['headline']}_ms"]["median"]
+
+
+def _written(ms: float | None) -> str:
+    if ms is None:
+        return "none"
+    return f"{ms:.0f} ms" if ms >= 10 else f"{ms:.3g} ms"
+
+
 def rendered() -> str:
-    """Every committed result file, in the order of their names."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    return "\n\n".join(table(json.loads(path.read_text())) for path in files)
+    """Every committed file of the attention suite, in the order of their names."""
+    found = results.committed().values()
+    return "\n\n".join(table(result) for result in found if result["suite"] == "attention" and result["rows"])
 
 
 def evaluation_summary() -> str:
@@ -66,14 +86,19 @@ def main() -> None:
     """Rewrite them all."""
     path = ROOT / "README.md"
     path.write_text(readme_with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
-    (ROOT / "docs").mkdir(exist_ok=True)
+    docs = ROOT / "docs"
+    docs.mkdir(exist_ok=True)
+    files = results.committed()
+    (docs / "performance.md").write_text(performance.page(files), encoding="utf-8")
+    for stem, result in files.items():
+        plots.write(stem, result, results.RESULTS)
     compiled = json.loads(COMPILED.read_text(encoding="utf-8"))
-    (ROOT / "docs" / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
+    (docs / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
     if not EVALUATION.exists():
         return
     found = report.read(EVALUATION)
-    (ROOT / "docs" / "evaluation.md").write_text(report.markdown(found), encoding="utf-8")
-    plot(found["rows"], ROOT / "docs" / "evaluation.png", report.title(found), found["drawings"])
+    (docs / "evaluation.md").write_text(report.markdown(found), encoding="utf-8")
+    plot(found["rows"], docs / "evaluation.png", report.title(found), found["drawings"])
 
 
 if __name__ == "__main__":

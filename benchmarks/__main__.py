@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks run|plot|compare|tune``, from a checkout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import compare as comparing
+from benchmarks import machine, plots, results, tables
+from benchmarks.cases import CASES, TINY, Case, find_cases
+from benchmarks.measure import measure, usual_rounds
+from benchmarks.suites import SUITES, find_providers, find_suite, usual_cases, usual_dtypes
+from segkern.loading import DTYPES, find_device
+from segkern.options import listed
+from segkern.tables import wide
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Speed of segkern against everything a user could pick instead.",
+)
+
+_QUICK_ROUNDS = 2
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Dtypes = Annotated[
+    str, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; several with commas. The device's usual ones.")
+]
+Cases = Annotated[
+    str, typer.Option(help=f"Names or globs with commas. The device's usual ones of: {', '.join(CASES)}.")
+]
+
+
+def fail(message: object) -> NoReturn:
+    """End with exit code 2 and one line on standard error."""
+    typer.echo(f"benchmarks: {' '.join(str(message).split())}", err=True)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn what is wrong with a user's words and files into one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+def chosen_dtypes(text: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtypes a user names, or the usual ones.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    if not text:
+        return usual_dtypes(device)
+    names = listed("--dtype", text, str, ", ".join(DTYPES))
+    for name in names:
+        if name not in DTYPES:
+            raise ValueError(f"--dtype takes {', '.join(DTYPES)}, got {name!r}")
+    return tuple(DTYPES[name] for name in names)
+
+
+def chosen_cases(text: str, usual: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[Case]:
+    """The cases a user names, or the usual ones, in every dtype.
+
+    Raises:
+        ValueError: for a name that fits none.
+    """
+    found = find_cases(listed("--cases", text, str, "names") if text else usual)
+    return [case.of(dtype) for dtype in dtypes for case in found]
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}.")] = "attention",
+    device: Device = "auto",
+    dtype: Dtypes = "",
+    cases: Cases = "",
+    providers: Annotated[str, typer.Option(help="Names or globs, with commas. Not given: all of the suite.")] = "",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Of every case; usually 50, fewer for large cases and on a CPU.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny cases, two rounds: whether everything runs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/<device>-<suite>.json.")] = None,
+) -> None:
+    """Measure a suite. Rows are written as they come; a wrong result has no time but the reason."""
+    with refusing():
+        wanted = find_suite(suite)
+        where = find_device(device)
+        chosen = chosen_cases(cases, TINY if quick else usual_cases(where), chosen_dtypes(dtype, where))
+        ways = find_providers(wanted, listed("--providers", providers, str, "names", empty=True))
+    torch.backends.cudnn.allow_tf32 = False  # the official convolution must pass the float32 check too
+    environment = machine.described(where)
+    folder = results.QUICK if quick else results.RESULTS
+    path = out or folder / f"{machine.slug(environment['device'])}-{suite}.json"
+    found: results.Result = {"schema": results.SCHEMA, "suite": suite, "complete": False, "quick": quick}
+    found |= {"environment": environment, "headline": "hot" if where.type == "cuda" else "wall", "rows": []}
+    count = usual_rounds(where)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(suite, total=len(chosen) * len(wanted.sigmas))
+        for case in chosen:
+            progress.update(task, description=f"{suite}: {case.name} {case.dtype_name}")
+            repeats = rounds or (_QUICK_ROUNDS if quick else count(case))
+            for rows in measure(case, wanted.sigmas, ways, where, repeats):
+                found["rows"] += rows
+                results.write(path, found)
+                progress.advance(task)
+    found["complete"] = True
+    results.write(path, found)
+    shown = tables.of_rows(found)
+    wide(shown).print(shown)
+    for line in tables.without_time(found["rows"]):
+        typer.echo(line)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="Result files.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; beside each file if not given.")] = None,
+) -> None:
+    """Draw a result file: ratio over sigma, throughput over tokens, a roofline where peak rates are known."""
+    with refusing():
+        read = {path: results.read(path) for path in files}
+    for path, result in read.items():
+        written, left_out = plots.write(path.stem, result, out or path.parent)
+        for picture in written:
+            typer.echo(f"wrote {picture}")
+        for reason in left_out:
+            typer.echo(reason)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A result file.")],
+    after: Annotated[Path, typer.Argument(help="A later one of the same suite.")],
+    by: Annotated[str, typer.Option(help="time, or ratio to unblurred attention for other devices.")] = "time",
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Change that never counts, as a share.")] = 0.03,
+) -> None:
+    """Compare two runs; exit code 1 when a row became slower beyond its noise or lost its time."""
+    with refusing():
+        lines = comparing.compare(results.read(before), results.read(after), by, tolerance)
+    shown = comparing.table(lines, by)
+    wide(shown).print(shown)
+    typer.echo(comparing.counted(lines))
+    if comparing.regressed(lines):
+        raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    device: Device = "auto",
+    dtype: Dtypes = "",
+    cases: Cases = "sdxl-32x32,sdxl-64x64",
+    sigma: Annotated[float, typer.Option(min=0.0, help="Of the blurred third, finite.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Of every shape.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/tuned/<device>.json.")] = None,
+) -> None:
+    """Try tile shapes of the attention kernel on a real GPU and write what each one takes."""
+    with refusing():
+        where = find_device(device)
+        if where.type != "cuda":
+            raise ValueError(f"tune needs a CUDA or ROCm device, and --device {device} is {where.type!r} here")
+        if not math.isfinite(sigma):
+            raise ValueError(f"tune needs a finite sigma, infinity has a kernel of its own; got {sigma:g}")
+        chosen = chosen_cases(cases, (), chosen_dtypes(dtype, where))
+    from benchmarks import tune as tuning
+
+    tuned = []
+    for case in chosen:
+        reason = tuning.why_not(where, case, sigma)
+        if reason is not None:
+            fail(reason)
+        tuned.append(tuning.tune(case, sigma, tuning.candidates(case, where), where, rounds))
+        shown = tables.of_tiles(tuned[-1])
+        wide(shown).print(shown)
+    name = machine.slug(tuned[0]["environment"]["device"])
+    path = out or results.RESULTS / "tuned" / f"{name}.json"
+    tuning.write(path, tuned)
+    typer.echo(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers that are measured: shapes of real models, and random queries, keys and values of such a shape.
+
+A batch is [unconditional, conditional, perturbed]; only its last third is blurred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+
+from segkern import Grid
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer.
+
+    Attributes:
+        name: such as ``sdxl-64x64``.
+        grid: of its image tokens.
+        heads: of the attention.
+        head_dim: channels of a head.
+        batch: samples, a third of them blurred.
+        tokens: of the sequence; text tokens are those outside the grid.
+        dtype: of queries, keys and values.
+    """
+
+    name: str
+    grid: Grid
+    heads: int
+    head_dim: int
+    batch: int
+    tokens: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def third(self) -> int:
+        """How many samples are blurred."""
+        return self.batch // 3
+
+    @property
+    def label(self) -> str:
+        """Such as ``64x64 tokens, 10 heads``."""
+        text = self.tokens - self.grid.tokens
+        also = f" and {text} of text" if text else ""
+        return f"{self.grid.height}x{self.grid.width} tokens{also}, {self.heads} heads"
+
+    @property
+    def dtype_name(self) -> str:
+        """Such as ``float32``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def of(self, dtype: torch.dtype) -> Case:
+        """The same layer in another dtype."""
+        return replace(self, dtype=dtype)
+
+    def sigmas(self, sigma: float) -> tuple[float, ...]:
+        """One sigma per sample."""
+        return (0.0,) * (self.batch - self.third) + (sigma,) * self.third
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """Random query, key and value laid out as projections give them: ``[batch, tokens, heads, dim]``."""
+        shape = (self.batch, self.tokens, self.heads, self.head_dim)
+        generator = torch.Generator().manual_seed(0)
+        drawn = (torch.randn(shape, generator=generator).to(device, self.dtype).transpose(1, 2) for _ in range(3))
+        return Inputs(self, *drawn)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A case's tensors, each ``[batch, heads, tokens, head_dim]``."""
+
+    case: Case
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.query.device
+
+
+def _image(model: str, height: int, width: int, heads: int, head_dim: int, batch: int = 3) -> Case:
+    name = f"{model}-{height}x{width}" + ("" if batch == 3 else f"-b{batch}")
+    return Case(name, Grid(height, width), heads, head_dim, batch, height * width)
+
+
+# SD3 puts the text behind the image, Flux in front of it.
+_ALL = (
+    *(_image("sdxl", h, w, heads, 64, b) for b in (3, 6) for h, w, heads in ((32, 32, 20), (64, 64, 10))),
+    _image("sdxl", 26, 38, 20, 64),  # 832x1216 pixels
+    _image("sdxl", 52, 76, 10, 64),
+    _image("sd15", 64, 64, 8, 40),
+    _image("sd15", 32, 32, 8, 80),
+    _image("sd15", 16, 16, 8, 160),
+    Case("sd3-64x64", Grid(64, 64), 24, 64, 3, 64 * 64 + 154),
+    Case("flux-64x64", Grid(64, 64, start=512), 24, 128, 3, 64 * 64 + 512),
+    _image("sdxl", 128, 128, 10, 64),  # 16,384 tokens: 2048x2048 pixels
+    # Seconds on any machine: to see that everything runs, not to learn how fast.
+    _image("tiny", 6, 10, 2, 16),
+    Case("tiny-text-5x7", Grid(5, 7, start=3), 2, 16, 3, 5 * 7 + 3),
+)
+CASES = {case.name: case for case in _ALL}
+TINY = tuple(name for name in CASES if name.startswith("tiny"))
+REAL = tuple(name for name in CASES if name not in TINY)
+ON_A_CPU = tuple(name for name in REAL if name.startswith("sdxl") and CASES[name].batch == 3 and "128" not in name)
+
+
+def find_cases(wanted: Iterable[str]) -> tuple[Case, ...]:
+    """The cases of these names or globs, in the table's order.
+
+    Raises:
+        ValueError: for one that fits no case; the message lists them.
+
+    Example:
+        >>> [case.name for case in find_cases(["sdxl-*x64", "tiny-6x10"])]
+        ['sdxl-64x64', 'tiny-6x10']
+    """
+    found = set()
+    for pattern in wanted:
+        fitting = {name for name in CASES if fnmatchcase(name, pattern)}
+        if not fitting:
+            raise ValueError(f"--cases {pattern!r} fits none of {', '.join(CASES)}")
+        found |= fitting
+    return tuple(case for name, case in CASES.items() if name in found)

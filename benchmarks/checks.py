@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a result is right: against the reference in float64, under the numerics contract, on a drawn part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case, Inputs
+from benchmarks.providers import Provider
+from segkern import Grid, reference
+from tests.contract import assert_contract, plain_attention, plain_blur
+
+_HEADS = 4
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples, heads and tokens that are looked at; all of them would take float64 too long."""
+
+    samples: list[int]
+    heads: list[int]
+    rows: list[int]
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Its part of ``[batch, heads, tokens, dim]``."""
+        return x[self.samples][:, self.heads][:, :, self.rows]
+
+    def stated(self) -> dict[str, Any]:
+        """For a result file."""
+        return {"samples": self.samples, "heads": self.heads, "rows": len(self.rows)}
+
+
+def draw_part(case: Case) -> Part:
+    """One sample that is not blurred and one that is, some heads, some rows, the first and the last among them."""
+    generator = torch.Generator().manual_seed(case.tokens + case.heads)
+
+    def drawn(count: int, of: int, always: set[int]) -> list[int]:
+        return sorted(always | set(torch.randperm(of, generator=generator)[:count].tolist()))
+
+    samples = [*drawn(1, case.batch - case.third, set()), case.batch - 1]
+    ends = {case.grid.start, case.grid.stop - 1, 0, case.tokens - 1}
+    return Part(samples, drawn(_HEADS, case.heads, set()), drawn(_ROWS, case.tokens, ends))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The reference's result in float64, and plain PyTorch's at the inputs' dtype."""
+
+    part: Part
+    oracle: torch.Tensor
+    plain: torch.Tensor
+
+
+def expected(inputs: Inputs, sigma: float, kind: str) -> Expected:
+    """What providers of a kind must give on a part of the result."""
+    case, grid = inputs.case, inputs.case.grid
+    part = draw_part(case)
+    query, key, value = (x[part.samples][:, part.heads] for x in (inputs.query, inputs.key, inputs.value))
+    sigmas = [0.0 if kind == "plain" else case.sigmas(sigma)[sample] for sample in part.samples]
+    exact = reference.gaussian_blur(query.double(), grid, sigmas)[:, :, part.rows]
+    plain = plain_blur(query, grid, sigmas)[:, :, part.rows]
+    if kind != "blur":
+        exact, _ = reference.attention(exact, key.double(), value.double())
+        plain = plain_attention(plain, key, value, Grid(1, 1), 0.0)  # they are blurred already
+    return Expected(part, exact, plain)
+
+
+def judge(provider: Provider, result: torch.Tensor, inputs: Inputs, wanted: Expected) -> tuple[dict[str, Any], str]:
+    """The errors of a result's blurred sample, and why the result is wrong; empty when it is not.
+
+    The contract holds for all that is looked at; its root mean square for the blurred sample alone as well, whose
+    values are so much smaller that a wrong blur in half precision would hide behind the other's. An approximation is
+    held to be finite and no more.
+    """
+    case = inputs.case
+    shape = (case.batch, case.heads, case.tokens, case.head_dim)
+    if result.shape != shape:
+        return {}, f"the result's shape is {tuple(result.shape)}, not {shape}"
+    if result.dtype != case.dtype:
+        return {}, f"the result's dtype is {result.dtype}, not {case.dtype}"
+    found = wanted.part.of(result)
+    if not found.isfinite().all():
+        return {}, f"{(~found.isfinite()).sum()} of {found.numel()} values are not finite"
+    oracle = wanted.oracle[-1]
+    error, plain = found[-1].double() - oracle, wanted.plain[-1].double() - oracle
+    errors = {
+        "maximum": error.abs().max().item(),
+        "rms": error.square().mean().sqrt().item(),
+        "relative": (error.norm() / oracle.norm()).item(),
+        "plain_maximum": plain.abs().max().item(),
+        "plain_rms": plain.square().mean().sqrt().item(),
+        "largest_value": oracle.abs().max().item(),
+        **wanted.part.stated(),
+    }
+    if provider.exact:
+        try:
+            assert_contract(found, wanted.oracle, wanted.plain)
+        except AssertionError as failure:
+            return errors, f"wrong under the numerics contract: {failure}"
+        share = share_of_allowed(errors, case.dtype)
+        if share > 1.0:
+            return errors, f"wrong in the blurred sample: rms error {errors['rms']:.3e}, {share:.2f} of what is allowed"
+    return errors, ""
+
+
+def share_of_allowed(errors: dict[str, Any], dtype: torch.dtype) -> float:
+    """A sample's root-mean-square error over what the contract allows it."""
+    allowed = 2 * errors["plain_rms"] + torch.finfo(dtype).eps * errors["largest_value"]
+    return float(errors["rms"] / allowed)

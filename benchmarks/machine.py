@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine says about itself: versions, clocks, memory that is free. Nothing here changes a setting."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from segkern.environment import environment
+
+_ROOT = Path(__file__).parents[1]
+_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+
+
+def described(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit and driver, as a result file holds them."""
+    found = environment(device, "triton", "numpy") | {"device_type": device.type}
+    if _only_results_differ():
+        found["commit"] = found["commit"].removesuffix("-dirty")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "cuda": torch.version.cuda or "",
+            "hip": torch.version.hip or "",
+            "multiprocessors": properties.multi_processor_count,
+            "l2_mib": properties.L2_cache_size / 2**20,
+            "driver": _ask(device, "driver_version") or "not known",
+        }
+    return found
+
+
+def _only_results_differ() -> bool:
+    """Whether all that differs from the commit is what measuring writes: one suite after another measures the same."""
+    try:
+        command = ["git", "status", "--porcelain", "--untracked-files=no"]
+        asked = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    changed = [line[3:] for line in asked.stdout.splitlines()]
+    return asked.returncode == 0 and all(path.startswith("benchmarks/results/") for path in changed)
+
+
+def clocks(device: torch.device) -> dict[str, float] | str:
+    """Clocks in MHz at this moment, ``sm`` and ``mem`` with their maxima; or why they are not known."""
+    if device.type != "cuda":
+        return "not measured"
+    answer = _ask(device, ",".join(_CLOCKS))
+    if answer is None:
+        return "not measured: no answer from nvidia-smi"
+    try:
+        values = [float(word) for word in answer.split(",")]
+    except ValueError:
+        return f"not measured: nvidia-smi says {answer!r}"
+    return {name.removeprefix("clocks."): value for name, value in zip(_CLOCKS, values, strict=True)}
+
+
+def _ask(device: torch.device, fields: str) -> str | None:
+    """What nvidia-smi says about a device, by its identity: its own numbering knows no CUDA_VISIBLE_DEVICES."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", "-i", which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() if asked.returncode == 0 and asked.stdout.strip() else None
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be allocated there."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's name.
+
+    Example:
+        >>> slug("NVIDIA H100 80GB HBM3"), slug("AMD EPYC")
+        ('nvidia-h100-80gb-hbm3', 'amd-epyc')
+    """
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+    return "-".join(words)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A result file as pictures: ratio to plain attention over sigma, throughput over tokens, a roofline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.cases import CASES
+from benchmarks.providers import PROVIDERS
+from benchmarks.results import Result, Row
+from benchmarks.work import PEAKS, Peaks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLUMNS = 3
+_MARKERS = "osD^vPX*<>hd"
+_REFERENCE = "fastest unblurred attention"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a result: its file's name and the function that draws it."""
+
+    name: str
+    title: str
+    draw: Callable[[Figure], None]
+
+
+def pictures(stem: str, result: Result) -> tuple[list[Picture], list[str]]:
+    """The pictures that a result gives, and why it does not give others."""
+    found, left_out = [], []
+    timed = [row for row in result["rows"] if row["reason"] is None]
+    sigmas = {row["sigma"] for row in timed if row["kind"] != "plain"}
+    for dtype in dict.fromkeys(row["dtype"] for row in timed):
+        rows = [row for row in timed if row["dtype"] == dtype]
+        if len(sigmas) > 1:
+            what = f"{result['suite']}: time relative to plain attention over sigma, {dtype}"
+            found.append(Picture(f"{stem}-ratio-{dtype}.png", what, _bound(_ratios, result, rows)))
+        line = _one_family(rows)
+        if len({row["tokens"] for row in line}) > 1:
+            what = f"{result['suite']}: throughput over tokens, {dtype}"
+            found.append(Picture(f"{stem}-throughput-{dtype}.png", what, _bound(_throughput, result, line)))
+        peaks = PEAKS.get(result["environment"]["device"])
+        if peaks is not None:
+            what = f"{result['suite']}: roofline, {dtype}"
+            found.append(Picture(f"{stem}-roofline-{dtype}.png", what, _bound(_roofline, result, rows)))
+    if len(sigmas) < 2:
+        left_out.append(f"no ratio over sigma: {stem} has {len(sigmas)} sigma")
+    if not any("-throughput-" in picture.name for picture in found):
+        left_out.append(f"no throughput over tokens: {stem} has no two grids of the same head dimension and batch")
+    if result["environment"]["device"] not in PEAKS:
+        device = result["environment"]["device"]
+        left_out.append(f"no roofline: the peak rates of {device!r} are not among those that benchmarks/work.py knows")
+    return found, left_out
+
+
+def write(stem: str, result: Result, folder: Path) -> tuple[list[Path], list[str]]:
+    """Draw all of them into a folder; their paths, and why others are missing."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    found, left_out = pictures(stem, result)
+    paths = []
+    for picture in found:
+        figure = Figure(layout="constrained")
+        picture.draw(figure)
+        figure.suptitle(f"{picture.title}\n{_where(result)}", fontsize=11)
+        path = folder / picture.name
+        # No time and no version inside: the same file gives the same bytes with the same matplotlib.
+        figure.savefig(path, dpi=100, metadata={"Software": None})
+        paths.append(path)
+    return paths, left_out
+
+
+def _bound(
+    draw: Callable[[Figure, Result, Sequence[Row]], None], result: Result, rows: Sequence[Row]
+) -> Callable[[Figure], None]:
+    return lambda figure: draw(figure, result, rows)
+
+
+def _where(result: Result) -> str:
+    env, quick = result["environment"], ", a quick run: the numbers say nothing" if result["quick"] else ""
+    threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
+    return f"{env['device']}{threads}, torch {env['torch']}, commit {env['commit'] or 'unknown'}{quick}"
+
+
+def style(provider: str) -> dict[str, Any]:
+    """A provider's colour and marker, the same in every picture; approximations are dotted."""
+    from matplotlib import colormaps
+
+    place = list(PROVIDERS).index(provider) if provider in PROVIDERS else len(PROVIDERS)
+    exact = provider not in PROVIDERS or PROVIDERS[provider].exact
+    tone = place % 10 * 2 + place // 10 % 2  # ten strong colours, then their light ones
+    return {
+        "color": "black" if provider == "auto" else colormaps["tab20"](tone),
+        "marker": _MARKERS[place % len(_MARKERS)],
+        "linestyle": "-" if exact else ":",
+        "markersize": 5,
+        "linewidth": 2.2 if provider == "auto" else 1.2,
+        "label": provider,
+    }
+
+
+def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["provider"], []).append(row)
+    return found
+
+
+def _panels(figure: Figure, count: int, height: float = 4.0) -> list[Axes]:
+    columns = min(_COLUMNS, count)
+    lines = math.ceil(count / columns)
+    figure.set_size_inches(max(7.5, 5.2 * columns), height * lines + 1.6)
+    panels = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    for panel in panels[count:]:
+        panel.remove()
+    return panels[:count]
+
+
+def _label_first(panel: Axes, label: str) -> None:
+    """The label of the axis that the panels of a line share."""
+    place = panel.get_subplotspec()
+    if place is not None and place.is_first_col():
+        panel.set_ylabel(label)
+
+
+def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    named: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=9)
+
+
+def _ratios(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    panels = _panels(figure, len(cases))
+    ratios = [row["ratio"]["median"] for row in rows if row["ratio"] and row["kind"] != "plain"]
+    for panel, case in zip(panels, cases, strict=True):
+        here = [row for row in rows if row["case"] == case and row["kind"] != "plain" and row["ratio"]]
+        sigmas = sorted({row["sigma"] for row in here}, key=float)
+        panel.axhline(1.0, color="black", linestyle="--", linewidth=1, label=_REFERENCE)
+        for provider, points in _grouped(here).items():
+            points = sorted(points, key=lambda row: float(row["sigma"]))
+            places = [sigmas.index(row["sigma"]) for row in points]
+            panel.errorbar(
+                places, [row["ratio"]["median"] for row in points], _bars(points), capsize=2, **style(provider)
+            )
+        panel.set_xticks(range(len(sigmas)), ["∞" if sigma == "inf" else sigma for sigma in sigmas])
+        panel.set_xlabel("sigma of the blur, tokens")
+        _label_first(panel, "time / time of unblurred attention")
+        if max(ratios) > 4 * min(ratios):
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
+            panel.tick_params(axis="y", which="minor", labelsize=7)
+        panel.set_title(_title(case, points_of=rows), fontsize=10)
+        panel.grid(alpha=0.3, which="both")
+    _legend(figure, panels)
+
+
+def _bars(rows: Sequence[Row]) -> list[list[float]] | None:
+    """Distances to the 20th and 80th percentile, where the file has them."""
+    if not all({"p20", "p80"} <= set(row["ratio"]) for row in rows):
+        return None
+    ratios = [row["ratio"] for row in rows]
+    return [[max(0.0, r["median"] - r["p20"]) for r in ratios], [max(0.0, r["p80"] - r["median"]) for r in ratios]]
+
+
+def _title(case: str, points_of: Sequence[Row]) -> str:
+    row = next(row for row in points_of if row["case"] == case)
+    label = CASES[case].label if case in CASES else f"{row['height']}x{row['width']} tokens, {row['heads']} heads"
+    return f"{case}\n{label} of {row['head_dim']}, {row['batch'] - row['blurred']} plain + {row['blurred']} blurred"
+
+
+def _one_family(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose grids differ and little else: the head dimension and batch that have most grids, no text."""
+    families: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        if row["tokens"] == row["height"] * row["width"] and row["tflops"] is not None:
+            families.setdefault((row["head_dim"], row["batch"]), []).append(row)
+    return max(families.values(), key=lambda family: len({row["tokens"] for row in family}), default=[])
+
+
+def _throughput(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
+    finite = sorted({row["sigma"] for row in rows} - {"inf"}, key=lambda sigma: abs(float(sigma) - 10.0))
+    chosen = [*finite[:1], *(["inf"] if any(row["sigma"] == "inf" for row in rows) else [])]
+    panels = _panels(figure, len(chosen))
+    unit, factor = ("TFLOP/s", 1.0) if max(row["tflops"] for row in rows) > 5 else ("GFLOP/s", 1e3)
+    for panel, sigma in zip(panels, chosen, strict=True):
+        for provider, points in _grouped([row for row in rows if row["sigma"] == sigma]).items():
+            points = sorted(points, key=lambda row: row["tokens"])
+            look = style(provider) | ({"linestyle": "--"} if points[0]["kind"] == "plain" else {})
+            panel.plot([row["tokens"] for row in points], [row["tflops"] * factor for row in points], **look)
+        panel.set_xscale("log", base=2)
+        ticks = _apart(sorted({row["tokens"] for row in rows}))
+        panel.set_xticks(ticks, [str(count) for count in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel("tokens of the grid")
+        _label_first(panel, f"{unit}, of unblurred attention's FLOPs")
+        first = rows[0]
+        where = f"head dimension {first['head_dim']}, batch {first['batch']}, dashed: nothing blurred"
+        panel.set_title(f"sigma {'∞' if sigma == 'inf' else sigma}; {where}", fontsize=10)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylim(0.0, 1.05 * factor * max(row["tflops"] for row in rows))  # the panels share it
+    _legend(figure, panels)
+
+
+def _apart(counts: Sequence[int]) -> list[int]:
+    """The largest of those that lie too near to each other to be written side by side."""
+    return [count for count, after in zip(counts, [*counts[1:], 2 * counts[-1]], strict=True) if after > 1.3 * count]
+
+
+def _roofline(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
+    peaks: Peaks = PEAKS[result["environment"]["device"]]
+    flops = peaks.float32_flops if rows[0]["dtype"] == "float32" else peaks.half_flops
+    (panel,) = _panels(figure, 1, height=6.0)
+    figure.set_size_inches(9.5, 8.0)
+    sigma = min({row["sigma"] for row in rows}, key=lambda sigma: abs(min(float(sigma), 1e9) - 10.0))
+    rows = [row for row in rows if row["flops"] > 0 and row["sigma"] == sigma]
+    intensity = [row["flops"] / row["bytes"] for row in rows]
+    left, right = min(intensity) / 2, max([*intensity, flops / peaks.bytes]) * 2
+    roof = [left, flops / peaks.bytes, right]
+    label = f"peak: {peaks.bytes / 1e12:g} TB/s, {flops / 1e12:g} TFLOP/s"
+    panel.plot(roof, [min(flops, x * peaks.bytes) / 1e12 for x in roof], "k-", linewidth=1.5, label=label)
+    clock = f"{result['headline']}_ms"
+    for provider, points in _grouped(rows).items():
+        rates = [row["flops"] / row[clock]["median"] / 1e9 for row in points]
+        look = style(provider) | {"linestyle": "none"}
+        panel.plot([row["flops"] / row["bytes"] for row in points], rates, alpha=0.8, **look)
+    if peaks.exps is not None and any(row["exps"] for row in rows):
+        ceiling = 4 * 64 * peaks.exps / 1e12
+        text = f"exponentials at head dimension 64: {ceiling:.0f} TFLOP/s"
+        panel.axhline(ceiling, color="grey", linestyle="--", label=text)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("counted FLOPs per byte between memory and chip")
+    panel.set_ylabel("counted TFLOP/s")
+    at = "∞" if sigma == "inf" else sigma
+    panel.set_title(f"sigma {at}, one point for each layer\npeaks: {peaks.source}", fontsize=8)
+    panel.grid(alpha=0.3, which="both")
+    _legend(figure, [panel])

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result files: ``benchmarks/results/<device>-<suite>.json``, one run of one suite each.
+
+A file is an object with
+
+* ``schema``: 2;
+* ``suite``: its name; ``complete``: false while the run goes on or where it was cut off; ``quick``: true where the
+  numbers only show that everything runs;
+* ``environment``: device, device_type (``cpu`` or ``cuda``), threads, versions of python, torch, triton, numpy and
+  segkern, the commit of the checkout (``-dirty`` where files differed), and on CUDA cuda, hip, driver,
+  multiprocessors, l2_mib;
+* ``headline``: the clock that ``ratio`` and ``tflops`` are made of, ``hot`` on CUDA, ``wall`` on a CPU
+  (:mod:`benchmarks.timing` says what the clocks are);
+* ``rows``, one for each provider, case, dtype and sigma.
+
+A row holds
+
+* ``case``, ``height``, ``width``, ``start``, ``tokens``, ``heads``, ``head_dim``, ``batch``, ``blurred`` (samples at
+  the batch's end), ``dtype``, ``sigma`` (text, ``"inf"`` included), ``provider``, ``kind`` (``plain``: nothing is
+  blurred, ``attention``, ``blur``) and ``exact`` (false for an approximation);
+* ``error`` of the last sample, which is a blurred one: ``maximum``, ``rms`` and ``relative`` (of norms) against the
+  float64 reference, the plain computation's ``plain_maximum`` and ``plain_rms``, ``largest_value``, and the part that
+  was looked at: ``samples`` (both are held to the contract), ``heads``, ``rows`` (a count); null where it was not found
+  out;
+* ``reason``: why there is no time: wrong, or it cannot run; null where there is one;
+* ``wall_ms``, ``hot_ms``, ``cold_ms``, ``graph_ms``: ``median``, ``p20`` and ``p80`` over ``rounds`` rounds, or a text
+  that says why that clock has nothing;
+* ``ratio``: the same three of the headline over that of the fastest unblurred attention in the same round, whose name
+  is ``ratio_to``; both null where none ran;
+* ``tflops``: FLOPs of unblurred attention of the whole batch over the median headline, so that it ranks as time does
+  (null for ``blur``);
+* ``flops``, ``exps``, ``bytes``: the provider's own work, counted (:mod:`benchmarks.work`);
+* ``peak_mib``: memory that a call allocates at most, result included; ``clocks``: in MHz, right after the rounds;
+  either may be a text that says why it is not known.
+
+The first schema, which pytest wrote, had one row for three providers; :func:`read` turns it into rows of this one, and
+what was not measured then stays null.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import CASES, Case
+from benchmarks.providers import PROVIDERS
+from benchmarks.work import attention
+
+RESULTS = Path(__file__).parent / "results"
+QUICK = Path("outputs") / "benchmarks"
+SCHEMA = 2
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+_KEYS = {"schema", "suite", "complete", "quick", "environment", "headline", "rows"}
+_FIRST_SCHEMA = {"sdpa": "sdpa", "official": "official", "segkern": "auto"}
+
+
+def describe_case(case: Case) -> Row:
+    """What a row says about its case."""
+    return {
+        "case": case.name,
+        "height": case.grid.height,
+        "width": case.grid.width,
+        "start": case.grid.start,
+        "tokens": case.tokens,
+        "heads": case.heads,
+        "head_dim": case.head_dim,
+        "batch": case.batch,
+        "blurred": case.third,
+        "dtype": case.dtype_name,
+    }
+
+
+_TIMES = {"wall_ms", "hot_ms", "cold_ms", "graph_ms", "rounds", "ratio", "ratio_to", "tflops", "peak_mib", "clocks"}
+_REST = {"sigma", "provider", "kind", "exact", "error", "reason", "flops", "exps", "bytes"}
+ROW_KEYS = frozenset(describe_case(next(iter(CASES.values())))) | _TIMES | _REST
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What tells a row from the others of its suite."""
+    return row["case"], row["dtype"], row["sigma"], row["provider"]
+
+
+def write(path: Path, result: Result) -> None:
+    """Write a whole file, or leave the one before untouched."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read(path: Path) -> Result:
+    """A result file of either schema, as the present one.
+
+    Raises:
+        ValueError: for what is no result file; the message says what is wrong with it.
+        OSError: when it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from None
+    if isinstance(found, dict) and "attention" in found and "schema" not in found:
+        return _from_first_schema(found)
+    check(found, str(path))
+    return found
+
+
+def check(found: Any, name: str) -> None:
+    """Raise a ValueError that says where ``found`` differs from the schema."""
+    if not isinstance(found, dict) or set(found) != _KEYS:
+        has = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{name} is no result file: it has {has}, not {', '.join(sorted(_KEYS))}")
+    if found["schema"] != SCHEMA:
+        raise ValueError(f"{name} has schema {found['schema']!r}, not {SCHEMA}")
+    for number, row in enumerate(found["rows"]):
+        if set(row) != ROW_KEYS:
+            raise ValueError(f"{name}, row {number}: {', '.join(sorted(set(row) ^ ROW_KEYS))} should not or should be")
+        if (row["reason"] is None) != isinstance(row[f"{found['headline']}_ms"], dict):
+            raise ValueError(f"{name}, row {number}: a row has either a time or a reason, {key(row)} does not")
+
+
+def committed() -> dict[str, Result]:
+    """Every committed result file by its stem, in the order of names."""
+    return {path.stem: read(path) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def _from_first_schema(found: dict[str, Any]) -> Result:
+    rows = []
+    for old in found["attention"]:
+        match = re.fullmatch(r"(\d+)x(\d+) tokens, (\d+) heads", old["case"])
+        if match is None:
+            raise ValueError(f"the case {old['case']!r} is none of the first schema")
+        case = CASES[f"sdxl-{match[1]}x{match[2]}"]
+        if (case.heads, case.batch, case.dtype_name) != (int(match[3]), old["batch"], old["dtype"]):
+            raise ValueError(f"the case {old['case']!r} is not the one that is now {case.name!r}")
+        for short, name in _FIRST_SCHEMA.items():
+            ratio = 1.0 if short == "sdpa" else old[f"{short}_ms"] / old["sdpa_ms"]
+            row: Row = dict.fromkeys(ROW_KEYS) | describe_case(case)
+            row |= {"sigma": old["sigma"].removesuffix(".0"), "provider": name, "rounds": old["rounds"]}
+            row |= {"kind": PROVIDERS[name].kind, "exact": True, "wall_ms": {"median": old[f"{short}_ms"]}}
+            row |= {"ratio": {"median": ratio}, "ratio_to": "sdpa"}
+            counted = PROVIDERS[name].count(case, float(old["sigma"]))
+            row |= {"flops": counted.flops, "exps": counted.exps, "bytes": counted.bytes}
+            row["tflops"] = attention(case).flops / old[f"{short}_ms"] / 1e9
+            rows.append(row)
+    environment = found["environment"] | {"device_type": "cpu"}
+    kept = {"schema": SCHEMA, "suite": "attention", "complete": True, "quick": False}
+    return kept | {"environment": environment, "headline": "wall", "rows": rows}

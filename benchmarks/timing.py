@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long calls take: all of them in every round, so that they see the same machine, each round from another one on.
+
+Four clocks, of which a CPU has the first:
+
+* ``wall``: from the call to the end of its work, the host's share included;
+* ``hot``: on the device, right after the same call, so that L2 holds what fits of inputs and outputs, as it does
+  after the projections of a real layer;
+* ``cold``: on the device, after L2 was overwritten;
+* ``graph``: on the device, of one call in a CUDA graph that holds several, so that the host plays no part.
+
+Before ``hot`` and ``cold`` the device has work to do while the host prepares the call. Clocks are never changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from benchmarks.providers import Call
+
+CLOCKS = ("wall", "hot", "cold", "graph")
+_NOT_HERE = "not measured"
+_FLUSH_MIB = 256  # or four times L2, if that is more
+_CALLS_IN_A_GRAPH = 10  # at most; fewer once they take a millisecond together
+
+Samples = dict[str, list[float]]  # clock -> milliseconds, one per round
+
+
+def headline(device: torch.device) -> str:
+    """The clock that ratios and throughput are made of."""
+    return "hot" if device.type == "cuda" else "wall"
+
+
+def time_calls(
+    calls: Mapping[str, Call], device: torch.device, rounds: int, no_graph: Mapping[str, str] | None = None
+) -> tuple[dict[str, Samples], dict[str, dict[str, str]]]:
+    """Milliseconds of every call on every clock, and why a clock has none.
+
+    Args:
+        calls: that have run before.
+        device: that they run on.
+        rounds: in which each of them is timed once per clock.
+        no_graph: names of calls that no CUDA graph can hold, with the reason.
+    """
+    names = list(calls)
+    found: dict[str, Samples] = {name: {} for name in names}
+    missing: dict[str, dict[str, str]] = {name: {} for name in names}
+    if device.type != "cuda":
+        for turn in range(rounds):
+            for name in _rotated(names, turn):
+                found[name].setdefault("wall", []).append(wall(calls[name], device))
+        for name in names:
+            missing[name] = dict.fromkeys(CLOCKS[1:], _NOT_HERE)
+        return found, missing
+    with torch.cuda.device(device):
+        graphs = _captured(calls, no_graph or {}, missing)
+        flush = _flush_buffer(device)
+        for turn in range(rounds):
+            for name in _rotated(names, turn):
+                found[name].setdefault("wall", []).append(wall(calls[name], device))
+                for clock, before in (("cold", None), ("hot", calls[name])):
+                    found[name].setdefault(clock, []).append(_on_device(calls[name], flush, before))
+                if name in graphs:
+                    graph, held = graphs[name]
+                    replayed = _on_device(graph.replay, flush, graph.replay)
+                    found[name].setdefault("graph", []).append(replayed / held)
+    return found, missing
+
+
+def _rotated(names: Sequence[str], turn: int) -> list[str]:
+    first = turn % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def wall(call: Call, device: torch.device) -> float:
+    """Milliseconds from the call to the end of its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    """Memory that does not fit L2."""
+    size = max(_FLUSH_MIB * 2**20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+    return torch.empty(size, dtype=torch.int8, device=device)
+
+
+def _on_device(call: Callable[[], object], flush: torch.Tensor, before: Callable[[], object] | None) -> float:
+    """Milliseconds between two events around the call, L2 overwritten and then, if given, ``before`` called."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    flush.zero_()
+    if before is not None:
+        before()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _captured(
+    calls: Mapping[str, Call], no_graph: Mapping[str, str], missing: dict[str, dict[str, str]]
+) -> dict[str, tuple[torch.cuda.CUDAGraph, int]]:
+    """A graph each, and how many calls it holds; those that cannot be captured go to ``missing``."""
+    graphs = {}
+    for name, call in calls.items():
+        if name in no_graph:
+            missing[name]["graph"] = f"not measured: {no_graph[name]}"
+            continue
+        try:
+            graphs[name] = _capture(call)
+        except RuntimeError as error:
+            missing[name]["graph"] = f"not measured: {first_line(error)}"
+    return graphs
+
+
+def _capture(call: Call) -> tuple[torch.cuda.CUDAGraph, int]:
+    held = max(1, min(_CALLS_IN_A_GRAPH, round(1.0 / wall(call, torch.device("cuda")))))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries make their workspaces for the stream of the capture
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        for _ in range(held):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph, held
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, for a row."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def peak_mib(call: Call, device: torch.device) -> float | str:
+    """Most memory that a call allocates beyond what there was, its result included."""
+    if device.type != "cuda":
+        return _NOT_HERE
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile.
+
+    Example:
+        >>> spread([1.0, 2.0, 3.0, 4.0, 6.0])
+        {'median': 3.0, 'p20': 1.8, 'p80': 4.4}
+    """
+    p20, median, p80 = np.percentile(list(values), [20, 50, 80]).tolist()
+    return {"median": median, "p20": round(p20, 12), "p80": round(p80, 12)}

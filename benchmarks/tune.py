@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile shapes tried on a real device: what does not compile or computes something wrong is out, the rest is timed.
+
+Nothing is predicted. The result is a table of its own that names device and versions; it changes no default.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks import checks, machine, timing
+from benchmarks.cases import Case, Inputs
+from benchmarks.providers import PROVIDERS, Call
+from benchmarks.results import describe_case
+from segkern.kernels import _configs
+from segkern.kernels import seg_attention as kernel
+from segkern.kernels._configs import Tile
+
+_ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+
+
+def candidates(case: Case, device: torch.device) -> tuple[Tile, ...]:
+    """The present tile first, then those of every family's table for this dtype, then their neighbours.
+
+    Neighbours have the present tile's column block, and its register limit or none.
+    """
+    now = _configs.attention_tile(device, case.head_dim, case.dtype, False)
+    size = case.dtype.itemsize
+    tables = [tile for family in _configs._ATTENTION.values() for _, tile in family[size]]
+    limits = {None, now.max_registers}
+    around = [
+        Tile(rows, keys, now.block_c, warps, stages, limit)
+        for rows, keys, warps, stages in itertools.product(_ROWS, _KEYS, _WARPS, _STAGES)
+        for limit in limits
+    ]
+    return tuple(dict.fromkeys([now, *tables, *around]))
+
+
+def tune(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Every tile's time or the reason why it has none, the fastest first.
+
+    The result has ``environment``, ``clocks``, the shape, ``sigma``, ``now`` (the present tile) and ``tiles``: a list
+    of ``tile``, ``error``, ``reason``, and ``ms`` with median, p20 and p80.
+    """
+    inputs = case.inputs(device)
+    provider = PROVIDERS["triton"]
+    wanted = checks.expected(inputs, sigma, provider.kind)
+    found: list[dict[str, Any]] = []
+    calls: dict[str, Call] = {}
+    for number, tile in enumerate(tiles):
+        call = _with_tile(provider.make(inputs, sigma), tile)
+        row: dict[str, Any] = {"tile": asdict(tile), "error": None, "reason": None, "ms": None}
+        found.append(row)
+        try:
+            row["error"], wrong = checks.judge(provider, call(), inputs, wanted)
+            row["reason"] = wrong or None
+        except Exception as error:  # a compiler raises what it likes; it is this tile's answer
+            row["reason"] = timing.first_line(error)
+        if row["reason"] is None:
+            calls[str(number)] = call
+    samples, _ = timing.time_calls(calls, device, rounds, dict.fromkeys(calls, "tiles are timed call by call"))
+    clock = timing.headline(device)
+    for name, clocks in samples.items():
+        found[int(name)]["ms"] = timing.spread(clocks[clock])
+    now = asdict(tiles[0])
+    found.sort(key=lambda row: row["ms"]["median"] if row["ms"] else float("inf"))
+    return {
+        "environment": machine.described(device),
+        "clocks": machine.clocks(device),
+        "architecture": _configs.architecture(device),
+        **describe_case(case),
+        "sigma": f"{sigma:g}",
+        "rounds": rounds,
+        "clock": clock,
+        "now": now,
+        "tiles": found,
+    }
+
+
+def _with_tile(call: Call, tile: Tile) -> Call:
+    """The call with the attention kernel's tile put in place of the table's."""
+
+    def run() -> torch.Tensor:
+        with patch.object(kernel, "attention_tile", lambda *_: tile):
+            return call()
+
+    return run
+
+
+def write(path: Path, tuned: Sequence[dict[str, Any]]) -> None:
+    """All shapes as one JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(tuned), indent=1) + "\n", encoding="utf-8")
+
+
+def why_not(inputs_device: torch.device, case: Case, sigma: float) -> str | None:
+    """Why the kernel cannot run for a case there."""
+    empty = torch.empty(0, device=inputs_device, dtype=case.dtype)
+    return PROVIDERS["triton"].why_not(Inputs(case, empty, empty, empty), sigma)

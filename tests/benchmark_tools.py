@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark suite's commands run in this process, and a small result file that they wrote."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no installed package
+
+from benchmarks.__main__ import app
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def quick_run(folder: Path) -> Path:
+    """The file of a quick run of everything but FlexAttention, whose compilation takes its time."""
+    path = folder / "quick.json"
+    providers = "sdpa*,official,separable,dense,auto,torch,triton,blur + sdpa,stride *"
+    ran = command("run", "--quick", "--device", "cpu", "--providers", providers, "--out", path)
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert f"wrote {path}" in ran.output
+    return path

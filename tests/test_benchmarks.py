@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring: a wrong result has no time, rounds take turns, all ways compute the same, work is counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from benchmark_tools import quick_run
+
+from benchmarks import checks, machine, results, timing, tune, work
+from benchmarks.cases import CASES, REAL, TINY, Case, Inputs
+from benchmarks.measure import measure
+from benchmarks.providers import PROVIDERS, Call, Provider
+from benchmarks.suites import SIGMAS, SUITES
+from segkern import Grid
+from segkern.kernels._configs import Tile
+
+CPU = torch.device("cpu")
+TEXT = CASES["tiny-text-5x7"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quick_run(tmp_path_factory.mktemp("results"))
+
+
+def test_a_quick_run_has_a_row_for_every_way_case_and_sigma(quick: Path) -> None:
+    found = results.read(quick)
+    assert (found["suite"], found["complete"], found["quick"], found["headline"]) == ("attention", True, True, "wall")
+    assert found["environment"]["commit"] == machine.described(CPU)["commit"]
+    ways = [provider.name for provider in SUITES["attention"].providers if provider.name != "flex"]
+    expected = {(case, "float32", f"{sigma:g}", way) for case in TINY for sigma in SIGMAS for way in ways}
+    assert {results.key(row) for row in found["rows"]} == expected
+    assert len(found["rows"]) == len(expected)
+
+
+def test_rows_have_times_errors_and_ratios_or_a_reason(quick: Path) -> None:
+    rows = results.read(quick)["rows"]
+    reasons = {row["provider"]: row["reason"] for row in rows if row["reason"]}
+    assert reasons.keys() == {"sdpa efficient", "sdpa cudnn", "triton"}, reasons
+    for row in rows:
+        if row["reason"]:
+            assert row["wall_ms"] is row["ratio"] is row["tflops"] is None
+            continue
+        time = row["wall_ms"]
+        assert 0 < time["p20"] <= time["median"] <= time["p80"]
+        assert row["hot_ms"] == row["cold_ms"] == row["graph_ms"] == row["peak_mib"] == row["clocks"] == "not measured"
+        assert row["ratio_to"].startswith("sdpa")
+        assert (row["error"]["relative"] < 1e-6) == (row["exact"] or row["sigma"] == "inf")
+    same = [row for row in rows if row["provider"] == row["ratio_to"]]
+    assert same
+    assert all(row["ratio"]["median"] == 1.0 for row in same)
+
+
+def rows_of(*providers: Provider, sigma: float = 1.0) -> dict[str, dict[str, Any]]:
+    (rows,) = measure(TEXT, (sigma,), [PROVIDERS["sdpa"], *providers], CPU, rounds=2)
+    return {row["provider"]: row for row in rows}
+
+
+def spoiled(name: str, spoil: Callable[[torch.Tensor], torch.Tensor], of: str = "auto") -> Provider:
+    def make(inputs: Inputs, sigma: float) -> Call:
+        call = PROVIDERS[of].make(inputs, sigma)
+        return lambda: spoil(call())
+
+    return replace(PROVIDERS[of], name=name, make=make)
+
+
+def test_a_wrong_result_has_no_time() -> None:
+    def fails(result: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel for this\nand a long story")
+
+    rows = rows_of(
+        PROVIDERS["auto"],
+        spoiled("off", lambda result: result * 1.0001),
+        spoiled("nan", lambda result: torch.full_like(result, math.nan)),
+        spoiled("shape", lambda result: result[:, :1]),
+        spoiled("dtype", lambda result: result.half()),
+        spoiled("fails", fails),
+        replace(PROVIDERS["auto"], name="unblurred", make=PROVIDERS["sdpa"].make),
+    )
+    assert rows["auto"]["reason"] is None
+    assert rows["auto"]["wall_ms"]["median"] > 0
+    for name, reason in {
+        "off": "wrong under the numerics contract",
+        "nan": "not finite",
+        "shape": "shape is (3, 1, 38, 16), not (3, 2, 38, 16)",
+        "dtype": "torch.float16, not torch.float32",
+        "fails": "RuntimeError: no kernel for this",
+        "unblurred": "wrong under the numerics contract",
+    }.items():
+        assert reason in rows[name]["reason"]
+        assert rows[name]["wall_ms"] is rows[name]["ratio"] is None
+    assert "story" not in rows["fails"]["reason"]
+
+
+def test_another_sigma_is_wrong_in_half_precision_too() -> None:
+    inputs = Case("square", Grid(32, 32), 8, 64, 3, 32 * 32, torch.bfloat16).inputs(CPU)
+    wanted = checks.expected(inputs, 10.0, "attention")
+    auto = PROVIDERS["auto"]
+    _, wrong = checks.judge(auto, auto.make(inputs, 10.0)(), inputs, wanted)
+    assert not wrong
+    _, wrong = checks.judge(auto, auto.make(inputs, 4.0)(), inputs, wanted)
+    assert "wrong in the blurred sample" in wrong, "which the larger values of the other sample would hide"
+
+
+def test_an_approximation_is_timed_and_its_error_told() -> None:
+    rows = rows_of(PROVIDERS["stride 4"], spoiled("nan", lambda result: result * math.nan, of="stride 4"))
+    assert rows["stride 4"]["reason"] is None
+    assert not rows["stride 4"]["exact"]
+    assert rows["stride 4"]["error"]["relative"] > 1e-3
+    assert "not finite" in rows["nan"]["reason"]
+
+
+@pytest.mark.parametrize("sigma", [0.5, 10.0, math.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_ways_compute_the_same_around_text(sigma: float, dtype: torch.dtype) -> None:
+    inputs = TEXT.of(dtype).inputs(CPU)
+    wanted = {kind: checks.expected(inputs, sigma, kind) for kind in ("plain", "attention", "blur")}
+    looked_at = 0
+    for name, provider in PROVIDERS.items():
+        if name == "flex" or not provider.exact or provider.why_not(inputs, sigma):
+            continue
+        if name == "blur official" and dtype == torch.float32:
+            continue  # its two-dimensional sum rounds more often than the contract allows at large sigma
+        _, wrong = checks.judge(provider, provider.make(inputs, sigma)(), inputs, wanted[provider.kind])
+        assert not wrong, f"{name}: {wrong}"
+        looked_at += 1
+    assert looked_at >= 10
+
+
+def test_what_does_not_fit_the_memory_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_memory", lambda device: 1000.0)
+    rows = rows_of(PROVIDERS["dense"], PROVIDERS["auto"])
+    assert "GiB are free" in rows["dense"]["reason"]
+    assert rows["auto"]["reason"] is None
+
+
+def test_rounds_take_turns_and_start_with_another_call() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples, missing = timing.time_calls(calls, CPU, rounds=4)
+    assert "".join(order) == "abcbcacababc"
+    assert {name: len(found["wall"]) for name, found in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    assert missing["a"] == {"hot": "not measured", "cold": "not measured", "graph": "not measured"}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_all_clocks() -> None:
+    device = torch.device("cuda", 0)
+    chosen = [PROVIDERS[name] for name in ("sdpa", "official", "auto", "triton")]
+    (rows,) = measure(CASES["sdxl-32x32"].of(torch.float16), (3.0,), chosen, device, rounds=3)
+    for row in rows:
+        assert row["reason"] is None, row
+        assert row["peak_mib"] > 0
+        assert all(row[f"{clock}_ms"]["median"] > 0 for clock in ("wall", "hot", "cold"))
+        assert isinstance(row["graph_ms"], str if row["provider"] == "official" else dict), row
+
+
+def test_writing_results_does_not_make_the_checkout_dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(status: str) -> str:
+        ran = SimpleNamespace(returncode=0, stdout=status)
+        monkeypatch.setattr(machine.subprocess, "run", lambda *arguments, **options: ran)
+        monkeypatch.setattr(machine, "environment", lambda *arguments: {"device": "d", "commit": "abc-dirty"})
+        return str(machine.described(CPU)["commit"])
+
+    assert said(" M benchmarks/results/amd-epyc-attention.json\n") == "abc"
+    assert said(" M benchmarks/results/a.json\n M segkern/api.py\n") == "abc-dirty"
+
+
+def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
+    case = CASES["tiny-6x10"].of(torch.float16)
+    good = tune.candidates(case, device)
+    assert good[0] == tune._configs.attention_tile(device, case.head_dim, case.dtype, False)
+    assert len(good) == len(set(good)) > 20
+    tuned = tune.tune(case, 1.0, [Tile(32, 32, 16, 4, 1), Tile(48, 32, 16, 4, 1)], device, rounds=2)
+    first, last = tuned["tiles"]
+    assert first["tile"] == tuned["now"] == asdict(Tile(32, 32, 16, 4, 1))
+    assert first["ms"]["median"] > 0
+    assert last["tile"]["block_m"] == 48, "a product's sides are powers of two"
+    assert last["ms"] is None
+    assert last["reason"]
+    assert tuned["environment"]["torch"] == torch.__version__
+
+
+def test_work_is_counted_as_the_algorithms_need_it() -> None:
+    case = CASES["sdxl-64x64"].of(torch.bfloat16)
+    plain = work.attention(case)
+    assert plain.flops == 4 * 3 * 10 * 4096**2 * 64
+    assert plain.exps == 3 * 10 * 4096**2
+    assert plain.bytes == 4 * 3 * 10 * 4096 * 64 * 2
+    count = {name: provider.count(case, 10.0) for name, provider in PROVIDERS.items()}
+    assert count["stride 4"].flops < count["stride 2"].flops < plain.flops < count["separable"].flops
+    assert count["separable"].flops < count["official"].flops
+    assert PROVIDERS["auto"].count(case, math.inf).flops == pytest.approx(plain.flops * 2 / 3, rel=1e-3)
+
+
+def test_cases_are_the_models_shapes() -> None:
+    shapes = {name: (CASES[name].tokens, CASES[name].heads, CASES[name].head_dim) for name in REAL}
+    assert shapes["sdxl-64x64"] == (4096, 10, 64)
+    assert shapes["sd15-16x16"] == (256, 8, 160)
+    assert shapes["flux-64x64"] == (4608, 24, 128)
+    assert all(case.batch % 3 == 0 and case.sigmas(2.0).count(2.0) == case.third for case in CASES.values())
+    query = TEXT.inputs(CPU).query
+    assert query.shape == (3, 2, 38, 16)
+    assert query.transpose(1, 2).is_contiguous(), "as a projection gives it"

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result files: their schema, comparing them, pictures and the page made from them; refusals of the commands."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from benchmark_tools import command, quick_run
+
+from benchmarks import performance, plots, results
+from benchmarks.compare import compare, regressed
+from benchmarks.providers import PROVIDERS
+from benchmarks.suites import SUITES
+
+OLD = results.RESULTS / "amd-epyc.json"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quick_run(tmp_path_factory.mktemp("results"))
+
+
+def test_the_schema_is_checked(quick: Path, tmp_path: Path) -> None:
+    good = results.read(quick)
+    for damage, message in (
+        (lambda file: file.pop("suite"), "is no result file"),
+        (lambda file: file.update(schema=3), "schema 3"),
+        (lambda file: file["rows"][0].pop("error"), "row 0: error"),
+        (lambda file: file["rows"][0].update(reason="why"), "either a time or a reason"),
+    ):
+        damaged = copy.deepcopy(good)
+        damage(damaged)
+        path = tmp_path / "damaged.json"
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=message):
+            results.read(path)
+
+
+@pytest.mark.skipif(not OLD.exists(), reason="no file of the first schema is left")
+def test_files_of_the_first_schema_gain_nothing() -> None:
+    old, found = json.loads(OLD.read_text()), results.read(OLD)
+    assert len(found["rows"]) == 3 * len(old["attention"])
+    first, official, ours = found["rows"][:3]
+    assert [row["wall_ms"] for row in (first, official, ours)] == [
+        {"median": old["attention"][0][name]} for name in ("sdpa_ms", "official_ms", "segkern_ms")
+    ]
+    assert ours["ratio"]["median"] == pytest.approx(old["attention"][0]["ratio_to_sdpa"])
+    assert ours["error"] is ours["hot_ms"] is ours["peak_mib"] is ours["clocks"] is None
+
+
+def changed(file: results.Result, provider: str, factor: float, spread: float = 1.0) -> results.Result:
+    file = copy.deepcopy(file)
+    for row in file["rows"]:
+        if row["provider"] == provider and row["wall_ms"] is not None:
+            middle = row["wall_ms"]["median"] * factor
+            row["wall_ms"] = {"median": middle, "p20": middle / (1 + spread / 100), "p80": middle * (1 + spread / 100)}
+    return file
+
+
+def test_runs_are_compared_beyond_their_noise(quick: Path) -> None:
+    before = changed(results.read(quick), "auto", 1.0)
+
+    def verdicts(after: results.Result) -> set[str]:
+        return {line.verdict for line in compare(before, after) if line.key[3] == "auto"}
+
+    assert verdicts(before) == {"same"}
+    assert verdicts(changed(before, "auto", 1.2)) == {"slower"}
+    assert verdicts(changed(before, "auto", 0.8)) == {"faster"}
+    assert verdicts(changed(before, "auto", 1.2, spread=30.0)) == {"same"}, "the noise covers it"
+    assert verdicts(changed(before, "auto", 1.02, spread=0.1)) == {"same"}, "too small to count"
+    lost = copy.deepcopy(before)
+    for row in lost["rows"]:
+        if row["provider"] == "auto":
+            row |= {"wall_ms": None, "reason": "it broke"}
+    assert verdicts(lost) == {"lost"}
+    assert {line.verdict for line in compare(lost, before) if line.key[3] == "auto"} == {"gained"}
+    assert regressed(compare(before, lost))
+    assert not regressed(compare(lost, before))
+    medians = copy.deepcopy(before)
+    for row in medians["rows"]:
+        if row["wall_ms"]:
+            row["wall_ms"] = {"median": 3 * row["wall_ms"]["median"]}
+    assert verdicts(medians) == {"no spread"}
+
+
+def test_compare_ends_with_1_on_a_regression(quick: Path, tmp_path: Path) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    results.write(before, changed(results.read(quick), "auto", 1.0))
+    results.write(after, changed(results.read(quick), "auto", 1.5))
+    assert command("compare", before, before).exit_code == 0
+    worse = command("compare", before, after)
+    assert worse.exit_code == 1
+    assert "12 slower" in worse.output
+    assert command("compare", after, before).exit_code == 0
+
+
+def test_pictures_are_written(quick: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    drawn = command("plot", quick, "--out", tmp_path)
+    assert drawn.exit_code == 0, drawn.output
+    assert "no roofline: the peak rates of" in drawn.output
+    known = results.read(quick)
+    known["environment"]["device"] = "NVIDIA H200"
+    results.write(tmp_path / "known.json", known)
+    assert command("plot", tmp_path / "known.json").exit_code == 0
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert names == ["known-ratio-float32.png", "known-roofline-float32.png", "quick-ratio-float32.png"]
+    for name in names:
+        with Image.open(tmp_path / name) as image:
+            assert min(image.size) > 400
+            assert len(image.convert("L").getcolors() or []) > 50, "hardly anything is drawn"
+
+
+def test_pictures_show_every_point(quick: Path) -> None:
+    from matplotlib.figure import Figure
+
+    found = results.read(quick)
+    found["environment"]["device"] = "NVIDIA H200"
+    for row in found["rows"]:
+        if row["case"] == "tiny-text-5x7":
+            row.update(height=2, width=19)  # another grid of the same family
+        if row["sigma"] == "inf" and row["tflops"]:
+            row["tflops"] *= 9  # as infinity is faster, its panel comes last
+            row["ratio"]["median"] /= 9
+    drawn = plots.pictures("x", found)[0]
+    assert len(drawn) == 3
+    for picture in drawn:
+        figure = Figure()
+        picture.draw(figure)
+        for panel in figure.axes:
+            heights = [y for line in panel.get_lines() for y in line.get_ydata() if line.get_label() in PROVIDERS]
+            assert panel.get_lines()
+            low, high = panel.get_ylim()
+            assert all(low <= y <= high for y in heights), f"{picture.title} leaves points out"
+
+
+def test_the_throughput_needs_two_grids(quick: Path) -> None:
+    found = results.read(quick)
+    assert not [picture for picture in plots.pictures("x", found)[0] if "throughput" in picture.name]
+    for row in found["rows"]:
+        if row["case"] == "tiny-text-5x7":
+            row.update(height=2, width=19)
+    assert [picture for picture in plots.pictures("x", found)[0] if "throughput" in picture.name]
+
+
+def test_the_page_tells_where_no_gpu_was(quick: Path) -> None:
+    found = results.read(quick) | {"quick": False}
+    page = performance.page({"here": found})
+    assert "GPU: not measured" in page
+    assert "`here.json`" in page
+    assert "triton: Triton has no CPU target" in page
+    assert page.count("Not measured.") == len(SUITES) - 1
+    gpu = copy.deepcopy(found)
+    gpu["environment"] |= {"device": "NVIDIA H200", "device_type": "cuda"}
+    known = performance.page({"there": gpu})
+    assert "GPU: not measured" not in known
+    assert "of limit" in known
+    assert "`here.json`" not in performance.page({"here": found | {"quick": True}}), "a quick run says nothing"
+
+
+@pytest.mark.parametrize(
+    "arguments, quoted",
+    [
+        (("run", "--suite", "stairs"), "'stairs'"),
+        (("run", "--cases", "sdxl-9*"), "'sdxl-9*'"),
+        (("run", "--dtype", "fp8"), "'fp8'"),
+        (("run", "--device", "toaster"), "'toaster'"),
+        (("run", "--providers", "magic"), "'magic'"),
+        (("plot", "nowhere.json"), "nowhere.json"),
+        (("plot", __file__), "is no JSON file"),
+        (("compare", OLD, "nowhere.json"), "nowhere.json"),
+        (("compare", OLD, OLD, "--by", "mood"), "'mood'"),
+        (("tune", "--device", "cpu"), "'cpu'"),
+    ],
+)
+def test_refusals_are_one_line_that_quotes(arguments: tuple[object, ...], quoted: str) -> None:
+    refused = command(*arguments)
+    assert refused.exit_code == 2, (refused.output, refused.exception)
+    assert refused.stderr.startswith("benchmarks: ")
+    assert refused.stderr.count("\n") == 1
+    assert quoted in refused.stderr
