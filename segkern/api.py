@@ -169,7 +169,7 @@ def coarse_error(
     Returns:
         float32 ``[batch]``, without gradient: 0 for samples that take every row as it is (sigma 0 or infinite, or a
         grid too small to leave out rows). Half-precision inputs are taken to float32 first, so that the estimate is
-        of the approximation and not of rounding. Nothing waits for the device.
+        of the approximation and not of rounding.
 
     Raises:
         ValueError: when an argument does not fit; the message quotes it.

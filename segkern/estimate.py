@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from segkern import sdpa
-from segkern.blur import runs
+from segkern.blur import runs, table_making
 from segkern.coarse import coarse_grid, points
 from segkern.grid import Grid
 
@@ -70,7 +70,7 @@ def _estimate(
     output, _ = sdpa.attend(at_points, key, value, scale, mask, False)
     output = sdpa.coarse_outputs(output, grid, stride, boundary)
     halfway, elsewhere = (
-        rows.to(query.device).expand(len(sigmas), -1) for rows in _spread_rows(grid, stride, boundary, probes)
+        rows.expand(len(sigmas), -1) for rows in _spread_rows(grid, stride, boundary, probes, query.device)
     )
     steep = _steepest_rows(output, grid, stride, boundary, probes // 4)
     rows = torch.cat([halfway, elsewhere, steep], dim=1)
@@ -104,25 +104,29 @@ def _steepest_rows(
     for axis, length in ((2, grid.height), (3, grid.width)):
         if length > 1:
             change += torch.gradient(image, dim=axis)[0].square().mean(dim=(1, 4))
-    tokens = _halfway_tokens(grid, stride, boundary).to(output.device)
+    tokens = _halfway_tokens(grid, stride, boundary, output.device)
     best = change.flatten(1)[:, tokens].topk(min(count, len(tokens)), dim=1).indices
     return tokens[best]
 
 
-@cache
-def _halfway_tokens(grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
+@cache  # on the device, so that nothing is copied to it at every call; the caller must not write to them
+def _halfway_tokens(grid: Grid, stride: tuple[int, int], boundary: str, device: torch.device) -> torch.Tensor:
     """Every token that is halfway between points on both axes, int64."""
-    rows, columns = (_halfway(*axis, boundary) for axis in _axes(grid, stride, boundary))
-    return (rows[:, None] * grid.width + columns).flatten()
+    with table_making():
+        rows, columns = (_halfway(*axis, boundary) for axis in _axes(grid, stride, boundary))
+        return (rows[:, None] * grid.width + columns).flatten().to(device)
 
 
 @cache
-def _spread_rows(grid: Grid, stride: tuple[int, int], boundary: str, probes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _spread_rows(
+    grid: Grid, stride: tuple[int, int], boundary: str, probes: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens spread over the grid: half of the probes halfway between points, a quarter anywhere off the points."""
-    axes = _axes(grid, stride, boundary)
-    halfway = _spread(*(_halfway(*axis, boundary) for axis in axes), grid.width, probes // 2)
-    elsewhere = _spread(*(_off_points(*axis, boundary) for axis in axes), grid.width, probes // 4)
-    return halfway, elsewhere
+    down, across = _axes(grid, stride, boundary)
+    with table_making():
+        halfway = _spread(_halfway(*down, boundary), _halfway(*across, boundary), grid.width, probes // 2)
+        elsewhere = _spread(_off_points(*down, boundary), _off_points(*across, boundary), grid.width, probes // 4)
+        return halfway.to(device), elsewhere.to(device)
 
 
 def _axes(grid: Grid, stride: tuple[int, int], boundary: str) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the command line that hold several values."""
+"""Options of the command line whose words hold more than one value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 T = TypeVar("T", int, float, str)
 
@@ -40,3 +40,30 @@ def listed(option: str, text: str, kind: Callable[[str], T], what: str, *, empty
             raise ValueError(f"{option}: {word} comes twice in {text!r}")
         found.append(value)
     return tuple(found)
+
+
+def stride(option: str, text: str) -> int | tuple[int, int] | Literal["auto"]:
+    """The stride in ``4``, ``2,3`` or ``auto``.
+
+    Args:
+        option: such as ``--query-stride``, for messages.
+        text: the user's words.
+
+    Raises:
+        ValueError: for words that are none of these. Whether the numbers fit is asked elsewhere.
+
+    Example:
+        >>> [stride("--query-stride", text) for text in ("4", "2,3", "auto")]
+        [4, (2, 3), 'auto']
+    """
+    if text.strip() == "auto":
+        return "auto"
+    try:
+        numbers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2:
+        return numbers[0], numbers[1]
+    raise ValueError(f"{option} takes auto, one number such as 4, or height and width such as 2,3; got {text!r}")

@@ -17,9 +17,10 @@ from segkern.integrations.diffusers.attention import EVERY_ROW, Stride
 from segkern.integrations.diffusers.specs import SEG
 
 FORWARDS = 3  # with estimates, before the choice
-SAFETY = 2.0  # the true error is practically never above so many times the estimate
+MARGIN = 4.0  # times the estimate must hold the tolerance: 2 for the estimate itself, 2 for what comes later
 
 CANDIDATES: tuple[Stride, ...] = ((2, 2), (3, 3), (4, 4), (6, 6), (8, 8))  # finest first
+WIDEST = 0.75  # of sigma: logits swing more as a picture takes shape, and the error of wider strides grows with them
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class _Layer:
     largest: torch.Tensor | None = None  # [candidates]
     grid: Grid | None = None
     choice: Choice | None = None
+
+    def error(self) -> float | None:
+        """The largest estimate so far of the only stride. Waits for the device."""
+        return None if self.largest is None else self.largest[0].item()
 
 
 @dataclass
@@ -98,17 +103,20 @@ class Calibration:
     def report(self, spec: int, module: str) -> Choice | None:
         """What a layer runs with at the latest image size; None without a stride, and until one is chosen."""
         chosen, layer = self.specs[spec], self._layer(spec, module)
-        if layer.choice is None and chosen.query_stride != "auto" and chosen.leaves_out_rows():
-            error = None if layer.largest is None else layer.largest[0].item()
-            return Choice(check_query_stride(chosen.query_stride), error)
-        return layer.choice
+        if layer.choice is not None or not chosen.leaves_out_rows():
+            return layer.choice
+        if chosen.query_stride != "auto":
+            return Choice(check_query_stride(chosen.query_stride), layer.error())
+        return None if _candidates(chosen) else Choice(EVERY_ROW, None)
 
     def _layer(self, spec: int, module: str) -> _Layer:
         return self._layers.setdefault((spec, module, self.size), _Layer())
 
 
 def _candidates(spec: SEG) -> tuple[Stride, ...]:
-    return CANDIDATES if spec.query_stride == "auto" else (check_query_stride(spec.query_stride),)
+    if spec.query_stride != "auto":
+        return (check_query_stride(spec.query_stride),)
+    return tuple(stride for stride in CANDIDATES if max(stride) <= WIDEST * spec.sigma)
 
 
 def _choose(spec: SEG, layer: _Layer, errors: list[float]) -> Choice:
@@ -117,9 +125,9 @@ def _choose(spec: SEG, layer: _Layer, errors: list[float]) -> Choice:
     if spec.query_stride != "auto":
         return Choice(check_query_stride(spec.query_stride), errors[0])
     best = Choice(EVERY_ROW, None)
-    for stride, error in zip(CANDIDATES, errors, strict=True):
+    for stride, error in zip(_candidates(spec), errors, strict=True):
         points = coarse_grid(layer.grid, stride, spec.boundary)
-        if points.tokens == layer.grid.tokens or SAFETY * error > spec.tolerance:
+        if points.tokens == layer.grid.tokens or MARGIN * error > spec.tolerance:
             break
         best = Choice(stride, error)
     return best

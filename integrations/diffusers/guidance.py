@@ -212,14 +212,14 @@ class Guidance:
         sample = output[0]
         moved: dict[tuple[int, str], torch.Tensor] = {}
         for layer in self._layers:
-            processor, module = layer.processor, layer.info.module
+            processor, name = layer.processor, layer.info.module
             acting = [index for index in self._active if index in layer.specs]
             for index, norms in zip(acting, processor.moved or (), strict=False):
-                moved[index, module] = norms
-            estimated = [index for index in acting if self._calibration.candidates(index, module)]
+                moved[index, name] = norms
+            estimated = [index for index in acting if self._calibration.candidates(index, name)]
             for index, errors in zip(estimated, processor.errors, strict=False):
                 assert processor.grid is not None
-                self._calibration.add(index, module, processor.grid, errors)
+                self._calibration.add(index, name, processor.grid, errors)
             processor.moved, processor.errors = None, ()
         self._calibration.settle()
         self._recorder.add(moved, sample.dtype)

@@ -153,5 +153,7 @@ class Recorder:
                 problems.append(f"{spec} changed nothing: its layers moved by {max(moves):.1e} at most")
             lost = [row.layer for row in rows if row.spec == index and row.error == math.inf]
             if lost:
-                problems.append(f"{spec} does not tell the rows it leaves out at {', '.join(lost)}: its stride is too wide")
+                problems.append(
+                    f"{spec} does not tell the rows it leaves out at {', '.join(lost)}: its stride is too wide"
+                )
         return tuple(problems)

@@ -35,12 +35,14 @@ class SEG:
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`segkern.seg_attention`.
         query_stride: 1 computes every query row. With more, or a pair for height and width, layers compute a finite
             sigma's rows at points so many tokens apart at most and interpolate between them; see
-            :func:`segkern.seg_attention`. ``"auto"`` lets each layer try several strides in the first guided forwards
-            at an image size, in which it computes every row, and keep the widest that holds the tolerance. No blur
-            and the mean query take no notice.
+            :func:`segkern.seg_attention`. ``"auto"`` lets each layer try strides of 2 to 8, none above three quarters
+            of sigma, in the first three guided forwards at an image size, in which it computes every row, and keep the
+            widest that holds the tolerance, or every row. The choice stays, with a margin for logits that swing more
+            later in a run. The report gives strides and their errors, which those forwards estimate. No blur and the
+            mean query take no notice.
         tolerance: of ``"auto"``: the error that a layer's attention output may have, relative to it, as root mean
-            square. Twice the estimate must stay below. By default it is bfloat16's rounding, 2^-8, so that leaving
-            out rows costs no more than that type does; float16 rounds to 5e-4.
+            square; 4 times the estimate must not be above it. By default it is bfloat16's rounding, 2^-8 or 4e-3, so
+            that leaving out rows costs no more than that type does; float16 rounds to 5e-4.
 
     Raises:
         ValueError: when a value does not fit; the message quotes it.
