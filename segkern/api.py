@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 from segkern import ops, sdpa
+from segkern.arguments import check_grid, check_mask, check_qkv, check_scale, check_tensor
 from segkern.blur import check_boundary, check_sigma, runs
 from segkern.coarse import check_query_stride, coarse_grid
 from segkern.dispatch import check_backend, choose_backend
@@ -48,8 +49,8 @@ def gaussian_blur(
         >>> gaussian_blur(x, Grid(6, 9), sigma=1.5).shape
         torch.Size([2, 4, 54, 16])
     """
-    _check_tensor("x", x)
-    grid = _check_grid(grid, x.shape[2])
+    check_tensor("x", x)
+    grid = check_grid(grid, x.shape[2])
     sigmas = check_sigma(sigma, x.shape[0])
     check_boundary(boundary)
     check_backend(backend)
@@ -113,18 +114,18 @@ def seg_attention(
         >>> seg_attention(q, k, v, Grid(26, 38), sigma=(0.0, math.inf)).shape
         torch.Size([2, 8, 988, 64])
     """
-    _check_qkv(query, key, value)
+    check_qkv(query, key, value)
     query, key, value = _autocast(query, key, value)
-    grid = _check_grid(grid, query.shape[2])
+    grid = check_grid(grid, query.shape[2])
     sigmas = check_sigma(sigma, query.shape[0])
     check_boundary(boundary)
     stride = check_query_stride(query_stride)
-    mask = _check_mask(attn_mask, query, key)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else _check_scale(scale)
+    mask = check_mask(attn_mask, query, key)
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
     check_backend(backend)
     tensors = (query, key, value) if mask is None else (query, key, value, mask)
     backend = _differentiable(backend, *tensors)
-    if coarse_grid(grid, stride, boundary).tokens != grid.tokens and any(map(_takes_points, sigmas)):
+    if _is_coarse(grid, sigmas, boundary, stride):
         output, lse = _coarse_attention(
             query, key, value, grid, sigmas, scale, mask, boundary, stride, backend, return_lse
         )
@@ -134,6 +135,64 @@ def seg_attention(
         return output
     assert lse is not None
     return output, lse
+
+
+def coarse_error(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float],
+    query_stride: int | tuple[int, int],
+    *,
+    scale: float | None = None,
+    attn_mask: torch.Tensor | None = None,
+    boundary: str = "reflect",
+    probes: int = 64,
+) -> torch.Tensor:
+    """Estimate what ``seg_attention(..., query_stride=...)`` would be off by, from few exact rows.
+
+    Estimated is, for each sample, the root mean square of ``coarse - exact`` over heads, image tokens and channels,
+    divided by that of the output. The estimate is the root of the probe rows' mean square plus two deviations of that
+    mean, and rows halfway between points err most, so it is on the high side: the true error is practically never
+    above twice the estimate. Where the estimate reaches 0.1, or is no number, it is infinite instead: there the points
+    do not resolve the output, the probes say nothing of the rows between them, and every row should be computed. What
+    no probe can see is an output that changes and changes back between neighbouring points.
+
+    Args:
+        query, key, value, grid, sigma, scale, attn_mask, boundary: as for :func:`seg_attention`.
+        query_stride: 1 or more, or a pair for height and width.
+        probes: rows computed exactly, at least 4: a half of them spread over the grid halfway between points, a
+            quarter on any tokens that are no points, a quarter halfway where the coarse output changes fastest. They
+            are chosen without drawing; small grids have fewer.
+
+    Returns:
+        float32 ``[batch]``, without gradient: 0 for samples that take every row as it is (sigma 0 or infinite, or a
+        grid too small to leave out rows). Half-precision inputs are taken to float32 first, so that the estimate is
+        of the approximation and not of rounding.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 26 * 38, 64)
+        >>> bool((coarse_error(q, k, v, Grid(26, 38), sigma=4.0, query_stride=3) < 0.01).all())
+        True
+    """
+    check_qkv(query, key, value)
+    grid = check_grid(grid, query.shape[2])
+    sigmas = check_sigma(sigma, query.shape[0])
+    check_boundary(boundary)
+    stride = check_query_stride(query_stride)
+    mask = check_mask(attn_mask, query, key)
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
+    if not isinstance(probes, int) or isinstance(probes, bool) or probes < 4:
+        raise ValueError(f"probes must be an integer of at least 4, got {probes!r}")
+    if _is_coarse(grid, sigmas, boundary, stride):
+        _check_one_row(mask, stride)
+    q, k, v = query.detach(), key.detach(), value.detach()
+    mask = None if mask is None else mask.detach()
+    return ops.coarse_error(q, k, v, mask, grid.height, grid.width, grid.start, sigmas, scale, boundary, stride, probes)
 
 
 def _attention(
@@ -163,6 +222,19 @@ def _takes_points(sigma: float) -> bool:
     return 0.0 < sigma < math.inf
 
 
+def _is_coarse(grid: Grid, sigmas: tuple[float, ...], boundary: str, stride: tuple[int, int]) -> bool:
+    """Whether some sample leaves out rows."""
+    return coarse_grid(grid, stride, boundary).tokens != grid.tokens and any(map(_takes_points, sigmas))
+
+
+def _check_one_row(mask: torch.Tensor | None, stride: tuple[int, int]) -> None:
+    if mask is not None and mask.shape[2] != 1:
+        raise ValueError(
+            f"query_stride={stride} interpolates between query rows, which a mask with rows of its own "
+            f"{tuple(mask.shape)} does not allow; take query_stride=1 or a mask [batch, heads, 1, keys]"
+        )
+
+
 def _coarse_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -177,20 +249,16 @@ def _coarse_attention(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Samples of finite sigma at the points of the coarse grid, the others as ever; arguments are checked already."""
-    if mask is not None and mask.shape[2] != 1:
-        raise ValueError(
-            f"query_stride={stride} interpolates between query rows, which a mask with rows of its own "
-            f"{tuple(mask.shape)} does not allow; take query_stride=1 or a mask [batch, heads, 1, keys]"
-        )
+    _check_one_row(mask, stride)
     outputs, lses = [], []
     for samples, coarse in runs([_takes_points(sigma) for sigma in sigmas]):
         q, k, v, s = query[samples], key[samples], value[samples], sigmas[samples]
         m = mask[samples] if mask is not None and mask.shape[0] != 1 else mask
         if coarse:
-            q = _coarse_queries(q, grid, s, stride, boundary)
+            q = coarse_queries(q, grid, s, stride, boundary)
             unblurred = (0.0,) * len(s)
             output, lse = _attention(q, k, v, Grid(1, 1), unblurred, scale, m, boundary, backend, return_lse)
-            output = _coarse_outputs(output, grid, stride, boundary)
+            output = coarse_outputs(output, grid, stride, boundary)
             lse = None if lse is None else _coarse_lse(lse, grid, stride, boundary)
         else:
             output, lse = _attention(q, k, v, grid, s, scale, m, boundary, backend, return_lse)
@@ -204,19 +272,21 @@ def _coarse_attention(
 def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
     """Log-sum-exp of all tokens; minus infinity, where every key is masked, is so in all rows alike."""
     masked = (lse == -math.inf).all(dim=-1, keepdim=True)
-    found = _coarse_outputs(lse.masked_fill(masked, 0.0)[..., None], grid, stride, boundary)[..., 0]
+    found = coarse_outputs(lse.masked_fill(masked, 0.0)[..., None], grid, stride, boundary)[..., 0]
     return found.masked_fill(masked, -math.inf)
 
 
-def _coarse_queries(
+def coarse_queries(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], stride: tuple[int, int], boundary: str
 ) -> torch.Tensor:
+    """The blurred image at the points of its coarse grid; see :func:`segkern.sdpa.coarse_queries`."""
     if _is_plain(x):
         return sdpa.coarse_queries(x, grid, sigmas, stride, boundary)
     return ops.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
 
 
-def _coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
+def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
+    """From the points of the coarse grid to all tokens; see :func:`segkern.sdpa.coarse_outputs`."""
     if _is_plain(x):
         return sdpa.coarse_outputs(x, grid, stride, boundary)
     return ops.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
@@ -252,66 +322,3 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def _check_tensor(name: str, x: torch.Tensor) -> None:
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor [batch, heads, tokens, dim], got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, dim], got shape {tuple(x.shape)}")
-    if x.shape[3] == 0:
-        raise ValueError(f"{name} must have at least one channel, got shape {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"{name} must be floating point, got {x.dtype}")
-
-
-def _check_scale(scale: float) -> float:
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    return float(scale)
-
-
-def _check_grid(grid: Grid, tokens: int) -> Grid:
-    if not isinstance(grid, Grid):
-        raise ValueError(f"grid must be a segkern.Grid(height, width, start=0), got {grid!r}")
-    grid.check(tokens)
-    return grid
-
-
-def _check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        _check_tensor(name, x)
-        if x.dtype != query.dtype:
-            raise ValueError(f"query, key and value must share a dtype, got {query.dtype} and {name} in {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"query, key and value must share a device, got {query.device} and {name} on {x.device}")
-        if x.shape[:2] != query.shape[:2]:
-            raise ValueError(
-                f"query, key and value must share batch and heads, got query {tuple(query.shape)} and "
-                f"{name} {tuple(x.shape)}"
-            )
-    if key.shape[3] != query.shape[3] or value.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"key must be [batch, heads, keys, head_dim of query] and value [batch, heads, keys, value_dim], got "
-            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        )
-    if key.shape[2] == 0:
-        raise ValueError(f"attention needs at least one key, got key {tuple(key.shape)}")
-
-
-def _check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """The mask with 4 dimensions, each of the full size or 1."""
-    if mask is None:
-        return None
-    full = (*query.shape[:3], key.shape[2])
-    if not isinstance(mask, torch.Tensor):
-        raise ValueError(f"attn_mask must be a tensor, got {type(mask).__name__}")
-    if mask.device != query.device:
-        raise ValueError(f"attn_mask must be on the query's device {query.device}, got {mask.device}")
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise ValueError(f"attn_mask must be boolean or floating point, got {mask.dtype}")
-    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if len(shape) != 4 or any(size not in (1, want) for size, want in zip(shape, full, strict=True)):
-        raise ValueError(f"attn_mask must be broadcastable to [batch, heads, tokens, keys] = {full}, got {shape}")
-    mask = mask.reshape(shape)
-    return mask if mask.dtype == torch.bool else mask.to(query.dtype)

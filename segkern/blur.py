@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from numbers import Real
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+T = TypeVar("T")
 Boundary = Literal["reflect", "symmetric", "circular"]
 BOUNDARIES: tuple[str, ...] = get_args(Boundary)
 
@@ -167,14 +168,14 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float, torch.SymFloat, Real)) and not isinstance(value, bool)
 
 
-def runs(sigmas: Sequence[float]) -> list[tuple[slice, float]]:
-    """Consecutive samples of equal sigma as slices of the batch.
+def runs(sigmas: Sequence[T]) -> list[tuple[slice, T]]:
+    """Consecutive samples of equal sigma, or of whatever one value per sample says, as slices of the batch.
 
     Example:
         >>> runs((0.0, 0.0, 3.0))
         [(slice(0, 2, None), 0.0), (slice(2, 3, None), 3.0)]
     """
-    found: list[tuple[slice, float]] = []
+    found: list[tuple[slice, T]] = []
     first = 0
     for last in range(1, len(sigmas) + 1):
         if last == len(sigmas) or sigmas[last] != sigmas[first]:

@@ -19,7 +19,7 @@ from segkern.dispatch import choose_backend
 from segkern.drawing import Drawn, Job, check_layers, describe, draw_all, label
 from segkern.environment import version_of
 from segkern.explain import Call, explain
-from segkern.options import listed, size_of
+from segkern.options import listed, size_of, stride
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.tables import percent, wide
 from segkern.version import __version__
@@ -115,6 +115,9 @@ def generate(
     stop: Annotated[float, typer.Option(help="Fraction of the run at which it ends.")] = 1.0,
     boundary: Annotated[str, typer.Option(help="reflect, symmetric or circular.")] = "reflect",
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    query_stride: Annotated[
+        str, typer.Option(help="Of a finite sigma: 1, every row; 4 or 2,3, rows so far apart; auto, what holds.")
+    ] = "1",
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
     config: Config = None,
@@ -146,7 +149,8 @@ def generate(
 
     names = [name.strip() for name in layers.split(",")]
     with refusing():
-        specs = [SEG(scale, value, names, start, stop, boundary, backend) for value in values]
+        rows = stride("--query-stride", query_stride)
+        specs = [SEG(scale, value, names, start, stop, boundary, backend, rows) for value in values]
         source = loading.find_model(model, config)
         outline = loading.outline(source)
         size = loading.image_size(outline, width, height)
@@ -318,16 +322,15 @@ def evaluate(
 
 def print_reports(plan: Sequence[SEG | None], drawn: Sequence[Drawn]) -> None:
     """What guidance did in each run, as one table, and what went wrong."""
-    table = Table("run", "layer", "fired", "moved", "module", title="guidance report")
-    problems: list[str] = []
-    for spec, one in zip(plan, drawn, strict=True):
-        if one.report is None:
-            continue
-        report = one.report.to_dict()
-        for row in report["layers"]:
-            fired = f"{row['fired']} of {report['forwards']}"
-            table.add_row(label(spec), row["layer"], fired, percent(row["moved"]), row["module"])
-        problems += report["problems"]
+    reports = [(label(spec), one.report) for spec, one in zip(plan, drawn, strict=True) if one.report is not None]
+    strided = any(row.query_stride is not None for _, report in reports for row in report.layers)
+    coarse = ["stride", "error"] if strided else []
+    table = Table("run", "layer", "fired", "moved", *coarse, "module", title="guidance report")
+    for name, report in reports:
+        for row in report.layers:
+            fired = f"{row.fired} of {report.forwards}"
+            words = row.coarse() if strided else ()
+            table.add_row(name, row.layer, fired, percent(row.moved), *words, row.module)
     wide(table).print(table)
-    for problem in problems:
+    for problem in (problem for _, report in reports for problem in report.problems):
         typer.echo(f"warning: {problem}", err=True)

@@ -146,9 +146,15 @@ def describe(source: Source, job: Job, spec: SEG | None, dtype: torch.dtype) -> 
         details |= {
             "seg_scale": spec.scale,
             "seg_sigma": f"{spec.sigma:g}",
-            "seg_layers": spec.layers if isinstance(spec.layers, str) else ",".join(spec.layers),
+            "seg_layers": _listed(spec.layers),
             "seg_start": spec.start,
             "seg_stop": spec.stop,
             "seg_boundary": spec.boundary,
+            "seg_query_stride": _listed(spec.query_stride),
         }
     return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
+
+
+def _listed(value: object) -> str:
+    """A value, or several with commas, as an option takes them."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from segkern import sdpa
+from segkern import estimate, sdpa
 from segkern.blur import check_boundary, check_sigma
 from segkern.coarse import coarse_grid, point_count
 from segkern.dispatch import choose_backend
@@ -170,6 +170,32 @@ def _resized(
 
 coarse_queries.register_autograd(_coarse_queries_gradient, setup_context=_linear_context)
 coarse_outputs.register_autograd(_coarse_outputs_gradient, setup_context=_linear_context)
+
+
+@torch.library.custom_op("segkern::coarse_error", mutates_args=(), tags=_TAGS)
+def coarse_error(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float,
+    boundary: str,
+    stride: Sequence[int],
+    probes: int,
+) -> torch.Tensor:
+    """See :func:`segkern.coarse_error`; it has no gradient."""
+    grid, sigmas = _checked(query, height, width, start, sigma)
+    pair = stride[0], stride[1]
+    return estimate.coarse_error(query, key, value, grid, sigmas, scale, attn_mask, boundary, pair, probes)
+
+
+@coarse_error.register_fake
+def _(query: torch.Tensor, *arguments: object) -> torch.Tensor:
+    return query.new_empty(query.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("segkern::seg_attention", mutates_args=(), tags=_TAGS)

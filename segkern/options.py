@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from segkern.grid import Grid
 
@@ -58,3 +58,30 @@ def size_of(option: str, text: str) -> Grid:
     if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
         raise ValueError(f"{option} takes a height and a width in tokens such as 64x64, got {text!r}")
     return Grid(int(parts[0]), int(parts[1]))
+
+
+def stride(option: str, text: str) -> int | tuple[int, int] | Literal["auto"]:
+    """The stride in ``4``, ``2,3`` or ``auto``.
+
+    Args:
+        option: such as ``--query-stride``, for messages.
+        text: the user's words.
+
+    Raises:
+        ValueError: for words that are none of these. Whether the numbers fit is asked elsewhere.
+
+    Example:
+        >>> [stride("--query-stride", text) for text in ("4", "2,3", "auto")]
+        [4, (2, 3), 'auto']
+    """
+    if text.strip() == "auto":
+        return "auto"
+    try:
+        numbers = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2:
+        return numbers[0], numbers[1]
+    raise ValueError(f"{option} takes auto, one number such as 4, or height and width such as 2,3; got {text!r}")

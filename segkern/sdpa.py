@@ -33,7 +33,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: blur weights and logits keep their dtype."""
     if not torch.amp.is_autocast_available(device.type):  # meta tensors, for example
         return nullcontext()
@@ -56,7 +56,7 @@ def _mix_image(image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -
     (new_height, height), (new_width, width) = rows.shape, columns.shape
     x = image.transpose(1, 2).to(rows.dtype)  # [batch, tokens, heads, dim]
     x = x.reshape(batch * height, width, heads * dim)
-    with _full_precision(image.device):
+    with full_precision(image.device):
         x = torch.matmul(columns, x)  # [batch * height, new_width, heads * dim]
         x = x.view(batch, height, new_width * heads * dim)
         x = torch.matmul(rows, x)  # [batch, new_height, new_width * heads * dim]
@@ -150,7 +150,7 @@ def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat([part.transpose(1, 2) for part in parts], dim=swapped).transpose(1, 2)
 
 
-def _attend(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -158,6 +158,7 @@ def _attend(
     attn_mask: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """PyTorch's attention and, if asked for, the rows' log-sum-exp."""
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
     return output, _row_lse(query, key, scale, attn_mask) if return_lse else None
 
@@ -176,7 +177,7 @@ def _row_lse(query: torch.Tensor, key: torch.Tensor, scale: float, attn_mask: to
 
 def _logits(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
     """Masked logits ``[batch, heads, rows, keys]`` in the dtype of query and key, autocast or not."""
-    with _full_precision(query.device):
+    with full_precision(query.device):
         logits = torch.matmul(query, key.transpose(-2, -1)) * scale
     if mask is None:
         return logits
@@ -194,14 +195,14 @@ def _attend_uniform(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention at infinite sigma: one row for the whole image, the other tokens as they are."""
     if attn_mask is not None and attn_mask.shape[-2] != 1:  # the mask makes rows differ although queries do not
-        return _attend(_blur_run(query, grid, math.inf, "reflect"), key, value, scale, attn_mask, return_lse)
-    row, row_lse = _attend(_grid_mean(query, grid), key, value, scale, attn_mask, return_lse)
+        return attend(_blur_run(query, grid, math.inf, "reflect"), key, value, scale, attn_mask, return_lse)
+    row, row_lse = attend(_grid_mean(query, grid), key, value, scale, attn_mask, return_lse)
     image = row.expand(-1, -1, grid.tokens, -1)
     image_lse = None if row_lse is None else row_lse.expand(-1, -1, grid.tokens)
     if grid.tokens == query.shape[2]:
         return image, image_lse
-    before, before_lse = _attend(query[:, :, : grid.start], key, value, scale, attn_mask, return_lse)
-    after, after_lse = _attend(query[:, :, grid.stop :], key, value, scale, attn_mask, return_lse)
+    before, before_lse = attend(query[:, :, : grid.start], key, value, scale, attn_mask, return_lse)
+    after, after_lse = attend(query[:, :, grid.stop :], key, value, scale, attn_mask, return_lse)
     output = join([before, image, after], dim=2)
     if image_lse is None or before_lse is None or after_lse is None:
         return output, None
@@ -230,7 +231,7 @@ def seg_attention(
         else:
             if kind == _BLURRED:
                 q = gaussian_blur(q, grid, sigmas[samples], boundary)
-            output, lse = _attend(q, k, v, scale, mask, return_lse)
+            output, lse = attend(q, k, v, scale, mask, return_lse)
         outputs.append(output)
         lses.append(lse)
     if len(outputs) == 1:
@@ -260,7 +261,7 @@ def seg_attention_backward(
     k, v, grad = key.to(compute), value.to(compute), grad_out.to(compute)
     grad_blurred, grad_key, grad_value = torch.empty_like(blurred), torch.zeros_like(k), torch.zeros_like(v)
     grad_mask = torch.zeros(0 if additive is None else additive.shape, dtype=compute, device=query.device)
-    with _full_precision(query.device):
+    with full_precision(query.device):
         for first in range(0, query.shape[2], _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
             mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]

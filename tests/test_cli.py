@@ -63,6 +63,7 @@ def test_picture_holds_its_settings(tmp_path: Path) -> None:
         "seg_start": "0.0",
         "seg_stop": "1.0",
         "seg_boundary": "reflect",
+        "seg_query_stride": "1",
         "segkern": __version__,
     }
 
@@ -93,6 +94,14 @@ def test_report_is_printed(tmp_path: Path) -> None:
     output = done("generate", "demo", PROMPT, *SMALL, "--out", tmp_path / "a.png")
     assert re.search(r"sigma infinity . m0 +. 2 of 2 . \d+\.\d% . mid_block\.", output)
     assert "wrote" in output
+
+
+def test_report_says_stride_and_error(tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    output = done("generate", "demo", PROMPT, *SMALL, "--sigma", "2", "--query-stride", "2,3", "--out", out)
+    assert re.search(r"moved +. stride +. error +. module", output)
+    assert re.search(r"sigma 2 . m0 +. 2 of 2 . +\d+\.\d% . 2x3 +. (inf|\d\.\de-\d\d) +. mid_block\.", output)
+    assert picture(out).text["seg_query_stride"] == "2,3"
 
 
 def test_guidance_that_never_acts_is_said(tmp_path: Path) -> None:
@@ -210,6 +219,9 @@ def test_demo_shows_the_committed_evaluation(tmp_path: Path) -> None:
         (("--boundary", "zero"), ["'zero'", "reflect"]),
         (("--backend", "cuda"), ["'cuda'", "'triton'"]),
         (("--backend", "triton", "--dtype", "bf16"), ["triton", "cannot"]),
+        (("--query-stride", "wide"), ["'wide'", "auto"]),
+        (("--query-stride", "2,3,4"), ["'2,3,4'"]),
+        (("--query-stride", "0"), ["query_stride", "got 0"]),
         (("--dtype", "int8"), ["'int8'", "bf16"]),
         (("--device", "toaster"), ["'toaster'", "cpu"]),
         (("--device", "cuda:99"), ["'cuda:99'", "cpu"]),

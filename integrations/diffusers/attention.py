@@ -5,20 +5,31 @@ At infinite sigma a perturbed sample has one query, the mean query, and because 
 is the projection of the mean token. Such samples therefore spend no query projection, one row of attention
 per head and one row of output projection, whose result every token shares; only their keys and values are
 computed in full.
+
+At a finite sigma with a query stride a perturbed sample has queries at a few points of its grid. Sampling the blurred
+tokens there, and interpolating between them, are sums over tokens with weights that add up to 1, so both commute with
+the affine projections: the query projection, the attention and the output projection see the points alone.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from segkern.api import seg_attention
+from segkern.api import coarse_error, coarse_outputs, coarse_queries, seg_attention
 from segkern.blur import runs
+from segkern.coarse import coarse_grid
 from segkern.grid import Grid
+
+Stride = tuple[int, int]
+
+EVERY_ROW: Stride = (1, 1)
+_ONE_ROW: Stride = (0, 0)  # of a sample of infinite sigma
 
 
 def self_attention(
@@ -32,7 +43,9 @@ def self_attention(
     boundary: str = "reflect",
     backend: str = "auto",
     fused: bool = False,
-) -> torch.Tensor:
+    strides: tuple[Stride, ...] | None = None,
+    probed: Sequence[tuple[slice, Sequence[Stride]]] = (),
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """diffusers' standard self-attention, sample ``i`` with queries blurred by ``sigmas[i]``.
 
     Args:
@@ -47,9 +60,13 @@ def self_attention(
         boundary: of the blur.
         backend: of the attention.
         fused: project with ``attn.to_qkv``.
+        strides: one per sample, of its query rows over the grid; None computes every row. It says nothing where
+            sigma is 0 or infinite, nor under a mask with rows of its own.
+        probed: samples of finite sigma, and the strides whose error to estimate there.
 
     Returns:
-        The layer's output in the shape of ``hidden_states``.
+        The layer's output in the shape of ``hidden_states``; and for each of ``probed`` the estimates
+        :func:`segkern.coarse_error`, ``[strides, samples]``, infinite under a mask with rows of its own.
 
     Raises:
         ValueError: when the grid is missing or does not fit the tokens.
@@ -75,16 +92,20 @@ def self_attention(
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
     layer = _Layer(attn, grid, boundary, backend, fused)
-    if math.inf in sigmas and layer.takes_mean_token(tokens, attention_mask):
-        output = layer.attend_by_kind(hidden_states, sigmas, attention_mask)
+    ways = layer.ways(sigmas, strides, attention_mask)
+    errors: tuple[torch.Tensor, ...] = ()
+    if not probed and any(way != EVERY_ROW for way in ways) and layer.projects_rows(tokens, attention_mask):
+        output = layer.attend_by_kind(hidden_states, sigmas, ways, attention_mask)
     else:
-        output = layer.project_out(layer.attend(layer.project(hidden_states), sigmas, attention_mask))
+        qkv = layer.project(hidden_states)
+        output = layer.project_out(layer.attend_by_stride(qkv, sigmas, ways, attention_mask))
+        errors = tuple(layer.estimate(qkv, sigmas, attention_mask, *each) for each in probed)
 
     if image_shape is not None:
         output = output.transpose(1, 2).unflatten(2, image_shape[2:])
     if attn.residual_connection:
         output = output + residual
-    return output if attn.rescale_output_factor == 1.0 else output / attn.rescale_output_factor
+    return (output if attn.rescale_output_factor == 1.0 else output / attn.rescale_output_factor), errors
 
 
 def _same_grid(given: Grid | None, actual: Grid) -> Grid:
@@ -103,29 +124,95 @@ class _Layer:
         self.backend = backend
         self.fused = fused
 
-    def takes_mean_token(self, tokens: int, attention_mask: torch.Tensor | None) -> bool:
-        """Whether the mean query of the whole sequence is the query projection of the mean token."""
+    def ways(
+        self, sigmas: tuple[float, ...], strides: tuple[Stride, ...] | None, attention_mask: torch.Tensor | None
+    ) -> tuple[Stride, ...]:
+        """Which query rows each sample needs: one, those of a stride, or every one."""
+        if attention_mask is not None and attention_mask.shape[2] != 1:
+            return (EVERY_ROW,) * len(sigmas)
+        return tuple(
+            self._way(sigma, EVERY_ROW if strides is None else strides[sample]) for sample, sigma in enumerate(sigmas)
+        )
+
+    def _way(self, sigma: float, stride: Stride) -> Stride:
+        if sigma == math.inf:
+            return _ONE_ROW
+        if sigma == 0.0 or stride == EVERY_ROW:
+            return EVERY_ROW
+        coarse = coarse_grid(self.grid, stride, self.boundary)
+        return EVERY_ROW if coarse.tokens == self.grid.tokens else stride
+
+    def projects_rows(self, tokens: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether queries at weighted means of tokens are the query projection of those means.
+
+        The mean of the whole image is one, the points of a coarse grid are others.
+        """
         affine = self.attn.norm_q is None and (not self.fused or _is_plain_linear(self.attn.to_qkv))
         one_row_mask = attention_mask is None or attention_mask.shape[2] == 1
         return affine and one_row_mask and self.grid.start == 0 and self.grid.tokens == tokens
 
     def attend_by_kind(
-        self, hidden_states: torch.Tensor, sigmas: tuple[float, ...], attention_mask: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        sigmas: tuple[float, ...],
+        ways: tuple[Stride, ...],
+        attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Output ``[batch, tokens, channels]`` of samples some of which have infinite sigma."""
+        """Output ``[batch, tokens, channels]`` of samples some of which need few query rows, projected alone."""
         key, value = self.project_key_value(hidden_states)
         outputs = []
-        for samples, infinite in runs([sigma == math.inf for sigma in sigmas]):
-            tokens = hidden_states[samples]
-            rows = _mean_token(tokens) if infinite else tokens
+        for samples, way in runs(ways):
+            tokens, some = hidden_states[samples], sigmas[samples]
             mask = None if attention_mask is None else attention_mask[samples]
-            qkv = self.project_query(rows), key[samples], value[samples]
-            if infinite:  # one query row is its own mean; saying so chooses the kernel for few rows
-                output = self.attend(qkv, (math.inf,) * rows.shape[0], mask, Grid(1, 1))
+            if way == EVERY_ROW:
+                rows, grid = tokens, self.grid
+            elif way == _ONE_ROW:  # one query row is its own mean; saying so chooses the kernel for few rows
+                rows, grid = _mean_token(tokens), Grid(1, 1)
             else:
-                output = self.attend(qkv, sigmas[samples], mask)
-            outputs.append(self.project_out(output).expand(-1, tokens.shape[1], -1))
+                rows = coarse_queries(tokens[:, None], self.grid, some, way, self.boundary)[:, 0]
+                some, grid = (0.0,) * len(some), Grid(1, 1)
+            qkv = self.project_query(rows), key[samples], value[samples]
+            output = self.project_out(self.attend(qkv, some, mask, grid))
+            if way == _ONE_ROW:
+                output = output.expand(-1, tokens.shape[1], -1)
+            elif way != EVERY_ROW:
+                output = coarse_outputs(output[:, None], self.grid, way, self.boundary)[:, 0]
+            outputs.append(output)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def attend_by_stride(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sigmas: tuple[float, ...],
+        ways: tuple[Stride, ...],
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention output ``[batch, heads, tokens, head_dim]`` where every query is projected already."""
+        strides = runs([EVERY_ROW if way == _ONE_ROW else way for way in ways])
+        outputs = []
+        for samples, stride in strides:
+            query, key, value = (x[samples] for x in qkv) if len(strides) > 1 else qkv
+            mask = None if attention_mask is None else attention_mask[samples]
+            outputs.append(self.attend((query, key, value), sigmas[samples], mask, query_stride=stride))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def estimate(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sigmas: tuple[float, ...],
+        attention_mask: torch.Tensor | None,
+        samples: slice,
+        strides: Sequence[Stride],
+    ) -> torch.Tensor:
+        """The error of each stride for some samples, ``[strides, samples]``."""
+        query, key, value = (x[samples] for x in qkv)
+        mask = None if attention_mask is None else attention_mask[samples]
+        if mask is not None and mask.shape[2] != 1:
+            return query.new_full((len(strides), query.shape[0]), math.inf, dtype=torch.float32)
+        options = {"scale": self.attn.scale, "attn_mask": mask, "boundary": self.boundary}
+        return torch.stack(
+            [coarse_error(query, key, value, self.grid, sigmas[samples], stride, **options) for stride in strides]
+        )
 
     def attend(
         self,
@@ -133,6 +220,7 @@ class _Layer:
         sigmas: tuple[float, ...],
         attention_mask: torch.Tensor | None,
         grid: Grid | None = None,
+        query_stride: Stride = EVERY_ROW,
     ) -> torch.Tensor:
         """Attention output ``[samples, heads, rows, head_dim]`` of projected queries, keys and values."""
         output = seg_attention(
@@ -142,6 +230,7 @@ class _Layer:
             scale=self.attn.scale,
             attn_mask=attention_mask,
             boundary=self.boundary,
+            query_stride=query_stride,
             backend=self.backend,
         )
         assert isinstance(output, torch.Tensor)

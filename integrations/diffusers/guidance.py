@@ -16,7 +16,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
+from segkern.integrations.diffusers.attention import EVERY_ROW
 from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, Join, fold
+from segkern.integrations.diffusers.calibration import Calibration
 from segkern.integrations.diffusers.layers import LayerInfo, execution_order
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor, unwrap
 from segkern.integrations.diffusers.report import Recorder, Report
@@ -92,7 +94,8 @@ class Guidance:
         self._specs = specs
         self._share = share
         self._run = Run(pipe)
-        self._recorder = Recorder(specs, layers)
+        self._calibration = Calibration(specs)
+        self._recorder = Recorder(specs, layers, self._calibration)
         self._arguments = DenoiserArguments(unet)
         self._handles: list[RemovableHandle] = []
         self._joins = {name: (block, Join(block)) for name, block in execution_order(unet)}
@@ -158,7 +161,7 @@ class Guidance:
             self._handles.pop().remove()
         self._tell_plain()  # someone may have kept our processors
         for layer in self._layers:
-            layer.processor.moved = None
+            layer.processor.moved, layer.processor.errors = None, ()
             if layer.attention.processor is not unwrap(layer.attention.processor):
                 layer.attention.set_processor(unwrap(layer.attention.processor))
         saved = getattr(self._unet, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
@@ -193,6 +196,7 @@ class Guidance:
             return None
         sample = self._arguments.get("sample", args, kwargs)
         self._batch = self._run.batch(sample.shape[0])
+        self._calibration.size = (sample.shape[2], sample.shape[3])
         share = self._share and self._can_share(args, kwargs)
         self._tell(self._batch, share)
         if not share:
@@ -208,10 +212,16 @@ class Guidance:
         sample = output[0]
         moved: dict[tuple[int, str], torch.Tensor] = {}
         for layer in self._layers:
+            processor, name = layer.processor, layer.info.module
             acting = [index for index in self._active if index in layer.specs]
-            for index, norms in zip(acting, layer.processor.moved or (), strict=False):
-                moved[index, layer.info.module] = norms
-            layer.processor.moved = None
+            for index, norms in zip(acting, processor.moved or (), strict=False):
+                moved[index, name] = norms
+            estimated = [index for index in acting if self._calibration.candidates(index, name)]
+            for index, errors in zip(estimated, processor.errors, strict=False):
+                assert processor.grid is not None
+                self._calibration.add(index, name, processor.grid, errors)
+            processor.moved, processor.errors = None, ()
+        self._calibration.settle()
         self._recorder.add(moved, sample.dtype)
         scales = [self._specs[index].scale for index in self._active]
         rescaled = self._run.rescaled_guidance_scale() if self._batch.first else None
@@ -242,14 +252,19 @@ class Guidance:
             join.branches = self._joined(position)
         for layer in self._layers:
             joined = self._joined(_block_index(order, layer.info.module)) if share else len(self._active)
-            sigmas = [0.0] * batch.size
+            sigmas, strides = [0.0] * batch.size, [EVERY_ROW] * batch.size
             for index in self._active[:joined]:
-                sigma = self._specs[index].sigma if index in layer.specs else 0.0
-                sigmas += [sigma] * (batch.size - batch.first)
-            acting = tuple(batch.branch(i) for i, index in enumerate(self._active) if index in layer.specs)
-            layer.processor.sigmas = tuple(float(sigma) for sigma in sigmas)
-            layer.processor.conditional = batch.conditional
-            layer.processor.perturbed = acting
+                acts, samples = index in layer.specs, batch.size - batch.first
+                sigmas += [self._specs[index].sigma if acts else 0.0] * samples
+                strides += [self._calibration.stride(index, layer.info.module) if acts else EVERY_ROW] * samples
+            acting = [(i, index) for i, index in enumerate(self._active) if index in layer.specs]
+            processor = layer.processor
+            processor.sigmas = tuple(float(sigma) for sigma in sigmas)
+            processor.strides = tuple(strides)
+            processor.conditional = batch.conditional
+            processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
+            processor.candidates = tuple(self._calibration.candidates(index, layer.info.module) for _, index in acting)
+            processor.errors = ()
 
     def _tell_plain(self) -> None:
         for _, join in self._joins.values():

@@ -18,9 +18,10 @@ from diffusers.models.attention_processor import (
 )
 
 from segkern.blur import check_boundary, check_sigma
+from segkern.coarse import check_query_stride
 from segkern.dispatch import check_backend
 from segkern.grid import Grid
-from segkern.integrations.diffusers.attention import self_attention
+from segkern.integrations.diffusers.attention import Stride, self_attention
 
 STANDARD_PROCESSORS = (
     AttnProcessor,
@@ -46,6 +47,9 @@ class SEGAttnProcessor:
             states.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        query_stride: 1 computes every query row; with more, or a pair for height and width, samples of finite
+            sigma are computed at points so many tokens apart at most; see :func:`segkern.seg_attention`. Their
+            query and output projections see the points alone.
 
     Raises:
         ValueError: when an argument does not fit, and, when the layer runs, for a missing or wrong grid, a
@@ -67,6 +71,7 @@ class SEGAttnProcessor:
         grid: Grid | None = None,
         boundary: str = "reflect",
         backend: str = "auto",
+        query_stride: int | tuple[int, int] = 1,
     ) -> None:
         count = len(sigma) if isinstance(sigma, (list, tuple)) else None
         checked = check_sigma(sigma, 1 if count is None else count)
@@ -78,6 +83,7 @@ class SEGAttnProcessor:
         self.grid = grid
         self.boundary = boundary
         self.backend = backend
+        self.query_stride = check_query_stride(query_stride)
 
     def __call__(
         self,
@@ -94,17 +100,20 @@ class SEGAttnProcessor:
                 f"SEGAttnProcessor blurs the queries of self-attention; this layer attends to "
                 f"encoder_hidden_states of shape {tuple(encoder_hidden_states.shape)}"
             )
-        return self_attention(
+        sigmas = check_sigma(self.sigma, hidden_states.shape[0])
+        output, _ = self_attention(
             attn,
             hidden_states,
-            check_sigma(self.sigma, hidden_states.shape[0]),
+            sigmas,
             self.grid,
             attention_mask=attention_mask,
             temb=temb,
             boundary=self.boundary,
             backend=self.backend,
             fused=attn.fused_projections,
+            strides=(self.query_stride,) * len(sigmas),
         )
+        return output
 
 
 class GuidedProcessor:
@@ -118,9 +127,13 @@ class GuidedProcessor:
         sigmas: one per sample of the batch that reaches this layer; None while no guidance acts.
         conditional: the samples of the conditional branch.
         perturbed: for each guidance that acts on this layer, the samples of its branch.
+        strides: of the query rows, one per sample like ``sigmas``; None computes every row.
+        candidates: for each of ``perturbed``, the strides whose error this forward estimates, none by default.
         grid: of the layer's tokens in this forward.
         moved: after a forward, for each of ``perturbed``, the norms ``[2, samples]`` of the difference
             between its output and the conditional one, and of the conditional one.
+        errors: after a forward, for each of ``perturbed`` that has candidates, their estimated errors
+            ``[candidates, samples]``.
     """
 
     def __init__(self, original: Any = None, boundary: str = "reflect", backend: str = "auto") -> None:
@@ -132,7 +145,10 @@ class GuidedProcessor:
         self.sigmas: tuple[float, ...] | None = None
         self.conditional = slice(0, 0)
         self.perturbed: tuple[slice, ...] = ()
+        self.strides: tuple[Stride, ...] | None = None
+        self.candidates: tuple[tuple[Stride, ...], ...] = ()
         self.grid: Grid | None = None
+        self.errors: tuple[torch.Tensor, ...] = ()
         self.moved: tuple[torch.Tensor, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -158,7 +174,7 @@ class GuidedProcessor:
                 attention_mask=attention_mask,
                 **known,
             )
-        output = self_attention(
+        output, self.errors = self_attention(
             attn,
             hidden_states,
             self.sigmas,
@@ -168,6 +184,8 @@ class GuidedProcessor:
             boundary=self.boundary,
             backend=self.backend,
             fused=self.fused,
+            strides=self.strides,
+            probed=[each for each in zip(self.perturbed, self.candidates, strict=False) if each[1]],
         )
         conditional = output[self.conditional]
         reference = _norms(conditional)

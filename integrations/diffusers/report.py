@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from segkern.integrations.diffusers.calibration import Calibration
 from segkern.integrations.diffusers.layers import LayerInfo
 from segkern.integrations.diffusers.specs import SEG
 
@@ -28,6 +29,10 @@ class LayerReport:
         fired: forwards in which the guidance acted there.
         moved: mean over those forwards and the samples of ``|perturbed - conditional| / |conditional|``, L2
             norms of the layer's output; None when it never fired.
+        query_stride: of the rows computed at the latest image size, height first, (1, 1) where ``"auto"`` found that
+            no wider one holds its tolerance; None where no stride was asked for, and until it is chosen.
+        error: the estimate of :func:`segkern.coarse_error` for it, the largest of those made before the choice;
+            infinite where the rows between the points cannot be told from them; None where every row is computed.
     """
 
     spec: int
@@ -35,6 +40,13 @@ class LayerReport:
     module: str
     fired: int
     moved: float | None
+    query_stride: tuple[int, int] | None = None
+    error: float | None = None
+
+    def coarse(self) -> tuple[str, str]:
+        """Stride and error in words, ``-`` where there is none."""
+        stride = "-" if self.query_stride is None else "x".join(map(str, self.query_stride))
+        return stride, "-" if self.error is None else f"{self.error:.1e}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class Report:
         forwards: of the denoiser, guided or not.
         specs: the guidances.
         layers: one entry for each guidance and layer.
-        problems: one sentence for each guidance that fired never or moved nothing.
+        problems: one sentence for each guidance that fired never, moved nothing or left out rows that it needs.
     """
 
     forwards: int
@@ -54,7 +66,7 @@ class Report:
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dictionaries and lists, ready for JSON but for an infinite sigma."""
+        """The same as plain dictionaries and lists, ready for JSON but for infinite sigmas and errors."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -62,10 +74,13 @@ class Report:
         for index, spec in enumerate(self.specs):
             rows = [row for row in self.layers if row.spec == index]
             width = max(len("layer"), *(len(row.layer) for row in rows))
-            lines = [str(spec), f"  {'layer':<{width}}  {'fired':>5}  {'moved':>8}  module"]
+            titles = f"{'fired':>5}  {'moved':>8}  {'stride':>6}  {'error':>7}"
+            lines = [str(spec), f"  {'layer':<{width}}  {titles}  module"]
             for row in rows:
                 moved = "-" if row.moved is None else f"{row.moved:.2%}"
-                lines.append(f"  {row.layer:<{width}}  {row.fired:>5}  {moved:>8}  {row.module}")
+                stride, error = row.coarse()
+                numbers = f"{row.fired:>5}  {moved:>8}  {stride:>6}  {error:>7}"
+                lines.append(f"  {row.layer:<{width}}  {numbers}  {row.module}")
             blocks.append("\n".join(lines))
         return "\n\n".join([*blocks, *(f"warning: {problem}" for problem in self.problems)])
 
@@ -77,11 +92,13 @@ class Recorder:
     Attributes:
         specs: the guidances.
         layers: the layers of each guidance.
+        calibration: what their strides are.
         forwards: of the denoiser so far.
     """
 
     specs: tuple[SEG, ...]
     layers: tuple[Sequence[LayerInfo], ...]
+    calibration: Calibration
     forwards: int = 0
     # Which (guidance, module) pairs fired together -> in how many forwards, and the sum of their relative
     # distances.
@@ -113,7 +130,9 @@ class Recorder:
                 pair = (index, layer.module)
                 count = fired.get(pair, 0)
                 moved = totals[pair] / count if count else None
-                rows.append(LayerReport(index, layer.name, layer.module, count, moved))
+                choice = self.calibration.report(index, layer.module)
+                stride, error = (None, None) if choice is None else (choice.stride, choice.error)
+                rows.append(LayerReport(index, layer.name, layer.module, count, moved, stride, error))
         return Report(self.forwards, self.specs, tuple(rows), self._problems(rows))
 
     def warn(self, report: Report, stacklevel: int) -> None:
@@ -132,4 +151,9 @@ class Recorder:
                 problems.append(f"{spec} met NaN: the outputs of its layers are not numbers")
             elif not any(moved > least for moved in moves):
                 problems.append(f"{spec} changed nothing: its layers moved by {max(moves):.1e} at most")
+            lost = [row.layer for row in rows if row.spec == index and row.error == math.inf]
+            if lost:
+                problems.append(
+                    f"{spec} does not tell the rows it leaves out at {', '.join(lost)}: its stride is too wide"
+                )
         return tuple(problems)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the public functions accept: every refusal quotes what it got."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from segkern.grid import Grid
+
+
+def check_tensor(name: str, x: torch.Tensor) -> None:
+    """Raise a ValueError unless it is a floating-point tensor ``[batch, heads, tokens, dim]``."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor [batch, heads, tokens, dim], got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, dim], got shape {tuple(x.shape)}")
+    if x.shape[3] == 0:
+        raise ValueError(f"{name} must have at least one channel, got shape {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_scale(scale: float) -> float:
+    """The scale as a float; a ValueError unless it is finite."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    return float(scale)
+
+
+def check_grid(grid: Grid, tokens: int) -> Grid:
+    """The grid itself; a ValueError unless it is one that fits so many tokens."""
+    if not isinstance(grid, Grid):
+        raise ValueError(f"grid must be a segkern.Grid(height, width, start=0), got {grid!r}")
+    grid.check(tokens)
+    return grid
+
+
+def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise a ValueError unless the three fit each other."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, x)
+        if x.dtype != query.dtype:
+            raise ValueError(f"query, key and value must share a dtype, got {query.dtype} and {name} in {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"query, key and value must share a device, got {query.device} and {name} on {x.device}")
+        if x.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"query, key and value must share batch and heads, got query {tuple(query.shape)} and "
+                f"{name} {tuple(x.shape)}"
+            )
+    if key.shape[3] != query.shape[3] or value.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"key must be [batch, heads, keys, head_dim of query] and value [batch, heads, keys, value_dim], got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if key.shape[2] == 0:
+        raise ValueError(f"attention needs at least one key, got key {tuple(key.shape)}")
+
+
+def check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """The mask with 4 dimensions, each of the full size or 1."""
+    if mask is None:
+        return None
+    full = (*query.shape[:3], key.shape[2])
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+    if mask.device != query.device:
+        raise ValueError(f"attn_mask must be on the query's device {query.device}, got {mask.device}")
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise ValueError(f"attn_mask must be boolean or floating point, got {mask.dtype}")
+    shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    if len(shape) != 4 or any(size not in (1, want) for size, want in zip(shape, full, strict=True)):
+        raise ValueError(f"attn_mask must be broadcastable to [batch, heads, tokens, keys] = {full}, got {shape}")
+    mask = mask.reshape(shape)
+    return mask if mask.dtype == torch.bool else mask.to(query.dtype)
