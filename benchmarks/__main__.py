@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run|plot|compare|tune``, from a checkout."""
+"""``python -m benchmarks run|plot|compare|tune|host``, from a checkout."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import compare as comparing
+from benchmarks import host as hosting
 from benchmarks import machine, plots, results, tables
 from benchmarks.cases import CASES, TINY, Case, find_cases
 from benchmarks.measure import measure, usual_rounds
@@ -189,6 +190,20 @@ def tune(
     name = machine.slug(tuned[0]["environment"]["device"])
     path = out or results.RESULTS / "tuned" / f"{name}.json"
     tuning.write(path, tuned)
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def host(
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/host/<device>.json.")] = None,
+) -> None:
+    """Measure what a call costs the host, with tiny tensors."""
+    with refusing():
+        where = find_device(device)
+    path, rows = hosting.run_host(where, out)
+    shown = tables.of_lines(hosting.HEADINGS, hosting.lines(rows))
+    wide(shown).print(shown)
     typer.echo(f"wrote {path}")
 
 

@@ -60,11 +60,15 @@ def _measure_sigma(
         for which in timing.CLOCKS:
             values = samples[name].get(which)
             row[f"{which}_ms"] = missing[name][which] if values is None else timing.spread(values)
-        row |= {"rounds": rounds, "clocks": clocks, "peak_mib": timing.peak_mib(calls[name], inputs.device)}
+        row |= {
+            "rounds": len(samples[name][clock]),
+            "clocks": clocks,
+            "peak_mib": timing.peak_mib(calls[name], inputs.device),
+        }
         if row["kind"] != "blur":
             row["tflops"] = attention(inputs.case).flops / row[f"{clock}_ms"]["median"] / 1e9
         if fastest is not None:
-            pairs = zip(samples[name][clock], samples[fastest][clock], strict=True)
+            pairs = zip(samples[name][clock], samples[fastest][clock], strict=False)  # slow ones end early
             row |= {"ratio": timing.spread(mine / its for mine, its in pairs), "ratio_to": fastest}
     return list(rows.values())
 

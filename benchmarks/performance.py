@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from benchmarks import plots
+from benchmarks import host, plots
 from benchmarks.checks import share_of_allowed
 from benchmarks.measure import summary
 from benchmarks.providers import PROVIDERS
@@ -48,8 +49,20 @@ does not. At infinite sigma the blurred third has one row: its share of the prod
 keys and values and writing outputs."""
 
 
-def page(files: Mapping[str, Result]) -> str:
-    """The whole page from result files by their stems; those of quick runs are left out."""
+_HOST = """\
+Tensors of 16 tokens, so that nothing but the host takes time, in turn with PyTorch's attention of the same batch. On a
+CPU, `auto` runs PyTorch operators, whose own time is in it: the blur's products, a second attention, a copy that joins
+the two. `triton, without launches` is segkern's share of a call on a GPU: checks, the choice of kernels, tables,
+outputs and arguments, each kernel replaced by nothing. What Triton takes to launch one comes on top."""
+
+
+def page(files: Mapping[str, Result], hosts: Mapping[str, dict[str, Any]] | None = None) -> str:
+    """The whole page from result files by their stems; those of quick runs are left out.
+
+    Args:
+        files: of the suites.
+        hosts: what a call costs the host (:mod:`benchmarks.host`).
+    """
     files = {stem: result for stem, result in files.items() if not result["quick"]}
     parts = [_INTRODUCTION, "## What was measured where", _where(files)]
     if not any(result["environment"]["device_type"] == "cuda" for result in files.values()):
@@ -58,6 +71,7 @@ def page(files: Mapping[str, Result]) -> str:
         parts += [f"## {name.capitalize()}", suite.asks]
         here = {stem: result for stem, result in files.items() if result["suite"] == name}
         parts += [text for stem, result in here.items() for text in _file(stem, result)] or ["Not measured."]
+    parts += ["## Host", _HOST, *(_host(stem, found) for stem, found in (hosts or {}).items())]
     parts += ["## What limits each way to compute", _LIMITS]
     parts += [
         text for stem, result in files.items() if result["suite"] == "attention" for text in _limits(stem, result)
@@ -182,6 +196,14 @@ def _errors(rows: Sequence[Row]) -> list[str]:
     where = f"{row['provider']}, `{row['case']}`, {row['dtype']}, sigma {row['sigma']}"
     text = "The largest root-mean-square error of a blurred sample that is exact and timed"
     return [f"{text} is {share:.0%} of what the contract allows ({where})."]
+
+
+def _host(stem: str, found: dict[str, Any]) -> str:
+    environment = found["environment"]
+    where = (
+        f"{environment['device']}, torch {environment['torch']}, commit `{environment['commit']}` (`host/{stem}.json`):"
+    )
+    return f"{where}\n\n{_markdown(host.HEADINGS, host.lines(found['rows']))}"
 
 
 def _limits(stem: str, result: Result) -> list[str]:

@@ -51,6 +51,14 @@ def without_time(rows: Sequence[Row]) -> list[str]:
     return [f"no time, {count} rows: {provider}: {reason}" for (provider, reason), count in found.items()]
 
 
+def of_lines(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    """Lines of text."""
+    table = Table(*headings)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
 def of_tiles(tuned: dict[str, Any]) -> Table:
     """Every tile that was tried for one shape, the fastest first."""
     title = f"{tuned['case']}, {tuned['dtype']}, sigma {tuned['sigma']}, {tuned['environment']['device']}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long calls take: all of them in every round, so that they see the same machine, each round from another one on.
+"""How long calls take: all of them in every round, so that they see the same machine, each round in another order.
 
 Four clocks, of which a CPU has the first:
 
@@ -27,6 +27,9 @@ _NOT_HERE = "not measured"
 _FLUSH_MIB = 256  # or four times L2, if that is more
 _CALLS_IN_A_GRAPH = 10  # at most; fewer once they take a millisecond together
 
+_SLOW_MS = 1000.0  # a call that takes so long on a CPU
+_ROUNDS_OF_SLOW = 2  # is timed in the first rounds alone
+
 Samples = dict[str, list[float]]  # clock -> milliseconds, one per round
 
 
@@ -43,7 +46,7 @@ def time_calls(
     Args:
         calls: that have run before.
         device: that they run on.
-        rounds: in which each of them is timed once per clock.
+        rounds: in which each of them is timed once per clock; on a CPU, seconds-long calls in the first two alone.
         no_graph: names of calls that no CUDA graph can hold, with the reason.
     """
     names = list(calls)
@@ -51,8 +54,9 @@ def time_calls(
     missing: dict[str, dict[str, str]] = {name: {} for name in names}
     if device.type != "cuda":
         for turn in range(rounds):
-            for name in _rotated(names, turn):
-                found[name].setdefault("wall", []).append(wall(calls[name], device))
+            for name in _shuffled(names, turn):
+                if turn < _ROUNDS_OF_SLOW or found[name]["wall"][0] < _SLOW_MS:
+                    found[name].setdefault("wall", []).append(wall(calls[name], device))
         for name in names:
             missing[name] = dict.fromkeys(CLOCKS[1:], _NOT_HERE)
         return found, missing
@@ -60,7 +64,7 @@ def time_calls(
         graphs = _captured(calls, no_graph or {}, missing)
         flush = _flush_buffer(device)
         for turn in range(rounds):
-            for name in _rotated(names, turn):
+            for name in _shuffled(names, turn):
                 found[name].setdefault("wall", []).append(wall(calls[name], device))
                 for clock, before in (("cold", None), ("hot", calls[name])):
                     found[name].setdefault(clock, []).append(_on_device(calls[name], flush, before))
@@ -71,9 +75,9 @@ def time_calls(
     return found, missing
 
 
-def _rotated(names: Sequence[str], turn: int) -> list[str]:
-    first = turn % len(names) if names else 0
-    return [*names[first:], *names[:first]]
+def _shuffled(names: Sequence[str], turn: int) -> list[str]:
+    """Another order in every round: what a call leaves in caches must not favour the same neighbour each time."""
+    return [names[i] for i in np.random.default_rng(turn).permutation(len(names))]
 
 
 def wall(call: Call, device: torch.device) -> float:

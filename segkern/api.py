@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from segkern import ops, sdpa
-from segkern.arguments import check_grid, check_mask, check_qkv, check_scale, check_tensor
+from segkern.arguments import check_grid, check_mask, check_qkv, check_tensor
 from segkern.blur import check_boundary, check_sigma, runs
-from segkern.coarse import check_query_stride, coarse_grid
 from segkern.dispatch import check_backend, choose_backend
 from segkern.grid import Grid
+from segkern.plans import Plan, plan_attention, takes_points
 
 
 def gaussian_blur(
@@ -114,23 +116,16 @@ def seg_attention(
         >>> seg_attention(q, k, v, Grid(26, 38), sigma=(0.0, math.inf)).shape
         torch.Size([2, 8, 988, 64])
     """
-    check_qkv(query, key, value)
     query, key, value = _autocast(query, key, value)
-    grid = check_grid(grid, query.shape[2])
-    sigmas = check_sigma(sigma, query.shape[0])
-    check_boundary(boundary)
-    stride = check_query_stride(query_stride)
-    mask = check_mask(attn_mask, query, key)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
-    check_backend(backend)
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    backend = _differentiable(backend, *tensors)
-    if _is_coarse(grid, sigmas, boundary, stride):
-        output, lse = _coarse_attention(
-            query, key, value, grid, sigmas, scale, mask, boundary, stride, backend, return_lse
-        )
-    else:
-        output, lse = _attention(query, key, value, grid, sigmas, scale, mask, boundary, backend, return_lse)
+    plain = _is_plain(query, key, value)
+    arguments = (grid, sigma, scale, boundary, query_stride, backend)
+    plan = plan_attention(query, key, value, *arguments, plain=plain)
+    mask = None if attn_mask is None else check_mask(attn_mask, query, key)
+    asked = _differentiable(backend, query, key, value, *(() if mask is None else (mask,)))
+    if asked != backend:
+        plan = replace(plan, backend=asked)
+    attend = _coarse_attention if plan.coarse else _attention
+    output, lse = attend(query, key, value, grid, plan, mask, boundary, return_lse)
     if not return_lse:
         return output
     assert lse is not None
@@ -179,20 +174,16 @@ def coarse_error(
         >>> bool((coarse_error(q, k, v, Grid(26, 38), sigma=4.0, query_stride=3) < 0.01).all())
         True
     """
-    check_qkv(query, key, value)
-    grid = check_grid(grid, query.shape[2])
-    sigmas = check_sigma(sigma, query.shape[0])
-    check_boundary(boundary)
-    stride = check_query_stride(query_stride)
+    plan = plan_attention(query, key, value, grid, sigma, scale, boundary, query_stride, "auto", plain=False)
     mask = check_mask(attn_mask, query, key)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
     if not isinstance(probes, int) or isinstance(probes, bool) or probes < 4:
         raise ValueError(f"probes must be an integer of at least 4, got {probes!r}")
-    if _is_coarse(grid, sigmas, boundary, stride):
-        _check_one_row(mask, stride)
+    if plan.coarse:
+        _check_one_row(mask, plan.stride)
     q, k, v = query.detach(), key.detach(), value.detach()
     mask = None if mask is None else mask.detach()
-    return ops.coarse_error(q, k, v, mask, grid.height, grid.width, grid.start, sigmas, scale, boundary, stride, probes)
+    where = (grid.height, grid.width, grid.start)
+    return ops.coarse_error(q, k, v, mask, *where, plan.sigmas, plan.scale, boundary, plan.stride, probes)
 
 
 def _attention(
@@ -200,31 +191,24 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: Grid,
-    sigmas: tuple[float, ...],
-    scale: float,
+    plan: Plan,
     mask: torch.Tensor | None,
     boundary: str,
-    backend: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Every query row; arguments are checked already."""
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    if _is_plain(*tensors) and _backend_of(query, value, sigmas, backend) == "torch":
-        return sdpa.seg_attention(query, key, value, grid, sigmas, scale, mask, boundary, return_lse)
+    """Every query row."""
+    if _is_plain(query, key, value) and (mask is None or _is_plain(mask)):
+        arguments = (grid, plan.sigmas, plan.scale)
+        if plan.backend == "torch":
+            return sdpa.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
+        if _is_unseen(query, key, value, mask):
+            output, lse = ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
+            return output, lse if return_lse else None
+    where = (grid.height, grid.width, grid.start)
     output, lse = ops.seg_attention(
-        query, key, value, mask, grid.height, grid.width, grid.start, sigmas, scale, boundary, backend, return_lse
+        query, key, value, mask, *where, plan.sigmas, plan.scale, boundary, plan.backend, return_lse
     )
     return output, lse if return_lse else None
-
-
-def _takes_points(sigma: float) -> bool:
-    """Whether a sample's queries are smooth without being all the same."""
-    return 0.0 < sigma < math.inf
-
-
-def _is_coarse(grid: Grid, sigmas: tuple[float, ...], boundary: str, stride: tuple[int, int]) -> bool:
-    """Whether some sample leaves out rows."""
-    return coarse_grid(grid, stride, boundary).tokens != grid.tokens and any(map(_takes_points, sigmas))
 
 
 def _check_one_row(mask: torch.Tensor | None, stride: tuple[int, int]) -> None:
@@ -240,28 +224,26 @@ def _coarse_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: Grid,
-    sigmas: tuple[float, ...],
-    scale: float,
+    plan: Plan,
     mask: torch.Tensor | None,
     boundary: str,
-    stride: tuple[int, int],
-    backend: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Samples of finite sigma at the points of the coarse grid, the others as ever; arguments are checked already."""
+    """Samples of finite sigma at the points of the coarse grid, the others as ever."""
+    stride = plan.stride
     _check_one_row(mask, stride)
     outputs, lses = [], []
-    for samples, coarse in runs([_takes_points(sigma) for sigma in sigmas]):
-        q, k, v, s = query[samples], key[samples], value[samples], sigmas[samples]
+    for samples, coarse in runs([takes_points(sigma) for sigma in plan.sigmas]):
+        q, k, v, sigmas = query[samples], key[samples], value[samples], plan.sigmas[samples]
         m = mask[samples] if mask is not None and mask.shape[0] != 1 else mask
         if coarse:
-            q = coarse_queries(q, grid, s, stride, boundary)
-            unblurred = (0.0,) * len(s)
-            output, lse = _attention(q, k, v, Grid(1, 1), unblurred, scale, m, boundary, backend, return_lse)
+            q = coarse_queries(q, grid, sigmas, stride, boundary)
+            unblurred = replace(plan, sigmas=(0.0,) * len(sigmas))
+            output, lse = _attention(q, k, v, Grid(1, 1), unblurred, m, boundary, return_lse)
             output = coarse_outputs(output, grid, stride, boundary)
             lse = None if lse is None else _coarse_lse(lse, grid, stride, boundary)
         else:
-            output, lse = _attention(q, k, v, grid, s, scale, m, boundary, backend, return_lse)
+            output, lse = _attention(q, k, v, grid, replace(plan, sigmas=sigmas), m, boundary, return_lse)
         outputs.append(output)
         lses.append(lse)
     if len(outputs) == 1:
@@ -292,10 +274,6 @@ def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundar
     return ops.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
 
 
-def _backend_of(query: torch.Tensor, value: torch.Tensor, sigmas: tuple[float, ...], backend: str) -> str:
-    return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], any(sigmas))[0]
-
-
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are real tensors in an eager run, none that a tracer follows.
 
@@ -306,19 +284,31 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
     return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
 
 
+def _is_unseen(*tensors: torch.Tensor | None) -> bool:
+    """Whether nobody follows a call: no gradient, no transform, no mode. Then the operator's own function is called."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
 def _differentiable(backend: str, *tensors: torch.Tensor) -> str:
     """The backend, or PyTorch's path where forward-mode derivatives are wanted, which operators do not have."""
-    if torch.compiler.is_compiling() or all(forward_ad.unpack_dual(x).tangent is None for x in tensors):
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # outside of any forward-mode level
+        return backend
+    if all(forward_ad.unpack_dual(x).tangent is None for x in tensors):
         return backend
     if backend == "triton":
         raise ValueError("backend='triton' has no forward-mode derivatives; take backend='torch'")
     return "torch"
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _autocast(*tensors: Any) -> tuple[Any, ...]:
     """What autocast does to the arguments of PyTorch's attention."""
+    if not isinstance(tensors[0], torch.Tensor):
+        return tensors
     device_type = tensors[0].device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
+    check_qkv(*tensors)
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -86,7 +86,7 @@ def choose_backend(
         head_dim: of queries and keys.
         backend: what the caller asked for.
         value_dim: of values, if it may differ.
-        blurs: whether any sample has a sigma other than 0.
+        blurs: whether any sample has a sigma other than 0, or its rows are those of one at fewer points.
 
     Raises:
         ValueError: when ``backend`` is unknown, or is ``"triton"`` and cannot serve the call; the message says why.

@@ -198,6 +198,25 @@ def _(query: torch.Tensor, *arguments: object) -> torch.Tensor:
     return query.new_empty(query.shape[0], dtype=torch.float32)
 
 
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    grid: Grid,
+    sigmas: tuple[float, ...],
+    scale: float,
+    boundary: str,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator's Triton path without the operator: no gradient, no tracer; arguments are checked already."""
+    from segkern.kernels.seg_attention import launch_seg_attention
+
+    out, lse = _empty_attention(query, value, return_lse)
+    launch_seg_attention(query, key, value, out, lse if return_lse else None, grid, sigmas, scale, attn_mask, boundary)
+    return out, lse
+
+
 @torch.library.custom_op("segkern::seg_attention", mutates_args=(), tags=_TAGS)
 def seg_attention(
     query: torch.Tensor,
@@ -215,15 +234,10 @@ def seg_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
     grid, sigmas = _checked(query, height, width, start, sigma)
-    chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], any(sigmas))
+    fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
+    chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)
     if chosen == "triton":
-        from segkern.kernels.seg_attention import launch_seg_attention
-
-        out, lse = _empty_attention(query, value, return_lse)
-        launch_seg_attention(
-            query, key, value, out, lse if return_lse else None, grid, sigmas, scale, attn_mask, boundary
-        )
-        return out, lse
+        return fused_attention(query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
     out, row_lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, attn_mask, boundary, return_lse)
     lse = query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse.contiguous()
     return _tokens_first(out), lse

@@ -35,9 +35,11 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: blur weights and logits keep their dtype."""
-    if not torch.amp.is_autocast_available(device.type):  # meta tensors, for example
+    kind = device.type
+    # Meta tensors, for example, know no autocast.
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return nullcontext()
-    return torch.autocast(device_type=device.type, enabled=False)
+    return torch.autocast(device_type=kind, enabled=False)
 
 
 def _grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -221,6 +223,8 @@ def seg_attention(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of blurred queries and, if asked for, the rows' log-sum-exp; arguments are checked already."""
+    if sigmas and not any(sigmas):
+        return attend(query, key, value, scale, attn_mask, return_lse)
     outputs: list[torch.Tensor] = []
     lses: list[torch.Tensor | None] = []
     for samples, kind in runs([_kind(sigma) for sigma in sigmas]):

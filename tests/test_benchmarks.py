@@ -142,13 +142,24 @@ def test_what_does_not_fit_the_memory_is_not_tried(monkeypatch: pytest.MonkeyPat
     assert rows["auto"]["reason"] is None
 
 
-def test_rounds_take_turns_and_start_with_another_call() -> None:
+def test_rounds_take_turns_in_ever_other_orders() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples, missing = timing.time_calls(calls, CPU, rounds=4)
-    assert "".join(order) == "abcbcacababc"
-    assert {name: len(found["wall"]) for name, found in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    samples, missing = timing.time_calls(calls, CPU, rounds=12)
+    rounds = ["".join(order[first : first + 3]) for first in range(0, len(order), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    followed = {pair for turn in rounds for pair in (turn[:2], turn[1:])}
+    assert len(followed) == 6, "every call follows every other one at times"
+    assert {name: len(found["wall"]) for name, found in samples.items()} == {"a": 12, "b": 12, "c": 12}
     assert missing["a"] == {"hot": "not measured", "cold": "not measured", "graph": "not measured"}
+
+
+def test_calls_of_seconds_are_timed_in_the_first_rounds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_SLOW_MS", 0.0)
+    samples, _ = timing.time_calls({"a": lambda: None}, CPU, rounds=5)
+    assert len(samples["a"]["wall"]) == 2
+    (rows,) = measure(TEXT, (1.0,), [PROVIDERS["sdpa"], PROVIDERS["auto"]], CPU, rounds=5)
+    assert [row["rounds"] for row in rows] == [2, 2]
 
 
 @pytest.mark.cuda

@@ -8,6 +8,7 @@ wrong, so there in two.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from segkern import Grid, reference
 from segkern.blur import BOUNDARIES
 
 pytest.importorskip("triton", reason="kernels need triton")
+from segkern.kernels import _routes
+
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     # NumPy, which the interpreter computes with, reports the arithmetic of infinities and NaNs that tests put in.
@@ -61,9 +64,12 @@ def check_attention(
 
 
 @pytest.fixture(params=["in the prologue", "before"])
-def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both ways to blur queries, whatever the estimated costs say."""
-    monkeypatch.setattr("segkern.kernels.seg_attention.blurs_before", lambda *_: request.param == "before")
+    monkeypatch.setattr(_routes.BlurRoute, "before", property(lambda _: request.param == "before"))
+    _routes.attention_route.cache_clear()
+    yield
+    _routes.attention_route.cache_clear()
 
 
 @pytest.mark.usefixtures("blur_route")

@@ -24,7 +24,21 @@ _LARGEST_TILE = 256  # rows, columns or channels that a program addresses from o
 
 def strides_are_wide(*tensors: torch.Tensor) -> bool:
     """Whether offsets inside a tile may exceed 32 bits, so that a kernel must compute them in 64."""
-    return any(stride * _LARGEST_TILE >= 2**31 for x in tensors for stride in x.stride()[2:])
+    for x in tensors:
+        strides = x.stride()
+        if max(strides[2], strides[3]) * _LARGEST_TILE >= 2**31:
+            return True
+    return False
+
+
+def next_power_of_2(n: int) -> int:
+    """Triton's function of that name is for both sides of a launch and takes microseconds on the host.
+
+    Example:
+        >>> [next_power_of_2(n) for n in (1, 2, 3, 40)]
+        [1, 2, 4, 64]
+    """
+    return 1 << (n - 1).bit_length()
 
 
 def compile_options(options: Tile | Options, hip: bool | None = None) -> dict[str, Any]:

@@ -10,14 +10,16 @@ rounded from published microbenchmarks of the devices; no timing of these kernel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from segkern.blur import blur_reach
 from segkern.grid import Grid
-from segkern.kernels._configs import architecture, attention_tile, key_splits, multiprocessors
+from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, multiprocessors
+from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
 
 HERE, BEFORE = 1, 2
 
@@ -90,20 +92,76 @@ def blur_route(
     return BlurRoute(read / rate, before, width < _MIN_WIDTH_HERE)
 
 
-def blurs_before(
-    query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str, attn_mask: torch.Tensor | None
-) -> bool:
-    """Whether the separable kernel blurs the queries of samples of these sigmas before the attention."""
-    _, heads, _, head_dim = query.shape
-    arch = architecture(query.device)
-    tile = attention_tile(query.device, head_dim, query.dtype, attn_mask is not None)
-    return blur_route(arch, grid, sigmas, boundary, heads, head_dim, query.itemsize, tile.block_m).before
+@dataclass(frozen=True)
+class Route:
+    """Which kernels compute which samples of a batch.
+
+    Attributes:
+        uniform: samples of infinite sigma, whose image tokens get one row's result.
+        rest: samples of which any tokens are left to compute.
+        few: whether the rest are few rows, which are not blurred: their keys are split over programs.
+        before: those of the rest that the separable kernel blurs first.
+        tables: of the rest, for the tiles of attention; None with ``few`` or without a rest.
+    """
+
+    uniform: tuple[int, ...]
+    rest: tuple[int, ...]
+    few: bool
+    before: tuple[int, ...]
+    tables: BlurTables | None
 
 
-def few_rows(query: torch.Tensor, key: torch.Tensor, samples: int, attn_mask: torch.Tensor | None) -> bool:
+@lru_cache(maxsize=1024)
+def attention_route(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    keys: int,
+    grid: Grid,
+    sigmas: tuple[float, ...],
+    boundary: str,
+    masked: bool,
+    rows_alike: bool,
+) -> Route:
+    """The kernels of a call.
+
+    Args:
+        device: of the tensors.
+        dtype: of the tensors.
+        shape: of the queries.
+        keys: how many there are.
+        grid: of the query tokens.
+        sigmas: one per sample.
+        boundary: of the blur.
+        masked: whether there is a mask.
+        rows_alike: whether the mask, if any, is the same for all queries: else equal queries have unequal results.
+    """
+    _, heads, tokens, head_dim = shape
+    uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
+    only_image = grid.tokens == tokens
+    rest = tuple(i for i in range(len(sigmas)) if not (only_image and i in uniform))
+    tile = attention_tile(device, head_dim, dtype, masked)
+    if not rest:
+        return Route(uniform, (), False, (), None)
+    if not any(sigmas[i] for i in rest) and _few_rows(device, tile, tokens, keys, heads * len(rest)):
+        return Route(uniform, rest, True, (), None)
+    blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in uniform)
+    before = any(math.isinf(sigmas[i]) for i in blurred)  # tables hold no matrix of the mean
+    if blurred and not before:
+        wanted = tuple(sigmas[i] for i in blurred)
+        sizes = heads, head_dim, dtype.itemsize, tile.block_m
+        before = blur_route(architecture(device), grid, wanted, boundary, *sizes).before
+    # Where queries are blurred before, only the codes of the other samples are needed.
+    left = tuple(0.0 if before and i in blurred else sigmas[i] for i in rest)
+    tables = blur_tables(rest, left, grid.height, grid.width, boundary, device, outside=True)
+    if before:
+        codes = tuple(blurred.index(i) if i in blurred else OUTSIDE if i in uniform else PLAIN for i in rest)
+        tables = replace(tables, tables=index_tensor(codes, device))
+    return Route(uniform, rest, False, blurred if before else (), tables)
+
+
+def _few_rows(device: torch.device, tile: Tile, tokens: int, keys: int, heads: int) -> bool:
     """Whether tiles of rows that are not blurred would leave multiprocessors idle while there are keys to split."""
-    _, heads, tokens, head_dim = query.shape
-    tile = attention_tile(query.device, head_dim, query.dtype, attn_mask is not None)
-    programs = -(-tokens // tile.block_m) * heads * samples
-    parallel = multiprocessors(query.device)
-    return programs < parallel and key_splits(programs, key.shape[2], tile.block_n, parallel)[0] > 1
+    programs = -(-tokens // tile.block_m) * heads
+    parallel = multiprocessors(device)
+    return programs < parallel and key_splits(programs, keys, tile.block_n, parallel)[0] > 1

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from segkern.grid import Grid
 from segkern.kernels._configs import Options, blur_precision
-from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
+from segkern.kernels._launch import compile_options, device_guard, next_power_of_2, strides_are_wide
 from segkern.kernels._primitives import load_tile, store_tile
 from segkern.kernels._tables import blur_tables, consecutive
 
@@ -101,7 +101,7 @@ def blur_options(dtype: torch.dtype) -> Options:
 
 def blur_block_d(head_dim: int) -> int:
     """Channels a program blurs at a time."""
-    return min(_BLOCK_D, max(16, triton.next_power_of_2(head_dim)))
+    return min(_BLOCK_D, max(16, next_power_of_2(head_dim)))
 
 
 def launch_gaussian_blur(
@@ -118,7 +118,8 @@ def launch_gaussian_blur(
     batch, heads, tokens, head_dim = x.shape
     tables = blur_tables(tuple(range(batch)), sigmas, grid.height, grid.width, boundary, x.device, adjoint)
     for outside in (slice(0, grid.start), slice(grid.stop, tokens)):
-        out[:, :, outside] = x[:, :, outside]
+        if outside.start < outside.stop:
+            out[:, :, outside] = x[:, :, outside]
     image, out_image = x[:, :, grid.start : grid.stop], out[:, :, grid.start : grid.stop]
     halfway = torch.empty(batch, grid.tokens, heads, head_dim, dtype=torch.float32, device=x.device).transpose(1, 2)
     axes = (
@@ -127,7 +128,7 @@ def launch_gaussian_blur(
     )
     with device_guard(x.device):
         for source, target, weights, reach, lines, length, line_step, axis_step in axes:
-            programs = triton.cdiv(length, _BLOCK_I) * lines * heads * batch
+            programs = -(-length // _BLOCK_I) * lines * heads * batch
             _gaussian_blur_kernel[(programs,)](
                 source,
                 target,

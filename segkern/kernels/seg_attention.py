@@ -21,9 +21,6 @@ than to 16.
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -45,8 +42,8 @@ from segkern.kernels._primitives import (
     load_tile,
     store_tile,
 )
-from segkern.kernels._routes import BEFORE, HERE, blurs_before, few_rows
-from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
+from segkern.kernels._routes import BEFORE, HERE, attention_route
+from segkern.kernels._tables import OUTSIDE, BlurTables
 from segkern.kernels.gaussian_blur import blurred_image
 from segkern.kernels.split_attention import launch_split_attention, launch_uniform_attention
 
@@ -273,28 +270,16 @@ def launch_seg_attention(
         return
     if scale < 0.0:  # kernels take the maximum before scaling
         query, scale = -query, -scale
-    per_row_mask = attn_mask is not None and attn_mask.shape[2] != 1
-    whole = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and not per_row_mask)
-    if whole:
-        launch_uniform_attention(query, key, value, out, lse, grid, whole, scale, attn_mask)
-    only_image = grid.tokens == query.shape[2]
-    here = tuple(i for i in range(len(sigmas)) if not (only_image and i in whole))
-    here_sigmas = tuple(sigmas[i] for i in here)
-    if here and not any(here_sigmas) and few_rows(query, key, len(here), attn_mask):
-        launch_split_attention(query, key, value, out, lse, here, scale, attn_mask)
-    elif here:
-        blurred = tuple(i for i in here if sigmas[i] > 0.0 and i not in whole)
-        before = bool(blurred) and blurs_before(query, grid, tuple(sigmas[i] for i in blurred), boundary, attn_mask)
-        before = before or any(math.isinf(sigmas[i]) for i in blurred)  # tables hold no matrix of the mean
-        image = blurred_image(query, grid, sigmas, blurred, boundary) if before else None
-        shape = (grid.height, grid.width, boundary, query.device)
-        if before:  # only the codes of the other samples are needed
-            here_sigmas = tuple(0.0 if i in blurred else sigmas[i] for i in here)
-        tables = blur_tables(here, here_sigmas, *shape, outside=True)
-        if before:
-            codes = tuple(blurred.index(i) if i in blurred else OUTSIDE if i in whole else PLAIN for i in here)
-            tables = replace(tables, tables=index_tensor(codes, query.device))
-        _launch_tiles(query, key, value, out, lse, grid, tables, image, scale, attn_mask)
+    masked, rows_alike = attn_mask is not None, attn_mask is None or attn_mask.shape[2] == 1
+    kind = query.device, query.dtype, query.shape, key.shape[2]
+    route = attention_route(*kind, grid, sigmas, boundary, masked, rows_alike)
+    if route.uniform:
+        launch_uniform_attention(query, key, value, out, lse, grid, route.uniform, scale, attn_mask)
+    if route.few:
+        launch_split_attention(query, key, value, out, lse, route.rest, scale, attn_mask)
+    elif route.tables is not None:
+        image = blurred_image(query, grid, sigmas, route.before, boundary) if route.before else None
+        _launch_tiles(query, key, value, out, lse, grid, route.tables, image, scale, attn_mask)
 
 
 def _launch_tiles(
@@ -314,7 +299,7 @@ def _launch_tiles(
     tile = attention_tile(query.device, head_dim, query.dtype, attn_mask is not None)
     block_d, block_r = split_head_dim(head_dim)
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
-    programs = triton.cdiv(tokens, tile.block_m) * heads * tables.samples.numel()
+    programs = -(-tokens // tile.block_m) * heads * tables.samples.numel()
     with device_guard(query.device):
         _seg_attention_kernel[(programs,)](
             query,

@@ -32,7 +32,7 @@ from segkern.kernels._configs import (
     split_head_dim,
     split_tile,
 )
-from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
+from segkern.kernels._launch import compile_options, device_guard, next_power_of_2, strides_are_wide
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, attend_keys, load_tile, store_tile
 from segkern.kernels._tables import consecutive, index_tensor
@@ -266,7 +266,7 @@ def _launch(
     keys = key.shape[2]
     tile = split_tile(query.device, head_dim, query.dtype, rows, attn_mask is not None)
     block_d, block_r = split_head_dim(head_dim)
-    programs = triton.cdiv(rows, tile.block_m) * heads * len(samples)
+    programs = -(-rows // tile.block_m) * heads * len(samples)
     splits, keys_per_split = key_splits(programs, keys, tile.block_n, multiprocessors(query.device))
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
     partial = query.new_empty(len(samples) * heads, splits, rows, head_dim + 2, dtype=torch.float32)
@@ -302,7 +302,7 @@ def _launch(
             **compile_options(tile),
         )
         block_t = 1 if copies == 1 else _EXPANDED_TOKENS
-        _combine_splits_kernel[(len(samples) * heads, rows * triton.cdiv(copies, block_t))](
+        _combine_splits_kernel[(len(samples) * heads, rows * -(-copies // block_t))](
             partial,
             out,
             out if lse is None else lse,
@@ -315,9 +315,9 @@ def _launch(
             copies,
             splits,
             HEAD_DIM=head_dim,
-            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_S=next_power_of_2(splits),
             BLOCK_T=block_t,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=next_power_of_2(head_dim),
             WITH_LSE=lse is not None,
             WIDE=strides_are_wide(out),
             **compile_options(COMBINE_OPTIONS),

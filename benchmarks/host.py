@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs the host: tensors so small that nothing else takes time, against PyTorch's attention.
+
+On a GPU a call is timed until it returns, not until its work ends. On a CPU the PyTorch path's own operators are part
+of the time; the Triton path runs there too, its kernels replaced by nothing, so that what is left is segkern's share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import machine
+from benchmarks.results import RESULTS
+from benchmarks.timing import spread
+from segkern import Grid, seg_attention
+
+FOLDER = RESULTS / "host"
+_SHAPE = (3, 2, 16, 16)  # batch, heads, tokens, head_dim
+_GRID = Grid(2, 8)
+_SIGMAS = {
+    "sigma 0": (0.0, 0.0, 0.0),
+    "a third at sigma 2": (0.0, 0.0, 2.0),
+    "a third at infinity": (0.0, 0.0, math.inf),
+}
+_KERNELS = ("_seg_attention_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_gaussian_blur_kernel")
+
+Timed = Callable[[], object]
+
+
+class _Nothing:
+    """A kernel that is launched and does nothing."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Inside, the Triton path runs on a CPU up to its launches, which do nothing."""
+    import triton
+
+    from segkern.kernels import gaussian_blur, seg_attention, split_attention
+
+    modules = (seg_attention, split_attention, gaussian_blur)
+    with triton.knobs.runtime.scope(), ExitStack() as stack:
+        triton.knobs.runtime.interpret = True
+        for module, kernel in (
+            (module, kernel) for module in modules for kernel in _KERNELS if hasattr(module, kernel)
+        ):
+            stack.enter_context(mock.patch.object(module, kernel, _Nothing()))
+        yield
+
+
+def _microseconds(call: Timed, calls: int) -> float:
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    return (perf_counter() - start) / calls * 1e6
+
+
+def measure_host(device: torch.device, rounds: int = 31, calls: int = 200) -> list[dict[str, Any]]:
+    """A row for each kind of call: ``us`` it takes, and ``over_us`` that it takes beyond PyTorch's attention.
+
+    Args:
+        device: of the tensors.
+        rounds: in which every call is timed once, one after the other.
+        calls: in a round, of which the mean is taken.
+    """
+    q, k, v = (torch.randn(_SHAPE, device=device) for _ in range(3))
+    if device.type == "cuda":
+        q, k, v = q.half(), k.half(), v.half()
+
+    def plain() -> object:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def ours(sigmas: tuple[float, ...], backend: str) -> Timed:
+        return lambda: seg_attention(q, k, v, _GRID, sigmas, backend=backend)
+
+    ways = {(name, "auto"): ours(sigmas, "auto") for name, sigmas in _SIGMAS.items()}
+    without = device.type == "cpu"
+    if without:
+        ways |= {(name, "triton, without launches"): ours(s, "triton") for name, s in _SIGMAS.items() if any(s)}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are too small for more
+    try:
+        for turn in range(rounds + 2):
+            for way, call in ways.items():
+                with without_launches() if "triton" in way[1] else nullcontext():
+                    pair = _microseconds(plain, calls), _microseconds(call, calls)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                if turn >= 2:  # tables are made and memory is warm
+                    found[way].append(pair)
+    finally:
+        torch.set_num_threads(threads)
+    return [
+        {
+            "call": name,
+            "backend": backend,
+            "us": spread(its for _, its in pairs),
+            "over_us": spread(its - base for base, its in pairs),
+        }
+        for (name, backend), pairs in found.items()
+    ]
+
+
+def run_host(device: torch.device, out: Path | None = None) -> tuple[Path, list[dict[str, Any]]]:
+    """Measure and write ``benchmarks/results/host/<device>.json``."""
+    environment = machine.described(device)
+    rows = measure_host(device)
+    path = out or FOLDER / f"{machine.slug(environment['device'])}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return path, rows
+
+
+def committed() -> dict[str, dict[str, Any]]:
+    """Every committed file by its stem."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows as text: call, backend, microseconds, those beyond PyTorch's attention, their spread."""
+    return [
+        [
+            row["call"],
+            row["backend"],
+            f"{row['us']['median']:.1f}",
+            f"{row['over_us']['median']:.1f}",
+            f"{row['over_us']['p20']:.1f} to {row['over_us']['p80']:.1f}",
+        ]
+        for row in rows
+    ]
+
+
+HEADINGS = ("call", "backend", "us", "us over PyTorch's attention", "p20 to p80")
