@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run|plot|compare|tune|host``, from a checkout."""
+"""``python -m benchmarks run|plot|compare|tune|host|trust``, from a checkout."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import compare as comparing
 from benchmarks import host as hosting
 from benchmarks import machine, plots, results, tables
+from benchmarks import trust as trusting
 from benchmarks.cases import CASES, TINY, Case, find_cases
 from benchmarks.measure import measure, usual_rounds
 from benchmarks.suites import SUITES, find_providers, find_suite, usual_cases, usual_dtypes
@@ -167,6 +168,9 @@ def tune(
     cases: Cases = "sdxl-32x32,sdxl-64x64",
     sigma: Annotated[float, typer.Option(min=0.0, help="Of the blurred third, finite.")] = 10.0,
     rounds: Annotated[int, typer.Option(min=1, help="Of every shape.")] = 20,
+    install: Annotated[
+        bool, typer.Option("--install", help="Take the fastest, in segkern/kernels/tuned.json.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/tuned/<device>.json.")] = None,
 ) -> None:
     """Try tile shapes of the attention kernel on a real GPU and write what each one takes."""
@@ -191,6 +195,8 @@ def tune(
     path = out or results.RESULTS / "tuned" / f"{name}.json"
     tuning.write(path, tuned)
     typer.echo(f"wrote {path}")
+    for line in tuning.install(tuned) if install else ():
+        typer.echo(line)
 
 
 @app.command()
@@ -205,6 +211,26 @@ def host(
     shown = tables.of_lines(hosting.HEADINGS, hosting.lines(rows))
     wide(shown).print(shown)
     typer.echo(f"wrote {path}")
+
+
+@app.command()
+def trust(
+    count: Annotated[int, typer.Option(min=1, help="Drawn inputs of every kind.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/coarse/estimate.json.")] = None,
+) -> None:
+    """Hold the estimate of coarse queries' error against the true one, on drawn inputs and the bundled model."""
+    layers = [*trusting.drawn(count), *trusting.of_model()]
+    rows = []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("inputs", total=len(layers))
+        for found in trusting.compare(iter(layers)):
+            rows += found
+            progress.advance(task)
+    trusting.write(rows, out or trusting.FILE)
+    shown = tables.of_lines(trusting.KIND_HEADINGS, trusting.kinds(rows))
+    wide(shown).print(shown)
+    typer.echo(f"wrote {out or trusting.FILE}")
 
 
 if __name__ == "__main__":

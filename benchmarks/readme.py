@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import compiled_page, host, performance, plots, results
+from benchmarks import compiled_page, host, performance, plots, results, trust
 from benchmarks.results import Result, Row
 from segkern.evaluation import report
 from segkern.evaluation.plots import plot
@@ -89,7 +89,10 @@ def main() -> None:
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
     files = results.committed()
-    (docs / "performance.md").write_text(performance.page(files, host.committed()), encoding="utf-8")
+    trusted = trust.committed()
+    (docs / "performance.md").write_text(performance.page(files, host.committed(), trusted), encoding="utf-8")
+    if trusted is not None:
+        trust.picture(trusted["rows"])
     for stem, result in files.items():
         plots.write(stem, result, results.RESULTS)
     compiled = json.loads(COMPILED.read_text(encoding="utf-8"))

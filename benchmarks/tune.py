@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile shapes tried on a real device: what does not compile or computes something wrong is out, the rest is timed.
 
-Nothing is predicted. The result is a table of its own that names device and versions; it changes no default.
+Nothing is predicted. The result is a table of its own that names device and versions. Only ``install`` changes what
+segkern takes: the tile that was fastest over all cases of a head dimension and dtype, if it beats the present one.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +25,8 @@ from benchmarks.results import describe_case
 from segkern.kernels import _configs
 from segkern.kernels import seg_attention as kernel
 from segkern.kernels._configs import Tile
+
+_WORTH = 0.02  # of the time: less is noise
 
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 
@@ -99,6 +103,42 @@ def write(path: Path, tuned: Sequence[dict[str, Any]]) -> None:
     """All shapes as one JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(tuned), indent=1) + "\n", encoding="utf-8")
+
+
+def install(tuned: Sequence[dict[str, Any]], path: Path = _configs.TUNED) -> list[str]:
+    """Put what was faster into the table that segkern reads; says what it did, a line per head dimension and dtype.
+
+    Where several cases share a head dimension and dtype, a tile must be right in all of them, and counts with the mean
+    of its times' logarithms over the present tile's. It must be faster by ``_WORTH`` at least.
+    """
+    table = json.loads(path.read_text(encoding="utf-8"))
+    said = []
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for one in tuned:
+        groups.setdefault((one["architecture"], one["dtype"], one["head_dim"]), []).append(one)
+    for (arch, dtype, head_dim), cases in groups.items():
+        what = f"{arch}, {dtype}, head dimension {head_dim}"
+        ratios = [_ratios(one) for one in cases]
+        shared = set.intersection(*(set(found) for found in ratios))
+        best = min(shared, key=lambda tile: sum(found[tile] for found in ratios), default=None)
+        gain = 0.0 if best is None else 1 - math.exp(sum(found[best] for found in ratios) / len(ratios))
+        if best is None or gain < _WORTH:
+            said.append(f"{what}: the present tile stays, none is faster by {_WORTH:.0%}")
+            continue
+        environment = cases[0]["environment"]
+        entry = {"tile": asdict(best), "gain": round(gain, 4), "cases": [one["case"] for one in cases]}
+        entry |= {name: environment[name] for name in ("device", "torch", "triton", "commit")}
+        table.setdefault(arch, {}).setdefault(dtype, {})[str(head_dim)] = entry
+        said.append(f"{what}: {best} is {gain:.1%} faster")
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return said
+
+
+def _ratios(one: dict[str, Any]) -> dict[Tile, float]:
+    """Logarithm of every right tile's time over the present one's; nothing where the present one has no time."""
+    times = {Tile(**row["tile"]): row["ms"]["median"] for row in one["tiles"] if row["ms"]}
+    now = times.get(Tile(**one["now"]))
+    return {} if now is None else {tile: math.log(ms / now) for tile, ms in times.items()}
 
 
 def why_not(inputs_device: torch.device, case: Case, sigma: float) -> str | None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import host, performance, plots, results  # noqa: E402
+from benchmarks import host, performance, plots, results, trust  # noqa: E402
 from benchmarks.readme import readme_with_tables, rendered  # noqa: E402
 
 
@@ -23,7 +23,7 @@ def test_measurements_are_those_of_the_result_files() -> None:
 def test_the_performance_page_is_what_the_result_files_give() -> None:
     files = results.committed()
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert page == performance.page(files, host.committed()), "run python -m benchmarks.readme"
+    assert page == performance.page(files, host.committed(), trust.committed()), "run python -m benchmarks.readme"
     for stem, result in files.items():
         for picture in plots.pictures(stem, result)[0]:
             assert (results.RESULTS / picture.name).exists(), "run python -m benchmarks.readme"

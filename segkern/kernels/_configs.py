@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile shapes per architecture, head dimension and dtype, and the precision of products.
 
-The shapes are chosen from compiled code (no spills, shared memory within the target's limit, matrix instructions that
-are not serialised), which ``tests/test_compile.py`` checks for every target; they are not tuned by timing yet.
+The tables below are safe defaults, chosen from compiled code: no spills, shared memory within the target's limit,
+matrix instructions that are not serialised, which ``tests/test_compile.py`` checks for every target. Where a device was
+measured, ``tuned.json`` beside this file has what was faster there; ``python -m benchmarks tune --install`` fills it.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import triton
@@ -143,14 +146,34 @@ def attention_tile(device: torch.device, head_dim: int, dtype: torch.dtype, mask
     return tile_for(architecture(device), head_dim, dtype, masked)
 
 
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+@lru_cache(maxsize=1)
+def tuned_tiles() -> dict[tuple[str, str, int], Tile]:
+    """Measured tiles of attention without a mask by architecture, dtype and head dimension, such as
+    ``("sm_90", "bfloat16", 64)``."""
+    found = json.loads(TUNED.read_text(encoding="utf-8"))
+    return {
+        (arch, dtype, int(head_dim)): Tile(**entry["tile"])
+        for arch, dtypes in found.items()
+        for dtype, entries in dtypes.items()
+        for head_dim, entry in entries.items()
+    }
+
+
 @lru_cache(maxsize=256)
 def tile_for(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
-    """The attention kernel's tile for an architecture by name; unknown ones get a safe tile.
+    """The attention kernel's tile for an architecture by name: the measured one, or a default; unknown ones get a safe
+    tile.
 
     A mask's tile takes registers as well, so a program has fewer keys or queries at a time then.
     """
     if arch == "interpreter":
         return _INTERPRETER
+    tuned = None if masked else tuned_tiles().get((arch, str(dtype).removeprefix("torch."), head_dim))
+    if tuned is not None:
+        return tuned
     gfx = arch.startswith("gfx")
     if masked and dtype.itemsize == 2:
         if gfx:
