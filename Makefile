@@ -45,6 +45,8 @@ pytest: $(INSTALLED) ## the tests alone, on all cores
 
 benchmark: $(INSTALLED) ## speed against everything one could pick instead, into benchmarks/results; long on a CPU
 	for suite in attention infinite coarse blur; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done
+	$(BIN)/python -m benchmarks host
+	$(BIN)/python -m benchmarks trust
 	$(BIN)/python -m benchmarks.readme
 
 evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU

@@ -4,7 +4,8 @@
 Run as a program, because a process that interprets Triton cannot compile: ``python -m benchmarks.compiled sm_90
 gfx942``; with ``--save`` for all targets, into ``benchmarks/results/compiled/``, of which ``docs/compiled.md`` is
 made. Each record has the kernel, target, head dimension, dtype, tile, registers, spilled bytes, local memory, shared
-memory, matrix instructions, the assembler's serialisation warnings, and what one pass of the loop over keys issues.
+memory, matrix instructions, the assembler's serialisation warnings, what one pass of the loop over keys issues, and how
+long compilation took, with ``--save`` from nothing, else perhaps from Triton's cache.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -22,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.disassembly import read_amdgcn, read_cubin
-from segkern.environment import commit
+from segkern.environment import commit, processor
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
 from segkern.kernels._routes import BEFORE, HERE
@@ -76,6 +78,7 @@ class Compiled:
     serialisation: list[str]
     loop: dict[str, int] | None  # of one warp: instructions and exponentials; None without a loop over keys
     tile: dict[str, int]  # BLOCK_* and the compiler's options
+    compile_seconds: float = 0.0
 
 
 def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any], dtype: str) -> dict[str, str]:
@@ -114,7 +117,9 @@ def compile_kernel(
         if name not in constants and (signature[name].startswith("*") or name.startswith("stride_"))
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
+    start = perf_counter()
     compiled = triton.compile(source, target=TARGETS[target], options=options)
+    seconds = perf_counter() - start
     blocks = {name: value for name, value in constants.items() if name.startswith("BLOCK_")}
     tile = blocks | {name: options[name] for name in ("num_warps", "num_stages")}
     used = read_amdgcn(compiled) if target.startswith("gfx") else read_cubin(compiled, target)
@@ -127,6 +132,7 @@ def compile_kernel(
         blur={HERE: "prologue", BEFORE: "before"}.get(constants.get("BLUR"), ""),
         shared_bytes=compiled.metadata.shared,
         tile=tile,
+        compile_seconds=round(seconds, 3),
         **used,
     )
 
@@ -304,8 +310,14 @@ def main(
             raise typer.BadParameter(f"{target!r} is none of {', '.join(TARGETS)}")
     if save and (few or targets):
         raise typer.BadParameter("--save keeps everything: give no targets and no --few")
+    triton.knobs.compilation.always_compile = save  # how long it takes is kept too
     records = [one for target in targets or TARGETS for one in (compile_few if few else compile_all)(target)]
-    environment = {"triton": triton.__version__, "torch": torch.__version__, "commit": commit()}
+    environment = {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "processor": processor(),
+    }
     text = json.dumps({"environment": environment, "kernels": [asdict(record) for record in records]}, indent=1)
     if save:
         RESULT.write_text(text + "\n")

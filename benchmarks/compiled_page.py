@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from benchmarks.estimate import RATES, estimate
@@ -33,6 +34,14 @@ def page(found: Mapping[str, Any]) -> str:
         "measurement, and nothing here has been timed on a GPU. Latencies, barriers and the blur are not in it. "
         "*max* is the part of the device's peak that the bound leaves.",
     ]
+    slowest = max(found["kernels"], key=lambda record: record["compile_seconds"])
+    took = [record["compile_seconds"] for record in found["kernels"]]
+    parts.append(
+        f"A kernel's first call compiles it, once for each head dimension, dtype and kind of mask. On one core of "
+        f"{made['processor']} "
+        f"that takes {median(took):.1f} s as the median of {len(took)}, {max(took):.1f} s at most "
+        f"(`{slowest['kernel']}`, D = {slowest['head_dim']}, {slowest['dtype']}, {slowest['target']})."
+    )
     for kernel, title in _KERNELS.items():
         records = [record for record in found["kernels"] if record["kernel"] == kernel]
         looping = any(record["loop"] for record in records)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -83,8 +84,9 @@ def slug(name: str) -> str:
     """A device's name as part of a file's name.
 
     Example:
-        >>> slug("NVIDIA H100 80GB HBM3"), slug("AMD EPYC")
-        ('nvidia-h100-80gb-hbm3', 'amd-epyc')
+        >>> slug("NVIDIA H100 80GB HBM3"), slug("Intel(R) Xeon(R) Processor")
+        ('nvidia-h100-80gb-hbm3', 'intel-xeon-processor')
     """
+    name = re.sub(r"\((R|TM|C)\)", " ", name)
     words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
     return "-".join(words)

@@ -36,10 +36,6 @@ _NO_GPU = """\
 **GPU: not measured.** No result file comes from a GPU: how fast the Triton kernels are on a real device is not known,
 and nothing on this page says so."""
 
-_MEDIANS_ALONE = """\
-This file holds medians alone, of an earlier version of the suite: its ratios are of medians, its spread and errors are
-not recorded."""
-
 _LIMITS = """\
 Work is counted from the algorithm: a multiply-add is two FLOPs, every tensor moves once between memory and chip, what a
 fused kernel keeps on the chip does not move. The limit is the longest of the times that a device's peak rates give for
@@ -117,8 +113,6 @@ def _where(files: Mapping[str, Result]) -> str:
 def _file(stem: str, result: Result) -> list[str]:
     """One result file: a table per dtype, reasons, the largest error, pictures."""
     parts = [f"### `{stem}`: {result['environment']['device']}"]
-    if any(row["ratio"] is not None and "p20" not in row["ratio"] for row in result["rows"]):
-        parts.append(_MEDIANS_ALONE)
     for dtype in dict.fromkeys(row["dtype"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
         parts += [f"Time relative to the fastest unblurred attention, {dtype}:", _ratios(result, rows)]
@@ -165,12 +159,12 @@ def _example(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _details(result: Result, rows: Sequence[Row]) -> list[str]:
-    """Every clock, rates, memory and error of the example; nothing for files that hold medians alone."""
+    """Every clock, rates, memory and error of the example."""
     parts = []
     for case, sigma in _example(rows):
         lines = []
         for row in rows:
-            if (row["case"], row["sigma"]) != (case, sigma) or row["reason"] is not None or row["error"] is None:
+            if (row["case"], row["sigma"]) != (case, sigma) or row["reason"] is not None:
                 continue
             clocks = [milliseconds(row[f"{clock}_ms"]) for clock in ("hot", "cold", "graph", "wall")]
             main = row[f"{result['headline']}_ms"]

@@ -32,21 +32,15 @@ A row holds
 * ``flops``, ``exps``, ``bytes``: the provider's own work, counted (:mod:`benchmarks.work`);
 * ``peak_mib``: memory that a call allocates at most, result included; ``clocks``: in MHz, right after the rounds;
   either may be a text that says why it is not known.
-
-The first schema, which pytest wrote, had one row for three providers; :func:`read` turns it into rows of this one, and
-what was not measured then stays null.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES, Case
-from benchmarks.providers import PROVIDERS
-from benchmarks.work import attention
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = Path("outputs") / "benchmarks"
@@ -56,7 +50,6 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 
 _KEYS = {"schema", "suite", "complete", "quick", "environment", "headline", "rows"}
-_FIRST_SCHEMA = {"sdpa": "sdpa", "official": "official", "segkern": "auto"}
 
 
 def describe_case(case: Case) -> Row:
@@ -94,7 +87,7 @@ def write(path: Path, result: Result) -> None:
 
 
 def read(path: Path) -> Result:
-    """A result file of either schema, as the present one.
+    """A result file.
 
     Raises:
         ValueError: for what is no result file; the message says what is wrong with it.
@@ -104,8 +97,6 @@ def read(path: Path) -> Result:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from None
-    if isinstance(found, dict) and "attention" in found and "schema" not in found:
-        return _from_first_schema(found)
     check(found, str(path))
     return found
 
@@ -127,27 +118,3 @@ def check(found: Any, name: str) -> None:
 def committed() -> dict[str, Result]:
     """Every committed result file by its stem, in the order of names."""
     return {path.stem: read(path) for path in sorted(RESULTS.glob("*.json"))}
-
-
-def _from_first_schema(found: dict[str, Any]) -> Result:
-    rows = []
-    for old in found["attention"]:
-        match = re.fullmatch(r"(\d+)x(\d+) tokens, (\d+) heads", old["case"])
-        if match is None:
-            raise ValueError(f"the case {old['case']!r} is none of the first schema")
-        case = CASES[f"sdxl-{match[1]}x{match[2]}"]
-        if (case.heads, case.batch, case.dtype_name) != (int(match[3]), old["batch"], old["dtype"]):
-            raise ValueError(f"the case {old['case']!r} is not the one that is now {case.name!r}")
-        for short, name in _FIRST_SCHEMA.items():
-            ratio = 1.0 if short == "sdpa" else old[f"{short}_ms"] / old["sdpa_ms"]
-            row: Row = dict.fromkeys(ROW_KEYS) | describe_case(case)
-            row |= {"sigma": old["sigma"].removesuffix(".0"), "provider": name, "rounds": old["rounds"]}
-            row |= {"kind": PROVIDERS[name].kind, "exact": True, "wall_ms": {"median": old[f"{short}_ms"]}}
-            row |= {"ratio": {"median": ratio}, "ratio_to": "sdpa"}
-            counted = PROVIDERS[name].count(case, float(old["sigma"]))
-            row |= {"flops": counted.flops, "exps": counted.exps, "bytes": counted.bytes}
-            row["tflops"] = attention(case).flops / old[f"{short}_ms"] / 1e9
-            rows.append(row)
-    environment = found["environment"] | {"device_type": "cpu"}
-    kept = {"schema": SCHEMA, "suite": "attention", "complete": True, "quick": False}
-    return kept | {"environment": environment, "headline": "wall", "rows": rows}

@@ -2,15 +2,16 @@
 """Tile shapes tried on a real device: what does not compile or computes something wrong is out, the rest is timed.
 
 Nothing is predicted. The result is a table of its own that names device and versions. Only ``install`` changes what
-segkern takes: the tile that was fastest over all cases of a head dimension and dtype, if it beats the present one.
+segkern takes: the tile that was fastest over all cases of a head dimension and dtype, if it beats the present one, and
+PyTorch's attention after our blur, if that beats the tile.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,9 @@ def candidates(case: Case, device: torch.device) -> tuple[Tile, ...]:
 def tune(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, rounds: int) -> dict[str, Any]:
     """Every tile's time or the reason why it has none, the fastest first.
 
-    The result has ``environment``, ``clocks``, the shape, ``sigma``, ``now`` (the present tile) and ``tiles``: a list
-    of ``tile``, ``error``, ``reason``, and ``ms`` with median, p20 and p80.
+    The result has ``environment``, ``clocks``, the shape, ``sigma``, ``now`` (the present tile), ``sdpa_ms`` (our blur,
+    then PyTorch's attention) and ``tiles``: a list of ``tile``, ``error``, ``reason``, and ``ms`` with median, p20 and
+    p80.
     """
     inputs = case.inputs(device)
     provider = PROVIDERS["triton"]
@@ -70,8 +72,12 @@ def tune(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, 
             row["reason"] = timing.first_line(error)
         if row["reason"] is None:
             calls[str(number)] = call
+    other = PROVIDERS["blur + sdpa"].make(inputs, sigma)
+    other()
+    calls["sdpa"] = other
     samples, _ = timing.time_calls(calls, device, rounds, dict.fromkeys(calls, "tiles are timed call by call"))
     clock = timing.headline(device)
+    sdpa_ms = timing.spread(samples.pop("sdpa")[clock])
     for name, clocks in samples.items():
         found[int(name)]["ms"] = timing.spread(clocks[clock])
     now = asdict(tiles[0])
@@ -85,6 +91,7 @@ def tune(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, 
         "rounds": rounds,
         "clock": clock,
         "now": now,
+        "sdpa_ms": sdpa_ms,
         "tiles": found,
     }
 
@@ -108,8 +115,8 @@ def write(path: Path, tuned: Sequence[dict[str, Any]]) -> None:
 def install(tuned: Sequence[dict[str, Any]], path: Path = _configs.TUNED) -> list[str]:
     """Put what was faster into the table that segkern reads; says what it did, a line per head dimension and dtype.
 
-    Where several cases share a head dimension and dtype, a tile must be right in all of them, and counts with the mean
-    of its times' logarithms over the present tile's. It must be faster by ``_WORTH`` at least.
+    Where several cases share a head dimension and dtype, a tile must be right in all of them, and counts with the
+    geometric mean of its times over the present tile's. It must be faster by ``_WORTH`` at least.
     """
     table = json.loads(path.read_text(encoding="utf-8"))
     said = []
@@ -120,25 +127,44 @@ def install(tuned: Sequence[dict[str, Any]], path: Path = _configs.TUNED) -> lis
         what = f"{arch}, {dtype}, head dimension {head_dim}"
         ratios = [_ratios(one) for one in cases]
         shared = set.intersection(*(set(found) for found in ratios))
-        best = min(shared, key=lambda tile: sum(found[tile] for found in ratios), default=None)
-        gain = 0.0 if best is None else 1 - math.exp(sum(found[best] for found in ratios) / len(ratios))
-        if best is None or gain < _WORTH:
-            said.append(f"{what}: the present tile stays, none is faster by {_WORTH:.0%}")
+        if not shared:
+            said.append(f"{what}: nothing is known, the present tile has no time")
+            continue
+        gains = {tile: 1 - _mean(found[tile] for found in ratios) for tile in shared}
+        now = Tile(**cases[0]["now"])
+        best = max(gains, key=lambda tile: gains[tile])
+        best = best if gains[best] >= _WORTH else now
+        sdpa = 1 - _mean(one["sdpa_ms"]["median"] / _times(one)[best] for one in cases)
+        if best == now and sdpa < _WORTH:
+            said.append(f"{what}: all stays, nothing is faster by {_WORTH:.0%}")
             continue
         environment = cases[0]["environment"]
-        entry = {"tile": asdict(best), "gain": round(gain, 4), "cases": [one["case"] for one in cases]}
+        entry = {"tile": asdict(best), "gain": round(gains[best], 4), "sdpa": sdpa >= _WORTH}
+        entry |= {"sdpa_gain": round(sdpa, 4), "cases": [one["case"] for one in cases]}
         entry |= {name: environment[name] for name in ("device", "torch", "triton", "commit")}
         table.setdefault(arch, {}).setdefault(dtype, {})[str(head_dim)] = entry
-        said.append(f"{what}: {best} is {gain:.1%} faster")
+        said.append(f"{what}: {best} is {gains[best]:.1%} faster than the present tile")
+        if entry["sdpa"]:
+            said.append(f"{what}: blurring first and PyTorch's attention are {sdpa:.1%} faster than that")
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return said
 
 
+def _mean(ratios: Iterable[float]) -> float:
+    """Geometric mean."""
+    return statistics.geometric_mean(ratios)
+
+
+def _times(one: dict[str, Any]) -> dict[Tile, float]:
+    """Milliseconds of every right tile."""
+    return {Tile(**row["tile"]): row["ms"]["median"] for row in one["tiles"] if row["ms"]}
+
+
 def _ratios(one: dict[str, Any]) -> dict[Tile, float]:
-    """Logarithm of every right tile's time over the present one's; nothing where the present one has no time."""
-    times = {Tile(**row["tile"]): row["ms"]["median"] for row in one["tiles"] if row["ms"]}
+    """Every right tile's time over the present one's; nothing where the present one has no time."""
+    times = _times(one)
     now = times.get(Tile(**one["now"]))
-    return {} if now is None else {tile: math.log(ms / now) for tile, ms in times.items()}
+    return {} if now is None else {tile: ms / now for tile, ms in times.items()}
 
 
 def why_not(inputs_device: torch.device, case: Case, sigma: float) -> str | None:

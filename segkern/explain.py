@@ -103,7 +103,10 @@ def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[s
 
     arch = arch or _configs.architecture(device)
     tile = _configs.tile_for(arch, call.head_dim, call.dtype)
-    found = [("attention tile", _tile(tile))]
+    known = _configs.measured(arch, call.head_dim, call.dtype)
+    if known is not None and known.sdpa and 0 < call.sigma < math.inf and call.query_stride == 1:
+        return [("computed by", "the separable kernel, then PyTorch's attention: measured to be faster")]
+    found = [("attention tile", f"{_tile(tile)}, {'a default' if known is None else 'measured'}")]
     if 0 < call.sigma < math.inf and call.query_stride == 1:
         route = _routes.blur_route(
             arch, call.grid, (call.sigma,), "reflect", call.heads, call.head_dim, call.dtype.itemsize, tile.block_m

@@ -8,6 +8,7 @@ Results are laid out ``[batch, tokens, heads, dim]`` in memory, as PyTorch's att
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -210,8 +211,17 @@ def fused_attention(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator's Triton path without the operator: no gradient, no tracer; arguments are checked already."""
+    from segkern.kernels._routes import sdpa_is_faster
     from segkern.kernels.seg_attention import launch_seg_attention
 
+    simple = attn_mask is None and not return_lse and math.inf not in sigmas and any(sigmas)
+    if simple and sdpa_is_faster(query.device, query.shape[3], query.dtype):
+        from segkern.kernels.gaussian_blur import launch_gaussian_blur
+
+        blurred = _empty_output(query, query.shape[3])
+        launch_gaussian_blur(query, blurred, grid, sigmas, boundary)
+        out, _ = sdpa.attend(blurred, key, value, scale, None, False)
+        return _tokens_first(out), query.new_empty(0, dtype=torch.float32)
     out, lse = _empty_attention(query, value, return_lse)
     launch_seg_attention(query, key, value, out, lse if return_lse else None, grid, sigmas, scale, attn_mask, boundary)
     return out, lse

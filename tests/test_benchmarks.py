@@ -20,7 +20,7 @@ from benchmarks.cases import CASES, REAL, TINY, Case, Inputs
 from benchmarks.measure import measure
 from benchmarks.providers import PROVIDERS, Call, Provider
 from benchmarks.suites import SIGMAS, SUITES
-from segkern import Grid
+from segkern import Grid, explain
 from segkern.kernels._configs import Tile
 
 CPU = torch.device("cpu")
@@ -205,36 +205,45 @@ def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
 def test_the_fastest_tile_of_all_cases_is_installed_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, other, lucky, wrong = (Tile(64, keys, 16, 8, 2) for keys in (16, 32, 64, 128))
 
-    def measured(case: str, **ms: float | None) -> dict[str, Any]:
+    def measured(case: str, sdpa: float, **ms: float | None) -> dict[str, Any]:
         tiles = [
             {"tile": asdict(tile), "ms": None if ms[name] is None else {"median": ms[name]}}
             for name, tile in (("now", now), ("other", other), ("lucky", lucky), ("wrong", wrong))
         ]
         environment = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
         shape = {"architecture": "sm_90", "dtype": "bfloat16", "head_dim": 64, "case": case}
-        return shape | {"environment": environment, "now": asdict(now), "tiles": tiles}
+        return shape | {"environment": environment, "now": asdict(now), "tiles": tiles, "sdpa_ms": {"median": sdpa}}
 
     path = tmp_path / "tuned.json"
     path.write_text("{}")
-    close = measured("a", now=1.0, other=0.99, lucky=0.99, wrong=None)
+    close = measured("a", 0.99, now=1.0, other=0.99, lucky=0.99, wrong=None)
     assert "stays" in tune.install([close], path)[0]
     assert json.loads(path.read_text()) == {}
-    first = measured("a", now=1.0, other=0.8, lucky=0.5, wrong=0.1)
-    second = measured("b", now=1.0, other=0.9, lucky=2.0, wrong=None)
+    first = measured("a", 0.9, now=1.0, other=0.8, lucky=0.5, wrong=0.1)
+    second = measured("b", 0.9, now=1.0, other=0.9, lucky=2.0, wrong=None)
     (said,) = tune.install([first, second], path)
     assert "15.1% faster" in said
     monkeypatch.setattr(tune._configs, "TUNED", path)
-    caches = tune._configs.tuned_tiles, tune._configs.tile_for
     before = tune._configs.tile_for("sm_90", 64, torch.float16)
-    for cache in caches:
-        cache.cache_clear()
+    clear_tuned()
     try:
         assert tune._configs.tile_for("sm_90", 64, torch.bfloat16) == other
         assert tune._configs.tile_for("sm_90", 64, torch.bfloat16, masked=True) != other
         assert tune._configs.tile_for("sm_90", 64, torch.float16) == before
+        assert not tune._configs.measured("sm_90", 64, torch.bfloat16).sdpa
+        said = tune.install([measured("a", 0.5, now=1.0, other=1.0, lucky=1.0, wrong=None)], path)
+        assert "50.0% faster than that" in said[1]
+        clear_tuned()
+        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(now, True)
+        shown = dict(explain.explain(explain.Call(Grid(32, 32), 20, 64, 3.0, dtype=torch.bfloat16), CPU, "sm_90"))
+        assert "PyTorch's attention" in shown["computed by"]
     finally:
-        for cache in caches:
-            cache.cache_clear()
+        clear_tuned()
+
+
+def clear_tuned() -> None:
+    for cache in (tune._configs.tuned, tune._configs.tile_for):
+        cache.cache_clear()
 
 
 def test_work_is_counted_as_the_algorithms_need_it() -> None:

@@ -262,3 +262,22 @@ def test_smallest_finite_mask_is_not_minus_infinity(backend: str, rows: int) -> 
     mask = torch.full((1, 1, rows, 18), torch.finfo(torch.float32).min, device=DEVICE)
     found = segkern.seg_attention(query, key, value, Grid(2, 9), (1.0, math.inf), attn_mask=mask, backend=backend)
     torch.testing.assert_close(found, value.mean(dim=2, keepdim=True).expand_as(found), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blur_then_pytorchs_attention_where_that_was_faster(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(_routes, "sdpa_is_faster", lambda *_: True)
+    monkeypatch.setattr("segkern.kernels.seg_attention.launch_seg_attention", lambda *_: calls.append("kernel"))
+    query, key, value = (draw((3, 2, 40, 16), dtype, DEVICE, layout) for layout in LAYOUTS[:3])
+    grid, sigma = Grid(4, 9, 2), (0.0, 1.3, 4.0)
+    output = segkern.seg_attention(query, key, value, grid, sigma, backend="triton")
+    oracle, _ = oracle_attention(query, key, value, grid, sigma)
+    assert_contract(output, oracle, plain_attention(query, key, value, grid, sigma))
+    assert output.transpose(1, 2).is_contiguous()
+    assert calls == []
+    segkern.seg_attention(query, key, value, grid, (0.0, 1.3, math.inf), backend="triton")
+    segkern.seg_attention(query, key, value, grid, sigma, backend="triton", return_lse=True)
+    assert calls == ["kernel", "kernel"]

@@ -149,17 +149,34 @@ def attention_tile(device: torch.device, head_dim: int, dtype: torch.dtype, mask
 TUNED = Path(__file__).with_name("tuned.json")
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """What was fastest on a device, for attention without a mask.
+
+    Attributes:
+        tile: of the attention kernel.
+        sdpa: whether blurring first and PyTorch's attention were faster than it.
+    """
+
+    tile: Tile
+    sdpa: bool
+
+
 @lru_cache(maxsize=1)
-def tuned_tiles() -> dict[tuple[str, str, int], Tile]:
-    """Measured tiles of attention without a mask by architecture, dtype and head dimension, such as
-    ``("sm_90", "bfloat16", 64)``."""
+def tuned() -> dict[tuple[str, str, int], Tuned]:
+    """By architecture, dtype and head dimension, such as ``("sm_90", "bfloat16", 64)``."""
     found = json.loads(TUNED.read_text(encoding="utf-8"))
     return {
-        (arch, dtype, int(head_dim)): Tile(**entry["tile"])
+        (arch, dtype, int(head_dim)): Tuned(Tile(**entry["tile"]), entry["sdpa"])
         for arch, dtypes in found.items()
         for dtype, entries in dtypes.items()
         for head_dim, entry in entries.items()
     }
+
+
+def measured(arch: str, head_dim: int, dtype: torch.dtype) -> Tuned | None:
+    """What was measured for an architecture by name, if anything."""
+    return tuned().get((arch, str(dtype).removeprefix("torch."), head_dim))
 
 
 @lru_cache(maxsize=256)
@@ -171,9 +188,9 @@ def tile_for(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False)
     """
     if arch == "interpreter":
         return _INTERPRETER
-    tuned = None if masked else tuned_tiles().get((arch, str(dtype).removeprefix("torch."), head_dim))
-    if tuned is not None:
-        return tuned
+    known = None if masked else measured(arch, head_dim, dtype)
+    if known is not None:
+        return known.tile
     gfx = arch.startswith("gfx")
     if masked and dtype.itemsize == 2:
         if gfx:

@@ -18,7 +18,7 @@ import torch
 
 from segkern.blur import blur_reach
 from segkern.grid import Grid
-from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, multiprocessors
+from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, measured, multiprocessors
 from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
 
 HERE, BEFORE = 1, 2
@@ -90,6 +90,13 @@ def blur_route(
     rate = _L2_BYTES_PER_MICROSECOND.get(arch, _DEFAULT_BYTES_PER_MICROSECOND)
     before = 2 * _LAUNCH_MICROSECONDS + moved / rate
     return BlurRoute(read / rate, before, width < _MIN_WIDTH_HERE)
+
+
+@lru_cache(maxsize=256)
+def sdpa_is_faster(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether blurring first and PyTorch's attention were measured to be faster than the attention kernel."""
+    known = measured(architecture(device), head_dim, dtype)
+    return known is not None and known.sdpa
 
 
 @dataclass(frozen=True)
