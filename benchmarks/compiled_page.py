@@ -34,11 +34,11 @@ def page(found: Mapping[str, Any]) -> str:
         "measurement, and nothing here has been timed on a GPU. Latencies, barriers and the blur are not in it. "
         "*max* is the part of the device's peak that the bound leaves.",
     ]
-    slowest = max(found["kernels"], key=lambda record: record.get("compile_seconds", 0.0))
-    took = [record.get("compile_seconds", 0.0) for record in found["kernels"]]
+    slowest = max(found["kernels"], key=lambda record: record["compile_seconds"])
+    took = [record["compile_seconds"] for record in found["kernels"]]
     parts.append(
         f"A kernel's first call compiles it, once for each head dimension, dtype and kind of mask. On one core of "
-        f"{made.get('processor')} "
+        f"{made['processor']} "
         f"that takes {median(took):.1f} s as the median of {len(took)}, {max(took):.1f} s at most "
         f"(`{slowest['kernel']}`, D = {slowest['head_dim']}, {slowest['dtype']}, {slowest['target']})."
     )

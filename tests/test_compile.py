@@ -128,3 +128,4 @@ def test_committed_page_is_made_from_the_committed_records() -> None:
     records = [Compiled(**record) for record in found["kernels"]]
     assert {record.target for record in records} == set(TARGETS)
     assert faults(records) == []
+    assert 0 < max(record.compile_seconds for record in records) < 5
