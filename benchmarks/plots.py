@@ -43,7 +43,7 @@ def pictures(stem: str, result: Result) -> tuple[list[Picture], list[str]]:
             what = f"{result['suite']}: time relative to plain attention over sigma, {dtype}"
             found.append(Picture(f"{stem}-ratio-{dtype}.png", what, _bound(_ratios, result, rows)))
         line = _one_family(rows)
-        if len({row["tokens"] for row in line}) > 1:
+        if len({row["tokens"] for row in line}) > 1 and any(row["kind"] != "plain" for row in line):
             what = f"{result['suite']}: throughput over tokens, {dtype}"
             found.append(Picture(f"{stem}-throughput-{dtype}.png", what, _bound(_throughput, result, line)))
         peaks = PEAKS.get(result["environment"]["device"])
@@ -53,7 +53,9 @@ def pictures(stem: str, result: Result) -> tuple[list[Picture], list[str]]:
     if len(sigmas) < 2:
         left_out.append(f"no ratio over sigma: {stem} has {len(sigmas)} sigma")
     if not any("-throughput-" in picture.name for picture in found):
-        left_out.append(f"no throughput over tokens: {stem} has no two grids of the same head dimension and batch")
+        left_out.append(
+            f"no throughput over tokens: {stem} has no blurred attention of one head dimension on two grids"
+        )
     if result["environment"]["device"] not in PEAKS:
         device = result["environment"]["device"]
         left_out.append(f"no roofline: the peak rates of {device!r} are not among those that benchmarks/work.py knows")
@@ -148,22 +150,33 @@ def _ratios(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
         sigmas = sorted({row["sigma"] for row in here}, key=float)
         panel.axhline(1.0, color="black", linestyle="--", linewidth=1, label=_REFERENCE)
         for provider, points in _grouped(here).items():
-            points = sorted(points, key=lambda row: float(row["sigma"]))
-            places = [sigmas.index(row["sigma"]) for row in points]
-            panel.errorbar(
-                places, [row["ratio"]["median"] for row in points], _bars(points), capsize=2, **style(provider)
-            )
+            look = style(provider)
+            for places, run in _unbroken(points, sigmas):
+                panel.errorbar(places, [row["ratio"]["median"] for row in run], _bars(run), capsize=2, **look)
+                look = look | {"label": None}
         panel.set_xticks(range(len(sigmas)), ["∞" if sigma == "inf" else sigma for sigma in sigmas])
         panel.set_xlabel("sigma of the blur, tokens")
         _label_first(panel, "time / time of unblurred attention")
         if max(ratios) > 4 * min(ratios):
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}" if max(ratios) < 30 * min(ratios) else "")
             panel.tick_params(axis="y", which="minor", labelsize=7)
         panel.set_title(_title(case, points_of=rows), fontsize=10)
         panel.grid(alpha=0.3, which="both")
     _legend(figure, panels)
+
+
+def _unbroken(points: Sequence[Row], sigmas: Sequence[str]) -> list[tuple[list[int], list[Row]]]:
+    """Places and rows of a line, cut where a sigma has no time: nothing is drawn through what was not measured."""
+    by_place = {sigmas.index(row["sigma"]): row for row in points}
+    pieces: list[tuple[list[int], list[Row]]] = []
+    for place in sorted(by_place):
+        if not pieces or pieces[-1][0][-1] != place - 1:
+            pieces.append(([], []))
+        pieces[-1][0].append(place)
+        pieces[-1][1].append(by_place[place])
+    return pieces
 
 
 def _bars(rows: Sequence[Row]) -> list[list[float]] | None:

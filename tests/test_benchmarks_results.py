@@ -171,3 +171,10 @@ def test_refusals_are_one_line_that_quotes(arguments: tuple[object, ...], quoted
     assert refused.stderr.startswith("benchmarks: ")
     assert refused.stderr.count("\n") == 1
     assert quoted in refused.stderr
+
+
+def test_no_line_is_drawn_through_what_was_not_measured() -> None:
+    rows = [{"sigma": sigma} for sigma in ("30", "0.5", "1")]
+    pieces = plots._unbroken(rows, ["0.5", "1", "3", "30", "inf"])
+    assert [places for places, _ in pieces] == [[0, 1], [3]]
+    assert [row["sigma"] for _, run in pieces for row in run] == ["0.5", "1", "30"]
