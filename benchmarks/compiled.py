@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -27,15 +27,15 @@ from benchmarks.disassembly import read_amdgcn, read_cubin
 from segkern.environment import commit, processor
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
-from segkern.kernels._routes import BEFORE, HERE
-from segkern.kernels.gaussian_blur import _BLOCK_I, _BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
-from segkern.kernels.seg_attention import _seg_attention_kernel
+from segkern.kernels._routes import BEFORE, HERE, TOGETHER
+from segkern.kernels.gaussian_blur import BLOCK_I, BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
 from segkern.kernels.split_attention import (
     _EXPANDED_TOKENS,
     COMBINE_OPTIONS,
     _combine_splits_kernel,
     _split_attention_kernel,
 )
+from segkern.kernels.tiled_attention import _tiled_attention_kernel
 
 RESULT = Path(__file__).parent / "results" / "compiled" / "kernels.json"
 TARGETS = {
@@ -69,7 +69,7 @@ class Compiled:
     head_dim: int
     dtype: str
     masked: bool
-    blur: str  # "prologue", "before", or "" of other kernels
+    blur: str  # "prologue", "before", "together", or "" of other kernels
     registers: int
     spilled_bytes: int
     local_bytes: int
@@ -122,6 +122,7 @@ def compile_kernel(
     seconds = perf_counter() - start
     blocks = {name: value for name, value in constants.items() if name.startswith("BLOCK_")}
     tile = blocks | {name: options[name] for name in ("num_warps", "num_stages")}
+    tile |= {"descriptors": int(constants.get("DESCRIPTORS", False))}
     used = read_amdgcn(compiled) if target.startswith("gfx") else read_cubin(compiled, target)
     return Compiled(
         kernel=kernel.fn.__name__,
@@ -129,7 +130,7 @@ def compile_kernel(
         head_dim=head_dim,
         dtype=TYPES[dtype],
         masked=constants.get("MASK", 0) != 0,
-        blur={HERE: "prologue", BEFORE: "before"}.get(constants.get("BLUR"), ""),
+        blur={HERE: "prologue", BEFORE: "before", TOGETHER: "together"}.get(constants.get("BLUR"), ""),
         shared_bytes=compiled.metadata.shared,
         tile=tile,
         compile_seconds=round(seconds, 3),
@@ -157,9 +158,13 @@ def compile_attention(
         "BLOCK_C": tile.block_c,
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
+        "BLOCK_I": BLOCK_I,
+        "BLOCK_J": BLOCK_J,
+        "BLOCK_L": blur_block_d(head_dim),
         "BLUR": blur,
         "MASK": mask,
         "EVEN_KEYS": False,
+        "DESCRIPTORS": tile.descriptors,
         "WITH_LSE": True,
         "PRECISION": _configs.dot_precision(dtype),
         "BLUR_PRECISION": _configs.blur_precision(dtype, hip),
@@ -173,18 +178,31 @@ def compile_attention(
         "row_weights_ptr": "*fp32",
         "column_weights_ptr": "*fp32",
         "reach_ptr": "*i32",
+        "halfway_ptr": "*fp32",
+        "counters_ptr": "*i32",
+        "blurred_samples_ptr": "*i32",
+        "blurred_tables_ptr": "*i32",
         "scale": "fp32",
     }
+    unused = {HERE: ("blurred_ptr",), BEFORE: ()}.get(blur)
+    if unused is not None:  # given as None
+        constants |= dict.fromkeys((*unused, "halfway_ptr", "counters_ptr"))
     options = compile_options(tile, hip)
-    return compile_kernel(_seg_attention_kernel, target, head_dim, dtype, types, constants, options)
+    return compile_kernel(_tiled_attention_kernel, target, head_dim, dtype, types, constants, options)
+
+
+def compile_described(target: str, head_dim: int) -> Compiled:
+    """The same with keys and values copied by descriptors, which ``python -m benchmarks tune`` tries."""
+    tile = replace(_configs.tile_for(target, head_dim, torch.bfloat16), descriptors=True)
+    return compile_attention(target, head_dim, torch.bfloat16, tile=tile, blur=BEFORE)
 
 
 def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = False) -> Compiled:
     """The separable blur's first launch, from the input's dtype to float32, or the second one, back again."""
     constants = {
         "HEAD_DIM": head_dim,
-        "BLOCK_I": _BLOCK_I,
-        "BLOCK_J": _BLOCK_J,
+        "BLOCK_I": BLOCK_I,
+        "BLOCK_J": BLOCK_J,
         "BLOCK_D": blur_block_d(head_dim),
         "PRECISION": _configs.blur_precision(dtype, target.startswith("gfx")),
         "WIDE": False,
@@ -250,7 +268,13 @@ def compile_all(target: str) -> list[Compiled]:
     found.append(compile_attention(target, 64, torch.float16, mask=2))
     found.append(compile_attention(target, 64, torch.float16, wide=True))
     found.append(compile_attention(target, 64, torch.bfloat16))
-    found += [compile_attention(target, head_dim, torch.bfloat16, blur=BEFORE) for head_dim in (64, 80, 128)]
+    if _configs.has_descriptors(target):
+        found += [compile_described(target, head_dim) for head_dim in (64, 80, 128)]
+    for blur in (BEFORE, TOGETHER):
+        found += [compile_attention(target, head_dim, torch.bfloat16, blur=blur) for head_dim in (64, 80, 128)]
+    found += [compile_attention(target, head_dim, torch.float16, blur=TOGETHER) for head_dim in (40, 96)]
+    found.append(compile_attention(target, 64, torch.float32, blur=TOGETHER))
+    found.append(compile_attention(target, 64, torch.float16, mask=1, blur=TOGETHER))
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
         found += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
     for rows, head_dim, dtype in (
@@ -272,7 +296,9 @@ def compile_few(target: str) -> list[Compiled]:
     found = [compile_attention(target, head_dim, torch.float16) for head_dim in (40, 64, 80, 128)]
     found.append(compile_attention(target, 64, torch.float32))
     found.append(compile_attention(target, 64, torch.float16, mask=1))
-    found.append(compile_attention(target, 64, torch.bfloat16, blur=BEFORE))
+    found += [compile_attention(target, 64, torch.bfloat16, blur=blur) for blur in (BEFORE, TOGETHER)]
+    if _configs.has_descriptors(target):
+        found.append(compile_described(target, 80))
     found.append(compile_blur(target, 64, torch.bfloat16))
     for rows, head_dim in ((1, 64), (289, 80)):
         found += compile_split(target, head_dim, torch.bfloat16, rows)
@@ -290,7 +316,7 @@ def faults(records: Sequence[Compiled]) -> list[str]:
             found.append(f"{name}: {record.shared_bytes} bytes of shared memory")
         if record.serialisation:
             found.append(f"{name}: assembler warns {record.serialisation}")
-        if record.kernel != "_seg_attention_kernel" or record.dtype == "fp32":
+        if record.kernel != "_tiled_attention_kernel" or record.dtype == "fp32":
             continue
         # The widest heads under a mask have tiles too small for the newer instructions.
         small = record.masked and record.head_dim > 160 and record.target != "gfx942"

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.estimate import RATES, estimate
 
 _KERNELS = {
-    "_seg_attention_kernel": "Blur and attention in one pass",
+    "_tiled_attention_kernel": "Blur and attention in one pass",
     "_split_attention_kernel": "Few query rows, keys split over programs: infinite sigma and coarse queries",
     "_combine_splits_kernel": "The splits of a row combined",
     "_gaussian_blur_kernel": "Separable blur, one axis",
@@ -59,7 +59,7 @@ def _looping_table(records: Sequence[Mapping[str, Any]]) -> str:
         tile, loop = record["tile"], record["loop"]
         bound = estimate(record)
         cells = [
-            f"{tile['BLOCK_M']}x{tile['BLOCK_N']}",
+            f"{tile['BLOCK_M']}x{tile['BLOCK_N']}" + ", descriptors" * tile.get("descriptors", 0),
             str(tile["num_warps"]),
             *_resources(record),
             ", ".join(f"{count} {name}" for name, count in record["matrix_instructions"].items()) or "none",
@@ -82,7 +82,8 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    notes = ", mask" * record["masked"] + ", blurred before" * (record["blur"] == "before")
+    blur = {"before": ", blurred before", "together": ", blurred in the launch"}.get(record["blur"], "")
+    notes = ", mask" * record["masked"] + blur
     return f"| {record['target']} | {record['head_dim']} | {record['dtype']}{notes}"
 
 

@@ -32,7 +32,7 @@ _SIGMAS = {
     "a third at sigma 2": (0.0, 0.0, 2.0),
     "a third at infinity": (0.0, 0.0, math.inf),
 }
-_KERNELS = ("_seg_attention_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_gaussian_blur_kernel")
+_KERNELS = ("_tiled_attention_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_gaussian_blur_kernel")
 
 Timed = Callable[[], object]
 
@@ -49,9 +49,9 @@ def without_launches() -> Iterator[None]:
     """Inside, the Triton path runs on a CPU up to its launches, which do nothing."""
     import triton
 
-    from segkern.kernels import gaussian_blur, seg_attention, split_attention
+    from segkern.kernels import gaussian_blur, split_attention, tiled_attention
 
-    modules = (seg_attention, split_attention, gaussian_blur)
+    modules = (tiled_attention, split_attention, gaussian_blur)
     with triton.knobs.runtime.scope(), ExitStack() as stack:
         triton.knobs.runtime.interpret = True
         for module, kernel in (

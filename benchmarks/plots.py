@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 3
 _MARKERS = "osD^vPX*<>hd"
+_HIGHEST_RATIO = 2.0  # where attention's ratios are drawn; what is beyond is named
 _REFERENCE = "fastest unblurred attention"
 
 
@@ -145,6 +146,7 @@ def _ratios(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
     cases = list(dict.fromkeys(row["case"] for row in rows))
     panels = _panels(figure, len(cases))
     ratios = [row["ratio"]["median"] for row in rows if row["ratio"] and row["kind"] != "plain"]
+    near_one = min(ratios) > 0.3  # attention's; those of the blur alone span decades
     for panel, case in zip(panels, cases, strict=True):
         here = [row for row in rows if row["case"] == case and row["kind"] != "plain" and row["ratio"]]
         sigmas = sorted({row["sigma"] for row in here}, key=float)
@@ -157,7 +159,10 @@ def _ratios(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
         panel.set_xticks(range(len(sigmas)), ["∞" if sigma == "inf" else sigma for sigma in sigmas])
         panel.set_xlabel("sigma of the blur, tokens")
         _label_first(panel, "time / time of unblurred attention")
-        if max(ratios) > 4 * min(ratios):
+        if near_one and max(ratios) > _HIGHEST_RATIO:
+            panel.set_ylim(None, _HIGHEST_RATIO)
+            panel.text(0.02, 0.98, _beyond(here), transform=panel.transAxes, va="top", fontsize=8)
+        elif max(ratios) > 4 * min(ratios):
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter("{x:g}" if max(ratios) < 30 * min(ratios) else "")
@@ -165,6 +170,16 @@ def _ratios(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
         panel.set_title(_title(case, points_of=rows), fontsize=10)
         panel.grid(alpha=0.3, which="both")
     _legend(figure, panels)
+
+
+def _beyond(rows: Sequence[Row]) -> str:
+    """Who has ratios above the picture's edge, and from where to where its ratios go."""
+    lines = []
+    for provider, points in _grouped(rows).items():
+        ratios = [row["ratio"]["median"] for row in points]
+        if max(ratios) > _HIGHEST_RATIO:
+            lines.append(f"{provider}: {min(ratios):.2g} to {max(ratios):.2g}")
+    return "\n".join(["beyond the scale:", *lines]) if lines else ""
 
 
 def _unbroken(points: Sequence[Row], sigmas: Sequence[str]) -> list[tuple[list[int], list[Row]]]:

@@ -22,6 +22,7 @@ from benchmarks.cases import Case, Inputs
 from benchmarks.work import Work
 from segkern.blur import blur_matrix, gaussian_taps
 from segkern.dispatch import why_not_triton
+from segkern.ops import fused_attention
 
 Call = Callable[[], torch.Tensor]
 Blur = Callable[[torch.Tensor], torch.Tensor]  # image tokens of the blurred samples [third, heads, tokens, dim]
@@ -80,9 +81,22 @@ def _ours(inputs: Inputs, sigma: float, backend: str = "auto", stride: int = 1) 
     return run
 
 
+def _blurring(how: str, inputs: Inputs, sigma: float) -> Call:
+    """The Triton kernels with the queries blurred where ``BLURS`` says, whatever segkern would choose."""
+    from segkern.kernels import _routes
+
+    query, key, value, grid = inputs.query, inputs.key, inputs.value, inputs.case.grid
+    sigmas, scale, blur = inputs.case.sigmas(sigma), inputs.case.head_dim**-0.5, getattr(_routes, how)
+    return lambda: fused_attention(query, key, value, None, grid, sigmas, scale, "reflect", False, blur)[0]
+
+
 def _our_blur(inputs: Inputs, sigma: float, backend: str = "auto") -> Call:
     query, grid, sigmas = inputs.query, inputs.case.grid, inputs.case.sigmas(sigma)
     return lambda: segkern.gaussian_blur(query, grid, sigmas, backend=backend)
+
+
+def _no_finite_triton(inputs: Inputs, sigma: float) -> str | None:
+    return _no_triton(inputs, sigma) or ("the mean has kernels of its own" if math.isinf(sigma) else None)
 
 
 def _no_triton(inputs: Inputs, sigma: float) -> str | None:
@@ -215,11 +229,21 @@ _OTHERS = (
              scratch=_dense_scratch),
     Provider("flex", "our blur, then FlexAttention, compiled", _flex, _with_attention(work.separable_blur), _GUIDED),
 )  # fmt: skip
+BLURS = {
+    "triton prologue": ("HERE", "in the prologue of each tile", False),
+    "triton before": ("BEFORE", "in launches before", True),
+    "triton together": ("TOGETHER", "by the first programs of the same launch", True),
+}
 _OURS = (
     Provider("auto", "segkern, its own choice", _ours, _count_ours, (*_GUIDED, "coarse")),
     Provider("torch", "segkern in PyTorch", partial(_ours, backend="torch"), _count_ours, _GUIDED),
     Provider("triton", "segkern's Triton kernels", partial(_ours, backend="triton"),
              partial(_count_ours, moves=False), _GUIDED, why_not=_no_triton),
+    *(
+        Provider(name, f"the same, queries blurred {where}", partial(_blurring, how), partial(_count_ours, moves=moves),
+                 ("attention",), why_not=_no_finite_triton)
+        for name, (how, where, moves) in BLURS.items()
+    ),
     Provider("blur + sdpa", "segkern's blur, then PyTorch's attention", partial(_then_sdpa, _our_blur),
              _with_attention(work.separable_blur), _GUIDED),
     *(

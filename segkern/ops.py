@@ -209,12 +209,16 @@ def fused_attention(
     scale: float,
     boundary: str,
     return_lse: bool,
+    blur: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operator's Triton path without the operator: no gradient, no tracer; arguments are checked already."""
+    """The operator's Triton path without the operator: no gradient, no tracer; arguments are checked already.
+
+    ``blur`` settles where queries are blurred (``_routes.py``), and that the attention is ours.
+    """
     from segkern.kernels._routes import sdpa_is_faster
     from segkern.kernels.seg_attention import launch_seg_attention
 
-    simple = attn_mask is None and not return_lse and math.inf not in sigmas and any(sigmas)
+    simple = blur is None and attn_mask is None and not return_lse and math.inf not in sigmas and any(sigmas)
     if simple and sdpa_is_faster(query.device, query.shape[3], query.dtype):
         from segkern.kernels.gaussian_blur import launch_gaussian_blur
 
@@ -223,7 +227,8 @@ def fused_attention(
         out, _ = sdpa.attend(blurred, key, value, scale, None, False)
         return _tokens_first(out), query.new_empty(0, dtype=torch.float32)
     out, lse = _empty_attention(query, value, return_lse)
-    launch_seg_attention(query, key, value, out, lse if return_lse else None, grid, sigmas, scale, attn_mask, boundary)
+    rows = lse if return_lse else None
+    launch_seg_attention(query, key, value, out, rows, grid, sigmas, scale, attn_mask, boundary, blur)
     return out, lse
 
 

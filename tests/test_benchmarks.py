@@ -18,7 +18,7 @@ from benchmark_tools import quick_run
 from benchmarks import checks, machine, results, timing, tune, work
 from benchmarks.cases import CASES, REAL, TINY, Case, Inputs
 from benchmarks.measure import measure
-from benchmarks.providers import PROVIDERS, Call, Provider
+from benchmarks.providers import BLURS, PROVIDERS, Call, Provider
 from benchmarks.suites import SIGMAS, SUITES
 from segkern import Grid, explain
 from segkern.kernels._configs import Tile
@@ -45,7 +45,7 @@ def test_a_quick_run_has_a_row_for_every_way_case_and_sigma(quick: Path) -> None
 def test_rows_have_times_errors_and_ratios_or_a_reason(quick: Path) -> None:
     rows = results.read(quick)["rows"]
     reasons = {row["provider"]: row["reason"] for row in rows if row["reason"]}
-    assert reasons.keys() == {"sdpa efficient", "sdpa cudnn", "triton"}, reasons
+    assert reasons.keys() == {"sdpa efficient", "sdpa cudnn", "triton", *BLURS}, reasons
     for row in rows:
         if row["reason"]:
             assert row["wall_ms"] is row["ratio"] is row["tflops"] is None
@@ -200,19 +200,25 @@ def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
     assert last["ms"] is None
     assert last["reason"]
     assert tuned["environment"]["torch"] == torch.__version__
+    assert list(tuned["blurs"]) == ["triton prologue", "triton before", "triton together"]
+    for found in tuned["blurs"].values():
+        assert found["reason"] is None
+        assert found["ms"]["median"] > 0
 
 
 def test_the_fastest_tile_of_all_cases_is_installed_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, other, lucky, wrong = (Tile(64, keys, 16, 8, 2) for keys in (16, 32, 64, 128))
 
-    def measured(case: str, sdpa: float, **ms: float | None) -> dict[str, Any]:
+    def measured(case: str, sdpa: float, together: float = 1.0, **ms: float | None) -> dict[str, Any]:
         tiles = [
             {"tile": asdict(tile), "ms": None if ms[name] is None else {"median": ms[name]}}
             for name, tile in (("now", now), ("other", other), ("lucky", lucky), ("wrong", wrong))
         ]
         environment = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
         shape = {"architecture": "sm_90", "dtype": "bfloat16", "head_dim": 64, "case": case}
-        return shape | {"environment": environment, "now": asdict(now), "tiles": tiles, "sdpa_ms": {"median": sdpa}}
+        found = {"environment": environment, "now": asdict(now), "tiles": tiles, "sdpa_ms": {"median": sdpa}}
+        blurs = {f"triton {how}": {"ms": {"median": ms}} for how, ms in (("before", 1.0), ("together", together))}
+        return shape | found | {"blurs": blurs}
 
     path = tmp_path / "tuned.json"
     path.write_text("{}")
@@ -234,9 +240,15 @@ def test_the_fastest_tile_of_all_cases_is_installed_and_read(tmp_path: Path, mon
         said = tune.install([measured("a", 0.5, now=1.0, other=1.0, lucky=1.0, wrong=None)], path)
         assert "50.0% faster than that" in said[1]
         clear_tuned()
-        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(now, True)
+        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(now, True, False)
         shown = dict(explain.explain(explain.Call(Grid(32, 32), 20, 64, 3.0, dtype=torch.bfloat16), CPU, "sm_90"))
         assert "PyTorch's attention" in shown["computed by"]
+        said = tune.install([measured("a", 1.0, 0.9, now=1.0, other=1.0, lucky=1.0, wrong=None)], path)
+        assert "10.0% faster inside attention's launch" in said[1]
+        clear_tuned()
+        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(now, False, True)
+        shown = dict(explain.explain(explain.Call(Grid(64, 64), 10, 64, 10.0, dtype=torch.bfloat16), CPU, "sm_90"))
+        assert "in attention's own launch: measured to be faster" in shown["queries are blurred"]
     finally:
         clear_tuned()
 

@@ -126,6 +126,23 @@ def test_pictures_show_every_point(quick: Path) -> None:
             assert all(low <= y <= high for y in heights), f"{picture.title} leaves points out"
 
 
+def test_ratios_far_from_one_are_named_and_leave_room_for_the_others(quick: Path) -> None:
+    from matplotlib.figure import Figure
+
+    found = results.read(quick)
+    for row in found["rows"]:
+        if row["ratio"]:
+            row["ratio"] = {"median": 7.7 if row["provider"] == "dense" else 1.04}
+    (picture, *_) = plots.pictures("x", found)[0]
+    figure = Figure()
+    picture.draw(figure)
+    for panel in figure.axes:
+        assert panel.get_yscale() == "linear"
+        assert panel.get_ylim()[1] == 2.0
+        (said,) = (text.get_text() for text in panel.texts)
+        assert said == "beyond the scale:\ndense: 7.7 to 7.7"
+
+
 def test_the_throughput_needs_two_grids(quick: Path) -> None:
     found = results.read(quick)
     assert not [picture for picture in plots.pictures("x", found)[0] if "throughput" in picture.name]
@@ -140,7 +157,7 @@ def test_the_page_tells_where_no_gpu_was(quick: Path) -> None:
     page = performance.page({"here": found})
     assert "GPU: not measured" in page
     assert "`here.json`" in page
-    assert "triton: Triton has no CPU target" in page
+    assert "- triton, triton before, triton prologue, triton together: Triton has no CPU target" in page
     assert page.count("Not measured.") == len(SUITES)  # the other suites, and the estimates of coarse queries
     gpu = copy.deepcopy(found)
     gpu["environment"] |= {"device": "NVIDIA H200", "device_type": "cuda"}

@@ -19,7 +19,7 @@ from segkern.dispatch import triton_is_installed
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-LOOPING = ("_seg_attention_kernel", "_split_attention_kernel")
+LOOPING = ("_tiled_attention_kernel", "_split_attention_kernel")
 
 pytestmark = pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
 
@@ -34,7 +34,7 @@ def test_kernels_compile_without_spills(target: str) -> None:
     records = json.loads(run.stdout)["kernels"]
     assert {record["target"] for record in records} == {target}
     assert {record["kernel"] for record in records} == {
-        "_seg_attention_kernel",
+        "_tiled_attention_kernel",
         "_gaussian_blur_kernel",
         "_split_attention_kernel",
         "_combine_splits_kernel",
@@ -53,7 +53,7 @@ def test_faults_are_found() -> None:
     from benchmarks.compiled import Compiled, faults
 
     sound = {
-        "kernel": "_seg_attention_kernel",
+        "kernel": "_tiled_attention_kernel",
         "target": "sm_90",
         "head_dim": 64,
         "dtype": "fp16",

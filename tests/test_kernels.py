@@ -8,7 +8,6 @@ wrong, so there in two.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +20,8 @@ from segkern import Grid, reference
 from segkern.blur import BOUNDARIES
 
 pytest.importorskip("triton", reason="kernels need triton")
+from kernel_tools import CUDA, DEVICE, DTYPES, blur_route, check_attention  # noqa: F401  blur_route is a fixture
+
 from segkern.kernels import _routes
 
 pytestmark = [
@@ -29,47 +30,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if CUDA else [])
 USUAL = (HealthCheck.too_slow, HealthCheck.data_too_large)  # as in conftest.py
 EXAMPLES = 60 if CUDA else 25
 
 sigmas = st.one_of(st.just(0.0), st.floats(0.2, 30.0), st.just(math.inf))
-
-
-def check_attention(
-    shape: tuple[int, int, int, int],
-    grid: Grid,
-    sigma: object,
-    dtype: torch.dtype,
-    layouts: tuple[str, str, str] = ("tokens_first",) * 3,
-    keys: int | None = None,
-    **options: object,
-) -> None:
-    """Output and log-sum-exp of the kernels under the contract."""
-    batch, heads, tokens, dim = shape
-    query = draw(shape, dtype, DEVICE, layouts[0])
-    key, value = (draw((batch, heads, keys or tokens, dim), dtype, DEVICE, layout) for layout in layouts[1:])
-    oracle, oracle_lse = oracle_attention(query, key, value, grid, sigma, **options)
-    output, lse = segkern.seg_attention(query, key, value, grid, sigma, backend="triton", return_lse=True, **options)
-    assert output.dtype == dtype
-    assert lse.dtype == torch.float32
-    assert_contract(output, oracle, plain_attention(query, key, value, grid, sigma, **options))
-    finite = oracle_lse.isfinite()
-    assert torch.equal(lse.isfinite(), finite)
-    if finite.any():  # the log-sum-exp sees the blurred queries after they were rounded to the dtype, once
-        bound = 4 * torch.finfo(dtype).eps * max(1.0, oracle_lse[finite].abs().max().item())
-        assert (lse.double() - oracle_lse)[finite].abs().max() <= bound
-
-
-@pytest.fixture(params=["in the prologue", "before"])
-def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both ways to blur queries, whatever the estimated costs say."""
-    monkeypatch.setattr(_routes.BlurRoute, "before", property(lambda _: request.param == "before"))
-    _routes.attention_route.cache_clear()
-    yield
-    _routes.attention_route.cache_clear()
 
 
 @pytest.mark.usefixtures("blur_route")

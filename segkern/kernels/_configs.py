@@ -30,7 +30,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of one program's work: queries, keys and grid columns at a time, and the compiler's options."""
+    """Shape of one program's work: queries, keys and grid columns at a time, and the compiler's options.
+
+    With ``descriptors`` the hardware copies keys and values block by block (Hopper and later, without a mask), which
+    saves registers of pointers. Warps of their own for the copies (``warp_specialize``) are not to be had: with Triton
+    3.7, on Hopper they want queries from a descriptor too and one loop over keys, where ours are blurred and masking is
+    left to a second loop; on Blackwell the compiler fails on that loop, and without it quadruples the instructions.
+    """
 
     block_m: int
     block_n: int
@@ -38,6 +44,7 @@ class Tile:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    descriptors: bool = False
 
 
 # Shared memory per multiprocessor decides the family: 80 has 163 KB, 90 and 100 have 227 KB,
@@ -141,6 +148,16 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def has_descriptors(arch: str) -> bool:
+    """Whether the hardware copies blocks by tensor descriptors, and kernels that do so do not spill.
+
+    Example:
+        >>> [has_descriptors(arch) for arch in ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942")]
+        [False, True, True, False, False]
+    """
+    return _FAMILY.get(arch) in ("sm_90", "sm_100")
+
+
 def attention_tile(device: torch.device, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
     """The attention kernel's tile on a device."""
     return tile_for(architecture(device), head_dim, dtype, masked)
@@ -156,10 +173,12 @@ class Tuned:
     Attributes:
         tile: of the attention kernel.
         sdpa: whether blurring first and PyTorch's attention were faster than it.
+        together: whether the separable blur was faster inside its launch than in launches before it.
     """
 
     tile: Tile
     sdpa: bool
+    together: bool
 
 
 @lru_cache(maxsize=1)
@@ -167,7 +186,7 @@ def tuned() -> dict[tuple[str, str, int], Tuned]:
     """By architecture, dtype and head dimension, such as ``("sm_90", "bfloat16", 64)``."""
     found = json.loads(TUNED.read_text(encoding="utf-8"))
     return {
-        (arch, dtype, int(head_dim)): Tuned(Tile(**entry["tile"]), entry["sdpa"])
+        (arch, dtype, int(head_dim)): Tuned(Tile(**entry["tile"]), entry["sdpa"], entry["together"])
         for arch, dtypes in found.items()
         for dtype, entries in dtypes.items()
         for head_dim, entry in entries.items()
@@ -230,6 +249,7 @@ def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int, mask
     return Tile(64, 32, 0, 8 if eight else 4, 2)
 
 
+@lru_cache(maxsize=1024)
 def key_splits(programs: int, keys: int, block_n: int, parallel: int) -> tuple[int, int]:
     """How many ways to split the keys, and keys of a split: a multiple of ``block_n``.
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import triton
 
 from segkern.kernels._configs import Options, Tile
 
@@ -29,6 +31,40 @@ def strides_are_wide(*tensors: torch.Tensor) -> bool:
         if max(strides[2], strides[3]) * _LARGEST_TILE >= 2**31:
             return True
     return False
+
+
+_DESCRIBED_BYTES = 16  # what addresses and strides of a tensor descriptor are multiples of
+
+
+def can_be_described(*tensors: torch.Tensor) -> bool:
+    """Whether kernels can make tensor descriptors of each head: aligned, and channels next to each other."""
+    for x in tensors:
+        *outer, last = x.stride()
+        if last != 1 or outer[-1] <= 0 or any(n * x.itemsize % _DESCRIBED_BYTES for n in outer):
+            return False
+        if x.data_ptr() % _DESCRIBED_BYTES:
+            return False
+    return True
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@contextlib.contextmanager
+def scratch_memory(wanted: bool) -> Iterator[None]:
+    """Let kernels that make tensor descriptors have memory for them; what the user has set for Triton comes back."""
+    if not wanted:
+        yield
+        return
+    from triton.runtime._allocation import _allocator
+
+    before = _allocator.get()
+    triton.set_allocator(_scratch)
+    try:
+        yield
+    finally:
+        triton.set_allocator(before)
 
 
 def next_power_of_2(n: int) -> int:

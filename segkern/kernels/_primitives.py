@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jit helpers shared by the kernels: tile loads, the blur of a query tile, the online softmax."""
+"""Jit helpers shared by the kernels: tile loads, the online softmax, the loop over keys."""
 
 from __future__ import annotations
 
@@ -64,65 +64,6 @@ def store_tile(
 
 
 @triton.jit
-def blur_tile(
-    x_ptr,  # first token of the image of one (sample, head)
-    stride_n,
-    stride_d,
-    row_weights_ptr,  # [height, height] float32
-    column_weights_ptr,  # [width, width] float32
-    row_reach,
-    column_reach,
-    start,  # grid index of the tile's first query; negative where other tokens come before the image
-    height,
-    width,
-    first_d: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Blurred queries of a tile, float32 ``[BLOCK_M, BLOCK_D]``; zero outside the grid.
-
-    For every grid row that the tile touches, source rows are first summed vertically with float32 multiply-adds, one
-    block of columns at a time; one small product with the horizontal weights then spreads them over the
-    tile's tokens of that row.
-    """
-    offs_c = tl.arange(0, BLOCK_C)
-    offs_m = tl.arange(0, BLOCK_M)
-    first = tl.maximum(start, 0)
-    last = tl.minimum(start + BLOCK_M, height * width) - 1
-    first_row = first // width
-    last_row = last // width
-    first_column = 0
-    last_column = width
-    if first_row == last_row:  # part of one row: only the columns in reach
-        first_column = tl.maximum(first - first_row * width - column_reach, 0)
-        last_column = tl.minimum(last - first_row * width + column_reach + 1, width)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for r in range(first_row, last_row + 1):
-        first_source = tl.maximum(r - row_reach, 0)
-        last_source = tl.minimum(r + row_reach + 1, height)
-        for c in range(first_column, last_column, BLOCK_C):
-            mask_c = c + offs_c < width
-            column_sum = tl.zeros([BLOCK_C, BLOCK_D], dtype=tl.float32)
-            for h in range(first_source, last_source):
-                weight = tl.load(row_weights_ptr + r * height + h)
-                source_ptr = x_ptr + tl.cast(h * width + c, tl.int64) * stride_n
-                x = load_tile(source_ptr, offs_c, mask_c, stride_n, stride_d, first_d, HEAD_DIM, BLOCK_D, True)
-                column_sum += weight * x.to(tl.float32)  # [BLOCK_C, BLOCK_D]
-            # Tokens of grid row r lie next to each other: their columns count up, without a division per token.
-            column = start - r * width + offs_m
-            horizontal = tl.load(  # [BLOCK_M, BLOCK_C]
-                column_weights_ptr + column[:, None] * width + (c + offs_c)[None, :],
-                mask=((column >= 0) & (column < width))[:, None] & mask_c[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(horizontal, column_sum, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
 def online_softmax_update(logits, row_max, row_sum):
     """Probabilities (not normalised), new maximum and sum, and the factor for what was accumulated so far.
 
@@ -148,6 +89,15 @@ def scaled_softmax_update(products, scale, row_max, row_sum):
 
 
 @triton.jit
+def describe(ptr, tokens, stride_n, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A token matrix of one head for copies in blocks, which fill with zeros beyond its edges.
+
+    Channels lie next to each other; the pointer and ``stride_n`` are multiples of 16 bytes.
+    """
+    return tl.make_tensor_descriptor(ptr, [tokens, HEAD_DIM], [stride_n, 1], [BLOCK_N, BLOCK_D])
+
+
+@triton.jit
 def attend_blocks(
     q,
     q_rest,
@@ -157,6 +107,10 @@ def attend_blocks(
     row_sum,
     k_ptr,
     v_ptr,
+    k_blocks,  # of :func:`describe`, with DESCRIPTORS
+    k_rest_blocks,
+    v_blocks,
+    v_rest_blocks,
     mask_ptr,  # first query row of the tile
     offs_m,
     mask_m,
@@ -176,6 +130,7 @@ def attend_blocks(
     BLOCK_R: tl.constexpr,
     MASK: tl.constexpr,
     TAIL: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend to blocks of keys that begin in ``first .. stop - 1``; only with TAIL may one reach past the last key."""
@@ -184,10 +139,16 @@ def attend_blocks(
         mask_n = n + offs_n < keys
         k_tile = k_ptr + tl.cast(n, tl.int64) * stride_kn
         v_tile = v_ptr + tl.cast(n, tl.int64) * stride_vn
-        k = load_tile(k_tile, offs_n, mask_n, stride_kn, stride_kd, 0, HEAD_DIM, BLOCK_D, TAIL)  # [BLOCK_N, BLOCK_D]
+        if DESCRIPTORS:
+            k = k_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
+        else:
+            k = load_tile(k_tile, offs_n, mask_n, stride_kn, stride_kd, 0, HEAD_DIM, BLOCK_D, TAIL)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if BLOCK_R > 0:
-            k_rest = load_tile(k_tile, offs_n, mask_n, stride_kn, stride_kd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
+            if DESCRIPTORS:
+                k_rest = k_rest_blocks.load([n, BLOCK_D])
+            else:
+                k_rest = load_tile(k_tile, offs_n, mask_n, stride_kn, stride_kd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
             products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision=PRECISION)
         if TAIL or MASK != 0:
             logits = products * scale
@@ -204,11 +165,17 @@ def attend_blocks(
             weights, row_max, row_sum, factor = online_softmax_update(logits, row_max, row_sum)
         else:
             weights, row_max, row_sum, factor = scaled_softmax_update(products, scale, row_max, row_sum)
-        v = load_tile(v_tile, offs_n, mask_n, stride_vn, stride_vd, 0, HEAD_DIM, BLOCK_D, TAIL)  # [BLOCK_N, BLOCK_D]
+        if DESCRIPTORS:
+            v = v_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
+        else:
+            v = load_tile(v_tile, offs_n, mask_n, stride_vn, stride_vd, 0, HEAD_DIM, BLOCK_D, TAIL)
         weights = weights.to(v.dtype)
         acc = tl.dot(weights, v, acc * factor[:, None], input_precision=PRECISION)
         if BLOCK_R > 0:
-            v_rest = load_tile(v_tile, offs_n, mask_n, stride_vn, stride_vd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
+            if DESCRIPTORS:
+                v_rest = v_rest_blocks.load([n, BLOCK_D])
+            else:
+                v_rest = load_tile(v_tile, offs_n, mask_n, stride_vn, stride_vd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
             acc_rest = tl.dot(weights, v_rest, acc_rest * factor[:, None], input_precision=PRECISION)
     return acc, acc_rest, row_max, row_sum
 
@@ -242,12 +209,20 @@ def attend_keys(
     BLOCK_R: tl.constexpr,
     MASK: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attend to keys ``first .. stop - 1``: the whole blocks, then what is left behind them at the very end.
 
     ``first`` is a multiple of BLOCK_N, and so is ``stop`` but for the last key.
     """
+    k_blocks, k_rest_blocks, v_blocks, v_rest_blocks = 0.0, 0.0, 0.0, 0.0
+    if DESCRIPTORS:
+        k_blocks = describe(k_ptr, keys, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v_blocks = describe(v_ptr, keys, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_D)
+        if BLOCK_R > 0:
+            k_rest_blocks = describe(k_ptr, keys, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_R)
+            v_rest_blocks = describe(v_ptr, keys, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_R)
     full = tl.minimum(stop, keys - keys % BLOCK_N)
     acc, acc_rest, row_max, row_sum = attend_blocks(
         q,
@@ -258,6 +233,10 @@ def attend_keys(
         row_sum,
         k_ptr,
         v_ptr,
+        k_blocks,
+        k_rest_blocks,
+        v_blocks,
+        v_rest_blocks,
         mask_ptr,
         offs_m,
         mask_m,
@@ -277,6 +256,7 @@ def attend_keys(
         BLOCK_R,
         MASK,
         False,
+        DESCRIPTORS,
         PRECISION,
     )
     if not EVEN_KEYS:
@@ -289,6 +269,10 @@ def attend_keys(
             row_sum,
             k_ptr,
             v_ptr,
+            k_blocks,
+            k_rest_blocks,
+            v_blocks,
+            v_rest_blocks,
             mask_ptr,
             offs_m,
             mask_m,
@@ -308,6 +292,7 @@ def attend_keys(
             BLOCK_R,
             MASK,
             True,
+            DESCRIPTORS,
             PRECISION,
         )
     return acc, acc_rest, row_max, row_sum

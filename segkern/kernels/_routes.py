@@ -6,6 +6,10 @@ queries reads, from L2, the source rows within reach of its own grid rows: cheap
 attention's own work and more when every row is in reach. The separable kernel moves each query a few times whatever
 the reach, but is two launches. The cost of either is bytes over the bandwidth of L2, plus launches. The rates are
 rounded from published microbenchmarks of the devices; no timing of these kernels is in them yet.
+
+The same separable blur can be part of attention's own launch (``_producers.py``). That saves two launches and hides
+the blur behind samples that are not blurred, but its programs have attention's registers and wait for each other. No
+model of that is worth much: it is taken where ``python -m benchmarks tune`` measured it to be faster.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ from segkern.grid import Grid
 from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, measured, multiprocessors
 from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
 
-HERE, BEFORE = 1, 2
+HERE, BEFORE, TOGETHER = 1, 2, 3
 
 _MIN_WIDTH_HERE = 8  # narrower grids waste most of a column block in the prologue
+_HEAD_DIMS_TOGETHER = range(32, 129)  # others, and masks, spill with producers in the same kernel on some target
 _LAUNCH_MICROSECONDS = 2.0  # of a kernel that waits for the one before it
 _L2_BYTES_PER_MICROSECOND = {"sm_80": 4.0e6, "sm_90": 5.5e6, "sm_100": 9.0e6, "gfx942": 1.0e7}
 _DEFAULT_BYTES_PER_MICROSECOND = 3.0e6
@@ -99,6 +104,12 @@ def sdpa_is_faster(device: torch.device, head_dim: int, dtype: torch.dtype) -> b
     return known is not None and known.sdpa
 
 
+def together_is_faster(arch: str, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the separable blur was measured to be faster inside attention's launch than in launches before it."""
+    known = measured(arch, head_dim, dtype)
+    return known is not None and known.together and head_dim in _HEAD_DIMS_TOGETHER
+
+
 @dataclass(frozen=True)
 class Route:
     """Which kernels compute which samples of a batch.
@@ -107,8 +118,9 @@ class Route:
         uniform: samples of infinite sigma, whose image tokens get one row's result.
         rest: samples of which any tokens are left to compute.
         few: whether the rest are few rows, which are not blurred: their keys are split over programs.
-        before: those of the rest that the separable kernel blurs first.
+        before: those of the rest that the separable blur serves, in launches of its own or in attention's.
         tables: of the rest, for the tiles of attention; None with ``few`` or without a rest.
+        together: of those in ``before`` where attention's launch blurs them, else None.
     """
 
     uniform: tuple[int, ...]
@@ -116,6 +128,7 @@ class Route:
     few: bool
     before: tuple[int, ...]
     tables: BlurTables | None
+    together: BlurTables | None = None
 
 
 @lru_cache(maxsize=1024)
@@ -129,6 +142,7 @@ def attention_route(
     boundary: str,
     masked: bool,
     rows_alike: bool,
+    blur: int | None = None,
 ) -> Route:
     """The kernels of a call.
 
@@ -142,8 +156,10 @@ def attention_route(
         boundary: of the blur.
         masked: whether there is a mask.
         rows_alike: whether the mask, if any, is the same for all queries: else equal queries have unequal results.
+        blur: HERE, BEFORE or TOGETHER where that is settled; chosen by cost if not.
     """
     _, heads, tokens, head_dim = shape
+    axes = grid.height, grid.width
     uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
     only_image = grid.tokens == tokens
     rest = tuple(i for i in range(len(sigmas)) if not (only_image and i in uniform))
@@ -153,18 +169,43 @@ def attention_route(
     if not any(sigmas[i] for i in rest) and _few_rows(device, tile, tokens, keys, heads * len(rest)):
         return Route(uniform, rest, True, (), None)
     blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in uniform)
-    before = any(math.isinf(sigmas[i]) for i in blurred)  # tables hold no matrix of the mean
-    if blurred and not before:
-        wanted = tuple(sigmas[i] for i in blurred)
-        sizes = heads, head_dim, dtype.itemsize, tile.block_m
-        before = blur_route(architecture(device), grid, wanted, boundary, *sizes).before
-    # Where queries are blurred before, only the codes of the other samples are needed.
-    left = tuple(0.0 if before and i in blurred else sigmas[i] for i in rest)
-    tables = blur_tables(rest, left, grid.height, grid.width, boundary, device, outside=True)
-    if before:
-        codes = tuple(blurred.index(i) if i in blurred else OUTSIDE if i in uniform else PLAIN for i in rest)
-        tables = replace(tables, tables=index_tensor(codes, device))
-    return Route(uniform, rest, False, blurred if before else (), tables)
+    wanted = tuple(sigmas[i] for i in blurred)
+    if not blurred:
+        blur = HERE
+    elif math.inf in wanted:
+        blur = BEFORE  # tables hold no matrix of the mean
+    elif blur is None:
+        blur = choose_blur(device, dtype, heads, head_dim, grid, wanted, boundary, masked)
+    if blur == HERE:
+        tables = blur_tables(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, outside=True)
+        return Route(uniform, rest, False, (), tables)
+    together = None
+    if blur == TOGETHER:
+        together = blur_tables(blurred, wanted, *axes, boundary, device)
+        rest = tuple(sorted(rest, key=lambda i: i in blurred))  # what hides the blur comes first
+    # Only the codes of samples are needed.
+    tables = blur_tables(rest, (0.0,) * len(rest), *axes, boundary, device, outside=True)
+    codes = tuple(blurred.index(i) if i in blurred else OUTSIDE if i in uniform else PLAIN for i in rest)
+    tables = replace(tables, tables=index_tensor(codes, device))
+    return Route(uniform, rest, False, blurred, tables, together)
+
+
+def choose_blur(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    grid: Grid,
+    sigmas: tuple[float, ...],
+    boundary: str,
+    masked: bool,
+) -> int:
+    """HERE, BEFORE or TOGETHER for blurred samples of these sigmas."""
+    tile = attention_tile(device, head_dim, dtype, masked)
+    sizes = heads, head_dim, dtype.itemsize, tile.block_m
+    if not blur_route(architecture(device), grid, sigmas, boundary, *sizes).before:
+        return HERE
+    return TOGETHER if not masked and together_is_faster(architecture(device), head_dim, dtype) else BEFORE
 
 
 def _few_rows(device: torch.device, tile: Tile, tokens: int, keys: int, heads: int) -> bool:

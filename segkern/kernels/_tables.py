@@ -88,16 +88,17 @@ def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
-def consecutive(samples: tuple[int, ...]) -> list[slice]:
+@cache
+def consecutive(samples: tuple[int, ...]) -> tuple[slice, ...]:
     """Rising sample indices as slices of the batch.
 
     Example:
         >>> consecutive((0, 1, 4))
-        [slice(0, 2, None), slice(4, 5, None)]
+        (slice(0, 2, None), slice(4, 5, None))
     """
     firsts = [i for i in samples if i - 1 not in samples]
     lasts = [i for i in samples if i + 1 not in samples]
-    return [slice(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
+    return tuple(slice(first, last + 1) for first, last in zip(firsts, lasts, strict=True))
 
 
 def _stack(matrices: list[torch.Tensor], length: int) -> torch.Tensor:

@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 
 from segkern.grid import Grid
+from segkern.kernels._blur_tiles import blur_block
 from segkern.kernels._configs import Options, blur_precision
 from segkern.kernels._launch import compile_options, device_guard, next_power_of_2, strides_are_wide
 from segkern.kernels._primitives import load_tile, store_tile
 from segkern.kernels._tables import blur_tables, consecutive
 
-_BLOCK_I = 32
-_BLOCK_J = 32
+BLOCK_I = 32
+BLOCK_J = 32
 _BLOCK_D = 64
 
 
@@ -69,34 +70,40 @@ def _gaussian_blur_kernel(
     stride_xi = tl.cast(axis_step, tl.int64) * stride_xn
     stride_oi = tl.cast(axis_step, tl.int64) * stride_on
 
-    offs_i = start_i + tl.arange(0, BLOCK_I)
-    mask_i = offs_i < length
-    for first_d in tl.static_range(0, HEAD_DIM, BLOCK_D):
-        if table < 0:
+    if table < 0:
+        offs_i = start_i + tl.arange(0, BLOCK_I)
+        mask_i = offs_i < length
+        for first_d in tl.static_range(0, HEAD_DIM, BLOCK_D):
             x = load_tile(x_ptr, offs_i, mask_i, stride_xi, stride_xd, first_d, HEAD_DIM, BLOCK_D, True)
             store_tile(out_ptr, x, offs_i, mask_i, stride_oi, stride_od, first_d, HEAD_DIM, BLOCK_D)
-        else:
-            reach = tl.load(reach_ptr + 2 * table)
-            matrix_ptr = weights_ptr + table * length * length
-            acc = tl.zeros([BLOCK_I, BLOCK_D], dtype=tl.float32)
-            first_j = tl.maximum(start_i - reach, 0)
-            last_j = tl.minimum(start_i + BLOCK_I + reach, length)
-            for j in range(first_j, last_j, BLOCK_J):
-                offs_j = j + tl.arange(0, BLOCK_J)
-                mask_j = offs_j < length
-                weights = tl.load(  # [BLOCK_I, BLOCK_J]
-                    matrix_ptr + offs_i[:, None] * length + offs_j[None, :],
-                    mask=mask_i[:, None] & mask_j[None, :],
-                    other=0.0,
-                )
-                x = load_tile(x_ptr, offs_j, mask_j, stride_xi, stride_xd, first_d, HEAD_DIM, BLOCK_D, True)
-                acc = tl.dot(weights, x.to(tl.float32), acc, input_precision=PRECISION)  # [BLOCK_I, BLOCK_D]
-            store_tile(out_ptr, acc, offs_i, mask_i, stride_oi, stride_od, first_d, HEAD_DIM, BLOCK_D)
+    else:
+        blur_block(
+            x_ptr,
+            out_ptr,
+            weights_ptr + table * length * length,
+            tl.load(reach_ptr + 2 * table),
+            start_i,
+            length,
+            stride_xi,
+            stride_xd,
+            stride_oi,
+            stride_od,
+            HEAD_DIM,
+            BLOCK_I,
+            BLOCK_J,
+            BLOCK_D,
+            PRECISION,
+        )
 
 
 def blur_options(dtype: torch.dtype) -> Options:
-    """The compiler's options: products of half precision spill unless it is told how many registers there are."""
-    return Options(num_warps=4, num_stages=2, max_registers=255 if dtype.itemsize == 2 else None)
+    """The compiler's options.
+
+    Products of half precision spill unless it is told how many registers there are, those of float32 with 4 warps.
+    """
+    if dtype.itemsize == 2:
+        return Options(num_warps=4, num_stages=2, max_registers=255)
+    return Options(num_warps=8, num_stages=2)
 
 
 def blur_block_d(head_dim: int) -> int:
@@ -128,7 +135,7 @@ def launch_gaussian_blur(
     )
     with device_guard(x.device):
         for source, target, weights, reach, lines, length, line_step, axis_step in axes:
-            programs = -(-length // _BLOCK_I) * lines * heads * batch
+            programs = -(-length // BLOCK_I) * lines * heads * batch
             _gaussian_blur_kernel[(programs,)](
                 source,
                 target,
@@ -143,8 +150,8 @@ def launch_gaussian_blur(
                 line_step,
                 axis_step,
                 HEAD_DIM=head_dim,
-                BLOCK_I=_BLOCK_I,
-                BLOCK_J=_BLOCK_J,
+                BLOCK_I=BLOCK_I,
+                BLOCK_J=BLOCK_J,
                 BLOCK_D=blur_block_d(head_dim),
                 PRECISION=blur_precision(x.dtype),
                 WIDE=strides_are_wide(source, target),

@@ -19,6 +19,9 @@ read, the output once.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +29,7 @@ import triton.language as tl
 from segkern.grid import Grid
 from segkern.kernels._configs import (
     Options,
+    Tile,
     dot_precision,
     key_splits,
     multiprocessors,
@@ -144,6 +148,7 @@ def _split_attention_kernel(
         BLOCK_R,
         MASK,
         EVEN_KEYS,
+        False,
         PRECISION,
     )
 
@@ -226,13 +231,17 @@ def launch_uniform_attention(
     if grid.tokens == 1:  # its own mean
         rows, query_samples = query[:, :, grid.start : grid.stop], samples
     else:
-        means = [
-            query[run, :, grid.start : grid.stop].mean(dim=2, keepdim=True, dtype=torch.float32)
-            for run in consecutive(samples)
-        ]
-        rows = (means[0] if len(means) == 1 else torch.cat(means)).to(query.dtype)
+        means = [_mean(query[run, :, grid.start : grid.stop]) for run in consecutive(samples)]
+        rows = means[0] if len(means) == 1 else torch.cat(means)
         query_samples = tuple(range(len(samples)))
     _launch(rows, query_samples, key, value, out, lse, samples, grid.start, grid.tokens, scale, attn_mask)
+
+
+def _mean(image: torch.Tensor) -> torch.Tensor:
+    """Over the tokens, summed in float32 and rounded once, as a GPU does by itself."""
+    if image.is_cuda or image.dtype == torch.float32:
+        return image.mean(dim=2, keepdim=True)
+    return image.mean(dim=2, keepdim=True, dtype=torch.float32).to(image.dtype)
 
 
 def launch_split_attention(
@@ -265,7 +274,6 @@ def _launch(
     _, heads, rows, head_dim = query.shape
     keys = key.shape[2]
     tile = split_tile(query.device, head_dim, query.dtype, rows, attn_mask is not None)
-    block_d, block_r = split_head_dim(head_dim)
     programs = -(-rows // tile.block_m) * heads * len(samples)
     splits, keys_per_split = key_splits(programs, keys, tile.block_n, multiprocessors(query.device))
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
@@ -290,16 +298,10 @@ def _launch(
             keys_per_split,
             splits,
             scale * LOG2E.value,
-            HEAD_DIM=head_dim,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_D=block_d,
-            BLOCK_R=block_r,
             MASK=mask_kind,
             EVEN_KEYS=keys % tile.block_n == 0,
-            PRECISION=dot_precision(query.dtype),
             WIDE=strides_are_wide(query, key, value, *(() if attn_mask is None else (attn_mask,))),
-            **compile_options(tile),
+            **_constants(tile, head_dim, query.dtype),
         )
         block_t = 1 if copies == 1 else _EXPANDED_TOKENS
         _combine_splits_kernel[(len(samples) * heads, rows * -(-copies // block_t))](
@@ -314,11 +316,33 @@ def _launch(
             rows,
             copies,
             splits,
-            HEAD_DIM=head_dim,
-            BLOCK_S=next_power_of_2(splits),
             BLOCK_T=block_t,
-            BLOCK_D=next_power_of_2(head_dim),
             WITH_LSE=lse is not None,
             WIDE=strides_are_wide(out),
-            **compile_options(COMBINE_OPTIONS),
+            **_combine_constants(splits, head_dim),
         )
+
+
+@lru_cache(maxsize=256)
+def _constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What a tile settles for the compiler."""
+    block_d, block_r = split_head_dim(head_dim)
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "PRECISION": dot_precision(dtype),
+        **compile_options(tile),
+    }
+
+
+@lru_cache(maxsize=256)
+def _combine_constants(splits: int, head_dim: int) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_S": next_power_of_2(splits),
+        "BLOCK_D": next_power_of_2(head_dim),
+        **compile_options(COMBINE_OPTIONS),
+    }
