@@ -183,19 +183,27 @@ def tune(
         chosen = chosen_cases(cases, (), chosen_dtypes(dtype, where))
     from benchmarks import tune as tuning
 
-    tuned = []
+    screened, confirmed = [], []
     for case in chosen:
         reason = tuning.why_not(where, case, sigma)
         if reason is not None:
             fail(reason)
-        tuned.append(tuning.tune(case, sigma, tuning.candidates(case, where), where, rounds))
-        shown = tables.of_tiles(tuned[-1])
+        screened.append(tuning.screen(case, sigma, tuning.candidates(case, where), where, rounds))
+        shown = tables.of_tiles(screened[-1])
         wide(shown).print(shown)
-    name = machine.slug(tuned[0]["environment"]["device"])
+    for group in tuning.groups(screened).values():
+        best = tuning.fastest(group)
+        if best is None:
+            typer.echo(f"{group[0]['dtype']}, head dimension {group[0]['head_dim']}: the present tile has no time")
+            continue
+        names = {one["case"] for one in group}
+        alike = [case for case in chosen if case.name in names and case.dtype_name == group[0]["dtype"]]
+        confirmed += [tuning.confirm(case, sigma, best, where, rounds) for case in alike]
+    name = machine.slug(screened[0]["environment"]["device"])
     path = out or results.RESULTS / "tuned" / f"{name}.json"
-    tuning.write(path, tuned)
+    tuning.write(path, screened, confirmed)
     typer.echo(f"wrote {path}")
-    for line in tuning.install(tuned) if install else ():
+    for line in tuning.install(confirmed) if install else ():
         typer.echo(line)
 
 

@@ -11,7 +11,6 @@ long compilation took, with ``--save`` from nothing, else perhaps from Triton's 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,10 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.disassembly import read_amdgcn, read_cubin
+from benchmarks.faults import faults
 from segkern.environment import commit, processor
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
-from segkern.kernels._routes import BEFORE, HERE, TOGETHER
+from segkern.kernels._routes import BEFORE, HERE, TOGETHER, blurs_together
 from segkern.kernels.gaussian_blur import BLOCK_I, BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
 from segkern.kernels.split_attention import (
     _EXPANDED_TOKENS,
@@ -47,16 +47,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {  # bytes a program may use
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}
-MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+_BLURS = HERE, BEFORE, TOGETHER
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -191,10 +182,10 @@ def compile_attention(
     return compile_kernel(_tiled_attention_kernel, target, head_dim, dtype, types, constants, options)
 
 
-def compile_described(target: str, head_dim: int) -> Compiled:
+def compile_described(target: str, head_dim: int, blur: int = BEFORE) -> Compiled:
     """The same with keys and values copied by descriptors, which ``python -m benchmarks tune`` tries."""
     tile = replace(_configs.tile_for(target, head_dim, torch.bfloat16), descriptors=True)
-    return compile_attention(target, head_dim, torch.bfloat16, tile=tile, blur=BEFORE)
+    return compile_attention(target, head_dim, torch.bfloat16, tile=tile, blur=blur)
 
 
 def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = False) -> Compiled:
@@ -269,12 +260,12 @@ def compile_all(target: str) -> list[Compiled]:
     found.append(compile_attention(target, 64, torch.float16, wide=True))
     found.append(compile_attention(target, 64, torch.bfloat16))
     if _configs.has_descriptors(target):
-        found += [compile_described(target, head_dim) for head_dim in (64, 80, 128)]
-    for blur in (BEFORE, TOGETHER):
+        found += [compile_described(target, head_dim, blur) for head_dim in (64, 80, 128) for blur in _BLURS]
+    for blur in _BLURS[1:] if blurs_together(target, 64) else (BEFORE,):
         found += [compile_attention(target, head_dim, torch.bfloat16, blur=blur) for head_dim in (64, 80, 128)]
-    found += [compile_attention(target, head_dim, torch.float16, blur=TOGETHER) for head_dim in (40, 96)]
-    found.append(compile_attention(target, 64, torch.float32, blur=TOGETHER))
-    found.append(compile_attention(target, 64, torch.float16, mask=1, blur=TOGETHER))
+    if blurs_together(target, 64):
+        found += [compile_attention(target, head_dim, torch.float16, blur=TOGETHER) for head_dim in (40, 96)]
+        found.append(compile_attention(target, 64, torch.float32, blur=TOGETHER))
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
         found += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
     for rows, head_dim, dtype in (
@@ -296,32 +287,16 @@ def compile_few(target: str) -> list[Compiled]:
     found = [compile_attention(target, head_dim, torch.float16) for head_dim in (40, 64, 80, 128)]
     found.append(compile_attention(target, 64, torch.float32))
     found.append(compile_attention(target, 64, torch.float16, mask=1))
-    found += [compile_attention(target, 64, torch.bfloat16, blur=blur) for blur in (BEFORE, TOGETHER)]
+    found += [
+        compile_attention(target, 64, torch.bfloat16, blur=blur)
+        for blur in _BLURS[1:]
+        if blur != TOGETHER or blurs_together(target, 64)
+    ]
     if _configs.has_descriptors(target):
         found.append(compile_described(target, 80))
     found.append(compile_blur(target, 64, torch.bfloat16))
     for rows, head_dim in ((1, 64), (289, 80)):
         found += compile_split(target, head_dim, torch.bfloat16, rows)
-    return found
-
-
-def faults(records: Sequence[Compiled]) -> list[str]:
-    """What must not be: spills, too much shared memory, serialised or missing matrix instructions."""
-    found = []
-    for record in records:
-        name = f"{record.target}: {record.kernel} D={record.head_dim} {record.dtype}{' masked' * record.masked}"
-        if record.spilled_bytes or record.local_bytes:
-            found.append(f"{name} spills {record.spilled_bytes}, local memory {record.local_bytes} bytes")
-        if record.shared_bytes > SHARED_LIMIT[record.target]:
-            found.append(f"{name}: {record.shared_bytes} bytes of shared memory")
-        if record.serialisation:
-            found.append(f"{name}: assembler warns {record.serialisation}")
-        if record.kernel != "_tiled_attention_kernel" or record.dtype == "fp32":
-            continue
-        # The widest heads under a mask have tiles too small for the newer instructions.
-        small = record.masked and record.head_dim > 160 and record.target != "gfx942"
-        if not record.matrix_instructions.get("HMMA" if small else MATRIX_INSTRUCTION.get(record.target, "HMMA")):
-            found.append(f"{name}: no matrix instructions, found {record.matrix_instructions}")
     return found
 
 

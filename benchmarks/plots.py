@@ -159,8 +159,8 @@ def _ratios(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
         panel.set_xticks(range(len(sigmas)), ["∞" if sigma == "inf" else sigma for sigma in sigmas])
         panel.set_xlabel("sigma of the blur, tokens")
         _label_first(panel, "time / time of unblurred attention")
-        if near_one and max(ratios) > _HIGHEST_RATIO:
-            panel.set_ylim(None, _HIGHEST_RATIO)
+        if near_one and min(ratios) < _HIGHEST_RATIO < max(ratios):
+            panel.set_ylim(min(ratios) - 0.1, _HIGHEST_RATIO)
             panel.text(0.02, 0.98, _beyond(here), transform=panel.transAxes, va="top", fontsize=8)
         elif max(ratios) > 4 * min(ratios):
             panel.set_yscale("log")

@@ -95,8 +95,17 @@ def _our_blur(inputs: Inputs, sigma: float, backend: str = "auto") -> Call:
     return lambda: segkern.gaussian_blur(query, grid, sigmas, backend=backend)
 
 
-def _no_finite_triton(inputs: Inputs, sigma: float) -> str | None:
-    return _no_triton(inputs, sigma) or ("the mean has kernels of its own" if math.isinf(sigma) else None)
+def _no_blurring(how: str, inputs: Inputs, sigma: float) -> str | None:
+    reason = _no_triton(inputs, sigma)
+    if reason is None and math.isinf(sigma):
+        return "the mean has kernels of its own"
+    if reason is None and how == "TOGETHER":
+        from segkern.kernels import _configs, _routes
+
+        arch = _configs.architecture(inputs.device)
+        if not _routes.blurs_together(arch, inputs.case.head_dim):
+            return f"not for heads of {inputs.case.head_dim} on {arch}"
+    return reason
 
 
 def _no_triton(inputs: Inputs, sigma: float) -> str | None:
@@ -241,7 +250,7 @@ _OURS = (
              partial(_count_ours, moves=False), _GUIDED, why_not=_no_triton),
     *(
         Provider(name, f"the same, queries blurred {where}", partial(_blurring, how), partial(_count_ours, moves=moves),
-                 ("attention",), why_not=_no_finite_triton)
+                 ("attention",), why_not=partial(_no_blurring, how))
         for name, (how, where, moves) in BLURS.items()
     ),
     Provider("blur + sdpa", "segkern's blur, then PyTorch's attention", partial(_then_sdpa, _our_blur),

@@ -62,9 +62,11 @@ def of_lines(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
 def of_tiles(tuned: dict[str, Any]) -> Table:
     """Every tile that was tried for one shape, the fastest first."""
     title = f"{tuned['case']}, {tuned['dtype']}, sigma {tuned['sigma']}, {tuned['environment']['device']}"
-    table = Table("queries", "keys", "columns", "warps", "stages", "registers", "ms", "p20-p80", "", title=title)
+    table = Table(
+        "queries", "keys", "columns", "warps", "stages", "registers", "descriptors", "ms", "p20-p80", "", title=title
+    )
     for row in tuned["tiles"]:
-        shape = ["-" if value is None else str(value) for value in row["tile"].values()]
+        shape = ["-" if value in (None, False) else str(value) for value in row["tile"].values()]
         ends = f"{row['ms']['p20']:.3g}-{row['ms']['p80']:.3g}" if row["ms"] else "-"
         note = row["reason"] or ("the present one" if row["tile"] == tuned["now"] else "")
         table.add_row(*shape, milliseconds(row["ms"]), ends, note, style="dim" if row["reason"] else None)

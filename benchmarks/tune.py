@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile shapes tried on a real device: what does not compile or computes something wrong is out, the rest is timed.
+"""Ways to compute attention tried on a real device: what does not compile or errs is out, the rest is timed.
 
-Nothing is predicted. The result is a table of its own that names device and versions. Only ``install`` changes what
-segkern takes: the tile that was fastest over all cases of a head dimension and dtype, if it beats the present one,
-PyTorch's attention after our blur, if that beats the tile, and the separable blur inside attention's launch, if that
-beats launches before it.
+Nothing is predicted. ``screen`` times every tile shape in one case. ``confirm`` takes the one that was fastest over all
+cases of a head dimension and dtype, and times it once more beside the present one, with every way to blur and beside
+PyTorch's attention: the fastest of a hundred is partly luck. Only ``install`` changes what segkern takes, by what
+``confirm`` found.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,17 @@ from benchmarks import checks, machine, timing
 from benchmarks.cases import Case, Inputs
 from benchmarks.providers import BLURS, PROVIDERS, Call
 from benchmarks.results import describe_case
-from segkern.kernels import _configs
+from segkern.kernels import _configs, _routes
 from segkern.kernels import tiled_attention as kernel
 from segkern.kernels._configs import Tile
 
 _WORTH = 0.02  # of the time: less is noise
 
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
+_SDPA = "blur + sdpa"
+_PROLOGUE, _BEFORE, _TOGETHER = BLURS
+
+Record = dict[str, Any]
 
 
 def candidates(case: Case, device: torch.device) -> tuple[Tile, ...]:
@@ -51,45 +55,54 @@ def candidates(case: Case, device: torch.device) -> tuple[Tile, ...]:
     described = [
         Tile(rows, keys, now.block_c, warps, stages, None, True)
         for rows, keys, warps, stages in itertools.product(_ROWS, _KEYS[1:], _WARPS, _STAGES[:2])
-        if _configs.has_descriptors(_configs.architecture(device))
+        if _configs.has_descriptors(_configs.architecture(device)) and case.head_dim * size % 16 == 0
     ]
     return tuple(dict.fromkeys([now, *tables, *around, *described]))
 
 
-def tune(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, rounds: int) -> dict[str, Any]:
+def screen(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, rounds: int) -> Record:
     """Every tile's time or the reason why it has none, the fastest first.
 
-    The result has ``environment``, ``clocks``, the shape, ``sigma``, ``now`` (the present tile), ``sdpa_ms`` (our blur,
-    then PyTorch's attention), ``tiles``: a list of ``tile``, ``error``, ``reason``, and ``ms`` with median, p20 and
-    p80; and ``blurs``, by the name of its provider: ``reason`` and ``ms`` with the fastest tile.
+    The result has ``environment``, ``clocks``, the shape, ``sigma``, ``now`` (the present tile) and ``tiles``: a list
+    of ``tile``, ``blur`` (which the tile would get), ``error``, ``reason``, and ``ms`` with median, p20 and p80.
     """
     inputs = case.inputs(device)
-    provider = PROVIDERS["triton"]
-    wanted = checks.expected(inputs, sigma, provider.kind)
-    found: list[dict[str, Any]] = []
-    calls: dict[str, Call] = {}
-    for number, tile in enumerate(tiles):
-        call = _with_tile(provider.make(inputs, sigma), tile)
-        row: dict[str, Any] = {"tile": asdict(tile), "error": None, "reason": None, "ms": None}
-        found.append(row)
-        try:
-            row["error"], wrong = checks.judge(provider, call(), inputs, wanted)
-            row["reason"] = wrong or None
-        except Exception as error:  # a compiler raises what it likes; it is this tile's answer
-            row["reason"] = timing.first_line(error)
-        if row["reason"] is None:
-            calls[str(number)] = call
-    other = PROVIDERS["blur + sdpa"].make(inputs, sigma)
-    other()
-    calls["sdpa"] = other
-    samples, _ = timing.time_calls(calls, device, rounds, dict.fromkeys(calls, "tiles are timed call by call"))
-    clock = timing.headline(device)
-    sdpa_ms = timing.spread(samples.pop("sdpa")[clock])
-    for name, clocks in samples.items():
-        found[int(name)]["ms"] = timing.spread(clocks[clock])
-    now = asdict(tiles[0])
-    found.sort(key=lambda row: row["ms"]["median"] if row["ms"] else float("inf"))
-    best = next((Tile(**row["tile"]) for row in found if row["ms"]), None)
+    calls = {
+        str(number): _with_tile(_cheaper_blur(case, sigma, tile, device), inputs, sigma, tile)
+        for number, tile in enumerate(tiles)
+    }
+    found = _time(calls, inputs, sigma, device, rounds)
+    rows = [
+        {"tile": asdict(tile), "blur": _cheaper_blur(case, sigma, tile, device), **found[str(number)]}
+        for number, tile in enumerate(tiles)
+    ]
+    rows.sort(key=lambda row: row["ms"]["median"] if row["ms"] else float("inf"))
+    return _described(case, sigma, device, rounds) | {"now": asdict(tiles[0]), "tiles": rows}
+
+
+def confirm(case: Case, sigma: float, best: Tile, device: torch.device, rounds: int) -> Record:
+    """The present tile and the best one with every way to blur, and our blur before PyTorch's attention.
+
+    The result has what ``screen``'s has but for ``tiles``: ``best``, ``blur`` (which each of the two would get) and
+    ``calls``: by ``now`` or ``best`` and the name of the blur's provider, or by ``sdpa`` alone, ``error``, ``reason``
+    and ``ms``.
+    """
+    inputs = case.inputs(device)
+    now = _configs.attention_tile(device, case.head_dim, case.dtype, False)
+    tiles = {"now": now, "best": best}
+    calls = {
+        f"{which}, {blur}": _with_tile(blur, inputs, sigma, tile) for which, tile in tiles.items() for blur in BLURS
+    }
+    calls["sdpa"] = PROVIDERS[_SDPA].make(inputs, sigma)
+    return _described(case, sigma, device, rounds) | {
+        "now": asdict(now),
+        "best": asdict(best),
+        "blur": {which: _cheaper_blur(case, sigma, tile, device) for which, tile in tiles.items()},
+        "calls": _time(calls, inputs, sigma, device, rounds),
+    }
+
+
+def _described(case: Case, sigma: float, device: torch.device, rounds: int) -> Record:
     return {
         "environment": machine.described(device),
         "clocks": machine.clocks(device),
@@ -97,38 +110,20 @@ def tune(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, 
         **describe_case(case),
         "sigma": f"{sigma:g}",
         "rounds": rounds,
-        "clock": clock,
-        "now": now,
-        "sdpa_ms": sdpa_ms,
-        "tiles": found,
-        "blurs": {} if best is None else _blurs(inputs, sigma, best, wanted, device, rounds),
+        "clock": timing.headline(device),
     }
 
 
-def _blurs(
-    inputs: Inputs, sigma: float, tile: Tile, wanted: torch.Tensor, device: torch.device, rounds: int
-) -> dict[str, dict[str, Any]]:
-    """The ways to blur queries, with one tile."""
-    found: dict[str, dict[str, Any]] = {}
-    calls: dict[str, Call] = {}
-    for name in BLURS:
-        provider = PROVIDERS[name]
-        call = _with_tile(provider.make(inputs, sigma), tile)
-        found[name] = {"reason": None, "ms": None}
-        try:
-            found[name]["reason"] = checks.judge(provider, call(), inputs, wanted)[1] or None
-        except Exception as error:
-            found[name]["reason"] = timing.first_line(error)
-        if found[name]["reason"] is None:
-            calls[name] = call
-    samples, _ = timing.time_calls(calls, device, rounds, dict.fromkeys(calls, "tiles are timed call by call"))
-    for name, clocks in samples.items():
-        found[name]["ms"] = timing.spread(clocks[timing.headline(device)])
-    return found
+def _cheaper_blur(case: Case, sigma: float, tile: Tile, device: torch.device) -> str:
+    """Prologue or before, whichever is estimated to cost less with a tile, by its provider's name."""
+    arch, sigmas = _configs.architecture(device), (sigma,) * case.third
+    sizes = case.heads, case.head_dim, case.dtype.itemsize, tile.block_m
+    return _BEFORE if _routes.blur_route(arch, case.grid, sigmas, "reflect", *sizes).before else _PROLOGUE
 
 
-def _with_tile(call: Call, tile: Tile) -> Call:
-    """The call with the attention kernel's tile put in place of the table's."""
+def _with_tile(blur: str, inputs: Inputs, sigma: float, tile: Tile) -> Call:
+    """The provider's call with the attention kernel's tile put in place of the table's."""
+    call = PROVIDERS[blur].make(inputs, sigma)
 
     def run() -> torch.Tensor:
         with patch.object(kernel, "attention_tile", lambda *_: tile):
@@ -137,75 +132,129 @@ def _with_tile(call: Call, tile: Tile) -> Call:
     return run
 
 
-def write(path: Path, tuned: Sequence[dict[str, Any]]) -> None:
-    """All shapes as one JSON file."""
+def _time(
+    calls: Mapping[str, Call], inputs: Inputs, sigma: float, device: torch.device, rounds: int
+) -> dict[str, Record]:
+    """``error``, ``reason`` and ``ms`` of each call: only those that are right are timed."""
+    wanted = checks.expected(inputs, sigma, "attention")
+    found: dict[str, Record] = {}
+    right: dict[str, Call] = {}
+    for name, call in calls.items():
+        found[name] = row = {"error": None, "reason": None, "ms": None}
+        try:
+            row["error"], wrong = checks.judge(PROVIDERS[_BEFORE], call(), inputs, wanted)
+            row["reason"] = wrong or None
+        except Exception as error:  # a compiler raises what it likes; it is this call's answer
+            row["reason"] = timing.first_line(error)
+        if row["reason"] is None:
+            right[name] = call
+    no_graph = dict.fromkeys(right, "tiles are timed call by call")
+    samples, _ = timing.time_calls(right, device, rounds, no_graph) if right else ({}, {})
+    for name, clocks in samples.items():
+        found[name]["ms"] = timing.spread(clocks[timing.headline(device)])
+    return found
+
+
+def groups(records: Iterable[Record]) -> dict[tuple[str, str, int], list[Record]]:
+    """Records that share a table entry: by architecture, dtype and head dimension."""
+    found: dict[tuple[str, str, int], list[Record]] = {}
+    for one in records:
+        found.setdefault((one["architecture"], one["dtype"], one["head_dim"]), []).append(one)
+    return found
+
+
+def fastest(screened: Sequence[Record]) -> Tile | None:
+    """The tile that is right in all cases and has the lowest geometric mean of its times over the present tile's."""
+    ratios = [_ratios(one) for one in screened]
+    shared = set.intersection(*(set(found) for found in ratios))
+    return min(shared, key=lambda tile: _mean(found[tile] for found in ratios)) if shared else None
+
+
+def _ratios(one: Record) -> dict[Tile, float]:
+    """Every right tile's time over the present one's; nothing where the present one has no time."""
+    times = {Tile(**row["tile"]): row["ms"]["median"] for row in one["tiles"] if row["ms"]}
+    now = times.get(Tile(**one["now"]))
+    return {} if now is None else {tile: ms / now for tile, ms in times.items()}
+
+
+def write(path: Path, screened: Sequence[Record], confirmed: Sequence[Record]) -> None:
+    """All of it as one JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(tuned), indent=1) + "\n", encoding="utf-8")
+    found = {"screened": list(screened), "confirmed": list(confirmed)}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def install(tuned: Sequence[dict[str, Any]], path: Path = _configs.TUNED) -> list[str]:
+def install(confirmed: Sequence[Record], path: Path = _configs.TUNED) -> list[str]:
     """Put what was faster into the table that segkern reads; says what it did, a line per head dimension and dtype.
 
-    Where several cases share a head dimension and dtype, a tile must be right in all of them, and counts with the
-    geometric mean of its times over the present tile's. It must be faster by ``_WORTH`` at least.
+    What can win is the present tile or the best one, either with its blur before attention or inside its launch, or
+    PyTorch's attention after our blur: whatever has the lowest geometric mean of its times over the present tile's, by
+    ``_WORTH`` at least. A tile that errs with any way to blur is out, whichever way was timed.
     """
     table = json.loads(path.read_text(encoding="utf-8"))
     said = []
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for one in tuned:
-        groups.setdefault((one["architecture"], one["dtype"], one["head_dim"]), []).append(one)
-    for (arch, dtype, head_dim), cases in groups.items():
+    for (arch, dtype, head_dim), cases in groups(confirmed).items():
         what = f"{arch}, {dtype}, head dimension {head_dim}"
-        ratios = [_ratios(one) for one in cases]
-        shared = set.intersection(*(set(found) for found in ratios))
-        if not shared:
-            said.append(f"{what}: nothing is known, the present tile has no time")
+        times = _options(arch, head_dim, cases)
+        present = times.get(("now", False))
+        if present is None:
+            said.append(f"{what}: nothing is changed, the present tile errs or does not run")
             continue
-        gains = {tile: 1 - _mean(found[tile] for found in ratios) for tile in shared}
-        now = Tile(**cases[0]["now"])
-        best = max(gains, key=lambda tile: gains[tile])
-        best = best if gains[best] >= _WORTH else now
-        sdpa = 1 - _mean(one["sdpa_ms"]["median"] / _times(one)[best] for one in cases)
-        together = 1 - _mean(_together(one) for one in cases)
-        if best == now and max(sdpa, together) < _WORTH:
-            said.append(f"{what}: all stays, nothing is faster by {_WORTH:.0%}")
-            continue
-        environment = cases[0]["environment"]
-        entry = {"tile": asdict(best), "gain": round(gains[best], 4), "sdpa": sdpa >= _WORTH}
-        entry |= {"sdpa_gain": round(sdpa, 4), "together": together >= _WORTH, "together_gain": round(together, 4)}
-        entry |= {"cases": [one["case"] for one in cases]}
-        entry |= {name: environment[name] for name in ("device", "torch", "triton", "commit")}
-        table.setdefault(arch, {}).setdefault(dtype, {})[str(head_dim)] = entry
-        said.append(f"{what}: {best} is {gains[best]:.1%} faster than the present tile")
-        if entry["sdpa"]:
-            said.append(f"{what}: blurring first and PyTorch's attention are {sdpa:.1%} faster than that")
-        if entry["together"]:
-            said.append(f"{what}: the blur is {together:.1%} faster inside attention's launch than before it")
+        gains = {option: 1 - _mean(a / b for a, b in zip(ms, present, strict=True)) for option, ms in times.items()}
+        winner = max(gains, key=lambda option: gains[option])
+        if gains[winner] < _WORTH:
+            winner = ("now", False)
+        which, together = winner
+        tile = Tile(**cases[0]["best" if which == "best" else "now"])
+        entry = {"tile": asdict(tile), "sdpa": which == "sdpa", "together": together}
+        entry |= {"gain": round(gains[winner], 4), "cases": [one["case"] for one in cases]}
+        entry |= {name: cases[0]["environment"][name] for name in ("device", "torch", "triton", "commit")}
+        default = _configs.default_tile(arch, head_dim, getattr(torch, dtype))
+        entries = table.setdefault(arch, {}).setdefault(dtype, {})
+        if winner == ("now", False) and tile == default:
+            entries.pop(str(head_dim), None)
+        else:
+            entries[str(head_dim)] = entry
+        said.append(f"{what}: {_words(which, together, tile, gains[winner])}")
+    table = {arch: {dtype: by_dim for dtype, by_dim in dtypes.items() if by_dim} for arch, dtypes in table.items()}
+    table = {arch: dtypes for arch, dtypes in table.items() if dtypes}
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return said
+
+
+def _options(arch: str, head_dim: int, cases: Sequence[Record]) -> dict[tuple[str, bool], list[float]]:
+    """Times of all cases by what computes them: ``now``, ``best`` or ``sdpa``, and whether the blur is in its launch.
+
+    Only those that are right in every case.
+    """
+    found: dict[tuple[str, bool], list[float]] = {}
+    for which, together in itertools.product(("now", "best"), (False, True)):
+        if together and not _routes.blurs_together(arch, head_dim):
+            continue
+        ways = [*BLURS] if together else [_PROLOGUE, _BEFORE]
+        if any(one["calls"][f"{which}, {way}"]["reason"] is not None for one in cases for way in ways):
+            continue
+        taken = [_TOGETHER if together and one["blur"][which] == _BEFORE else one["blur"][which] for one in cases]
+        if not together or _TOGETHER in taken:
+            calls = [one["calls"][f"{which}, {way}"] for one, way in zip(cases, taken, strict=True)]
+            found[which, together] = [call["ms"]["median"] for call in calls]
+    if all(one["calls"]["sdpa"]["reason"] is None for one in cases):
+        found["sdpa", False] = [one["calls"]["sdpa"]["ms"]["median"] for one in cases]
+    return found
+
+
+def _words(which: str, together: bool, tile: Tile, gain: float) -> str:
+    if which == "sdpa":
+        return f"blurring first and PyTorch's attention are {gain:.1%} faster than the present tile"
+    blur = " with the blur inside its launch" if together else ""
+    if which == "now" and not together:
+        return f"{tile} stays, nothing is faster by {_WORTH:.0%}"
+    return f"{tile}{blur} is {gain:.1%} faster than the present tile"
 
 
 def _mean(ratios: Iterable[float]) -> float:
     """Geometric mean."""
     return statistics.geometric_mean(ratios)
-
-
-def _together(one: dict[str, Any]) -> float:
-    """Time with the blur inside attention's launch over that with launches before; 1 where either is not known."""
-    together, before = (one["blurs"].get(f"triton {how}", {}).get("ms") for how in ("together", "before"))
-    return float(together["median"] / before["median"]) if together and before else 1.0
-
-
-def _times(one: dict[str, Any]) -> dict[Tile, float]:
-    """Milliseconds of every right tile."""
-    return {Tile(**row["tile"]): row["ms"]["median"] for row in one["tiles"] if row["ms"]}
-
-
-def _ratios(one: dict[str, Any]) -> dict[Tile, float]:
-    """Every right tile's time over the present one's; nothing where the present one has no time."""
-    times = _times(one)
-    now = times.get(Tile(**one["now"]))
-    return {} if now is None else {tile: ms / now for tile, ms in times.items()}
 
 
 def why_not(inputs_device: torch.device, case: Case, sigma: float) -> str | None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from benchmark_tools import quick_run
 
-from benchmarks import checks, machine, results, timing, tune, work
+from benchmarks import checks, machine, results, tables, timing, tune, work
 from benchmarks.cases import CASES, REAL, TINY, Case, Inputs
 from benchmarks.measure import measure
 from benchmarks.providers import BLURS, PROVIDERS, Call, Provider
@@ -192,63 +192,114 @@ def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
     good = tune.candidates(case, device)
     assert good[0] == tune._configs.attention_tile(device, case.head_dim, case.dtype, False)
     assert len(good) == len(set(good)) > 20
-    tuned = tune.tune(case, 1.0, [Tile(32, 32, 16, 4, 1), Tile(48, 32, 16, 4, 1)], device, rounds=2)
-    first, last = tuned["tiles"]
-    assert first["tile"] == tuned["now"] == asdict(Tile(32, 32, 16, 4, 1))
+    screened = tune.screen(case, 1.0, [Tile(32, 32, 16, 4, 1), Tile(48, 32, 16, 4, 1)], device, rounds=2)
+    first, last = screened["tiles"]
+    assert first["tile"] == screened["now"] == asdict(Tile(32, 32, 16, 4, 1))
     assert first["ms"]["median"] > 0
     assert last["tile"]["block_m"] == 48, "a product's sides are powers of two"
     assert last["ms"] is None
     assert last["reason"]
-    assert tuned["environment"]["torch"] == torch.__version__
-    assert list(tuned["blurs"]) == ["triton prologue", "triton before", "triton together"]
-    for found in tuned["blurs"].values():
-        assert found["reason"] is None
-        assert found["ms"]["median"] > 0
+    assert screened["environment"]["torch"] == torch.__version__
+    assert tables.of_tiles(screened).row_count == 2
+    assert tune.fastest([screened, screened]) == Tile(32, 32, 16, 4, 1)
+    assert tune.fastest([screened, screened | {"now": last["tile"]}]) is None, "the present tile has no time there"
 
 
-def test_the_fastest_tile_of_all_cases_is_installed_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, other, lucky, wrong = (Tile(64, keys, 16, 8, 2) for keys in (16, 32, 64, 128))
+def test_what_won_is_timed_again_with_every_way_to_blur(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["tiny-6x10"].of(torch.float16)
+    # What was installed before must not stand in for the kernel that is timed.
+    monkeypatch.setattr(tune._routes, "sdpa_is_faster", lambda *_: True)
+    found = tune.confirm(case, 1.0, Tile(48, 32, 16, 4, 1), device, rounds=2)
+    blurs = ["triton prologue", "triton before", "triton together"]
+    assert list(found["calls"]) == [*(f"{which}, {blur}" for which in ("now", "best") for blur in blurs), "sdpa"]
+    for name, call in found["calls"].items():
+        assert (call["ms"] is None) == name.startswith("best"), name
+        assert (call["reason"] is None) != name.startswith("best"), name
+    assert set(found["blur"].values()) <= set(blurs)
 
-    def measured(case: str, sdpa: float, together: float = 1.0, **ms: float | None) -> dict[str, Any]:
-        tiles = [
-            {"tile": asdict(tile), "ms": None if ms[name] is None else {"median": ms[name]}}
-            for name, tile in (("now", now), ("other", other), ("lucky", lucky), ("wrong", wrong))
-        ]
-        environment = {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
-        shape = {"architecture": "sm_90", "dtype": "bfloat16", "head_dim": 64, "case": case}
-        found = {"environment": environment, "now": asdict(now), "tiles": tiles, "sdpa_ms": {"median": sdpa}}
-        blurs = {f"triton {how}": {"ms": {"median": ms}} for how, ms in (("before", 1.0), ("together", together))}
-        return shape | found | {"blurs": blurs}
 
+def confirmed(
+    case: str, sdpa: float | None = 1.0, *, chosen: str = "before", best: Tile | None = None, **ms: float | None
+) -> dict[str, Any]:
+    """As ``confirm`` gives it: every call takes 1 ms but for those given, and errs where None is given."""
+    calls = {f"{which}, triton {blur}": 1.0 for which in ("now", "best") for blur in ("prologue", "before", "together")}
+    calls |= {name.replace("_", ", triton "): value for name, value in ms.items()} | {"sdpa": sdpa}
+    now = tune._configs.default_tile("sm_90", 64, torch.bfloat16)
+    return {
+        "architecture": "sm_90",
+        "dtype": "bfloat16",
+        "head_dim": 64,
+        "case": case,
+        "environment": {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"},
+        "now": asdict(now),
+        "best": asdict(best or Tile(64, 32, 16, 8, 2)),
+        "blur": dict.fromkeys(("now", "best"), f"triton {chosen}"),
+        "calls": {
+            name: {"reason": "wrong" if value is None else None, "ms": None if value is None else {"median": value}}
+            for name, value in calls.items()
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("cases", "said", "sdpa", "together", "which"),
+    [
+        ([confirmed("a", best_before=0.99)], "stays", None, None, None),
+        ([confirmed("a", best_before=0.8), confirmed("b", best_before=0.9)], "15.1% faster", False, False, "best"),
+        ([confirmed("a", best_before=0.8), confirmed("b", best_before=None)], "stays", None, None, None),
+        ([confirmed("a", best_before=0.8, best_prologue=None)], "stays", None, None, None),
+        ([confirmed("a", chosen="prologue", best_before=0.5)], "stays", None, None, None),
+        ([confirmed("a", best_before=0.8, best_together=0.7)], "inside its launch is 30.0%", False, True, "best"),
+        ([confirmed("a", now_together=0.9), confirmed("b", now_together=None)], "stays", None, None, None),
+        ([confirmed("a", now_together=0.9)], "inside its launch is 10.0%", False, True, "now"),
+        ([confirmed("a", chosen="prologue", now_together=0.5)], "stays", None, None, None),
+        ([confirmed("a", 0.95, now_together=0.9)], "inside its launch is 10.0%", False, True, "now"),
+        ([confirmed("a", 0.85, now_together=0.9)], "PyTorch's attention are 15.0% faster", True, False, "now"),
+        ([confirmed("a", None, now_before=None, best_before=0.1)], "nothing is changed", None, None, None),
+    ],
+)
+def test_the_fastest_that_is_right_everywhere_is_installed(
+    cases: list[dict[str, Any]], said: str, sdpa: bool | None, together: bool | None, which: str | None, tmp_path: Path
+) -> None:
     path = tmp_path / "tuned.json"
     path.write_text("{}")
-    close = measured("a", 0.99, now=1.0, other=0.99, lucky=0.99, wrong=None)
-    assert "stays" in tune.install([close], path)[0]
-    assert json.loads(path.read_text()) == {}
-    first = measured("a", 0.9, now=1.0, other=0.8, lucky=0.5, wrong=0.1)
-    second = measured("b", 0.9, now=1.0, other=0.9, lucky=2.0, wrong=None)
-    (said,) = tune.install([first, second], path)
-    assert "15.1% faster" in said
+    (line,) = tune.install(cases, path)
+    assert said in line
+    table = json.loads(path.read_text())
+    if which is None:
+        assert table == {}
+        return
+    entry = table["sm_90"]["bfloat16"]["64"]
+    assert (entry["sdpa"], entry["together"], entry["tile"]) == (sdpa, together, cases[0][which])
+    assert (entry["device"], entry["commit"], entry["cases"]) == ("a GPU", "abc", [case["case"] for case in cases])
+    (line,) = tune.install([confirmed("a")], path)
+    assert "stays" in line
+    assert json.loads(path.read_text()) == {}, "what no longer wins does not stay"
+
+
+def test_what_is_installed_is_read_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text("{}")
     monkeypatch.setattr(tune._configs, "TUNED", path)
-    before = tune._configs.tile_for("sm_90", 64, torch.float16)
-    clear_tuned()
+    usual = tune._configs.tile_for("sm_90", 64, torch.float16)
+    other = Tile(64, 32, 16, 8, 2)
+
+    def explained(sigma: float) -> dict[str, str]:
+        clear_tuned()
+        call = explain.Call(Grid(64, 64), 10, 64, sigma, dtype=torch.bfloat16)
+        return dict(explain.explain(call, CPU, "sm_90"))
+
     try:
+        tune.install([confirmed("a", best_together=0.9)], path)
+        assert "in attention's own launch: measured to be faster" in explained(10.0)["queries are blurred"]
+        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(other, False, True)
         assert tune._configs.tile_for("sm_90", 64, torch.bfloat16) == other
         assert tune._configs.tile_for("sm_90", 64, torch.bfloat16, masked=True) != other
-        assert tune._configs.tile_for("sm_90", 64, torch.float16) == before
-        assert not tune._configs.measured("sm_90", 64, torch.bfloat16).sdpa
-        said = tune.install([measured("a", 0.5, now=1.0, other=1.0, lucky=1.0, wrong=None)], path)
-        assert "50.0% faster than that" in said[1]
-        clear_tuned()
-        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(now, True, False)
-        shown = dict(explain.explain(explain.Call(Grid(32, 32), 20, 64, 3.0, dtype=torch.bfloat16), CPU, "sm_90"))
-        assert "PyTorch's attention" in shown["computed by"]
-        said = tune.install([measured("a", 1.0, 0.9, now=1.0, other=1.0, lucky=1.0, wrong=None)], path)
-        assert "10.0% faster inside attention's launch" in said[1]
-        clear_tuned()
-        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(now, False, True)
-        shown = dict(explain.explain(explain.Call(Grid(64, 64), 10, 64, 10.0, dtype=torch.bfloat16), CPU, "sm_90"))
-        assert "in attention's own launch: measured to be faster" in shown["queries are blurred"]
+        assert tune._configs.tile_for("sm_90", 64, torch.float16) == usual
+        tune.install([confirmed("a", 0.5, best=replace(other, descriptors=True), best_before=0.9)], path)
+        assert "PyTorch's attention" in explained(3.0)["computed by"]
+        tune.install([confirmed("a", best=replace(other, descriptors=True), best_before=0.9)], path)
+        assert "by descriptors, measured" in explained(3.0)["attention tile"]
     finally:
         clear_tuned()
 

@@ -208,8 +208,11 @@ def tile_for(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False)
     if arch == "interpreter":
         return _INTERPRETER
     known = None if masked else measured(arch, head_dim, dtype)
-    if known is not None:
-        return known.tile
+    return default_tile(arch, head_dim, dtype, masked) if known is None else known.tile
+
+
+def default_tile(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
+    """The attention kernel's tile for an architecture where nothing was measured."""
     gfx = arch.startswith("gfx")
     if masked and dtype.itemsize == 2:
         if gfx:

@@ -5,8 +5,8 @@ The launch's first programs, the producers, blur the queries of blurred samples:
 width, those of a second one along the height. Tiles of samples that are not blurred follow, so that they hide the blur,
 and last come tiles of blurred samples. Who needs a result waits for a counter of its sample and head.
 
-Waiting is safe because a program only waits for programs of lower numbers, and devices start programs in that order:
-when one waits, all that it waits for have started already.
+A program only waits for programs of lower numbers. That devices start programs in the order of their numbers is
+nowhere promised, but all NVIDIA devices are known to; then, when one waits, all that it waits for have started.
 
 Counters, of a blurred sample and head: producers of the first phase that are done, producers of the second one, tiles
 that have done with waiting. The last of those tiles sets all three back to zero, so that a launch finds them as the
@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from segkern.blur import table_making
 from segkern.grid import Grid
 from segkern.kernels._blur_tiles import blur_block
 from segkern.kernels._configs import multiprocessors
@@ -34,7 +35,7 @@ _COUNTERS = tl.constexpr(COUNTERS)
 @triton.jit
 def wait_for(counter_ptr, wanted):
     """Until the counter is at ``wanted``; what was written before it was raised can be read then."""
-    seen = tl.atomic_add(counter_ptr, 0, sem="acquire")
+    seen = 0  # asking once before the loop gave AMD's compiler a loop that some threads never left
     while seen < wanted:
         seen = tl.atomic_add(counter_ptr, 0, sem="acquire")
 
@@ -90,7 +91,7 @@ def produce(
     slot = tl.cast(head_of_blurred // heads, tl.int64)
     table = tl.load(tables_ptr + slot)
     counters_ptr += head_of_blurred * _COUNTERS
-    stride_n = heads * HEAD_DIM
+    stride_qn, stride_n = tl.cast(stride_qn, tl.int64), tl.cast(heads * HEAD_DIM, tl.int64)  # times a whole line
     image = slot * height * width * stride_n + head * HEAD_DIM
     if pid < phase_programs:
         sample = tl.load(samples_ptr + slot).to(tl.int64)
@@ -210,4 +211,5 @@ def counters(device: torch.device, heads: int) -> torch.Tensor:
 
 @cache
 def _stream_counters(device: torch.device, stream: int, heads: int) -> torch.Tensor:
-    return torch.zeros(COUNTERS * heads, dtype=torch.int32, device=device)
+    with table_making():
+        return torch.zeros(COUNTERS * heads, dtype=torch.int32, device=device)

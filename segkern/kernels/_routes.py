@@ -104,10 +104,22 @@ def sdpa_is_faster(device: torch.device, head_dim: int, dtype: torch.dtype) -> b
     return known is not None and known.sdpa
 
 
+def blurs_together(arch: str, head_dim: int) -> bool:
+    """Whether the separable blur may be inside attention's launch.
+
+    Not on AMD: its compiler's code for waiting and for announcing was read and not trusted, and never run.
+
+    Example:
+        >>> blurs_together("sm_90", 64), blurs_together("sm_90", 160), blurs_together("gfx942", 64)
+        (True, False, False)
+    """
+    return not arch.startswith("gfx") and head_dim in _HEAD_DIMS_TOGETHER
+
+
 def together_is_faster(arch: str, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the separable blur was measured to be faster inside attention's launch than in launches before it."""
     known = measured(arch, head_dim, dtype)
-    return known is not None and known.together and head_dim in _HEAD_DIMS_TOGETHER
+    return known is not None and known.together and blurs_together(arch, head_dim)
 
 
 @dataclass(frozen=True)
