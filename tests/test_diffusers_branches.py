@@ -18,7 +18,7 @@ batches = st.builds(lambda samples, cfg: Batch(samples * (1 + cfg), samples * cf
 @given(batches, st.integers(0, 3), st.integers(0, 3))
 def test_missing_branches_are_the_conditional_samples(batch: Batch, joined: int, missing: int) -> None:
     x = torch.arange(float(batch.with_branches(joined)))[:, None].expand(-1, 2)
-    grown = batch.grow(x, joined + missing)
+    grown = batch.fit(x, joined + missing)
     assert torch.equal(grown, torch.cat([x, *[x[batch.first : batch.size]] * missing]))
     for branch in range(joined, joined + missing):
         assert torch.equal(grown[batch.branch(branch)], x[batch.conditional])
@@ -27,14 +27,14 @@ def test_missing_branches_are_the_conditional_samples(batch: Batch, joined: int,
 def test_containers_grow_and_other_values_pass() -> None:
     batch = Batch(size=2, first=1)
     shared, other = torch.zeros(2, 3), torch.zeros(7, 3)
-    grown = batch.grow({"text": (shared, [shared, None]), "other": other, "size": torch.Size([2, 2])}, 2)
+    grown = batch.fit({"text": (shared, [shared, None]), "other": other, "size": torch.Size([2, 2])}, 2)
     assert grown["text"][0].shape == grown["text"][1][0].shape == (4, 3)
     assert type(grown["text"]) is tuple
     assert type(grown["text"][1]) is list
     assert grown["text"][1][1] is None
     assert grown["other"] is other
     assert grown["size"] == torch.Size([2, 2])
-    assert batch.grow(torch.tensor(2.0), 2).ndim == 0
+    assert batch.fit(torch.tensor(2.0), 2).ndim == 0
 
 
 class Block(torch.nn.Module):

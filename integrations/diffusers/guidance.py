@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
 from segkern.integrations.diffusers.attention import EVERY_ROW
-from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, Join, fold
+from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, fold
 from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.layers import LayerInfo, execution_order
+from segkern.integrations.diffusers.layers import LayerInfo
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor, unwrap
 from segkern.integrations.diffusers.report import Recorder, Report
 from segkern.integrations.diffusers.schedule import Run
+from segkern.integrations.diffusers.sharing import Places
 from segkern.integrations.diffusers.specs import SEG
 from segkern.integrations.diffusers.support import check_pipeline, choose_layers
 
@@ -39,9 +40,9 @@ def guide(pipe: Any, *specs: SEG, share: bool = True) -> Guidance:
     Args:
         pipe: a Stable Diffusion or Stable Diffusion XL pipeline. Its ``unet`` may be compiled.
         specs: the guidances, at least one.
-        share: let a branch join the batch only at the first block that holds one of its layers, since it
-            equals the conditional branch before. The result is the same, up to rounding, and costs less;
-            False is there to check.
+        share: let a branch join the batch only at the transformer block of its first layer, since it equals the
+            conditional branch before; that layer projects the branch's queries, keys and values once for both.
+            The result is the same, up to rounding, and costs less; False is there to check.
 
     Returns:
         The active guidance, a context manager. Leaving it, by an exception too, puts back the very objects
@@ -98,12 +99,10 @@ class Guidance:
         self._recorder = Recorder(specs, layers, self._calibration)
         self._arguments = DenoiserArguments(unet)
         self._handles: list[RemovableHandle] = []
-        self._joins = {name: (block, Join(block)) for name, block in execution_order(unet)}
+        self._places = Places(unet)
         self._layers = _guided_layers(unet, specs, layers)
-        order = list(self._joins)
-        # Position of the first block that each guidance changes.
-        self._first = [min(_block_index(order, layer.module) for layer in chosen) for chosen in layers]
-        self._last_down = sum(name.startswith("down") for name in order) - 1
+        # Where each guidance's branch joins.
+        self._first = [min(self._places.of(layer.module) for layer in chosen) for chosen in layers]
         self._batch: Batch | None = None  # of the forward under way; None when it is a plain one
         self._active: tuple[int, ...] = ()  # guidances of the forward under way, in the order in which they join
 
@@ -136,8 +135,7 @@ class Guidance:
             for layer in self._layers:
                 layer.attention.set_processor(layer.processor)
             self._hook_grids()
-            for block, join in list(self._joins.values())[min(self._first) :]:
-                self._handles.append(block.register_forward_pre_hook(join, with_kwargs=True))
+            self._handles += self._places.hook(min(self._first))
             self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
             self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True))
@@ -195,13 +193,13 @@ class Guidance:
             self._tell_plain()
             return None
         sample = self._arguments.get("sample", args, kwargs)
-        self._batch = self._run.batch(sample.shape[0])
+        self._batch = self._run.batch(sample.shape[0], len(active))
         self._calibration.size = (sample.shape[2], sample.shape[3])
         share = self._share and self._can_share(args, kwargs)
         self._tell(self._batch, share)
         if not share:
             return self._arguments.grow_all(args, kwargs, self._batch, len(active))
-        mid = self._joined(self._last_down + 1)
+        mid = self._joined(self._places.last_of("mid"))
         return self._arguments.grow_mid_residual(args, kwargs, self._batch, mid) if mid else None
 
     @torch.compiler.disable
@@ -239,19 +237,18 @@ class Guidance:
         inside = self._arguments.get("down_intrablock_additional_residuals", args, kwargs)
         if inside is not None or (down is not None and mid is None):  # the second is the old way to pass the first
             return False
-        return down is None or self._joined(self._last_down) == 0
+        return down is None or self._joined(self._places.last_of("down")) == 0
 
-    def _joined(self, position: int) -> int:
-        """How many of the active guidances' branches the block at this position runs with."""
-        return sum(self._first[index] <= position for index in self._active)
+    def _joined(self, place: int) -> int:
+        """How many of the active guidances' branches run through the place of this number."""
+        return sum(self._first[index] <= place for index in self._active)
 
     def _tell(self, batch: Batch, share: bool) -> None:
-        order = list(self._joins)
-        for position, (_, join) in enumerate(self._joins.values()):
-            join.batch = batch if share else None
-            join.branches = self._joined(position)
+        self._places.tell(batch if share else None, [self._joined(place) for place in range(len(self._places))])
         for layer in self._layers:
-            joined = self._joined(_block_index(order, layer.info.module)) if share else len(self._active)
+            place = self._places.of(layer.info.module)
+            joined = self._joined(place) if share else len(self._active)
+            new = joined - self._joined(place - 1) if share and self._places.shares_inputs(place) else 0
             sigmas, strides = [0.0] * batch.size, [EVERY_ROW] * batch.size
             for index in self._active[:joined]:
                 acts, samples = index in layer.specs, batch.size - batch.first
@@ -262,13 +259,13 @@ class Guidance:
             processor.sigmas = tuple(float(sigma) for sigma in sigmas)
             processor.strides = tuple(strides)
             processor.conditional = batch.conditional
+            processor.own = batch.with_branches(joined - new)
             processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
             processor.candidates = tuple(self._calibration.candidates(index, layer.info.module) for _, index in acting)
             processor.errors = ()
 
     def _tell_plain(self) -> None:
-        for _, join in self._joins.values():
-            join.batch = None
+        self._places.tell(None, ())
         for layer in self._layers:
             layer.processor.sigmas = None
 
@@ -307,11 +304,6 @@ class _ReadGrid:
         for layer in self._layers:
             if layer.processor.sigmas is not None:
                 layer.processor.grid = Grid(height, width)
-
-
-def _block_index(order: list[str], module: str) -> int:
-    """Position of the block that holds a module."""
-    return next(i for i, name in enumerate(order) if module.startswith(f"{name}."))
 
 
 def _guided_layers(

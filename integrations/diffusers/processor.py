@@ -126,6 +126,8 @@ class GuidedProcessor:
         original: the processor it stands in for.
         sigmas: one per sample of the batch that reaches this layer; None while no guidance acts.
         conditional: the samples of the conditional branch.
+        own: how many samples, from the first, have hidden states of their own; those after them, whose branches have
+            just joined, repeat the conditional ones.
         perturbed: for each guidance that acts on this layer, the samples of its branch.
         strides: of the query rows, one per sample like ``sigmas``; None computes every row.
         candidates: for each of ``perturbed``, the strides whose error this forward estimates, none by default.
@@ -144,6 +146,7 @@ class GuidedProcessor:
         self.fused = isinstance(self.original, FusedAttnProcessor2_0)
         self.sigmas: tuple[float, ...] | None = None
         self.conditional = slice(0, 0)
+        self.own = 0
         self.perturbed: tuple[slice, ...] = ()
         self.strides: tuple[Stride, ...] | None = None
         self.candidates: tuple[tuple[Stride, ...], ...] = ()
@@ -185,6 +188,8 @@ class GuidedProcessor:
             backend=self.backend,
             fused=self.fused,
             strides=self.strides,
+            own=self.own,
+            source=self.conditional,
             probed=[each for each in zip(self.perturbed, self.candidates, strict=False) if each[1]],
         )
         conditional = output[self.conditional]

@@ -50,7 +50,7 @@ def check_pipeline(pipe: Any) -> UNet2DConditionModel:
         )
     _, last_block = execution_order(unet)[-1]
     # A copy of a guided model carries hooks that do nothing there: they belong to the block they were made for.
-    if any(isinstance(hook, Join) and hook.block is last_block for hook in last_block._forward_pre_hooks.values()):
+    if any(isinstance(hook, Join) and hook.module is last_block for hook in last_block._forward_pre_hooks.values()):
         raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
     return unet
 

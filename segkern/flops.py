@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators cost, for ``torch.utils.flop_counter.FlopCounterMode``: multiplications and additions of products.
+
+Counted is what any path has to do: one query row for the image of a sample of infinite sigma, products with one matrix
+per axis for a finite blur.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from segkern import ops  # noqa: F401  they are defined there
+from segkern.coarse import coarse_grid
+from segkern.grid import Grid
+
+Shape = Sequence[int]
+
+
+def _blur(shape: Shape, height: int, width: int, sigma: Sequence[float]) -> int:
+    """One product per axis for each sample of finite sigma."""
+    _, heads, _, dim = shape
+    blurred = sum(0.0 < s < math.inf for s in sigma)
+    return 2 * blurred * heads * dim * height * width * (height + width)
+
+
+@register_flop_formula(torch.ops.segkern.gaussian_blur)
+def gaussian_blur_flop(
+    x: Shape, height: int, width: int, start: int, sigma: Sequence[float], *args: Any, **kwargs: Any
+) -> int:
+    """``segkern::gaussian_blur``."""
+    return _blur(x, height, width, sigma)
+
+
+@register_flop_formula(torch.ops.segkern.seg_attention)
+def seg_attention_flop(
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    attn_mask: Shape | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """``segkern::seg_attention``; equal queries have unequal rows only under a mask with rows of its own."""
+    _, heads, tokens, dim = query
+    one_row = attn_mask is None or attn_mask[2] == 1
+    rows = sum(tokens - height * width + 1 if one_row and math.isinf(s) else tokens for s in sigma)
+    return 2 * heads * rows * key[2] * (dim + value[3]) + _blur(query, height, width, sigma)
+
+
+@register_flop_formula(torch.ops.segkern.coarse_queries)
+def coarse_queries_flop(
+    x: Shape,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    stride: Sequence[int],
+    boundary: str,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """``segkern::coarse_queries``."""
+    return _resample(x, height, width, stride, boundary)
+
+
+@register_flop_formula(torch.ops.segkern.coarse_outputs)
+def coarse_outputs_flop(
+    x: Shape, height: int, width: int, start: int, stride: Sequence[int], boundary: str, *args: Any, **kwargs: Any
+) -> int:
+    """``segkern::coarse_outputs``."""
+    return _resample(x, height, width, stride, boundary)
+
+
+def _resample(x: Shape, height: int, width: int, stride: Sequence[int], boundary: str) -> int:
+    """Between a grid and its coarse one: over the width at all rows, then over the height at few columns."""
+    batch, heads, _, dim = x
+    coarse = coarse_grid(Grid(height, width), (stride[0], stride[1]), boundary)
+    return 2 * batch * heads * dim * coarse.width * height * (width + coarse.height)
