@@ -37,9 +37,9 @@ def page(found: Mapping[str, Any]) -> str:
     slowest = max(found["kernels"], key=lambda record: record["compile_seconds"])
     took = [record["compile_seconds"] for record in found["kernels"]]
     parts.append(
-        f"A kernel's first call compiles it, once for each head dimension, dtype and kind of mask. On one core of "
+        f"A kernel's first call compiles it, once for each head dimension, dtype and kind of mask. Of one core of "
         f"{made['processor']} "
-        f"that takes {median(took):.1f} s as the median of {len(took)}, {max(took):.1f} s at most "
+        f"that takes {median(took):.1f} s of its time as the median of {len(took)}, {max(took):.1f} s at most "
         f"(`{slowest['kernel']}`, D = {slowest['head_dim']}, {slowest['dtype']}, {slowest['target']})."
     )
     for kernel, title in _KERNELS.items():
