@@ -278,6 +278,7 @@ def run_steps(
         "dtype": str(dtype).removeprefix("torch."),
         "steps": steps,
         "rounds": rounds,
+        "sdxl_flops": counted(SDXL if size is None else size),
         "rows": measure(bench, chosen, steps, rounds, progress),
     }
     path = out or FOLDER / f"{machine.slug(environment['device'])}.json"

@@ -69,7 +69,8 @@ def coarse_queries_flop(
     **kwargs: Any,
 ) -> int:
     """``segkern::coarse_queries``."""
-    return _resample(x, height, width, stride, boundary)
+    coarse = coarse_grid(Grid(height, width), (stride[0], stride[1]), boundary)
+    return _resample(x, Grid(height, width), coarse)
 
 
 @register_flop_formula(torch.ops.segkern.coarse_outputs)
@@ -77,11 +78,11 @@ def coarse_outputs_flop(
     x: Shape, height: int, width: int, start: int, stride: Sequence[int], boundary: str, *args: Any, **kwargs: Any
 ) -> int:
     """``segkern::coarse_outputs``."""
-    return _resample(x, height, width, stride, boundary)
-
-
-def _resample(x: Shape, height: int, width: int, stride: Sequence[int], boundary: str) -> int:
-    """Between a grid and its coarse one: over the width at all rows, then over the height at few columns."""
-    batch, heads, _, dim = x
     coarse = coarse_grid(Grid(height, width), (stride[0], stride[1]), boundary)
-    return 2 * batch * heads * dim * coarse.width * height * (width + coarse.height)
+    return _resample(x, coarse, Grid(height, width))
+
+
+def _resample(x: Shape, old: Grid, new: Grid) -> int:
+    """From one grid to another: over the width at all old rows, then over the height at all new columns."""
+    batch, heads, _, dim = x
+    return 2 * batch * heads * dim * new.width * old.height * (old.width + new.height)
