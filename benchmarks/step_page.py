@@ -77,7 +77,7 @@ def summary(found: Mapping[str, Any]) -> str:
     rows = {row["way"]: row for row in found["rows"] if row["ms"] is not None}
     shown = []
     for sigma in ("3", "10", "inf"):
-        ours, official = rows.get(f"CFG + segkern mid, sigma {sigma}"), rows.get(f"CFG + official SEG, sigma {sigma}")
+        ours, official = rows.get(f"CFG + segkern mid sigma {sigma}"), rows.get(f"CFG + official SEG sigma {sigma}")
         if ours is None or official is None or "CFG" not in rows:
             continue
         times = [row["ms"]["median"] for row in (rows["CFG"], official, ours)]

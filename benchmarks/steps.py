@@ -78,11 +78,11 @@ def ways() -> tuple[Way, ...]:
     found = [Way("no guidance", "plain", False), Way("CFG", "plain", True)]
     for cfg in (False, True):
         prefix = "CFG + " if cfg else ""
-        found += [Way(f"{prefix}official SEG, sigma {s:g}", "official", cfg, s, ("mid",)) for s in SIGMAS]
+        found += [Way(f"{prefix}official SEG sigma {s:g}", "official", cfg, s, ("mid",)) for s in SIGMAS]
         found.append(Way(f"{prefix}PAG of diffusers", "pag", cfg, layers=("mid",)))
         for layers in LAYERS:
             found += [
-                Way(f"{prefix}segkern {'+'.join(layers)}, sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS
+                Way(f"{prefix}segkern {'+'.join(layers)} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS
             ]
     return tuple(found)
 
