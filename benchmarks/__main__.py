@@ -249,6 +249,24 @@ def host(
 
 
 @app.command()
+def approximations(
+    folder: Annotated[Path, typer.Option(help="Where what is measured on the way is kept.")] = Path(
+        "outputs/approximations"
+    ),
+) -> None:
+    """What a branch that serves several steps, or guidance in part of a run, costs in quality. Takes a while."""
+    from benchmarks import approximations as measuring
+
+    count = len(measuring.settings()) * len(measuring.SEEDS) * measuring.IMAGES
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("images", total=count)
+        found = measuring.measure(folder, lambda name, n: progress.update(task, advance=n, description=name))
+    typer.echo(measuring.table(found))
+    typer.echo(f"wrote {measuring.RESULT}")
+
+
+@app.command()
 def trust(
     count: Annotated[int, typer.Option(min=1, help="Drawn inputs of every kind.")] = 16,
     out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/coarse/estimate.json.")] = None,

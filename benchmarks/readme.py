@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import compiled_page, host, performance, plots, results, step_page, steps, trust
+from benchmarks import approximations, compiled_page, host, performance, plots, results, step_page, steps, trust
 from benchmarks.results import Result, Row
 from segkern.evaluation import report
 from segkern.evaluation.plots import plot
@@ -103,7 +103,7 @@ def main() -> None:
     for stem, result in files.items():
         plots.write(stem, result, results.RESULTS)
     guided = steps.committed()
-    (docs / "pipelines.md").write_text(step_page.page(guided), encoding="utf-8")
+    (docs / "pipelines.md").write_text(step_page.page(guided, approximations.committed()), encoding="utf-8")
     for stem, found in guided.items():
         step_page.picture(found, steps.FOLDER / f"{stem}.png")
     compiled = json.loads(COMPILED.read_text(encoding="utf-8"))

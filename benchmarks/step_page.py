@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.approximations import table
 from benchmarks.steps import HEADINGS, lines
 from benchmarks.tables import markdown
 
@@ -32,8 +33,20 @@ perturbed attention, and nothing before it):"""
 _NO_GPU = "**GPU: not measured.** No result file comes from a GPU."
 
 
-def page(files: Mapping[str, dict[str, Any]]) -> str:
-    """The whole page from the files of ``benchmarks.steps``, by their stems."""
+_APPROXIMATIONS = """\
+Off by default. `SEG(reuse=n)` computes the perturbed branch in every n-th step and takes its last difference in the
+others, which cost what plain steps cost; `start` and `stop` leave guidance out of part of the run. What that costs in
+quality depends on the model; this is the bundled one, without prompts, with the setting that its evaluation chose
+(`python -m benchmarks approximations`):"""
+
+
+def page(files: Mapping[str, dict[str, Any]], approximated: dict[str, Any] | None = None) -> str:
+    """The whole page.
+
+    Args:
+        files: of ``benchmarks.steps``, by their stems.
+        approximated: what ``benchmarks.approximations`` measured.
+    """
     parts = [_INTRODUCTION]
     if files:
         parts += ["## Counted", _COUNTED, _counted(next(iter(files.values()))["sdxl_flops"])]
@@ -44,7 +57,19 @@ def page(files: Mapping[str, dict[str, Any]]) -> str:
         parts.append(markdown(HEADINGS, lines(found)))
     if not files:
         parts.append("Not measured.")
+    parts += ["## Approximations", _APPROXIMATIONS]
+    parts.append("Not measured." if approximated is None else _approximated(approximated))
     return "\n\n".join(parts) + "\n"
+
+
+def _approximated(found: dict[str, Any]) -> str:
+    env = found["environment"]
+    about = (
+        f"{found['images_per_seed']} images for each of {len(found['seeds'])} seeds, {found['steps']} steps, "
+        f"{found['dtype']}, {env['device']}, torch {env['torch']}, commit `{env['commit']}`; means and standard "
+        f"deviations over seeds."
+    )
+    return f"{table(found)}\n\n{about}"
 
 
 def device(found: Mapping[str, Any]) -> str:

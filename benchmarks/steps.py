@@ -29,6 +29,7 @@ from benchmarks.official_step import official_run
 from benchmarks.results import RESULTS
 from benchmarks.sdxl import REDUCED, SDXL, Size
 from benchmarks.timing import shuffled, spread
+from segkern import flops  # noqa: F401  the counter knows our operators by it
 from segkern.integrations.diffusers import SEG, guide
 
 FOLDER = RESULTS / "step"
@@ -81,9 +82,7 @@ def ways() -> tuple[Way, ...]:
         found += [Way(f"{prefix}official SEG sigma {s:g}", "official", cfg, s, ("mid",)) for s in SIGMAS]
         found.append(Way(f"{prefix}PAG of diffusers", "pag", cfg, layers=("mid",)))
         for layers in LAYERS:
-            found += [
-                Way(f"{prefix}segkern {'+'.join(layers)} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS
-            ]
+            found += [Way(f"{prefix}segkern {'+'.join(layers)} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS]
     return tuple(found)
 
 
@@ -198,7 +197,7 @@ def measure(
     bench: Bench, chosen: Sequence[Way], steps: int, rounds: int, progress: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
     """A row for each way: ``ms`` per step, ``ratio`` to the plain way with or without CFG, and what else is known."""
-    flops = counted(bench.size)
+    operations = counted(bench.size)
     by_name = {way.name: way for way in chosen}
     rows: dict[str, Row] = {}
     times: dict[str, list[float]] = {}
@@ -209,13 +208,13 @@ def measure(
         row |= dict.fromkeys(("ms", "ratio", "counted", "run_seconds"))
         row["peak_mib"] = "not measured"
         row["host_ms"] = "not measured"
-        if way.name in flops:
-            row["counted"] = flops[way.name] / flops[plain(way)]
+        if way.name in operations:
+            row["counted"] = operations[way.name] / operations[plain(way)]
         rows[way.name] = row
         latents, _ = bench.run(way, steps)  # warms up
         row["error"], row["reason"] = bench.check(way, latents, steps)
-        if row["reason"] is None and bench.device.type == "cuda":
-            row |= _on_a_gpu(bench, way, steps)
+        if row["reason"] is None:
+            row |= _on_a_gpu(bench, way, steps) if bench.device.type == "cuda" else _on_a_cpu(bench, way)
     whole: dict[str, list[float]] = {}
     for turn in range(rounds):
         for name in shuffled(list(rows), turn):
@@ -251,6 +250,21 @@ def _on_a_gpu(bench: Bench, way: Way, steps: int) -> Row:
     torch.cuda.synchronize(bench.device)
     peak = torch.cuda.max_memory_allocated(bench.device) / 2**20
     return {"peak_mib": peak, "host_ms": 1e3 * host / steps}
+
+
+def _on_a_cpu(bench: Bench, way: Way) -> Row:
+    """Most memory that PyTorch had allocated during a run, from its profiler's account, weights included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        bench.run(way, 2)
+    raw = getattr(profiler.profiler, "kineto_results", None)
+    if raw is None:
+        return {}
+    changes = sorted((event.start_ns(), event.nbytes()) for event in raw.events() if event.name() == "[memory]")
+    held = itertools.accumulate(change for _, change in changes)
+    weights = sum(x.nbytes for x in (*bench.pipe.unet.parameters(), *bench.pipe.unet.buffers()))
+    return {"peak_mib": (weights + max(held, default=0)) / 2**20}
 
 
 def size_for(device: torch.device) -> tuple[Size, torch.dtype]:

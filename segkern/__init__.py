@@ -5,7 +5,6 @@ Importing this package imports neither Triton nor diffusers; kernels are loaded 
 diffusers adapter lives in :mod:`segkern.integrations.diffusers`.
 """
 
-from segkern import flops as _flops  # noqa: F401  tells PyTorch what the operators cost
 from segkern import reference
 from segkern.api import coarse_error, gaussian_blur, seg_attention
 from segkern.grid import Grid

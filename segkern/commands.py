@@ -122,6 +122,9 @@ def generate(
     query_stride: Annotated[
         str, typer.Option(help="Of a finite sigma: 1, every row; 4 or 2,3, rows so far apart; auto, what holds.")
     ] = "1",
+    reuse: Annotated[
+        int, typer.Option(min=1, help="Steps for which a perturbed branch serves: 1 is exact, more an approximation.")
+    ] = 1,
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
     config: Config = None,
@@ -170,7 +173,7 @@ def generate(
     names = [name.strip() for name in layers.split(",")]
     with refusing():
         rows = stride("--query-stride", query_stride)
-        specs = [SEG(scale, value, names, start, stop, boundary, backend, rows) for value in values]
+        specs = [SEG(scale, value, names, start, stop, boundary, backend, rows, reuse=reuse) for value in values]
         source = loading.find_model(model, config)
         outline = loading.outline(source)
         size = loading.image_size(outline, width, height)

@@ -167,6 +167,7 @@ def describe(source: Source, job: Job, spec: SEG | None, dtype: torch.dtype) -> 
             "seg_stop": spec.stop,
             "seg_boundary": spec.boundary,
             "seg_query_stride": _listed(spec.query_stride),
+            "seg_reuse": spec.reuse,
         }
     return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators cost, for ``torch.utils.flop_counter.FlopCounterMode``: multiplications and additions of products.
+"""What the operators cost: import this module before making a ``torch.utils.flop_counter.FlopCounterMode``.
+
+PyTorch's counter knows its own operations; of ours it knows after the import. Importing segkern does not do it, since
+the counter imports Triton.
 
 Counted is what any path has to do: one query row for the image of a sample of infinite sigma, products with one matrix
 per axis for a finite blur.
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from segkern import ops  # noqa: F401  they are defined there
+from segkern import coarse_ops, ops  # noqa: F401  they are defined there
 from segkern.coarse import coarse_grid
 from segkern.grid import Grid
 
@@ -54,6 +57,13 @@ def seg_attention_flop(
     one_row = attn_mask is None or attn_mask[2] == 1
     rows = sum(tokens - height * width + 1 if one_row and math.isinf(s) else tokens for s in sigma)
     return 2 * heads * rows * key[2] * (dim + value[3]) + _blur(query, height, width, sigma)
+
+
+@register_flop_formula(torch.ops.segkern.seg_attention_at)
+def seg_attention_at_flop(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any) -> int:
+    """``segkern::seg_attention_at``: its sigmas are not known beforehand, so every row counts, and no blur."""
+    batch, heads, tokens, dim = query
+    return 2 * batch * heads * tokens * key[2] * (dim + value[3])
 
 
 @register_flop_formula(torch.ops.segkern.coarse_queries)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segkern.integrations.diffusers.branches import Batch, Join, fold
+from segkern.integrations.diffusers.branches import Batch, Join, difference, fold
 
 batches = st.builds(lambda samples, cfg: Batch(samples * (1 + cfg), samples * cfg), st.integers(1, 4), st.booleans())
 
@@ -66,6 +66,11 @@ def test_a_block_gets_branches_for_its_batch_first_arguments_only(positional: bo
     assert untouched["masks"] is x
 
 
+def folded(output: torch.Tensor, batch: Batch, scales: list[float], rescaled: float | None) -> torch.Tensor:
+    guided = [(scale, difference(output, batch, branch)) for branch, scale in enumerate(scales)]
+    return fold(output, batch, guided, rescaled)
+
+
 scales = st.lists(st.floats(-5, 5), min_size=1, max_size=3)
 
 
@@ -79,7 +84,7 @@ def test_folding_gives_the_formula_through_the_pipelines_own(
     ).double()
     u, c, *perturbed = output.chunk(2 + len(scales))
     expected = u + g * (c - u) + sum(s * (c - p) for s, p in zip(scales, perturbed, strict=True))
-    folded_u, folded_c = fold(output, batch, scales, g if rescaled else None).chunk(2)
+    folded_u, folded_c = folded(output, batch, scales, g if rescaled else None).chunk(2)
     torch.testing.assert_close(folded_u + g * (folded_c - folded_u), expected)
     if rescaled:
         assert torch.equal(folded_c, c), "guidance_rescale measures the unmodified conditional prediction"
@@ -91,14 +96,14 @@ def test_folding_without_classifier_free_guidance_adds_to_the_prediction(samples
     output = torch.randn(batch.with_branches(len(scales)), 4, 2, 2, dtype=torch.float64)
     c, *perturbed = output.chunk(1 + len(scales))
     expected = c + sum(s * (c - p) for s, p in zip(scales, perturbed, strict=True))
-    torch.testing.assert_close(fold(output, batch, scales, None), expected)
+    torch.testing.assert_close(folded(output, batch, scales, None), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_folding_sums_in_float32_and_rounds_once(dtype: torch.dtype) -> None:
     batch = Batch(2, 1)
     output = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    folded = fold(output, batch, [3.0], None)
+    found = folded(output, batch, [3.0], None)
     u, c, p = output.float().chunk(3)
-    assert folded.dtype == dtype
-    assert torch.equal(folded, torch.cat([u + 3 * (c - p), c + 3 * (c - p)]).to(dtype))
+    assert found.dtype == dtype
+    assert torch.equal(found, torch.cat([u + 3 * (c - p), c + 3 * (c - p)]).to(dtype))

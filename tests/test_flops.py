@@ -15,7 +15,7 @@ import segkern
 from benchmarks import sdxl, steps
 from benchmarks.sdxl import SDXL
 from benchmarks.steps import Way
-from segkern import Grid
+from segkern import Grid, flops  # noqa: F401  the counter knows our operators by it
 from segkern.integrations.diffusers import list_layers
 
 CFG, PLAIN = Way("", "plain", True), Way("", "plain", False)
@@ -140,3 +140,11 @@ def test_coarse_operators_count_too(stride: tuple[int, int]) -> None:
         torch.ops.segkern.coarse_queries(x, 9, 11, 0, [2.0, 3.0], list(stride), "reflect")
         torch.ops.segkern.coarse_outputs(coarse, 9, 11, 0, list(stride), "reflect")
     assert behind.get_total_flops() == counter.get_total_flops() > 0
+
+
+def test_the_counter_sees_sigmas_that_are_known_only_when_it_runs_as_every_row() -> None:
+    query = torch.empty(2, 3, 30, 16, device="meta")
+    sigma = torch.tensor([0.0, 2.0])
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.segkern.seg_attention_at(query, query, query, None, 5, 6, 0, sigma, 0.25, "reflect", "torch")
+    assert counter.get_total_flops() == 4 * 2 * 3 * 30 * 30 * 16

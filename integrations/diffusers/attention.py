@@ -25,6 +25,7 @@ from segkern.api import coarse_error, coarse_outputs, coarse_queries, seg_attent
 from segkern.blur import runs
 from segkern.coarse import coarse_grid
 from segkern.grid import Grid
+from segkern.plans import takes_points
 
 Stride = tuple[int, int]
 
@@ -46,6 +47,7 @@ def self_attention(
     strides: tuple[Stride, ...] | None = None,
     own: int | None = None,
     source: slice = slice(0, 0),
+    values: torch.Tensor | None = None,
     probed: Sequence[tuple[slice, Sequence[Stride]]] = (),
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """diffusers' standard self-attention, sample ``i`` with queries blurred by ``sigmas[i]``.
@@ -67,6 +69,8 @@ def self_attention(
         own: the samples after so many have the hidden states of ``source``, once or several times, and share their
             projections; None where all have their own.
         source: samples before ``own``.
+        values: the sigmas, in a CPU tensor to be read when a graph runs; those of ``sigmas`` only say then which are
+            0, infinite or neither. Not with strides.
         probed: samples of finite sigma, and the strides whose error to estimate there.
 
     Returns:
@@ -96,7 +100,7 @@ def self_attention(
     if attn.group_norm is not None:
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-    layer = _Layer(attn, grid, boundary, backend, fused)
+    layer = _Layer(attn, grid, boundary, backend, fused, values)
     ways = layer.ways(sigmas, strides, attention_mask)
     errors: tuple[torch.Tensor, ...] = ()
     own = batch if own is None else own
@@ -125,7 +129,10 @@ def _same_grid(given: Grid | None, actual: Grid) -> Grid:
 class _Layer:
     """The steps of one layer between its norms and its residual; made anew for every call."""
 
-    def __init__(self, attn: Attention, grid: Grid, boundary: str, backend: str, fused: bool) -> None:
+    def __init__(
+        self, attn: Attention, grid: Grid, boundary: str, backend: str, fused: bool, values: torch.Tensor | None
+    ) -> None:
+        self.values = values
         self.attn = attn
         self.grid = grid
         self.boundary = boundary
@@ -186,6 +193,8 @@ class _Layer:
             tokens, some = hidden_states[where], sigmas[samples]
             mask = None if attention_mask is None else attention_mask[samples]
             grid = self.grid
+            if way == EVERY_ROW:
+                some = self.sigmas(sigmas, samples)
             if way == EVERY_ROW and where is samples:
                 queries = self.project_query(tokens)
                 if samples.start <= source.start and source.stop <= samples.stop:
@@ -218,8 +227,14 @@ class _Layer:
         for samples, stride in strides:
             query, key, value = (x[samples] for x in qkv) if len(strides) > 1 else qkv
             mask = None if attention_mask is None else attention_mask[samples]
-            outputs.append(self.attend((query, key, value), sigmas[samples], mask, query_stride=stride))
+            some = self.sigmas(sigmas, samples)
+            outputs.append(self.attend((query, key, value), some, mask, query_stride=stride))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def sigmas(self, known: tuple[float, ...], samples: slice) -> tuple[float, ...] | torch.Tensor:
+        """Of some samples: numbers, or the tensor's where it has any to tell."""
+        some = known[samples]
+        return some if self.values is None or not any(map(takes_points, some)) else self.values[samples]
 
     def estimate(
         self,
@@ -242,7 +257,7 @@ class _Layer:
     def attend(
         self,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        sigmas: tuple[float, ...],
+        sigmas: tuple[float, ...] | torch.Tensor,
         attention_mask: torch.Tensor | None,
         grid: Grid | None = None,
         query_stride: Stride = EVERY_ROW,

@@ -171,20 +171,35 @@ class DenoiserArguments:
         return _fit_arguments(self._names, {"mid_block_additional_residual"}, args, kwargs, batch, count)
 
 
+def difference(output: torch.Tensor, batch: Batch, branch: int) -> torch.Tensor:
+    """``c - p`` of a branch, in float32 at least.
+
+    Args:
+        output: the denoiser's, with branches.
+        batch: the pipeline's own batch.
+        branch: in the order in which they joined.
+    """
+    compute = torch.promote_types(output.dtype, torch.float32)
+    return output[batch.conditional].to(compute) - output[batch.branch(branch)].to(compute)
+
+
 def fold(
-    output: torch.Tensor, batch: Batch, scales: Sequence[float], rescaled_guidance_scale: float | None
+    output: torch.Tensor,
+    batch: Batch,
+    guided: Sequence[tuple[float, torch.Tensor]],
+    rescaled_guidance_scale: float | None,
 ) -> torch.Tensor:
     """The prediction of the pipeline's own batch with the guidance in it.
 
-    With ``d = sum_i scales[i] (c - p_i)``: ``c + d`` without classifier-free guidance; ``(u + d, c + d)``
+    With ``d = sum_i s_i (c - p_i)``: ``c + d`` without classifier-free guidance; ``(u + d, c + d)``
     with it, so that the pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With ``guidance_rescale``
     the pipeline measures the conditional prediction, which must stay what it was: ``(u - d / (g - 1), c)``
     gives the same sum.
 
     Args:
-        output: the denoiser's, ``[batch.with_branches(len(scales)), ...]``.
+        output: the denoiser's; only the pipeline's own batch of it is read.
         batch: the pipeline's own batch.
-        scales: one per branch, in the order in which they joined.
+        guided: for each guidance its scale ``s_i`` and :func:`difference`.
         rescaled_guidance_scale: ``g`` under guidance_rescale, else None.
 
     Returns:
@@ -195,8 +210,8 @@ def fold(
     compute = torch.promote_types(output.dtype, torch.float32)
     conditional = output[batch.conditional].to(compute)
     shift = torch.zeros_like(conditional)
-    for index, scale in enumerate(scales):
-        shift += scale * (conditional - output[batch.branch(index)].to(compute))
+    for scale, moved in guided:
+        shift += scale * moved
     if batch.first == 0:
         return (conditional + shift).to(output.dtype)
     unconditional = output[: batch.first].to(compute)

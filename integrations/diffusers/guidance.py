@@ -17,11 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
 from segkern.integrations.diffusers.attention import EVERY_ROW
-from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, fold
+from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, difference, fold
 from segkern.integrations.diffusers.calibration import Calibration
 from segkern.integrations.diffusers.layers import LayerInfo
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor, unwrap
 from segkern.integrations.diffusers.report import Recorder, Report
+from segkern.integrations.diffusers.reuse import Differences
 from segkern.integrations.diffusers.schedule import Run
 from segkern.integrations.diffusers.sharing import Places
 from segkern.integrations.diffusers.specs import SEG
@@ -105,6 +106,8 @@ class Guidance:
         self._first = [min(self._places.of(layer.module) for layer in chosen) for chosen in layers]
         self._batch: Batch | None = None  # of the forward under way; None when it is a plain one
         self._active: tuple[int, ...] = ()  # guidances of the forward under way, in the order in which they join
+        self._reused: tuple[int, ...] = ()  # those of it whose last difference is taken instead
+        self._differences = Differences(specs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
         """A copy of the pipeline takes the hooks along, but they act on the original alone."""
@@ -158,6 +161,7 @@ class Guidance:
         while self._handles:
             self._handles.pop().remove()
         self._tell_plain()  # someone may have kept our processors
+        self._differences.forget()
         for layer in self._layers:
             layer.processor.moved, layer.processor.errors = None, ()
             if layer.attention.processor is not unwrap(layer.attention.processor):
@@ -185,14 +189,18 @@ class Guidance:
             self._tell_plain()
             return None
         fraction = self._run.next_fraction()
-        active = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
+        acting = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
+        sample = self._arguments.get("sample", args, kwargs)
+        active = [index for index in acting if self._differences.due(index, fraction, sample.shape)]
         self._adopt_processors()
         self._recorder.forwards += 1
         self._active = tuple(sorted(active, key=lambda index: self._first[index]))
+        self._reused = tuple(index for index in acting if index not in active)
+        if acting and not active:
+            self._batch = self._run.batch(sample.shape[0], 0)
         if not active:
             self._tell_plain()
             return None
-        sample = self._arguments.get("sample", args, kwargs)
         self._batch = self._run.batch(sample.shape[0], len(active))
         self._calibration.size = (sample.shape[2], sample.shape[3])
         share = self._share and self._can_share(args, kwargs)
@@ -221,9 +229,14 @@ class Guidance:
             processor.moved, processor.errors = None, ()
         self._calibration.settle()
         self._recorder.add(moved, sample.dtype)
-        scales = [self._specs[index].scale for index in self._active]
+        guided = []
+        for branch, index in enumerate(self._active):
+            found = difference(sample, self._batch, branch)
+            self._differences.keep(index, found)
+            guided.append((self._specs[index].scale, found))
+        guided += [(self._specs[index].scale, self._differences.last(index)) for index in self._reused]
         rescaled = self._run.rescaled_guidance_scale() if self._batch.first else None
-        folded = fold(sample, self._batch, scales, rescaled)
+        folded = fold(sample, self._batch, guided, rescaled)
         return (folded, *output[1:]) if isinstance(output, tuple) else type(output)(sample=folded)
 
     def _can_share(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -256,7 +269,7 @@ class Guidance:
                 strides += [self._calibration.stride(index, layer.info.module) if acts else EVERY_ROW] * samples
             acting = [(i, index) for i, index in enumerate(self._active) if index in layer.specs]
             processor = layer.processor
-            processor.sigmas = tuple(float(sigma) for sigma in sigmas)
+            processor.tell(tuple(float(sigma) for sigma in sigmas))
             processor.strides = tuple(strides)
             processor.conditional = batch.conditional
             processor.own = batch.with_branches(joined - new)
@@ -267,7 +280,7 @@ class Guidance:
     def _tell_plain(self) -> None:
         self._places.tell(None, ())
         for layer in self._layers:
-            layer.processor.sigmas = None
+            layer.processor.tell(None)
 
     def _adopt_processors(self) -> None:
         """Stand in for processors that were set since the last forward, by fused projections for example."""
@@ -281,7 +294,7 @@ class Guidance:
                     f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
                     f"is not standard self-attention; set it after the guidance is removed"
                 )
-            layer.processor.sigmas = None  # someone may have kept it
+            layer.processor.tell(None)  # someone may have kept it
             layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
             layer.attention.set_processor(layer.processor)
 
@@ -302,7 +315,7 @@ class _ReadGrid:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         height, width = hidden_states.shape[2:]
         for layer in self._layers:
-            if layer.processor.sigmas is not None:
+            if layer.processor.kinds:
                 layer.processor.grid = Grid(height, width)
 
 
