@@ -26,7 +26,7 @@ from segkern.integrations.diffusers.reuse import Differences
 from segkern.integrations.diffusers.schedule import Run
 from segkern.integrations.diffusers.sharing import Places
 from segkern.integrations.diffusers.specs import SEG
-from segkern.integrations.diffusers.support import check_pipeline, choose_layers
+from segkern.integrations.diffusers.support import GUIDED, check_pipeline, choose_layers
 
 
 def guide(pipe: Any, *specs: SEG, share: bool = True) -> Guidance:
@@ -99,7 +99,8 @@ class Guidance:
         self._calibration = Calibration(specs)
         self._recorder = Recorder(specs, layers, self._calibration)
         self._arguments = DenoiserArguments(unet)
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
+        self._inner: list[RemovableHandle] = []  # on its parts, from the first guided forward to the next plain one
         self._places = Places(unet)
         self._layers = _guided_layers(unet, specs, layers)
         # Where each guidance's branch joins.
@@ -135,16 +136,44 @@ class Guidance:
 
     def _install(self) -> None:
         try:
-            for layer in self._layers:
-                layer.attention.set_processor(layer.processor)
-            self._hook_grids()
-            self._handles += self._places.hook(min(self._first))
+            GUIDED.add(self._unet)
+            self._attach()
             self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
             self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True))
         except BaseException:
             self._remove(warn=False)
             raise
+
+    def _attach(self) -> None:
+        """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
+        for layer in self._layers:
+            current = layer.attention.processor
+            if current is layer.processor:
+                continue
+            original = unwrap(current)
+            if type(original) not in STANDARD_PROCESSORS:
+                raise ValueError(
+                    f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
+                    f"is not standard self-attention; set it after the guidance is removed"
+                )
+            if original is not layer.processor.original:  # fused projections, for example
+                layer.processor.tell(None)  # someone may have kept it
+                layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
+            layer.attention.set_processor(layer.processor)
+        if not self._inner:
+            self._hook_grids()
+            self._inner += self._places.hook(min(self._first))
+
+    def _detach(self) -> None:
+        """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
+        self._places.tell(None, ())
+        while self._inner:
+            self._inner.pop().remove()
+        for layer in self._layers:
+            layer.processor.tell(None)  # someone may have kept it
+            if layer.attention.processor is not unwrap(layer.attention.processor):
+                layer.attention.set_processor(unwrap(layer.attention.processor))
 
     def _hook_grids(self) -> None:
         """Each layer's grid comes from the image that its transformer gets."""
@@ -153,19 +182,19 @@ class Guidance:
                 inside = [layer for layer in self._layers if layer.info.module.startswith(f"{name}.")]
                 if inside:
                     read = _ReadGrid(module, inside)
-                    self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
+                    self._inner.append(module.register_forward_pre_hook(read, with_kwargs=True))
 
     def _remove(self, warn: bool) -> None:
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
-        self._tell_plain()  # someone may have kept our processors
+        if had_hooks:
+            GUIDED.discard(self._unet)
+        self._detach()
         self._differences.forget()
         for layer in self._layers:
             layer.processor.moved, layer.processor.errors = None, ()
-            if layer.attention.processor is not unwrap(layer.attention.processor):
-                layer.attention.set_processor(unwrap(layer.attention.processor))
         saved = getattr(self._unet, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
@@ -186,20 +215,21 @@ class Guidance:
             return None
         self._batch = None
         if not self._run.is_ours():
-            self._tell_plain()
+            self._detach()
             return None
         fraction = self._run.next_fraction()
         acting = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
         sample = self._arguments.get("sample", args, kwargs)
         active = [index for index in acting if self._differences.due(index, fraction, sample.shape)]
-        self._adopt_processors()
+        if active:
+            self._attach()
         self._recorder.forwards += 1
         self._active = tuple(sorted(active, key=lambda index: self._first[index]))
         self._reused = tuple(index for index in acting if index not in active)
         if acting and not active:
             self._batch = self._run.batch(sample.shape[0], 0)
         if not active:
-            self._tell_plain()
+            self._detach()
             return None
         self._batch = self._run.batch(sample.shape[0], len(active))
         self._calibration.size = (sample.shape[2], sample.shape[3])
@@ -276,27 +306,6 @@ class Guidance:
             processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
             processor.candidates = tuple(self._calibration.candidates(index, layer.info.module) for _, index in acting)
             processor.errors = ()
-
-    def _tell_plain(self) -> None:
-        self._places.tell(None, ())
-        for layer in self._layers:
-            layer.processor.tell(None)
-
-    def _adopt_processors(self) -> None:
-        """Stand in for processors that were set since the last forward, by fused projections for example."""
-        for layer in self._layers:
-            current = layer.attention.processor
-            if current is layer.processor:
-                continue
-            original = unwrap(current)
-            if type(original) not in STANDARD_PROCESSORS:
-                raise ValueError(
-                    f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
-                    f"is not standard self-attention; set it after the guidance is removed"
-                )
-            layer.processor.tell(None)  # someone may have kept it
-            layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
-            layer.attention.set_processor(layer.processor)
 
 
 class _ReadGrid:
