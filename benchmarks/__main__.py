@@ -94,13 +94,18 @@ def run(
         int | None, typer.Option(min=1, help="Of every case; usually 50, fewer for large cases and on a CPU.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny cases, two rounds: whether everything runs.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With --suite step: each way compiled too, as a GPU has it anyway.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/<device>-<suite>.json.")] = None,
 ) -> None:
     """Measure a suite. Rows are written as they come; a wrong result has no time but the reason."""
     if suite == STEP:
         if dtype or cases:
             fail("--suite step has a denoiser of its own for each device; it takes no --dtype and no --cases")
-        return run_step_suite(device, providers, rounds, quick, out)
+        return run_step_suite(device, providers, rounds, quick, compiled, out)
+    if compiled:
+        fail("--compiled is for --suite step")
     with refusing():
         wanted = find_suite(suite)
         where = find_device(device)
@@ -132,14 +137,16 @@ def run(
     typer.echo(f"wrote {path}")
 
 
-def run_step_suite(device: str, providers: str, rounds: int | None, quick: bool, out: Path | None) -> None:
+def run_step_suite(
+    device: str, providers: str, rounds: int | None, quick: bool, compiled: bool, out: Path | None
+) -> None:
     """Whole runs of guided pipelines."""
     from benchmarks import sdxl, steps
 
     with refusing():
         where = find_device(device)
         patterns = listed("--providers", providers, str, "names", empty=True)
-        chosen = steps.find_ways(patterns)
+        chosen = steps.find_ways(patterns, compiled or where.type == "cuda")
     found: dict[str, Any] = {}
     path = out or (results.QUICK / "step.json" if quick else None)
     with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True)) as progress:

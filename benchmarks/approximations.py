@@ -26,7 +26,7 @@ from segkern.loading import DEMO, find_model, load_pipeline
 
 RESULT = RESULTS / "approximations.json"
 SEEDS = (1, 2, 3)
-IMAGES = 256
+IMAGES = 128
 STEPS = 10
 _MEASURES = {
     "frechet_distance": "Frechet distance",

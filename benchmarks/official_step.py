@@ -19,6 +19,7 @@ from benchmarks.sdxl import Size
 from segkern import Grid
 from segkern.blur import gaussian_taps
 from segkern.integrations.diffusers import list_layers
+from segkern.integrations.diffusers.layers import find_unet
 
 
 def official_blur(image: torch.Tensor, grid: Grid, sigma: float) -> torch.Tensor:
@@ -68,7 +69,7 @@ def official_run(
     after_step: Callable[[], None],
 ) -> torch.Tensor:
     """Latents after so many steps; ``after_step`` is called at the end of each."""
-    unet, cfg = pipe.unet, guidance_scale > 1.0
+    unet, cfg = find_unet(pipe), guidance_scale > 1.0
     height, width = (pixels * 8 for pixels in size.latent)
     order = ("negative_", "", "") if cfg else ("", "")
     text = torch.cat([given[f"{name}prompt_embeds"] for name in order])
@@ -85,7 +86,7 @@ def official_run(
         x = given["latents"] * pipe.scheduler.init_noise_sigma
         for t in pipe.scheduler.timesteps:
             batch = pipe.scheduler.scale_model_input(torch.cat([x] * len(order)), t)
-            found = unet(batch, t, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False)[0]
+            found = pipe.unet(batch, t, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False)[0]
             *unconditional, c, p = found.chunk(len(order))
             guided = unconditional[0] + guidance_scale * (c - unconditional[0]) if cfg else c
             x = pipe.scheduler.step(guided + scale * (c - p), t, x, return_dict=False)[0]

@@ -67,7 +67,10 @@ def rendered() -> str:
 
 def step_summaries() -> str:
     """What the committed files of guided steps say in short."""
-    return "\n\n".join(map(step_page.summary, steps.committed().values())) or "Not measured yet."
+    files = list(steps.committed().values())
+    if not files:
+        return "Not measured yet."
+    return "\n\n".join([step_page.counts(files[0]["sdxl_flops"]), *map(step_page.summary, files)])
 
 
 def evaluation_summary() -> str:

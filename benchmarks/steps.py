@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from segkern.integrations.diffusers import SEG, guide
 FOLDER = RESULTS / "step"
 GUIDANCE_SCALE = 5.0
 SEG_SCALE = 3.0
+COMPILED = ", compiled"
 SIGMAS = (3.0, 10.0, math.inf)
 LAYERS = (("mid",), ("mid", "up"), ("up",))
 # Relative distance of latents after a run from the official algorithm's. Half precision rounds at every layer.
@@ -74,8 +75,8 @@ class Way:
         return SEG(scale=SEG_SCALE, sigma=self.sigma, layers=self.layers)
 
 
-def ways() -> tuple[Way, ...]:
-    """All of them, first the two that others are compared with."""
+def ways(compiled: bool = False) -> tuple[Way, ...]:
+    """All of them, first the two that others are compared with; ``compiled`` adds each with a compiled denoiser."""
     found = [Way("no guidance", "plain", False), Way("CFG", "plain", True)]
     for cfg in (False, True):
         prefix = "CFG + " if cfg else ""
@@ -83,11 +84,13 @@ def ways() -> tuple[Way, ...]:
         found.append(Way(f"{prefix}PAG of diffusers", "pag", cfg, layers=("mid",)))
         for layers in LAYERS:
             found += [Way(f"{prefix}segkern {'+'.join(layers)} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS]
+    if compiled:
+        found += [replace(way, name=f"{way.name}{COMPILED}", compiled=True) for way in found]
     return tuple(found)
 
 
-def find_ways(patterns: Sequence[str]) -> tuple[Way, ...]:
-    """Those whose names fit a glob, all for none.
+def find_ways(patterns: Sequence[str], compiled: bool) -> tuple[Way, ...]:
+    """Those whose names fit a glob, all for none; each compiled too if wanted.
 
     Raises:
         ValueError: for a glob that fits none; the message lists them.
@@ -96,19 +99,30 @@ def find_ways(patterns: Sequence[str]) -> tuple[Way, ...]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"--providers {pattern!r} fits none of {'; '.join(names)}")
-    return tuple(way for way in ways() if not patterns or any(fnmatchcase(way.name, p) for p in patterns))
+    chosen = [way.name for way in ways() if not patterns or any(fnmatchcase(way.name, p) for p in patterns)]
+    return tuple(way for way in ways(compiled) if way.name.removesuffix(COMPILED) in chosen)
 
 
 class Bench:
-    """Pipelines on one denoiser, and the inputs of their runs."""
+    """Pipelines on one denoiser, and the inputs of their runs.
 
-    def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
+    Args:
+        size: of the denoiser.
+        device: of it.
+        dtype: of it.
+        backend: of ``torch.compile``.
+    """
+
+    def __init__(self, size: Size, device: torch.device, dtype: torch.dtype, backend: str = "inductor") -> None:
         self.size = size
         self.device = device
         self.dtype = dtype
         unet = sdxl.denoiser(size, device, dtype)
-        self.pipe = sdxl.pipeline(unet)
-        self.pag = sdxl.pipeline(unet, StableDiffusionXLPAGPipeline, pag_applied_layers=["mid"])
+        compiled = torch.compile(unet, dynamic=False, backend=backend)
+        self.pipes = {False: sdxl.pipeline(unet), True: sdxl.pipeline(compiled)}
+        options = {"kind": StableDiffusionXLPAGPipeline, "pag_applied_layers": ["mid"]}
+        self.pags = {False: sdxl.pipeline(unet, **options), True: sdxl.pipeline(compiled, **options)}
+        self.pipe = self.pipes[False]
         self.given = sdxl.inputs(size, device, dtype)
         self._expected: dict[tuple[Any, ...], torch.Tensor] = {}
 
@@ -129,7 +143,7 @@ class Bench:
         if way.kind == "official":
             options = {"sigma": way.sigma, "layers": way.layers, "scale": SEG_SCALE, "steps": steps}
             options |= {"guidance_scale": way.guidance_scale, "after_step": after_step}
-            return lambda: official_run(self.pipe, self.size, self.given, **options)
+            return lambda: official_run(self.pipes[way.compiled], self.size, self.given, **options)
 
         def callback(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             after_step()
@@ -139,11 +153,12 @@ class Bench:
         call = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "latent"}
         call |= {"guidance_scale": way.guidance_scale, "callback_on_step_end": callback, **self.given}
         if way.kind == "pag":
-            return lambda: self.pag(pag_scale=SEG_SCALE, **call).images
+            return lambda: self.pags[way.compiled](pag_scale=SEG_SCALE, **call).images
 
         def run() -> torch.Tensor:
-            with guided(self.pipe, way):
-                latents = self.pipe(**call).images
+            pipe = self.pipes[way.compiled]
+            with guided(pipe, way):
+                latents = pipe(**call).images
             assert isinstance(latents, torch.Tensor)
             return latents
 
@@ -208,8 +223,9 @@ def measure(
         row |= dict.fromkeys(("ms", "ratio", "counted", "run_seconds"))
         row["peak_mib"] = "not measured"
         row["host_ms"] = "not measured"
-        if way.name in operations:
-            row["counted"] = operations[way.name] / operations[plain(way)]
+        eager = way.name.removesuffix(COMPILED)
+        if eager in operations:
+            row["counted"] = operations[eager] / operations[plain(replace(way, compiled=False))]
         rows[way.name] = row
         latents, _ = bench.run(way, steps)  # warms up
         row["error"], row["reason"] = bench.check(way, latents, steps)
@@ -236,7 +252,7 @@ def measure(
 
 def plain(way: Way) -> str:
     """The name of the way that a way is compared with."""
-    return "CFG" if way.cfg else "no guidance"
+    return ("CFG" if way.cfg else "no guidance") + COMPILED * way.compiled
 
 
 def _on_a_gpu(bench: Bench, way: Way, steps: int) -> Row:

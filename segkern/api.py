@@ -207,8 +207,7 @@ def _attention(
         if plan.backend == "torch":
             return sdpa.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
         if _is_unseen(query, key, value, mask):
-            output, lse = ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
-            return output, lse if return_lse else None
+            return ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
     where = (grid.height, grid.width, grid.start)
     output, lse = ops.seg_attention(
         query, key, value, mask, *where, plan.sigmas, plan.scale, boundary, plan.backend, return_lse

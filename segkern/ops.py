@@ -100,7 +100,7 @@ def fused_attention(
     boundary: str,
     return_lse: bool,
     blur: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The operator's Triton path without the operator: no gradient, no tracer; arguments are checked already.
 
     ``blur`` settles where queries are blurred (``_routes.py``), and that the attention is ours.
@@ -115,10 +115,10 @@ def fused_attention(
         blurred = _empty_output(query, query.shape[3])
         launch_gaussian_blur(query, blurred, grid, sigmas, boundary)
         out, _ = sdpa.attend(blurred, key, value, scale, None, False)
-        return tokens_first(out), query.new_empty(0, dtype=torch.float32)
-    out, lse = _empty_attention(query, value, return_lse)
-    rows = lse if return_lse else None
-    launch_seg_attention(query, key, value, out, rows, grid, sigmas, scale, attn_mask, boundary, blur)
+        return tokens_first(out), None
+    out = _empty_output(query, value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
+    launch_seg_attention(query, key, value, out, lse, grid, sigmas, scale, attn_mask, boundary, blur)
     return out, lse
 
 
@@ -157,7 +157,8 @@ def _attend(
     fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
     chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)
     if chosen == "triton":
-        return fused_attention(query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
+        out, row_lse = fused_attention(query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
+        return out, query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse
     out, row_lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, attn_mask, boundary, return_lse)
     lse = query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse.contiguous()
     return tokens_first(out), lse

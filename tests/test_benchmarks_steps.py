@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(sdxl.TINY, CPU, torch.float32)
+    return Bench(sdxl.TINY, CPU, torch.float32, backend="eager")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,25 @@ def test_ours_are_the_official_latents(bench: Bench, sigma: float, cfg: bool) ->
     assert relative(found[1], found[0]) < PIPELINE_TOLERANCE
     assert relative(bench.run(Way("", "plain", cfg), 3)[0], found[0]) > 1e-4
     assert not bench.pipe.unet._forward_hooks
+
+
+@pytest.mark.parametrize("kind", ["plain", "official", "pag", "segkern"])
+def test_compiled_ways_give_the_same_latents(bench: Bench, kind: str) -> None:
+    way = Way("", kind, True, 3.0 if kind in ("official", "segkern") else 0.0, ("mid",))
+    found = [bench.run(replace(way, compiled=compiled), 2)[0] for compiled in (False, True)]
+    assert relative(found[1], found[0]) < PIPELINE_TOLERANCE
+
+
+def test_compiled_ways_are_compared_with_the_compiled_plain_run() -> None:
+    found = steps.find_ways(["CFG", "CFG + segkern mid sigma 3"], compiled=True)
+    assert [way.name for way in found] == [
+        "CFG",
+        "CFG + segkern mid sigma 3",
+        "CFG, compiled",
+        "CFG + segkern mid sigma 3, compiled",
+    ]
+    assert steps.plain(found[3]) == "CFG, compiled"
+    assert len(steps.ways()) * 2 == len(steps.ways(compiled=True))
 
 
 def test_the_official_way_puts_the_processors_back(bench: Bench) -> None:

@@ -84,8 +84,7 @@ BEFORE = {
 }
 
 
-@pytest.mark.parametrize("layer", BEFORE)
-@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
+@pytest.mark.parametrize(("layer", "cfg"), [*((layer, True) for layer in BEFORE), ("m5", False)])
 def test_a_branch_costs_what_comes_after_its_first_layers_inputs(
     layer: str, cfg: bool, pipe: Any, parts: dict[str, int]
 ) -> None:
