@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -20,7 +20,7 @@ from benchmarks import machine, plots, results, tables
 from benchmarks import trust as trusting
 from benchmarks.cases import CASES, TINY, Case, find_cases
 from benchmarks.measure import measure, usual_rounds
-from benchmarks.suites import SUITES, find_providers, find_suite, usual_cases, usual_dtypes
+from benchmarks.suites import STEP, SUITES, find_providers, find_suite, usual_cases, usual_dtypes
 from segkern.loading import DTYPES, find_device
 from segkern.options import listed
 from segkern.tables import wide
@@ -85,7 +85,7 @@ def chosen_cases(text: str, usual: Sequence[str], dtypes: Sequence[torch.dtype])
 
 @app.command()
 def run(
-    suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}.")] = "attention",
+    suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}, {STEP}.")] = "attention",
     device: Device = "auto",
     dtype: Dtypes = "",
     cases: Cases = "",
@@ -94,9 +94,18 @@ def run(
         int | None, typer.Option(min=1, help="Of every case; usually 50, fewer for large cases and on a CPU.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny cases, two rounds: whether everything runs.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="With --suite step: each way compiled too, as a GPU has it anyway.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/<device>-<suite>.json.")] = None,
 ) -> None:
     """Measure a suite. Rows are written as they come; a wrong result has no time but the reason."""
+    if suite == STEP:
+        if dtype or cases:
+            fail("--suite step has a denoiser of its own for each device; it takes no --dtype and no --cases")
+        return run_step_suite(device, providers, rounds, quick, compiled, out)
+    if compiled:
+        fail("--compiled is for --suite step")
     with refusing():
         wanted = find_suite(suite)
         where = find_device(device)
@@ -125,6 +134,31 @@ def run(
     wide(shown).print(shown)
     for line in tables.without_time(found["rows"]):
         typer.echo(line)
+    typer.echo(f"wrote {path}")
+
+
+def run_step_suite(
+    device: str, providers: str, rounds: int | None, quick: bool, compiled: bool, out: Path | None
+) -> None:
+    """Whole runs of guided pipelines."""
+    from benchmarks import sdxl, steps
+
+    with refusing():
+        where = find_device(device)
+        patterns = listed("--providers", providers, str, "names", empty=True)
+        chosen = steps.find_ways(patterns, compiled or where.type == "cuda")
+    found: dict[str, Any] = {}
+    path = out or (results.QUICK / "step.json" if quick else None)
+    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(STEP, total=None)
+
+        def tell(name: str) -> None:
+            progress.update(task, description=f"{STEP}: {name}")
+
+        size = sdxl.TINY if quick else None
+        path, found = steps.run_steps(where, chosen, 3 if quick else 5, rounds or (1 if quick else 5), path, size, tell)
+    shown = tables.of_lines(steps.HEADINGS, steps.lines(found))
+    wide(shown).print(shown)
     typer.echo(f"wrote {path}")
 
 
@@ -219,6 +253,24 @@ def host(
     shown = tables.of_lines(hosting.HEADINGS, hosting.lines(rows))
     wide(shown).print(shown)
     typer.echo(f"wrote {path}")
+
+
+@app.command()
+def approximations(
+    folder: Annotated[Path, typer.Option(help="Where what is measured on the way is kept.")] = Path(
+        "outputs/approximations"
+    ),
+) -> None:
+    """What a branch that serves several steps, or guidance in part of a run, costs in quality. Takes a while."""
+    from benchmarks import approximations as measuring
+
+    count = len(measuring.settings()) * len(measuring.SEEDS) * measuring.IMAGES
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("images", total=count)
+        found = measuring.measure(folder, lambda name, n: progress.update(task, advance=n, description=name))
+    typer.echo(measuring.table(found))
+    typer.echo(f"wrote {measuring.RESULT}")
 
 
 @app.command()

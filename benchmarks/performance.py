@@ -14,7 +14,7 @@ from benchmarks.measure import summary
 from benchmarks.providers import PROVIDERS
 from benchmarks.results import Result, Row
 from benchmarks.suites import SUITES
-from benchmarks.tables import milliseconds
+from benchmarks.tables import markdown, milliseconds
 from benchmarks.work import PEAKS, Work, limits
 
 _INTRODUCTION = """\
@@ -92,11 +92,6 @@ def page(
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
-    lines = ["| " + " | ".join(headings) + " |", "| --- |" + f" {align} |" * (len(headings) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def _where(files: Mapping[str, Result]) -> str:
     rows = []
     for stem, result in files.items():
@@ -107,7 +102,7 @@ def _where(files: Mapping[str, Result]) -> str:
         versions = f"{env['torch']} | {env.get('triton', 'not recorded')} | `{env['commit']}`"
         rows.append([f"`{stem}.json`", device, result["suite"], dtypes, timed, versions])
     headings = ("file", "device", "suite", "dtypes", "rows with a time", "torch", "triton", "commit")
-    return _markdown(headings, rows, "---") if rows else "Nothing yet."
+    return markdown(headings, rows, "---") if rows else "Nothing yet."
 
 
 def _file(stem: str, result: Result) -> list[str]:
@@ -137,7 +132,7 @@ def _ratios(result: Result, rows: Sequence[Row]) -> str:
         base = f"{milliseconds(plain[clock])} ms ({fastest})" if plain else "none"
         cells = [_ratio(by_name.get((case, sigma, provider))) for provider in providers]
         lines.append([case, str(here[0]["batch"]), "∞" if sigma == "inf" else sigma, base, *cells])
-    return _markdown(["layer", "batch", "sigma", "unblurred", *providers], lines)
+    return markdown(["layer", "batch", "sigma", "unblurred", *providers], lines)
 
 
 def _ratio(row: Row | None) -> str:
@@ -184,7 +179,7 @@ def _details(result: Result, rows: Sequence[Row]) -> list[str]:
             "relative error",
         ]
         if lines:
-            parts += [f"`{case}` at sigma {'∞' if sigma == 'inf' else sigma} in full:", _markdown(headings, lines)]
+            parts += [f"`{case}` at sigma {'∞' if sigma == 'inf' else sigma} in full:", markdown(headings, lines)]
     return parts
 
 
@@ -221,8 +216,8 @@ def _trust(found: dict[str, Any] | None) -> list[str]:
     )
     return [
         summed,
-        _markdown(trust.KIND_HEADINGS, trust.kinds(rows)),
-        _markdown(trust.CHOICE_HEADINGS, trust.choices(rows), "---"),
+        markdown(trust.KIND_HEADINGS, trust.kinds(rows)),
+        markdown(trust.CHOICE_HEADINGS, trust.choices(rows), "---"),
         "![estimated against true error](../benchmarks/results/coarse/estimate.png)",
     ]
 
@@ -232,7 +227,7 @@ def _host(stem: str, found: dict[str, Any]) -> str:
     where = (
         f"{environment['device']}, torch {environment['torch']}, commit `{environment['commit']}` (`host/{stem}.json`):"
     )
-    return f"{where}\n\n{_markdown(host.HEADINGS, host.lines(found['rows']))}"
+    return f"{where}\n\n{markdown(host.HEADINGS, host.lines(found['rows']))}"
 
 
 def _limits(stem: str, result: Result) -> list[str]:
@@ -260,7 +255,7 @@ def _limits(stem: str, result: Result) -> list[str]:
             headings = ["", "GFLOP", "G exponentials", "GB", "FLOP/byte", "TFLOP/s reached"]
             headings += ["limit", "limit ms", "measured ms", "of limit"] if peaks is not None else []
             at = "∞" if sigma == "inf" else sigma
-            parts += [f"`{case}`, {dtype}, sigma {at} on {device} (`{stem}`):", _markdown(headings, lines)]
+            parts += [f"`{case}`, {dtype}, sigma {at} on {device} (`{stem}`):", markdown(headings, lines)]
     if peaks is None:
         parts.append(
             f"The peak rates of {device} are not known to `benchmarks/work.py`, so its distance to a limit is not."
@@ -271,7 +266,7 @@ def _limits(stem: str, result: Result) -> list[str]:
 
 
 def _ways() -> str:
-    return _markdown(
+    return markdown(
         ["name", "what"],
         [[f"`{provider.name}`", provider.what] for provider in PROVIDERS.values()],
         "---",

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import compiled_page, host, performance, plots, results, trust
+from benchmarks import approximations, compiled_page, host, performance, plots, results, step_page, steps, trust
 from benchmarks.results import Result, Row
 from segkern.evaluation import report
 from segkern.evaluation.plots import plot
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 EVALUATION = ROOT / "segkern" / "checkpoints" / "demo" / "evaluation.json"
 COMPILED = ROOT / "benchmarks" / "results" / "compiled" / "kernels.json"
 BLOCK = re.compile(r"(<!-- measurements -->\n).*?(<!-- /measurements -->)", re.DOTALL)
+STEPS = re.compile(r"(<!-- steps -->\n).*?(<!-- /steps -->)", re.DOTALL)
 EVALUATED = re.compile(r"(<!-- evaluation -->\n).*?(<!-- /evaluation -->)", re.DOTALL)
 
 _SHOWN = ("sdxl-32x32", "sdxl-64x64")
@@ -64,6 +65,14 @@ def rendered() -> str:
     return "\n\n".join(table(result) for result in found if result["suite"] == "attention" and result["rows"])
 
 
+def step_summaries() -> str:
+    """What the committed files of guided steps say in short."""
+    files = list(steps.committed().values())
+    if not files:
+        return "Not measured yet."
+    return "\n\n".join([step_page.counts(files[0]["sdxl_flops"]), *map(step_page.summary, files)])
+
+
 def evaluation_summary() -> str:
     """What the committed evaluation says in short: the chosen setting, the paper's, and none."""
     if not EVALUATION.exists():
@@ -79,6 +88,7 @@ def evaluation_summary() -> str:
 def readme_with_tables(readme: str) -> str:
     """The README's text with its measurements replaced."""
     readme = BLOCK.sub(lambda found: f"{found[1]}\n{rendered()}\n\n{found[2]}", readme)
+    readme = STEPS.sub(lambda found: f"{found[1]}\n{step_summaries()}\n\n{found[2]}", readme)
     return EVALUATED.sub(lambda found: f"{found[1]}\n{evaluation_summary()}\n\n{found[2]}", readme)
 
 
@@ -95,6 +105,10 @@ def main() -> None:
         trust.picture(trusted["rows"])
     for stem, result in files.items():
         plots.write(stem, result, results.RESULTS)
+    guided = steps.committed()
+    (docs / "pipelines.md").write_text(step_page.page(guided, approximations.committed()), encoding="utf-8")
+    for stem, found in guided.items():
+        step_page.picture(found, steps.FOLDER / f"{stem}.png")
     compiled = json.loads(COMPILED.read_text(encoding="utf-8"))
     (docs / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
     if not EVALUATION.exists():

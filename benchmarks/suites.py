@@ -47,6 +47,9 @@ SUITES = {
 }
 
 
+STEP = "step"  # measured by benchmarks/steps.py: runs of pipelines, not calls of attention
+
+
 def find_suite(name: str) -> Suite:
     """The suite of that name.
 
@@ -54,7 +57,7 @@ def find_suite(name: str) -> Suite:
         ValueError: for an unknown one; the message lists them.
     """
     if name not in SUITES:
-        raise ValueError(f"--suite takes {', '.join(SUITES)}, got {name!r}")
+        raise ValueError(f"--suite takes {', '.join(SUITES)}, {STEP}, got {name!r}")
     return SUITES[name]
 
 

@@ -71,3 +71,9 @@ def of_tiles(tuned: dict[str, Any]) -> Table:
         note = row["reason"] or ("the present one" if row["tile"] == tuned["now"] else "")
         table.add_row(*shape, milliseconds(row["ms"]), ends, note, style="dim" if row["reason"] else None)
     return table
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    """A table in markdown."""
+    lines = ["| " + " | ".join(headings) + " |", "| --- |" + f" {align} |" * (len(headings) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

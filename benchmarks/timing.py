@@ -54,7 +54,7 @@ def time_calls(
     missing: dict[str, dict[str, str]] = {name: {} for name in names}
     if device.type != "cuda":
         for turn in range(rounds):
-            for name in _shuffled(names, turn):
+            for name in shuffled(names, turn):
                 if turn < _ROUNDS_OF_SLOW or found[name]["wall"][0] < _SLOW_MS:
                     found[name].setdefault("wall", []).append(wall(calls[name], device))
         for name in names:
@@ -64,7 +64,7 @@ def time_calls(
         graphs = _captured(calls, no_graph or {}, missing)
         flush = _flush_buffer(device)
         for turn in range(rounds):
-            for name in _shuffled(names, turn):
+            for name in shuffled(names, turn):
                 found[name].setdefault("wall", []).append(wall(calls[name], device))
                 for clock, before in (("cold", None), ("hot", calls[name])):
                     found[name].setdefault(clock, []).append(_on_device(calls[name], flush, before))
@@ -75,7 +75,7 @@ def time_calls(
     return found, missing
 
 
-def _shuffled(names: Sequence[str], turn: int) -> list[str]:
+def shuffled(names: Sequence[str], turn: int) -> list[str]:
     """Another order in every round: what a call leaves in caches must not favour the same neighbour each time."""
     return [names[i] for i in np.random.default_rng(turn).permutation(len(names))]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from segkern import ops, sdpa
+from segkern import coarse_ops, ops, sdpa
 from segkern.arguments import check_grid, check_mask, check_qkv, check_tensor
 from segkern.blur import check_boundary, check_sigma, runs
 from segkern.dispatch import check_backend, choose_backend
@@ -88,7 +88,9 @@ def seg_attention(
         value: ``[batch, heads, keys, value_dim]``.
         grid: where the image lies in the query tokens; the other queries are never blurred.
         sigma: standard deviation in tokens, one number or one per sample; 0 is plain attention, ``math.inf``
-            gives every image token the attention output of the mean query.
+            gives every image token the attention output of the mean query. Under ``torch.compile`` numbers become
+            part of what is compiled; a CPU tensor ``[batch]`` is read when the graph runs, so that other sigmas need
+            no compilation. It takes neither gradients nor ``query_stride`` nor ``return_lse`` there.
         scale: of the logits; ``1 / sqrt(head_dim)`` by default.
         attn_mask: boolean (True takes part) or additive, broadcastable to ``[batch, heads, tokens, keys]``.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`gaussian_blur`.
@@ -117,6 +119,9 @@ def seg_attention(
         torch.Size([2, 8, 988, 64])
     """
     query, key, value = _autocast(query, key, value)
+    if isinstance(sigma, torch.Tensor) and torch.compiler.is_compiling():
+        options = (query_stride, return_lse)
+        return _attention_at(query, key, value, grid, sigma, scale, attn_mask, boundary, backend, options)
     plain = _is_plain(query, key, value)
     arguments = (grid, sigma, scale, boundary, query_stride, backend)
     plan = plan_attention(query, key, value, *arguments, plain=plain)
@@ -183,7 +188,7 @@ def coarse_error(
     q, k, v = query.detach(), key.detach(), value.detach()
     mask = None if mask is None else mask.detach()
     where = (grid.height, grid.width, grid.start)
-    return ops.coarse_error(q, k, v, mask, *where, plan.sigmas, plan.scale, boundary, plan.stride, probes)
+    return coarse_ops.coarse_error(q, k, v, mask, *where, plan.sigmas, plan.scale, boundary, plan.stride, probes)
 
 
 def _attention(
@@ -202,13 +207,40 @@ def _attention(
         if plan.backend == "torch":
             return sdpa.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
         if _is_unseen(query, key, value, mask):
-            output, lse = ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
-            return output, lse if return_lse else None
+            return ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
     where = (grid.height, grid.width, grid.start)
     output, lse = ops.seg_attention(
         query, key, value, mask, *where, plan.sigmas, plan.scale, boundary, plan.backend, return_lse
     )
     return output, lse if return_lse else None
+
+
+def _attention_at(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    sigma: torch.Tensor,
+    scale: float | None,
+    attn_mask: torch.Tensor | None,
+    boundary: str,
+    backend: str,
+    options: tuple[object, object],
+) -> torch.Tensor:
+    """Every query row, with sigmas that are known when it runs."""
+    if options not in ((1, False), ((1, 1), False)):
+        raise ValueError(
+            f"a tensor of sigmas takes query_stride=1 and no return_lse under torch.compile, got {options}"
+        )
+    if sigma.device.type != "cpu" or sigma.shape != query.shape[:1]:
+        raise ValueError(
+            f"a tensor of sigmas lies on the CPU and has one number per sample under torch.compile, got shape "
+            f"{tuple(sigma.shape)} on {sigma.device} for a batch of {query.shape[0]}"
+        )
+    plan = plan_attention(query, key, value, grid, 0.0, scale, boundary, 1, backend, plain=False)
+    mask = None if attn_mask is None else check_mask(attn_mask, query, key)
+    where = (grid.height, grid.width, grid.start)
+    return ops.seg_attention_at(query, key, value, mask, *where, sigma, plan.scale, boundary, plan.backend)
 
 
 def _check_one_row(mask: torch.Tensor | None, stride: tuple[int, int]) -> None:
@@ -264,14 +296,14 @@ def coarse_queries(
     """The blurred image at the points of its coarse grid; see :func:`segkern.sdpa.coarse_queries`."""
     if _is_plain(x):
         return sdpa.coarse_queries(x, grid, sigmas, stride, boundary)
-    return ops.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
+    return coarse_ops.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
 
 
 def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
     """From the points of the coarse grid to all tokens; see :func:`segkern.sdpa.coarse_outputs`."""
     if _is_plain(x):
         return sdpa.coarse_outputs(x, grid, stride, boundary)
-    return ops.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
+    return coarse_ops.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:

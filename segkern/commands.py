@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -14,14 +14,14 @@ import torch
 import typer
 from rich.table import Table
 
-from segkern import loading
+from segkern import batches, loading
 from segkern.dispatch import choose_backend
-from segkern.drawing import Drawn, Job, check_layers, describe, draw_all, label
+from segkern.drawing import Job, check_layers, describe, draw_all, label, report_table
 from segkern.environment import version_of
 from segkern.explain import Call, explain
 from segkern.options import listed, size_of, stride
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
-from segkern.tables import percent, wide
+from segkern.tables import wide
 from segkern.version import __version__
 
 if TYPE_CHECKING:
@@ -99,7 +99,11 @@ Height = Annotated[int | None, typer.Option(help="Pixels; the model's own height
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows; or give --prompts.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A text file, a prompt on each line: pictures go to the folder --out.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="With --prompts: of each prompt, seeds from --seed on.")] = 1,
     negative_prompt: Annotated[str, typer.Option(help="What it does not show.")] = "",
     sigma: Annotated[
         str | None, typer.Option(help="Blur in tokens, such as 4; inf, the mean query, if not given.")
@@ -118,18 +122,36 @@ def generate(
     query_stride: Annotated[
         str, typer.Option(help="Of a finite sigma: 1, every row; 4 or 2,3, rows so far apart; auto, what holds.")
     ] = "1",
+    reuse: Annotated[
+        int, typer.Option(min=1, help="Steps for which a perturbed branch serves: 1 is exact, more an approximation.")
+    ] = 1,
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
     config: Config = None,
-    out: Annotated[Path, typer.Option(help="File to write; PNG keeps all settings as text.")] = Path("out.png"),
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, out.png; PNG keeps all settings as text. Folder for --prompts.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     no_guidance: Annotated[bool, typer.Option("--no-guidance", help="The stock pipeline, same seed.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="One picture: without, and each of --sigmas.")] = False,
     sigmas: Annotated[str | None, typer.Option(help=f"For --compare; {SIGMAS} if not given.")] = None,
 ) -> None:
-    """Draw a picture with Smoothed Energy Guidance, or compare several."""
+    """Draw a picture with Smoothed Energy Guidance, compare several, or draw many.
+
+    Many pictures of --prompts are split among the processes of accelerate launch, and a run that was interrupted goes
+    on where it was.
+    """
     with refusing():
-        check_target(out, overwrite)
+        if (prompt is None) == (prompts is None):
+            raise ValueError("generate takes a prompt, or --prompts FILE with a prompt on each line")
+        if prompts is None:
+            out = Path("out.png") if out is None else out
+            check_target(out, overwrite)
+            if images != 1:
+                raise ValueError(f"--images {images} needs --prompts")
+        elif compare:
+            raise ValueError("--compare draws one prompt, so it does not go with --prompts")
+        lines = [] if prompts is None else batches.read_prompts(prompts)
         if compare and no_guidance:
             raise ValueError("--compare draws with and without guidance, so it does not go with --no-guidance")
         if sigmas is not None and not compare:
@@ -142,7 +164,8 @@ def generate(
             values = listed("--sigma", "inf" if sigma is None else sigma, float, NUMBERS)
         if len(values) > 1 and not compare:
             raise ValueError(f"--sigma takes one number, got {sigma!r}; several are for --compare --sigmas")
-        where = loading.find_device(device)
+        workers = batches.Workers(device, many=prompts is not None)
+        where = workers.device
         kind = loading.find_dtype(dtype, where)
     need_diffusers()
     from segkern.integrations.diffusers import SEG, guide
@@ -150,15 +173,29 @@ def generate(
     names = [name.strip() for name in layers.split(",")]
     with refusing():
         rows = stride("--query-stride", query_stride)
-        specs = [SEG(scale, value, names, start, stop, boundary, backend, rows) for value in values]
+        specs = [SEG(scale, value, names, start, stop, boundary, backend, rows, reuse=reuse) for value in values]
         source = loading.find_model(model, config)
         outline = loading.outline(source)
         size = loading.image_size(outline, width, height)
         check_layers(outline, specs[0], where, kind)
         pipe = loading.load_pipeline(source, kind, where)
         guide(pipe, specs[0]).remove()  # refuses pipelines that cannot be guided
-    job = Job(prompt, negative_prompt, *size, seed, steps, guidance_scale)
+    job = Job(prompt or "", negative_prompt, *size, seed, steps, guidance_scale)
+    if prompts is not None:
+        spec, folder = None if no_guidance else specs[0], Path("out") if out is None else out
 
+        def details(one: Job) -> dict[str, object]:
+            return describe(source, one, spec, kind)
+
+        with refusing():
+            wanted = batches.pieces(lines, job, images)
+            mine = workers.share(lambda: batches.missing(folder, wanted, details, overwrite))
+        problems = batches.draw_missing(pipe, mine, spec, workers, folder, details)
+        for problem in problems:
+            typer.echo(f"warning: {problem}", err=True)
+        return
+
+    assert out is not None
     plan: list[SEG | None] = [None] if no_guidance else [None, *specs] if compare else [*specs]
     drawn = draw_all(pipe, job, plan)
     details = describe(source, job, None if no_guidance else specs[0], kind)
@@ -167,7 +204,7 @@ def generate(
         tiles = [Tile(one.image, label(spec)) for one, spec in zip(drawn, plan, strict=True)]
         image = contact_sheet(
             [Row(tiles)],
-            prompt,
+            job.prompt,
             f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
             f"guidance scale {guidance_scale:g}, SEG scale {scale:g} in {layers}",
         )
@@ -176,7 +213,10 @@ def generate(
     kept = save(image, out, details)
 
     if not no_guidance:
-        print_reports(plan, drawn)
+        table, problems = report_table(plan, drawn)
+        wide(table).print(table)
+        for problem in problems:
+            typer.echo(f"warning: {problem}", err=True)
     typer.echo(f"wrote {out}" + ("" if kept else " (only PNG keeps the settings as text)"))
 
 
@@ -318,19 +358,3 @@ def evaluate(
         source = loading.find_model(model)
         study = command.prepare(source, design, kind, where, out, images, steps, batch)
     command.run(study, design, source, out)
-
-
-def print_reports(plan: Sequence[SEG | None], drawn: Sequence[Drawn]) -> None:
-    """What guidance did in each run, as one table, and what went wrong."""
-    reports = [(label(spec), one.report) for spec, one in zip(plan, drawn, strict=True) if one.report is not None]
-    strided = any(row.query_stride is not None for _, report in reports for row in report.layers)
-    coarse = ["stride", "error"] if strided else []
-    table = Table("run", "layer", "fired", "moved", *coarse, "module", title="guidance report")
-    for name, report in reports:
-        for row in report.layers:
-            fired = f"{row.fired} of {report.forwards}"
-            words = row.coarse() if strided else ()
-            table.add_row(name, row.layer, fired, percent(row.moved), *words, row.module)
-    wide(table).print(table)
-    for problem in (problem for _, report in reports for problem in report.problems):
-        typer.echo(f"warning: {problem}", err=True)

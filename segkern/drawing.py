@@ -13,10 +13,12 @@ import torch
 from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from segkern.dispatch import choose_backend
 from segkern.environment import version_of
 from segkern.loading import Outline, Source
+from segkern.tables import percent
 from segkern.version import __version__
 
 if TYPE_CHECKING:
@@ -73,12 +75,12 @@ def check_layers(outline: Outline, spec: SEG, device: torch.device, dtype: torch
         choose_backend(device, dtype, layer.head_dim, spec.backend)
 
 
-def draw_all(pipe: Any, job: Job, plan: Sequence[SEG | None]) -> list[Drawn]:
-    """One picture for each guidance, None being none, all from the same noise; on a terminal with progress."""
+def draw_all(pipe: Any, job: Job, plan: Sequence[SEG | None], show: bool = True) -> list[Drawn]:
+    """One picture for each guidance, None being none, all from the same noise; on a terminal with progress to show."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     drawn = []
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         for spec in plan:
             task = progress.add_task(label(spec), total=job.steps)
 
@@ -121,6 +123,20 @@ def draw(pipe: Any, job: Job, spec: SEG | None, step: Callable[..., Any] | None 
     return Drawn(image, report, time.perf_counter() - begun)
 
 
+def report_table(plan: Sequence[SEG | None], drawn: Sequence[Drawn]) -> tuple[Table, list[str]]:
+    """What guidance did in each run, as one table, and what went wrong."""
+    reports = [(label(spec), one.report) for spec, one in zip(plan, drawn, strict=True) if one.report is not None]
+    strided = any(row.query_stride is not None for _, report in reports for row in report.layers)
+    coarse = ["stride", "error"] if strided else []
+    table = Table("run", "layer", "fired", "moved", *coarse, "module", title="guidance report")
+    for name, report in reports:
+        for row in report.layers:
+            fired = f"{row.fired} of {report.forwards}"
+            words = row.coarse() if strided else ()
+            table.add_row(name, row.layer, fired, percent(row.moved), *words, row.module)
+    return table, [problem for _, report in reports for problem in report.problems]
+
+
 def label(spec: SEG | None) -> str:
     """What a run is called in tables and pictures."""
     if spec is None:
@@ -151,6 +167,7 @@ def describe(source: Source, job: Job, spec: SEG | None, dtype: torch.dtype) -> 
             "seg_stop": spec.stop,
             "seg_boundary": spec.boundary,
             "seg_query_stride": _listed(spec.query_stride),
+            "seg_reuse": spec.reuse,
         }
     return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
 

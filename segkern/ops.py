@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 
-from segkern import estimate, sdpa
-from segkern.blur import check_boundary, check_sigma
-from segkern.coarse import coarse_grid, point_count
+from segkern import sdpa
+from segkern.blur import check_sigma
 from segkern.dispatch import choose_backend
 from segkern.grid import Grid
 
 # Tables made inside an operator outlive it, which memory of a compiler's CUDA graph must not.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
+TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-def _tokens_first(x: torch.Tensor) -> torch.Tensor:
+def tokens_first(x: torch.Tensor) -> torch.Tensor:
     """The same values laid out ``[batch, tokens, heads, dim]``, seen as ``[batch, heads, tokens, dim]``."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -34,7 +33,7 @@ def _empty_output(query: torch.Tensor, value_dim: int) -> torch.Tensor:
     return query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
 
 
-def _checked(
+def checked(
     x: torch.Tensor, height: int, width: int, start: int, sigma: Sequence[float]
 ) -> tuple[Grid, tuple[float, ...]]:
     """Grid and sigmas that fit ``x``; operators can be called, and graphs replayed, around the public functions."""
@@ -43,7 +42,7 @@ def _checked(
     return grid, check_sigma(sigma, x.shape[0])
 
 
-@torch.library.custom_op("segkern::gaussian_blur", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("segkern::gaussian_blur", mutates_args=(), tags=TAGS)
 def gaussian_blur(
     x: torch.Tensor,
     height: int,
@@ -55,14 +54,14 @@ def gaussian_blur(
     adjoint: bool = False,
 ) -> torch.Tensor:
     """See :func:`segkern.gaussian_blur`; ``adjoint`` applies the transposed blur, which gradients need."""
-    grid, sigmas = _checked(x, height, width, start, sigma)
+    grid, sigmas = checked(x, height, width, start, sigma)
     if choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "triton":
         from segkern.kernels.gaussian_blur import launch_gaussian_blur
 
         out = _empty_output(x, x.shape[3])
         launch_gaussian_blur(x, out, grid, sigmas, boundary, adjoint)
         return out
-    return _tokens_first(sdpa.gaussian_blur(x, grid, sigmas, boundary, adjoint))
+    return tokens_first(sdpa.gaussian_blur(x, grid, sigmas, boundary, adjoint))
 
 
 @gaussian_blur.register_fake
@@ -79,7 +78,7 @@ def _(
     return _empty_output(x, x.shape[3])
 
 
-def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def linear_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.arguments, ctx.adjoint = inputs[1:-1], inputs[-1]
 
 
@@ -87,116 +86,7 @@ def _blur_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, .
     return gaussian_blur(grad, *ctx.arguments, not ctx.adjoint), *(None,) * 7
 
 
-gaussian_blur.register_autograd(_blur_gradient, setup_context=_linear_context)
-
-
-@torch.library.custom_op("segkern::coarse_queries", mutates_args=(), tags=_TAGS)
-def coarse_queries(
-    x: torch.Tensor,
-    height: int,
-    width: int,
-    start: int,
-    sigma: Sequence[float],
-    stride: Sequence[int],
-    boundary: str,
-    adjoint: bool = False,
-) -> torch.Tensor:
-    """See :func:`segkern.sdpa.coarse_queries`."""
-    check_boundary(boundary)
-    grid, pair = Grid(height, width, start), (stride[0], stride[1])
-    (coarse_grid(grid, pair, boundary) if adjoint else grid).check(x.shape[2])
-    return _tokens_first(sdpa.coarse_queries(x, grid, check_sigma(sigma, x.shape[0]), pair, boundary, adjoint))
-
-
-@coarse_queries.register_fake
-def _(
-    x: torch.Tensor,
-    height: int,
-    width: int,
-    start: int,
-    sigma: Sequence[float],
-    stride: Sequence[int],
-    boundary: str,
-    adjoint: bool = False,
-) -> torch.Tensor:
-    return _resized(x, height, width, stride, boundary, coarser=not adjoint)
-
-
-def _coarse_queries_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return coarse_queries(grad, *ctx.arguments, not ctx.adjoint), *(None,) * 7
-
-
-@torch.library.custom_op("segkern::coarse_outputs", mutates_args=(), tags=_TAGS)
-def coarse_outputs(
-    x: torch.Tensor,
-    height: int,
-    width: int,
-    start: int,
-    stride: Sequence[int],
-    boundary: str,
-    adjoint: bool = False,
-) -> torch.Tensor:
-    """See :func:`segkern.sdpa.coarse_outputs`."""
-    check_boundary(boundary)
-    grid, pair = Grid(height, width, start), (stride[0], stride[1])
-    (grid if adjoint else coarse_grid(grid, pair, boundary)).check(x.shape[2])
-    return _tokens_first(sdpa.coarse_outputs(x, grid, pair, boundary, adjoint))
-
-
-@coarse_outputs.register_fake
-def _(
-    x: torch.Tensor,
-    height: int,
-    width: int,
-    start: int,
-    stride: Sequence[int],
-    boundary: str,
-    adjoint: bool = False,
-) -> torch.Tensor:
-    return _resized(x, height, width, stride, boundary, coarser=adjoint)
-
-
-def _coarse_outputs_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return coarse_outputs(grad, *ctx.arguments, not ctx.adjoint), *(None,) * 6
-
-
-def _resized(
-    x: torch.Tensor, height: int, width: int, stride: Sequence[int], boundary: str, *, coarser: bool
-) -> torch.Tensor:
-    """An empty tensor with the coarse grid's tokens for the grid's, or the other way round."""
-    batch, heads, tokens, dim = x.shape
-    change = height * width - point_count(height, stride[0], boundary) * point_count(width, stride[1], boundary)
-    return x.new_empty(batch, tokens - change if coarser else tokens + change, heads, dim).transpose(1, 2)
-
-
-coarse_queries.register_autograd(_coarse_queries_gradient, setup_context=_linear_context)
-coarse_outputs.register_autograd(_coarse_outputs_gradient, setup_context=_linear_context)
-
-
-@torch.library.custom_op("segkern::coarse_error", mutates_args=(), tags=_TAGS)
-def coarse_error(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    height: int,
-    width: int,
-    start: int,
-    sigma: Sequence[float],
-    scale: float,
-    boundary: str,
-    stride: Sequence[int],
-    probes: int,
-) -> torch.Tensor:
-    """See :func:`segkern.coarse_error`; it has no gradient."""
-    grid, sigmas = _checked(query, height, width, start, sigma)
-    pair = stride[0], stride[1]
-    return estimate.coarse_error(query, key, value, grid, sigmas, scale, attn_mask, boundary, pair, probes)
-
-
-@coarse_error.register_fake
-def _(query: torch.Tensor, *arguments: object) -> torch.Tensor:
-    return query.new_empty(query.shape[0], dtype=torch.float32)
+gaussian_blur.register_autograd(_blur_gradient, setup_context=linear_context)
 
 
 def fused_attention(
@@ -210,7 +100,7 @@ def fused_attention(
     boundary: str,
     return_lse: bool,
     blur: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The operator's Triton path without the operator: no gradient, no tracer; arguments are checked already.
 
     ``blur`` settles where queries are blurred (``_routes.py``), and that the attention is ours.
@@ -225,14 +115,14 @@ def fused_attention(
         blurred = _empty_output(query, query.shape[3])
         launch_gaussian_blur(query, blurred, grid, sigmas, boundary)
         out, _ = sdpa.attend(blurred, key, value, scale, None, False)
-        return _tokens_first(out), query.new_empty(0, dtype=torch.float32)
-    out, lse = _empty_attention(query, value, return_lse)
-    rows = lse if return_lse else None
-    launch_seg_attention(query, key, value, out, rows, grid, sigmas, scale, attn_mask, boundary, blur)
+        return tokens_first(out), None
+    out = _empty_output(query, value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
+    launch_seg_attention(query, key, value, out, lse, grid, sigmas, scale, attn_mask, boundary, blur)
     return out, lse
 
 
-@torch.library.custom_op("segkern::seg_attention", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("segkern::seg_attention", mutates_args=(), tags=TAGS)
 def seg_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -248,14 +138,54 @@ def seg_attention(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
-    grid, sigmas = _checked(query, height, width, start, sigma)
+    grid, sigmas = checked(query, height, width, start, sigma)
+    return _attend(query, key, value, attn_mask, grid, sigmas, scale, boundary, backend, return_lse)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    grid: Grid,
+    sigmas: tuple[float, ...],
+    scale: float,
+    boundary: str,
+    backend: str,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
     chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)
     if chosen == "triton":
-        return fused_attention(query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
+        out, row_lse = fused_attention(query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
+        return out, query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse
     out, row_lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, attn_mask, boundary, return_lse)
     lse = query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse.contiguous()
-    return _tokens_first(out), lse
+    return tokens_first(out), lse
+
+
+@torch.library.custom_op("segkern::seg_attention_at", mutates_args=(), tags=TAGS)
+def seg_attention_at(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: torch.Tensor,
+    scale: float,
+    boundary: str,
+    backend: str,
+) -> torch.Tensor:
+    """The same with sigmas that are read when it runs, from a CPU tensor ``[batch]``; it has no gradient."""
+    grid, sigmas = checked(query, height, width, start, sigma.tolist())
+    return _attend(query, key, value, attn_mask, grid, sigmas, scale, boundary, backend, False)[0]
+
+
+@seg_attention_at.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: object) -> torch.Tensor:
+    return _empty_output(query, value.shape[3])
 
 
 def _empty_attention(query: torch.Tensor, value: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,7 +211,7 @@ def _(
     return _empty_attention(query, value, return_lse)
 
 
-@torch.library.custom_op("segkern::seg_attention_backward", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("segkern::seg_attention_backward", mutates_args=(), tags=TAGS)
 def seg_attention_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
@@ -297,7 +227,7 @@ def seg_attention_backward(
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and an additive mask (empty without one)."""
-    grid, sigmas = _checked(query, height, width, start, sigma)
+    grid, sigmas = checked(query, height, width, start, sigma)
     return sdpa.seg_attention_backward(grad_out, grad_lse, query, key, value, attn_mask, grid, sigmas, scale, boundary)
 
 

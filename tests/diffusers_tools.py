@@ -156,6 +156,7 @@ def reference_run(
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(num_inference_steps)
     x = latents * scheduler.init_noise_sigma
+    acted, differences = [0] * len(specs), {}
     for step, t in enumerate(scheduler.timesteps):
         active = [i for i, s in enumerate(specs) if s.start <= step / len(scheduler.timesteps) < s.stop]
         branches = [
@@ -178,7 +179,10 @@ def reference_run(
         c = predictions[plain - 1]
         guided = predictions[0] + guidance_scale * (c - predictions[0]) if cfg else c
         for i, perturbed in zip(active, predictions[plain:], strict=True):
-            guided = guided + specs[i].scale * (c - perturbed)
+            if acted[i] % specs[i].reuse == 0:
+                differences[i] = c - perturbed
+            acted[i] += 1
+            guided = guided + specs[i].scale * differences[i]
         if cfg and guidance_rescale:
             ratio = c.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
             guided = guidance_rescale * guided * ratio + (1 - guidance_rescale) * guided

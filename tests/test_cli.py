@@ -64,6 +64,7 @@ def test_picture_holds_its_settings(tmp_path: Path) -> None:
         "seg_stop": "1.0",
         "seg_boundary": "reflect",
         "seg_query_stride": "1",
+        "seg_reuse": "1",
         "segkern": __version__,
     }
 

@@ -113,3 +113,93 @@ def test_a_compiled_denoiser_is_guided_at_every_size() -> None:
             found = run(pipe, latents=noise(1, *size), num_inference_steps=1)
             assert relative(found, output) < PIPELINE_TOLERANCE
     assert counter.frame_count < len(sizes), "sizes do not share what was compiled"
+
+
+def test_other_sigmas_and_scales_need_no_compilation() -> None:
+    pipe, latents = smaller_pipeline(), noise()
+    specs = [SEG(9.0, 2.0, "m0"), SEG(30.0, 2.0, "m0"), SEG(30.0, 0.7, "m0"), SEG(-20.0, 0.6, "m0")]
+    expected = []
+    for spec in specs:
+        with guide(pipe, spec):
+            expected.append(run(pipe, latents=latents, num_inference_steps=1))
+    counter = CompileCounter()
+    wrapped(pipe, counter)
+    frames = []
+    for spec, output in zip(specs, expected, strict=True):
+        with guide(pipe, spec):
+            assert relative(run(pipe, latents=latents, num_inference_steps=1), output) < PIPELINE_TOLERANCE
+        frames.append(counter.frame_count)
+    assert frames == [1] * len(specs)
+    assert relative(expected[2], expected[1]) > 1e-4, "the sigma would not be noticed"
+
+
+@pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
+def test_guidance_costs_one_compilation_besides_the_plain_one(sigma: float) -> None:
+    pipe, latents, counter = smaller_pipeline(), noise(), CompileCounter()
+    wrapped(pipe, counter)
+    run(pipe, latents=latents, num_inference_steps=2)
+    plain = counter.frame_count
+    for start in (0.0, 0.5):  # with plain steps in the same run
+        with guide(pipe, SEG(sigma=sigma, layers="m0", start=start)):
+            run(pipe, latents=latents, num_inference_steps=2)
+    run(pipe, latents=latents, num_inference_steps=2)
+    assert counter.frame_count == plain + 1
+
+
+def test_a_compiled_denoiser_in_channels_last_with_slicing() -> None:
+    pipe, latents = smaller_pipeline(), noise()
+    spec = SEG(sigma=2.0, layers="m0")
+    with guide(pipe, spec):
+        expected = run(pipe, latents=latents, num_inference_steps=2)
+    pipe.vae.enable_slicing()
+    pipe.unet.to(memory_format=torch.channels_last)
+    for compile_ in (lambda pipe, backend: None, wrapped):
+        compile_(pipe, "eager")
+        with guide(pipe, spec):
+            assert relative(run(pipe, latents=latents, num_inference_steps=2), expected) < PIPELINE_TOLERANCE
+
+
+def test_the_code_that_inductor_writes_gives_the_same_latents() -> None:
+    pipe, latents = smaller_pipeline(), noise()
+    specs = [SEG(2.0, 2.0, "m0"), SEG(2.0, 0.8, "m0")]
+    expected = []
+    for spec in specs:
+        with guide(pipe, spec):
+            expected.append(run(pipe, latents=latents, num_inference_steps=1))
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True, mode="reduce-overhead")
+    for spec, output in zip(specs, expected, strict=True):
+        with guide(pipe, spec):
+            assert relative(run(pipe, latents=latents, num_inference_steps=1), output) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
+def test_a_guided_step_in_a_cuda_graph(sigma: float) -> None:
+    """What ``guide`` decides before a forward it decides while the graph is captured; replays do the same again."""
+    pipe = smaller_pipeline().to("cuda", torch.float16)
+    texts = pipe.encode_prompt("a red fox", do_classifier_free_guidance=True)
+    text, pooled = torch.cat([texts[1], texts[0]]), torch.cat([texts[3], texts[2]])
+    sample = noise().to("cuda", torch.float16).repeat(2, 1, 1, 1)
+    conditions = {"text_embeds": pooled, "time_ids": torch.zeros(2, 6, device="cuda", dtype=torch.float16)}
+    pipe._guidance_scale, pipe._guidance_rescale, pipe._num_timesteps = 5.0, 0.0, 100
+    pipe.scheduler.set_timesteps(100, device="cuda")
+    step = torch.tensor(10.0, device="cuda")
+
+    def forward() -> torch.Tensor:
+        found = pipe.unet(sample, step, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False)
+        assert isinstance(found[0], torch.Tensor)
+        return found[0]
+
+    with torch.no_grad(), guide(pipe, SEG(sigma=sigma, layers="m0")):
+        expected = forward()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            forward()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = forward()
+        captured.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+    assert relative(captured, expected) < 2e-3

@@ -56,6 +56,15 @@ CASES: dict[str, tuple[list[SEG], dict[str, Any]]] = {
         [SEG(1.0, 1.0), SEG(1.0, math.inf)],
         {"latents": noise(2), "prompt": ["a", "b"]},
     ),
+    "a_branch_serves_two_steps": ([SEG(sigma=2.0, reuse=2)], {"latents": noise(), "num_inference_steps": 5}),
+    "a_branch_serves_three_steps_without_cfg": (
+        [SEG(reuse=3, start=0.3)],
+        {"latents": noise(2), "prompt": ["a", "b"], "guidance_scale": 1.0, "num_inference_steps": 5},
+    ),
+    "branches_serve_different_numbers_of_steps": (
+        [SEG(1.0, 1.0, reuse=2), SEG(2.0, math.inf, "up", reuse=3), SEG(0.5, 2.0, "d1")],
+        {"latents": noise(), "num_inference_steps": 5, "guidance_rescale": 0.5},
+    ),
     "specs_taking_turns": (
         [
             SEG(1.0, 1.0, "mid", stop=0.5),

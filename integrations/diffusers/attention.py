@@ -25,6 +25,7 @@ from segkern.api import coarse_error, coarse_outputs, coarse_queries, seg_attent
 from segkern.blur import runs
 from segkern.coarse import coarse_grid
 from segkern.grid import Grid
+from segkern.plans import takes_points
 
 Stride = tuple[int, int]
 
@@ -44,6 +45,9 @@ def self_attention(
     backend: str = "auto",
     fused: bool = False,
     strides: tuple[Stride, ...] | None = None,
+    own: int | None = None,
+    source: slice = slice(0, 0),
+    values: torch.Tensor | None = None,
     probed: Sequence[tuple[slice, Sequence[Stride]]] = (),
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """diffusers' standard self-attention, sample ``i`` with queries blurred by ``sigmas[i]``.
@@ -62,6 +66,11 @@ def self_attention(
         fused: project with ``attn.to_qkv``.
         strides: one per sample, of its query rows over the grid; None computes every row. It says nothing where
             sigma is 0 or infinite, nor under a mask with rows of its own.
+        own: the samples after so many have the hidden states of ``source``, once or several times, and share their
+            projections; None where all have their own.
+        source: samples before ``own``.
+        values: the sigmas, in a CPU tensor to be read when a graph runs; those of ``sigmas`` only say then which are
+            0, infinite or neither. Not with strides.
         probed: samples of finite sigma, and the strides whose error to estimate there.
 
     Returns:
@@ -91,11 +100,14 @@ def self_attention(
     if attn.group_norm is not None:
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-    layer = _Layer(attn, grid, boundary, backend, fused)
+    layer = _Layer(attn, grid, boundary, backend, fused, values)
     ways = layer.ways(sigmas, strides, attention_mask)
     errors: tuple[torch.Tensor, ...] = ()
-    if not probed and any(way != EVERY_ROW for way in ways) and layer.projects_rows(tokens, attention_mask):
-        output = layer.attend_by_kind(hidden_states, sigmas, ways, attention_mask)
+    own = batch if own is None else own
+    few_rows = any(way != EVERY_ROW for way in ways)
+    alone = layer.projects_rows(tokens, attention_mask) if few_rows else layer.projects_parts()
+    if not probed and alone and (few_rows or own < batch):
+        output = layer.attend_by_kind(hidden_states, sigmas, ways, attention_mask, own, source)
     else:
         qkv = layer.project(hidden_states)
         output = layer.project_out(layer.attend_by_stride(qkv, sigmas, ways, attention_mask))
@@ -117,7 +129,10 @@ def _same_grid(given: Grid | None, actual: Grid) -> Grid:
 class _Layer:
     """The steps of one layer between its norms and its residual; made anew for every call."""
 
-    def __init__(self, attn: Attention, grid: Grid, boundary: str, backend: str, fused: bool) -> None:
+    def __init__(
+        self, attn: Attention, grid: Grid, boundary: str, backend: str, fused: bool, values: torch.Tensor | None
+    ) -> None:
+        self.values = values
         self.attn = attn
         self.grid = grid
         self.boundary = boundary
@@ -147,9 +162,13 @@ class _Layer:
 
         The mean of the whole image is one, the points of a coarse grid are others.
         """
-        affine = self.attn.norm_q is None and (not self.fused or _is_plain_linear(self.attn.to_qkv))
+        affine = self.attn.norm_q is None and self.projects_parts()
         one_row_mask = attention_mask is None or attention_mask.shape[2] == 1
         return affine and one_row_mask and self.grid.start == 0 and self.grid.tokens == tokens
+
+    def projects_parts(self) -> bool:
+        """Whether queries can be projected without keys and values."""
+        return not self.fused or _is_plain_linear(self.attn.to_qkv)
 
     def attend_by_kind(
         self,
@@ -157,22 +176,37 @@ class _Layer:
         sigmas: tuple[float, ...],
         ways: tuple[Stride, ...],
         attention_mask: torch.Tensor | None,
+        own: int,
+        source: slice,
     ) -> torch.Tensor:
-        """Output ``[batch, tokens, channels]`` of samples some of which need few query rows, projected alone."""
-        key, value = self.project_key_value(hidden_states)
+        """Output ``[batch, tokens, channels]`` of samples some of which need few query rows, projected alone.
+
+        Samples after ``own`` repeat ``source``: they are read there.
+        """
+        key, value = self.project_key_value(hidden_states[:own])
+        length = max(1, source.stop - source.start)
+        repeats = [(slice(i, i + length), ways[i]) for i in range(own, len(ways), length)]
+        shared = key[:0]
         outputs = []
-        for samples, way in runs(ways):
-            tokens, some = hidden_states[samples], sigmas[samples]
+        for samples, way in [*runs(ways[:own]), *repeats]:
+            where = source if samples.start >= own else samples
+            tokens, some = hidden_states[where], sigmas[samples]
             mask = None if attention_mask is None else attention_mask[samples]
+            grid = self.grid
             if way == EVERY_ROW:
-                rows, grid = tokens, self.grid
+                some = self.sigmas(sigmas, samples)
+            if way == EVERY_ROW and where is samples:
+                queries = self.project_query(tokens)
+                if samples.start <= source.start and source.stop <= samples.stop:
+                    shared = queries[source.start - samples.start : source.stop - samples.start]
+            elif way == EVERY_ROW:
+                queries = shared  # the source is a plain sample, whose queries are all there
             elif way == _ONE_ROW:  # one query row is its own mean; saying so chooses the kernel for few rows
-                rows, grid = _mean_token(tokens), Grid(1, 1)
+                queries, grid = self.project_query(_mean_token(tokens)), Grid(1, 1)
             else:
                 rows = coarse_queries(tokens[:, None], self.grid, some, way, self.boundary)[:, 0]
-                some, grid = (0.0,) * len(some), Grid(1, 1)
-            qkv = self.project_query(rows), key[samples], value[samples]
-            output = self.project_out(self.attend(qkv, some, mask, grid))
+                queries, some, grid = self.project_query(rows), (0.0,) * len(some), Grid(1, 1)
+            output = self.project_out(self.attend((queries, key[where], value[where]), some, mask, grid))
             if way == _ONE_ROW:
                 output = output.expand(-1, tokens.shape[1], -1)
             elif way != EVERY_ROW:
@@ -193,8 +227,14 @@ class _Layer:
         for samples, stride in strides:
             query, key, value = (x[samples] for x in qkv) if len(strides) > 1 else qkv
             mask = None if attention_mask is None else attention_mask[samples]
-            outputs.append(self.attend((query, key, value), sigmas[samples], mask, query_stride=stride))
+            some = self.sigmas(sigmas, samples)
+            outputs.append(self.attend((query, key, value), some, mask, query_stride=stride))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def sigmas(self, known: tuple[float, ...], samples: slice) -> tuple[float, ...] | torch.Tensor:
+        """Of some samples: numbers, or the tensor's where it has any to tell."""
+        some = known[samples]
+        return some if self.values is None or not any(map(takes_points, some)) else self.values[samples]
 
     def estimate(
         self,
@@ -217,7 +257,7 @@ class _Layer:
     def attend(
         self,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        sigmas: tuple[float, ...],
+        sigmas: tuple[float, ...] | torch.Tensor,
         attention_mask: torch.Tensor | None,
         grid: Grid | None = None,
         query_stride: Stride = EVERY_ROW,

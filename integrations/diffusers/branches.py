@@ -3,9 +3,9 @@
 
 The pipeline's own batch is ``[unconditional, conditional]`` under classifier-free guidance and
 ``[conditional]`` without it. Branches are appended behind it. A perturbed branch equals the conditional one
-until its first perturbed layer, so it joins only there: blocks before run on the pipeline's own batch, and
+until its first perturbed layer, so it joins only there: what comes before runs on the pipeline's own batch, and
 whatever was computed before (skip connections, embeddings) is the conditional slice, appended when a later
-block asks for it.
+module asks for it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from torch import nn
 
 # Arguments that hold one entry per sample. Others (cross_attention_kwargs, upsample_size) pass through
 # untouched.
-_BLOCK_ARGUMENTS = frozenset(
+_MODULE_ARGUMENTS = frozenset(
     {
         "hidden_states",
+        "input_tensor",
         "temb",
-        "res_hidden_states_tuple",
         "encoder_hidden_states",
         "attention_mask",
         "encoder_attention_mask",
         "additional_residuals",
     }
 )
+_SKIPS = "res_hidden_states_tuple"
 _DENOISER_ARGUMENTS = frozenset(
     {
         "sample",
@@ -57,10 +58,12 @@ class Batch:
     Attributes:
         size: samples in it.
         first: index of the first conditional sample: half the size under classifier-free guidance, else 0.
+        branches: how many will have joined at the end.
     """
 
     size: int
     first: int
+    branches: int = 0
 
     @property
     def conditional(self) -> slice:
@@ -75,40 +78,45 @@ class Batch:
         """Samples in the batch once ``count`` branches have joined."""
         return self.size + count * (self.size - self.first)
 
-    def grow(self, value: Any, count: int) -> Any:
+    def fit(self, value: Any, count: int) -> Any:
         """``value`` with every batch-first tensor in it brought to ``count`` branches.
 
-        A tensor that already carries some of them gets the missing ones; tensors whose first dimension is no
-        such batch, and anything that is not a tensor, list, tuple or dictionary, come back as they are.
+        A tensor that carries fewer gets the missing ones, one that carries more loses the last;
+        tensors whose first dimension is no such batch, and anything that is not a tensor, list, tuple or
+        dictionary, come back as they are.
         """
         if isinstance(value, torch.Tensor):
-            return self._grow_tensor(value, count)
+            return self._fit_tensor(value, count)
         if isinstance(value, dict):
-            return {key: self.grow(item, count) for key, item in value.items()}
+            return {key: self.fit(item, count) for key, item in value.items()}
         if type(value) in (list, tuple):
-            return type(value)([self.grow(item, count) for item in value])
+            return type(value)([self.fit(item, count) for item in value])
         return value
 
-    def _grow_tensor(self, x: torch.Tensor, count: int) -> torch.Tensor:
+    def _fit_tensor(self, x: torch.Tensor, count: int) -> torch.Tensor:
         if x.ndim == 0:
             return x
-        for joined in range(count):
-            if x.shape[0] == self.with_branches(joined):
+        for joined in range(max(count, self.branches) + 1):
+            if x.shape[0] != self.with_branches(joined):
+                continue
+            if joined < count:
                 return torch.cat([x, *[x[self.conditional]] * (count - joined)])
+            return x if joined == count else x[: self.with_branches(count)]
         return x
 
 
 class Join:
-    """Forward pre-hook of a block: the branches that start here, or started before, join its arguments.
+    """Forward pre-hook of a module: its arguments get the branches that it runs with, no more and no fewer.
 
     Attributes:
+        module: the one it was made for.
         batch: of the forward under way; None while no guidance acts.
-        branches: how many of them this block runs with.
+        branches: how many the module runs with.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self._names = _parameter_names(block)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._names = _parameter_names(module)
         self.batch: Batch | None = None
         self.branches = 0
 
@@ -116,9 +124,31 @@ class Join:
         return self
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        if self.batch is None or module is not self.block:  # a copy of the block is not guided
+        if self.batch is None or module is not self.module:  # a copy of the module is not guided
             return None
-        return _grow_arguments(self._names, _BLOCK_ARGUMENTS, args, kwargs, self.batch, self.branches)
+        return _fit_arguments(self._names, _MODULE_ARGUMENTS, args, kwargs, self.batch, self.branches)
+
+
+class JoinSkips(Join):
+    """Forward pre-hook of an up block: each skip connection gets the branches that its resnet runs with.
+
+    Attributes:
+        by_resnet: how many branches each resnet runs with; the first one takes the last skip connection.
+    """
+
+    by_resnet: tuple[int, ...] = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        batch = self.batch
+        if batch is None or module is not self.module:
+            return None
+        place = self._names.index(_SKIPS)
+        skips = args[place] if place < len(args) else kwargs[_SKIPS]
+        counts = reversed(self.by_resnet)
+        skips = tuple(batch.fit(skip, count) for skip, count in zip(skips, counts, strict=True))
+        if place < len(args):
+            return (*args[:place], skips, *args[place + 1 :]), kwargs
+        return args, kwargs | {_SKIPS: skips}
 
 
 class DenoiserArguments:
@@ -134,27 +164,42 @@ class DenoiserArguments:
 
     def grow_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
         """Every batch-first argument with ``count`` branches, so that every block runs with them."""
-        return _grow_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, batch, count)
+        return _fit_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, batch, count)
 
     def grow_mid_residual(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
         """A ControlNet's residual of the mid block, which is added to that block's enlarged output."""
-        return _grow_arguments(self._names, {"mid_block_additional_residual"}, args, kwargs, batch, count)
+        return _fit_arguments(self._names, {"mid_block_additional_residual"}, args, kwargs, batch, count)
+
+
+def difference(output: torch.Tensor, batch: Batch, branch: int) -> torch.Tensor:
+    """``c - p`` of a branch, in float32 at least.
+
+    Args:
+        output: the denoiser's, with branches.
+        batch: the pipeline's own batch.
+        branch: in the order in which they joined.
+    """
+    compute = torch.promote_types(output.dtype, torch.float32)
+    return output[batch.conditional].to(compute) - output[batch.branch(branch)].to(compute)
 
 
 def fold(
-    output: torch.Tensor, batch: Batch, scales: Sequence[float], rescaled_guidance_scale: float | None
+    output: torch.Tensor,
+    batch: Batch,
+    guided: Sequence[tuple[float, torch.Tensor]],
+    rescaled_guidance_scale: float | None,
 ) -> torch.Tensor:
     """The prediction of the pipeline's own batch with the guidance in it.
 
-    With ``d = sum_i scales[i] (c - p_i)``: ``c + d`` without classifier-free guidance; ``(u + d, c + d)``
+    With ``d = sum_i s_i (c - p_i)``: ``c + d`` without classifier-free guidance; ``(u + d, c + d)``
     with it, so that the pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With ``guidance_rescale``
     the pipeline measures the conditional prediction, which must stay what it was: ``(u - d / (g - 1), c)``
     gives the same sum.
 
     Args:
-        output: the denoiser's, ``[batch.with_branches(len(scales)), ...]``.
+        output: the denoiser's; only the pipeline's own batch of it is read.
         batch: the pipeline's own batch.
-        scales: one per branch, in the order in which they joined.
+        guided: for each guidance its scale ``s_i`` and :func:`difference`.
         rescaled_guidance_scale: ``g`` under guidance_rescale, else None.
 
     Returns:
@@ -165,8 +210,8 @@ def fold(
     compute = torch.promote_types(output.dtype, torch.float32)
     conditional = output[batch.conditional].to(compute)
     shift = torch.zeros_like(conditional)
-    for index, scale in enumerate(scales):
-        shift += scale * (conditional - output[batch.branch(index)].to(compute))
+    for scale, moved in guided:
+        shift += scale * moved
     if batch.first == 0:
         return (conditional + shift).to(output.dtype)
     unconditional = output[: batch.first].to(compute)
@@ -182,7 +227,7 @@ def _parameter_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
-def _grow_arguments(
+def _fit_arguments(
     names: tuple[str, ...],
     batch_first: frozenset[str] | set[str],
     args: tuple[Any, ...],
@@ -191,8 +236,7 @@ def _grow_arguments(
     count: int,
 ) -> Arguments:
     positional = tuple(
-        batch.grow(value, count) if i < len(names) and names[i] in batch_first else value
-        for i, value in enumerate(args)
+        batch.fit(value, count) if i < len(names) and names[i] in batch_first else value for i, value in enumerate(args)
     )
-    named = {name: batch.grow(value, count) if name in batch_first else value for name, value in kwargs.items()}
+    named = {name: batch.fit(value, count) if name in batch_first else value for name, value in kwargs.items()}
     return positional, named

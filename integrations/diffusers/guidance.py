@@ -17,14 +17,16 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
 from segkern.integrations.diffusers.attention import EVERY_ROW
-from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, Join, fold
+from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, difference, fold
 from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.layers import LayerInfo, execution_order
+from segkern.integrations.diffusers.layers import LayerInfo
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor, unwrap
 from segkern.integrations.diffusers.report import Recorder, Report
+from segkern.integrations.diffusers.reuse import Differences
 from segkern.integrations.diffusers.schedule import Run
+from segkern.integrations.diffusers.sharing import Places
 from segkern.integrations.diffusers.specs import SEG
-from segkern.integrations.diffusers.support import check_pipeline, choose_layers
+from segkern.integrations.diffusers.support import GUIDED, check_pipeline, choose_layers
 
 
 def guide(pipe: Any, *specs: SEG, share: bool = True) -> Guidance:
@@ -39,9 +41,9 @@ def guide(pipe: Any, *specs: SEG, share: bool = True) -> Guidance:
     Args:
         pipe: a Stable Diffusion or Stable Diffusion XL pipeline. Its ``unet`` may be compiled.
         specs: the guidances, at least one.
-        share: let a branch join the batch only at the first block that holds one of its layers, since it
-            equals the conditional branch before. The result is the same, up to rounding, and costs less;
-            False is there to check.
+        share: let a branch join the batch only at the transformer block of its first layer, since it equals the
+            conditional branch before; that layer projects the branch's queries, keys and values once for both.
+            The result is the same, up to rounding, and costs less; False is there to check.
 
     Returns:
         The active guidance, a context manager. Leaving it, by an exception too, puts back the very objects
@@ -97,15 +99,16 @@ class Guidance:
         self._calibration = Calibration(specs)
         self._recorder = Recorder(specs, layers, self._calibration)
         self._arguments = DenoiserArguments(unet)
-        self._handles: list[RemovableHandle] = []
-        self._joins = {name: (block, Join(block)) for name, block in execution_order(unet)}
+        self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
+        self._inner: list[RemovableHandle] = []  # on its parts, from the first guided forward to the next plain one
+        self._places = Places(unet)
         self._layers = _guided_layers(unet, specs, layers)
-        order = list(self._joins)
-        # Position of the first block that each guidance changes.
-        self._first = [min(_block_index(order, layer.module) for layer in chosen) for chosen in layers]
-        self._last_down = sum(name.startswith("down") for name in order) - 1
+        # Where each guidance's branch joins.
+        self._first = [min(self._places.of(layer.module) for layer in chosen) for chosen in layers]
         self._batch: Batch | None = None  # of the forward under way; None when it is a plain one
         self._active: tuple[int, ...] = ()  # guidances of the forward under way, in the order in which they join
+        self._reused: tuple[int, ...] = ()  # those of it whose last difference is taken instead
+        self._differences = Differences(specs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
         """A copy of the pipeline takes the hooks along, but they act on the original alone."""
@@ -133,17 +136,44 @@ class Guidance:
 
     def _install(self) -> None:
         try:
-            for layer in self._layers:
-                layer.attention.set_processor(layer.processor)
-            self._hook_grids()
-            for block, join in list(self._joins.values())[min(self._first) :]:
-                self._handles.append(block.register_forward_pre_hook(join, with_kwargs=True))
+            GUIDED.add(self._unet)
+            self._attach()
             self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
             self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True))
         except BaseException:
             self._remove(warn=False)
             raise
+
+    def _attach(self) -> None:
+        """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
+        for layer in self._layers:
+            current = layer.attention.processor
+            if current is layer.processor:
+                continue
+            original = unwrap(current)
+            if type(original) not in STANDARD_PROCESSORS:
+                raise ValueError(
+                    f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
+                    f"is not standard self-attention; set it after the guidance is removed"
+                )
+            if original is not layer.processor.original:  # fused projections, for example
+                layer.processor.tell(None)  # someone may have kept it
+                layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
+            layer.attention.set_processor(layer.processor)
+        if not self._inner:
+            self._hook_grids()
+            self._inner += self._places.hook(min(self._first))
+
+    def _detach(self) -> None:
+        """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
+        self._places.tell(None, ())
+        while self._inner:
+            self._inner.pop().remove()
+        for layer in self._layers:
+            layer.processor.tell(None)  # someone may have kept it
+            if layer.attention.processor is not unwrap(layer.attention.processor):
+                layer.attention.set_processor(unwrap(layer.attention.processor))
 
     def _hook_grids(self) -> None:
         """Each layer's grid comes from the image that its transformer gets."""
@@ -152,18 +182,19 @@ class Guidance:
                 inside = [layer for layer in self._layers if layer.info.module.startswith(f"{name}.")]
                 if inside:
                     read = _ReadGrid(module, inside)
-                    self._handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
+                    self._inner.append(module.register_forward_pre_hook(read, with_kwargs=True))
 
     def _remove(self, warn: bool) -> None:
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
-        self._tell_plain()  # someone may have kept our processors
+        if had_hooks:
+            GUIDED.discard(self._unet)
+        self._detach()
+        self._differences.forget()
         for layer in self._layers:
             layer.processor.moved, layer.processor.errors = None, ()
-            if layer.attention.processor is not unwrap(layer.attention.processor):
-                layer.attention.set_processor(unwrap(layer.attention.processor))
         saved = getattr(self._unet, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
@@ -184,24 +215,29 @@ class Guidance:
             return None
         self._batch = None
         if not self._run.is_ours():
-            self._tell_plain()
+            self._detach()
             return None
         fraction = self._run.next_fraction()
-        active = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
-        self._adopt_processors()
+        acting = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
+        sample = self._arguments.get("sample", args, kwargs)
+        active = [index for index in acting if self._differences.due(index, fraction, sample.shape)]
+        if active:
+            self._attach()
         self._recorder.forwards += 1
         self._active = tuple(sorted(active, key=lambda index: self._first[index]))
+        self._reused = tuple(index for index in acting if index not in active)
+        if acting and not active:
+            self._batch = self._run.batch(sample.shape[0], 0)
         if not active:
-            self._tell_plain()
+            self._detach()
             return None
-        sample = self._arguments.get("sample", args, kwargs)
-        self._batch = self._run.batch(sample.shape[0])
+        self._batch = self._run.batch(sample.shape[0], len(active))
         self._calibration.size = (sample.shape[2], sample.shape[3])
         share = self._share and self._can_share(args, kwargs)
         self._tell(self._batch, share)
         if not share:
             return self._arguments.grow_all(args, kwargs, self._batch, len(active))
-        mid = self._joined(self._last_down + 1)
+        mid = self._joined(self._places.last_of("mid"))
         return self._arguments.grow_mid_residual(args, kwargs, self._batch, mid) if mid else None
 
     @torch.compiler.disable
@@ -223,9 +259,14 @@ class Guidance:
             processor.moved, processor.errors = None, ()
         self._calibration.settle()
         self._recorder.add(moved, sample.dtype)
-        scales = [self._specs[index].scale for index in self._active]
+        guided = []
+        for branch, index in enumerate(self._active):
+            found = difference(sample, self._batch, branch)
+            self._differences.keep(index, found)
+            guided.append((self._specs[index].scale, found))
+        guided += [(self._specs[index].scale, self._differences.last(index)) for index in self._reused]
         rescaled = self._run.rescaled_guidance_scale() if self._batch.first else None
-        folded = fold(sample, self._batch, scales, rescaled)
+        folded = fold(sample, self._batch, guided, rescaled)
         return (folded, *output[1:]) if isinstance(output, tuple) else type(output)(sample=folded)
 
     def _can_share(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -239,19 +280,18 @@ class Guidance:
         inside = self._arguments.get("down_intrablock_additional_residuals", args, kwargs)
         if inside is not None or (down is not None and mid is None):  # the second is the old way to pass the first
             return False
-        return down is None or self._joined(self._last_down) == 0
+        return down is None or self._joined(self._places.last_of("down")) == 0
 
-    def _joined(self, position: int) -> int:
-        """How many of the active guidances' branches the block at this position runs with."""
-        return sum(self._first[index] <= position for index in self._active)
+    def _joined(self, place: int) -> int:
+        """How many of the active guidances' branches run through the place of this number."""
+        return sum(self._first[index] <= place for index in self._active)
 
     def _tell(self, batch: Batch, share: bool) -> None:
-        order = list(self._joins)
-        for position, (_, join) in enumerate(self._joins.values()):
-            join.batch = batch if share else None
-            join.branches = self._joined(position)
+        self._places.tell(batch if share else None, [self._joined(place) for place in range(len(self._places))])
         for layer in self._layers:
-            joined = self._joined(_block_index(order, layer.info.module)) if share else len(self._active)
+            place = self._places.of(layer.info.module)
+            joined = self._joined(place) if share else len(self._active)
+            new = joined - self._joined(place - 1) if share and self._places.shares_inputs(place) else 0
             sigmas, strides = [0.0] * batch.size, [EVERY_ROW] * batch.size
             for index in self._active[:joined]:
                 acts, samples = index in layer.specs, batch.size - batch.first
@@ -259,34 +299,13 @@ class Guidance:
                 strides += [self._calibration.stride(index, layer.info.module) if acts else EVERY_ROW] * samples
             acting = [(i, index) for i, index in enumerate(self._active) if index in layer.specs]
             processor = layer.processor
-            processor.sigmas = tuple(float(sigma) for sigma in sigmas)
+            processor.tell(tuple(float(sigma) for sigma in sigmas))
             processor.strides = tuple(strides)
             processor.conditional = batch.conditional
+            processor.own = batch.with_branches(joined - new)
             processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
             processor.candidates = tuple(self._calibration.candidates(index, layer.info.module) for _, index in acting)
             processor.errors = ()
-
-    def _tell_plain(self) -> None:
-        for _, join in self._joins.values():
-            join.batch = None
-        for layer in self._layers:
-            layer.processor.sigmas = None
-
-    def _adopt_processors(self) -> None:
-        """Stand in for processors that were set since the last forward, by fused projections for example."""
-        for layer in self._layers:
-            current = layer.attention.processor
-            if current is layer.processor:
-                continue
-            original = unwrap(current)
-            if type(original) not in STANDARD_PROCESSORS:
-                raise ValueError(
-                    f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
-                    f"is not standard self-attention; set it after the guidance is removed"
-                )
-            layer.processor.sigmas = None  # someone may have kept it
-            layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
-            layer.attention.set_processor(layer.processor)
 
 
 class _ReadGrid:
@@ -305,13 +324,8 @@ class _ReadGrid:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         height, width = hidden_states.shape[2:]
         for layer in self._layers:
-            if layer.processor.sigmas is not None:
+            if layer.processor.kinds:
                 layer.processor.grid = Grid(height, width)
-
-
-def _block_index(order: list[str], module: str) -> int:
-    """Position of the block that holds a module."""
-    return next(i for i, name in enumerate(order) if module.startswith(f"{name}."))
 
 
 def _guided_layers(

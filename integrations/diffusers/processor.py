@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from segkern.blur import check_boundary, check_sigma
+from segkern.blur import check_boundary, check_sigma, table_making
 from segkern.coarse import check_query_stride
 from segkern.dispatch import check_backend
 from segkern.grid import Grid
-from segkern.integrations.diffusers.attention import Stride, self_attention
+from segkern.integrations.diffusers.attention import EVERY_ROW, Stride, self_attention
+from segkern.plans import takes_points
 
 STANDARD_PROCESSORS = (
     AttnProcessor,
@@ -125,7 +127,11 @@ class GuidedProcessor:
     Attributes:
         original: the processor it stands in for.
         sigmas: one per sample of the batch that reaches this layer; None while no guidance acts.
+        kinds: the same with 1 for any finite one, which is all that a compiled graph knows of them.
+        values: the same in a CPU tensor, which a compiled graph reads when it runs.
         conditional: the samples of the conditional branch.
+        own: how many samples, from the first, have hidden states of their own; those after them, whose branches have
+            just joined, repeat the conditional ones.
         perturbed: for each guidance that acts on this layer, the samples of its branch.
         strides: of the query rows, one per sample like ``sigmas``; None computes every row.
         candidates: for each of ``perturbed``, the strides whose error this forward estimates, none by default.
@@ -143,7 +149,10 @@ class GuidedProcessor:
         self.backend = backend
         self.fused = isinstance(self.original, FusedAttnProcessor2_0)
         self.sigmas: tuple[float, ...] | None = None
+        self.kinds: tuple[float, ...] = ()
+        self.values: torch.Tensor | None = None
         self.conditional = slice(0, 0)
+        self.own = 0
         self.perturbed: tuple[slice, ...] = ()
         self.strides: tuple[Stride, ...] | None = None
         self.candidates: tuple[tuple[Stride, ...], ...] = ()
@@ -165,7 +174,7 @@ class GuidedProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self.sigmas is None:
+        if not self.kinds:
             known = {} if temb is None else {"temb": temb}
             return self.original(
                 attn,
@@ -174,23 +183,52 @@ class GuidedProcessor:
                 attention_mask=attention_mask,
                 **known,
             )
+        sigmas, values = self._sigmas(hidden_states)
         output, self.errors = self_attention(
             attn,
             hidden_states,
-            self.sigmas,
+            sigmas,
             self.grid,
+            values=values,
             attention_mask=attention_mask,
             temb=temb,
             boundary=self.boundary,
             backend=self.backend,
             fused=self.fused,
             strides=self.strides,
+            own=self.own,
+            source=self.conditional,
             probed=[each for each in zip(self.perturbed, self.candidates, strict=False) if each[1]],
         )
         conditional = output[self.conditional]
         reference = _norms(conditional)
         self.moved = tuple(torch.stack([_norms(output[p] - conditional), reference]) for p in self.perturbed)
         return output
+
+    def tell(self, sigmas: tuple[float, ...] | None) -> None:
+        """The sigmas of the coming forward; None for a plain one."""
+        self.sigmas = sigmas
+        self.kinds = () if sigmas is None else tuple(1.0 if takes_points(sigma) else sigma for sigma in sigmas)
+        self.values = None if sigmas is None else _tensor(sigmas)
+
+    def _sigmas(self, hidden_states: torch.Tensor) -> tuple[tuple[float, ...], torch.Tensor | None]:
+        """Numbers, or in a graph that is being compiled kinds and the tensor with the numbers.
+
+        Points between tokens, and gradients, are made for certain numbers.
+        """
+        rows = self.strides is None or all(stride == EVERY_ROW for stride in self.strides)
+        differentiable = torch.is_grad_enabled() and hidden_states.requires_grad
+        if torch.compiler.is_compiling() and rows and not any(self.candidates) and not differentiable:
+            return self.kinds, self.values
+        assert self.sigmas is not None
+        return self.sigmas, None
+
+
+@lru_cache(maxsize=256)
+def _tensor(sigmas: tuple[float, ...]) -> torch.Tensor:
+    """On the CPU, made once, whatever the caller's modes."""
+    with table_making():
+        return torch.tensor(sigmas, dtype=torch.float64, device="cpu")
 
 
 def _norms(x: torch.Tensor) -> torch.Tensor:

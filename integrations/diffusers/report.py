@@ -121,15 +121,17 @@ class Recorder:
         fired: dict[tuple[int, str], int] = {}
         totals: dict[tuple[int, str], float] = {}
         for pairs, (count, total) in self._sums.items():
-            for pair, value in zip(pairs, total.tolist(), strict=True):
+            for pair in pairs:
                 fired[pair] = fired.get(pair, 0) + count
+            # A denoiser without data (meta) moves nothing that could be told.
+            for pair, value in zip(pairs, () if total.is_meta else total.tolist(), strict=total.device.type != "meta"):
                 totals[pair] = totals.get(pair, 0.0) + value
         rows = []
         for index, layers in enumerate(self.layers):
             for layer in layers:
                 pair = (index, layer.module)
                 count = fired.get(pair, 0)
-                moved = totals[pair] / count if count else None
+                moved = totals[pair] / count if pair in totals else None
                 choice = self.calibration.report(index, layer.module)
                 stride, error = (None, None) if choice is None else (choice.stride, choice.error)
                 rows.append(LayerReport(index, layer.name, layer.module, count, moved, stride, error))
@@ -145,11 +147,11 @@ class Recorder:
         problems = []
         for index, spec in enumerate(self.specs):
             moves = [row.moved for row in rows if row.spec == index and row.moved is not None]
-            if not moves:
+            if not any(row.fired for row in rows if row.spec == index):
                 problems.append(f"{spec} fired in none of {self.forwards} forwards of the denoiser")
             elif any(math.isnan(moved) for moved in moves):
                 problems.append(f"{spec} met NaN: the outputs of its layers are not numbers")
-            elif not any(moved > least for moved in moves):
+            elif moves and not any(moved > least for moved in moves):
                 problems.append(f"{spec} changed nothing: its layers moved by {max(moves):.1e} at most")
             lost = [row.layer for row in rows if row.spec == index and row.error == math.inf]
             if lost:

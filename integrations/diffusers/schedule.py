@@ -54,20 +54,20 @@ class Run:
         self._step += 1
         return fraction
 
-    def batch(self, size: int) -> Batch:
-        """The layout of a batch of ``size`` samples.
+    def batch(self, size: int, branches: int) -> Batch:
+        """The layout of a batch of ``size`` samples that so many branches join.
 
         Raises:
             RuntimeError: when no run of the pipeline is under way, or the batch cannot be one of it.
         """
         if not self._ask("do_classifier_free_guidance"):
-            return Batch(size, first=0)
+            return Batch(size, 0, branches)
         if size % 2:
             raise RuntimeError(
                 f"the denoiser of a guided pipeline got a batch of {size} under classifier-free guidance, "
                 f"where the pipeline passes as many unconditional as conditional samples"
             )
-        return Batch(size, first=size // 2)
+        return Batch(size, size // 2, branches)
 
     def rescaled_guidance_scale(self) -> float | None:
         """The guidance scale of a run with ``guidance_rescale``, else None."""

@@ -44,6 +44,10 @@ class SEG:
             square; 4 times the estimate must not be above it. By default it is bfloat16's rounding, 2^-8 or 4e-3, so
             that leaving out rows costs no more than that type does; float16 rounds to 5e-4.
 
+        reuse: 1 computes the perturbed branch in every forward. With more, an approximation, it is computed in every
+            ``reuse``-th forward in which the guidance acts, and the others, which cost what a plain step costs, take
+            its last difference ``c - p``. A run begins with a computed one.
+
     Raises:
         ValueError: when a value does not fit; the message quotes it.
 
@@ -63,6 +67,7 @@ class SEG:
     backend: str = "auto"
     query_stride: int | tuple[int, int] | Literal["auto"] = 1
     tolerance: float = 2.0**-8
+    reuse: int = 1
 
     def __post_init__(self) -> None:
         if not (_is_number(self.scale) and math.isfinite(self.scale)):
@@ -80,6 +85,10 @@ class SEG:
             object.__setattr__(self, "query_stride", _stride(self.query_stride))
         if not (_is_number(self.tolerance) and 0.0 < self.tolerance < math.inf):
             raise ValueError(f"SEG.tolerance must be a positive number, got {self.tolerance!r}")
+        if not isinstance(self.reuse, int) or isinstance(self.reuse, bool) or self.reuse < 1:
+            raise ValueError(
+                f"SEG.reuse must be an integer of at least 1 (1 computes every branch), got {self.reuse!r}"
+            )
         layers = self.layers if isinstance(self.layers, str) else _names(self.layers)
         object.__setattr__(self, "layers", layers)
 

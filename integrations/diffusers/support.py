@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
-from segkern.integrations.diffusers.branches import Join
 from segkern.integrations.diffusers.layers import (
     LayerInfo,
-    execution_order,
     find_unet,
     list_layers,
     select_layers,
 )
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.specs import SEG
+
+# Denoisers with a guidance on them; a copy of one is another denoiser.
+GUIDED: WeakSet[UNet2DConditionModel] = WeakSet()
 
 # Pipelines (or bases of them) whose denoiser gets another batch than [unconditional, conditional].
 _OTHER_BATCHES = {
@@ -48,9 +50,7 @@ def check_pipeline(pipe: Any) -> UNet2DConditionModel:
             f"guide cannot handle {name}: it has no property do_classifier_free_guidance, which tells the "
             f"layout of its denoiser's batch"
         )
-    _, last_block = execution_order(unet)[-1]
-    # A copy of a guided model carries hooks that do nothing there: they belong to the block they were made for.
-    if any(isinstance(hook, Join) and hook.block is last_block for hook in last_block._forward_pre_hooks.values()):
+    if unet in GUIDED:
         raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
     return unet
 

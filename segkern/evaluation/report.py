@@ -142,6 +142,8 @@ def describe(setting: Setting) -> str:
             words.append(f"in {setting.layers}")
         if (setting.start, setting.stop) != (0.0, 1.0):
             words.append(f"from {setting.start:g} to {setting.stop:g} of the run")
+        if setting.reuse > 1:
+            words.append(f"branch at every {setting.reuse}. step")
     return " ".join(words) or "none"
 
 

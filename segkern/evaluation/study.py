@@ -39,6 +39,7 @@ class Setting:
         layers: guided layers, as ``SEG`` takes them; empty without SEG.
         start: fraction of the run at which SEG begins.
         stop: fraction of the run at which it ends.
+        reuse: steps for which a perturbed branch serves.
     """
 
     mode: str
@@ -48,6 +49,7 @@ class Setting:
     layers: str = ""
     start: float = 0.0
     stop: float = 1.0
+    reuse: int = 1
 
     @property
     def method(self) -> str:
@@ -60,11 +62,14 @@ class Setting:
 
         if not self.seg:
             return None
-        return SEG(self.seg, self.sigma, self.layers.split(","), self.start, self.stop)
+        return SEG(self.seg, self.sigma, self.layers.split(","), self.start, self.stop, reuse=self.reuse)
 
     def to_dict(self) -> dict[str, Any]:
-        """The setting in JSON's types, infinity as a word."""
-        return asdict(self) | {"sigma": "inf" if math.isinf(self.sigma) else self.sigma}
+        """The setting in JSON's types, infinity as a word; without ``reuse`` where every branch is computed."""
+        found = asdict(self) | {"sigma": "inf" if math.isinf(self.sigma) else self.sigma}
+        if self.reuse == 1:
+            del found["reuse"]
+        return found
 
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> Setting:

@@ -24,13 +24,9 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
 _LARGEST_TILE = 256  # rows, columns or channels that a program addresses from one pointer
 
 
-def strides_are_wide(*tensors: torch.Tensor) -> bool:
-    """Whether offsets inside a tile may exceed 32 bits, so that a kernel must compute them in 64."""
-    for x in tensors:
-        strides = x.stride()
-        if max(strides[2], strides[3]) * _LARGEST_TILE >= 2**31:
-            return True
-    return False
+def strides_are_wide(*strides: tuple[int, ...]) -> bool:
+    """Whether offsets inside a tile of four-dimensional tensors may exceed 32 bits, so that a kernel needs 64."""
+    return any(max(stride[2], stride[3]) * _LARGEST_TILE >= 2**31 for stride in strides)
 
 
 _DESCRIBED_BYTES = 16  # what addresses and strides of a tensor descriptor are multiples of

@@ -154,7 +154,7 @@ def launch_gaussian_blur(
                 BLOCK_J=BLOCK_J,
                 BLOCK_D=blur_block_d(head_dim),
                 PRECISION=blur_precision(x.dtype),
-                WIDE=strides_are_wide(source, target),
+                WIDE=strides_are_wide(source.stride(), target.stride()),
                 **compile_options(blur_options(x.dtype)),
             )
 

@@ -277,6 +277,7 @@ def _launch(
     programs = -(-rows // tile.block_m) * heads * len(samples)
     splits, keys_per_split = key_splits(programs, keys, tile.block_n, multiprocessors(query.device))
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
+    strides, out_strides = (query.stride(), key.stride(), value.stride()), out.stride()
     partial = query.new_empty(len(samples) * heads, splits, rows, head_dim + 2, dtype=torch.float32)
     sample_index = index_tensor(samples, query.device)
     with device_guard(query.device):
@@ -288,9 +289,9 @@ def _launch(
             partial,
             sample_index,
             index_tensor(query_samples, query.device),
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
+            *strides[0],
+            *strides[1],
+            *strides[2],
             *mask_strides,
             heads,
             rows,
@@ -300,7 +301,7 @@ def _launch(
             scale * LOG2E.value,
             MASK=mask_kind,
             EVEN_KEYS=keys % tile.block_n == 0,
-            WIDE=strides_are_wide(query, key, value, *(() if attn_mask is None else (attn_mask,))),
+            WIDE=strides_are_wide(*strides, mask_strides),
             **_constants(tile, head_dim, query.dtype),
         )
         block_t = 1 if copies == 1 else _EXPANDED_TOKENS
@@ -309,7 +310,7 @@ def _launch(
             out,
             out if lse is None else lse,
             sample_index,
-            *out.stride(),
+            *out_strides,
             heads,
             out.shape[2],
             first_token,
@@ -318,7 +319,7 @@ def _launch(
             splits,
             BLOCK_T=block_t,
             WITH_LSE=lse is not None,
-            WIDE=strides_are_wide(out),
+            WIDE=strides_are_wide(out_strides),
             **_combine_constants(splits, head_dim),
         )
 

@@ -280,6 +280,7 @@ def launch_tiled_attention(
     tile = attention_tile(query.device, head_dim, query.dtype, attn_mask is not None)
     described = tile.descriptors and attn_mask is None and can_be_described(key, value)
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
+    strides = query.stride(), key.stride(), value.stride(), out.stride()
     programs = -(-tokens // tile.block_m) * heads * tables.samples.numel()
     blur = HERE if tables.blurs else 0
     work, matrices = NO_PRODUCERS, tables
@@ -307,10 +308,10 @@ def launch_tiled_attention(
             work.counters,
             matrices.samples,
             matrices.tables,
-            *query.stride(),
-            *key.stride(),
-            *value.stride(),
-            *out.stride(),
+            *strides[0],
+            *strides[1],
+            *strides[2],
+            *strides[3],
             *mask_strides,
             heads,
             tokens,
@@ -326,7 +327,7 @@ def launch_tiled_attention(
             EVEN_KEYS=keys % tile.block_n == 0,
             DESCRIPTORS=described,
             WITH_LSE=lse is not None,
-            WIDE=strides_are_wide(query, key, value, out, *(() if attn_mask is None else (attn_mask,))),
+            WIDE=strides_are_wide(*strides, mask_strides),
             **_constants(tile, head_dim, query.dtype),
         )
 

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Denoisers in Stable Diffusion XL's layout with random weights, and pipelines around them without anything else.
+
+Guidance costs what it costs whatever the weights are. The reduced denoiser has SDXL's blocks and number of layers at a
+fifth of its channels and half of its grid's sides, so that attention and projections keep about their proportion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+_SHARED: dict[str, Any] = {
+    "addition_embed_type": "text_time",
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One denoiser's size.
+
+    Attributes:
+        name: of it.
+        latent: height and width of its latents.
+        config: what ``UNet2DConditionModel`` takes.
+    """
+
+    name: str
+    latent: tuple[int, int]
+    config: dict[str, Any]
+
+    @property
+    def pooled(self) -> int:
+        """Channels of the pooled text embedding."""
+        ids = 6 * self.config["addition_time_embed_dim"]
+        return int(self.config["projection_class_embeddings_input_dim"]) - ids
+
+
+SDXL = Size(
+    "sdxl",
+    (128, 128),
+    _SHARED
+    | {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "attention_head_dim": (5, 10, 20),  # diffusers' name for the number of heads
+        "cross_attention_dim": 2048,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+)
+REDUCED = Size(
+    "sdxl-reduced",
+    (64, 64),
+    _SHARED
+    | {
+        "sample_size": 64,
+        "block_out_channels": (64, 128, 256),
+        "attention_head_dim": (1, 2, 4),
+        "cross_attention_dim": 416,
+        "addition_time_embed_dim": 64,
+        "projection_class_embeddings_input_dim": 640,
+    },
+)
+TINY = Size(
+    "sdxl-tiny",
+    (16, 24),
+    _SHARED
+    | {
+        "sample_size": 16,
+        "block_out_channels": (32, 32, 64),
+        "attention_head_dim": (2, 2, 4),
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": 32,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
+    },
+)
+_TEXT_TOKENS = 77
+
+
+def denoiser(size: Size, device: torch.device | str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
+    """A denoiser with random weights, the same ones each time."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        return UNet2DConditionModel(**size.config).to(dtype).eval().requires_grad_(False)
+
+
+def pipeline(unet: UNet2DConditionModel, kind: type = StableDiffusionXLPipeline, **options: Any) -> Any:
+    """A stock pipeline with a denoiser and a scheduler; prompts come as embeddings, images stay latents."""
+    parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = kind(**parts, unet=unet, scheduler=EulerDiscreteScheduler(timestep_spacing="leading"), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def inputs(size: Size, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Arguments of a pipeline's call: latents and embeddings of a prompt and a negative one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    text = 1, _TEXT_TOKENS, size.config["cross_attention_dim"]
+    return {
+        "latents": normal(1, 4, *size.latent),
+        "prompt_embeds": normal(*text),
+        "negative_prompt_embeds": normal(*text),
+        "pooled_prompt_embeds": normal(1, size.pooled),
+        "negative_pooled_prompt_embeds": normal(1, size.pooled),
+    }
+
+
+def forward(pipe: Any, size: Size, guidance_scale: float) -> torch.Tensor:
+    """One call of a pipeline's denoiser as a run makes it, on the denoiser's device; also without data (meta)."""
+    unet, batch = pipe.unet, 2 if guidance_scale > 1.0 else 1
+    device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
+    pipe._guidance_scale, pipe._guidance_rescale, pipe._num_timesteps = guidance_scale, 0.0, 1
+    pipe.scheduler.set_timesteps(1)
+    with torch.device(device), torch.no_grad():
+        output = unet(
+            torch.empty(batch, 4, *size.latent, dtype=dtype),
+            torch.tensor(1.0),
+            encoder_hidden_states=torch.empty(batch, _TEXT_TOKENS, size.config["cross_attention_dim"], dtype=dtype),
+            added_cond_kwargs={
+                "text_embeds": torch.empty(batch, size.pooled, dtype=dtype),
+                "time_ids": torch.empty(batch, 6, dtype=dtype),
+            },
+            return_dict=False,
+        )
+    assert isinstance(output[0], torch.Tensor)
+    return output[0]

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guided step costs: whole runs of stock pipelines, one way after the other in every round.
+
+A step is what lies between two calls of a pipeline's callback, so the pipeline's own work and the scheduler's are in
+it; the first step of a run, which makes tables, is left out. Ratios are of the same round. Beside each stands the ratio
+of floating-point operations, counted without data. A guided run has a time only if its latents are those of the
+official algorithm.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPAGPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import machine, sdxl
+from benchmarks.official_step import official_run
+from benchmarks.results import RESULTS
+from benchmarks.sdxl import REDUCED, SDXL, Size
+from benchmarks.timing import shuffled, spread
+from segkern import flops  # noqa: F401  the counter knows our operators by it
+from segkern.integrations.diffusers import SEG, guide
+
+FOLDER = RESULTS / "step"
+GUIDANCE_SCALE = 5.0
+SEG_SCALE = 3.0
+COMPILED = ", compiled"
+SIGMAS = (3.0, 10.0, math.inf)
+LAYERS = (("mid",), ("mid", "up"), ("up",))
+# Relative distance of latents after a run from the official algorithm's. Half precision rounds at every layer.
+_SAME = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make a run.
+
+    Attributes:
+        name: of the row.
+        kind: ``plain``, ``official``, ``pag`` or ``segkern``.
+        cfg: with classifier-free guidance.
+        sigma: of the blur, if there is one.
+        layers: perturbed.
+        compiled: the denoiser.
+    """
+
+    name: str
+    kind: str
+    cfg: bool
+    sigma: float = 0.0
+    layers: tuple[str, ...] = ()
+    compiled: bool = False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the pipeline's call."""
+        return GUIDANCE_SCALE if self.cfg else 1.0
+
+    @property
+    def spec(self) -> SEG:
+        """The guidance of ``segkern``."""
+        return SEG(scale=SEG_SCALE, sigma=self.sigma, layers=self.layers)
+
+
+def ways(compiled: bool = False) -> tuple[Way, ...]:
+    """All of them, first the two that others are compared with; ``compiled`` adds each with a compiled denoiser."""
+    found = [Way("no guidance", "plain", False), Way("CFG", "plain", True)]
+    for cfg in (False, True):
+        prefix = "CFG + " if cfg else ""
+        found += [Way(f"{prefix}official SEG sigma {s:g}", "official", cfg, s, ("mid",)) for s in SIGMAS]
+        found.append(Way(f"{prefix}PAG of diffusers", "pag", cfg, layers=("mid",)))
+        for layers in LAYERS:
+            found += [Way(f"{prefix}segkern {'+'.join(layers)} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS]
+    if compiled:
+        found += [replace(way, name=f"{way.name}{COMPILED}", compiled=True) for way in found]
+    return tuple(found)
+
+
+def find_ways(patterns: Sequence[str], compiled: bool) -> tuple[Way, ...]:
+    """Those whose names fit a glob, all for none; each compiled too if wanted.
+
+    Raises:
+        ValueError: for a glob that fits none; the message lists them.
+    """
+    names = [way.name for way in ways()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"--providers {pattern!r} fits none of {'; '.join(names)}")
+    chosen = [way.name for way in ways() if not patterns or any(fnmatchcase(way.name, p) for p in patterns)]
+    return tuple(way for way in ways(compiled) if way.name.removesuffix(COMPILED) in chosen)
+
+
+class Bench:
+    """Pipelines on one denoiser, and the inputs of their runs.
+
+    Args:
+        size: of the denoiser.
+        device: of it.
+        dtype: of it.
+        backend: of ``torch.compile``.
+    """
+
+    def __init__(self, size: Size, device: torch.device, dtype: torch.dtype, backend: str = "inductor") -> None:
+        self.size = size
+        self.device = device
+        self.dtype = dtype
+        unet = sdxl.denoiser(size, device, dtype)
+        compiled = torch.compile(unet, dynamic=False, backend=backend)
+        self.pipes = {False: sdxl.pipeline(unet), True: sdxl.pipeline(compiled)}
+        options = {"kind": StableDiffusionXLPAGPipeline, "pag_applied_layers": ["mid"]}
+        self.pags = {False: sdxl.pipeline(unet, **options), True: sdxl.pipeline(compiled, **options)}
+        self.pipe = self.pipes[False]
+        self.given = sdxl.inputs(size, device, dtype)
+        self._expected: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def run(self, way: Way, steps: int) -> tuple[torch.Tensor, list[float]]:
+        """Latents, and the milliseconds of every step but the first."""
+        ends: list[float] = []
+
+        def after_step() -> None:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            ends.append(time.perf_counter())
+
+        latents = self.runner(way, steps, after_step)()
+        return latents, [1e3 * (end - begin) for begin, end in itertools.pairwise(ends)]
+
+    def runner(self, way: Way, steps: int, after_step: Callable[[], None]) -> Callable[[], torch.Tensor]:
+        """A whole run, denoising only."""
+        if way.kind == "official":
+            options = {"sigma": way.sigma, "layers": way.layers, "scale": SEG_SCALE, "steps": steps}
+            options |= {"guidance_scale": way.guidance_scale, "after_step": after_step}
+            return lambda: official_run(self.pipes[way.compiled], self.size, self.given, **options)
+
+        def callback(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            after_step()
+            return values
+
+        height, width = (8 * pixels for pixels in self.size.latent)
+        call = {"height": height, "width": width, "num_inference_steps": steps, "output_type": "latent"}
+        call |= {"guidance_scale": way.guidance_scale, "callback_on_step_end": callback, **self.given}
+        if way.kind == "pag":
+            return lambda: self.pags[way.compiled](pag_scale=SEG_SCALE, **call).images
+
+        def run() -> torch.Tensor:
+            pipe = self.pipes[way.compiled]
+            with guided(pipe, way):
+                latents = pipe(**call).images
+            assert isinstance(latents, torch.Tensor)
+            return latents
+
+        return run
+
+    def check(self, way: Way, latents: torch.Tensor, steps: int) -> tuple[float | None, str | None]:
+        """How far guided latents are from the official algorithm's, and why that is too far."""
+        if not latents.isfinite().all():
+            return None, "its latents are not finite"
+        if way.kind != "segkern":
+            return None, None
+        key = way.cfg, way.sigma, way.layers, steps
+        if key not in self._expected:
+            official = Way("", "official", way.cfg, way.sigma, way.layers)
+            self._expected[key] = self.runner(official, steps, lambda: None)().double()
+        expected = self._expected[key]
+        error = float((latents.double() - expected).norm() / expected.norm())
+        limit = _SAME[self.dtype]
+        return error, None if error <= limit else f"{error:.1e} off the official algorithm's latents, above {limit:g}"
+
+
+@contextmanager
+def guided(pipe: Any, way: Way) -> Iterator[None]:
+    """The pipeline guided as a way wants it."""
+    if way.kind != "segkern":
+        yield
+        return
+    with guide(pipe, way.spec):
+        yield
+
+
+def counted(size: Size) -> dict[str, float]:
+    """Floating-point operations of one step of each way of ours and of the plain ones, by name."""
+    pipe = sdxl.pipeline(sdxl.denoiser(size, "meta"))
+    return {way.name: count(pipe, size, way) for way in ways() if way.kind in ("plain", "segkern")}
+
+
+def count(pipe: Any, size: Size, way: Way, share: bool = True) -> float:
+    """Floating-point operations of one step on a denoiser without data."""
+    guidance = guide(pipe, way.spec, share=share) if way.kind == "segkern" else None
+    try:
+        with FlopCounterMode(display=False) as counter:
+            sdxl.forward(pipe, size, way.guidance_scale)
+    finally:
+        if guidance is not None:
+            guidance.remove()
+    return float(counter.get_total_flops())
+
+
+def measure(
+    bench: Bench, chosen: Sequence[Way], steps: int, rounds: int, progress: Callable[[str], None] = lambda name: None
+) -> list[Row]:
+    """A row for each way: ``ms`` per step, ``ratio`` to the plain way with or without CFG, and what else is known."""
+    operations = counted(bench.size)
+    by_name = {way.name: way for way in chosen}
+    rows: dict[str, Row] = {}
+    times: dict[str, list[float]] = {}
+    for way in chosen:
+        progress(way.name)
+        row: Row = {"way": way.name, "kind": way.kind, "cfg": way.cfg, "compiled": way.compiled, "ratio_to": plain(way)}
+        row |= {"sigma": f"{way.sigma:g}", "layers": list(way.layers), "error": None, "reason": None}
+        row |= dict.fromkeys(("ms", "ratio", "counted", "run_seconds"))
+        row["peak_mib"] = "not measured"
+        row["host_ms"] = "not measured"
+        eager = way.name.removesuffix(COMPILED)
+        if eager in operations:
+            row["counted"] = operations[eager] / operations[plain(replace(way, compiled=False))]
+        rows[way.name] = row
+        latents, _ = bench.run(way, steps)  # warms up
+        row["error"], row["reason"] = bench.check(way, latents, steps)
+        if row["reason"] is None:
+            row |= _on_a_gpu(bench, way, steps) if bench.device.type == "cuda" else _on_a_cpu(bench, way)
+    whole: dict[str, list[float]] = {}
+    for turn in range(rounds):
+        for name in shuffled(list(rows), turn):
+            if rows[name]["reason"] is None:
+                way = by_name[name]
+                progress(f"{way.name}, round {turn + 1} of {rounds}")
+                start = time.perf_counter()
+                _, milliseconds = bench.run(way, steps)
+                whole.setdefault(way.name, []).append(time.perf_counter() - start)
+                times.setdefault(way.name, []).append(spread(milliseconds)["median"])
+    for name, found in times.items():
+        row = rows[name]
+        row["ms"] = spread(found)
+        row["run_seconds"] = spread(whole[name])["median"]
+        if row["ratio_to"] in times:
+            row["ratio"] = spread(a / b for a, b in zip(found, times[row["ratio_to"]], strict=True))
+    return list(rows.values())
+
+
+def plain(way: Way) -> str:
+    """The name of the way that a way is compared with."""
+    return ("CFG" if way.cfg else "no guidance") + COMPILED * way.compiled
+
+
+def _on_a_gpu(bench: Bench, way: Way, steps: int) -> Row:
+    """Most memory during a run, beyond nothing; and the host's time for a step when it does not wait."""
+    torch.cuda.synchronize(bench.device)
+    torch.cuda.reset_peak_memory_stats(bench.device)
+    run = bench.runner(way, steps, lambda: None)
+    start = time.perf_counter()
+    run()
+    host = time.perf_counter() - start
+    torch.cuda.synchronize(bench.device)
+    peak = torch.cuda.max_memory_allocated(bench.device) / 2**20
+    return {"peak_mib": peak, "host_ms": 1e3 * host / steps}
+
+
+def _on_a_cpu(bench: Bench, way: Way) -> Row:
+    """Most memory that PyTorch had allocated during a run, from its profiler's account, weights included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        bench.run(way, 2)
+    raw = getattr(profiler.profiler, "kineto_results", None)
+    if raw is None:
+        return {}
+    changes = sorted((event.start_ns(), event.nbytes()) for event in raw.events() if event.name() == "[memory]")
+    held = itertools.accumulate(change for _, change in changes)
+    weights = sum(x.nbytes for x in (*bench.pipe.unet.parameters(), *bench.pipe.unet.buffers()))
+    return {"peak_mib": (weights + max(held, default=0)) / 2**20}
+
+
+def size_for(device: torch.device) -> tuple[Size, torch.dtype]:
+    """What a device is measured with."""
+    return (SDXL, torch.bfloat16) if device.type == "cuda" else (REDUCED, torch.float32)
+
+
+def run_steps(
+    device: torch.device,
+    chosen: Sequence[Way],
+    steps: int,
+    rounds: int,
+    out: Path | None = None,
+    size: Size | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> tuple[Path, dict[str, Any]]:
+    """Measure and write ``benchmarks/results/step/<device>.json``."""
+    usual, dtype = size_for(device)
+    bench = Bench(size or usual, device, dtype)
+    environment = machine.described(device)
+    found = {
+        "environment": environment,
+        "size": bench.size.name,
+        "latent": list(bench.size.latent),
+        "dtype": str(dtype).removeprefix("torch."),
+        "steps": steps,
+        "rounds": rounds,
+        "sdxl_flops": counted(SDXL if size is None else size),
+        "rows": measure(bench, chosen, steps, rounds, progress),
+    }
+    path = out or FOLDER / f"{machine.slug(environment['device'])}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return path, found
+
+
+def committed() -> dict[str, dict[str, Any]]:
+    """Every committed file by its stem."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+
+
+HEADINGS = ("run", "ms per step", "x plain", "p20 to p80", "x counted", "s per run", "peak MiB", "host ms", "error")
+
+
+def lines(found: dict[str, Any]) -> list[list[str]]:
+    """Rows as text."""
+    shown = []
+    for row in found["rows"]:
+        if row["reason"] is not None:
+            shown.append([row["way"], f"no time: {row['reason']}", *[""] * (len(HEADINGS) - 2)])
+            continue
+        ratio = row["ratio"]
+        shown.append(
+            [
+                row["way"],
+                f"{row['ms']['median']:.4g}",
+                "" if ratio is None else f"{ratio['median']:.3f}",
+                "" if ratio is None else f"{ratio['p20']:.3f} to {ratio['p80']:.3f}",
+                "" if row["counted"] is None else f"{row['counted']:.3f}",
+                f"{row['run_seconds']:.3g}",
+                *(x if isinstance(x, str) else f"{x:.4g}" for x in (row["peak_mib"], row["host_ms"])),
+                "" if row["error"] is None else f"{row['error']:.1e}",
+            ]
+        )
+    return shown

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A perturbed branch that serves several steps is computed when it is due, and not otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
+
+from segkern.integrations.diffusers import SEG, guide
+
+
+def batches(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:
+    """Latents of a run and the samples that left the denoiser's last block, step by step."""
+    seen: list[int] = []
+    handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    try:
+        return run(pipe, **arguments), seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("cfg", [5.0, 1.0], ids=["cfg", "no cfg"])
+def test_other_steps_cost_what_a_plain_step_costs(cfg: float) -> None:
+    pipe, own = tiny_pipeline(), 2 if cfg > 1 else 1
+    with guide(pipe, SEG(sigma=2.0, reuse=3, start=0.2)) as guidance:
+        _, seen = batches(pipe, latents=noise(), num_inference_steps=8, guidance_scale=cfg)
+    # Steps 0 and 1 come before it acts.
+    assert seen == [own, own, own + 1, own, own, own + 1, own, own]
+    assert {row.fired for row in guidance.report().layers} == {2}
+
+
+def test_every_run_and_every_size_begins_with_a_computed_branch() -> None:
+    pipe, spec = tiny_pipeline(), SEG(2.0, 1.0, reuse=4)
+    runs = [{"latents": noise(seed=1)}, {"latents": noise(seed=2)}, {"latents": noise(1, 12, 20)}]
+    with guide(pipe, spec):
+        for arguments in runs:
+            found, seen = batches(pipe, **arguments, num_inference_steps=3)
+            assert seen == [3, 2, 2]
+            expected = reference_run(pipe, [spec], **arguments, num_inference_steps=3)
+            assert relative(found, expected) < PIPELINE_TOLERANCE
+
+
+def test_a_run_that_was_cut_off_leaves_nothing_for_the_next() -> None:
+    pipe, spec = tiny_pipeline(), SEG(2.0, 1.0, reuse=4)
+
+    def stop(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with guide(pipe, spec):
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, latents=noise(seed=3), callback_on_step_end=stop)
+        found = run(pipe, latents=noise())
+    assert relative(found, reference_run(pipe, [spec], latents=noise())) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("reuse", [0, -1, 1.5, True, "2", None])
+def test_what_is_no_number_of_steps_is_refused(reuse: Any) -> None:
+    with pytest.raises(ValueError, match=r"SEG\.reuse must be an integer of at least 1"):
+        SEG(reuse=reuse)

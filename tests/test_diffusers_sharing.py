@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A branch joins at its first layer's transformer block, wherever that is, and the prediction is the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, UNet2DConditionModel
+from diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkern.integrations.diffusers import SEG, guide, list_layers
+from segkern.integrations.diffusers.sharing import Places
+
+
+def deep_unet() -> Any:
+    """Two transformer blocks in most transformers, two of these in every block."""
+    torch.manual_seed(0)
+    config = {
+        **tiny_pipeline().unet.config,
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": 2,
+    }
+    return UNet2DConditionModel.from_config(config).eval()
+
+
+UNET = deep_unet()
+LAYERS = [layer.name for layer in list_layers(UNET)]
+
+
+@contextmanager
+def batch_sizes(unet: Any) -> Iterator[dict[str, set[int]]]:
+    """Samples with which resnets and transformer blocks run."""
+    seen: dict[str, set[int]] = {}
+
+    def watch(name: str, module: Any) -> Any:
+        def note(module: Any, args: Any, output: Any) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            seen.setdefault(name, set()).add(len(out))
+
+        return module.register_forward_hook(note)
+
+    parts = [(n, m) for n, m in unet.named_modules() if n.split(".")[-2:-1] in (["resnets"], ["transformer_blocks"])]
+    handles = [watch(name, module) for name, module in parts]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_places_are_in_the_order_of_execution() -> None:
+    pipe, order = tiny_pipeline(unet=UNET), []
+    handles = []
+    places = Places(UNET)
+    for place in places._places:
+        handles.append(place.module.register_forward_pre_hook(lambda *_, name=place.name: order.append(name)))
+    run(pipe, latents=noise(), num_inference_steps=1)
+    for handle in handles:
+        handle.remove()
+    assert order == [place.name for place in places._places]
+    assert len(places) == len(order) == sum(n.split(".")[-2:-1] in (["resnets"], ["transformer_blocks"])
+                                            for n, _ in UNET.named_modules())  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_comes_before_the_first_layer_runs_on_the_pipelines_own_batch(layer: str) -> None:
+    pipe, latents = tiny_pipeline(unet=UNET), noise(1, 8, 12)
+    module = next(found.module for found in list_layers(pipe) if found.name == layer)
+    spec = SEG(2.0, 1.0, layer)
+    with guide(pipe, spec), batch_sizes(UNET) as seen:
+        shared = run(pipe, latents=latents, num_inference_steps=1)
+    places = [place.name for place in Places(UNET)._places]
+    first = places.index(module.removesuffix(".attn1"))
+    assert [seen[name] for name in places[:first]] == [{2}] * first
+    assert [seen[name] for name in places[first:]] == [{3}] * (len(places) - first)
+    with guide(pipe, spec, share=False):
+        whole = run(pipe, latents=latents, num_inference_steps=1)
+    assert relative(shared, whole) < PIPELINE_TOLERANCE
+    assert relative(shared, run(pipe, latents=latents, num_inference_steps=1)) > 1e-5
+
+
+specs = st.builds(
+    SEG,
+    scale=st.sampled_from([-1.0, 0.5, 2.0]),
+    sigma=st.sampled_from([0.7, 2.0, math.inf]),
+    layers=st.lists(st.sampled_from(LAYERS), min_size=1, max_size=3),
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(specs, min_size=1, max_size=3), st.sampled_from([1.0, 4.0]), st.integers(1, 2), st.booleans())
+def test_any_guidances_share_what_they_can(chosen: list[SEG], scale: float, images: int, freeu: bool) -> None:
+    pipe = tiny_pipeline(unet=UNET)
+    arguments: dict[str, Any] = {"latents": noise(images, 8, 12), "guidance_scale": scale, "num_inference_steps": 1}
+    arguments["prompt"] = ["a lake", "a fox"][:images]
+    if freeu:
+        pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
+    try:
+        found = []
+        for share in (True, False):
+            with guide(pipe, *chosen, share=share):
+                found.append(run(pipe, **arguments))
+    finally:
+        pipe.disable_freeu()
+    assert relative(*found) < PIPELINE_TOLERANCE
+
+
+def test_the_layer_at_which_a_branch_joins_projects_keys_and_values_once() -> None:
+    pipe = tiny_pipeline(unet=UNET)
+    first, second = (layer.module for layer in list_layers(pipe) if layer.name in ("m0", "m1"))
+    seen: dict[str, int] = {}
+    handles = [
+        UNET.get_submodule(f"{module}.{name}").register_forward_hook(
+            lambda m, args, out, key=f"{module}.{name}": seen.update({key: len(out)})
+        )
+        for module in (first, second)
+        for name in ("to_q", "to_k", "to_v")
+    ]
+    with guide(pipe, SEG(sigma=1.0)):
+        run(pipe, latents=noise(), num_inference_steps=1)
+    for handle in handles:
+        handle.remove()
+    assert [seen[f"{first}.{name}"] for name in ("to_q", "to_k", "to_v")] == [2, 2, 2]
+    assert [seen[f"{second}.{name}"] for name in ("to_q", "to_k", "to_v")] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("layer", ["m1", "u4"])
+def test_a_controlnet_runs_once_for_all_branches(layer: str) -> None:
+    controlnet = ControlNetModel.from_unet(UNET, conditioning_channels=3).eval()
+    controlnet.controlnet_cond_embedding = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)  # the tiny pixels' factor
+    for block in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
+        torch.nn.init.normal_(block.weight, std=0.2)  # a new ControlNet's residuals are zero
+    pipe = tiny_pipeline(StableDiffusionXLControlNetPipeline, unet=UNET, controlnet=controlnet)
+    sizes: list[int] = []
+    handle = controlnet.register_forward_hook(lambda m, args, out: sizes.append(len(out[1])))
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    call = {"image": image, "latents": noise(1, 16, 24), "num_inference_steps": 1, "guidance_scale": 4.0}
+    call |= {"height": 32, "width": 48, "output_type": "latent"}
+    found = []
+    for share in (True, False):
+        with guide(pipe, SEG(2.0, 1.0, layer), share=share):
+            found.append(pipe("a red fox", **call).images)
+    plain = pipe("a red fox", **call).images
+    handle.remove()
+    assert sizes == [2, 2, 2]
+    assert relative(*found) < PIPELINE_TOLERANCE
+    assert relative(found[0], plain) > 1e-5
+
+
+def test_blocks_that_are_not_known_are_joined_as_a_whole() -> None:
+    class Other(type(UNET.mid_block)):  # type: ignore[misc]
+        """Whatever a user derives may run its parts in another order."""
+
+    unet = deep_unet()
+    unet.mid_block.__class__ = Other
+    pipe, latents = tiny_pipeline(unet=unet), noise()
+    found = []
+    for share in (True, False):
+        with guide(pipe, SEG(2.0, 1.0, "m1"), share=share), batch_sizes(unet) as seen:
+            found.append(run(pipe, latents=latents, num_inference_steps=1))
+        assert seen["mid_block.resnets.0"] == {3}
+    assert seen["down_blocks.0.resnets.0"] == {3}
+    assert relative(*found) < PIPELINE_TOLERANCE

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What guidance costs in floating-point operations, counted without data on Stable Diffusion XL's own configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import segkern
+from benchmarks import sdxl, steps
+from benchmarks.sdxl import SDXL
+from benchmarks.steps import Way
+from segkern import Grid, flops  # noqa: F401  the counter knows our operators by it
+from segkern.integrations.diffusers import list_layers
+
+CFG, PLAIN = Way("", "plain", True), Way("", "plain", False)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return sdxl.pipeline(sdxl.denoiser(SDXL, "meta", torch.float16))
+
+
+@pytest.fixture(scope="module")
+def parts(pipe: Any) -> dict[str, int]:
+    """Operations of one sample by module."""
+    with FlopCounterMode(display=False) as counter:
+        sdxl.forward(pipe, SDXL, 1.0)
+    name = type(pipe.unet).__name__
+    return {
+        module.removeprefix(name).removeprefix("."): sum(found.values())
+        for module, found in counter.get_flop_counts().items()
+    }
+
+
+def guided(pipe: Any, layers: str, sigma: float, cfg: bool = True, share: bool = True) -> float:
+    return steps.count(pipe, SDXL, Way("", "segkern", cfg, sigma, (layers,)), share)
+
+
+def plain(pipe: Any, cfg: bool = True) -> float:
+    return steps.count(pipe, SDXL, CFG if cfg else PLAIN)
+
+
+def test_the_configuration_is_sdxls(pipe: Any) -> None:
+    assert sum(parameter.numel() for parameter in pipe.unet.parameters()) == 2_567_463_684
+    assert plain(pipe, cfg=False) == pytest.approx(6.76e12, rel=1e-3)
+    assert plain(pipe) == 2 * plain(pipe, cfg=False)
+    assert [layer.part for layer in list_layers(pipe)].count("up") == 36
+
+
+@pytest.mark.parametrize(("sigma", "cfg", "most"), [(10.0, True, 1.345), (10.0, False, 1.69), (math.inf, True, 1.333),
+                                                    (math.inf, False, 1.666)])  # fmt: skip
+def test_guidance_of_the_middle_costs_a_third_of_cfg(pipe: Any, sigma: float, cfg: bool, most: float) -> None:
+    assert 1 < guided(pipe, "mid", sigma, cfg) / plain(pipe, cfg) <= most
+
+
+def test_without_sharing_a_branch_costs_a_forward(pipe: Any) -> None:
+    assert guided(pipe, "mid", 1.0, share=False) / plain(pipe) == pytest.approx(1.5, abs=1e-3)
+
+
+# Module names of what a branch need not run, by the layer that it starts at.
+_ENTRY = ["conv_in", "time_embedding", "add_embedding"]
+_DOWN = [*_ENTRY, "down_blocks.0", "down_blocks.1", "down_blocks.2"]
+BEFORE = {
+    "m0": [*_DOWN, "mid_block.resnets.0"],
+    "m5": [*_DOWN, "mid_block.resnets.0", *(f"mid_block.attentions.0.transformer_blocks.{i}" for i in range(5))],
+    "u0": [*_DOWN, "mid_block", "up_blocks.0.resnets.0"],
+    "u13": [
+        *_DOWN,
+        "mid_block",
+        *(f"up_blocks.0.{part}" for part in ("resnets.0", "attentions.0", "resnets.1")),
+        *(f"up_blocks.0.attentions.1.transformer_blocks.{i}" for i in range(3)),
+    ],
+    "d5": [
+        *(name for name in _DOWN if name != "down_blocks.2"),
+        "down_blocks.2.resnets.0",
+        "down_blocks.2.attentions.0.transformer_blocks.0",
+    ],
+}
+
+
+@pytest.mark.parametrize(("layer", "cfg"), [*((layer, True) for layer in BEFORE), ("m5", False)])
+def test_a_branch_costs_what_comes_after_its_first_layers_inputs(
+    layer: str, cfg: bool, pipe: Any, parts: dict[str, int]
+) -> None:
+    """The bound, branch by branch: everything from the first perturbed attention on, with a finite blur."""
+    (first,) = [found for found in list_layers(pipe) if found.name == layer]
+    projections = sum(parts[f"{first.module}.{name}"] for name in ("to_q", "to_k", "to_v"))
+    bound = parts[""] - sum(parts[name] for name in BEFORE[layer]) - projections
+    # The time embedding is the pipeline's, but every resnet projects it, and no sooner than it runs.
+    extra = guided(pipe, layer, 3.0, cfg) - plain(pipe, cfg)
+    (located,) = [found for found in list_layers(pipe, 1024, 1024) if found.name == layer]
+    assert located.grid is not None
+    channels = located.heads * located.head_dim
+    blur = 2 * channels * located.grid.tokens * (located.grid.height + located.grid.width)
+    assert extra == bound + blur
+
+
+def test_at_infinity_layers_project_one_query_row(pipe: Any, parts: dict[str, int]) -> None:
+    finite, infinite = (guided(pipe, "mid", sigma) for sigma in (3.0, math.inf))
+    layers = [layer for layer in list_layers(pipe, 1024, 1024) if layer.part == "mid"]
+    saved = 0
+    for layer in layers:
+        assert layer.grid is not None
+        tokens, channels = layer.grid.tokens, layer.heads * layer.head_dim
+        rows = tokens - 1
+        saved += 2 * rows * channels * channels * 2 + 4 * rows * tokens * channels
+        saved += 2 * channels * tokens * (layer.grid.height + layer.grid.width)
+    first = layers[0]
+    saved -= parts[f"{first.module}.to_q"]  # shared at a finite sigma, one row of its own at infinity
+    assert finite - infinite == pytest.approx(saved, rel=1e-3)
+
+
+@pytest.mark.parametrize("sigma", [(0.0, 2.0), (0.0, math.inf)], ids=str)
+def test_operators_count_as_the_path_that_is_open(sigma: tuple[float, ...]) -> None:
+    """Behind an operator as much is counted as in the open, where PyTorch's own operations are."""
+    query, key, value = (torch.empty(2, 3, 30, 16, device="meta") for _ in range(3))
+    grid = Grid(5, 6)
+    with FlopCounterMode(display=False) as counter:
+        segkern.sdpa.seg_attention(query, key, value, grid, sigma, 0.25, None, "reflect", False)
+    operator = torch.ops.segkern.seg_attention
+    with FlopCounterMode(display=False) as behind:
+        operator(query, key, value, None, 5, 6, 0, list(sigma), 0.25, "reflect", "torch", False)
+    assert behind.get_total_flops() == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("stride", [(2, 2), (3, 1)], ids=str)
+def test_coarse_operators_count_too(stride: tuple[int, int]) -> None:
+    x = torch.empty(2, 3, 9 * 11, 16, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        coarse = segkern.sdpa.coarse_queries(x, Grid(9, 11), (2.0, 3.0), stride, "reflect")
+        segkern.sdpa.coarse_outputs(coarse, Grid(9, 11), stride, "reflect")
+    with FlopCounterMode(display=False) as behind:
+        torch.ops.segkern.coarse_queries(x, 9, 11, 0, [2.0, 3.0], list(stride), "reflect")
+        torch.ops.segkern.coarse_outputs(coarse, 9, 11, 0, list(stride), "reflect")
+    assert behind.get_total_flops() == counter.get_total_flops() > 0
+
+
+def test_the_counter_sees_sigmas_that_are_known_only_when_it_runs_as_every_row() -> None:
+    query = torch.empty(2, 3, 30, 16, device="meta")
+    sigma = torch.tensor([0.0, 2.0])
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.segkern.seg_attention_at(query, query, query, None, 5, 6, 0, sigma, 0.25, "reflect", "torch")
+    assert counter.get_total_flops() == 4 * 2 * 3 * 30 * 30 * 16
