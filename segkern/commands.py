@@ -184,13 +184,13 @@ def generate(
     if prompts is not None:
         spec, folder = None if no_guidance else specs[0], Path("out") if out is None else out
 
-        def details(one: Job) -> dict[str, object]:
+        def settings(one: Job) -> dict[str, object]:
             return describe(source, one, spec, kind)
 
         with refusing():
             wanted = batches.pieces(lines, job, images)
-            mine = workers.share(lambda: batches.missing(folder, wanted, details, overwrite))
-        problems = batches.draw_missing(pipe, mine, spec, workers, folder, details)
+            mine = workers.share(lambda: batches.missing(folder, wanted, settings, overwrite))
+        problems = batches.draw_missing(pipe, mine, spec, workers, folder, settings)
         for problem in problems:
             typer.echo(f"warning: {problem}", err=True)
         return

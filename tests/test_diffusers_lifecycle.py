@@ -343,25 +343,3 @@ def test_set_processors_are_new_standard_ones_after_diffusers_renews_them_by_cla
         pipe.unet.set_attn_processor({name: type(p)() for name, p in pipe.unet.attn_processors.items()})
         assert relative(run(pipe, latents=latents), expected) < PIPELINE_TOLERANCE
     assert {type(p) for p in pipe.unet.attn_processors.values()} == {AttnProcessor2_0}
-
-
-def test_plain_steps_of_a_guided_run_find_the_denoiser_as_it_was() -> None:
-    """Nothing of ours is in them: what was compiled for plain forwards serves them."""
-    pipe = tiny_pipeline(own_unet=True)
-    processors, hooks = dict(pipe.unet.attn_processors), hooks_of(pipe.unet)
-    seen: list[tuple[int, bool]] = []
-
-    def note(module: Any, args: Any) -> None:
-        same = all(pipe.unet.attn_processors[name] is processor for name, processor in processors.items())
-        seen.append((hooks_of(pipe.unet), same))
-
-    handle = pipe.unet.conv_in.register_forward_pre_hook(note)
-    with guide(pipe, SEG(sigma=2.0, start=0.3, stop=0.6)):
-        run(pipe, latents=noise(), num_inference_steps=4)
-        with pytest.raises(ValueError, match="is guided already"):
-            guide(pipe, SEG())
-    handle.remove()
-    plain = hooks + 3  # the denoiser's two and this test's
-    assert [each[1] for each in seen] == [True, True, False, True]
-    assert [each[0] == plain for each in seen] == [True, True, False, True]
-    assert hooks_of(pipe.unet) == hooks

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
+from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, reference_run, relative, run, tiny_pipeline
 
 from segkern.integrations.diffusers import SEG, guide
 
@@ -60,3 +60,25 @@ def test_a_run_that_was_cut_off_leaves_nothing_for_the_next() -> None:
 def test_what_is_no_number_of_steps_is_refused(reuse: Any) -> None:
     with pytest.raises(ValueError, match=r"SEG\.reuse must be an integer of at least 1"):
         SEG(reuse=reuse)
+
+
+def test_plain_steps_of_a_guided_run_find_the_denoiser_as_it_was() -> None:
+    """Nothing of ours is in them: what was compiled for plain forwards serves them."""
+    pipe = tiny_pipeline(own_unet=True)
+    processors, hooks = dict(pipe.unet.attn_processors), hooks_of(pipe.unet)
+    seen: list[tuple[int, bool]] = []
+
+    def note(module: Any, args: Any) -> None:
+        same = all(pipe.unet.attn_processors[name] is processor for name, processor in processors.items())
+        seen.append((hooks_of(pipe.unet), same))
+
+    handle = pipe.unet.conv_in.register_forward_pre_hook(note)
+    with guide(pipe, SEG(sigma=2.0, start=0.3, stop=0.6)):
+        run(pipe, latents=noise(), num_inference_steps=4)
+        with pytest.raises(ValueError, match="is guided already"):
+            guide(pipe, SEG())
+    handle.remove()
+    plain = hooks + 3  # the denoiser's two and this test's
+    assert [each[1] for each in seen] == [True, True, False, True]
+    assert [each[0] == plain for each in seen] == [True, True, False, True]
+    assert hooks_of(pipe.unet) == hooks

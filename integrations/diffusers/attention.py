@@ -190,7 +190,8 @@ class _Layer:
         outputs = []
         for samples, way in [*runs(ways[:own]), *repeats]:
             where = source if samples.start >= own else samples
-            tokens, some = hidden_states[where], sigmas[samples]
+            tokens, known = hidden_states[where], sigmas[samples]
+            some: tuple[float, ...] | torch.Tensor = known
             mask = None if attention_mask is None else attention_mask[samples]
             grid = self.grid
             if way == EVERY_ROW:
@@ -204,8 +205,8 @@ class _Layer:
             elif way == _ONE_ROW:  # one query row is its own mean; saying so chooses the kernel for few rows
                 queries, grid = self.project_query(_mean_token(tokens)), Grid(1, 1)
             else:
-                rows = coarse_queries(tokens[:, None], self.grid, some, way, self.boundary)[:, 0]
-                queries, some, grid = self.project_query(rows), (0.0,) * len(some), Grid(1, 1)
+                rows = coarse_queries(tokens[:, None], self.grid, known, way, self.boundary)[:, 0]
+                queries, some, grid = self.project_query(rows), (0.0,) * len(known), Grid(1, 1)
             output = self.project_out(self.attend((queries, key[where], value[where]), some, mask, grid))
             if way == _ONE_ROW:
                 output = output.expand(-1, tokens.shape[1], -1)
