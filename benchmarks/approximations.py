@@ -24,7 +24,7 @@ from segkern.evaluation.judge import load_judge
 from segkern.evaluation.study import Setting, Study
 from segkern.loading import DEMO, find_model, load_pipeline
 
-RESULT = RESULTS / "approximations.json"
+RESULT = RESULTS / "approximations" / "demo.json"
 SEEDS = (1, 2, 3)
 IMAGES = 128
 STEPS = 10
@@ -66,7 +66,7 @@ def measure(
     steps: int = STEPS,
     out: Path = RESULT,
 ) -> dict[str, Any]:
-    """Measure and write ``benchmarks/results/approximations.json``; what was cut off in ``folder`` goes on."""
+    """Measure and write ``benchmarks/results/approximations/demo.json``; what was cut off in ``folder`` goes on."""
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu")
     pipe = load_pipeline(find_model("demo", None), dtype, device)

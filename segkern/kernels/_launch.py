@@ -13,11 +13,13 @@ import triton
 
 from segkern.kernels._configs import Options, Tile
 
+_NOTHING = contextlib.nullcontext()
+
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Make ``device`` the current one for a launch; costs nothing when it is already, or is the CPU."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.cuda.device(device)
 
 
@@ -47,12 +49,13 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-@contextlib.contextmanager
-def scratch_memory(wanted: bool) -> Iterator[None]:
+def scratch_memory(wanted: bool) -> AbstractContextManager[Any]:
     """Let kernels that make tensor descriptors have memory for them; what the user has set for Triton comes back."""
-    if not wanted:
-        yield
-        return
+    return _allocating() if wanted else _NOTHING
+
+
+@contextlib.contextmanager
+def _allocating() -> Iterator[None]:
     from triton.runtime._allocation import _allocator
 
     before = _allocator.get()

@@ -231,7 +231,8 @@ def launch_uniform_attention(
     if grid.tokens == 1:  # its own mean
         rows, query_samples = query[:, :, grid.start : grid.stop], samples
     else:
-        means = [_mean(query[run, :, grid.start : grid.stop]) for run in consecutive(samples)]
+        image = query if grid.tokens == query.shape[2] else query[:, :, grid.start : grid.stop]
+        means = [_mean(image[run]) for run in consecutive(samples)]
         rows = means[0] if len(means) == 1 else torch.cat(means)
         query_samples = tuple(range(len(samples)))
     _launch(rows, query_samples, key, value, out, lse, samples, grid.start, grid.tokens, scale, attn_mask)
