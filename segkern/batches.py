@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from segkern.integrations.diffusers import SEG
 
 _LINE_DIGITS = 5
+_PART = re.compile(rf"\.\d{{{_LINE_DIGITS},}}-seed-\d+\.\d+\.(png|json)")
 _VERSIONS = ("segkern", "torch", "diffusers")
 
 
@@ -101,8 +103,9 @@ def missing(
             replaced; the message says which.
     """
     _check_folder(folder)
-    for part in folder.glob(".*-seed-*.*"):  # of a run that was killed
-        part.unlink()
+    for part in folder.iterdir():  # what a run that was killed has left
+        if _PART.fullmatch(part.name):
+            part.unlink()
     found = []
     for piece in wanted:
         settings = _settings(describe(piece.job))

@@ -61,8 +61,10 @@ def test_an_interrupted_run_goes_on_where_it_was(prompts: Path) -> None:
     (out / "00003-seed-5.json").unlink()
     (out / "00003-seed-6.png").write_bytes(b"half a picture")
     (out / ".00001-seed-5.123.png").write_bytes(b"what a killed run leaves")
+    (out / ".my-seed-list.txt").write_bytes(b"what is the user's own")
     output = many(prompts)
     assert output.count("wrote") == 2
+    (out / ".my-seed-list.txt").unlink()
     after = files(prompts)
     assert after.keys() == before.keys()
     drawn = {name for name in after if after[name] != before[name]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, reference_run, relative, run, tiny_pipeline
 
-from segkern.integrations.diffusers import SEG, guide
+from segkern.integrations.diffusers import SEG, Guidance, guide
 
 
 def batches(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:
@@ -82,3 +82,19 @@ def test_plain_steps_of_a_guided_run_find_the_denoiser_as_it_was() -> None:
     assert [each[1] for each in seen] == [True, True, False, True]
     assert [each[0] == plain for each in seen] == [True, True, False, True]
     assert hooks_of(pipe.unet) == hooks
+
+
+def test_a_guidance_that_could_not_begin_leaves_the_denoiser_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline(own_unet=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(Guidance, "_hook_grids", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            guide(pipe, SEG())
+    with guide(pipe, SEG(sigma=2.0)) as second:
+        run(pipe, latents=noise(), num_inference_steps=1)
+    third = guide(pipe, SEG(sigma=2.0))
+    second.remove()  # is off already: the third one stays
+    with pytest.raises(ValueError, match="is guided already"):
+        guide(pipe, SEG())
+    with third:
+        run(pipe, latents=noise(), num_inference_steps=1)

@@ -99,6 +99,7 @@ class Guidance:
         self._calibration = Calibration(specs)
         self._recorder = Recorder(specs, layers, self._calibration)
         self._arguments = DenoiserArguments(unet)
+        self._installed = False
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
         self._inner: list[RemovableHandle] = []  # on its parts, from the first guided forward to the next plain one
         self._places = Places(unet)
@@ -136,6 +137,7 @@ class Guidance:
 
     def _install(self) -> None:
         try:
+            self._installed = True
             GUIDED.add(self._unet)
             self._attach()
             self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -185,12 +187,14 @@ class Guidance:
                     self._inner.append(module.register_forward_pre_hook(read, with_kwargs=True))
 
     def _remove(self, warn: bool) -> None:
+        if not self._installed:
+            return
+        self._installed = False
+        GUIDED.discard(self._unet)
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
-        if had_hooks:
-            GUIDED.discard(self._unet)
         self._detach()
         self._differences.forget()
         for layer in self._layers:
