@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import segkern
 from benchmarks import work
 from benchmarks.cases import Case, Inputs
+from benchmarks.official import official_blur
 from benchmarks.work import Work
-from segkern.blur import blur_matrix, gaussian_taps
+from segkern.blur import blur_matrix
 from segkern.dispatch import why_not_triton
 from segkern.ops import fused_attention
 
@@ -115,25 +116,8 @@ def _no_triton(inputs: Inputs, sigma: float) -> str | None:
 
 
 def _official(inputs: Inputs, sigma: float) -> Blur:
-    """A depthwise 2-D convolution, its kernel built on the host at every call.
-
-    Written from the official algorithm's description and mended to take any grid.
-    """
-    case, grid = inputs.case, inputs.case.grid
-
-    def blurred(image: torch.Tensor) -> torch.Tensor:
-        if math.isinf(sigma):
-            return image.mean(dim=2, keepdim=True).expand_as(image)
-        channels = case.heads * case.head_dim
-        image = image.transpose(2, 3).reshape(case.third, channels, grid.height, grid.width)
-        rows, columns = gaussian_taps(sigma, grid.height), gaussian_taps(sigma, grid.width)
-        kernel = torch.outer(rows, columns).to(image.device, image.dtype)
-        kernel = kernel.expand(channels, 1, *kernel.shape)
-        pad_w, pad_h = columns.numel() // 2, rows.numel() // 2
-        image = F.conv2d(F.pad(image, (pad_w, pad_w, pad_h, pad_h), mode="reflect"), kernel, groups=channels)
-        return image.view(case.third, case.heads, case.head_dim, grid.tokens).transpose(2, 3)
-
-    return blurred
+    """A depthwise 2-D convolution, its kernel built on the host at every call."""
+    return lambda image: official_blur(image, inputs.case.grid, sigma)
 
 
 def _axis_matrices(inputs: Inputs, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,6 +31,8 @@ def check_attention(
     batch, heads, tokens, dim = shape
     query = draw(shape, dtype, DEVICE, layouts[0])
     key, value = (draw((batch, heads, keys or tokens, dim), dtype, DEVICE, layout) for layout in layouts[1:])
+    if dim < 8:
+        value.abs_()  # so few numbers may all but cancel: then plain PyTorch's error is small by luck, or ours not
     oracle, oracle_lse = oracle_attention(query, key, value, grid, sigma, **options)
     output, lse = segkern.seg_attention(query, key, value, grid, sigma, backend="triton", return_lse=True, **options)
     assert output.dtype == dtype
