@@ -23,6 +23,7 @@ from torch import nn
 _MODULE_ARGUMENTS = frozenset(
     {
         "hidden_states",
+        "res_hidden_states_tuple",  # of up blocks that are joined as a whole
         "input_tensor",
         "temb",
         "encoder_hidden_states",

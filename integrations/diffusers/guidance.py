@@ -222,6 +222,8 @@ class Guidance:
             self._detach()
             return None
         fraction = self._run.next_fraction()
+        if fraction == 0.0:  # a new run, whether a guidance acts at its beginning or not
+            self._differences.forget()
         acting = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
         sample = self._arguments.get("sample", args, kwargs)
         active = [index for index in acting if self._differences.due(index, fraction, sample.shape)]
