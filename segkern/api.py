@@ -120,8 +120,12 @@ def seg_attention(
     """
     query, key, value = _autocast(query, key, value)
     if isinstance(sigma, torch.Tensor) and torch.compiler.is_compiling():
-        options = (query_stride, return_lse)
-        return _attention_at(query, key, value, grid, sigma, scale, attn_mask, boundary, backend, options)
+        if return_lse or query_stride not in (1, (1, 1)):
+            raise ValueError(
+                f"a tensor of sigmas takes query_stride=1 and no return_lse under torch.compile, got "
+                f"query_stride={query_stride} and return_lse={return_lse}"
+            )
+        return _attention_at(query, key, value, grid, sigma, scale, attn_mask, boundary, backend)
     plain = _is_plain(query, key, value)
     arguments = (grid, sigma, scale, boundary, query_stride, backend)
     plan = plan_attention(query, key, value, *arguments, plain=plain)
@@ -225,13 +229,8 @@ def _attention_at(
     attn_mask: torch.Tensor | None,
     boundary: str,
     backend: str,
-    options: tuple[object, object],
 ) -> torch.Tensor:
     """Every query row, with sigmas that are known when it runs."""
-    if options not in ((1, False), ((1, 1), False)):
-        raise ValueError(
-            f"a tensor of sigmas takes query_stride=1 and no return_lse under torch.compile, got {options}"
-        )
     if sigma.device.type != "cpu" or sigma.shape != query.shape[:1]:
         raise ValueError(
             f"a tensor of sigmas lies on the CPU and has one number per sample under torch.compile, got shape "

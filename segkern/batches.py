@@ -104,7 +104,7 @@ def missing(
     """
     _check_folder(folder)
     for part in folder.iterdir():  # what a run that was killed has left
-        if _PART.fullmatch(part.name):
+        if _PART.fullmatch(part.name) and part.is_file():
             part.unlink()
     found = []
     for piece in wanted:
@@ -141,12 +141,12 @@ def draw_missing(
         problems |= dict.fromkeys(() if drawn.report is None else drawn.report.problems)
     if workers.first and not mine:
         typer.echo(f"all pictures are in {folder} already")
-    workers.close()
     return list(problems)
 
 
 def write(folder: Path, piece: Piece, drawn: Drawn, details: dict[str, object]) -> None:
     """Picture and record of one piece, each complete as soon as it has its name."""
+    (folder / f"{piece.name}.json").unlink(missing_ok=True)  # it is of the picture that goes
     with _complete(folder / f"{piece.name}.png") as path:
         pictures.save(drawn.image, path, details)
     report = None if drawn.report is None else drawn.report.to_dict()
@@ -230,10 +230,10 @@ class Workers:
         return self._state is None or self._state.is_main_process
 
     def share(self, decide: Callable[[], list[Piece]]) -> list[Piece]:
-        """This process's part of what the first one decides.
+        """This process's part of what the first one decides. It is all that they have to tell each other.
 
         Raises:
-            ValueError: in all of them, what ``decide`` raises in the first.
+            ValueError: in all of them, what ``decide`` raises in the first, whatever it is.
         """
         if self._state is None:
             return decide()
@@ -243,16 +243,11 @@ class Workers:
         if self.first:
             try:
                 told[0] = decide()
-            except ValueError as error:
+            except Exception as error:  # the others wait for an answer
                 told[1] = str(error)
         broadcast_object_list(told)
+        self._state.destroy_process_group()
         if told[1] is not None:
             raise ValueError(told[1])
         with self._state.split_between_processes(told[0]) as part:
             return list(part)
-
-    def close(self) -> None:
-        """Wait for the others and leave."""
-        if self._state is not None:
-            self._state.wait_for_everyone()
-            self._state.destroy_process_group()

@@ -42,3 +42,15 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(params=["in the prologue", "before", "together"])
+def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All ways to blur queries, whatever the estimated costs say."""
+    from segkern.kernels import _routes
+
+    ways = {"in the prologue": _routes.HERE, "before": _routes.BEFORE, "together": _routes.TOGETHER}
+    monkeypatch.setattr(_routes, "choose_blur", lambda *_: ways[request.param])
+    _routes.attention_route.cache_clear()
+    yield
+    _routes.attention_route.cache_clear()

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 from contract import assert_contract, draw, oracle_attention, plain_attention
 
 import segkern
 from segkern import Grid
-from segkern.kernels import _routes
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -43,15 +39,3 @@ def check_attention(
     if finite.any():  # the log-sum-exp sees the blurred queries after they were rounded to the dtype, once
         bound = 4 * torch.finfo(dtype).eps * max(1.0, oracle_lse[finite].abs().max().item())
         assert (lse.double() - oracle_lse)[finite].abs().max() <= bound
-
-
-BLURS = {"in the prologue": _routes.HERE, "before": _routes.BEFORE, "together": _routes.TOGETHER}
-
-
-@pytest.fixture(params=BLURS.values(), ids=BLURS)
-def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """All ways to blur queries, whatever the estimated costs say."""
-    monkeypatch.setattr(_routes, "choose_blur", lambda *_: request.param)
-    _routes.attention_route.cache_clear()
-    yield request.param
-    _routes.attention_route.cache_clear()

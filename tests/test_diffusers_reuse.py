@@ -98,3 +98,13 @@ def test_a_guidance_that_could_not_begin_leaves_the_denoiser_free(monkeypatch: p
         guide(pipe, SEG())
     with third:
         run(pipe, latents=noise(), num_inference_steps=1)
+
+
+def test_a_run_takes_nothing_from_the_one_before_wherever_a_guidance_begins() -> None:
+    """Two forwards act in a run, so that a third one would still take the first run's difference."""
+    pipe, spec = tiny_pipeline(), SEG(2.0, 1.0, reuse=3, start=0.3)
+    with guide(pipe, spec):
+        run(pipe, latents=noise(seed=4))
+        found, seen = batches(pipe, latents=noise(seed=5))
+    assert seen == [2, 3, 2]
+    assert relative(found, reference_run(pipe, [spec], latents=noise(seed=5))) < PIPELINE_TOLERANCE

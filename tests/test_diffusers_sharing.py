@@ -159,11 +159,9 @@ def test_a_controlnet_runs_once_for_all_branches(layer: str) -> None:
 
 
 def test_blocks_that_are_not_known_are_joined_as_a_whole() -> None:
-    class Other(type(UNET.mid_block)):  # type: ignore[misc]
-        """Whatever a user derives may run its parts in another order."""
-
+    """Whatever a user derives may run its parts in another order."""
     unet = deep_unet()
-    unet.mid_block.__class__ = Other
+    unet.mid_block.__class__ = type("Other", (type(unet.mid_block),), {})
     pipe, latents = tiny_pipeline(unet=unet), noise()
     found = []
     for share in (True, False):
@@ -172,3 +170,19 @@ def test_blocks_that_are_not_known_are_joined_as_a_whole() -> None:
         assert seen["mid_block.resnets.0"] == {3}
     assert seen["down_blocks.0.resnets.0"] == {3}
     assert relative(*found) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("sigma", [1.0, math.inf], ids=str)
+def test_up_blocks_of_other_types_get_skip_connections_of_the_whole_batch(sigma: float) -> None:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(
+        {**UNET.config, "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("AttnUpBlock2D",)}
+    )
+    pipe, latents = tiny_pipeline(unet=unet.eval()), noise(1, 8, 12)
+    found = []
+    for share in (True, False):
+        with guide(pipe, SEG(2.0, sigma, "m1"), share=share), batch_sizes(unet) as seen:
+            found.append(run(pipe, latents=latents, num_inference_steps=1))
+    assert seen["up_blocks.2.resnets.0"] == {3}
+    assert relative(*found) < PIPELINE_TOLERANCE
+    assert relative(found[0], run(pipe, latents=latents, num_inference_steps=1)) > 1e-5

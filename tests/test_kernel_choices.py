@@ -14,7 +14,7 @@ import segkern
 from segkern import Grid
 
 pytest.importorskip("triton", reason="kernels need triton")
-from kernel_tools import CUDA, DEVICE, blur_route, check_attention  # noqa: F401  blur_route is a fixture
+from kernel_tools import CUDA, DEVICE, check_attention
 
 from segkern.kernels import _configs, _launch, _producers, _routes
 

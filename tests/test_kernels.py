@@ -20,7 +20,7 @@ from segkern import Grid, reference
 from segkern.blur import BOUNDARIES
 
 pytest.importorskip("triton", reason="kernels need triton")
-from kernel_tools import CUDA, DEVICE, DTYPES, blur_route, check_attention  # noqa: F401  blur_route is a fixture
+from kernel_tools import CUDA, DEVICE, DTYPES, check_attention
 
 from segkern.kernels import _routes
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import segkern
 from segkern import Grid
@@ -186,3 +187,46 @@ def test_forward_derivatives_are_right_or_refused(backend: str) -> None:
     else:
         _, tangent = torch.func.jvp(blur, (x,), (direction,))
         torch.testing.assert_close(tangent, blur(direction), rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_of_sigmas_is_read_when_a_compiled_graph_runs(backend: str, device: torch.device) -> None:
+    counter = CompileCounter()
+    q, k, v = tensors(device)
+
+    def attend(sigma: torch.Tensor) -> torch.Tensor:
+        found = segkern.seg_attention(q, k, v, GRID, sigma, backend=backend)
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    for sigmas in ((0.0, 1.5, math.inf), (0.0, math.inf, 0.0), (0.7, 30.0, 2.0)):
+        expected = segkern.seg_attention(q, k, v, GRID, sigmas, backend=backend)
+        torch.testing.assert_close(compiled(torch.tensor(sigmas, dtype=torch.float64)), expected)
+    assert counter.frame_count == 1
+    with pytest.raises(ValueError, match=r"got -1\.0"):
+        compiled(torch.tensor([0.0, -1.0, 0.0], dtype=torch.float64))
+    operator = torch.ops.segkern.seg_attention_at
+    arguments = q, k, v, None, 3, 4, 1, torch.tensor([0.0, 1.5, math.inf]), 0.3, "reflect", backend
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "options", "quoted"),
+    [
+        ([1.0], {}, "one number per sample"),
+        ([0.0, 1.0, 2.0], {"return_lse": True}, "return_lse=True"),
+        ([0.0, 1.0, 2.0], {"query_stride": 2}, "query_stride=2"),
+    ],
+    ids=str,
+)
+def test_what_a_tensor_of_sigmas_cannot_do_is_said(
+    sigma: list[float], options: dict, quoted: str, backend: str
+) -> None:
+    values, given = tensors(torch.device("cpu")), torch.tensor(sigma)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend() -> object:
+        return segkern.seg_attention(*values, GRID, given, backend=backend, **options)
+
+    with pytest.raises(Exception, match=quoted):
+        attend()

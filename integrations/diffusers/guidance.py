@@ -226,7 +226,7 @@ class Guidance:
             self._differences.forget()
         acting = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
         sample = self._arguments.get("sample", args, kwargs)
-        active = [index for index in acting if self._differences.due(index, fraction, sample.shape)]
+        active = [index for index in acting if self._differences.due(index, sample.shape)]
         if active:
             self._attach()
         self._recorder.forwards += 1

@@ -183,7 +183,7 @@ class GuidedProcessor:
                 attention_mask=attention_mask,
                 **known,
             )
-        sigmas, values = self._sigmas(hidden_states)
+        sigmas, values = self._sigmas()
         output, self.errors = self_attention(
             attn,
             hidden_states,
@@ -211,14 +211,13 @@ class GuidedProcessor:
         self.kinds = () if sigmas is None else tuple(1.0 if takes_points(sigma) else sigma for sigma in sigmas)
         self.values = None if sigmas is None else _tensor(sigmas)
 
-    def _sigmas(self, hidden_states: torch.Tensor) -> tuple[tuple[float, ...], torch.Tensor | None]:
+    def _sigmas(self) -> tuple[tuple[float, ...], torch.Tensor | None]:
         """Numbers, or in a graph that is being compiled kinds and the tensor with the numbers.
 
         Points between tokens, and gradients, are made for certain numbers.
         """
         rows = self.strides is None or all(stride == EVERY_ROW for stride in self.strides)
-        differentiable = torch.is_grad_enabled() and hidden_states.requires_grad
-        if torch.compiler.is_compiling() and rows and not any(self.candidates) and not differentiable:
+        if torch.compiler.is_compiling() and rows and not any(self.candidates) and not torch.is_grad_enabled():
             return self.kinds, self.values
         assert self.sigmas is not None
         return self.sigmas, None

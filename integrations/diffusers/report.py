@@ -123,8 +123,9 @@ class Recorder:
         for pairs, (count, total) in self._sums.items():
             for pair in pairs:
                 fired[pair] = fired.get(pair, 0) + count
-            # A denoiser without data (meta) moves nothing that could be told.
-            for pair, value in zip(pairs, () if total.is_meta else total.tolist(), strict=total.device.type != "meta"):
+            if total.is_meta:  # a denoiser without data moves nothing that could be told
+                continue
+            for pair, value in zip(pairs, total.tolist(), strict=True):
                 totals[pair] = totals.get(pair, 0.0) + value
         rows = []
         for index, layers in enumerate(self.layers):

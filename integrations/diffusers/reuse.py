@@ -33,18 +33,17 @@ class Differences:
         self._specs = specs
         self._last: dict[int, _Last] = {}
 
-    def due(self, index: int, fraction: float, shape: torch.Size) -> bool:
+    def due(self, index: int, shape: torch.Size) -> bool:
         """Whether a guidance that acts in the coming forward computes its branch there.
 
         Args:
             index: of the guidance.
-            fraction: of the run; a run begins with 0, and what was kept is of another one then.
             shape: of the pipeline's own sample.
         """
         if self._specs[index].reuse == 1:
             return True
         last = self._last.get(index)
-        if fraction == 0.0 or last is None or last.found is None or last.shape != shape:
+        if last is None or last.found is None or last.shape != shape:
             self._last[index] = _Last(shape)
             return True
         last.age += 1
@@ -65,5 +64,5 @@ class Differences:
         return found
 
     def forget(self) -> None:
-        """Free what was kept."""
+        """Free what was kept: it is of another run."""
         self._last.clear()

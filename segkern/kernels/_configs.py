@@ -35,7 +35,7 @@ class Tile:
     With ``descriptors`` the hardware copies keys and values block by block (Hopper and later, without a mask), which
     saves registers of pointers. Warps of their own for the copies (``warp_specialize``) are not to be had: with Triton
     3.7, on Hopper they want queries from a descriptor too and one loop over keys, where ours are blurred and masking is
-    left to a second loop; on Blackwell the compiler fails on that loop, and without it quadruples the instructions.
+    left to a second loop; on Blackwell the compiler fails on that loop, and without it issues many more instructions.
     """
 
     block_m: int
