@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 from cli_tools import done, picture, refusal
+from PIL import Image
 
+from segkern import batches
+from segkern.drawing import Drawn, Job
 from segkern.pictures import difference
 
 PROMPTS = "a large red ring\n\n  a small blue cross  \n"
@@ -161,3 +164,40 @@ def test_several_processes_do_not_draw_one_picture(monkeypatch: pytest.MonkeyPat
     prompts.write_text("a")
     said = refusal("generate", "demo", "--prompts", prompts, *SMALL, "--device", "cuda:1", "--out", tmp_path / "out")
     assert "each of which has its own" in said
+
+
+def test_a_picture_that_could_not_be_written_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(image: Image.Image, path: Path, details: object) -> None:
+        path.write_bytes(b"half a picture")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(batches.pictures, "save", half)
+    piece = batches.Piece("00001-seed-1", Job("a", "", 8, 8, 1, 1, 1.0))
+    with pytest.raises(OSError, match="no space left"):
+        batches.write(tmp_path, piece, Drawn(Image.new("RGB", (8, 8)), None, 1.0), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+class Group:
+    """Two processes of which this is the first; what it tells the other one is kept."""
+
+    is_main_process = True
+    left = False
+
+    def destroy_process_group(self) -> None:
+        self.left = True
+
+
+def test_whatever_goes_wrong_in_the_first_process_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", told.extend)
+    workers = batches.Workers("cpu", many=True)
+    workers._state = group = Group()
+
+    def decide() -> list[batches.Piece]:
+        raise PermissionError("not yours")
+
+    with pytest.raises(ValueError, match="not yours"):
+        workers.share(decide)
+    assert told == [None, "not yours"]
+    assert group.left
