@@ -99,9 +99,9 @@ def style(provider: str) -> dict[str, Any]:
 
     place = list(PROVIDERS).index(provider) if provider in PROVIDERS else len(PROVIDERS)
     exact = provider not in PROVIDERS or PROVIDERS[provider].exact
-    tone = place % 10 * 2 + place // 10 % 2  # ten strong colours, then their light ones
+    strong = [tone for name in ("tab10", "Dark2", "Set1") for tone in colormaps[name].colors]  # no pale ones
     return {
-        "color": "black" if provider == "auto" else colormaps["tab20"](tone),
+        "color": "black" if provider == "auto" else strong[place % len(strong)],
         "marker": _MARKERS[place % len(_MARKERS)],
         "linestyle": "-" if exact else ":",
         "markersize": 5,
