@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,17 @@ from torch.autograd import forward_ad
 
 from segkern import coarse_ops, ops, sdpa
 from segkern.arguments import check_grid, check_mask, check_qkv, check_tensor
-from segkern.blur import check_boundary, check_sigma, runs
+from segkern.blur import check_boundary, check_sigma, head_sigmas, is_by_head, runs
 from segkern.dispatch import check_backend, choose_backend
 from segkern.grid import Grid
+from segkern.heads import by_head
 from segkern.plans import Plan, plan_attention, takes_points
 
 
 def gaussian_blur(
     x: torch.Tensor,
     grid: Grid,
-    sigma: float | Iterable[float],
+    sigma: float | Iterable[float | Sequence[float]],
     *,
     boundary: str = "reflect",
     backend: str = "auto",
@@ -32,8 +34,8 @@ def gaussian_blur(
     Args:
         x: ``[batch, heads, tokens, dim]``, any strides; float16, bfloat16, float32 or float64.
         grid: where the image lies in the tokens; the others pass through unchanged.
-        sigma: standard deviation in tokens, one number or one per sample; 0 copies, ``math.inf`` replaces
-            every image token by the mean of the image.
+        sigma: standard deviation in tokens, one number or one per sample, or for a sample a sequence of one per
+            head; 0 copies, ``math.inf`` replaces every image token by the mean of the image.
         boundary: ``"reflect"`` (without repeating the edge, as the official implementation does), ``"symmetric"``
             (edge repeated) or ``"circular"``. Only the last two keep the mean exactly.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
@@ -53,7 +55,10 @@ def gaussian_blur(
     """
     check_tensor("x", x)
     grid = check_grid(grid, x.shape[2])
-    sigmas = check_sigma(sigma, x.shape[0])
+    if is_by_head(sigma):
+        some = partial(gaussian_blur, grid=grid, boundary=boundary, backend=backend)
+        return by_head(some, (x,), head_sigmas(sigma, *x.shape[:2]))
+    sigmas = check_sigma(sigma, x.shape[0])  # type: ignore[arg-type]
     check_boundary(boundary)
     check_backend(backend)
     backend = _differentiable(backend, x)
@@ -67,7 +72,7 @@ def seg_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: Grid,
-    sigma: float | Iterable[float],
+    sigma: float | Iterable[float | Sequence[float]],
     *,
     scale: float | None = None,
     attn_mask: torch.Tensor | None = None,
@@ -88,9 +93,10 @@ def seg_attention(
         value: ``[batch, heads, keys, value_dim]``.
         grid: where the image lies in the query tokens; the other queries are never blurred.
         sigma: standard deviation in tokens, one number or one per sample; 0 is plain attention, ``math.inf``
-            gives every image token the attention output of the mean query. Under ``torch.compile`` numbers become
-            part of what is compiled; a CPU tensor ``[batch]`` is read when the graph runs, so that other sigmas need
-            no compilation. It takes neither gradients nor ``query_stride`` nor ``return_lse`` there.
+            gives every image token the attention output of the mean query. A sample may have a sequence of one sigma
+            per head (``[[...]]`` for every sample); neighbouring heads that agree are one call. Under
+            ``torch.compile`` numbers become part of what is compiled; a CPU tensor ``[batch]`` is read when the graph
+            runs, so that other sigmas need no compilation. It takes no gradients, ``query_stride`` or ``return_lse``.
         scale: of the logits; ``1 / sqrt(head_dim)`` by default.
         attn_mask: boolean (True takes part) or additive, broadcastable to ``[batch, heads, tokens, keys]``.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`gaussian_blur`.
@@ -119,6 +125,15 @@ def seg_attention(
         torch.Size([2, 8, 988, 64])
     """
     query, key, value = _autocast(query, key, value)
+    if is_by_head(sigma):
+        if query_stride not in (1, (1, 1)):
+            raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
+        check_qkv(query, key, value)
+        options = {"scale": scale, "boundary": boundary, "backend": backend, "return_lse": return_lse}
+        some = partial(seg_attention, grid=grid, **options)
+        return by_head(
+            some, (query, key, value), head_sigmas(sigma, *query.shape[:2]), check_mask(attn_mask, query, key)
+        )
     if isinstance(sigma, torch.Tensor) and torch.compiler.is_compiling():
         if return_lse or query_stride not in (1, (1, 1)):
             raise ValueError(

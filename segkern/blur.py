@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from numbers import Real
-from typing import Literal, TypeGuard, TypeVar, get_args
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -36,14 +36,14 @@ def tap_count(sigma: float, length: int) -> int:
     return min(reach + 1 - reach % 2, length - (length % 2 - 1))
 
 
-def gaussian_taps(sigma: float, length: int) -> torch.Tensor:
-    """The normalised taps of a finite, positive ``sigma``: float64 ``[tap_count(sigma, length)]``.
+def gaussian_taps(sigma: float, length: int, count: int | None = None) -> torch.Tensor:
+    """The normalised taps of a finite, positive ``sigma``: float64 ``[tap_count(sigma, length)]``, or ``[count]``.
 
     Example:
         >>> round(gaussian_taps(1.0, 64).sum().item(), 12)
         1.0
     """
-    radius = tap_count(sigma, length) // 2
+    radius = (tap_count(sigma, length) if count is None else count) // 2
     # The largest exponent is subtracted by construction (x = 0), so that a tiny sigma gives (0, 1, 0), not 0 / 0.
     scaled = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu") / sigma
     weights = torch.exp(-0.5 * scaled * scaled)
@@ -73,6 +73,7 @@ def blur_matrix(
     sigma: float,
     boundary: str = "reflect",
     *,
+    taps: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
@@ -82,6 +83,7 @@ def blur_matrix(
         length: tokens on the axis.
         sigma: standard deviation in tokens; 0 gives the identity, ``math.inf`` the mean of the axis.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``. The last two keep the mean exactly.
+        taps: of a finite, positive sigma, an odd number in the place of :func:`tap_count`.
         dtype: of the result; weights are made in float64 and rounded once.
         device: of the result.
 
@@ -89,7 +91,8 @@ def blur_matrix(
         ``[length, length]``; every row sums to 1.
 
     Raises:
-        ValueError: when sigma is negative or NaN, or the boundary is unknown.
+        ValueError: when sigma is negative or NaN, the boundary is unknown, or ``taps`` reach further beyond the edges
+            than the boundary has tokens.
 
     Example:
         >>> torch.allclose(blur_matrix(5, 1.0).sum(dim=1), torch.ones(5))
@@ -101,12 +104,14 @@ def blur_matrix(
         return torch.eye(length, dtype=dtype, device=device)
     if math.isinf(sigma):
         return torch.full((length, length), 1.0 / length, dtype=dtype, device=device)
-    taps = gaussian_taps(sigma, length)
-    radius = taps.numel() // 2
+    weights = gaussian_taps(sigma, length, taps)
+    radius = weights.numel() // 2
+    if radius > length - (boundary == "reflect"):
+        raise ValueError(f"{taps} taps reach too far for {boundary!r} on an axis of {length} tokens")
     rows = torch.arange(length, device="cpu")[:, None]
     columns = _fold(rows + torch.arange(-radius, radius + 1, device="cpu")[None, :], length, boundary)
     matrix = torch.zeros(length, length, dtype=torch.float64, device="cpu")
-    matrix.scatter_add_(1, columns, taps.expand(length, -1))
+    matrix.scatter_add_(1, columns, weights.expand(length, -1))
     return matrix.to(device=device, dtype=dtype)
 
 
@@ -161,6 +166,32 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
         if not value >= 0.0:  # true for NaN as well
             raise ValueError(f"sigma must be 0 (no blur), positive, or math.inf (mean query); got {value}")
     return sigmas
+
+
+def is_by_head(sigma: object) -> bool:
+    """Whether any sample has a sequence of sigmas, one for each head."""
+    if isinstance(sigma, torch.Tensor):
+        return sigma.ndim > 1
+    return isinstance(sigma, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in sigma)
+
+
+def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], ...]:
+    """One checked float per sample and head; see :func:`is_by_head`.
+
+    Raises:
+        ValueError: for another number of samples (a single one serves all) or heads, and as :func:`check_sigma` does.
+
+    Example:
+        >>> head_sigmas([0, (1, math.inf)], batch=2, heads=2)
+        ((0.0, 0.0), (1.0, inf))
+    """
+    samples = sigma.tolist() if isinstance(sigma, torch.Tensor) else sigma
+    if len(samples) not in (1, batch):
+        raise ValueError(f"sigma must have one entry per sample, got {len(samples)} for a batch of {batch}: {sigma}")
+    rows = [tuple(entry) if isinstance(entry, (list, tuple)) else (entry,) * heads for entry in samples]
+    if any(len(row) != heads for row in rows):
+        raise ValueError(f"sigma must have one number per sample or one per head, of which there are {heads}: {sigma}")
+    return tuple(check_sigma(row, heads) for row in rows) * (batch if len(rows) == 1 else 1)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -8,11 +8,11 @@ round: blurred queries and outputs to the input's dtype. float64 stays float64 t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from segkern.blur import blur_matrix, check_boundary, check_sigma
+from segkern.blur import blur_matrix, check_boundary, check_sigma, head_sigmas, is_by_head
 from segkern.coarse import check_query_stride, coarse_grid, interpolation_matrix, sampling_matrix
 from segkern.grid import Grid
 
@@ -22,14 +22,18 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gaussian_blur(
-    x: torch.Tensor, grid: Grid, sigma: float | Iterable[float], *, boundary: str = "reflect"
+    x: torch.Tensor, grid: Grid, sigma: float | Iterable[float | Sequence[float]], *, boundary: str = "reflect"
 ) -> torch.Tensor:
     """Blur ``x`` ``[batch, heads, tokens, dim]`` over its token grid; see :func:`segkern.gaussian_blur`."""
     check_boundary(boundary)
     grid.check(x.shape[2])
+    if is_by_head(sigma):
+        columns = zip(*head_sigmas(sigma, *x.shape[:2]), strict=True)
+        heads = [gaussian_blur(x[:, [h]], grid, sigmas, boundary=boundary) for h, sigmas in enumerate(columns)]
+        return torch.cat(heads, dim=1)
     compute = _compute_dtype(x.dtype)
     out = x.clone()
-    for sample, value in enumerate(check_sigma(sigma, x.shape[0])):
+    for sample, value in enumerate(check_sigma(sigma, x.shape[0])):  # type: ignore[arg-type]
         if value == 0.0:
             continue
         rows = blur_matrix(grid.height, value, boundary, dtype=compute, device=x.device)
@@ -70,7 +74,7 @@ def seg_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: Grid,
-    sigma: float | Iterable[float],
+    sigma: float | Iterable[float | Sequence[float]],
     *,
     scale: float | None = None,
     attn_mask: torch.Tensor | None = None,
@@ -81,7 +85,9 @@ def seg_attention(
     """Attention of blurred queries; see :func:`segkern.seg_attention`. The log-sum-exp keeps float64 for float64."""
     stride = check_query_stride(query_stride)
     if stride != (1, 1):
-        output, lse = _coarse_attention(query, key, value, grid, sigma, scale, attn_mask, boundary, stride)
+        if is_by_head(sigma):
+            raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
+        output, lse = _coarse_attention(query, key, value, grid, sigma, scale, attn_mask, boundary, stride)  # type: ignore[arg-type]
         return (output, lse) if return_lse else output
     blurred = gaussian_blur(query, grid, sigma, boundary=boundary)
     output, lse = attention(blurred, key, value, scale=scale, attn_mask=attn_mask)

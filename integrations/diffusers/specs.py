@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guidance is asked to do: its numbers, where it acts and when. No diffusers in here."""
+"""The guidances one can ask for: their numbers, where they act and when. No diffusers in here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Literal, cast
 
 from segkern.blur import check_boundary
 from segkern.coarse import check_query_stride
 from segkern.dispatch import check_backend
+from segkern.integrations.diffusers.sigmas import GivenSigmas, checked_sigma, largest
+from segkern.integrations.diffusers.spec import AttentionSpec, Spec
+from segkern.integrations.diffusers.strength import Schedule, is_number
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
-class SEG:
+class SEG(AttentionSpec):
     """Smoothed Energy Guidance: away from the prediction with blurred queries in some self-attention layers.
 
     Adds ``scale * (c - p)`` to the prediction, where ``c`` is the conditional prediction and ``p`` the same
@@ -24,10 +30,13 @@ class SEG:
     Args:
         scale: ``s``, the method's ``gamma - 1``; any finite number. 0 turns the guidance off.
         sigma: standard deviation of the blur in tokens; ``math.inf`` (the method's default) replaces every
-            query by the mean query, 0 turns the guidance off.
+            query by the mean query, 0 turns the guidance off. Also a sequence with one sigma per image of the batch,
+            or with a sequence of one per head for each image (``[[...]]`` for all of them); or a mapping from names as
+            ``layers`` has them to any of these, which must name every layer once.
         layers: ``"down"``, ``"mid"``, ``"up"``; an official index such as ``"d4"``, ``"m0"``, ``"u29"`` or a
             range ``"u0-29"``; a module name or a dotted prefix of one; a glob; or several of those. See
-            :func:`~segkern.integrations.diffusers.list_layers`.
+            :func:`~segkern.integrations.diffusers.list_layers`. With a mapping of sigmas its names are the layers,
+            unless others are given.
         start: fraction of the run's steps at which it begins to act.
         stop: fraction of the run's steps from which it no longer acts. A step outside ``[start, stop)`` is
             the plain step and costs nothing extra.
@@ -39,14 +48,18 @@ class SEG:
             of sigma, in the first three guided forwards at an image size, in which it computes every row, and keep the
             widest that holds the tolerance, or every row. The choice stays, with a margin for logits that swing more
             later in a run. The report gives strides and their errors, which those forwards estimate. No blur and the
-            mean query take no notice.
+            mean query take no notice. It needs one number as sigma.
         tolerance: of ``"auto"``: the error that a layer's attention output may have, relative to it, as root mean
             square; 4 times the estimate must not be above it. By default it is bfloat16's rounding, 2^-8 or 4e-3, so
             that leaving out rows costs no more than that type does; float16 rounds to 5e-4.
-
         reuse: 1 computes the perturbed branch in every forward. With more, an approximation, it is computed in every
             ``reuse``-th forward in which the guidance acts, and the others, which cost what a plain step costs, take
             its last difference ``c - p``. A run begins with a computed one.
+        schedule: of the scale: ``"constant"``; ``"linear"`` or ``"cosine"``, which fall from it at ``start`` to 0 at
+            ``stop``; or a function from the fraction of the run done to a factor. Where that is 0 a step is plain.
+        blend: 1 is attention with blurred queries; less mixes the layer's output with that of its own attention,
+            ``blend * blurred + (1 - blend) * own``. 0 turns the guidance off.
+        gamma: the method's own name for the strength, ``scale + 1``; instead of ``scale``, as an argument only.
 
     Raises:
         ValueError: when a value does not fit; the message quotes it.
@@ -56,10 +69,12 @@ class SEG:
     Example:
         >>> SEG(sigma=4.0, layers=["mid", "u0-5"], stop=0.6).active(fraction=0.7)
         False
+        >>> SEG(gamma=4.0, schedule="linear").strength(fraction=0.5)
+        1.5
     """
 
     scale: float = 3.0
-    sigma: float = math.inf
+    sigma: GivenSigmas | Mapping[str, GivenSigmas] = math.inf
     layers: str | Sequence[str] = "mid"
     start: float = 0.0
     stop: float = 1.0
@@ -68,41 +83,199 @@ class SEG:
     query_stride: int | tuple[int, int] | Literal["auto"] = 1
     tolerance: float = 2.0**-8
     reuse: int = 1
+    schedule: Schedule = "constant"
+    blend: float = 1.0
+    gamma: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
-        if not (_is_number(self.scale) and math.isfinite(self.scale)):
-            raise ValueError(f"SEG.scale must be a finite number, got {self.scale!r}")
-        if not (_is_number(self.sigma) and self.sigma >= 0.0):  # false for NaN as well
-            raise ValueError(f"SEG.sigma must be 0 (no blur), positive, or math.inf (mean query), got {self.sigma!r}")
-        if not (_is_number(self.start) and _is_number(self.stop) and 0.0 <= self.start < self.stop <= 1.0):
-            raise ValueError(
-                f"SEG.start and SEG.stop must be fractions of the run with 0 <= start < stop <= 1, "
-                f"got start={self.start!r}, stop={self.stop!r}"
-            )
+    def __post_init__(self, gamma: float | None) -> None:
+        self._check_common(gamma)
+        sigma = checked_sigma("SEG", self.sigma)
+        if isinstance(sigma, dict) and self.layers == "mid":
+            object.__setattr__(self, "layers", tuple(sigma))
+        object.__setattr__(self, "sigma", sigma)
+        self._check_attention()
         check_boundary(self.boundary)
         check_backend(self.backend)
         if self.query_stride != "auto":
             object.__setattr__(self, "query_stride", _stride(self.query_stride))
-        if not (_is_number(self.tolerance) and 0.0 < self.tolerance < math.inf):
+        if self.query_stride not in (1, (1, 1)) and not isinstance(sigma, float):
+            raise ValueError(f"SEG.query_stride={self.query_stride!r} needs one number as sigma, got {self.sigma!r}")
+        if not (is_number(self.tolerance) and 0.0 < self.tolerance < math.inf):
             raise ValueError(f"SEG.tolerance must be a positive number, got {self.tolerance!r}")
-        if not isinstance(self.reuse, int) or isinstance(self.reuse, bool) or self.reuse < 1:
-            raise ValueError(
-                f"SEG.reuse must be an integer of at least 1 (1 computes every branch), got {self.reuse!r}"
-            )
-        layers = self.layers if isinstance(self.layers, str) else _names(self.layers)
-        object.__setattr__(self, "layers", layers)
 
-    def active(self, fraction: float) -> bool:
-        """Whether it acts at this fraction of the run, ``step / steps``."""
-        return self.scale != 0.0 and self.sigma != 0.0 and self.start <= fraction < self.stop
+    def perturbs(self) -> bool:
+        """Whether any sigma blurs."""
+        return largest(self.sigma) > 0.0  # type: ignore[arg-type]
 
     def leaves_out_rows(self) -> bool:
         """Whether a stride of query rows is asked for and means something: sigma is neither 0 nor infinite."""
-        return self.query_stride not in (1, (1, 1)) and 0.0 < self.sigma < math.inf
+        return self.query_stride not in (1, (1, 1)) and 0.0 < cast(float, self.sigma) < math.inf
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+@dataclass(frozen=True)
+class PAG(AttentionSpec):
+    """Perturbed-Attention Guidance: away from the prediction with identity attention in some self-attention layers.
+
+    The same two sums as :class:`SEG` with another ``p``: in the layers every token attends to itself alone, so that
+    their output is the projected values, which needs neither queries nor keys nor a softmax.
+
+    Args:
+        scale: ``s``; any finite number. 0 turns the guidance off.
+        layers: as :class:`SEG` takes them.
+        start: fraction of the run's steps at which it begins to act.
+        stop: fraction of the run's steps from which it no longer acts.
+        adaptive_scale: the scale falls by so much with each of the scheduler's timesteps below 1000,
+            ``max(0, scale - adaptive_scale * (1000 - t))``. Reading ``t`` waits for a GPU that holds it.
+        reuse: as :class:`SEG` takes it.
+        schedule: as :class:`SEG` takes it; multiplies what ``adaptive_scale`` left.
+        blend: 1 is identity attention; less mixes in the layer's own, 0 turns the guidance off.
+        gamma: ``scale + 1``, instead of ``scale``.
+
+    Raises:
+        ValueError: when a value does not fit; the message quotes it.
+
+    Source: PAG (arXiv 2403.17377), equations 15 and 16; ``adaptive_scale`` from diffusers' pipelines with PAG.
+
+    Example:
+        >>> PAG(scale=3.0, adaptive_scale=0.005).strength(fraction=0.5, timestep=500.0)
+        0.5
+    """
+
+    scale: float = 3.0
+    layers: str | Sequence[str] = "mid"
+    start: float = 0.0
+    stop: float = 1.0
+    adaptive_scale: float = 0.0
+    reuse: int = 1
+    schedule: Schedule = "constant"
+    blend: float = 1.0
+    gamma: InitVar[float | None] = None
+
+    def __post_init__(self, gamma: float | None) -> None:
+        self._check_common(gamma)
+        self._check_attention()
+        if not (is_number(self.adaptive_scale) and 0.0 <= self.adaptive_scale < math.inf):
+            raise ValueError(f"PAG.adaptive_scale must be 0 or a positive number, got {self.adaptive_scale!r}")
+
+    def perturbs(self) -> bool:
+        """Always."""
+        return True
+
+    def strength(self, fraction: float, timestep: float | None = None) -> float:
+        """The scale at a fraction of the run and a timestep; without one as if ``adaptive_scale`` were 0."""
+        full = super().strength(fraction)
+        if timestep is None or not self.adaptive_scale or self.scale <= 0.0:
+            return full
+        return full * max(0.0, self.scale - self.adaptive_scale * (1000.0 - timestep)) / self.scale
+
+
+@dataclass(frozen=True)
+class SAG(Spec):
+    """Self-Attention Guidance: away from the prediction for an image blurred where a layer attends.
+
+    After the forward a second one follows, on the same timestep: what the first predicts as the clean image is blurred
+    in the places that a self-attention layer looks at most, and noised again with the predicted noise. Under
+    classifier-free guidance all of it is unconditional: ``u + g (c - u) + s (u - u')``; without it ``c + s (c - c')``.
+    The second forward has another image from its first convolution on: it can share nothing with the first.
+
+    Args:
+        scale: ``s``; any finite number. 0 turns the guidance off.
+        layer: whose attention makes the mask; one layer, as ``SEG.layers`` names them.
+        start: fraction of the run's steps at which it begins to act.
+        stop: fraction of the run's steps from which it no longer acts.
+        threshold: tokens are blurred that receive more attention than this, summed over queries and averaged over
+            heads; the mean over all tokens is 1.
+        sigma: of the blur of the predicted clean image, in its own pixels.
+        kernel_size: taps of that blur, odd.
+        reuse: as :class:`SEG` takes it.
+        schedule: as :class:`SEG` takes it.
+        gamma: ``scale + 1``, instead of ``scale``.
+
+    Raises:
+        ValueError: when a value does not fit; the message quotes it.
+
+    Source: SAG (arXiv 2210.00939), equations 16 and 25; diffusers' pipeline for the defaults.
+
+    Example:
+        >>> SAG(stop=0.5).active(fraction=0.25)
+        True
+    """
+
+    scale: float = 0.75
+    layer: str = "m0"
+    start: float = 0.0
+    stop: float = 1.0
+    threshold: float = 1.0
+    sigma: float = 1.0
+    kernel_size: int = 9
+    reuse: int = 1
+    schedule: Schedule = "constant"
+    gamma: InitVar[float | None] = None
+
+    def __post_init__(self, gamma: float | None) -> None:
+        self._check_common(gamma)
+        if not isinstance(self.layer, str):
+            raise ValueError(f"SAG.layer must be the name of one layer, such as 'm0', got {self.layer!r}")
+        if not (is_number(self.threshold) and math.isfinite(self.threshold)):
+            raise ValueError(f"SAG.threshold must be a finite number, got {self.threshold!r}")
+        if not (is_number(self.sigma) and 0.0 < self.sigma < math.inf):
+            raise ValueError(f"SAG.sigma must be a positive number of pixels, got {self.sigma!r}")
+        size = self.kernel_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 3 or size % 2 == 0:
+            raise ValueError(f"SAG.kernel_size must be an odd integer of at least 3, got {size!r}")
+
+
+@dataclass(frozen=True)
+class CFG(Spec):
+    """Classifier-free guidance for runs in which the pipeline does none.
+
+    Adds ``scale * (c - u)``, where ``u`` is the prediction for a negative prompt; with ``scale = guidance_scale - 1``
+    that is the pipeline's own ``u + g (c - u)``. Call the pipeline with its ``guidance_scale`` at 1 or 0, or with
+    prompts alone where it has none. Text is what is negated: an image prompt (IP-Adapter) stays on both sides.
+
+    Args:
+        scale: ``guidance_scale - 1``; any finite number. 0 turns the guidance off.
+        negative_prompt: encoded by the pipeline when ``guide`` is called.
+        negative_prompt_embeds: instead of it, ``[1 or samples, tokens, channels]``.
+        negative_pooled_prompt_embeds: beside them where the model takes a pooled embedding (Stable Diffusion XL),
+            ``[1 or samples, channels]``.
+        start: fraction of the run's steps at which it begins to act.
+        stop: fraction of the run's steps from which it no longer acts.
+        reuse: as :class:`SEG` takes it.
+        schedule: as :class:`SEG` takes it.
+        gamma: ``scale + 1``, which is the usual ``guidance_scale``; instead of ``scale``.
+
+    Raises:
+        ValueError: when a value does not fit; the message quotes it.
+
+    Source: classifier-free guidance (arXiv 2207.12598), equation 6.
+
+    Example:
+        >>> CFG(gamma=5.0, negative_prompt="blurry").scale
+        4.0
+    """
+
+    scale: float = 4.0
+    negative_prompt: str = ""
+    negative_prompt_embeds: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    negative_pooled_prompt_embeds: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    start: float = 0.0
+    stop: float = 1.0
+    reuse: int = 1
+    schedule: Schedule = "constant"
+    gamma: InitVar[float | None] = None
+
+    def __post_init__(self, gamma: float | None) -> None:
+        self._check_common(gamma)
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(f"CFG.negative_prompt must be a text, got {self.negative_prompt!r}")
+        for name, dims in (("negative_prompt_embeds", 3), ("negative_pooled_prompt_embeds", 2)):
+            embeds = getattr(self, name)
+            if embeds is not None and getattr(embeds, "ndim", None) != dims:
+                raise ValueError(
+                    f"CFG.{name} must be a tensor of {dims} dimensions, got {tuple(getattr(embeds, 'shape', ()))}"
+                    f"{'' if hasattr(embeds, 'shape') else ' ' + type(embeds).__name__}"
+                )
 
 
 def _stride(value: int | tuple[int, int] | str) -> int | tuple[int, int]:
@@ -112,13 +285,3 @@ def _stride(value: int | tuple[int, int] | str) -> int | tuple[int, int]:
     except ValueError as error:
         raise ValueError(f"SEG.query_stride must be 'auto' or a stride: {error}") from None
     return pair if isinstance(value, (list, tuple)) else pair[0]
-
-
-def _names(layers: Sequence[str]) -> tuple[str, ...]:
-    """Several layer names as a tuple, so that a spec stays what it was when its caller's list changes."""
-    names = tuple(layers) if isinstance(layers, (list, tuple, set, frozenset)) else ()
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            f"SEG.layers must be a layer name such as 'mid', 'd4', 'u0-29', or a list of them, got {layers!r}"
-        )
-    return names

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all guidances have in common: how strong they are and when they act. No diffusers in here.
+
+Each adds ``scale * (reference - degraded)`` to the prediction; they differ in how the degraded one comes about.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+from segkern.integrations.diffusers.strength import Schedule, check_schedule, factor, is_number
+
+
+class Spec(ABC):
+    """What all guidances have.
+
+    Attributes:
+        scale: how far the prediction moves.
+        start: fraction of the run at which it begins to act.
+        stop: fraction of the run from which it no longer acts.
+        schedule: of the scale over the run.
+        reuse: forwards for which a degraded prediction serves.
+    """
+
+    scale: float
+    start: float
+    stop: float
+    schedule: Schedule
+    reuse: int
+
+    def strength(self, fraction: float, timestep: float | None = None) -> float:
+        """The scale at a fraction of the run, ``step / steps``; 0 where the guidance does not act.
+
+        ``timestep`` is the scheduler's, for those whose scale depends on it.
+        """
+        if self.scale == 0.0 or not self.start <= fraction < self.stop:
+            return 0.0
+        return self.scale * factor(type(self).__name__, self.schedule, fraction, self.start, self.stop)
+
+    def active(self, fraction: float) -> bool:
+        """Whether it acts at this fraction of the run."""
+        return self.strength(fraction) != 0.0
+
+    def _check_common(self, gamma: float | None) -> None:
+        owner = type(self).__name__
+        if gamma is not None:
+            if not (is_number(gamma) and math.isfinite(gamma)):
+                raise ValueError(f"{owner}.gamma must be a finite number, scale + 1, got {gamma!r}")
+            default = type(self).__dataclass_fields__["scale"].default  # type: ignore[attr-defined]
+            if self.scale not in (default, gamma - 1.0):
+                raise ValueError(f"{owner} takes scale or gamma, which is scale + 1, got {self.scale!r} and {gamma!r}")
+            object.__setattr__(self, "scale", float(gamma) - 1.0)
+        if not (is_number(self.scale) and math.isfinite(self.scale)):
+            raise ValueError(f"{owner}.scale must be a finite number, got {self.scale!r}")
+        if not (is_number(self.start) and is_number(self.stop) and 0.0 <= self.start < self.stop <= 1.0):
+            raise ValueError(
+                f"{owner}.start and {owner}.stop must be fractions of the run with 0 <= start < stop <= 1, "
+                f"got start={self.start!r}, stop={self.stop!r}"
+            )
+        check_schedule(owner, self.schedule)
+        if not isinstance(self.reuse, int) or isinstance(self.reuse, bool) or self.reuse < 1:
+            raise ValueError(
+                f"{owner}.reuse must be an integer of at least 1 (1 computes every branch), got {self.reuse!r}"
+            )
+
+
+class AttentionSpec(Spec):
+    """A guidance whose degraded prediction comes from another attention in some self-attention layers.
+
+    Attributes:
+        layers: where it acts.
+        blend: 1 is the other attention alone, less mixes it with the layer's own.
+    """
+
+    layers: str | Sequence[str]
+    blend: float
+    # Of a blur; a guidance without one takes what others ask for in a layer they share.
+    boundary: str | None = None
+    backend: str | None = None
+    query_stride: int | tuple[int, int] | Literal["auto"] = 1
+
+    @abstractmethod
+    def perturbs(self) -> bool:
+        """Whether it changes any layer at all."""
+
+    def strength(self, fraction: float, timestep: float | None = None) -> float:
+        """The scale at a fraction of the run; 0 too where the layers would stay what they are."""
+        return super().strength(fraction, timestep) if self.perturbs() and self.blend else 0.0
+
+    def leaves_out_rows(self) -> bool:
+        """Whether a stride of query rows is asked for and means something."""
+        return False
+
+    def _check_attention(self) -> None:
+        owner = type(self).__name__
+        if not (is_number(self.blend) and 0.0 <= self.blend <= 1.0):
+            raise ValueError(
+                f"{owner}.blend must lie between 0 (the layer's own attention) and 1 (the perturbed one), got "
+                f"{self.blend!r}"
+            )
+        layers = self.layers if isinstance(self.layers, str) else _names(owner, self.layers)
+        object.__setattr__(self, "layers", layers)
+
+
+def _names(owner: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Several layer names as a tuple, so that a spec stays what it was when its caller's list changes."""
+    names = tuple(layers) if isinstance(layers, (list, tuple, set, frozenset)) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{owner}.layers must be a layer name such as 'mid', 'd4', 'u0-29', or a list of them, got {layers!r}"
+        )
+    return names
