@@ -119,7 +119,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         strides.append(stride)
         return real(query, key, value, grid, sigma, stride, **options)
 
-    monkeypatch.setattr("segkern.integrations.diffusers.attention.coarse_error", spy)
+    monkeypatch.setattr("segkern.integrations.diffusers.rows.coarse_error", spy)
     return strides
 
 

@@ -150,7 +150,7 @@ def test_list_layers_says_what_it_cannot_list(arguments: tuple[Any, ...], quoted
         ({"scale": "3"}, "'3'"),
         ({"sigma": -1.0}, "-1.0"),
         ({"sigma": math.nan}, "nan"),
-        ({"sigma": (0.0, 1.0)}, r"\(0.0, 1.0\)"),
+        ({"sigma": (0.0, -1.0)}, r"\(0.0, -1.0\)"),
         ({"start": -0.1}, "start=-0.1"),
         ({"stop": 1.1}, "stop=1.1"),
         ({"start": 0.5, "stop": 0.5}, "start=0.5, stop=0.5"),

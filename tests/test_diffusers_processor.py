@@ -195,7 +195,7 @@ def test_blurred_and_plain_samples_go_in_one_call(monkeypatch: pytest.MonkeyPatc
         assert query.untyped_storage().nbytes() == query.numel() * 4, "a view of the projection, not a copy of parts"
         return real(query, *args, **kwargs)
 
-    monkeypatch.setattr("segkern.integrations.diffusers.attention.seg_attention", spy)
+    monkeypatch.setattr("segkern.integrations.diffusers.rows.seg_attention", spy)
     attn(x)
     assert calls == [(3, 2, 63, 16)]
 

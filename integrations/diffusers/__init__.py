@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smoothed Energy Guidance on stock diffusers pipelines.
+"""Smoothed Energy Guidance and its family on stock diffusers pipelines.
 
 ``guide`` turns it on for a pipeline, whatever its task, and off again:
 
@@ -13,9 +13,12 @@ from segkern.integrations.diffusers.layers import LayerInfo, list_layers
 from segkern.integrations.diffusers.pipelines import StableDiffusionXLSEGPipeline
 from segkern.integrations.diffusers.processor import SEGAttnProcessor
 from segkern.integrations.diffusers.report import LayerReport, Report
-from segkern.integrations.diffusers.specs import SEG
+from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
 
 __all__ = [
+    "CFG",
+    "PAG",
+    "SAG",
     "SEG",
     "Guidance",
     "LayerInfo",

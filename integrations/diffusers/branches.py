@@ -11,7 +11,7 @@ module asks for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,11 @@ class Batch:
         """The conditional samples."""
         return slice(self.first, self.size)
 
+    @property
+    def reference(self) -> slice:
+        """The unconditional samples under classifier-free guidance, else the conditional ones."""
+        return slice(0, self.first or self.size)
+
     def branch(self, index: int) -> slice:
         """The samples of the ``index``-th appended branch."""
         return slice(self.with_branches(index), self.with_branches(index + 1))
@@ -105,6 +110,16 @@ class Batch:
             return x if joined == count else x[: self.with_branches(count)]
         return x
 
+    def take(self, value: Any, samples: slice) -> Any:
+        """``value`` with every tensor of the pipeline's own batch in it cut to some samples."""
+        if isinstance(value, torch.Tensor):
+            return value[samples] if value.ndim and value.shape[0] == self.size else value
+        if isinstance(value, dict):
+            return {key: self.take(item, samples) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self.take(item, samples) for item in value])
+        return value
+
 
 class Join:
     """Forward pre-hook of a module: its arguments get the branches that it runs with, no more and no fewer.
@@ -127,7 +142,8 @@ class Join:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if self.batch is None or module is not self.module:  # a copy of the module is not guided
             return None
-        return _fit_arguments(self._names, _MODULE_ARGUMENTS, args, kwargs, self.batch, self.branches)
+        batch, count = self.batch, self.branches
+        return _map_arguments(self._names, _MODULE_ARGUMENTS, args, kwargs, lambda value: batch.fit(value, count))
 
 
 class JoinSkips(Join):
@@ -165,11 +181,28 @@ class DenoiserArguments:
 
     def grow_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
         """Every batch-first argument with ``count`` branches, so that every block runs with them."""
-        return _fit_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, batch, count)
+        return _map_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, lambda value: batch.fit(value, count))
 
     def grow_mid_residual(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
         """A ControlNet's residual of the mid block, which is added to that block's enlarged output."""
-        return _fit_arguments(self._names, {"mid_block_additional_residual"}, args, kwargs, batch, count)
+        names = {"mid_block_additional_residual"}
+        return _map_arguments(self._names, names, args, kwargs, lambda value: batch.fit(value, count))
+
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, samples: slice) -> Arguments:
+        """Every batch-first argument cut to some samples of the pipeline's own batch."""
+        return _map_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, lambda value: batch.take(value, samples))
+
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], **values: Any) -> Arguments:
+        """The arguments with other values for some of them."""
+        changed = list(args)
+        named = dict(kwargs)
+        for name, value in values.items():
+            position = self._names.index(name)
+            if position < len(changed):
+                changed[position] = value
+            else:
+                named[name] = value
+        return tuple(changed), named
 
 
 def difference(output: torch.Tensor, batch: Batch, branch: int) -> torch.Tensor:
@@ -228,16 +261,15 @@ def _parameter_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
-def _fit_arguments(
+def _map_arguments(
     names: tuple[str, ...],
-    batch_first: frozenset[str] | set[str],
+    chosen: frozenset[str] | set[str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    batch: Batch,
-    count: int,
+    change: Callable[[Any], Any],
 ) -> Arguments:
+    """The arguments, those of the chosen names changed."""
     positional = tuple(
-        batch.fit(value, count) if i < len(names) and names[i] in batch_first else value for i, value in enumerate(args)
+        change(value) if i < len(names) and names[i] in chosen else value for i, value in enumerate(args)
     )
-    named = {name: batch.fit(value, count) if name in batch_first else value for name, value in kwargs.items()}
-    return positional, named
+    return positional, {name: change(value) if name in chosen else value for name, value in kwargs.items()}

@@ -8,12 +8,14 @@ made once, between two forwards, and stays, so that a compiled denoiser settles 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
 from segkern.coarse import check_query_stride, coarse_grid
 from segkern.grid import Grid
-from segkern.integrations.diffusers.attention import EVERY_ROW, Stride
+from segkern.integrations.diffusers.rows import EVERY_ROW, Stride
+from segkern.integrations.diffusers.spec import Spec
 from segkern.integrations.diffusers.specs import SEG
 
 FORWARDS = 3  # with estimates, before the choice
@@ -59,13 +61,13 @@ class Calibration:
         size: height and width of the denoiser's image in the forward under way, which say what grids its layers have.
     """
 
-    specs: tuple[SEG, ...]
+    specs: tuple[Spec, ...]
     size: tuple[int, int] = (0, 0)
     _layers: dict[tuple[int, str, tuple[int, int]], _Layer] = field(default_factory=dict, init=False)
 
     def stride(self, spec: int, module: str) -> Stride:
         """The stride of the coming forward."""
-        wanted = self.specs[spec].query_stride
+        wanted = getattr(self.specs[spec], "query_stride", 1)
         if wanted != "auto":
             return check_query_stride(wanted)
         choice = self._layer(spec, module).choice
@@ -73,9 +75,10 @@ class Calibration:
 
     def candidates(self, spec: int, module: str) -> tuple[Stride, ...]:
         """The strides whose error the coming forward estimates; none once the layer has settled."""
-        if not self.specs[spec].leaves_out_rows() or self._layer(spec, module).choice is not None:
+        chosen = self._strided(spec)
+        if chosen is None or self._layer(spec, module).choice is not None:
             return ()
-        return _candidates(self.specs[spec])
+        return _candidates(chosen)
 
     def add(self, spec: int, module: str, grid: Grid, errors: torch.Tensor) -> None:
         """Take the estimates ``[candidates, samples]`` of the forward under way, without waiting for the device."""
@@ -98,16 +101,23 @@ class Calibration:
         found = torch.cat([largest.to(device) for largest in due.values()]).tolist()
         for key, largest in due.items():
             layer, errors = self._layers[key], [found.pop(0) for _ in range(len(largest))]
-            layer.choice = _choose(self.specs[key[0]], layer, errors)
+            chosen = self._strided(key[0])
+            assert chosen is not None
+            layer.choice = _choose(chosen, layer, errors)
 
     def report(self, spec: int, module: str) -> Choice | None:
         """What a layer runs with at the latest image size; None without a stride, and until one is chosen."""
-        chosen, layer = self.specs[spec], self._layer(spec, module)
-        if layer.choice is not None or not chosen.leaves_out_rows():
+        chosen, layer = self._strided(spec), self._layer(spec, module)
+        if layer.choice is not None or chosen is None:
             return layer.choice
         if chosen.query_stride != "auto":
             return Choice(check_query_stride(chosen.query_stride), layer.error())
         return None if _candidates(chosen) else Choice(EVERY_ROW, None)
+
+    def _strided(self, spec: int) -> SEG | None:
+        """The guidance, if it leaves out rows."""
+        found = self.specs[spec]
+        return found if isinstance(found, SEG) and found.leaves_out_rows() else None
 
     def _layer(self, spec: int, module: str) -> _Layer:
         return self._layers.setdefault((spec, module, self.size), _Layer())
@@ -116,7 +126,7 @@ class Calibration:
 def _candidates(spec: SEG) -> tuple[Stride, ...]:
     if spec.query_stride != "auto":
         return (check_query_stride(spec.query_stride),)
-    return tuple(stride for stride in CANDIDATES if max(stride) <= WIDEST * spec.sigma)
+    return tuple(stride for stride in CANDIDATES if max(stride) <= WIDEST * cast(float, spec.sigma))
 
 
 def _choose(spec: SEG, layer: _Layer, errors: list[float]) -> Choice:

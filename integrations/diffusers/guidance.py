@@ -4,32 +4,33 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.grid import Grid
-from segkern.integrations.diffusers.attention import EVERY_ROW
-from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments, difference, fold
+from segkern.integrations.diffusers.branches import Arguments, DenoiserArguments, difference, fold
 from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.layers import LayerInfo
-from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor, unwrap
+from segkern.integrations.diffusers.degradations import Degradations
+from segkern.integrations.diffusers.guided_layers import Forward, GuidedLayers
+from segkern.integrations.diffusers.negative import negative_text
+from segkern.integrations.diffusers.processor import norms, unwrap
 from segkern.integrations.diffusers.report import Recorder, Report
 from segkern.integrations.diffusers.reuse import Differences
-from segkern.integrations.diffusers.schedule import Run
+from segkern.integrations.diffusers.schedule import Run, number
 from segkern.integrations.diffusers.sharing import Places
-from segkern.integrations.diffusers.specs import SEG
-from segkern.integrations.diffusers.support import GUIDED, check_pipeline, choose_layers
+from segkern.integrations.diffusers.spec import AttentionSpec, Spec
+from segkern.integrations.diffusers.specs import CFG, PAG, SAG
+from segkern.integrations.diffusers.support import GUIDED, Chosen, check_pipeline, choose_layers
 
 
-def guide(pipe: Any, *specs: SEG, share: bool = True) -> Guidance:
+def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
     """Turn on guidance for every run of a pipeline, until the context is left or ``remove()`` is called.
 
     The pipeline stays the stock one, whatever its task (text to image, image to image, inpainting,
@@ -63,53 +64,40 @@ def guide(pipe: Any, *specs: SEG, share: bool = True) -> Guidance:
         >>> print(guidance.report())  # doctest: +SKIP
     """
     unet = check_pipeline(pipe)
-    layers = choose_layers(unet, specs)
-    guidance = Guidance(pipe, unet, specs, layers, share)
+    guidance = Guidance(pipe, unet, choose_layers(unet, specs), share)
     guidance._install()
     return guidance
-
-
-@dataclass
-class _Layer:
-    """A guided layer and what stands in it."""
-
-    info: LayerInfo
-    attention: Attention
-    processor: GuidedProcessor
-    specs: tuple[int, ...]  # the guidances that act on it
 
 
 class Guidance:
     """Guidance at work on a pipeline; made by :func:`guide`."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        unet: UNet2DConditionModel,
-        specs: tuple[SEG, ...],
-        layers: tuple[list[LayerInfo], ...],
-        share: bool,
-    ) -> None:
+    def __init__(self, pipe: Any, unet: UNet2DConditionModel, chosen: tuple[Chosen, ...], share: bool) -> None:
         self._pipe = pipe
         self._denoiser: nn.Module = pipe.unet  # torch.compile's wrapper, if there is one: bookkeeping stays outside
         self._unet = unet
-        self._specs = specs
+        self._specs = tuple(one.spec for one in chosen)
         self._share = share
         self._run = Run(pipe)
-        self._calibration = Calibration(specs)
-        self._recorder = Recorder(specs, layers, self._calibration)
+        self._calibration = Calibration(self._specs)
+        self._recorder = Recorder(chosen, self._calibration)
         self._arguments = DenoiserArguments(unet)
         self._installed = False
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
         self._inner: list[RemovableHandle] = []  # on its parts, from the first guided forward to the next plain one
         self._places = Places(unet)
-        self._layers = _guided_layers(unet, specs, layers)
-        # Where each guidance's branch joins.
-        self._first = [min(self._places.of(layer.module) for layer in chosen) for chosen in layers]
-        self._batch: Batch | None = None  # of the forward under way; None when it is a plain one
-        self._active: tuple[int, ...] = ()  # guidances of the forward under way, in the order in which they join
-        self._reused: tuple[int, ...] = ()  # those of it whose last difference is taken instead
-        self._differences = Differences(specs)
+        self._layers = GuidedLayers(unet, chosen, self._places)
+        self._first = [self._place(one) for one in chosen]  # where each guidance's branch joins
+        self._negative = {i: negative_text(pipe, spec) for i, spec in enumerate(self._specs) if isinstance(spec, CFG)}
+        self._degradations = Degradations(pipe, self._specs)
+        self._forward: Forward | None = None  # the one under way; None when it is a plain one
+        self._given: Arguments = ((), {})  # its arguments, where another forward follows
+        self._differences = Differences(self._specs)
+
+    def _place(self, one: Chosen) -> int:
+        """The place of the first perturbed layer; before all of them where the whole input differs."""
+        modules = [layer.module for layer in one.layers if isinstance(one.spec, AttentionSpec)]
+        return min((self._places.of(module) for module in modules), default=-1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
         """A copy of the pipeline takes the hooks along, but they act on the original alone."""
@@ -149,42 +137,18 @@ class Guidance:
 
     def _attach(self) -> None:
         """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
-        for layer in self._layers:
-            current = layer.attention.processor
-            if current is layer.processor:
-                continue
-            original = unwrap(current)
-            if type(original) not in STANDARD_PROCESSORS:
-                raise ValueError(
-                    f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
-                    f"is not standard self-attention; set it after the guidance is removed"
-                )
-            if original is not layer.processor.original:  # fused projections, for example
-                layer.processor.tell(None)  # someone may have kept it
-                layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
-            layer.attention.set_processor(layer.processor)
+        self._layers.stand_in()
         if not self._inner:
-            self._hook_grids()
-            self._inner += self._places.hook(min(self._first))
+            self._inner += self._layers.hook_grids()
+            places = [place for place in self._first if place >= 0]
+            self._inner += self._places.hook(min(places)) if places else []
 
     def _detach(self) -> None:
         """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
         self._places.tell(None, ())
         while self._inner:
             self._inner.pop().remove()
-        for layer in self._layers:
-            layer.processor.tell(None)  # someone may have kept it
-            if layer.attention.processor is not unwrap(layer.attention.processor):
-                layer.attention.set_processor(unwrap(layer.attention.processor))
-
-    def _hook_grids(self) -> None:
-        """Each layer's grid comes from the image that its transformer gets."""
-        for name, module in self._unet.named_modules():
-            if isinstance(module, Transformer2DModel):
-                inside = [layer for layer in self._layers if layer.info.module.startswith(f"{name}.")]
-                if inside:
-                    read = _ReadGrid(module, inside)
-                    self._inner.append(module.register_forward_pre_hook(read, with_kwargs=True))
+        self._layers.step_aside()
 
     def _remove(self, warn: bool) -> None:
         if not self._installed:
@@ -197,8 +161,7 @@ class Guidance:
             self._handles.pop().remove()
         self._detach()
         self._differences.forget()
-        for layer in self._layers:
-            layer.processor.moved, layer.processor.errors = None, ()
+        self._layers.forget()
         saved = getattr(self._unet, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
@@ -215,67 +178,128 @@ class Guidance:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: decide what this forward does and tell the blocks and layers."""
-        if module is not self._denoiser:  # a copy is not guided
+        if module is not self._denoiser or self._degradations.running:  # a copy is not guided
             return None
-        self._batch = None
+        self._forward = None
         if not self._run.is_ours():
             self._detach()
             return None
+        forward = self._plan(args, kwargs)
+        if forward is None or not (forward.branches or forward.degrading):
+            self._detach()
+            self._recorder.forwards += 1
+            self._forward = forward
+            return None
+        self._attach()
+        self._recorder.forwards += 1
+        self._forward = forward
+        if forward.degrading:
+            self._given = args, kwargs
+        sample = self._arguments.get("sample", args, kwargs)
+        self._calibration.size = (sample.shape[2], sample.shape[3])
+        self._tell(forward)
+        return self._grown(forward, args, kwargs)
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
+        """What the coming forward does; None when it is a plain one."""
         fraction = self._run.next_fraction()
         if fraction == 0.0:  # a new run, whether a guidance acts at its beginning or not
             self._differences.forget()
-        acting = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
         sample = self._arguments.get("sample", args, kwargs)
-        active = [index for index in acting if self._differences.due(index, sample.shape)]
-        if active:
-            self._attach()
-        self._recorder.forwards += 1
-        self._active = tuple(sorted(active, key=lambda index: self._first[index]))
-        self._reused = tuple(index for index in acting if index not in active)
-        if acting and not active:
-            self._batch = self._run.batch(sample.shape[0], 0)
-        if not active:
-            self._detach()
+        strengths = self._strengths(fraction, args, kwargs)
+        if not strengths:
             return None
-        self._batch = self._run.batch(sample.shape[0], len(active))
-        self._calibration.size = (sample.shape[2], sample.shape[3])
-        share = self._share and self._can_share(args, kwargs)
-        self._tell(self._batch, share)
-        if not share:
-            return self._arguments.grow_all(args, kwargs, self._batch, len(active))
-        mid = self._joined(self._places.last_of("mid"))
-        return self._arguments.grow_mid_residual(args, kwargs, self._batch, mid) if mid else None
+        computed = [index for index in strengths if self._differences.due(index, sample.shape)]
+        branches = [index for index in computed if not isinstance(self._specs[index], SAG)]
+        degrading = tuple(index for index in computed if isinstance(self._specs[index], SAG))
+        reused = tuple(index for index in strengths if index not in computed)
+        batch = self._run.batch(sample.shape[0], len(branches))
+        if batch.first and any(index in self._negative for index in strengths):
+            raise ValueError(
+                f"this {type(self._pipe).__name__} runs classifier-free guidance itself; call it with "
+                f"guidance_scale=1, or leave CFG(...) out"
+            )
+        ordered = tuple(sorted(branches, key=lambda index: self._first[index]))
+        forward = Forward(batch, ordered, self._first, True, strengths, reused, degrading)
+        shares = self._share and self._can_share(forward, args, kwargs)
+        return replace(forward, share=shares)
+
+    def _strengths(self, fraction: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, float]:
+        """Of the guidances that act in the coming forward."""
+        timestep = None
+        if any(isinstance(spec, PAG) and spec.adaptive_scale for spec in self._specs):
+            timestep = number(self._arguments.get("timestep", args, kwargs))
+        found = {index: spec.strength(fraction, timestep) for index, spec in enumerate(self._specs)}
+        return {index: strength for index, strength in found.items() if strength != 0.0}
+
+    def _grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """The denoiser's arguments with the branches that join before its first block; None for no change."""
+        batch, count = forward.batch, forward.joined(-1)
+        arguments = self._arguments
+        if count:
+            args, kwargs = arguments.grow_all(args, kwargs, batch, count)
+            for branch, index in enumerate(forward.branches):
+                if index in self._negative:
+                    args, kwargs = self._negative[index].put(arguments, args, kwargs, batch.branch(branch))
+        mid = forward.joined(self._places.last_of("mid"))
+        if mid > count:
+            args, kwargs = arguments.grow_mid_residual(args, kwargs, batch, mid)
+        return (args, kwargs) if mid or count else None
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser: fold the branches back and take down what the layers report."""
-        if self._batch is None or module is not self._denoiser:
+        forward = self._forward
+        if forward is None or module is not self._denoiser or self._degradations.running:
             return None
-        sample = output[0]
+        self._forward = None
+        sample, batch = output[0], forward.batch
+        moved = self._reports(forward)
+        guided = [(forward.strengths[index], self._differences.last(index)) for index in forward.reused]
+        for branch, index in enumerate(forward.branches):
+            found = difference(sample, batch, branch)
+            self._differences.keep(index, found)
+            guided.append((forward.strengths[index], found))
+            if index in self._negative:
+                moved[index, ""] = torch.stack([norms(found), norms(sample[batch.conditional])])
+        for index in forward.degrading:
+            layer = next(layer for layer in self._layers if index in layer.readers)
+            with self._quiet():
+                found, moved[index, layer.info.module] = self._degradations.difference(
+                    index, self._denoiser, self._arguments, self._given, batch, sample, layer
+                )
+            self._differences.keep(index, found)
+            guided.append((forward.strengths[index], found))
+        self._layers.forget()
+        self._given = ((), {})
+        self._recorder.add(moved, sample.dtype)
+        rescaled = self._run.rescaled_guidance_scale() if batch.first else None
+        folded = fold(sample, batch, guided, rescaled)
+        return (folded, *output[1:]) if isinstance(output, tuple) else type(output)(sample=folded)
+
+    def _reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
+        """How far each layer moved, for each guidance that acted there; and errors, for the calibration."""
         moved: dict[tuple[int, str], torch.Tensor] = {}
         for layer in self._layers:
             processor, name = layer.processor, layer.info.module
-            acting = [index for index in self._active if index in layer.specs]
-            for index, norms in zip(acting, processor.moved or (), strict=False):
-                moved[index, name] = norms
+            acting = [index for index in forward.branches if index in layer.specs]
+            for index, distance in zip(acting, processor.moved or (), strict=False):
+                moved[index, name] = distance
             estimated = [index for index in acting if self._calibration.candidates(index, name)]
             for index, errors in zip(estimated, processor.errors, strict=False):
                 assert processor.grid is not None
                 self._calibration.add(index, name, processor.grid, errors)
-            processor.moved, processor.errors = None, ()
         self._calibration.settle()
-        self._recorder.add(moved, sample.dtype)
-        guided = []
-        for branch, index in enumerate(self._active):
-            found = difference(sample, self._batch, branch)
-            self._differences.keep(index, found)
-            guided.append((self._specs[index].scale, found))
-        guided += [(self._specs[index].scale, self._differences.last(index)) for index in self._reused]
-        rescaled = self._run.rescaled_guidance_scale() if self._batch.first else None
-        folded = fold(sample, self._batch, guided, rescaled)
-        return (folded, *output[1:]) if isinstance(output, tuple) else type(output)(sample=folded)
+        return moved
 
-    def _can_share(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Inside, the denoiser runs as it is, on whatever batch."""
+        self._places.tell(None, ())
+        self._layers.rest()
+        yield
+
+    def _can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether residuals from outside meet tensors of the batch they were made for.
 
         A T2I-Adapter's are added inside down blocks and to the mid block's output; a ControlNet's after all
@@ -286,63 +310,9 @@ class Guidance:
         inside = self._arguments.get("down_intrablock_additional_residuals", args, kwargs)
         if inside is not None or (down is not None and mid is None):  # the second is the old way to pass the first
             return False
-        return down is None or self._joined(self._places.last_of("down")) == 0
+        return down is None or forward.joined(self._places.last_of("down")) == forward.joined(-1)
 
-    def _joined(self, place: int) -> int:
-        """How many of the active guidances' branches run through the place of this number."""
-        return sum(self._first[index] <= place for index in self._active)
-
-    def _tell(self, batch: Batch, share: bool) -> None:
-        self._places.tell(batch if share else None, [self._joined(place) for place in range(len(self._places))])
-        for layer in self._layers:
-            place = self._places.of(layer.info.module)
-            joined = self._joined(place) if share else len(self._active)
-            new = joined - self._joined(place - 1) if share and self._places.shares_inputs(place) else 0
-            sigmas, strides = [0.0] * batch.size, [EVERY_ROW] * batch.size
-            for index in self._active[:joined]:
-                acts, samples = index in layer.specs, batch.size - batch.first
-                sigmas += [self._specs[index].sigma if acts else 0.0] * samples
-                strides += [self._calibration.stride(index, layer.info.module) if acts else EVERY_ROW] * samples
-            acting = [(i, index) for i, index in enumerate(self._active) if index in layer.specs]
-            processor = layer.processor
-            processor.tell(tuple(float(sigma) for sigma in sigmas))
-            processor.strides = tuple(strides)
-            processor.conditional = batch.conditional
-            processor.own = batch.with_branches(joined - new)
-            processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
-            processor.candidates = tuple(self._calibration.candidates(index, layer.info.module) for _, index in acting)
-            processor.errors = ()
-
-
-class _ReadGrid:
-    """Forward pre-hook of a transformer: the height and width of its image are its layers' grid."""
-
-    def __init__(self, transformer: nn.Module, layers: list[_Layer]) -> None:
-        self._transformer = transformer
-        self._layers = layers
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadGrid:
-        return self
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self._transformer:  # a copy is not guided
-            return
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        height, width = hidden_states.shape[2:]
-        for layer in self._layers:
-            if layer.processor.kinds:
-                layer.processor.grid = Grid(height, width)
-
-
-def _guided_layers(
-    unet: UNet2DConditionModel, specs: tuple[SEG, ...], chosen: tuple[list[LayerInfo], ...]
-) -> list[_Layer]:
-    layers: dict[str, _Layer] = {}
-    for index, (spec, infos) in enumerate(zip(specs, chosen, strict=True)):
-        for info in infos:
-            attention = unet.get_submodule(info.module)
-            assert isinstance(attention, Attention)
-            processor = GuidedProcessor(unwrap(attention.processor), spec.boundary, spec.backend)
-            layer = layers.setdefault(info.module, _Layer(info, attention, processor, ()))
-            layer.specs = (*layer.specs, index)
-    return list(layers.values())
+    def _tell(self, forward: Forward) -> None:
+        counts = [forward.joined(place) for place in range(len(self._places))]
+        self._places.tell(forward.batch if forward.share and forward.branches else None, counts)
+        self._layers.tell(forward, self._calibration)

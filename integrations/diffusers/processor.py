@@ -22,8 +22,15 @@ from segkern.blur import check_boundary, check_sigma, table_making
 from segkern.coarse import check_query_stride
 from segkern.dispatch import check_backend
 from segkern.grid import Grid
-from segkern.integrations.diffusers.attention import EVERY_ROW, Stride, self_attention
-from segkern.plans import takes_points
+from segkern.integrations.diffusers.attention import self_attention, tokens_of
+from segkern.integrations.diffusers.projections import Projections
+from segkern.integrations.diffusers.rows import EVERY_ROW, Stride, is_finite
+from segkern.integrations.diffusers.sigmas import Sigma
+
+
+def attention_mass(query, key, *, scale, backend):
+    return torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1).sum(dim=-2)
+
 
 STANDARD_PROCESSORS = (
     AttnProcessor,
@@ -134,8 +141,11 @@ class GuidedProcessor:
             just joined, repeat the conditional ones.
         perturbed: for each guidance that acts on this layer, the samples of its branch.
         strides: of the query rows, one per sample like ``sigmas``; None computes every row.
+        blends: one per sample; less than 1 mixes in the sample's own attention. None mixes nowhere.
+        read: samples of which to tell how much attention each token receives; None for none.
         candidates: for each of ``perturbed``, the strides whose error this forward estimates, none by default.
         grid: of the layer's tokens in this forward.
+        mass: after a forward, that of the samples ``read``, ``[samples, heads, tokens]``.
         moved: after a forward, for each of ``perturbed``, the norms ``[2, samples]`` of the difference
             between its output and the conditional one, and of the conditional one.
         errors: after a forward, for each of ``perturbed`` that has candidates, their estimated errors
@@ -148,13 +158,16 @@ class GuidedProcessor:
         self.boundary = boundary
         self.backend = backend
         self.fused = isinstance(self.original, FusedAttnProcessor2_0)
-        self.sigmas: tuple[float, ...] | None = None
-        self.kinds: tuple[float, ...] = ()
+        self.sigmas: tuple[Sigma, ...] | None = None
+        self.kinds: tuple[Sigma, ...] = ()
         self.values: torch.Tensor | None = None
         self.conditional = slice(0, 0)
         self.own = 0
         self.perturbed: tuple[slice, ...] = ()
         self.strides: tuple[Stride, ...] | None = None
+        self.blends: tuple[float, ...] | None = None
+        self.read: slice | None = None
+        self.mass: torch.Tensor | None = None
         self.candidates: tuple[tuple[Stride, ...], ...] = ()
         self.grid: Grid | None = None
         self.errors: tuple[torch.Tensor, ...] = ()
@@ -174,7 +187,9 @@ class GuidedProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not self.kinds:
+        if self.read is not None:
+            self.mass = self._mass(attn, hidden_states, attention_mask, temb, self.read)
+        if not any(self.kinds):
             known = {} if temb is None else {"temb": temb}
             return self.original(
                 attn,
@@ -196,31 +211,57 @@ class GuidedProcessor:
             backend=self.backend,
             fused=self.fused,
             strides=self.strides,
+            blends=self.blends,
             own=self.own,
             source=self.conditional,
             probed=[each for each in zip(self.perturbed, self.candidates, strict=False) if each[1]],
         )
         conditional = output[self.conditional]
-        reference = _norms(conditional)
-        self.moved = tuple(torch.stack([_norms(output[p] - conditional), reference]) for p in self.perturbed)
+        reference = norms(conditional)
+        self.moved = tuple(torch.stack([norms(output[p] - conditional), reference]) for p in self.perturbed)
         return output
 
-    def tell(self, sigmas: tuple[float, ...] | None) -> None:
+    def tell(self, sigmas: tuple[Sigma, ...] | None) -> None:
         """The sigmas of the coming forward; None for a plain one."""
         self.sigmas = sigmas
-        self.kinds = () if sigmas is None else tuple(1.0 if takes_points(sigma) else sigma for sigma in sigmas)
-        self.values = None if sigmas is None else _tensor(sigmas)
+        self.kinds = () if sigmas is None else tuple(1.0 if is_finite(sigma) else sigma for sigma in sigmas)
+        self.values = None
+        if sigmas is None:
+            self.read = None
+        elif any(map(is_finite, sigmas)):
+            # Where a sample has a sigma for each head, calls with numbers from here would not know them.
+            numbers = tuple(0.0 if isinstance(sigma, tuple) else sigma for sigma in sigmas)
+            self.values = None if numbers != sigmas else _tensor(numbers)
 
-    def _sigmas(self) -> tuple[tuple[float, ...], torch.Tensor | None]:
+    def _sigmas(self) -> tuple[tuple[Sigma, ...], torch.Tensor | None]:
         """Numbers, or in a graph that is being compiled kinds and the tensor with the numbers.
 
-        Points between tokens, and gradients, are made for certain numbers.
+        Points between tokens, heads with sigmas of their own, and gradients are made for certain numbers.
         """
         rows = self.strides is None or all(stride == EVERY_ROW for stride in self.strides)
-        if torch.compiler.is_compiling() and rows and not any(self.candidates) and not torch.is_grad_enabled():
+        told = self.values is not None
+        if torch.compiler.is_compiling() and told and rows and not any(self.candidates) and not torch.is_grad_enabled():
             return self.kinds, self.values
         assert self.sigmas is not None
         return self.sigmas, None
+
+    def _mass(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        temb: torch.Tensor | None,
+        samples: slice,
+    ) -> torch.Tensor:
+        """How much attention each token receives, from queries and keys of its own: they are little beside the rest."""
+        if attention_mask is not None:
+            raise ValueError(
+                f"SAG needs a layer without attention mask, got one of shape {tuple(attention_mask.shape)}"
+            )
+        tokens = tokens_of(attn, hidden_states[samples], None if temb is None else temb[samples])
+        projections = Projections(attn, self.fused)
+        query, key = projections.query(tokens), projections.key(tokens)
+        return attention_mass(query.detach(), key.detach(), scale=attn.scale, backend=self.backend)
 
 
 @lru_cache(maxsize=256)
@@ -230,7 +271,7 @@ def _tensor(sigmas: tuple[float, ...]) -> torch.Tensor:
         return torch.tensor(sigmas, dtype=torch.float64, device="cpu")
 
 
-def _norms(x: torch.Tensor) -> torch.Tensor:
+def norms(x: torch.Tensor) -> torch.Tensor:
     """The L2 norm of each sample, ``[samples]``, in float32 at least; no gradient, since reports are kept."""
     dims = tuple(range(1, x.ndim))
     return torch.linalg.vector_norm(x.detach(), dim=dims, dtype=torch.promote_types(x.dtype, torch.float32))

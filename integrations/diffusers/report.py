@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.layers import LayerInfo
-from segkern.integrations.diffusers.specs import SEG
+from segkern.integrations.diffusers.spec import Spec
+from segkern.integrations.diffusers.support import Chosen
 
 _ROUNDING = 1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
 
@@ -24,11 +23,12 @@ class LayerReport:
 
     Attributes:
         spec: index of the guidance among those given to ``guide``.
-        layer: official index of the layer.
-        module: name of the layer's attention module.
+        layer: official index of the layer; ``"text"`` for ``CFG``, which has no layer.
+        module: name of the layer's attention module; empty for ``CFG``.
         fired: forwards in which the guidance acted there.
         moved: mean over those forwards and the samples of ``|perturbed - conditional| / |conditional|``, L2
-            norms of the layer's output; None when it never fired.
+            norms of the layer's output; for ``SAG`` of the denoiser's input, for ``CFG`` of its prediction; None when
+            it never fired.
         query_stride: of the rows computed at the latest image size, height first, (1, 1) where ``"auto"`` found that
             no wider one holds its tolerance; None where no stride was asked for, and until it is chosen.
         error: the estimate of :func:`segkern.coarse_error` for it, the largest of those made before the choice;
@@ -61,7 +61,7 @@ class Report:
     """
 
     forwards: int
-    specs: tuple[SEG, ...]
+    specs: tuple[Spec, ...]
     layers: tuple[LayerReport, ...]
     problems: tuple[str, ...]
 
@@ -90,14 +90,12 @@ class Recorder:
     """Collects what the layers report, on their device and without waiting for it.
 
     Attributes:
-        specs: the guidances.
-        layers: the layers of each guidance.
+        chosen: the guidances and their layers.
         calibration: what their strides are.
         forwards: of the denoiser so far.
     """
 
-    specs: tuple[SEG, ...]
-    layers: tuple[Sequence[LayerInfo], ...]
+    chosen: tuple[Chosen, ...]
     calibration: Calibration
     forwards: int = 0
     # Which (guidance, module) pairs fired together -> in how many forwards, and the sum of their relative
@@ -128,15 +126,15 @@ class Recorder:
             for pair, value in zip(pairs, total.tolist(), strict=True):
                 totals[pair] = totals.get(pair, 0.0) + value
         rows = []
-        for index, layers in enumerate(self.layers):
-            for layer in layers:
-                pair = (index, layer.module)
+        for index, one in enumerate(self.chosen):
+            for name, module in [(layer.name, layer.module) for layer in one.layers] or [("text", "")]:
+                pair = (index, module)
                 count = fired.get(pair, 0)
                 moved = totals[pair] / count if pair in totals else None
-                choice = self.calibration.report(index, layer.module)
+                choice = self.calibration.report(index, module)
                 stride, error = (None, None) if choice is None else (choice.stride, choice.error)
-                rows.append(LayerReport(index, layer.name, layer.module, count, moved, stride, error))
-        return Report(self.forwards, self.specs, tuple(rows), self._problems(rows))
+                rows.append(LayerReport(index, name, module, count, moved, stride, error))
+        return Report(self.forwards, tuple(one.spec for one in self.chosen), tuple(rows), self._problems(rows))
 
     def warn(self, report: Report, stacklevel: int) -> None:
         """A UserWarning for each problem, at the caller ``stacklevel - 1`` calls above this one."""
@@ -146,7 +144,7 @@ class Recorder:
     def _problems(self, rows: list[LayerReport]) -> tuple[str, ...]:
         least = max(_ROUNDING, torch.finfo(self._dtype).eps)
         problems = []
-        for index, spec in enumerate(self.specs):
+        for index, spec in enumerate(one.spec for one in self.chosen):
             moves = [row.moved for row in rows if row.spec == index and row.moved is not None]
             if not any(row.fired for row in rows if row.spec == index):
                 problems.append(f"{spec} fired in none of {self.forwards} forwards of the denoiser")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from segkern.integrations.diffusers.specs import SEG
+from segkern.integrations.diffusers.spec import Spec
 
 
 @dataclass
@@ -29,7 +29,7 @@ class _Last:
 class Differences:
     """The last difference ``c - p`` of each guidance that is not computed in every forward."""
 
-    def __init__(self, specs: Sequence[SEG]) -> None:
+    def __init__(self, specs: Sequence[Spec]) -> None:
         self._specs = specs
         self._last: dict[int, _Last] = {}
 

@@ -82,3 +82,8 @@ class Run:
                 f"the denoiser of a guided pipeline was called outside a run of it: "
                 f"{type(self._pipe).__name__}.{name} is not known before the pipeline's first run"
             ) from error
+
+
+def number(timestep: Any) -> float:
+    """A timestep as the denoiser gets it, a number or a tensor of equal ones, as a number. Waits for its device."""
+    return float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Literal
 
 from segkern.integrations.diffusers.strength import Schedule, check_schedule, factor, is_number
+
+
+_ALWAYS_SHOWN = ("scale", "sigma", "layers", "layer")
 
 
 class Spec(ABC):
@@ -39,6 +43,15 @@ class Spec(ABC):
         if self.scale == 0.0 or not self.start <= fraction < self.stop:
             return 0.0
         return self.scale * factor(type(self).__name__, self.schedule, fraction, self.start, self.stop)
+
+    def __repr__(self) -> str:
+        """Its main numbers, and what else differs from the defaults."""
+        shown = []
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if each.repr and (each.name in _ALWAYS_SHOWN or value != each.default):
+                shown.append(f"{each.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def active(self, fraction: float) -> bool:
         """Whether it acts at this fraction of the run."""

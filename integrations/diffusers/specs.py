@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SEG(AttentionSpec):
     """Smoothed Energy Guidance: away from the prediction with blurred queries in some self-attention layers.
 
@@ -112,7 +112,7 @@ class SEG(AttentionSpec):
         return self.query_stride not in (1, (1, 1)) and 0.0 < cast(float, self.sigma) < math.inf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PAG(AttentionSpec):
     """Perturbed-Attention Guidance: away from the prediction with identity attention in some self-attention layers.
 
@@ -169,7 +169,7 @@ class PAG(AttentionSpec):
         return full * max(0.0, self.scale - self.adaptive_scale * (1000.0 - timestep)) / self.scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SAG(Spec):
     """Self-Attention Guidance: away from the prediction for an image blurred where a layer attends.
 
@@ -225,7 +225,7 @@ class SAG(Spec):
             raise ValueError(f"SAG.kernel_size must be an odd integer of at least 3, got {size!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CFG(Spec):
     """Classifier-free guidance for runs in which the pipeline does none.
 

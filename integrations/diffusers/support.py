@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 from weakref import WeakSet
 
 from diffusers import UNet2DConditionModel
@@ -16,7 +18,10 @@ from segkern.integrations.diffusers.layers import (
     select_layers,
 )
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
-from segkern.integrations.diffusers.specs import SEG
+from segkern.integrations.diffusers.rows import IDENTITY
+from segkern.integrations.diffusers.sigmas import Sigmas, check_heads
+from segkern.integrations.diffusers.spec import AttentionSpec, Spec
+from segkern.integrations.diffusers.specs import CFG, SAG, SEG
 
 # Denoisers with a guidance on them; a copy of one is another denoiser.
 GUIDED: WeakSet[UNet2DConditionModel] = WeakSet()
@@ -55,31 +60,90 @@ def check_pipeline(pipe: Any) -> UNet2DConditionModel:
     return unet
 
 
-def choose_layers(unet: UNet2DConditionModel, specs: tuple[SEG, ...]) -> tuple[list[LayerInfo], ...]:
+@dataclass(frozen=True)
+class Chosen:
+    """One guidance and where it acts.
+
+    Attributes:
+        spec: it.
+        layers: those it perturbs, or the one it reads, in execution order; none for one that has no layers.
+        sigmas: of each perturbed layer, by its module.
+    """
+
+    spec: Spec
+    layers: tuple[LayerInfo, ...] = ()
+    sigmas: Mapping[str, Sigmas] = field(default_factory=dict)
+
+
+def choose_layers(unet: UNet2DConditionModel, specs: tuple[Spec, ...]) -> tuple[Chosen, ...]:
     """The layers of each spec.
 
     Raises:
-        ValueError: for no or wrong specs, unknown layers, layers that are not standard self-attention, and
-            specs that share a layer but ask for another boundary or backend there.
+        ValueError: for no or wrong specs, unknown layers, layers that are not standard self-attention, sigmas that do
+            not fit them, and specs that share a layer but ask for another boundary or backend there.
     """
     if not specs:
         raise ValueError("guide needs at least one spec, such as guide(pipe, SEG(layers='mid'))")
     for spec in specs:
-        if not isinstance(spec, SEG):
-            raise ValueError(f"guide takes SEG(...) specs, got {spec!r}")
+        if not isinstance(spec, (AttentionSpec, SAG, CFG)):
+            raise ValueError(f"guide takes SEG(...), PAG(...), SAG(...) and CFG(...) specs, got {spec!r}")
+    if sum(isinstance(spec, CFG) for spec in specs) > 1:
+        raise ValueError(f"guide takes one CFG(...) spec, got {', '.join(map(repr, specs))}")
     available = list_layers(unet)
-    chosen = tuple(select_layers(available, spec.layers) for spec in specs)
-    owner: dict[str, SEG] = {}
-    for spec, layers in zip(specs, chosen, strict=True):
-        for layer in layers:
+    chosen = tuple(_choose(available, spec) for spec in specs)
+    owner: dict[str, AttentionSpec] = {}
+    for one in chosen:
+        for layer in one.layers:
             _check_layer(unet, layer)
-            other = owner.setdefault(layer.module, spec)
+            if not isinstance(one.spec, AttentionSpec) or one.spec.boundary is None:
+                continue
+            spec, other = one.spec, owner.setdefault(layer.module, one.spec)
             if (other.boundary, other.backend) != (spec.boundary, spec.backend):
                 raise ValueError(
                     f"specs that share layer {layer.name} ({layer.module}) must have the same boundary and "
                     f"backend, got {other} and {spec}"
                 )
     return chosen
+
+
+def _choose(available: Sequence[LayerInfo], spec: Spec) -> Chosen:
+    if isinstance(spec, CFG):
+        return Chosen(spec)
+    if isinstance(spec, SAG):
+        layers = select_layers(available, spec.layer)
+        if len(layers) != 1:
+            raise ValueError(f"SAG.layer={spec.layer!r} must name one layer, it names {len(layers)}")
+        return Chosen(spec, tuple(layers))
+    assert isinstance(spec, AttentionSpec)
+    layers = select_layers(available, spec.layers)
+    if not isinstance(spec, SEG):
+        return Chosen(spec, tuple(layers), dict.fromkeys((layer.module for layer in layers), IDENTITY))
+    sigmas = _layer_sigmas(available, spec, layers)
+    for layer in layers:
+        check_heads("SEG", sigmas[layer.module], layer.name, layer.heads)
+    return Chosen(spec, tuple(layers), sigmas)
+
+
+def _layer_sigmas(available: Sequence[LayerInfo], spec: SEG, layers: Sequence[LayerInfo]) -> dict[str, Sigmas]:
+    """The sigmas of each layer, of a mapping or the same for all."""
+    given = cast("Sigmas | dict[str, Sigmas]", spec.sigma)
+    if not isinstance(given, dict):
+        return dict.fromkeys((layer.module for layer in layers), given)
+    names: dict[str, str] = {}
+    sigmas: dict[str, Sigmas] = {}
+    for name, value in given.items():
+        for layer in select_layers(available, name):
+            if layer.module in names:
+                raise ValueError(f"SEG.sigma names layer {layer.name} twice, as {names[layer.module]!r} and {name!r}")
+            names[layer.module], sigmas[layer.module] = name, value
+    wanted = {layer.module: layer.name for layer in layers}
+    for module, name in wanted.items():
+        if module not in sigmas:
+            raise ValueError(f"SEG.sigma has no entry for layer {name} of SEG.layers={spec.layers!r}, got {given!r}")
+    for module, name in names.items():
+        if module not in wanted:
+            raise ValueError(f"SEG.sigma has an entry {name!r} for layers that are not in SEG.layers={spec.layers!r}")
+    return sigmas
 
 
 def _check_layer(unet: UNet2DConditionModel, layer: LayerInfo) -> None:

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of a guided denoiser: what stands in for their processors, and what each does in the coming forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from segkern.grid import Grid
+from segkern.integrations.diffusers.branches import Batch
+from segkern.integrations.diffusers.calibration import Calibration
+from segkern.integrations.diffusers.layers import LayerInfo
+from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor, unwrap
+from segkern.integrations.diffusers.rows import EVERY_ROW, Stride
+from segkern.integrations.diffusers.sharing import Places
+from segkern.integrations.diffusers.sigmas import Sigma, per_sample
+from segkern.integrations.diffusers.spec import AttentionSpec
+from segkern.integrations.diffusers.support import Chosen
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of a guided denoiser.
+
+    Attributes:
+        batch: the pipeline's own.
+        branches: guidances that have one in it, in the order in which they join.
+        first: for every guidance the place at which its branch joins.
+        share: whether they join there, not at the denoiser's input.
+        strengths: of all guidances that act.
+        reused: those whose last difference is taken.
+        degrading: those that a forward of their own follows.
+    """
+
+    batch: Batch
+    branches: tuple[int, ...]
+    first: Sequence[int]
+    share: bool
+    strengths: dict[int, float]
+    reused: tuple[int, ...] = ()
+    degrading: tuple[int, ...] = ()
+
+    def joined(self, place: int) -> int:
+        """How many branches run through the place of this number."""
+        return sum(self.first[index] <= place for index in self.branches) if self.share else len(self.branches)
+
+
+@dataclass
+class GuidedLayer:
+    """A layer and what stands in it.
+
+    Attributes:
+        info: its name and more.
+        attention: it.
+        processor: of the guidances.
+        specs: the guidances that perturb it.
+        readers: those that want to know how much attention its tokens receive.
+    """
+
+    info: LayerInfo
+    attention: Attention
+    processor: GuidedProcessor
+    specs: tuple[int, ...] = ()
+    readers: tuple[int, ...] = ()
+
+
+class GuidedLayers:
+    """All of them, each once."""
+
+    def __init__(self, unet: UNet2DConditionModel, chosen: Sequence[Chosen], places: Places) -> None:
+        self._unet = unet
+        self._chosen = chosen
+        self._places = places
+        layers: dict[str, GuidedLayer] = {}
+        for index, one in enumerate(chosen):
+            for info in one.layers:
+                layer = layers.get(info.module)
+                if layer is None:
+                    attention = unet.get_submodule(info.module)
+                    assert isinstance(attention, Attention)
+                    layer = layers[info.module] = GuidedLayer(info, attention, GuidedProcessor())
+                    layer.processor = GuidedProcessor(unwrap(attention.processor), *self._blur_of(info.module))
+                if isinstance(one.spec, AttentionSpec):
+                    layer.specs = (*layer.specs, index)
+                else:
+                    layer.readers = (*layer.readers, index)
+        self._layers = list(layers.values())
+
+    def __iter__(self) -> Any:
+        return iter(self._layers)
+
+    def _blur_of(self, module: str) -> tuple[str, str]:
+        """Boundary and backend that the guidances of a layer ask for; those that do not ask take any."""
+        for one in self._chosen:
+            spec = one.spec
+            if isinstance(spec, AttentionSpec) and spec.boundary is not None and module in one.sigmas:
+                return spec.boundary, spec.backend or "auto"
+        return "reflect", "auto"
+
+    def stand_in(self) -> None:
+        """For the layers' processors, whichever they are by now.
+
+        Raises:
+            ValueError: for a layer that was given a processor that is not standard.
+        """
+        for layer in self._layers:
+            current = layer.attention.processor
+            if current is layer.processor:
+                continue
+            original = unwrap(current)
+            if type(original) not in STANDARD_PROCESSORS:
+                raise ValueError(
+                    f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
+                    f"is not standard self-attention; set it after the guidance is removed"
+                )
+            if original is not layer.processor.original:  # fused projections, for example
+                layer.processor.tell(None)  # someone may have kept it
+                layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
+            layer.attention.set_processor(layer.processor)
+
+    def step_aside(self) -> None:
+        """Put the layers' own processors back."""
+        self.rest()
+        for layer in self._layers:
+            if layer.attention.processor is not unwrap(layer.attention.processor):
+                layer.attention.set_processor(unwrap(layer.attention.processor))
+
+    def rest(self) -> None:
+        """Do what the layers' own processors do."""
+        for layer in self._layers:
+            layer.processor.tell(None)  # someone may have kept it
+
+    def forget(self) -> None:
+        """Free what the last forward left."""
+        for layer in self._layers:
+            layer.processor.moved, layer.processor.errors, layer.processor.mass = None, (), None
+
+    def hook_grids(self) -> list[RemovableHandle]:
+        """Each layer's grid comes from the image that its transformer gets."""
+        handles = []
+        for name, module in self._unet.named_modules():
+            if isinstance(module, Transformer2DModel):
+                inside = [layer for layer in self._layers if layer.info.module.startswith(f"{name}.")]
+                if inside:
+                    read = _ReadGrid(module, inside)
+                    handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
+        return handles
+
+    def tell(self, forward: Forward, calibration: Calibration) -> None:
+        """What each layer does in the coming forward."""
+        for layer in self._layers:
+            self._tell(layer, forward, calibration)
+
+    def _tell(self, layer: GuidedLayer, forward: Forward, calibration: Calibration) -> None:
+        batch, module, processor = forward.batch, layer.info.module, layer.processor
+        place = self._places.of(module)
+        joined = forward.joined(place)
+        new = joined - forward.joined(place - 1) if forward.share and self._places.shares_inputs(place) else 0
+        samples = batch.size - batch.first
+        sigmas: list[Sigma] = [0.0] * batch.size
+        strides: list[Stride] = [EVERY_ROW] * batch.size
+        blends = [1.0] * batch.size
+        for index in forward.branches[:joined]:
+            spec = self._chosen[index].spec
+            if index not in layer.specs:
+                sigmas += [0.0] * samples
+                strides += [EVERY_ROW] * samples
+                blends += [1.0] * samples
+                continue
+            assert isinstance(spec, AttentionSpec)
+            sigmas += per_sample(type(spec).__name__, self._chosen[index].sigmas[module], samples)
+            strides += [calibration.stride(index, module)] * samples
+            blends += [float(spec.blend)] * samples
+        acting = [(i, index) for i, index in enumerate(forward.branches) if index in layer.specs]
+        processor.tell(tuple(sigmas))
+        processor.strides = tuple(strides)
+        processor.blends = tuple(blends)
+        processor.conditional = batch.conditional
+        processor.own = batch.with_branches(joined - new)
+        processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
+        processor.candidates = tuple(calibration.candidates(index, module) for _, index in acting)
+        processor.errors = ()
+        processor.read = batch.reference if any(index in forward.degrading for index in layer.readers) else None
+
+
+class _ReadGrid:
+    """Forward pre-hook of a transformer: the height and width of its image are its layers' grid."""
+
+    def __init__(self, transformer: nn.Module, layers: list[GuidedLayer]) -> None:
+        self._transformer = transformer
+        self._layers = layers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadGrid:
+        return self
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._transformer:  # a copy is not guided
+            return
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        height, width = hidden_states.shape[2:]
+        for layer in self._layers:
+            if layer.processor.kinds:
+                layer.processor.grid = Grid(height, width)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text that classifier-free guidance leads away from, where the pipeline itself does none."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from segkern.integrations.diffusers.branches import Arguments, DenoiserArguments
+from segkern.integrations.diffusers.specs import CFG
+
+
+@dataclass(frozen=True)
+class NegativeText:
+    """Embeddings of the negative prompt.
+
+    Attributes:
+        embeds: ``[1 or samples, tokens, channels]``.
+        pooled: ``[1 or samples, channels]``; None where the model takes none.
+    """
+
+    embeds: torch.Tensor
+    pooled: torch.Tensor | None
+
+    def put(
+        self, arguments: DenoiserArguments, args: tuple[Any, ...], kwargs: dict[str, Any], samples: slice
+    ) -> Arguments:
+        """A denoiser's arguments with this text for some samples.
+
+        Raises:
+            ValueError: when it does not fit the positive text.
+        """
+        states = arguments.get("encoder_hidden_states", args, kwargs)
+        values = {"encoder_hidden_states": _replaced("negative_prompt_embeds", states, self.embeds, samples)}
+        added = arguments.get("added_cond_kwargs", args, kwargs)
+        if self.pooled is not None and added is not None and "text_embeds" in added:
+            pooled = _replaced("negative_pooled_prompt_embeds", added["text_embeds"], self.pooled, samples)
+            values["added_cond_kwargs"] = added | {"text_embeds": pooled}
+        return arguments.put(args, kwargs, **values)
+
+
+def _replaced(name: str, x: torch.Tensor, own: torch.Tensor, samples: slice) -> torch.Tensor:
+    count = samples.stop - samples.start
+    if own.shape[1:] != x.shape[1:] or own.shape[0] not in (1, count):
+        raise ValueError(f"CFG.{name} of shape {tuple(own.shape)} does not fit the prompt's, {(count, *x.shape[1:])}")
+    x = x.clone()
+    x[samples] = own.to(x.device, x.dtype)
+    return x
+
+
+def negative_text(pipe: Any, spec: CFG) -> NegativeText:
+    """The embeddings of a spec, or those that the pipeline makes of its negative prompt.
+
+    Raises:
+        ValueError: when there is nothing to make them with, or a part is missing.
+    """
+    takes_pooled = pipe.unet.config.get("addition_embed_type") == "text_time"
+    embeds, pooled = spec.negative_prompt_embeds, spec.negative_pooled_prompt_embeds
+    if embeds is None and pooled is None:
+        embeds, pooled = _encoded(pipe, spec.negative_prompt)
+    if embeds is None or (takes_pooled and pooled is None):
+        missing = "negative_prompt_embeds" if embeds is None else "negative_pooled_prompt_embeds"
+        raise ValueError(f"CFG needs {missing} too for a {type(pipe).__name__}, whose model takes both")
+    return NegativeText(embeds, pooled if takes_pooled else None)
+
+
+@torch.no_grad()
+def _encoded(pipe: Any, prompt: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As the pipeline itself encodes it; an empty one is what it takes for none."""
+    encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+    if not hasattr(pipe, "encode_prompt") or all(encoder is None for encoder in encoders):
+        raise ValueError(
+            f"CFG cannot encode its negative_prompt {prompt!r} with this {type(pipe).__name__}, which has no text "
+            f"encoder; give negative_prompt_embeds"
+        )
+    options = {
+        "prompt": "",
+        "device": pipe._execution_device,
+        "num_images_per_prompt": 1,
+        "do_classifier_free_guidance": True,
+        "negative_prompt": prompt or None,
+    }
+    taken = inspect.signature(pipe.encode_prompt).parameters
+    found = pipe.encode_prompt(**{name: value for name, value in options.items() if name in taken})
+    return found[1], found[3] if len(found) > 3 else None

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The projections of a self-attention layer, fused or not, for as many of its samples and rows as are needed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+
+class Projections:
+    """Into queries, keys and values ``[samples, heads, rows, head_dim]``, and out of them.
+
+    Args:
+        attn: the layer.
+        fused: project with ``attn.to_qkv``.
+    """
+
+    def __init__(self, attn: Attention, fused: bool) -> None:
+        self.attn = attn
+        self.fused = fused
+
+    @property
+    def apart(self) -> bool:
+        """Whether queries, keys and values can be projected without each other."""
+        return not self.fused or _is_plain_linear(self.attn.to_qkv)
+
+    def all(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values."""
+        if not self.fused:
+            return self.query(x), self.key(x), self.value(x)
+        query, key, value = self.attn.to_qkv(x).chunk(3, dim=-1)
+        return self._normed(query, self.attn.norm_q), self._normed(key, self.attn.norm_k), self._split_heads(value)
+
+    def query(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries alone."""
+        return self._normed(self._thirds(x, 0, 1) if self.fused else self.attn.to_q(x), self.attn.norm_q)
+
+    def key(self, x: torch.Tensor) -> torch.Tensor:
+        """Keys alone."""
+        return self._normed(self._thirds(x, 1, 2) if self.fused else self.attn.to_k(x), self.attn.norm_k)
+
+    def key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, in one product where they are fused."""
+        if not self.fused:
+            return self.key(x), self.value(x)
+        key, value = self._thirds(x, 1, 3).chunk(2, dim=-1)
+        return self._normed(key, self.attn.norm_k), self._split_heads(value)
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        """Values alone."""
+        return self._split_heads(self._thirds(x, 2, 3) if self.fused else self.attn.to_v(x))
+
+    def out(self, x: torch.Tensor) -> torch.Tensor:
+        """``[samples, heads, rows, head_dim]`` to ``[samples, rows, channels]``."""
+        linear, dropout = self.attn.to_out[0], self.attn.to_out[1]
+        return dropout(linear(x.transpose(1, 2).flatten(2)))
+
+    def _normed(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+        x = self._split_heads(x)
+        return x if norm is None else norm(x)
+
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """``[samples, rows, heads * head_dim]`` to ``[samples, heads, rows, head_dim]``, a view."""
+        return x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+
+    def _thirds(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """What ``to_qkv`` would give from third ``first`` up to third ``last``; the others are not computed."""
+        linear = self.attn.to_qkv
+        third = linear.out_features // 3
+        rows = slice(first * third, last * third)
+        return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+
+def _is_plain_linear(linear: nn.Module) -> bool:
+    """Whether it is ``F.linear`` on its weight and nothing else, so that rows can be used alone."""
+    return type(linear) is nn.Linear and "forward" not in vars(linear) and not linear._forward_hooks

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which query rows each sample of a self-attention layer needs, and what follows from having no others.
+
+At infinite sigma a perturbed sample has one query, the mean query, and because the projections are affine it
+is the projection of the mean token. Such samples therefore spend no query projection, one row of attention
+per head and one row of output projection, whose result every token shares; only their keys and values are
+computed in full.
+
+At a finite sigma with a query stride a perturbed sample has queries at a few points of its grid. Sampling the blurred
+tokens there, and interpolating between them, are sums over tokens with weights that add up to 1, so both commute with
+the affine projections: the query projection, the attention and the output projection see the points alone.
+
+A sample of identity attention has its values as output: it spends no query or key projection and no attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from segkern.api import coarse_error, coarse_outputs, coarse_queries, seg_attention
+from segkern.blur import runs
+from segkern.coarse import coarse_grid
+from segkern.grid import Grid
+from segkern.integrations.diffusers.projections import Projections
+from segkern.integrations.diffusers.sigmas import Sigma
+from segkern.plans import takes_points
+
+Stride = tuple[int, int]
+
+IDENTITY = -1.0  # in a sigma's place: every token attends to itself alone
+
+EVERY_ROW: Stride = (1, 1)
+_ONE_ROW: Stride = (0, 0)  # of a sample of infinite sigma
+NO_ROW: Stride = (-1, -1)  # of a sample of identity attention
+
+
+def is_finite(sigma: Sigma) -> bool:
+    """Whether it is one number and blurs over a part of the image."""
+    return not isinstance(sigma, tuple) and takes_points(sigma)
+
+
+class _Inputs:
+    """Projections of a layer's samples, made when they are asked for and kept for those that share them.
+
+    Args:
+        projections: of the layer.
+        hidden_states: of the samples that have their own.
+        keys: for each of them, whether it needs keys.
+    """
+
+    def __init__(self, projections: Projections, hidden_states: torch.Tensor, keys: Sequence[bool]) -> None:
+        self._projections = projections
+        self.hidden_states = hidden_states
+        self._queries: list[tuple[slice, torch.Tensor]] = []
+        if all(keys):
+            key, self._values = projections.key_value(hidden_states)
+            self._keys = [(slice(0, len(keys)), key)]
+        else:
+            self._values = projections.value(hidden_states)
+            self._keys = [(some, projections.key(hidden_states[some])) for some, needed in runs(keys) if needed]
+
+    def query(self, samples: slice) -> torch.Tensor:
+        """Every query of some samples."""
+        found = _within(self._queries, samples)
+        if found is None:
+            found = self._projections.query(self.hidden_states[samples])
+            self._queries.append((samples, found))
+        return found
+
+    def key(self, samples: slice) -> torch.Tensor:
+        """Keys of samples that need them."""
+        found = _within(self._keys, samples)
+        assert found is not None
+        return found
+
+    def value(self, samples: slice) -> torch.Tensor:
+        """Values of some samples."""
+        return self._values[samples]
+
+
+def _within(known: Sequence[tuple[slice, torch.Tensor]], samples: slice) -> torch.Tensor | None:
+    """Some samples of the first of the known runs that holds them."""
+    for run, x in known:
+        if run.start <= samples.start and samples.stop <= run.stop:
+            return x[samples.start - run.start : samples.stop - run.start]
+    return None
+
+
+class LayerRows:
+    """The steps of one layer between its norms and its residual; made anew for every call."""
+
+    def __init__(
+        self, attn: Attention, grid: Grid, boundary: str, backend: str, fused: bool, values: torch.Tensor | None
+    ) -> None:
+        self.values = values
+        self.attn = attn
+        self.grid = grid
+        self.boundary = boundary
+        self.backend = backend
+        self.projections = Projections(attn, fused)
+
+    def ways(
+        self, sigmas: tuple[Sigma, ...], strides: tuple[Stride, ...] | None, attention_mask: torch.Tensor | None
+    ) -> tuple[Stride, ...]:
+        """Which query rows each sample needs: none, one, those of a stride, or every one."""
+        own_rows = attention_mask is not None and attention_mask.shape[2] != 1
+        return tuple(
+            self._way(sigma, EVERY_ROW if strides is None else strides[sample], own_rows)
+            for sample, sigma in enumerate(sigmas)
+        )
+
+    def _way(self, sigma: Sigma, stride: Stride, own_rows: bool) -> Stride:
+        if sigma == IDENTITY:
+            return NO_ROW
+        if own_rows:
+            return EVERY_ROW
+        if sigma == math.inf:
+            return _ONE_ROW
+        if stride == EVERY_ROW or not is_finite(sigma):
+            return EVERY_ROW
+        coarse = coarse_grid(self.grid, stride, self.boundary)
+        return EVERY_ROW if coarse.tokens == self.grid.tokens else stride
+
+    def projects_rows(self, tokens: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether queries at weighted means of tokens are the query projection of those means.
+
+        The mean of the whole image is one, the points of a coarse grid are others.
+        """
+        affine = self.attn.norm_q is None and self.projections.apart
+        one_row_mask = attention_mask is None or attention_mask.shape[2] == 1
+        return affine and one_row_mask and self.grid.start == 0 and self.grid.tokens == tokens
+
+    def attend_by_kind(
+        self,
+        hidden_states: torch.Tensor,
+        sigmas: tuple[Sigma, ...],
+        ways: tuple[Stride, ...],
+        blends: tuple[float, ...],
+        attention_mask: torch.Tensor | None,
+        own: int,
+        source: slice,
+    ) -> torch.Tensor:
+        """Output ``[batch, tokens, channels]`` of samples some of which need few query rows, projected alone.
+
+        Samples after ``own`` repeat ``source``: they are read there.
+        """
+        kinds = list(zip(ways, blends, strict=True))
+        keys = [way != NO_ROW or blend != 1.0 for way, blend in kinds[:own]]
+        inputs = _Inputs(self.projections, hidden_states[:own], keys)
+        length = max(1, source.stop - source.start)
+        repeats = [(slice(i, i + length), kinds[i]) for i in range(own, len(ways), length)]
+        plain: list[tuple[slice, torch.Tensor]] = []  # outputs of plain samples, which repeats may be mixed with
+        outputs = []
+        for samples, (way, blend) in [*runs(kinds[:own]), *repeats]:
+            where = source if samples.start >= own else samples
+            mask = None if attention_mask is None else attention_mask[samples]
+            output = self._rows(way, inputs, where, sigmas, samples, mask)
+            if where is samples and way == EVERY_ROW and blend == 1.0:
+                plain.append((samples, output))
+            if blend != 1.0:
+                unblurred = _within(plain, where) if where is source else None
+                if unblurred is None:
+                    qkv = inputs.query(where), inputs.key(where), inputs.value(where)
+                    unblurred = self.projections.out(self._attend(qkv, (0.0,) * len(output), mask))
+                output = torch.lerp(unblurred, output, blend)
+            outputs.append(output)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _rows(
+        self,
+        way: Stride,
+        inputs: _Inputs,
+        where: slice,
+        sigmas: tuple[Sigma, ...],
+        samples: slice,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Output of one run of samples whose inputs are ``where``; one-row outputs are expanded."""
+        if way == NO_ROW:
+            return self.projections.out(inputs.value(where))
+        tokens, known = inputs.hidden_states[where], sigmas[samples]
+        some: tuple[Sigma, ...] | torch.Tensor = known
+        grid = self.grid
+        if way == EVERY_ROW:
+            queries, some = inputs.query(where), self._sigmas(sigmas, samples)
+        elif way == _ONE_ROW:  # one query row is its own mean; saying so chooses the kernel for few rows
+            queries, grid = self.projections.query(_mean_token(tokens)), Grid(1, 1)
+        else:
+            numbers = tuple(sigma for sigma in known if not isinstance(sigma, tuple))
+            rows = coarse_queries(tokens[:, None], self.grid, numbers, way, self.boundary)[:, 0]
+            queries, some, grid = self.projections.query(rows), (0.0,) * len(known), Grid(1, 1)
+        output = self.projections.out(self._attend((queries, inputs.key(where), inputs.value(where)), some, mask, grid))
+        if way == _ONE_ROW:
+            return output.expand(-1, tokens.shape[1], -1)
+        if way == EVERY_ROW:
+            return output
+        return coarse_outputs(output[:, None], self.grid, way, self.boundary)[:, 0]
+
+    def attend_by_stride(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sigmas: tuple[Sigma, ...],
+        ways: tuple[Stride, ...],
+        blends: tuple[float, ...],
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention output ``[batch, heads, tokens, head_dim]`` where every query is projected already."""
+        strides = [EVERY_ROW if way == _ONE_ROW else way for way in ways]
+        kinds = runs(list(zip(strides, blends, strict=True)))
+        outputs = []
+        for samples, (stride, blend) in kinds:
+            query, key, value = (x[samples] for x in qkv) if len(kinds) > 1 else qkv
+            mask = None if attention_mask is None else attention_mask[samples]
+            if stride == NO_ROW:
+                output = value
+            else:
+                output = self._attend((query, key, value), self._sigmas(sigmas, samples), mask, query_stride=stride)
+            if blend != 1.0:
+                unblurred = self._attend((query, key, value), (0.0,) * query.shape[0], mask)
+                output = torch.lerp(unblurred, output, blend)
+            outputs.append(output)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _sigmas(self, known: tuple[Sigma, ...], samples: slice) -> tuple[Sigma, ...] | torch.Tensor:
+        """Of some samples: numbers, or the tensor's where it has any to tell."""
+        some = known[samples]
+        return some if self.values is None or not any(map(is_finite, some)) else self.values[samples]
+
+    def estimate(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sigmas: tuple[Sigma, ...],
+        attention_mask: torch.Tensor | None,
+        samples: slice,
+        strides: Sequence[Stride],
+    ) -> torch.Tensor:
+        """The error of each stride for some samples, ``[strides, samples]``."""
+        query, key, value = (x[samples] for x in qkv)
+        mask = None if attention_mask is None else attention_mask[samples]
+        if mask is not None and mask.shape[2] != 1:
+            return query.new_full((len(strides), query.shape[0]), math.inf, dtype=torch.float32)
+        options = {"scale": self.attn.scale, "attn_mask": mask, "boundary": self.boundary}
+        return torch.stack(
+            [coarse_error(query, key, value, self.grid, sigmas[samples], stride, **options) for stride in strides]
+        )
+
+    def _attend(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sigmas: tuple[Sigma, ...] | torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        grid: Grid | None = None,
+        query_stride: Stride = EVERY_ROW,
+    ) -> torch.Tensor:
+        """Attention output ``[samples, heads, rows, head_dim]`` of projected queries, keys and values."""
+        output = seg_attention(
+            *qkv,
+            grid or self.grid,
+            sigmas,
+            scale=self.attn.scale,
+            attn_mask=attention_mask,
+            boundary=self.boundary,
+            query_stride=query_stride,
+            backend=self.backend,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output
+
+
+def _mean_token(x: torch.Tensor) -> torch.Tensor:
+    """``[samples, tokens, channels]`` to ``[samples, 1, channels]``; sums in float32 at least."""
+    return x.mean(dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
