@@ -162,6 +162,7 @@ class Guidance:
         self._detach()
         self._differences.forget()
         self._layers.forget()
+        self._forward, self._given = None, ((), {})
         saved = getattr(self._unet, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})

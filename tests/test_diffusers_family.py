@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidances together, and all that each of them can be asked: sigmas of many kinds, schedules, blending."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from segkern.integrations.diffusers import PAG, SEG, guide, list_layers
+from segkern.integrations.diffusers.spec import AttentionSpec
+from tests.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run
+from tests.family_tools import SlowProcessor, tiny_sd
+
+STEPS = 3
+GUIDANCE_SCALE = 4.0
+
+
+@torch.no_grad()
+def slow_run(
+    pipe: Any,
+    latents: torch.Tensor,
+    branches: list[tuple[Mapping[str, Any], Callable[[int], float], float]],
+    guidance_scale: float = GUIDANCE_SCALE,
+) -> torch.Tensor:
+    """Every branch in full in a loop of its own. A branch: entries by layer name, strength by step, blend."""
+    n, cfg = len(latents), guidance_scale > 1.0
+    text, negative = pipe.encode_prompt("a red fox", pipe.device, 1, cfg)
+    unet = copy.deepcopy(pipe.unet)
+    processors = {}
+    height, width = (size * pipe.vae_scale_factor for size in latents.shape[2:])
+    for layer in list_layers(pipe, height, width):
+        assert layer.grid is not None
+        processors[layer.name] = SlowProcessor(layer.grid.height, layer.grid.width)
+        unet.get_submodule(layer.module).set_processor(processors[layer.name])
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+
+    def predict(x: torch.Tensor, t: Any, text: torch.Tensor, entries: Mapping[str, Any], blend: float) -> torch.Tensor:
+        for name, processor in processors.items():
+            entry = entries.get(name, 0.0)
+            processor.entries = list(entry) if isinstance(entry, list) else [entry] * n
+            processor.blends = [blend] * n
+        return unet(x, t, encoder_hidden_states=text.expand(n, -1, -1)).sample
+
+    x = latents * scheduler.init_noise_sigma
+    for step, t in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(x, t)
+        c = predict(scaled, t, text, {}, 1.0)
+        guided = c
+        if cfg:
+            u = predict(scaled, t, negative, {}, 1.0)
+            guided = u + guidance_scale * (c - u)
+        for entries, strength, blend in branches:
+            guided = guided + strength(step) * (c - predict(scaled, t, text, entries, blend))
+        x = scheduler.step(guided, t, x).prev_sample
+    return x
+
+
+def names(pipe: Any, part: str) -> list[str]:
+    return [layer.name for layer in list_layers(pipe) if layer.part == part]
+
+
+PER_HEAD = (0.0, 1.0, 3.0, math.inf)
+
+
+def blurred(entry: Any, part: str = "mid") -> Callable[[Any], dict[str, Any]]:
+    return lambda pipe: dict.fromkeys(names(pipe, part), entry)
+
+
+CASES: dict[str, tuple[AttentionSpec, Callable[[Any], dict[str, Any]], Callable[[int], float]]] = {
+    "one sigma": (SEG(sigma=2.0), blurred(2.0), lambda step: 3.0),
+    "a sigma for each sample": (SEG(sigma=(1.0, math.inf)), blurred([1.0, math.inf]), lambda step: 3.0),
+    "a sigma for each head": (SEG(sigma=[PER_HEAD]), blurred(PER_HEAD), lambda step: 3.0),
+    "for samples and heads": (
+        SEG(sigma=(2.0, PER_HEAD), layers=("d0", "mid")),
+        lambda pipe: {"d0": [2.0, PER_HEAD], "m0": [2.0, PER_HEAD]},
+        lambda step: 3.0,
+    ),
+    "a sigma for each layer": (
+        SEG(sigma={"m0": 2.0, "u0": math.inf, "u1-2": (1.0, 0.0)}),
+        lambda pipe: {"m0": 2.0, "u0": math.inf, "u1": [1.0, 0.0], "u2": [1.0, 0.0]},
+        lambda step: 3.0,
+    ),
+    "linear": (SEG(sigma=2.0, schedule="linear"), blurred(2.0), lambda step: 3.0 * (1 - step / STEPS)),
+    "cosine, from a third on": (
+        SEG(sigma=2.0, schedule="cosine", start=0.3),
+        blurred(2.0),
+        lambda step: 1.5 * (1 + math.cos(math.pi * (step / STEPS - 0.3) / 0.7)) if step else 0.0,
+    ),
+    "a schedule of one's own": (
+        PAG(scale=2.0, schedule=lambda done: 1.0 if done > 0.5 else -0.5),
+        blurred("identity"),
+        lambda step: 2.0 if step == 2 else -1.0,
+    ),
+}
+BLENDED: dict[str, tuple[AttentionSpec, Callable[[Any], dict[str, Any]], Callable[[int], float]]] = {
+    "the mean query, a third of it": (SEG(blend=1 / 3), blurred(math.inf), lambda step: 3.0),
+    "a blur, half of it": (SEG(sigma=2.0, blend=0.5, layers=("mid", "up")), None, lambda step: 3.0),  # type: ignore[dict-item]
+    "identity, a quarter of it": (PAG(blend=0.25, layers="up"), blurred("identity", "up"), lambda step: 3.0),
+    "heads apart, half of it": (SEG(sigma=[PER_HEAD], blend=0.5), blurred(PER_HEAD), lambda step: 3.0),
+}
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "in full"])
+@pytest.mark.parametrize("case", [*CASES, *BLENDED])
+def test_each_is_what_its_definition_says(case: str, share: bool) -> None:
+    spec, entries, strength = (CASES | BLENDED)[case]
+    pipe = tiny_sd()
+    latents = noise(2, 8, 12)
+    if entries is None:
+        entries = lambda pipe: dict.fromkeys([*names(pipe, "mid"), *names(pipe, "up")], 2.0)  # noqa: E731
+    expected = slow_run(pipe, latents, [(entries(pipe), strength, spec.blend)])
+    with guide(pipe, spec, share=share):
+        ours = run(pipe, latents=latents, num_images_per_prompt=2, guidance_scale=GUIDANCE_SCALE)
+    assert relative(ours, expected) < PIPELINE_TOLERANCE
+    if spec.blend != 1.0:
+        assert relative(slow_run(pipe, latents, [(entries(pipe), strength, 1.0)]), expected) > 1e-4
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "in full"])
+@pytest.mark.parametrize("guidance_scale", [GUIDANCE_SCALE, 1.0], ids=["CFG", "without CFG"])
+def test_any_set_at_once(guidance_scale: float, share: bool) -> None:
+    """Three branches in the same and in other layers, one with a sigma for each head, one that begins later."""
+    specs = (
+        SEG(scale=2.0, sigma=math.inf, layers=("mid", "u0")),
+        PAG(scale=1.0, layers=("d1", "mid"), schedule="linear"),
+        SEG(scale=-0.5, sigma=[PER_HEAD], layers="up", start=0.5, blend=0.5),
+    )
+    pipe = tiny_sd()
+    latents = noise(2, 8, 12)
+    branches: list[tuple[Mapping[str, Any], Callable[[int], float], float]] = [
+        (dict.fromkeys([*names(pipe, "mid"), "u0"], math.inf), lambda step: 2.0, 1.0),
+        (dict.fromkeys(["d1", *names(pipe, "mid")], "identity"), lambda step: 1 - step / STEPS, 1.0),
+        (dict.fromkeys(names(pipe, "up"), PER_HEAD), lambda step: -0.5 * (step >= 2), 0.5),
+    ]
+    expected = slow_run(pipe, latents, branches, guidance_scale)
+    with guide(pipe, *specs, share=share) as guidance:
+        ours = run(pipe, latents=latents, num_images_per_prompt=2, guidance_scale=guidance_scale)
+    assert relative(ours, expected) < PIPELINE_TOLERANCE
+    fired = {(row.spec, row.layer): row.fired for row in guidance.report().layers}
+    assert fired[0, "m0"] == 3
+    assert fired[1, "d1"] == 3
+    assert fired[2, "u0"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (lambda: SEG(sigma=[(1.0, 2.0)]), r"SEG.sigma has 2 numbers per head for layer m0, which has 4 heads"),
+        (lambda: SEG(sigma={"m0": 1.0, "mid": 2.0}), "SEG.sigma names layer m0 twice, as 'm0' and 'mid'"),
+        (lambda: SEG(sigma={"m0": 1.0}, layers=["mid", "u0"]), "SEG.sigma has no entry for layer u0"),
+        (lambda: SEG(sigma={"m0": 1.0, "d0": 1.0}, layers=["m0"]), "'d0' for layers that are not in SEG.layers"),
+        (lambda: SEG(sigma={"x9": 1.0}), "unknown layer 'x9'"),
+    ],
+)
+def test_sigmas_that_do_not_fit_the_model_are_refused(spec: Callable[[], SEG], message: str) -> None:
+    pipe = tiny_sd()
+    with pytest.raises(ValueError, match=message):
+        guide(pipe, spec())
+
+
+def test_a_number_of_sigmas_that_is_not_the_batchs_is_refused() -> None:
+    pipe = tiny_sd()
+    plain = run(pipe, latents=noise(1, 8, 12))
+    message = "SEG.sigma has 3 entries, one per sample, for a batch with 1 conditional samples"
+    with pytest.raises(ValueError, match=message), guide(pipe, SEG(sigma=(1.0, 2.0, 3.0))):
+        run(pipe, latents=noise(1, 8, 12))
+    assert torch.equal(run(pipe, latents=noise(1, 8, 12)), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": {}}, r"SEG.sigma must map layer names.*got \{\}"),
+        ({"sigma": {"m0": "wide"}}, "got 'wide'"),
+        ({"sigma": [[1.0, -2.0]]}, r"\[\[1.0, -2.0\]\]"),
+        ({"sigma": []}, r"got \[\]"),
+        ({"sigma": (1.0, 2.0), "query_stride": 2}, "SEG.query_stride=2 needs one number as sigma"),
+        ({"blend": -0.1}, "SEG.blend must lie between 0"),
+        ({"gamma": "much"}, r"SEG.gamma must be a finite number, scale \+ 1, got 'much'"),
+        ({"schedule": 3}, "SEG.schedule must be one of.*got 3"),
+    ],
+)
+def test_a_spec_quotes_what_does_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SEG(**options)
+
+
+def test_a_schedules_answer_must_be_a_number() -> None:
+    spec = SEG(schedule=lambda done: math.nan)
+    with pytest.raises(ValueError, match=r"SEG.schedule must give a finite number, got nan at fraction 0.25"):
+        spec.strength(0.25)
+
+
+def test_a_step_of_no_strength_is_plain() -> None:
+    pipe = tiny_sd()
+    plain = run(pipe, latents=noise(1, 8, 12))
+    guidance = guide(pipe, PAG(schedule=lambda done: 0.0))
+    assert torch.equal(run(pipe, latents=noise(1, 8, 12)), plain)
+    with pytest.warns(UserWarning, match="fired in none"):
+        guidance.remove()
+    assert SEG(blend=0.0).strength(0.5) == 0.0
+    assert SEG(sigma={"m0": 0.0}).strength(0.5) == 0.0
+
+
+def test_gamma_is_the_scale_and_one() -> None:
+    pipe = tiny_sd()
+    with guide(pipe, SEG(gamma=3.0, sigma=2.0)):
+        named = run(pipe, latents=noise(1, 8, 12))
+    with guide(pipe, SEG(scale=2.0, sigma=2.0)):
+        assert torch.equal(run(pipe, latents=noise(1, 8, 12)), named)

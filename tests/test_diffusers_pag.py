@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perturbed-Attention Guidance on stock pipelines is that of diffusers' own pipelines with PAG."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPAGPipeline, StableDiffusionXLPAGPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from segkern.integrations.diffusers import PAG, guide
+from tests.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from tests.family_tools import tiny_sd
+
+MODELS = {"SDXL": (tiny_pipeline, StableDiffusionXLPAGPipeline), "SD 1": (tiny_sd, StableDiffusionPAGPipeline)}
+
+
+def theirs(model: str, layers: str | list[str], scale: float, adaptive: float, **arguments: Any) -> torch.Tensor:
+    make, kind = MODELS[model]
+    pipe = make(kind)
+    pipe.set_pag_applied_layers(layers)
+    original = dict(pipe.unet.attn_processors)
+    try:
+        return run(pipe, pag_scale=scale, pag_adaptive_scale=adaptive, **arguments)
+    finally:
+        pipe.unet.set_attn_processor(original)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "in full"])
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
+@pytest.mark.parametrize("layers", ["mid", "up", ["down", "mid"]], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_it_is_that_of_the_pipelines_with_pag(
+    model: str, layers: str | list[str], guidance_scale: float, share: bool
+) -> None:
+    arguments = {"latents": noise(2, 8, 12), "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
+    pipe = MODELS[model][0]()
+    with guide(pipe, PAG(scale=2.5, layers=layers), share=share):
+        ours = run(pipe, **arguments)
+    expected = theirs(model, layers, 2.5, 0.0, **arguments)
+    assert relative(ours, expected) < PIPELINE_TOLERANCE
+    assert relative(ours, run(pipe, **arguments)) > 1e-3
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_adaptive_scale_is_theirs(model: str, guidance_scale: float) -> None:
+    """Of four steps the last has its scale cut to 0, where theirs computes a branch for nothing."""
+    arguments = {"latents": noise(1, 8, 12), "guidance_scale": guidance_scale, "num_inference_steps": 4}
+    pipe = MODELS[model][0]()
+    with guide(pipe, PAG(scale=3.0, adaptive_scale=0.0035)) as guidance:
+        ours = run(pipe, **arguments)
+    assert relative(ours, theirs(model, "mid", 3.0, 0.0035, **arguments)) < PIPELINE_TOLERANCE
+    assert relative(ours, theirs(model, "mid", 3.0, 0.0, **arguments)) > 1e-4
+    assert all(row.fired < 4 for row in guidance.report().layers)
+
+
+def test_rescaled_guidance_is_theirs() -> None:
+    arguments = {"latents": noise(1, 8, 12), "guidance_rescale": 0.7}
+    pipe = tiny_pipeline()
+    with guide(pipe, PAG(scale=3.0)):
+        ours = run(pipe, **arguments)
+    assert relative(ours, theirs("SDXL", "mid", 3.0, 0.0, **arguments)) < PIPELINE_TOLERANCE
+
+
+def test_a_scheduler_that_scales_its_latents() -> None:
+    arguments = {"latents": noise(1, 8, 12), "num_inference_steps": 3}
+    expected = None
+    for kind in (StableDiffusionPAGPipeline, None):
+        scheduler = EulerDiscreteScheduler(timestep_spacing="linspace")
+        if kind is None:
+            pipe = tiny_sd(scheduler=scheduler)
+            with guide(pipe, PAG(scale=3.0)):
+                assert relative(run(pipe, **arguments), expected) < PIPELINE_TOLERANCE
+        else:
+            pipe = tiny_sd(kind, scheduler=scheduler)
+            original = dict(pipe.unet.attn_processors)
+            expected = run(pipe, pag_scale=3.0, **arguments)
+            pipe.unet.set_attn_processor(original)
+
+
+def test_gamma_is_the_scale_and_one() -> None:
+    assert PAG(gamma=4.0) == PAG(scale=3.0)
+    with pytest.raises(ValueError, match="scale or gamma"):
+        PAG(scale=1.0, gamma=4.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adaptive_scale": -1.0}, "PAG.adaptive_scale must be 0 or a positive number, got -1.0"),
+        ({"scale": float("nan")}, "PAG.scale must be a finite number, got nan"),
+        ({"blend": 2.0}, "PAG.blend must lie between 0 .* and 1 .*, got 2.0"),
+        ({"schedule": "up"}, "PAG.schedule must be one of 'constant', 'linear', 'cosine'.*got 'up'"),
+        ({"layers": []}, r"PAG.layers must be a layer name.*got \[\]"),
+        ({"start": 0.5, "stop": 0.5}, "PAG.start and PAG.stop must be fractions.*start=0.5, stop=0.5"),
+        ({"reuse": 0}, "PAG.reuse must be an integer of at least 1.*got 0"),
+    ],
+)
+def test_a_spec_quotes_what_does_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PAG(**options)
+
+
+def test_perturbed_samples_spend_no_queries_keys_or_attention() -> None:
+    """In the perturbed layer a branch costs the value and output projections of its samples, no more."""
+    pipe = tiny_pipeline(own_unet=True)
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[-1].attn1
+    calls = {"to_q": 0, "to_k": 0, "to_v": 0, "to_out": 0}
+
+    def counting(name: str) -> Any:
+        def count(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            calls[name] += len(output)
+
+        return count
+
+    for name in ("to_q", "to_k", "to_v"):
+        getattr(layer, name).register_forward_hook(counting(name))
+    layer.to_out[0].register_forward_hook(counting("to_out"))
+    with guide(pipe, PAG(layers="mid")):
+        run(pipe, latents=noise(1, 8, 12), num_inference_steps=1)
+    # Two transformer blocks or more: the branch has inputs of its own in the last one.
+    assert calls == {"to_q": 2, "to_k": 2, "to_v": 3, "to_out": 3}
+
+
+def test_it_costs_less_than_a_blur() -> None:
+    from benchmarks.sdxl import TINY, denoiser, forward, pipeline
+    from segkern import flops  # noqa: F401  the counter knows our operators by it
+    from segkern.integrations.diffusers import SEG
+
+    pipe = pipeline(denoiser(TINY, "meta"))
+    found = {}
+    for name, spec in (("pag", PAG()), ("blur", SEG(sigma=4.0)), ("mean", SEG())):
+        with FlopCounterMode(display=False) as counter:
+            guidance = guide(pipe, spec)
+            forward(pipe, TINY, 5.0)
+            guidance.remove()
+        found[name] = counter.get_total_flops()
+    assert found["pag"] < found["blur"]

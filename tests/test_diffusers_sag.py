@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-Attention Guidance on stock pipelines: diffusers' on Stable Diffusion 1, beyond it a loop of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionSAGPipeline
+
+from segkern.integrations.diffusers import SAG, SEG, guide
+from segkern.integrations.diffusers.degrading import attended, blurred, clean_and_noise, levels
+from tests.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
+from tests.family_tools import tiny_sd
+
+
+def theirs(pipe: Any, scale: float, **arguments: Any) -> torch.Tensor:
+    """Theirs leaves a processor behind in a layer that it did not save under its name; ours must not see it."""
+    original = dict(pipe.unet.attn_processors)
+    try:
+        return run(pipe, sag_scale=scale, **arguments)
+    finally:
+        pipe.unet.set_attn_processor(original)
+        for module in pipe.unet.modules():
+            module._forward_hooks.clear()
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_it_is_that_of_the_pipeline_with_sag(prediction: str, guidance_scale: float) -> None:
+    arguments = {"latents": noise(2, 16, 24), "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
+    expected = theirs(tiny_sd(StableDiffusionSAGPipeline, prediction_type=prediction), 0.75, **arguments)
+    pipe = tiny_sd(prediction_type=prediction)
+    plain = run(pipe, **arguments)
+    with guide(pipe, SAG()) as guidance:
+        ours = run(pipe, **arguments)
+    assert relative(ours, expected) < PIPELINE_TOLERANCE
+    assert relative(ours, plain) > 1e-3
+    (row,) = guidance.report().layers
+    assert row.layer == "m0"
+    assert row.fired == 3
+    assert row.moved is not None
+    assert 0.0 < row.moved < 1.0
+    assert torch.equal(run(pipe, **arguments), plain)
+    assert hooks_of(pipe.unet) == 0
+
+
+@torch.no_grad()
+def sag_run(pipe: Any, latents: torch.Tensor, guidance_scale: float, steps: int, scale: float, layer: Any) -> Any:
+    """SDXL with SAG by the definition: attention as a matrix, a two-dimensional convolution, the scheduler's noise."""
+    cfg = guidance_scale > 1.0
+    height, width = (size * pipe.vae_scale_factor for size in latents.shape[2:])
+    conditional, unconditional, pooled, unconditional_pooled = pipe.encode_prompt(
+        "a red fox", num_images_per_prompt=1, do_classifier_free_guidance=cfg
+    )
+    ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    texts = [(unconditional, unconditional_pooled)] * cfg + [(conditional, pooled)]
+    seen: list[torch.Tensor] = []
+
+    def mass(module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        q, k = (lin(x[:1]).unflatten(-1, (module.heads, -1)).transpose(1, 2) for lin in (module.to_q, module.to_k))
+        seen.append((q @ k.transpose(-2, -1) * module.scale).softmax(-1).mean(1).sum(1))
+
+    def predict(x: torch.Tensor, t: Any, texts: Any) -> Any:
+        return pipe.unet(
+            torch.cat([x] * len(texts)),
+            t,
+            encoder_hidden_states=torch.cat([text for text, _ in texts]),
+            added_cond_kwargs={
+                "text_embeds": torch.cat([each for _, each in texts]),
+                "time_ids": ids.repeat(len(texts), 1),
+            },
+        ).sample.chunk(len(texts))
+
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    x = latents * scheduler.init_noise_sigma
+    grid = (
+        latents.shape[2] // 2 ** (len(pipe.unet.down_blocks) - 1),
+        latents.shape[3] // 2 ** (len(pipe.unet.down_blocks) - 1),
+    )
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t)
+        hook = layer.register_forward_pre_hook(mass, with_kwargs=True)
+        predictions = predict(scaled, t, texts)
+        hook.remove()
+        u, c = predictions[0], predictions[-1]
+        guided = u + guidance_scale * (c - u)
+        if isinstance(scheduler, EulerDiscreteScheduler):
+            sigma = scheduler.sigmas[scheduler.step_index]
+        else:
+            kept = scheduler.alphas_cumprod[int(t)]
+            sigma = ((1 - kept) / kept) ** 0.5
+        signal, amount = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+        clean = (scaled - amount * u) / signal
+        mask = F.interpolate((seen.pop() > 1.0).float().view(1, 1, *grid), latents.shape[2:])
+        taps = torch.exp(-0.5 * torch.linspace(-4, 4, 9) ** 2)
+        kernel = torch.outer(taps, taps) / taps.sum() ** 2
+        smooth = F.conv2d(F.pad(clean, (4,) * 4, mode="reflect"), kernel.expand(4, 1, 9, 9), groups=4)
+        degraded = signal * (smooth * mask + clean * (1 - mask)) + amount * u
+        guided = guided + scale * (u - predict(degraded, t, texts[:1])[0])
+        x = scheduler.step(guided, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
+@pytest.mark.parametrize("scheduler", ["Euler", "DDIM"])
+def test_stable_diffusion_xl_is_guided_by_the_same_definition(scheduler: str, guidance_scale: float) -> None:
+    """Euler's latents have growing variance, and its timesteps lie between whole ones."""
+    pipe = tiny_pipeline(own_unet=True)
+    if scheduler == "Euler":
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    else:
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    latents = noise(1, 16, 24)
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    for weight in (layer.to_q.weight, layer.to_k.weight):
+        weight.data *= 3.0  # attention far from uniform: no mass close to the threshold
+    expected = sag_run(pipe, latents, guidance_scale, 3, 0.75, layer)
+    with guide(pipe, SAG()):
+        ours = run(pipe, latents=latents, guidance_scale=guidance_scale)
+    assert relative(ours, expected) < PIPELINE_TOLERANCE
+
+
+def test_with_others_its_part_is_added() -> None:
+    """One step: the prediction is linear in the guidances, so two together move it by the sum of both."""
+    pipe = tiny_sd()
+    arguments = {"latents": noise(), "num_inference_steps": 1}
+    found = {}
+    for name, specs in {"none": (), "both": (SEG(sigma=2.0), SAG()), "seg": (SEG(sigma=2.0),), "sag": (SAG(),)}.items():
+        if not specs:
+            found[name] = run(pipe, **arguments).double()
+            continue
+        with guide(pipe, *specs):
+            found[name] = run(pipe, **arguments).double()
+    moved = found["both"] - found["none"]
+    apart = found["seg"] + found["sag"] - 2 * found["none"]
+    assert relative(moved, apart) < 1e-4
+
+
+def test_steps_outside_of_its_part_of_the_run_are_plain() -> None:
+    pipe = tiny_sd()
+    calls = []
+    handle = pipe.unet.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
+    with guide(pipe, SAG(stop=0.5)):
+        run(pipe, latents=noise(), num_inference_steps=4)
+    handle.remove()
+    # Hooks of others see every forward: two guided steps with a second one each, two plain ones.
+    assert sorted(calls) == [1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_predicted_image_and_noise_make_up_the_input(kind: str) -> None:
+    x, clean, eps = torch.randn(3, 2, 4, 5, 6, dtype=torch.float64)
+    signal, amount = 0.6, 0.8
+    x = signal * clean + amount * eps
+    output = {"epsilon": eps, "sample": clean, "v_prediction": signal * eps - amount * clean}[kind]
+    found = clean_and_noise(x, output, signal, amount, kind)
+    torch.testing.assert_close(found, (clean, eps))
+
+
+def test_the_blur_is_the_convolution() -> None:
+    x = torch.randn(2, 3, 7, 12, dtype=torch.float64)
+    taps = torch.exp(-0.5 * (torch.arange(-4, 5, dtype=torch.float64) / 1.3) ** 2)
+    kernel = (torch.outer(taps, taps) / taps.sum() ** 2).expand(3, 1, 9, 9)
+    expected = F.conv2d(F.pad(x, (4,) * 4, mode="reflect"), kernel, groups=3)
+    torch.testing.assert_close(blurred(x, 1.3, 9), expected)
+    with pytest.raises(ValueError, match="kernel_size=15 does not fit latents of 7 x 12"):
+        blurred(x, 1.3, 15)
+
+
+def test_a_mask_is_carried_to_the_latents() -> None:
+    mass = torch.tensor([[[0.5, 1.5, 0.5, 1.5, 0.5, 1.5]]])
+    mask = attended(mass, (2, 3), 1.0, (4, 6))
+    assert mask.shape == (1, 1, 4, 6)
+    torch.testing.assert_close(mask[0, 0, ::2, ::2], torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]))
+    torch.testing.assert_close(mask[0, 0, 1::2, 1::2], mask[0, 0, ::2, ::2])
+
+
+def test_noise_levels_of_whole_and_fractional_timesteps() -> None:
+    ddim = tiny_sd().scheduler
+    ddim.set_timesteps(7)
+    for timestep in ddim.timesteps:
+        signal, amount = levels(ddim, float(timestep))
+        assert signal**2 == pytest.approx(float(ddim.alphas_cumprod[timestep]), rel=1e-5)
+        assert signal**2 + amount**2 == pytest.approx(1.0)
+    euler = EulerDiscreteScheduler(timestep_spacing="linspace")
+    euler.set_timesteps(7)
+    for timestep, sigma in zip(euler.timesteps, euler.sigmas, strict=False):
+        signal, amount = levels(euler, float(timestep))
+        assert amount / signal == pytest.approx(float(sigma), rel=1e-5)
+
+
+def test_what_it_cannot_degrade_is_refused() -> None:
+    pipe = tiny_sd()
+    before = dict(pipe.unet.attn_processors)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ValueError, match=r"SAG needs a scheduler with alphas_cumprod.*FlowMatchEuler"):
+        guide(pipe, SAG())
+    pipe = tiny_sd()
+    with pytest.raises(ValueError, match=r"SAG.layer='mid' must name one layer|unknown layer"):
+        guide(tiny_pipeline(), SAG(layer="mid"))
+    with pytest.raises(ValueError, match=r"SAG.kernel_size must be an odd integer of at least 3, got 4"):
+        SAG(kernel_size=4)
+    with pytest.raises(ValueError, match=r"SAG.sigma must be a positive number of pixels, got 0"):
+        SAG(sigma=0)
+    with pytest.raises(ValueError, match="kernel_size=33 does not fit latents"), guide(pipe, SAG(kernel_size=33)):
+        run(pipe, latents=noise())
+    assert pipe.unet.attn_processors == before
+    assert hooks_of(pipe.unet) == 0
+
+
+def test_the_error_of_a_second_forward_leaves_the_pipeline_as_it_was() -> None:
+    pipe = tiny_sd()
+    before = dict(pipe.unet.attn_processors)
+    plain = run(pipe, latents=noise())
+    calls = []
+
+    def fail_on_the_second(module: Any, args: tuple[Any, ...]) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    handle = pipe.unet.register_forward_pre_hook(fail_on_the_second)
+    with pytest.raises(RuntimeError, match="out of memory"), guide(pipe, SAG()):
+        run(pipe, latents=noise())
+    handle.remove()
+    assert pipe.unet.attn_processors == before
+    assert torch.equal(run(pipe, latents=noise()), plain)
