@@ -221,12 +221,12 @@ class Guidance:
         if not self._run.is_ours():
             self._detach()
             return None
-        fraction = self._run.next_fraction()
-        if fraction == 0.0:  # a new run, whether a guidance acts at its beginning or not
+        step = self._run.next_step()
+        if step.call == 0:  # a new run, whether a guidance acts at its beginning or not
             self._differences.forget()
-        acting = [index for index, spec in enumerate(self._specs) if spec.active(fraction)]
+        acting = [index for index, spec in enumerate(self._specs) if spec.active(step.fraction)]
         sample = self._arguments.get("sample", args, kwargs)
-        active = [index for index in acting if self._differences.due(index, sample.shape)]
+        active = [index for index in acting if self._differences.due(index, step.number, sample.shape)]
         if active:
             self._attach()
         self._recorder.forwards += 1
