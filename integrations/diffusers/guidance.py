@@ -203,14 +203,14 @@ class Guidance:
 
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         """What the coming forward does; None when it is a plain one."""
-        fraction = self._run.next_fraction()
-        if fraction == 0.0:  # a new run, whether a guidance acts at its beginning or not
+        step = self._run.next_step()
+        if step.call == 0:  # a new run, whether a guidance acts at its beginning or not
             self._differences.forget()
         sample = self._arguments.get("sample", args, kwargs)
-        strengths = self._strengths(fraction, args, kwargs)
+        strengths = self._strengths(step.fraction, args, kwargs)
         if not strengths:
             return None
-        computed = [index for index in strengths if self._differences.due(index, sample.shape)]
+        computed = [index for index in strengths if self._differences.due(index, step.number, sample.shape)]
         branches = [index for index in computed if not isinstance(self._specs[index], SAG)]
         degrading = tuple(index for index in computed if isinstance(self._specs[index], SAG))
         reused = tuple(index for index in strengths if index not in computed)

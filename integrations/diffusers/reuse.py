@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which forwards compute a perturbed branch, and the difference that others take from the last one that did."""
+"""Which steps compute a perturbed branch, and the difference that others take from the last one that did."""
 
 from __future__ import annotations
 
@@ -17,40 +17,44 @@ class _Last:
 
     Attributes:
         shape: of the pipeline's own sample then.
-        age: forwards since, in which the guidance acted.
+        step: the last one in which the guidance acted.
+        age: steps since it was computed, in which the guidance acted.
         found: ``c - p``.
     """
 
     shape: torch.Size
+    step: int
     age: int = 0
     found: torch.Tensor | None = None
 
 
 class Differences:
-    """The last difference ``c - p`` of each guidance that is not computed in every forward."""
+    """The last difference ``c - p`` of each guidance that is not computed in every step."""
 
     def __init__(self, specs: Sequence[Spec]) -> None:
         self._specs = specs
         self._last: dict[int, _Last] = {}
 
-    def due(self, index: int, shape: torch.Size) -> bool:
+    def due(self, index: int, step: int, shape: torch.Size) -> bool:
         """Whether a guidance that acts in the coming forward computes its branch there.
+
+        All forwards of a step are treated alike.
 
         Args:
             index: of the guidance.
+            step: number of the step that the forward belongs to.
             shape: of the pipeline's own sample.
         """
         if self._specs[index].reuse == 1:
             return True
         last = self._last.get(index)
         if last is None or last.found is None or last.shape != shape:
-            self._last[index] = _Last(shape)
+            self._last[index] = _Last(shape, step)
             return True
-        last.age += 1
-        if last.age < self._specs[index].reuse:
-            return False
-        self._last[index] = _Last(shape)
-        return True
+        if step != last.step:
+            last.step = step
+            last.age = (last.age + 1) % self._specs[index].reuse
+        return last.age == 0
 
     def keep(self, index: int, found: torch.Tensor) -> None:
         """Take the difference of the forward under way, if later ones want it."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -13,17 +14,34 @@ from diffusers import DiffusionPipeline
 from segkern.integrations.diffusers.branches import Batch
 
 
+@dataclass(frozen=True)
+class Step:
+    """Where in its run a call of the denoiser stands.
+
+    Attributes:
+        call: number of the call in the run, from 0.
+        number: of the step it belongs to, from 0.
+        fraction: the same, of all steps of the run.
+    """
+
+    call: int
+    number: int
+    fraction: float
+
+
 class Run:
     """Follows a pipeline's run from the calls of its denoiser.
 
-    Pipelines say how many steps a run has but not which one is under way, so calls are counted. A run begins
-    when the scheduler has new timesteps (every run sets them), or when the last one has had all its steps.
+    Pipelines say how many calls a run has but not which one is under way, so they are counted. A run begins
+    when the scheduler has new timesteps (every run sets them), or when the last one has had all its calls.
+    Schedulers of second order (Heun, KDPM2, DPMSolverSDE) call the denoiser twice in each step but the last: their
+    ``order``. Both calls make one step together, so they belong to the same step here.
     """
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
         self._timesteps: torch.Tensor | None = None  # held, so that a new run's tensor cannot take its identity
-        self._step = 0
+        self._call = 0
 
     def is_ours(self) -> bool:
         """Whether the pipeline, not another one that shares its denoiser, is calling it.
@@ -39,20 +57,21 @@ class Run:
             frame = frame.f_back
         return True
 
-    def next_fraction(self) -> float:
-        """The fraction of the run at which this call of the denoiser stands; counts the call.
+    def next_step(self) -> Step:
+        """Where this call of the denoiser stands; counts the call.
 
         Raises:
             RuntimeError: when no run of the pipeline is under way.
         """
         timesteps = self._pipe.scheduler.timesteps
-        steps = self._ask("num_timesteps") if hasattr(type(self._pipe), "num_timesteps") else len(timesteps)
-        if timesteps is not self._timesteps or self._step >= steps:
+        calls = self._ask("num_timesteps") if hasattr(type(self._pipe), "num_timesteps") else len(timesteps)
+        if timesteps is not self._timesteps or self._call >= calls:
             self._timesteps = timesteps
-            self._step = 0
-        fraction = self._step / steps
-        self._step += 1
-        return fraction
+            self._call = 0
+        order = getattr(self._pipe.scheduler, "order", 1)
+        number, steps = self._call // order, -(-calls // order)
+        self._call += 1
+        return Step(self._call - 1, number, number / steps)
 
     def batch(self, size: int, branches: int) -> Batch:
         """The layout of a batch of ``size`` samples that so many branches join.

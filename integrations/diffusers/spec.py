@@ -14,7 +14,6 @@ from typing import Literal
 
 from segkern.integrations.diffusers.strength import Schedule, check_schedule, factor, is_number
 
-
 _ALWAYS_SHOWN = ("scale", "sigma", "layers", "layer")
 
 

@@ -39,7 +39,8 @@ class SEG(AttentionSpec):
             unless others are given.
         start: fraction of the run's steps at which it begins to act.
         stop: fraction of the run's steps from which it no longer acts. A step outside ``[start, stop)`` is
-            the plain step and costs nothing extra.
+            the plain step and costs nothing extra. Where a scheduler calls the denoiser twice in a step (Heun),
+            both calls are that step.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`segkern.gaussian_blur`.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`segkern.seg_attention`.
         query_stride: 1 computes every query row. With more, or a pair for height and width, layers compute a finite
@@ -52,9 +53,10 @@ class SEG(AttentionSpec):
         tolerance: of ``"auto"``: the error that a layer's attention output may have, relative to it, as root mean
             square; 4 times the estimate must not be above it. By default it is bfloat16's rounding, 2^-8 or 4e-3, so
             that leaving out rows costs no more than that type does; float16 rounds to 5e-4.
-        reuse: 1 computes the perturbed branch in every forward. With more, an approximation, it is computed in every
-            ``reuse``-th forward in which the guidance acts, and the others, which cost what a plain step costs, take
-            its last difference ``c - p``. A run begins with a computed one.
+        reuse: 1 computes the perturbed branch in every step. With more, an approximation, it is computed in every
+            ``reuse``-th step in which the guidance acts, and the others, which cost what a plain step costs, take
+            its last difference ``c - p``. A run begins with a computed one. A step in which the scheduler calls the
+            denoiser twice (Heun) computes it twice or not at all.
         schedule: of the scale: ``"constant"``; ``"linear"`` or ``"cosine"``, which fall from it at ``start`` to 0 at
             ``stop``; or a function from the fraction of the run done to a factor. Where that is 0 a step is plain.
         blend: 1 is attention with blurred queries; less mixes the layer's output with that of its own attention,
