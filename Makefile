@@ -48,6 +48,7 @@ benchmark: $(INSTALLED) ## speed against everything one could pick instead, into
 	$(BIN)/python -m benchmarks host
 	$(BIN)/python -m benchmarks trust
 	$(BIN)/python -m benchmarks approximations
+	$(BIN)/python -m benchmarks family
 	$(BIN)/python -m benchmarks.readme
 
 evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU

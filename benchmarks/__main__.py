@@ -264,13 +264,31 @@ def approximations(
     """What a branch that serves several steps, or guidance in part of a run, costs in quality. Takes a while."""
     from benchmarks import approximations as measuring
 
+    typer.echo(measuring.table(_measured(measuring, folder)))
+    typer.echo(f"wrote {measuring.RESULT}")
+
+
+@app.command()
+def family(
+    folder: Annotated[Path, typer.Option(help="Where what is measured on the way is kept.")] = Path("outputs/family"),
+) -> None:
+    """What PAG, SAG, SEG, CFG and some of them together do to samples of the bundled model. Takes a while."""
+    from benchmarks import family as measuring
+
+    typer.echo(measuring.section(_measured(measuring, folder)))
+    typer.echo(f"wrote {measuring.RESULT}")
+
+
+def _measured(measuring: Any, folder: Path) -> dict[str, Any]:
+    """What a module measures of pictures, with progress."""
     count = len(measuring.settings()) * len(measuring.SEEDS) * measuring.IMAGES
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("images", total=count)
-        found = measuring.measure(folder, lambda name, n: progress.update(task, advance=n, description=name))
-    typer.echo(measuring.table(found))
-    typer.echo(f"wrote {measuring.RESULT}")
+        found: dict[str, Any] = measuring.measure(
+            folder, lambda name, n: progress.update(task, advance=n, description=name)
+        )
+    return found
 
 
 @app.command()

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-from benchmarks import approximations, compiled_page, host, performance, plots, results, step_page, steps, trust
+from benchmarks import approximations, compiled_page, family, host, performance, plots, results, step_page, steps, trust
 from benchmarks.results import Result, Row
 from segkern.evaluation import report
 from segkern.evaluation.plots import plot
@@ -85,6 +86,11 @@ def evaluation_summary() -> str:
     return "\n\n".join(parts)
 
 
+def evaluation_page(found: dict[str, Any]) -> str:
+    """The committed evaluation, and after it the family."""
+    return f"{report.markdown(found)}\n{family.section(family.committed())}"
+
+
 def readme_with_tables(readme: str) -> str:
     """The README's text with its measurements replaced."""
     readme = BLOCK.sub(lambda found: f"{found[1]}\n{rendered()}\n\n{found[2]}", readme)
@@ -114,7 +120,7 @@ def main() -> None:
     if not EVALUATION.exists():
         return
     found = report.read(EVALUATION)
-    (docs / "evaluation.md").write_text(report.markdown(found), encoding="utf-8")
+    (docs / "evaluation.md").write_text(evaluation_page(found), encoding="utf-8")
     plot(found["rows"], docs / "evaluation.png", report.title(found), found["drawings"])
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import family as family_benchmark
+from benchmarks.readme import evaluation_page
 from segkern.evaluation import report
 from segkern.evaluation.judge import Judge, load_judge
 from segkern.evaluation.plots import curves, plot
 from segkern.evaluation.run import Design, carry_out, choose, verdict
-from segkern.evaluation.study import Setting, Study, grid, prompts, sample, variants
+from segkern.evaluation.study import Setting, Study, family, grid, prompts, sample, variants
 from segkern.loading import DEMO, find_model, load_pipeline
 
 STEPS = 2
@@ -214,7 +216,7 @@ def test_committed_evaluation_belongs_to_the_bundled_weights(judge: Judge, tmp_p
 def test_committed_pages_are_made_from_the_committed_evaluation() -> None:
     found = report.read(DEMO / "evaluation.json")
     docs = Path(__file__).parents[1] / "docs"
-    assert (docs / "evaluation.md").read_text(encoding="utf-8") == report.markdown(found)
+    assert (docs / "evaluation.md").read_text(encoding="utf-8") == evaluation_page(found)
     assert (docs / "evaluation.png").stat().st_size > 10_000
 
 
@@ -278,3 +280,30 @@ def test_a_line_that_was_cut_off_is_taken_away(pipe: Any, judge: Judge, tmp_path
 def test_more_images_than_real_drawings_are_refused(pipe: Any, judge: Judge, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4096 real drawings to compare with, fewer than 5000"):
         Study(pipe, judge, tmp_path / "cells.jsonl", 5000, STEPS)
+
+
+@pytest.mark.parametrize("mode", ["unconditional", "prompts"])
+def test_the_family_has_every_guidance_and_combinations(mode: str, pipe: Any) -> None:
+    found = family(mode)
+    assert len(set(found)) == len(found)
+    methods = {setting.method for setting in found}
+    assert methods >= {"none", "SEG", "PAG", "SAG", "SEG + PAG"}
+    assert (mode == "prompts") == ({"CFG", "CFG + SEG", "CFG + PAG", "CFG + SAG", "CFG + SEG + PAG"} <= methods)
+    assert [Setting.from_dict(setting.to_dict()) for setting in found] == found
+    assert len({report.describe(setting) for setting in found}) == len(found)
+    drawn = {}
+    for setting in found:
+        (drawn[setting],) = sample(pipe, setting, 3, 2, 2)
+    plain = drawn[Setting(mode)]
+    assert all(not torch.equal(drawn[setting], plain) for setting in found[1:])
+
+
+def test_the_family_is_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        family_benchmark, "settings", lambda: [Setting("unconditional"), Setting("unconditional", sag=1.0)]
+    )
+    found = family_benchmark.measure(tmp_path, lambda name, n: None, 8, (1,), 4, tmp_path / "demo.json")
+    text = family_benchmark.section(found)
+    assert "| none |" in text
+    assert "| SAG scale 1 |" in text
+    assert "Not measured" in family_benchmark.section(None)

@@ -144,6 +144,7 @@ def describe(setting: Setting) -> str:
             words.append(f"from {setting.start:g} to {setting.stop:g} of the run")
         if setting.reuse > 1:
             words.append(f"branch at every {setting.reuse}. step")
+    words += [f"{name} scale {scale:g}" for name, scale in (("PAG", setting.pag), ("SAG", setting.sag)) if scale]
     return " ".join(words) or "none"
 
 

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,14 @@ from segkern.evaluation.judge import Judge
 from segkern.evaluation.shapes import PICTURE_SIZES, Scene, draw, numbered, random_scene
 
 if TYPE_CHECKING:
-    from segkern.integrations.diffusers import SEG
+    from segkern.integrations.diffusers.spec import Spec
 
 MODES = ("unconditional", "prompts")
 REFERENCE_SEED = 777  # of the series of real drawings; the training series has another
 REFERENCE_COUNT = 4096
+
+# Fields that were not there when the committed evaluation was made, and what they were then.
+_LATER = {"reuse": 1, "pag": 0.0, "sag": 0.0}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Setting:
         start: fraction of the run at which SEG begins.
         stop: fraction of the run at which it ends.
         reuse: steps for which a perturbed branch serves.
+        pag: scale of perturbed-attention guidance in the mid block; 0 is none.
+        sag: scale of self-attention guidance; 0 is none.
     """
 
     mode: str
@@ -50,26 +55,33 @@ class Setting:
     start: float = 0.0
     stop: float = 1.0
     reuse: int = 1
+    pag: float = 0.0
+    sag: float = 0.0
 
     @property
     def method(self) -> str:
-        """``none``, ``CFG``, ``SEG`` or ``CFG + SEG``."""
-        return " + ".join(name for name, on in (("CFG", self.cfg > 1), ("SEG", self.seg > 0)) if on) or "none"
+        """``none``, or which of ``CFG``, ``SEG``, ``PAG`` and ``SAG`` are in it, such as ``CFG + SEG``."""
+        scales = {"CFG": self.cfg - 1, "SEG": self.seg, "PAG": self.pag, "SAG": self.sag}
+        return " + ".join(name for name, scale in scales.items() if scale > 0) or "none"
 
-    def spec(self) -> SEG | None:
-        """The guidance to hand to ``guide``."""
-        from segkern.integrations.diffusers import SEG
+    def specs(self) -> tuple[Spec, ...]:
+        """The guidances to hand to ``guide``; classifier-free guidance is the pipeline's own."""
+        from segkern.integrations.diffusers import PAG, SAG, SEG
 
-        if not self.seg:
-            return None
-        return SEG(self.seg, self.sigma, self.layers.split(","), self.start, self.stop, reuse=self.reuse)
+        found: list[Spec] = []
+        if self.seg:
+            layers = self.layers.split(",")
+            found.append(SEG(self.seg, self.sigma, layers, self.start, self.stop, reuse=self.reuse))
+        if self.pag:
+            found.append(PAG(self.pag))
+        if self.sag:
+            found.append(SAG(self.sag))
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """The setting in JSON's types, infinity as a word; without ``reuse`` where every branch is computed."""
+        """The setting in JSON's types, infinity as a word; without what came later and is at its default."""
         found = asdict(self) | {"sigma": "inf" if math.isinf(self.sigma) else self.sigma}
-        if self.reuse == 1:
-            del found["reuse"]
-        return found
+        return {name: value for name, value in found.items() if name not in _LATER or value != _LATER[name]}
 
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> Setting:
@@ -106,6 +118,27 @@ def variants(mode: str, scales: Sequence[float], sigma: float) -> list[Setting]:
     return [Setting(mode, 1.0, scale, sigma, *place) for place in places for scale in scales]
 
 
+def family(mode: str, sigma: float = math.inf) -> list[Setting]:
+    """Every guidance by itself, by scale, and together: SEG with PAG, and each with CFG where there are prompts.
+
+    Example:
+        >>> [setting.method for setting in family("unconditional")][:3]
+        ['none', 'SEG', 'SEG']
+    """
+    plain = Setting(mode)
+    blurred = {"sigma": sigma, "layers": "mid"}
+    found = [plain]
+    found += [replace(plain, seg=scale, **blurred) for scale in (2.0, 3.0)]  # type: ignore[arg-type]
+    found += [replace(plain, pag=scale) for scale in (1.0, 2.0, 3.0)]
+    found += [replace(plain, sag=scale) for scale in (0.5, 0.75, 1.5)]
+    found.append(replace(plain, seg=1.5, pag=1.5, **blurred))  # type: ignore[arg-type]
+    if mode == "prompts":
+        cfg = replace(plain, cfg=2.0)
+        found += [cfg, replace(cfg, seg=1.0, **blurred), replace(cfg, pag=1.0), replace(cfg, sag=0.75)]  # type: ignore[arg-type]
+        found.append(replace(cfg, seg=0.5, pag=0.5, **blurred))  # type: ignore[arg-type]
+    return found
+
+
 def prompts(seed: int, count: int) -> list[Scene]:
     """Scenes whose captions are the prompts of a seed."""
     return [random_scene(random.Random(f"prompts/{seed}/{index}")) for index in range(count)]
@@ -124,8 +157,8 @@ def sample(pipe: Any, setting: Setting, seed: int, count: int, steps: int, batch
     from segkern.integrations.diffusers import guide
 
     captions = [scene.caption for scene in prompts(seed, count)] if setting.mode == "prompts" else [""] * count
-    spec = setting.spec()
-    guidance = guide(pipe, spec) if spec else None
+    specs = setting.specs()
+    guidance = guide(pipe, *specs) if specs else None
     try:
         for first in range(0, count, batch):
             chosen = range(first, min(first + batch, count))
