@@ -23,7 +23,7 @@ from segkern.loading import find_model, load_pipeline
 
 RESULT = RESULTS / "family" / "demo.json"
 SEEDS = (1, 2, 3)
-IMAGES = 256
+IMAGES = 128
 STEPS = 10
 
 

@@ -129,7 +129,7 @@ def seg_attention(
         if query_stride not in (1, (1, 1)):
             raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
         check_qkv(query, key, value)
-        options = {"scale": scale, "boundary": boundary, "backend": backend, "return_lse": return_lse}
+        options: Any = {"scale": scale, "boundary": boundary, "backend": backend, "return_lse": return_lse}
         some = partial(seg_attention, grid=grid, **options)
         return by_head(
             some, (query, key, value), head_sigmas(sigma, *query.shape[:2]), check_mask(attn_mask, query, key)
@@ -142,7 +142,7 @@ def seg_attention(
             )
         return _attention_at(query, key, value, grid, sigma, scale, attn_mask, boundary, backend)
     plain = _is_plain(query, key, value)
-    arguments = (grid, sigma, scale, boundary, query_stride, backend)
+    arguments: Any = (grid, sigma, scale, boundary, query_stride, backend)
     plan = plan_attention(query, key, value, *arguments, plain=plain)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
     asked = _differentiable(backend, query, key, value, *(() if mask is None else (mask,)))

@@ -12,7 +12,7 @@ from segkern.blur import runs
 
 
 def by_head(
-    call: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    call: Callable[..., Any],
     tensors: Sequence[torch.Tensor],
     sigmas: tuple[tuple[float, ...], ...],
     mask: torch.Tensor | None = None,

@@ -28,8 +28,8 @@ def gaussian_blur(
     check_boundary(boundary)
     grid.check(x.shape[2])
     if is_by_head(sigma):
-        columns = zip(*head_sigmas(sigma, *x.shape[:2]), strict=True)
-        heads = [gaussian_blur(x[:, [h]], grid, sigmas, boundary=boundary) for h, sigmas in enumerate(columns)]
+        by_head = zip(*head_sigmas(sigma, *x.shape[:2]), strict=True)
+        heads = [gaussian_blur(x[:, [h]], grid, sigmas, boundary=boundary) for h, sigmas in enumerate(by_head)]
         return torch.cat(heads, dim=1)
     compute = _compute_dtype(x.dtype)
     out = x.clone()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -190,7 +191,7 @@ class LayerRows:
         elif way == _ONE_ROW:  # one query row is its own mean; saying so chooses the kernel for few rows
             queries, grid = self.projections.query(_mean_token(tokens)), Grid(1, 1)
         else:
-            numbers = tuple(sigma for sigma in known if not isinstance(sigma, tuple))
+            numbers: Any = known  # points between tokens are for one sigma
             rows = coarse_queries(tokens[:, None], self.grid, numbers, way, self.boundary)[:, 0]
             queries, some, grid = self.projections.query(rows), (0.0,) * len(known), Grid(1, 1)
         output = self.projections.out(self._attend((queries, inputs.key(where), inputs.value(where)), some, mask, grid))
@@ -243,10 +244,9 @@ class LayerRows:
         mask = None if attention_mask is None else attention_mask[samples]
         if mask is not None and mask.shape[2] != 1:
             return query.new_full((len(strides), query.shape[0]), math.inf, dtype=torch.float32)
-        options = {"scale": self.attn.scale, "attn_mask": mask, "boundary": self.boundary}
-        return torch.stack(
-            [coarse_error(query, key, value, self.grid, sigmas[samples], stride, **options) for stride in strides]
-        )
+        options: Any = {"scale": self.attn.scale, "attn_mask": mask, "boundary": self.boundary}
+        some: Any = sigmas[samples]  # numbers: points between tokens are for one sigma
+        return torch.stack([coarse_error(query, key, value, self.grid, some, stride, **options) for stride in strides])
 
     def _attend(
         self,
