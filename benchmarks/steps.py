@@ -30,7 +30,7 @@ from benchmarks.results import RESULTS
 from benchmarks.sdxl import REDUCED, SDXL, Size
 from benchmarks.timing import shuffled, spread
 from segkern import flops  # noqa: F401  the counter knows our operators by it
-from segkern.integrations.diffusers import SEG, guide
+from segkern.integrations.diffusers import PAG, SEG, guide
 
 FOLDER = RESULTS / "step"
 GUIDANCE_SCALE = 5.0
@@ -55,6 +55,7 @@ class Way:
         sigma: of the blur, if there is one.
         layers: perturbed.
         compiled: the denoiser.
+        family: with kind ``segkern``, which guidance: ``SEG`` or ``PAG``.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Way:
     sigma: float = 0.0
     layers: tuple[str, ...] = ()
     compiled: bool = False
+    family: str = "SEG"
 
     @property
     def guidance_scale(self) -> float:
@@ -70,8 +72,10 @@ class Way:
         return GUIDANCE_SCALE if self.cfg else 1.0
 
     @property
-    def spec(self) -> SEG:
+    def spec(self) -> SEG | PAG:
         """The guidance of ``segkern``."""
+        if self.family == "PAG":
+            return PAG(scale=SEG_SCALE, layers=self.layers)
         return SEG(scale=SEG_SCALE, sigma=self.sigma, layers=self.layers)
 
 
@@ -82,6 +86,7 @@ def ways(compiled: bool = False) -> tuple[Way, ...]:
         prefix = "CFG + " if cfg else ""
         found += [Way(f"{prefix}official SEG sigma {s:g}", "official", cfg, s, ("mid",)) for s in SIGMAS]
         found.append(Way(f"{prefix}PAG of diffusers", "pag", cfg, layers=("mid",)))
+        found.append(Way(f"{prefix}segkern PAG mid", "segkern", cfg, layers=("mid",), family="PAG"))
         for layers in LAYERS:
             found += [Way(f"{prefix}segkern {'+'.join(layers)} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS]
     if compiled:
@@ -170,14 +175,15 @@ class Bench:
             return None, "its latents are not finite"
         if way.kind != "segkern":
             return None, None
-        key = way.cfg, way.sigma, way.layers, steps
+        key = way.cfg, way.family, way.sigma, way.layers, steps
         if key not in self._expected:
-            official = Way("", "official", way.cfg, way.sigma, way.layers)
+            official = Way("", "pag" if way.family == "PAG" else "official", way.cfg, way.sigma, way.layers)
             self._expected[key] = self.runner(official, steps, lambda: None)().double()
         expected = self._expected[key]
         error = float((latents.double() - expected).norm() / expected.norm())
         limit = _SAME[self.dtype]
-        return error, None if error <= limit else f"{error:.1e} off the official algorithm's latents, above {limit:g}"
+        of = "diffusers' PAG" if way.family == "PAG" else "the official algorithm"
+        return error, None if error <= limit else f"{error:.1e} off the latents of {of}, above {limit:g}"
 
 
 @contextmanager

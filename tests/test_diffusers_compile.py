@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from torch._dynamo.testing import CompileCounter
 
-from segkern.integrations.diffusers import SEG, guide
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
 
 
 def smaller_pipeline() -> Any:
@@ -144,6 +144,26 @@ def test_guidance_costs_one_compilation_besides_the_plain_one(sigma: float) -> N
             run(pipe, latents=latents, num_inference_steps=2)
     run(pipe, latents=latents, num_inference_steps=2)
     assert counter.frame_count == plain + 1
+
+
+@pytest.mark.parametrize(
+    ("specs", "guidance_scale", "frames"),
+    [
+        ((PAG(layers="m0"),), 5.0, 1),
+        ((SAG(),), 5.0, 2),  # two batches: all of the pipeline's, and half of it
+        ((CFG(), PAG(layers="u0"), SEG(sigma=[(1.0, 3.0)], layers="m0", blend=0.5)), 1.0, 1),
+    ],
+    ids=["PAG", "SAG", "CFG, PAG and SEG"],
+)
+def test_the_family_is_compiled_without_a_break(specs: tuple[Any, ...], guidance_scale: float, frames: int) -> None:
+    pipe, latents, counter = smaller_pipeline(), noise(), CompileCounter()
+    arguments = {"latents": latents, "guidance_scale": guidance_scale}
+    with guide(pipe, *specs):
+        expected = run(pipe, **arguments)
+    wrapped(pipe, counter)
+    with guide(pipe, *specs):
+        assert relative(run(pipe, **arguments), expected) < PIPELINE_TOLERANCE
+    assert counter.frame_count == frames
 
 
 def test_a_compiled_denoiser_in_channels_last_with_slicing() -> None:

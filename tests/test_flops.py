@@ -116,6 +116,22 @@ def test_at_infinity_layers_project_one_query_row(pipe: Any, parts: dict[str, in
     assert finite - infinite == pytest.approx(saved, rel=1e-3)
 
 
+@pytest.mark.parametrize("cfg", [True, False], ids=["CFG", "without CFG"])
+def test_identity_attention_saves_the_attention_and_later_layers_queries_and_keys(
+    cfg: bool, pipe: Any, parts: dict[str, int]
+) -> None:
+    """Against a blur in the same layers: the first one's queries and keys are shared there anyway."""
+    blurred = guided(pipe, "mid", 3.0, cfg)
+    identity = steps.count(pipe, SDXL, Way("", "segkern", cfg, layers=("mid",), family="PAG"))
+    saved = 0
+    for number, layer in enumerate(layer for layer in list_layers(pipe, 1024, 1024) if layer.part == "mid"):
+        assert layer.grid is not None
+        tokens, channels = layer.grid.tokens, layer.heads * layer.head_dim
+        saved += 4 * tokens * tokens * channels + 2 * channels * tokens * (layer.grid.height + layer.grid.width)
+        saved += 0 if number == 0 else parts[f"{layer.module}.to_q"] + parts[f"{layer.module}.to_k"]
+    assert blurred - identity == saved
+
+
 @pytest.mark.parametrize("sigma", [(0.0, 2.0), (0.0, math.inf)], ids=str)
 def test_operators_count_as_the_path_that_is_open(sigma: tuple[float, ...]) -> None:
     """Behind an operator as much is counted as in the open, where PyTorch's own operations are."""
