@@ -23,8 +23,8 @@ loop with less around the denoiser than a pipeline has), and with `guide`. A ste
 pipeline's callback; a run's first step is left out. `x plain` is the median over rounds of a step's time over that of
 the plain run in the same round, which is the one with CFG for runs with CFG. `x counted` is the same ratio of
 floating-point operations, counted on a denoiser without data: what the time would be if all operations took the same.
-A guided run has a time only if its latents are the official algorithm's, or for PAG those of diffusers' pipeline: `error`
-is their relative distance."""
+A guided run has a time only if its latents are the official algorithm's, or for PAG those of diffusers' pipeline:
+`error` is their relative distance."""
 
 _COUNTED = """\
 On Stable Diffusion XL's own configuration at 1024 x 1024, one step of a guided run has so many times the floating-point
