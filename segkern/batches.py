@@ -127,7 +127,7 @@ def missing(
 def draw_missing(
     pipe: Any,
     mine: Sequence[Piece],
-    spec: SEG | None,
+    specs: Specs,
     workers: Workers,
     folder: Path,
     describe: Callable[[Job], dict[str, object]],
@@ -135,7 +135,7 @@ def draw_missing(
     """Draw one process's part and say so, a line each; returns what went wrong with guidance, each problem once."""
     problems: dict[str, None] = {}
     for number, piece in enumerate(mine, 1):
-        (drawn,) = draw_all(pipe, piece.job, [spec], show=workers.first)
+        (drawn,) = draw_all(pipe, piece.job, [specs], show=workers.first)
         write(folder, piece, drawn, describe(piece.job))
         typer.echo(f"wrote {folder / piece.name}.png ({number} of {len(mine)}{workers.place})")
         problems |= dict.fromkeys(() if drawn.report is None else drawn.report.problems)

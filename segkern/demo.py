@@ -61,7 +61,7 @@ FILES = {"demo.png": PROMPTED, "demo-unconditional.png": UNPROMPTED}
 
 
 def sheets(
-    pipe: Any, source: Source, dtype: torch.dtype, plan: Sequence[SEG | None], steps: int, folder: Path
+    pipe: Any, source: Source, dtype: torch.dtype, plan: Sequence[Specs], steps: int, folder: Path
 ) -> Iterator[tuple[Subject, list[Drawn]]]:
     """Draw all subjects, a sheet per file; yields each subject and its pictures."""
     for name, subjects in FILES.items():
@@ -69,23 +69,24 @@ def sheets(
         for subject in subjects:
             job = Job(subject.prompt, "", *subject.size, subject.seed, steps, 1.0)
             drawn = draw_all(pipe, job, plan)
-            tiles = [Tile(one.image, label(spec)) for spec, one in zip(plan, drawn, strict=True)]
+            tiles = [Tile(one.image, label(specs)) for specs, one in zip(plan, drawn, strict=True)]
             rows.append(Row(tiles, subject.heading))
             yield subject, drawn
-        guided = next(spec for spec in plan if spec is not None)
+        guided = next(specs for specs in plan if specs)
         what = "with prompts" if subjects[0].prompt else "without prompts"
         fine_print = (
             f"Each row: the same noise, first without guidance, then with Smoothed Energy Guidance at scale "
-            f"{guided.scale:g} and growing blur of the queries in the mid block's self-attention (16 x 16 tokens). "
+            f"{guided[0].scale:g} and growing blur of the queries in the mid block's self-attention (16 x 16 tokens). "
             f"No classifier-free guidance, {steps} steps, a model of "
             f"{sum(p.numel() for p in pipe.unet.parameters()) / 1e6:.1f} million parameters that comes with segkern."
         )
-        details = describe(source, job, guided, dtype) | {
+        settings = [describe(source, job, specs, dtype) for specs in plan if specs]
+        details = settings[0] | {
             "prompt": "; ".join(subject.prompt for subject in subjects),
             "seed": ", ".join(str(subject.seed) for subject in subjects),
             "width": ", ".join(str(subject.size[0]) for subject in subjects),
             "height": ", ".join(str(subject.size[1]) for subject in subjects),
-            "seg_sigma": ", ".join(f"{spec.sigma:g}" for spec in plan if spec is not None),
+            "seg_sigma": ", ".join(f"{each['seg_sigma']:g}" for each in settings),
         }
         save(contact_sheet(rows, f"segkern: guidance {what}", fine_print), folder / name, details)
 
@@ -95,12 +96,12 @@ def run_table() -> Table:
     return Table("picture", "run", "attention served by", "seconds", "attention moved", "picture changed")
 
 
-def add_runs(table: Table, subject: Subject, plan: Sequence[SEG | None], drawn: Sequence[Drawn], backend: str) -> None:
+def add_runs(table: Table, subject: Subject, plan: Sequence[Specs], drawn: Sequence[Drawn], backend: str) -> None:
     """A line for each picture of a subject."""
-    for spec, one in zip(plan, drawn, strict=True):
-        served = "pipeline's own" if spec is None else backend
-        changed = "-" if spec is None else f"{difference(one.image, drawn[0].image):.1f} / 255"
-        table.add_row(subject.heading, label(spec), served, f"{one.seconds:.1f}", farthest(one), changed)
+    for specs, one in zip(plan, drawn, strict=True):
+        served = backend if specs else "pipeline's own"
+        changed = f"{difference(one.image, drawn[0].image):.1f} / 255" if specs else "-"
+        table.add_row(subject.heading, label(specs), served, f"{one.seconds:.1f}", farthest(one), changed)
 
 
 def farthest(drawn: Drawn) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,10 @@ from segkern.tables import percent
 from segkern.version import __version__
 
 if TYPE_CHECKING:
-    from segkern.integrations.diffusers import SEG, Report
+    from segkern.integrations.diffusers import Report
+    from segkern.integrations.diffusers.spec import Spec
+
+Specs = tuple["Spec", ...]  # of one picture; none is no guidance
 
 
 @dataclass(frozen=True)
@@ -63,36 +66,39 @@ class Drawn:
     seconds: float
 
 
-def check_layers(outline: Outline, spec: SEG, device: torch.device, dtype: torch.dtype) -> None:
+def check_layers(outline: Outline, specs: Specs, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what can be refused before weights are loaded.
 
     Raises:
         ValueError: for unknown layers, and for a backend that cannot serve them.
     """
     from segkern.integrations.diffusers.layers import list_layers, select_layers
+    from segkern.integrations.diffusers.spec import AttentionSpec
 
-    for layer in select_layers(list_layers(outline), spec.layers):
-        choose_backend(device, dtype, layer.head_dim, spec.backend)
+    for spec in specs:
+        if isinstance(spec, AttentionSpec):
+            for layer in select_layers(list_layers(outline), spec.layers):
+                choose_backend(device, dtype, layer.head_dim, spec.backend or "auto")
 
 
-def draw_all(pipe: Any, job: Job, plan: Sequence[SEG | None], show: bool = True) -> list[Drawn]:
-    """One picture for each guidance, None being none, all from the same noise; on a terminal with progress to show."""
+def draw_all(pipe: Any, job: Job, plan: Sequence[Specs], show: bool = True) -> list[Drawn]:
+    """One picture for each set of guidances, all from the same noise; on a terminal with progress to show."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     drawn = []
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
-        for spec in plan:
-            task = progress.add_task(label(spec), total=job.steps)
+        for specs in plan:
+            task = progress.add_task(label(specs), total=job.steps)
 
             def step(pipe: Any, index: int, timestep: Any, tensors: Any, task: Any = task) -> Any:
                 progress.update(task, total=pipe.num_timesteps, completed=index + 1)
                 return tensors
 
-            drawn.append(draw(pipe, job, spec, step))
+            drawn.append(draw(pipe, job, specs, step))
     return drawn
 
 
-def draw(pipe: Any, job: Job, spec: SEG | None, step: Callable[..., Any] | None = None) -> Drawn:
+def draw(pipe: Any, job: Job, specs: Specs, step: Callable[..., Any] | None = None) -> Drawn:
     """One picture; ``step`` is diffusers' ``callback_on_step_end``.
 
     The noise comes from the CPU's generator, so that it is the same on every device.
@@ -113,19 +119,19 @@ def draw(pipe: Any, job: Job, spec: SEG | None, step: Callable[..., Any] | None 
         return image
 
     begun = time.perf_counter()
-    if spec is None:
+    if not specs:
         return Drawn(run(), None, time.perf_counter() - begun)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"SEG\(", UserWarning)  # the report says the same
-        with guide(pipe, spec) as guidance:
+        warnings.filterwarnings("ignore", r"(SEG|PAG|SAG|CFG)\(", UserWarning)  # the report says the same
+        with guide(pipe, *specs) as guidance:
             image = run()
         report = guidance.report()
     return Drawn(image, report, time.perf_counter() - begun)
 
 
-def report_table(plan: Sequence[SEG | None], drawn: Sequence[Drawn]) -> tuple[Table, list[str]]:
+def report_table(plan: Sequence[Specs], drawn: Sequence[Drawn]) -> tuple[Table, list[str]]:
     """What guidance did in each run, as one table, and what went wrong."""
-    reports = [(label(spec), one.report) for spec, one in zip(plan, drawn, strict=True) if one.report is not None]
+    reports = [(label(specs), one.report) for specs, one in zip(plan, drawn, strict=True) if one.report is not None]
     strided = any(row.query_stride is not None for _, report in reports for row in report.layers)
     coarse = ["stride", "error"] if strided else []
     table = Table("run", "layer", "fired", "moved", *coarse, "module", title="guidance report")
@@ -133,18 +139,24 @@ def report_table(plan: Sequence[SEG | None], drawn: Sequence[Drawn]) -> tuple[Ta
         for row in report.layers:
             fired = f"{row.fired} of {report.forwards}"
             words = row.coarse() if strided else ()
-            table.add_row(name, row.layer, fired, percent(row.moved), *words, row.module)
+            of = name if len(report.specs) == 1 else type(report.specs[row.spec]).__name__
+            table.add_row(of, row.layer, fired, percent(row.moved), *words, row.module)
     return table, [problem for _, report in reports for problem in report.problems]
 
 
-def label(spec: SEG | None) -> str:
+def label(specs: Specs) -> str:
     """What a run is called in tables and pictures."""
-    if spec is None:
-        return "without guidance"
-    return "sigma infinity" if spec.sigma == float("inf") else f"sigma {spec.sigma:g}"
+    return " + ".join(map(_label, specs)) or "without guidance"
 
 
-def describe(source: Source, job: Job, spec: SEG | None, dtype: torch.dtype) -> dict[str, object]:
+def _label(spec: Spec) -> str:
+    sigma = getattr(spec, "sigma", None)
+    if type(spec).__name__ == "SEG" and isinstance(sigma, float):
+        return "sigma infinity" if sigma == float("inf") else f"sigma {sigma:g}"
+    return f"{type(spec).__name__} {spec.scale:g}"
+
+
+def describe(source: Source, job: Job, specs: Specs, dtype: torch.dtype) -> dict[str, object]:
     """All that is needed to draw a picture again, by name."""
     details: dict[str, object] = {
         "model": source.name,
@@ -156,22 +168,16 @@ def describe(source: Source, job: Job, spec: SEG | None, dtype: torch.dtype) -> 
         "height": job.height,
         "guidance_scale": job.guidance_scale,
         "dtype": str(dtype).removeprefix("torch."),
-        "guidance": "none" if spec is None else "SEG",
+        "guidance": " + ".join(type(spec).__name__ for spec in specs) or "none",
     }
-    if spec is not None:
-        details |= {
-            "seg_scale": spec.scale,
-            "seg_sigma": f"{spec.sigma:g}",
-            "seg_layers": _listed(spec.layers),
-            "seg_start": spec.start,
-            "seg_stop": spec.stop,
-            "seg_boundary": spec.boundary,
-            "seg_query_stride": _listed(spec.query_stride),
-            "seg_reuse": spec.reuse,
-        }
+    for spec in specs:
+        name = type(spec).__name__.lower()
+        details |= {f"{name}_{each.name}": _listed(getattr(spec, each.name)) for each in fields(spec) if each.repr}  # type: ignore[arg-type]
     return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
 
 
-def _listed(value: object) -> str:
-    """A value, or several with commas, as an option takes them."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _listed(value: object) -> object:
+    """A value as an option takes it: several with commas, infinity as a word."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) and value == float("inf") else value
