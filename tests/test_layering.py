@@ -29,7 +29,10 @@ ALLOWED = {
     "flops": {"ops", "coarse_ops"},
     "plans": {"arguments", "dispatch"},
     "api": {"arguments", "plans", "ops", "coarse_ops", "sdpa", "dispatch"},
-    "__init__": {"api", "reference"},
+    "logits": {"api", "arguments", "sdpa"},
+    "curvature": {"logits"},
+    "energy": {"logits", "curvature"},
+    "__init__": {"api", "energy", "reference"},
     "kernels": {"kernels", "dispatch"},
     "cli": {"commands"},
     "commands": {
