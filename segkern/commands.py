@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -22,6 +20,7 @@ from segkern.explain import Call, explain
 from segkern.options import listed, size_of, stride
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.tables import wide
+from segkern.terminal import NUMBERS, SIGMAS, Config, Height, Model, Width, need_diffusers, refusing
 from segkern.version import __version__
 
 if TYPE_CHECKING:
@@ -34,9 +33,6 @@ app = typer.Typer(
     help="Smoothed Energy Guidance for diffusion models.",
 )
 
-SIGMAS = "1,2,5,10,inf"
-NUMBERS = "numbers such as 4 or inf"
-
 # Label, head dimension, of self-attention calls that occur in real models.
 CALLS = (
     ("SDXL mid, 32x32 tokens, 20 heads", 64),
@@ -45,29 +41,6 @@ CALLS = (
     ("SD 1.5, 32x32 tokens, 8 heads", 80),
     ("SD 1.5, 16x16 tokens, 8 heads", 160),
 )
-
-
-def fail(message: object) -> NoReturn:
-    """End with exit code 2 and one line on standard error."""
-    typer.echo(f"segkern: {' '.join(str(message).split())}", err=True)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turn what is wrong with a user's words and files into one line; only checks and loading stand in here."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        fail(error)
-
-
-def need_diffusers(*others: str, extra: str = "cli") -> None:
-    missing = loading.missing_packages(*others)
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        fail(f'{", ".join(missing)} {verb} not installed; pip install "segkern[{extra}]"')
-    loading.quiet_libraries()
 
 
 def print_version(wanted: bool) -> None:
@@ -83,17 +56,6 @@ def common(
     ] = False,
 ) -> None:
     """Smoothed Energy Guidance for diffusion models."""
-
-
-Model = Annotated[
-    str, typer.Argument(help="'demo', a checkpoint folder, a hub name, or a single .safetensors file (SDXL).")
-]
-Config = Annotated[
-    str | None,
-    typer.Option(help="Folder or hub name that describes a single file, so that it loads offline."),
-]
-Width = Annotated[int | None, typer.Option(help="Pixels; the model's own width if not given.")]
-Height = Annotated[int | None, typer.Option(help="Pixels; the model's own height if not given.")]
 
 
 @app.command()
