@@ -189,11 +189,7 @@ def log_curvature(
     sigmas = checked(query, key, grid, sigma, over, scale, boundary, dtype)[2]
     energy = layer_energy(query, key, grid, sigmas, over=over, **options)
     mean = logit_moments(query, key, grid, sigmas, **options).mean
-    keys = key.shape[2]
-    found = mean * (grid.tokens * keys) + energy * (grid.tokens if over == "queries" else keys)
-    free = keys if over == "queries" else keys - 1
-    parts = [_blur_part(grid, value, boundary, factor, keys, free) for value in sigmas]
-    return found + found.new_tensor(parts)[:, None]
+    return _log_determinant(energy, mean, grid, key.shape[2], sigmas, over, factor, boundary)
 
 
 @dataclass(frozen=True)
@@ -206,6 +202,7 @@ class OverSigma:
         energy: of the layer, their sum.
         mean: of all logits.
         variance: of all logits.
+        query_variance: of one key's logits over the queries, which is what Lemma 3.1 speaks of; the mean over the keys.
         log_curvature: by its factor, ``"none"``, ``"paper"`` and ``"chain"``.
     """
 
@@ -214,6 +211,7 @@ class OverSigma:
     energy: torch.Tensor
     mean: torch.Tensor
     variance: torch.Tensor
+    query_variance: torch.Tensor
     log_curvature: dict[Factor, torch.Tensor]
 
 
@@ -247,24 +245,46 @@ def over_sigma(
     if not values:
         raise ValueError(f"over_sigma needs at least one sigma, got {sigmas!r}")
     options: dict[str, Any] = {"scale": scale, "boundary": boundary, "dtype": dtype}
-    rows, means, variances = [], [], []
+    rows, means, variances, within = [], [], [], []
     curvature: dict[Factor, list[torch.Tensor]] = {factor: [] for factor in get_args(Factor)}
     for value in values:
-        rows.append(energies(query, key, grid, value, over=over, **options))
+        each = energies(query, key, grid, value, over=over, **options)
         moments = logit_moments(query, key, grid, value, **options)
+        rows.append(each)
         means.append(moments.mean)
         variances.append(moments.variance)
+        within.append(logit_moments(query, key, grid, value, per_key=True, **options).variance.mean(dim=-1))
+        same = (value,) * query.shape[0]
         for factor, found in curvature.items():
-            found.append(log_curvature(query, key, grid, value, over=over, factor=factor, **options))
-    each = torch.stack(rows)
+            known = (each.sum(dim=-1), moments.mean, grid, key.shape[2], same)
+            found.append(_log_determinant(*known, over, factor, boundary))
+    stacked = torch.stack(rows)
     return OverSigma(
         values,
-        each,
-        each.sum(dim=-1),
+        stacked,
+        stacked.sum(dim=-1),
         torch.stack(means),
         torch.stack(variances),
+        torch.stack(within),
         {factor: torch.stack(found) for factor, found in curvature.items()},
     )
+
+
+def _log_determinant(
+    energy: torch.Tensor,
+    mean: torch.Tensor,
+    grid: Grid,
+    keys: int,
+    sigmas: tuple[float, ...],
+    over: Over,
+    factor: Factor,
+    boundary: str,
+) -> torch.Tensor:
+    """:func:`log_curvature` of a layer whose energy and mean logit ``[batch, heads]`` are known."""
+    found = mean * (grid.tokens * keys) + energy * (grid.tokens if over == "queries" else keys)
+    free = keys if over == "queries" else keys - 1
+    parts = [_blur_part(grid, value, boundary, factor, keys, free) for value in sigmas]
+    return found + found.new_tensor(parts)[:, None]
 
 
 def _blur_part(grid: Grid, sigma: float, boundary: str, factor: Factor, keys: int, free: int) -> float:

@@ -152,6 +152,8 @@ def test_over_sigma_is_each_of_them(over: Any) -> None:
         mean, variance = energy.logit_moments(query, key, GRID, sigma, **options)
         assert torch.equal(found.mean[i], mean)
         assert torch.equal(found.variance[i], variance)
+        per_key = energy.logit_moments(query, key, GRID, sigma, per_key=True, **options).variance
+        assert torch.equal(found.query_variance[i], per_key.mean(dim=-1))
         for factor, values in found.log_curvature.items():
             expected = energy.log_curvature(query, key, GRID, sigma, over=over, factor=factor, **options)
             assert torch.equal(values[i], expected)

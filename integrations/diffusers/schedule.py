@@ -45,14 +45,22 @@ class Run:
         Raises:
             RuntimeError: when no run of the pipeline is under way.
         """
+        step, steps = self.next_step()
+        return step / steps
+
+    def next_step(self) -> tuple[int, int]:
+        """The number of this call of the denoiser in the run, from 0, and how many the run has; counts the call.
+
+        Raises:
+            RuntimeError: when no run of the pipeline is under way.
+        """
         timesteps = self._pipe.scheduler.timesteps
         steps = self._ask("num_timesteps") if hasattr(type(self._pipe), "num_timesteps") else len(timesteps)
         if timesteps is not self._timesteps or self._step >= steps:
             self._timesteps = timesteps
             self._step = 0
-        fraction = self._step / steps
         self._step += 1
-        return fraction
+        return self._step - 1, steps
 
     def batch(self, size: int, branches: int) -> Batch:
         """The layout of a batch of ``size`` samples that so many branches join.
