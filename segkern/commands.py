@@ -15,6 +15,7 @@ from rich.table import Table
 from segkern import batches, loading
 from segkern.dispatch import choose_backend
 from segkern.drawing import Job, check_layers, describe, draw_all, label, report_table
+from segkern.energy_command import energy
 from segkern.environment import version_of
 from segkern.explain import Call, explain
 from segkern.options import listed, size_of, stride
@@ -205,6 +206,9 @@ def list_model_layers(model: Model, width: Width = None, height: Height = None, 
         grid = f"{layer.grid.height}x{layer.grid.width}" if layer.grid else "?"
         table.add_row(layer.name, layer.part, str(layer.heads), str(layer.head_dim), grid, layer.module)
     wide(table).print(table)
+
+
+app.command()(energy)
 
 
 @app.command()

@@ -20,6 +20,7 @@ MODULES = [
     "segkern.logits",
     "segkern.curvature",
     "segkern.energy",
+    "segkern.energy_report",
     "segkern.dispatch",
     "segkern.environment",
     "segkern.explain",
