@@ -20,7 +20,7 @@ for both cuts and exactly:
   sum over rows; one row's energy may fall, but not below its neighbours' blurred energies,
   ``E'((B A)_i) >= sum_j B_ij E'(A_j)``, which holds under any boundary.
 - Energy does not always grow with sigma: taps are cut off and clamped, so that a wider blur is not a narrower one
-  blurred again. It does grow when a blur is applied again, and no sigma gives more than infinity.
+  blurred again. It does not fall when a blur is applied again, and no sigma gives more than infinity.
 - Theorem 3.1 is about ``|det|`` of the Hessian of E', which is ``-(diag(p) - p p^T)`` with the softmax ``p``. That is
   0: a number added to all logits changes nothing. Dropping ``p p^T``, as the proof does, leaves ``prod_i p_i``, which
   is exactly the determinant with any one logit held fixed. But ``log prod_i p_i = sum_i a_i + n E'(a)``, so it rises

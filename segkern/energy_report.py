@@ -107,15 +107,16 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _line(value: object) -> str:
-    return json.dumps(_words(value), ensure_ascii=False, allow_nan=False)
+    return json.dumps(in_words(value), ensure_ascii=False, allow_nan=False)
 
 
-def _words(value: object) -> object:
+def in_words(value: object) -> object:
+    """The same with words for numbers that JSON lacks, in dictionaries and lists too; ``read`` takes them back."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {name: _words(each) for name, each in value.items()}
-    return [_words(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {name: in_words(each) for name, each in value.items()}
+    return [in_words(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _numbers(value: object) -> object:
