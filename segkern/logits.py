@@ -69,14 +69,15 @@ def logit_moments(
     """
     query, key, sigmas, scale = checked(query, key, grid, sigma, "keys", scale, boundary, dtype)
     image = blurred_image(query, grid, sigmas, boundary)
-    query_mean, key_mean = image.mean(dim=2, keepdim=True), key.mean(dim=2, keepdim=True)
-    over_queries = _covariance(image - query_mean)
-    if per_key:
-        mean = (key @ query_mean.transpose(-2, -1))[..., 0]
-        variance = _form(over_queries, key)
-    else:
-        mean = (query_mean * key_mean).sum(dim=(-2, -1))
-        variance = _form(_covariance(key - key_mean), image).mean(dim=-1) + _form(over_queries, key_mean)[..., 0]
+    with full_precision(query.device):
+        query_mean, key_mean = image.mean(dim=2, keepdim=True), key.mean(dim=2, keepdim=True)
+        over_queries = _covariance(image - query_mean)
+        if per_key:
+            mean = (key @ query_mean.transpose(-2, -1))[..., 0]
+            variance = _form(over_queries, key)
+        else:
+            mean = (query_mean * key_mean).sum(dim=(-2, -1))
+            variance = _form(_covariance(key - key_mean), image).mean(dim=-1) + _form(over_queries, key_mean)[..., 0]
     return Moments(scale * mean, scale * scale * variance.clamp_min(0.0))
 
 
@@ -120,11 +121,8 @@ def row_lse(
 ) -> torch.Tensor:
     """The log-sum-exp of each blurred query's logits over the keys, ``[batch, heads, tokens]`` in the query's dtype."""
     with full_precision(query.device):
-        if query.dtype == torch.float32:
-            found = seg_attention(
-                query, key, key[..., :1], grid, sigmas, scale=scale, boundary=boundary, return_lse=True
-            )
-            return found[1]
+        if query.dtype == torch.float32:  # the output is not wanted; values as wide as keys suit every backend
+            return seg_attention(query, key, key, grid, sigmas, scale=scale, boundary=boundary, return_lse=True)[1]
         rows = gaussian_blur(query, grid, sigmas, boundary=boundary).split(_ROWS_AT_ONCE, dim=2)
         return torch.cat([torch.logsumexp(scale * some @ key.transpose(-2, -1), dim=-1) for some in rows], dim=-1)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPAGPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPAGPipeline
 from diffusers_tools import hooks_of, noise, run, tiny_pipeline
 
 from segkern import energy
@@ -232,3 +232,21 @@ def test_a_mask_is_refused_when_it_comes() -> None:
             run(pipe, latents=noise())
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("strength, first", [(1.0, 0), (0.5, 2)])
+def test_image_to_image_counts_the_steps_that_it_takes(strength: float, first: int) -> None:
+    """A run that begins in the middle has fewer steps, and its own first and last."""
+    pipe = tiny_pipeline(StableDiffusionXLImg2ImgPipeline)
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 5.0}
+    with record_energy(pipe, "mid", SIGMAS, at_steps=(0, -1)) as recorder:
+        pipe("a red fox", image=picture, strength=strength, generator=torch.Generator().manual_seed(1), **options)
+    steps = 4 - first
+    assert {record.steps for record in recorder.records} == {steps}
+    assert sorted({record.step for record in recorder.records}) == list(range(steps))
+    assert {record.step for record in recorder.records if record.by_key is not None} == {0, steps - 1}
+    height, width = 64 // pipe.vae_scale_factor, 96 // pipe.vae_scale_factor
+    grid = recorder.records[0].layer.grid
+    assert grid is not None
+    assert grid.height * width == grid.width * height

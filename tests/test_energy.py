@@ -164,7 +164,10 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     query, key = draw(dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # nor does autocast round
         found = energy.energies(query, key, GRID, 1.0)
-    assert found.dtype == torch.float32
+        variance = energy.logit_moments(query, key, GRID, 1.0).variance
+    assert found.dtype == variance.dtype == torch.float32
+    expected = blurred_logits(query, key, 1.0, "reflect").var(dim=(2, 3), correction=0)
+    torch.testing.assert_close(variance.double(), expected, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(
         found.double(), -lse(blurred_logits(query, key, 1.0, "reflect"), 3), rtol=1e-5, atol=1e-5
     )
