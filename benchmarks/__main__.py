@@ -292,6 +292,18 @@ def _measured(measuring: Any, folder: Path) -> dict[str, Any]:
 
 
 @app.command()
+def energy() -> None:
+    """Count where the statements about attention's energy hold in the bundled model; see docs/energy.md."""
+    from benchmarks import energy as counting
+
+    columns = TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("energy", total=None)
+        counting.measure(lambda name: progress.update(task, description=f"energy: {name}"))
+    typer.echo(f"wrote {counting.FOLDER}")
+
+
+@app.command()
 def trust(
     count: Annotated[int, typer.Option(min=1, help="Drawn inputs of every kind.")] = 16,
     out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/coarse/estimate.json.")] = None,

@@ -8,7 +8,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import approximations, compiled_page, family, host, performance, plots, results, step_page, steps, trust
+from benchmarks import (
+    approximations,
+    compiled_page,
+    energy,
+    energy_page,
+    family,
+    host,
+    performance,
+    plots,
+    results,
+    step_page,
+    steps,
+    trust,
+)
 from benchmarks.results import Result, Row
 from segkern.evaluation import report
 from segkern.evaluation.plots import plot
@@ -117,6 +130,8 @@ def main() -> None:
         step_page.picture(found, steps.FOLDER / f"{stem}.png")
     compiled = json.loads(COMPILED.read_text(encoding="utf-8"))
     (docs / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
+    (docs / "energy.md").write_text(energy_page.page(energy.committed()), encoding="utf-8")
+    energy_page.pictures(energy.committed_run(), energy.FOLDER / "picture.png", docs)
     if not EVALUATION.exists():
         return
     found = report.read(EVALUATION)

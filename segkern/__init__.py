@@ -5,9 +5,9 @@ Importing this package imports neither Triton nor diffusers; kernels are loaded 
 diffusers adapter lives in :mod:`segkern.integrations.diffusers`.
 """
 
-from segkern import reference
+from segkern import energy, reference
 from segkern.api import coarse_error, gaussian_blur, seg_attention
 from segkern.grid import Grid
 from segkern.version import __version__
 
-__all__ = ["Grid", "__version__", "coarse_error", "gaussian_blur", "reference", "seg_attention"]
+__all__ = ["Grid", "__version__", "coarse_error", "energy", "gaussian_blur", "reference", "seg_attention"]

@@ -24,12 +24,11 @@ import typer
 from PIL import Image, UnidentifiedImageError
 
 from segkern import loading, pictures
-from segkern.drawing import Drawn, Job, draw_all
+from segkern.drawing import Drawn, Job, Specs, draw_all
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from segkern.integrations.diffusers import SEG
 
 _LINE_DIGITS = 5
 _PART = re.compile(rf"\.\d{{{_LINE_DIGITS},}}-seed-\d+\.\d+\.(png|json)")

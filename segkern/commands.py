@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
@@ -16,16 +14,16 @@ from rich.table import Table
 
 from segkern import batches, loading
 from segkern.dispatch import choose_backend
-from segkern.drawing import Job, check_layers, describe, draw_all, label, report_table
+from segkern.drawing import Job, Specs, check_layers, describe, draw_all, label, report_table
+from segkern.energy_command import energy
 from segkern.environment import version_of
 from segkern.explain import Call, explain
+from segkern.guidance_options import names_of, specs_of
 from segkern.options import listed, size_of, stride
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.tables import wide
+from segkern.terminal import NUMBERS, SIGMAS, Config, Height, Model, Width, need_diffusers, refusing
 from segkern.version import __version__
-
-if TYPE_CHECKING:
-    from segkern.integrations.diffusers import SEG
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,9 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Smoothed Energy Guidance for diffusion models.",
 )
-
-SIGMAS = "1,2,5,10,inf"
-NUMBERS = "numbers such as 4 or inf"
 
 # Label, head dimension, of self-attention calls that occur in real models.
 CALLS = (
@@ -45,29 +40,6 @@ CALLS = (
     ("SD 1.5, 32x32 tokens, 8 heads", 80),
     ("SD 1.5, 16x16 tokens, 8 heads", 160),
 )
-
-
-def fail(message: object) -> NoReturn:
-    """End with exit code 2 and one line on standard error."""
-    typer.echo(f"segkern: {' '.join(str(message).split())}", err=True)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turn what is wrong with a user's words and files into one line; only checks and loading stand in here."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        fail(error)
-
-
-def need_diffusers(*others: str, extra: str = "cli") -> None:
-    missing = loading.missing_packages(*others)
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        fail(f'{", ".join(missing)} {verb} not installed; pip install "segkern[{extra}]"')
-    loading.quiet_libraries()
 
 
 def print_version(wanted: bool) -> None:
@@ -85,17 +57,6 @@ def common(
     """Smoothed Energy Guidance for diffusion models."""
 
 
-Model = Annotated[
-    str, typer.Argument(help="'demo', a checkpoint folder, a hub name, or a single .safetensors file (SDXL).")
-]
-Config = Annotated[
-    str | None,
-    typer.Option(help="Folder or hub name that describes a single file, so that it loads offline."),
-]
-Width = Annotated[int | None, typer.Option(help="Pixels; the model's own width if not given.")]
-Height = Annotated[int | None, typer.Option(help="Pixels; the model's own height if not given.")]
-
-
 @app.command()
 def generate(
     model: Model,
@@ -108,7 +69,10 @@ def generate(
     sigma: Annotated[
         str | None, typer.Option(help="Blur in tokens, such as 4; inf, the mean query, if not given.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Strength of the guidance; the paper's gamma - 1.")] = 3.0,
+    guidance: Annotated[str, typer.Option(help="seg, pag, sag; several with commas add up.")] = "seg",
+    scale: Annotated[float, typer.Option(help="Strength of seg; the paper's gamma - 1.")] = 3.0,
+    pag_scale: Annotated[float, typer.Option(help="Strength of pag.")] = 3.0,
+    sag_scale: Annotated[float, typer.Option(help="Strength of sag.")] = 0.75,
     layers: Annotated[str, typer.Option(help="down, mid, up, d4, u0-29, globs; several with commas.")] = "mid",
     width: Width = None,
     height: Height = None,
@@ -117,6 +81,7 @@ def generate(
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 5.0,
     start: Annotated[float, typer.Option(help="Fraction of the run at which guidance begins.")] = 0.0,
     stop: Annotated[float, typer.Option(help="Fraction of the run at which it ends.")] = 1.0,
+    schedule: Annotated[str, typer.Option(help="Of the scales over the run: constant, linear or cosine.")] = "constant",
     boundary: Annotated[str, typer.Option(help="reflect, symmetric or circular.")] = "reflect",
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
     query_stride: Annotated[
@@ -136,7 +101,7 @@ def generate(
     compare: Annotated[bool, typer.Option("--compare", help="One picture: without, and each of --sigmas.")] = False,
     sigmas: Annotated[str | None, typer.Option(help=f"For --compare; {SIGMAS} if not given.")] = None,
 ) -> None:
-    """Draw a picture with Smoothed Energy Guidance, compare several, or draw many.
+    """Draw a picture with Smoothed Energy Guidance or its relatives, compare several, or draw many.
 
     Many pictures of --prompts are split among the processes of accelerate launch, and a run that was interrupted goes
     on where it was.
@@ -152,6 +117,10 @@ def generate(
         elif compare:
             raise ValueError("--compare draws one prompt, so it does not go with --prompts")
         lines = [] if prompts is None else batches.read_prompts(prompts)
+        chosen = names_of(guidance)
+        if "seg" not in chosen and (compare or sigma is not None):
+            option = "--compare" if compare else f"--sigma {sigma}"
+            raise ValueError(f"{option} is of seg, which is not in --guidance {guidance}")
         if compare and no_guidance:
             raise ValueError("--compare draws with and without guidance, so it does not go with --no-guidance")
         if sigmas is not None and not compare:
@@ -168,40 +137,43 @@ def generate(
         where = workers.device
         kind = loading.find_dtype(dtype, where)
     need_diffusers()
-    from segkern.integrations.diffusers import SEG, guide
+    from segkern.integrations.diffusers import guide
 
     names = [name.strip() for name in layers.split(",")]
     with refusing():
         rows = stride("--query-stride", query_stride)
-        specs = [SEG(scale, value, names, start, stop, boundary, backend, rows, reuse=reuse) for value in values]
+        common = {"start": start, "stop": stop, "reuse": reuse, "schedule": schedule}
+        blur = {"boundary": boundary, "backend": backend, "query_stride": rows}
+        scales = {"seg": scale, "pag": pag_scale, "sag": sag_scale}
+        sets = [specs_of(chosen, scales, names, common, blur | {"sigma": value}) for value in values]
         source = loading.find_model(model, config)
         outline = loading.outline(source)
         size = loading.image_size(outline, width, height)
-        check_layers(outline, specs[0], where, kind)
+        check_layers(outline, sets[0], where, kind)
         pipe = loading.load_pipeline(source, kind, where)
-        guide(pipe, specs[0]).remove()  # refuses pipelines that cannot be guided
+        guide(pipe, *sets[0]).remove()  # refuses pipelines that cannot be guided
     job = Job(prompt or "", negative_prompt, *size, seed, steps, guidance_scale)
     if prompts is not None:
-        spec, folder = None if no_guidance else specs[0], Path("out") if out is None else out
+        specs, folder = () if no_guidance else sets[0], Path("out") if out is None else out
 
         def settings(one: Job) -> dict[str, object]:
-            return describe(source, one, spec, kind)
+            return describe(source, one, specs, kind)
 
         with refusing():
             wanted = batches.pieces(lines, job, images)
             mine = workers.share(lambda: batches.missing(folder, wanted, settings, overwrite))
-        problems = batches.draw_missing(pipe, mine, spec, workers, folder, settings)
+        problems = batches.draw_missing(pipe, mine, specs, workers, folder, settings)
         for problem in problems:
             typer.echo(f"warning: {problem}", err=True)
         return
 
     assert out is not None
-    plan: list[SEG | None] = [None] if no_guidance else [None, *specs] if compare else [*specs]
+    plan: list[Specs] = [()] if no_guidance else [(), *sets] if compare else sets
     drawn = draw_all(pipe, job, plan)
-    details = describe(source, job, None if no_guidance else specs[0], kind)
+    details = describe(source, job, () if no_guidance else sets[0], kind)
     if compare:
         details["seg_sigma"] = ", ".join(f"{value:g}" for value in values)
-        tiles = [Tile(one.image, label(spec)) for one, spec in zip(drawn, plan, strict=True)]
+        tiles = [Tile(one.image, label(specs)) for one, specs in zip(drawn, plan, strict=True)]
         image = contact_sheet(
             [Row(tiles)],
             job.prompt,
@@ -243,6 +215,9 @@ def list_model_layers(model: Model, width: Width = None, height: Height = None, 
         grid = f"{layer.grid.height}x{layer.grid.width}" if layer.grid else "?"
         table.add_row(layer.name, layer.part, str(layer.heads), str(layer.head_dim), grid, layer.module)
     wide(table).print(table)
+
+
+app.command()(energy)
 
 
 @app.command()
@@ -311,7 +286,7 @@ def demo(
         dtype = loading.find_dtype("auto", device)
         source = loading.find_model("demo")
         pipe = loading.load_pipeline(source, dtype, device)
-    plan = [None, *(SEG(shown.SCALE, value) for value in listed("--sigmas", SIGMAS, float, NUMBERS))]
+    plan: list[Specs] = [(), *((SEG(shown.SCALE, value),) for value in listed("--sigmas", SIGMAS, float, NUMBERS))]
     head_dim = next(layer.head_dim for layer in list_layers(pipe) if layer.part == "mid")
     backend, reason = choose_backend(device, dtype, head_dim)
 

@@ -12,14 +12,14 @@ import torch
 import typer
 from rich.table import Table
 
-from segkern.drawing import Drawn, Job, describe, draw_all, label
+from segkern.drawing import Drawn, Job, Specs, describe, draw_all, label
 from segkern.evaluation import report
 from segkern.loading import DEMO, Source
 from segkern.pictures import Row, Tile, contact_sheet, difference, save
 from segkern.tables import percent, wide
 
 if TYPE_CHECKING:
-    from segkern.integrations.diffusers import SEG
+    pass
 
 SQUARE, WIDE = (64, 64), (96, 64)
 SCALE = 3.0
@@ -86,7 +86,7 @@ def sheets(
             "seed": ", ".join(str(subject.seed) for subject in subjects),
             "width": ", ".join(str(subject.size[0]) for subject in subjects),
             "height": ", ".join(str(subject.size[1]) for subject in subjects),
-            "seg_sigma": ", ".join(f"{each['seg_sigma']:g}" for each in settings),
+            "seg_sigma": ", ".join(str(each["seg_sigma"]) for each in settings),
         }
         save(contact_sheet(rows, f"segkern: guidance {what}", fine_print), folder / name, details)
 

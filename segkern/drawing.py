@@ -180,4 +180,4 @@ def _listed(value: object) -> object:
     """A value as an option takes it: several with commas, infinity as a word."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) and value == float("inf") else value
+    return f"{value:g}" if isinstance(value, float) and (value == float("inf") or value.is_integer()) else value

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import host, performance, plots, results, trust  # noqa: E402
+from benchmarks import energy, energy_page, host, performance, plots, results, trust  # noqa: E402
 from benchmarks.readme import readme_with_tables, rendered  # noqa: E402
 
 
@@ -44,3 +44,13 @@ def test_python_examples_parse_and_import_what_exists() -> None:
         compile(block, "README.md", "exec")
         imports = [line for line in block.splitlines() if re.match(r"(from|import) segkern", line)]
         exec("\n".join(imports), {})
+
+
+def test_the_energy_page_is_what_the_result_files_give() -> None:
+    page = (ROOT / "docs" / "energy.md").read_text(encoding="utf-8")
+    assert page == energy_page.page(energy.committed()), "run python -m benchmarks.readme"
+    for picture in energy_page.PICTURES:
+        assert f"({picture})" in page
+        assert (ROOT / "docs" / picture).exists(), "run python -m benchmarks.readme"
+    assert (energy.FOLDER / "picture.png").exists()
+    assert energy.committed_run()["model"] == energy.committed()["model"]

@@ -6,8 +6,11 @@
     with guide(pipe, SEG(scale=3.0, sigma=math.inf, layers="mid")) as guidance:
         image = pipe("a red fox", guidance_scale=5.0).images[0]
     print(guidance.report())
+
+``record_energy`` records the energy of a pipeline's self-attention; see :mod:`segkern.energy`.
 """
 
+from segkern.integrations.diffusers.energy import EnergyRecorder, LayerEnergy, record_energy
 from segkern.integrations.diffusers.guidance import Guidance, guide
 from segkern.integrations.diffusers.layers import LayerInfo, list_layers
 from segkern.integrations.diffusers.pipelines import StableDiffusionXLSEGPipeline
@@ -20,7 +23,9 @@ __all__ = [
     "PAG",
     "SAG",
     "SEG",
+    "EnergyRecorder",
     "Guidance",
+    "LayerEnergy",
     "LayerInfo",
     "LayerReport",
     "Report",
@@ -28,4 +33,5 @@ __all__ = [
     "StableDiffusionXLSEGPipeline",
     "guide",
     "list_layers",
+    "record_energy",
 ]

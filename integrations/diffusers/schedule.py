@@ -20,11 +20,13 @@ class Step:
 
     Attributes:
         call: number of the call in the run, from 0.
+        calls: how many the run has.
         number: of the step it belongs to, from 0.
         fraction: the same, of all steps of the run.
     """
 
     call: int
+    calls: int
     number: int
     fraction: float
 
@@ -71,7 +73,7 @@ class Run:
         order = getattr(self._pipe.scheduler, "order", 1)
         number, steps = self._call // order, -(-calls // order)
         self._call += 1
-        return Step(self._call - 1, number, number / steps)
+        return Step(self._call - 1, calls, number, number / steps)
 
     def batch(self, size: int, branches: int) -> Batch:
         """The layout of a batch of ``size`` samples that so many branches join.

@@ -43,20 +43,36 @@ def check_pipeline(pipe: Any) -> UNet2DConditionModel:
     Raises:
         ValueError: for anything else; the message quotes it and says why.
     """
+    unet = check_batches(pipe, "guide")
+    if unet in GUIDED:
+        raise ValueError(
+            f"this {type(pipe).__name__} is guided already; pass several specs in one guide call, or remove the other"
+        )
+    return unet
+
+
+def check_batches(pipe: Any, caller: str) -> UNet2DConditionModel:
+    """The denoiser of a pipeline whose batch is [conditional] or [unconditional, conditional].
+
+    Args:
+        pipe: any object.
+        caller: the function that needs to know, for messages.
+
+    Raises:
+        ValueError: for anything else; the message quotes it and says why.
+    """
     name = type(pipe).__name__
     if not hasattr(pipe, "unet"):
-        raise ValueError(f"guide needs a pipeline with a UNet2DConditionModel as its unet, got {name}")
+        raise ValueError(f"{caller} needs a pipeline with a UNet2DConditionModel as its unet, got {name}")
     unet = find_unet(pipe)
     for base in type(pipe).__mro__:
         if base.__name__ in _OTHER_BATCHES:
-            raise ValueError(f"guide cannot handle {name}: {_OTHER_BATCHES[base.__name__]}")
+            raise ValueError(f"{caller} cannot handle {name}: {_OTHER_BATCHES[base.__name__]}")
     if not hasattr(type(pipe), "do_classifier_free_guidance"):
         raise ValueError(
-            f"guide cannot handle {name}: it has no property do_classifier_free_guidance, which tells the "
+            f"{caller} cannot handle {name}: it has no property do_classifier_free_guidance, which tells the "
             f"layout of its denoiser's batch"
         )
-    if unet in GUIDED:
-        raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
     return unet
 
 
@@ -94,7 +110,7 @@ def choose_layers(unet: UNet2DConditionModel, specs: tuple[Spec, ...]) -> tuple[
     owner: dict[str, AttentionSpec] = {}
     for one in chosen:
         for layer in one.layers:
-            _check_layer(unet, layer)
+            check_layer(unet, layer)
             if not isinstance(one.spec, AttentionSpec) or one.spec.boundary is None:
                 continue
             spec, other = one.spec, owner.setdefault(layer.module, one.spec)
@@ -146,7 +162,8 @@ def _layer_sigmas(available: Sequence[LayerInfo], spec: SEG, layers: Sequence[La
     return sigmas
 
 
-def _check_layer(unet: UNet2DConditionModel, layer: LayerInfo) -> None:
+def check_layer(unet: UNet2DConditionModel, layer: LayerInfo) -> None:
+    """Raise a ValueError for a layer that is not standard self-attention over the image."""
     attention = unet.get_submodule(layer.module)
     assert isinstance(attention, Attention)
     if attention.is_cross_attention or attention.added_kv_proj_dim is not None:
@@ -155,5 +172,5 @@ def _check_layer(unet: UNet2DConditionModel, layer: LayerInfo) -> None:
     if type(processor) not in STANDARD_PROCESSORS:
         raise ValueError(
             f"layer {layer.name} ({layer.module}) has a {type(processor).__name__}, which is not standard "
-            f"self-attention; guide can stand in for {', '.join(p.__name__ for p in STANDARD_PROCESSORS)}"
+            f"self-attention; known are {', '.join(p.__name__ for p in STANDARD_PROCESSORS)}"
         )

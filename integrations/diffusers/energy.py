@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``record_energy``: the energy of a stock pipeline's self-attention while it runs, without changing what it draws."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from segkern.blur import check_boundary, check_sigma
+from segkern.energy import OverSigma, over_sigma
+from segkern.grid import Grid
+from segkern.integrations.diffusers.branches import DenoiserArguments
+from segkern.integrations.diffusers.layers import LayerInfo, list_layers, select_layers
+from segkern.integrations.diffusers.schedule import Run
+from segkern.integrations.diffusers.support import check_batches, check_layer
+
+
+@dataclass(frozen=True)
+class LayerEnergy:
+    """The energy of one layer in one forward of the denoiser, on the CPU.
+
+    Its batch are the conditional samples, unperturbed. Both cuts of the logits are there; see :mod:`segkern.energy`.
+
+    Attributes:
+        layer: with the grid of this forward.
+        run: number of the pipeline's run, from 0.
+        step: number of the forward in the run, from 0.
+        steps: of the run.
+        by_query: an energy for each query, ``over="keys"``: the first sigma is 0, and in steps that were not chosen the
+            only one.
+        by_key: an energy for each key, ``over="queries"``, as the paper defines it; None in steps that were not
+            chosen.
+    """
+
+    layer: LayerInfo
+    run: int
+    step: int
+    steps: int
+    by_query: OverSigma
+    by_key: OverSigma | None
+
+    def map(self, sigma: float = 0.0, *, cut: str = "by_query") -> torch.Tensor:
+        """Energies over the grid at one sigma, ``[samples, heads, height, width]``, in nats.
+
+        Raises:
+            ValueError: for a sigma or a cut that was not recorded here.
+        """
+        if cut not in ("by_query", "by_key"):
+            raise ValueError(f"cut must be 'by_query' or 'by_key', got {cut!r}")
+        found: OverSigma | None = getattr(self, cut)
+        known = () if found is None else found.sigmas
+        if found is None or sigma not in known:
+            raise ValueError(f"step {self.step} has sigmas {known} {cut}, got {sigma}")
+        assert self.layer.grid is not None
+        size = (self.layer.grid.height, self.layer.grid.width)
+        return found.energies[known.index(sigma)].unflatten(-1, size)
+
+
+def record_energy(
+    pipe: Any,
+    layers: str | Iterable[str] | None = None,
+    sigmas: Sequence[float] = (),
+    at_steps: Iterable[int] | None = None,
+    *,
+    boundary: str = "reflect",
+    dtype: torch.dtype = torch.float32,
+) -> EnergyRecorder:
+    """Record the energy of self-attention in every run of a pipeline, until the context is left.
+
+    Queries and keys are those that attention gets, after their projections and norms, of the conditional branch alone,
+    also while :func:`~segkern.integrations.diffusers.guide` is at work on the pipeline. They are projected once more
+    for it; images stay the same bit for bit. Every step records the energy without a blur, the chosen ones all sigmas.
+
+    Args:
+        pipe: a Stable Diffusion or Stable Diffusion XL pipeline that is not compiled.
+        layers: as for :class:`~segkern.integrations.diffusers.SEG`; every self-attention layer if None.
+        sigmas: of blurs, in tokens, ``math.inf`` the mean query.
+        at_steps: in which those are recorded: numbers of the denoiser's calls from 0, negative ones from a run's end;
+            every step if None. A step of one layer costs a few times its attention for each sigma, and keeps
+            ``2 * heads * tokens`` numbers for each.
+        boundary: of the blurs.
+        dtype: of the analysis, ``torch.float32`` or ``torch.float64``.
+
+    Returns:
+        The recorder, a context manager; its ``records`` stay when it is left. Leaving it, by an exception too, takes
+        every hook off, and warns where a chosen step never came.
+
+    Raises:
+        ValueError: for a pipeline, layer or number that does not fit; the message quotes it and the pipeline is left
+            as it was.
+
+    Source: SEG (arXiv 2408.00760), Definition 2.1 and appendix B.
+
+    Example:
+        >>> with record_energy(pipe, "mid", sigmas=(1.0, math.inf), at_steps=(0, -1)) as recorder:  # doctest: +SKIP
+        ...     image = pipe("a red fox").images[0]
+        >>> recorder.records[0].map(math.inf).shape  # doctest: +SKIP
+    """
+    unet = check_batches(pipe, "record_energy")
+    if any(module._compiled_call_impl is not None for module in unet.modules()) or pipe.unet is not unet:
+        raise ValueError("record_energy needs a denoiser that is not compiled: hooks in a compiled one may be ignored")
+    available = list_layers(unet)
+    chosen = available if layers is None else select_layers(available, layers)
+    for layer in chosen:
+        check_layer(unet, layer)
+    values = tuple(sigmas)
+    values = check_sigma(values, len(values))
+    if len({0.0, *values}) != len(values) + (0.0 not in values):
+        raise ValueError(f"sigmas must differ, got {values}")
+    check_boundary(boundary)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    steps = None if at_steps is None else tuple(at_steps)
+    if steps is not None and not all(isinstance(step, int) and not isinstance(step, bool) for step in steps):
+        raise ValueError(f"at_steps must be whole numbers, got {steps}")
+    recorder = EnergyRecorder(pipe, chosen, (0.0, *(value for value in values if value)), steps, boundary, dtype)
+    recorder._install(unet)
+    return recorder
+
+
+class EnergyRecorder:
+    """Records at work on a pipeline; made by :func:`record_energy`.
+
+    Attributes:
+        layers: that are recorded.
+        sigmas: that are recorded at chosen steps; the first is 0, no blur.
+        records: so far, in the order in which layers ran.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        layers: Sequence[LayerInfo],
+        sigmas: tuple[float, ...],
+        at_steps: tuple[int, ...] | None,
+        boundary: str,
+        dtype: torch.dtype,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.sigmas = sigmas
+        self.records: list[LayerEnergy] = []
+        self._pipe = pipe
+        self._denoiser: nn.Module = pipe.unet
+        self._arguments = DenoiserArguments(pipe.unet)
+        self._at_steps = at_steps
+        self._boundary = boundary
+        self._dtype = dtype
+        self._handles: list[RemovableHandle] = []
+        self._schedule = Run(pipe)
+        self._run = -1
+        self._now: tuple[int, int, slice] | None = None  # step, steps and conditional samples of the forward under way
+        self._grids: dict[str, Grid] = {}  # of its layers so far
+        self._missed: set[int] = set(at_steps or ())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EnergyRecorder:
+        """A copy of the pipeline takes the hooks along, but they act on the original alone."""
+        return self
+
+    def __enter__(self) -> EnergyRecorder:
+        if not self._handles:
+            raise RuntimeError("this recorder has been removed; call record_energy again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+        if kind is None and self._missed:
+            steps = max((record.steps for record in self.records), default=0)
+            warnings.warn(
+                f"record_energy was asked for steps {sorted(self._missed)}, and runs had {steps}",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def remove(self) -> None:
+        """Take every hook off the pipeline; nothing happens when they are off already."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._now = None
+        self._grids.clear()
+
+    def _install(self, unet: nn.Module) -> None:
+        try:
+            # Before a guidance's hook, which may enlarge the batch.
+            self._hook(unet, _Begin(self), prepend=True)
+            for name, module in unet.named_modules():
+                inside = [layer for layer in self.layers if layer.module.startswith(f"{name}.")]
+                if isinstance(module, Transformer2DModel) and inside:
+                    self._hook(module, _ReadGrid(self, module, inside))
+            for layer in self.layers:
+                attention = unet.get_submodule(layer.module)
+                assert isinstance(attention, Attention)
+                self._hook(attention, _Record(self, attention, layer))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _hook(self, module: nn.Module, hook: Any, prepend: bool = False) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend))
+
+    def _begin(self, sample: torch.Tensor) -> None:
+        """A forward of the denoiser on the pipeline's own batch."""
+        self._now = None
+        self._grids.clear()
+        if not self._schedule.is_ours():
+            return
+        step = self._schedule.next_step()
+        self._run += step.call == 0
+        self._now = step.call, step.calls, self._schedule.batch(sample.shape[0], 0).conditional
+
+    def _is_chosen(self, step: int, steps: int) -> bool:
+        if self._at_steps is None:
+            return True
+        names = {step, step - steps} & set(self._at_steps)
+        self._missed -= names
+        return bool(names)
+
+    @torch.no_grad()
+    def _record(self, attention: Attention, layer: LayerInfo, hidden_states: torch.Tensor, masked: bool) -> None:
+        if self._now is None:
+            return
+        step, steps, conditional = self._now
+        if masked or hidden_states.ndim != 3 or layer.module not in self._grids:
+            raise ValueError(
+                f"layer {layer.name} ({layer.module}) got {'a mask' if masked else tuple(hidden_states.shape)}, and "
+                f"record_energy reads self-attention over all tokens [batch, tokens, channels] of a transformer's image"
+            )
+        grid = self._grids[layer.module]
+        query, key = _project(attention, hidden_states[conditional])
+        scale = float(attention.scale)
+        chosen = self._is_chosen(step, steps)
+
+        def over(cut: Any) -> OverSigma:
+            sigmas = self.sigmas if chosen else (0.0,)
+            found = over_sigma(
+                query, key, grid, sigmas, over=cut, scale=scale, boundary=self._boundary, dtype=self._dtype
+            )
+            return _on_cpu(found)
+
+        here = replace(layer, grid=grid)
+        self.records.append(
+            LayerEnergy(here, self._run, step, steps, over("keys"), over("queries") if chosen else None)
+        )
+
+
+class _Hook:
+    """A forward pre-hook that takes its arguments and returns nothing; on a copy of its module it does nothing."""
+
+    def __init__(self, recorder: EnergyRecorder, module: nn.Module) -> None:
+        self._recorder = recorder
+        self._module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return self
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is self._module:
+            self._see(args, kwargs)
+
+    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class _Begin(_Hook):
+    """Of the denoiser."""
+
+    def __init__(self, recorder: EnergyRecorder) -> None:
+        super().__init__(recorder, recorder._denoiser)
+
+    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._recorder._begin(self._recorder._arguments.get("sample", args, kwargs))
+
+
+class _ReadGrid(_Hook):
+    """Of a transformer: the height and width of its image are its layers' grid."""
+
+    def __init__(self, recorder: EnergyRecorder, module: nn.Module, layers: Sequence[LayerInfo]) -> None:
+        super().__init__(recorder, module)
+        self._layers = layers
+
+    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if hidden_states.ndim == 4:
+            for layer in self._layers:
+                self._recorder._grids[layer.module] = Grid(*hidden_states.shape[2:])
+
+
+class _Record(_Hook):
+    """Of an attention layer."""
+
+    def __init__(self, recorder: EnergyRecorder, module: Attention, layer: LayerInfo) -> None:
+        super().__init__(recorder, module)
+        self._attention = module
+        self._layer = layer
+
+    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        mask = args[2] if len(args) > 2 else kwargs.get("attention_mask")
+        self._recorder._record(self._attention, self._layer, hidden_states, mask is not None)
+
+
+def _project(attn: Attention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of tokens ``[samples, tokens, channels]``, each ``[samples, heads, tokens, head_dim]``."""
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    query, key = attn.to_qkv(x).chunk(3, dim=-1)[:2] if attn.fused_projections else (attn.to_q(x), attn.to_k(x))
+    query, key = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (query, key))
+    return query if attn.norm_q is None else attn.norm_q(query), key if attn.norm_k is None else attn.norm_k(key)
+
+
+def _on_cpu(found: OverSigma) -> OverSigma:
+    moved: dict[str, Any] = {}
+    for field in fields(found):
+        value = getattr(found, field.name)
+        if isinstance(value, torch.Tensor):
+            moved[field.name] = value.cpu()
+        elif isinstance(value, dict):
+            moved[field.name] = {name: x.cpu() for name, x in value.items()}
+    return replace(found, **moved)

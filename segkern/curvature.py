@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blur's own part in the curvature of the energy, and exact Hessians of small grids; see ``energy.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from segkern.blur import blur_matrix
+from segkern.grid import Grid
+from segkern.logits import Over, blurred_image, checked
+
+EXACT_LIMIT = 1024  # side of the largest Hessian that is formed
+
+
+def log_diagonal(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
+    """``sum_i log b_ii`` over the grid's tokens: the factor that SEG's proof of Theorem 3.1 gives the blur.
+
+    Example:
+        >>> log_diagonal(Grid(4, 4), math.inf) == 16 * math.log(1 / 16)
+        True
+    """
+    rows, columns = (blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width))
+    found = grid.width * rows.diagonal().log().sum() + grid.height * columns.diagonal().log().sum()
+    return found.item()
+
+
+def log_determinant(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
+    """``log |det B|`` of the blur over the grid; minus infinity for the mean query, which forgets everything else.
+
+    ``B`` is the Kronecker product of its axes' matrices, so ``det B = det(B_h)^width det(B_w)^height``.
+
+    Example:
+        >>> log_determinant(Grid(4, 6), 0.0), log_determinant(Grid(4, 6), math.inf)
+        (0.0, -inf)
+    """
+    if math.isinf(sigma) and grid.tokens > 1:
+        return -math.inf  # not left to the rounding of a singular matrix's determinant
+    rows, columns = (blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width))
+    found = grid.width * torch.linalg.slogdet(rows)[1] + grid.height * torch.linalg.slogdet(columns)[1]
+    return found.item()
+
+
+def largest_curvature(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
+    """The largest curvature that the energy of one key has anywhere, in any direction, once it is blurred.
+
+    The second derivative of ``-lse(B a)`` in a direction ``v`` is minus the variance of ``B v`` under the softmax: at
+    most ``range(B v)^2 / 4``, whatever the logits ``a``. Over directions of length 1 that is at most
+    ``max_ij |B_i - B_j|^2 / 4`` with the rows of ``B``, and where ``B`` can be inverted some logits come as close to it
+    as one likes. It is one half without a blur, never more with one, whatever the boundary, and 0 for the mean query.
+    In this sense a blur flattens the landscape for certain; at given logits it need not, see :mod:`segkern.energy`.
+
+    Args:
+        grid: of the queries.
+        sigma: standard deviation in tokens, or ``math.inf``.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
+
+    Returns:
+        A number between 0 and one half.
+
+    Example:
+        >>> largest_curvature(Grid(8, 8), 0.0), largest_curvature(Grid(8, 8), math.inf)
+        (0.5, 0.0)
+        >>> largest_curvature(Grid(8, 8), 2.0) < largest_curvature(Grid(8, 8), 1.0) < 0.5
+        True
+    """
+    if grid.tokens == 1:
+        return 0.0
+    rows, columns = (blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width))
+    high, wide = rows @ rows.T, columns @ columns.T  # inner products of the axes' rows
+    size = torch.outer(high.diagonal(), wide.diagonal())  # |B_i|^2, [height, width]
+    largest = 0.0
+    for i in range(grid.height):
+        for j in range(i, grid.height):
+            distance = size[i][:, None] + size[j][None, :] - 2 * high[i, j] * wide
+            largest = max(largest, distance.max().item())
+    return largest / 4
+
+
+def curvature_spectrum(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float] = 0.0,
+    *,
+    over: Over = "queries",
+    scale: float | None = None,
+    boundary: str = "reflect",
+) -> torch.Tensor:
+    """Eigenvalues of the exact Hessian of the energy with respect to the logits before the blur, for small grids.
+
+    For one key that is ``-B^T (diag(p) - p p^T) B`` with the softmax ``p`` of its blurred logits; for the rows of
+    ``over="keys"``, which the blur mixes, it is one matrix over all logits. It is negative semidefinite: returned are
+    magnitudes. One of each vector's is 0.
+
+    Args:
+        query, key, grid, sigma, over, scale, boundary: as for :func:`energies`.
+
+    Returns:
+        float64, largest first: ``[batch, heads, keys, height * width]`` for ``over="queries"``, and
+        ``[batch, heads, height * width * keys]`` for ``over="keys"``.
+
+    Raises:
+        ValueError: when an argument does not fit, and for a Hessian of more than 1024 rows.
+
+    Source: SEG, Theorem 3.1, without its approximation.
+
+    Example:
+        >>> flat = torch.zeros(1, 1, 6, 4)
+        >>> [round(value, 3) for value in curvature_spectrum(flat, flat[:, :, :1], Grid(2, 3))[0, 0, 0].tolist()]
+        [0.167, 0.167, 0.167, 0.167, 0.167, 0.0]
+    """
+    query, key, sigmas, scale = checked(query, key, grid, sigma, over, scale, boundary, torch.float64)
+    _check_size(grid.tokens * (1 if over == "queries" else key.shape[2]), over, grid, key.shape[2])
+    logits = (
+        scale * blurred_image(query, grid, sigmas, boundary) @ key.transpose(-2, -1)
+    )  # [batch, heads, queries, keys]
+    found = []
+    for sample, value in enumerate(sigmas):
+        axes = [
+            blur_matrix(n, value, boundary, dtype=torch.float64, device=query.device) for n in (grid.height, grid.width)
+        ]
+        blur = torch.kron(*axes)
+        for head in logits[sample]:
+            vectors = head.T if over == "queries" else head[None]
+            found.append(torch.stack([_magnitudes(_hessian(vector, blur, over)) for vector in vectors]))
+    shape = (query.shape[0], query.shape[1])
+    spectra = torch.stack(found).unflatten(0, shape)
+    return spectra if over == "queries" else spectra[:, :, 0]
+
+
+def _hessian(logits: torch.Tensor, blur: torch.Tensor, axis: str) -> torch.Tensor:
+    """Minus the Hessian of one energy with respect to the logits before the blur.
+
+    Args:
+        logits: blurred, ``[queries]`` of one key for ``axis="queries"``, all ``[queries, keys]`` for ``"keys"``.
+        blur: ``B``, ``[queries, queries]``.
+        axis: over which the log-sum-exp is taken.
+
+    Returns:
+        ``B^T (diag(p) - p p^T) B``, ``[queries, queries]``, with the softmax ``p`` of the logits; or for all rows
+        ``[queries * keys, queries * keys]``, row-major like the logits.
+    """
+    p = torch.softmax(logits, dim=-1)
+    if axis == "queries":
+        return blur.T @ (torch.diag(p) - torch.outer(p, p)) @ blur
+    each = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]  # [queries, keys, keys]
+    joined = torch.einsum("ra,rb,rjk->ajbk", blur, blur, each)
+    return joined.flatten(2, 3).flatten(0, 1)
+
+
+def _check_size(side: int, axis: str, grid: Grid, keys: int) -> None:
+    """Raise a ValueError for a Hessian that is too large to form."""
+    if side > EXACT_LIMIT:
+        what = (
+            f"{grid.height} x {grid.width} = {grid.tokens} queries"
+            if axis == "queries"
+            else f"{grid.height} x {grid.width} queries times {keys} keys = {side} logits"
+        )
+        raise ValueError(
+            f"the exact Hessian over {what} would have {side} rows, and at most {EXACT_LIMIT} are formed; take a "
+            f"smaller grid, or log_curvature, which needs no Hessian"
+        )
+
+
+def _magnitudes(matrix: torch.Tensor) -> torch.Tensor:
+    """Eigenvalues of a positive semidefinite matrix, largest first; rounding below 0 is 0."""
+    return torch.linalg.eigvalsh(matrix).flip(-1).clamp_min(0.0)

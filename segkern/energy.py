@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The energy of attention, and what blurring its queries does to it: for analysis, at any size.
+
+With logits ``A = scale * Q K^T`` the energy of a vector ``a`` of them is ``E'(a) = -lse(a)``, lse the log of the sum of
+exponentials, and the energy of a layer the sum over its vectors. There are two ways to cut ``A`` into vectors:
+
+- ``over="keys"``: the logits of one query, a row. This is the softmax that attention takes, and gives an energy to each
+  query, so a map over the grid. SEG's appendix B calls it the dual.
+- ``over="queries"``: the logits of one key, a column, which is SEG's Definition 2.1 and the one its statements are
+  about: the blur acts within such a vector.
+
+A blur ``B`` over the query grid gives ``B A``, which are the logits of blurred queries (Proposition 3.1). Its weights
+are not negative and its rows add up to 1; its columns do under the boundaries symmetric and circular only. With those,
+for both cuts and exactly:
+
+- Lemma 3.1: the mean of the logits is kept, and their variance is not raised.
+- Lemma 3.2: the log-sum-exp does not rise, so the energy does not fall, and uniform logits have the largest energy.
+  (The lemma's words have the log-sum-exp rise; its proof shows the opposite.) No Taylor series is needed: lse is convex
+  and symmetric, and ``B a`` is a mean of permutations of ``a``. This is so for a vector along the queries and for the
+  sum over rows; one row's energy may fall, but not below its neighbours' blurred energies,
+  ``E'((B A)_i) >= sum_j B_ij E'(A_j)``, which holds under any boundary.
+- Energy does not always grow with sigma: taps are cut off and clamped, so that a wider blur is not a narrower one
+  blurred again. It does not fall when a blur is applied again, and no sigma gives more than infinity.
+- Theorem 3.1 is about ``|det|`` of the Hessian of E', which is ``-(diag(p) - p p^T)`` with the softmax ``p``. That is
+  0: a number added to all logits changes nothing. Dropping ``p p^T``, as the proof does, leaves ``prod_i p_i``, which
+  is exactly the determinant with any one logit held fixed. But ``log prod_i p_i = sum_i a_i + n E'(a)``, so it rises
+  with the energy: the proof's second inequality points the wrong way. What can lower the determinant is the blur's own
+  factor, ``prod_i b_ii`` in the proof and ``det(B)^2`` by the chain rule. It does so if and only if the energies of the
+  vectors rise, on average, by less than minus the logarithm of that factor for each logit: not for peaked logits.
+- At any logits, and for any boundary, what falls is a bound on the curvature: :func:`largest_curvature`.
+
+``tests/test_theory.py`` and ``tests/test_theory_curvature.py`` test each of these, beside cases in which it fails
+without its assumption.
+
+Source: SEG, arXiv 2408.00760: Definition 2.1 (equation 5), section 3, appendices A and B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from segkern.blur import check_sigma
+from segkern.curvature import curvature_spectrum, largest_curvature, log_determinant, log_diagonal
+from segkern.grid import Grid
+from segkern.logits import Moments, Over, blurred_image, checked, logit_moments, row_lse
+
+__all__ = [
+    "Moments",
+    "OverSigma",
+    "curvature_spectrum",
+    "energies",
+    "largest_curvature",
+    "layer_energy",
+    "log_curvature",
+    "logit_moments",
+    "over_sigma",
+]
+
+Factor = Literal["none", "paper", "chain"]
+
+
+def energies(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float] = 0.0,
+    *,
+    over: Over = "keys",
+    scale: float | None = None,
+    boundary: str = "reflect",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``-lse`` of the logits of every image query (``over="keys"``) or of every key (``over="queries"``), in nats.
+
+    Args:
+        query: ``[batch, heads, tokens, head_dim]``, as attention gets it: after QK-norm and rotary embedding.
+        key: ``[batch, heads, keys, head_dim]``.
+        grid: where the image lies in the query tokens; the others have no part in anything here.
+        sigma: of the blur, in tokens: one number or one per sample; 0 is none, ``math.inf`` the mean query.
+        over: what the log-sum-exp runs over; see :mod:`segkern.energy`.
+        scale: of the logits; ``1 / sqrt(head_dim)`` by default.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``. Only the last two keep the mean of the logits.
+        dtype: in which all is computed and returned, ``torch.float32`` or ``torch.float64``.
+
+    Returns:
+        ``[batch, heads, height * width]`` in row-major order, or ``[batch, heads, keys]``.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Source: SEG, Definition 2.1 (``over="queries"``), and its dual in appendix B (``over="keys"``).
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 8, 6 * 9, 16)
+        >>> energies(q, k, Grid(6, 9), sigma=2.0).shape
+        torch.Size([1, 8, 54])
+        >>> sharp, flat = (energies(q, k, Grid(6, 9), s, boundary="symmetric").sum() for s in (0.0, math.inf))
+        >>> bool(flat > sharp)
+        True
+    """
+    query, key, sigmas, scale = checked(query, key, grid, sigma, over, scale, boundary, dtype)
+    if over == "keys":
+        return -row_lse(query, key, grid, sigmas, scale, boundary)[:, :, grid.start : grid.stop]
+    image = blurred_image(query, grid, sigmas, boundary)
+    return -row_lse(key, image, Grid(1, 1), (0.0,) * len(sigmas), scale, boundary)
+
+
+def layer_energy(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float] = 0.0,
+    *,
+    over: Over = "keys",
+    scale: float | None = None,
+    boundary: str = "reflect",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The energy of a layer, ``[batch, heads]`` in nats: the sum of :func:`energies`, whose arguments it takes.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Source: SEG, equation 5.
+
+    Example:
+        >>> flat = torch.zeros(1, 1, 6, 4)
+        >>> round(layer_energy(flat, flat, Grid(2, 3)).item() / -math.log(6), 5)
+        6.0
+    """
+    found = energies(query, key, grid, sigma, over=over, scale=scale, boundary=boundary, dtype=dtype)
+    return found.sum(dim=-1)
+
+
+def log_curvature(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float] = 0.0,
+    *,
+    over: Over = "queries",
+    factor: Factor = "paper",
+    scale: float | None = None,
+    boundary: str = "reflect",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``log |det|`` of the Hessian of the layer's energy with respect to its logits, one of each vector held fixed.
+
+    The Hessian is negative semidefinite, so the determinant's sign is ``(-1)`` to the number of logits that are free.
+    With all of them free it is 0. The value is also what is left of the whole Hessian when ``p p^T`` is dropped, which
+    is the paper's approximation; and for an unblurred vector of n logits the product of the nonzero eigenvalues is n
+    times its determinant. It is ``sum(logits) + n * energy``, plus the blur's part:
+
+    - ``factor="none"``: nothing. The curvature of E' at the blurred logits, with respect to those.
+    - ``"paper"``: ``log b_ii`` for each logit, equation 20 of the proof.
+    - ``"chain"``: ``2 log |det B|`` for each key that is free, with respect to the logits before the blur, by the chain
+      rule: exact. Minus infinity for the mean query.
+
+    Args:
+        query, key, grid, sigma, over, scale, boundary, dtype: as for :func:`energies`, but ``over="queries"`` by
+            default, as in the paper.
+        factor: the blur's part, see above. Without a blur all are the same.
+
+    Returns:
+        ``[batch, heads]``, natural logarithm, a sum over all of the layer's vectors; as it has a part for every logit,
+        divide it by their number for the geometric mean.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Source: SEG, Theorem 3.1 and appendix A.3. Its conclusion, that a blur lowers the determinant, holds for logits that
+    are not too peaked; the proof's claim that it does so with ``"none"`` is wrong; see :mod:`segkern.energy`.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 1, 4 * 4, 8)
+        >>> options = {"boundary": "circular"}
+        >>> before = log_curvature(q, k, Grid(4, 4), **options)
+        >>> after = {f: log_curvature(q, k, Grid(4, 4), 1.0, factor=f, **options) for f in ("none", "paper", "chain")}
+        >>> bool(after["none"] > before), bool(after["paper"] < before), bool(after["chain"] < before)
+        (True, True, True)
+    """
+    if factor not in get_args(Factor):
+        raise ValueError(f"factor must be one of {', '.join(map(repr, get_args(Factor)))}, got {factor!r}")
+    options: dict[str, Any] = {"scale": scale, "boundary": boundary, "dtype": dtype}
+    sigmas = checked(query, key, grid, sigma, over, scale, boundary, dtype)[2]
+    energy = layer_energy(query, key, grid, sigmas, over=over, **options)
+    mean = logit_moments(query, key, grid, sigmas, **options).mean
+    return _log_determinant(energy, mean, grid, key.shape[2], sigmas, over, factor, boundary)
+
+
+@dataclass(frozen=True)
+class OverSigma:
+    """What :func:`over_sigma` found; every tensor but ``energies`` is ``[sigmas, batch, heads]``.
+
+    Attributes:
+        sigmas: in tokens.
+        energies: of each vector, ``[sigmas, batch, heads, vectors]``, in nats.
+        energy: of the layer, their sum.
+        mean: of all logits.
+        variance: of all logits.
+        query_variance: of one key's logits over the queries, which is what Lemma 3.1 speaks of; the mean over the keys.
+        log_curvature: by its factor, ``"none"``, ``"paper"`` and ``"chain"``.
+    """
+
+    sigmas: tuple[float, ...]
+    energies: torch.Tensor
+    energy: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+    query_variance: torch.Tensor
+    log_curvature: dict[Factor, torch.Tensor]
+
+
+def over_sigma(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid,
+    sigmas: Sequence[float],
+    *,
+    over: Over = "keys",
+    scale: float | None = None,
+    boundary: str = "reflect",
+    dtype: torch.dtype = torch.float32,
+) -> OverSigma:
+    """Energy, moments and curvature at several sigmas, each for the whole batch.
+
+    Args:
+        query, key, grid, over, scale, boundary, dtype: as for :func:`energies`.
+        sigmas: at least one; 0 is no blur.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 8, 6 * 9, 16)
+        >>> found = over_sigma(q, k, Grid(6, 9), (0.0, 2.0, math.inf))
+        >>> found.energy.shape, found.energies.shape
+        (torch.Size([3, 1, 8]), torch.Size([3, 1, 8, 54]))
+    """
+    values = check_sigma(tuple(sigmas), len(tuple(sigmas)))
+    if not values:
+        raise ValueError(f"over_sigma needs at least one sigma, got {sigmas!r}")
+    options: dict[str, Any] = {"scale": scale, "boundary": boundary, "dtype": dtype}
+    rows, means, variances, within = [], [], [], []
+    curvature: dict[Factor, list[torch.Tensor]] = {factor: [] for factor in get_args(Factor)}
+    for value in values:
+        each = energies(query, key, grid, value, over=over, **options)
+        moments = logit_moments(query, key, grid, value, **options)
+        rows.append(each)
+        means.append(moments.mean)
+        variances.append(moments.variance)
+        within.append(logit_moments(query, key, grid, value, per_key=True, **options).variance.mean(dim=-1))
+        same = (value,) * query.shape[0]
+        for factor, found in curvature.items():
+            known = (each.sum(dim=-1), moments.mean, grid, key.shape[2], same)
+            found.append(_log_determinant(*known, over, factor, boundary))
+    stacked = torch.stack(rows)
+    return OverSigma(
+        values,
+        stacked,
+        stacked.sum(dim=-1),
+        torch.stack(means),
+        torch.stack(variances),
+        torch.stack(within),
+        {factor: torch.stack(found) for factor, found in curvature.items()},
+    )
+
+
+def _log_determinant(
+    energy: torch.Tensor,
+    mean: torch.Tensor,
+    grid: Grid,
+    keys: int,
+    sigmas: tuple[float, ...],
+    over: Over,
+    factor: Factor,
+    boundary: str,
+) -> torch.Tensor:
+    """:func:`log_curvature` of a layer whose energy and mean logit ``[batch, heads]`` are known."""
+    found = mean * (grid.tokens * keys) + energy * (grid.tokens if over == "queries" else keys)
+    free = keys if over == "queries" else keys - 1
+    parts = [_blur_part(grid, value, boundary, factor, keys, free) for value in sigmas]
+    return found + found.new_tensor(parts)[:, None]
+
+
+def _blur_part(grid: Grid, sigma: float, boundary: str, factor: Factor, keys: int, free: int) -> float:
+    """What the blur adds to the logarithm of the determinant, for so many keys of which so many are free."""
+    if factor == "paper":
+        return keys * log_diagonal(grid, sigma, boundary)
+    return 2 * free * log_determinant(grid, sigma, boundary) if factor == "chain" and free else 0.0

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``segkern energy``: records the energy of self-attention while a picture is drawn, and draws it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from segkern import energy_plots, energy_report, loading
+from segkern.blur import check_boundary
+from segkern.drawing import Job, describe, draw_all
+from segkern.options import listed
+from segkern.pictures import check_target, save
+from segkern.tables import wide
+from segkern.terminal import NUMBERS, Config, Height, Model, Width, need_diffusers, refusing
+
+SIGMAS = "0.5,1,2,4,8,16,inf"
+_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS = "picture.png", "energy.json", "over-sigma.png", "over-steps.png"
+
+
+def energy(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What the picture shows; nothing in particular if not given.")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="What it does not show.")] = "",
+    layers: Annotated[str, typer.Option(help="all, or down, mid, up, d4, u0-29, globs; several with commas.")] = "all",
+    sigmas: Annotated[str, typer.Option(help="Of the blurs, beside none.")] = SIGMAS,
+    at: Annotated[
+        str, typer.Option(help="Steps that get maps and sigmas: first, middle, last, numbers from 0.")
+    ] = "first,middle,last",
+    boundary: Annotated[str, typer.Option(help="reflect, symmetric or circular.")] = "reflect",
+    width: Width = None,
+    height: Height = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the initial noise.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 30,
+    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 5.0,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
+    config: Config = None,
+    out: Annotated[Path, typer.Option(help="Folder for pictures and JSON; it is made.")] = Path("energy"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
+) -> None:
+    """Draw a picture with the stock pipeline, and the energy of its self-attention: maps, over sigma, over steps."""
+    with refusing():
+        values = tuple(value for value in listed("--sigmas", sigmas, float, NUMBERS) if value)
+        chosen = _steps(at, steps)
+        check_boundary(boundary)
+        for value in values:
+            if not value > 0:
+                raise ValueError(f"--sigmas takes numbers above 0 and inf, got {value:g}")
+        where = loading.find_device(device)
+        kind = loading.find_dtype(dtype, where)
+    need_diffusers("matplotlib", extra="evaluate")
+    from segkern.integrations.diffusers import list_layers, record_energy
+    from segkern.integrations.diffusers.layers import select_layers
+
+    names = None if layers.strip() == "all" else [name.strip() for name in layers.split(",")]
+    with refusing():
+        source = loading.find_model(model, config)
+        outline = loading.outline(source)
+        size = loading.image_size(outline, width, height)
+        available = list_layers(outline)
+        count = len(available if names is None else select_layers(available, names))
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS, *energy_plots.map_files(count)):
+            check_target(out / name if name != _JSON else (out / name).with_suffix(".png"), overwrite)
+            if (out / name).exists() and not overwrite:
+                raise ValueError(f"{str(out / name)!r} exists; give --overwrite or another --out")
+        pipe = loading.load_pipeline(source, kind, where)
+        recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
+    job = Job(prompt, negative_prompt, *size, seed, steps, guidance_scale)
+    with recorder:
+        picture = draw_all(pipe, job, [None])[0].image
+
+    details = describe(source, job, None, kind)
+    found = energy_report.summary(recorder, details, boundary)
+    save(picture, out / _PICTURE, details)
+    energy_report.write(out / _JSON, found)
+    sheets = energy_plots.plot_maps(found, out, picture)
+    energy_plots.plot_over_sigma(found, out / _OVER_SIGMA)
+    energy_plots.plot_over_steps(found, out / _OVER_STEPS)
+
+    shown = energy_report.chosen_steps(found)[-1]
+    blurred = [f"σ {name}" for name in energy_report.labels(found["sigmas"][1:])]
+    title = f"mean energy of a query in nats, step {shown}: without a blur, and how far each lifts it"
+    table = Table("layer", "tokens", "energy", *blurred, title=title)
+    for row in energy_report.table_rows(found, shown):
+        table.add_row(*row)
+    wide(table).print(table)
+    for path in (out / _PICTURE, out / _JSON, *sheets, out / _OVER_SIGMA, out / _OVER_STEPS):
+        typer.echo(f"wrote {path}")
+
+
+def _steps(text: str, steps: int) -> tuple[int, ...]:
+    """The steps in ``first,10,last`` of a run of so many, each once.
+
+    Raises:
+        ValueError: for a word that is none, and a number that the run does not have.
+    """
+    known = {"first": 0, "middle": steps // 2, "last": steps - 1}
+    found: list[int] = []
+    for word in listed("--at", text, str, "steps"):
+        if word not in known and not word.isdecimal():
+            raise ValueError(f"--at takes first, middle, last and numbers from 0, got {word!r}")
+        step = known[word] if word in known else int(word)
+        if step >= steps:
+            raise ValueError(f"--at {step} is no step of a run of {steps}, whose last is {steps - 1}")
+        if step not in found:
+            found.append(step)
+    return tuple(found)

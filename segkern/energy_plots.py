@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of recorded energies: maps over the token grid, curves over sigma and over steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segkern.energy_report import chosen_steps, named
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL.Image import Image
+
+LAYERS_IN_A_SHEET = 6
+_ALONE_IN_A_ROW = 3  # layers beside each other where there is one step
+_NAMED_LAYERS = 10  # more share a colour bar instead of a legend
+_GAP = 1.0  # from the finite sigmas to 0 and infinity on an axis of their powers of two
+
+
+def map_files(layers: int) -> list[str]:
+    """Names of the sheets that so many layers fill."""
+    sheets = math.ceil(layers / LAYERS_IN_A_SHEET)
+    return ["maps.png"] if sheets == 1 else [f"maps-{number}.png" for number in range(1, sheets + 1)]
+
+
+def plot_maps(found: dict[str, Any], folder: Path, picture: Image | None = None) -> list[Path]:
+    """Energy of each query over the grid: a row for each layer, with a scale of its own, a column for each chosen step.
+
+    Args:
+        found: what :func:`segkern.energy_report.summary` made.
+        folder: where the sheets go.
+        picture: what the run drew, shown on the left.
+    """
+    written = []
+    layers = found["layers"]
+    for number, name in enumerate(map_files(len(layers))):
+        some = layers[number * LAYERS_IN_A_SHEET : (number + 1) * LAYERS_IN_A_SHEET]
+        _sheet(some, found, picture, folder / name)
+        written.append(folder / name)
+    return written
+
+
+def _sheet(layers: Sequence[dict[str, Any]], found: dict[str, Any], picture: Image | None, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    steps = chosen_steps(found)
+    height, width = layers[0]["grid"]
+    side = 2.5
+    across, down = side * min(1.6, max(0.6, width / height)), side * min(1.6, max(0.6, height / width))
+    in_a_row = min(len(layers), 1 if len(steps) > 1 else _ALONE_IN_A_ROW)
+    rows, first = math.ceil(len(layers) / in_a_row), int(picture is not None)
+    columns = first + len(steps) * in_a_row
+    size = across * columns + 1.1 * in_a_row + 1.1, (down + 0.45) * rows + 0.9
+    figure = Figure(figsize=size, layout="compressed")
+    grid = figure.add_gridspec(rows, columns)
+    if picture is not None:
+        panel = figure.add_subplot(grid[0, 0])
+        panel.imshow(picture)
+        panel.set_title("picture", fontsize=11)
+        panel.set_axis_off()
+    for index, layer in enumerate(layers):
+        row, place = divmod(index, in_a_row)
+        maps = [layer["at"][str(step)]["map_by_query"] for step in steps]
+        low, high = (pick(pick(map(pick, one)) for one in maps) for pick in (min, max))
+        panels = []
+        for column, (step, values) in enumerate(zip(steps, maps, strict=True)):
+            panel = figure.add_subplot(grid[row, first + place * len(steps) + column])
+            image = panel.imshow(values, cmap="turbo", vmin=low, vmax=high, interpolation="nearest")
+            panel.set_title(f"{layer['name']}, step {step}", fontsize=11)
+            panel.set_xlabel("token column" if row == rows - 1 else "")
+            panel.set_ylabel("token row" if column == 0 else "")
+            panels.append(panel)
+        bar = figure.colorbar(image, ax=panels, pad=0.015)
+        bar.set_label("energy (nats)")
+    figure.suptitle(f"Energy of each query, mean over heads\n{_title(found)}", fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
+def plot_over_steps(found: dict[str, Any], path: Path) -> None:
+    """The mean energy of a layer's queries in every step, a curve for each layer."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    panel = figure.subplots()
+    layers = found["layers"]
+    for layer, style in zip(layers, _styles(layers), strict=True):
+        panel.plot(range(len(layer["energy"])), layer["energy"], **style)
+    panel.set_xlabel("step of the denoiser (the first has the most noise)")
+    panel.set_ylabel("mean energy of a query (nats)")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.grid(alpha=0.3)
+    _name_layers(figure, [panel], layers)
+    figure.suptitle(f"Energy of self-attention over a run\n{_title(found)}", fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
+def plot_over_sigma(found: dict[str, Any], path: Path) -> None:
+    """What a blur does to energy, variance and curvature, a row for each chosen step, a curve for each layer."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.lines import Line2D
+
+    steps, layers, sigmas = chosen_steps(found), found["layers"], found["sigmas"]
+    figure = Figure(figsize=(18, 4.2 * len(steps) + 1.0), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))
+    panels = figure.subplots(len(steps), 4, squeeze=False)
+    for step, row in zip(steps, panels, strict=True):
+        for layer, style in zip(layers, _styles(layers), strict=True):
+            at = layer["at"][str(step)]
+            energy, variance = at["by_query"]["energy"], at["query_variance"]
+            curvature = at["by_key"]["log_curvature"]
+            _curve(row[0], sigmas, [value - energy[0] for value in energy], style)
+            _curve(row[1], sigmas, [value / (variance[0] or 1.0) for value in variance], style)
+            for panel, factor, line in ((row[2], "none", "-"), (row[3], "paper", "-"), (row[3], "chain", ":")):
+                values = [value - curvature[factor][0] for value in curvature[factor]]
+                _curve(
+                    panel,
+                    sigmas,
+                    values,
+                    {**style, "linestyle": line, "label": style["label"] if line == "-" else None},
+                )
+        names = (
+            ("Mean energy of a query", "above unblurred (nats)"),
+            ("Variance of a key's logits", "share of unblurred"),
+            ("log |det| of the Hessian of -lse", "change for each logit (nats)"),
+            ("log |det|, the blur's factor included", "change for each logit (nats)"),
+        )
+        for panel, (title, axis) in zip(row, names, strict=True):
+            panel.set_title(f"{title}, step {step}", fontsize=11)
+            panel.set_ylabel(axis)
+            panel.axhline(0.0, color="black", linewidth=0.8)
+            panel.grid(alpha=0.3)
+            _sigma_axis(panel, sigmas)
+        row[1].set_ylim(0.0, max(1.05, row[1].get_ylim()[1]))
+    lines = (("-", "last panel: b_ii, the paper's factor"), (":", "det(B)², the chain rule's, -∞ at σ = ∞"))
+    factors = [Line2D([], [], color="black", linestyle=line, label=text) for line, text in lines]
+    _name_layers(figure, panels.flatten().tolist(), layers, factors)
+    figure.suptitle(f"What blurring the queries does, boundary {found['boundary']}\n{_title(found)}", fontsize=13)
+    figure.savefig(path, dpi=110)
+
+
+def _places(sigmas: Sequence[float]) -> list[float]:
+    """Where sigmas stand on an axis: powers of two, 0 and infinity a step outside of the finite ones."""
+    powers = [math.log2(sigma) for sigma in sigmas if 0.0 < sigma < math.inf] or [0.0]
+    return [
+        min(powers) - _GAP if sigma == 0.0 else max(powers) + _GAP if math.isinf(sigma) else math.log2(sigma)
+        for sigma in sigmas
+    ]
+
+
+def _curve(panel: Axes, sigmas: Sequence[float], values: Sequence[float], style: dict[str, Any]) -> None:
+    """Joined between finite sigmas, thin towards 0 and infinity; values that are infinite are left out."""
+    points = sorted(zip(_places(sigmas), values, sigmas, strict=True))
+    points = [point for point in points if math.isfinite(point[1])]
+    inner = [point for point in points if 0.0 < point[2] < math.inf]
+    places, heights, _ = zip(*points, strict=True)
+    thin = {**style, "label": None, "linewidth": 0.8}
+    panel.plot(places, heights, **{**thin, "marker": "o", "markersize": 4, "alpha": 0.7})
+    if inner:
+        places, heights, _ = zip(*inner, strict=True)
+        panel.plot(places, heights, **{**style, "linewidth": 2.0})
+
+
+def _sigma_axis(panel: Axes, sigmas: Sequence[float]) -> None:
+    places = _places(sigmas)
+    kept: list[tuple[float, str]] = []
+    for place, sigma in sorted(zip(places, sigmas, strict=True)):
+        if not kept or place - kept[-1][0] > 0.3 or math.isinf(sigma):
+            kept.append((place, "none" if sigma == 0.0 else named(sigma)))
+    panel.set_xticks([place for place, _ in kept], [text for _, text in kept])
+    panel.set_xlabel("sigma (tokens)")
+
+
+def _styles(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Few layers get colours that differ strongly, many go from blue to red in the order in which they run."""
+    from matplotlib import colormaps
+
+    if len(layers) <= _NAMED_LAYERS:
+        colours = [colormaps["tab10"](index) for index in range(len(layers))]
+    else:
+        colours = [colormaps["turbo"](0.05 + 0.9 * index / (len(layers) - 1)) for index in range(len(layers))]
+    return [{"color": colour, "label": f"layer {layer['name']}"} for colour, layer in zip(colours, layers, strict=True)]
+
+
+def _name_layers(figure: Any, panels: list[Axes], layers: Sequence[dict[str, Any]], others: Sequence[Any] = ()) -> None:
+    """A legend of the layers, or where they are many a colour bar, and of what else needs a name."""
+    few = len(layers) <= _NAMED_LAYERS
+    handles = [*(panels[0].get_legend_handles_labels()[0] if few else []), *others]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    if few:
+        return
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    last = len(layers) - 1
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(-last / 18, last * 19 / 18), colormaps["turbo"]), ax=panels, pad=0.01
+    )
+    ticks = sorted({round(last * part / 6) for part in range(7)})
+    bar.set_ticks(ticks, labels=[layers[index]["name"] for index in ticks])
+    bar.ax.set_ylim(0, last)
+    bar.set_label("layer, in the order in which they run")
+
+
+def _title(found: dict[str, Any]) -> str:
+    prompt = found["prompt"]
+    asked = f'"{prompt if len(prompt) <= 48 else prompt[:45] + "..."}"' if prompt else "no prompt"
+    return f"{found['model']}, {asked}, {found['width']} x {found['height']}, seed {found['seed']}"

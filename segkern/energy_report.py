@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recorded run found, as plain numbers: means over heads and samples, maps, and JSON of both."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from segkern.energy import OverSigma
+
+if TYPE_CHECKING:
+    from segkern.integrations.diffusers import EnergyRecorder, LayerEnergy
+
+_DIGITS = 4  # of the maps' numbers, which are nats
+
+
+def summary(recorder: EnergyRecorder, details: dict[str, object], boundary: str) -> dict[str, Any]:
+    """Everything that is written to disk about one run of a pipeline.
+
+    Args:
+        recorder: its records, of one run.
+        details: what was drawn and with what, by name.
+        boundary: of the blurs.
+
+    Returns:
+        ``details``, ``boundary``, ``sigmas`` and ``layers``. Of a layer: its names, ``heads``, ``grid``, ``energy``,
+        the mean over the queries in each step, and ``at``, by the step's number: ``map_by_query`` and ``map_by_key``,
+        without a blur, and lists over the sigmas. Energies are in nats for each query or key, determinants for each
+        logit.
+    """
+    layers = []
+    for layer in recorder.layers:
+        records = [record for record in recorder.records if record.layer.module == layer.module]
+        if not records:
+            continue
+        grid = records[0].layer.grid
+        assert grid is not None
+        layers.append(
+            {
+                "name": layer.name,
+                "module": layer.module,
+                "part": layer.part,
+                "heads": layer.heads,
+                "grid": [grid.height, grid.width],
+                "energy": [record.by_query.energies[0].mean().item() for record in records],
+                "at": {str(record.step): _at(record) for record in records if record.by_key is not None},
+            }
+        )
+    return {**details, "boundary": boundary, "sigmas": list(recorder.sigmas), "layers": layers}
+
+
+def _at(record: LayerEnergy) -> dict[str, Any]:
+    assert record.by_key is not None
+    found = record.by_query
+    return {
+        "map_by_query": _map(record.map()),
+        "map_by_key": _map(record.map(cut="by_key")),
+        "mean": _means(found.mean),
+        "variance": _means(found.variance),
+        "query_variance": _means(found.query_variance),
+        "by_query": _cut(found, record),
+        "by_key": _cut(record.by_key, record),
+    }
+
+
+def _cut(found: OverSigma, record: LayerEnergy) -> dict[str, Any]:
+    assert record.layer.grid is not None
+    tokens = record.layer.grid.tokens
+    return {
+        "energy": _means(found.energies.mean(dim=-1)),
+        "log_curvature": {name: _means(values / tokens**2) for name, values in found.log_curvature.items()},
+    }
+
+
+def _means(values: torch.Tensor) -> list[float]:
+    """Over samples and heads, of ``[sigmas, samples, heads]``."""
+    return [float(value) for value in values.flatten(1).mean(dim=1)]
+
+
+def _map(energies: torch.Tensor) -> list[list[float]]:
+    """Mean over samples and heads of ``[samples, heads, height, width]``, rounded."""
+    return [[round(value, _DIGITS) for value in row] for row in energies.flatten(0, 1).mean(dim=0).tolist()]
+
+
+def chosen_steps(found: dict[str, Any]) -> list[int]:
+    """The steps in which all sigmas were recorded."""
+    return sorted({int(step) for layer in found["layers"] for step in layer["at"]})
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """As JSON, a line for each entry and each layer; numbers that JSON lacks as words, "inf" and "-inf"."""
+    lines = [f"{json.dumps(name)}: {_line(value)}" for name, value in found.items() if name != "layers"]
+    layers = ",\n  ".join(_line(layer) for layer in found["layers"])
+    path.write_text("{\n" + ",\n".join([*lines, f'"layers": [\n  {layers}\n]']) + "\n}\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What ``write`` wrote."""
+    found = _numbers(json.loads(path.read_text(encoding="utf-8")))
+    assert isinstance(found, dict)
+    return found
+
+
+def _line(value: object) -> str:
+    return json.dumps(in_words(value), ensure_ascii=False, allow_nan=False)
+
+
+def in_words(value: object) -> object:
+    """The same with words for numbers that JSON lacks, in dictionaries and lists too; ``read`` takes them back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: in_words(each) for name, each in value.items()}
+    return [in_words(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _numbers(value: object) -> object:
+    if value in ("inf", "-inf", "nan"):
+        return float(str(value))
+    if isinstance(value, dict):
+        return {name: _numbers(each) for name, each in value.items()}
+    return [_numbers(each) for each in value] if isinstance(value, list) else value
+
+
+def table_rows(found: dict[str, Any], step: int) -> list[tuple[str, ...]]:
+    """A row of words for each layer at one step: its energy, and how far each sigma lifts it."""
+    rows = []
+    for layer in found["layers"]:
+        at = layer["at"].get(str(step))
+        if at is None:
+            continue
+        energy = at["by_query"]["energy"]
+        rise = [f"{value - energy[0]:+.3f}" for value in energy[1:]]
+        rows.append((layer["name"], "x".join(map(str, layer["grid"])), f"{energy[0]:.3f}", *rise))
+    return rows
+
+
+def named(sigma: float) -> str:
+    """A sigma in words, infinity as its sign.
+
+    Example:
+        >>> [named(value) for value in (0.0, 0.5, math.inf)]
+        ['0', '0.5', '∞']
+    """
+    return "∞" if math.isinf(sigma) else f"{sigma:g}"
+
+
+def labels(sigmas: Sequence[float]) -> list[str]:
+    """The sigmas of a table or an axis in words."""
+    return [named(sigma) for sigma in sigmas]

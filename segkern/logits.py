@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blurred logits of attention and what can be said of them without forming all of them; see ``energy.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from segkern.api import gaussian_blur, seg_attention
+from segkern.arguments import check_grid, check_scale, check_tensor
+from segkern.blur import check_boundary, check_sigma
+from segkern.grid import Grid
+from segkern.sdpa import full_precision
+
+Over = Literal["keys", "queries"]
+_ROWS_AT_ONCE = 1024  # float64 logits of so many rows are formed at a time
+
+
+class Moments(NamedTuple):
+    """Mean and variance of logits.
+
+    Attributes:
+        mean: ``[batch, heads]``, or ``[batch, heads, keys]`` for each key by itself.
+        variance: the same shape; divided by the number of logits, not by one less.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+def logit_moments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float] = 0.0,
+    *,
+    per_key: bool = False,
+    scale: float | None = None,
+    boundary: str = "reflect",
+    dtype: torch.dtype = torch.float32,
+) -> Moments:
+    """Mean and variance of the blurred logits of the image's queries, without forming the logits.
+
+    With the covariances ``C_q`` and ``C_k`` of queries and keys: the mean is ``q^T k`` of the mean query and key, the
+    variance of one key's logits over the queries is ``k^T C_q k``, and that of all logits is the mean of ``q^T C_k q``
+    plus ``k^T C_q k`` of the mean key. Nothing is subtracted from a square, so small variances keep their digits.
+
+    Args:
+        query, key, grid, sigma, scale, boundary, dtype: as for :func:`energies`.
+        per_key: of each key's logits over the queries, which is what Lemma 3.1 speaks of, rather than of all.
+
+    Returns:
+        Mean and variance, ``[batch, heads]`` or with ``per_key`` ``[batch, heads, keys]``, in ``dtype``.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Source: SEG, Lemma 3.1.
+
+    Example:
+        >>> q, k = torch.randn(2, 1, 8, 6 * 9, 16).double()
+        >>> options = {"boundary": "circular", "dtype": torch.float64}
+        >>> sharp, blurred = (logit_moments(q, k, Grid(6, 9), sigma, **options) for sigma in (0.0, 2.0))
+        >>> torch.allclose(sharp.mean, blurred.mean), bool((blurred.variance < sharp.variance).all())
+        (True, True)
+    """
+    query, key, sigmas, scale = checked(query, key, grid, sigma, "keys", scale, boundary, dtype)
+    image = blurred_image(query, grid, sigmas, boundary)
+    with full_precision(query.device):
+        query_mean, key_mean = image.mean(dim=2, keepdim=True), key.mean(dim=2, keepdim=True)
+        over_queries = _covariance(image - query_mean)
+        if per_key:
+            mean = (key @ query_mean.transpose(-2, -1))[..., 0]
+            variance = _form(over_queries, key)
+        else:
+            mean = (query_mean * key_mean).sum(dim=(-2, -1))
+            variance = _form(_covariance(key - key_mean), image).mean(dim=-1) + _form(over_queries, key_mean)[..., 0]
+    return Moments(scale * mean, scale * scale * variance.clamp_min(0.0))
+
+
+def checked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid,
+    sigma: float | Iterable[float],
+    over: str,
+    scale: float | None,
+    boundary: str,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float]:
+    """Query and key in ``dtype``, one sigma per sample, the scale; a ValueError for what does not fit."""
+    for name, x in (("query", query), ("key", key)):
+        check_tensor(name, x)
+    if key.shape[:2] != query.shape[:2] or key.shape[3] != query.shape[3] or key.shape[2] == 0:
+        raise ValueError(
+            f"key must be [batch, heads, keys, head_dim] with query's batch, heads and head_dim and at least one key, "
+            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+    if key.device != query.device:
+        raise ValueError(f"query and key must share a device, got {query.device} and {key.device}")
+    check_grid(grid, query.shape[2])
+    check_boundary(boundary)
+    if over not in get_args(Over):
+        raise ValueError(f"over must be one of {', '.join(map(repr, get_args(Over)))}, got {over!r}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    found = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
+    return query.to(dtype), key.to(dtype), check_sigma(sigma, query.shape[0]), found
+
+
+def blurred_image(query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str) -> torch.Tensor:
+    """The blurred queries of the image alone, ``[batch, heads, height * width, head_dim]``."""
+    return gaussian_blur(query, grid, sigmas, boundary=boundary)[:, :, grid.start : grid.stop]
+
+
+def row_lse(
+    query: torch.Tensor, key: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], scale: float, boundary: str
+) -> torch.Tensor:
+    """The log-sum-exp of each blurred query's logits over the keys, ``[batch, heads, tokens]`` in the query's dtype."""
+    with full_precision(query.device):
+        if query.dtype == torch.float32:  # the output is not wanted; values as wide as keys suit every backend
+            return seg_attention(query, key, key, grid, sigmas, scale=scale, boundary=boundary, return_lse=True)[1]
+        rows = gaussian_blur(query, grid, sigmas, boundary=boundary).split(_ROWS_AT_ONCE, dim=2)
+        return torch.cat([torch.logsumexp(scale * some @ key.transpose(-2, -1), dim=-1) for some in rows], dim=-1)
+
+
+def _covariance(centred: torch.Tensor) -> torch.Tensor:
+    """``[..., dim, dim]`` of centred vectors ``[..., count, dim]``."""
+    return centred.transpose(-2, -1) @ centred / centred.shape[-2]
+
+
+def _form(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``x^T M x`` of every vector in ``[..., count, dim]``."""
+    return ((x @ matrix) * x).sum(dim=-1)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``segkern energy``: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_tools import done, picture, refusal
+
+from segkern import energy_plots, energy_report
+from segkern.energy_command import _steps
+from segkern.pictures import difference
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+
+PROMPT = "a large red ring"
+SMALL = ("--width", "64", "--height", "48", "--steps", "3", "--device", "cpu")
+FILES = ("picture.png", "energy.json", "maps.png", "over-sigma.png", "over-steps.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything at its default, on a picture that is not square."""
+    out = tmp_path_factory.mktemp("energy") / "made"
+    output = done("energy", "demo", PROMPT, *SMALL, "--out", out)
+    for name in FILES:
+        assert f"wrote {out / name}" in output
+    assert "σ ∞" in output
+    assert "12x16" in output
+    return out
+
+
+def test_the_picture_is_the_stock_pipelines(folder: Path, tmp_path: Path) -> None:
+    done("generate", "demo", PROMPT, *SMALL, "--no-guidance", "--out", tmp_path / "a.png")
+    drawn = picture(folder / "picture.png")
+    assert difference(drawn, picture(tmp_path / "a.png")) == 0
+    assert (drawn.text["guidance"], drawn.text["prompt"]) == ("none", PROMPT)
+    for name in FILES[2:]:
+        assert picture(folder / name).width > 800
+
+
+def test_the_json_holds_what_was_recorded(folder: Path) -> None:
+    found = energy_report.read(folder / "energy.json")
+    assert (found["model"], found["width"], found["height"], found["seed"]) == ("demo", 64, 48, 1)
+    assert found["sigmas"] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf]
+    assert [layer["name"] for layer in found["layers"]] == ["d0", "m0", "u0", "u1"]
+    assert energy_report.chosen_steps(found) == [0, 1, 2]
+    for layer in found["layers"]:
+        assert layer["grid"] == [12, 16]
+        assert len(layer["energy"]) == 3
+        for step, at in layer["at"].items():
+            over_grid = torch.tensor(at["map_by_query"])
+            assert over_grid.shape == torch.tensor(at["map_by_key"]).shape == (12, 16)
+            assert over_grid.mean().item() == pytest.approx(layer["energy"][int(step)], abs=1e-3)
+            assert at["by_query"]["energy"][0] == pytest.approx(layer["energy"][int(step)], abs=1e-5)
+            variance = at["query_variance"]
+            assert variance[0] > variance[3] > variance[-1]
+            assert variance[-1] == pytest.approx(0.0, abs=1e-6)
+            none, paper, chain = (at["by_key"]["log_curvature"][name] for name in ("none", "paper", "chain"))
+            assert none[0] == paper[0] == chain[0]
+            assert chain[-1] == -math.inf
+            assert paper[-1] == pytest.approx(none[-1] - math.log(12 * 16), rel=1e-4)
+
+
+def test_the_json_is_json(folder: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    text = (folder / "energy.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=refuse)["sigmas"][-1] == "inf"
+    assert len(text.splitlines()) < 40
+
+
+def test_options_reach_the_record(tmp_path: Path) -> None:
+    options = ("--layers", "mid", "--sigmas", "inf,2,0", "--at", "last,2", "--boundary", "circular", "--seed", "7")
+    done("energy", "demo", *SMALL, *options, "--guidance-scale", "1", "--out", tmp_path)
+    found = energy_report.read(tmp_path / "energy.json")
+    assert (found["boundary"], found["seed"], found["guidance_scale"], found["prompt"]) == ("circular", 7, 1.0, "")
+    assert found["sigmas"] == [0.0, math.inf, 2.0]
+    assert [layer["name"] for layer in found["layers"]] == ["m0"]
+    assert energy_report.chosen_steps(found) == [2]
+    energy = found["layers"][0]["at"]["2"]["by_query"]["energy"]
+    assert energy[0] < energy[2] < energy[1]  # a circular boundary keeps the mean
+
+
+def test_files_are_not_replaced_unasked(folder: Path, tmp_path: Path) -> None:
+    for name in ("energy.json", "maps.png"):
+        (tmp_path / name).write_text("mine")
+        message = refusal("energy", "demo", *SMALL, "--out", tmp_path)
+        assert name in message
+        assert "--overwrite" in message
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--layers", "middle"), ["'middle'"]),
+        (("--sigmas", "big"), ["--sigmas", "'big'"]),
+        (("--sigmas", "-1"), ["--sigmas", "above 0", "-1"]),
+        (("--sigmas", "nan"), ["--sigmas", "nan"]),
+        (("--at", "soon"), ["--at", "'soon'"]),
+        (("--at", "3"), ["--at 3", "run of 3"]),
+        (("--boundary", "zero"), ["'zero'"]),
+        (("--width", "63"), ["--width", "63"]),
+        (("--dtype", "fp8"), ["'fp8'"]),
+        (("--device", "abacus"), ["'abacus'"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_words_are_one_line(arguments: tuple[str, ...], words: list[str], tmp_path: Path) -> None:
+    message = refusal("energy", "demo", *SMALL, "--out", tmp_path / "out", *arguments)
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_models_are_one_line(tmp_path: Path) -> None:
+    assert "'no/such/model'" in refusal("energy", "no/such/model", "--out", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal("energy", "demo", *SMALL, "--out", tmp_path / "file")
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else real(name))
+    message = refusal("energy", "demo", *SMALL, "--out", tmp_path)
+    assert message == 'segkern: matplotlib is not installed; pip install "segkern[evaluate]"\n'
+
+
+def test_steps_in_words() -> None:
+    assert _steps("first,middle,last,3", 20) == (0, 10, 19, 3)
+    assert _steps("first,middle,last", 1) == (0,)
+
+
+def test_zero_and_infinity_stand_beside_the_finite_sigmas() -> None:
+    assert energy_plots._places([0.0, 0.5, 4.0, math.inf]) == [-2.0, -1.0, 2.0, 3.0]
+    assert energy_plots._places([0.0, math.inf]) == [-1.0, 1.0]
+
+
+def test_sheets_of_many_layers() -> None:
+    assert energy_plots.map_files(6) == ["maps.png"]
+    assert energy_plots.map_files(7) == ["maps-1.png", "maps-2.png"]
+
+
+def fake(layers: int, sigmas: list[float]) -> dict[str, Any]:
+    """A summary of so many layers."""
+    values = [float(index) for index in range(len(sigmas))]
+    cut = {"energy": values, "log_curvature": {"none": values, "paper": values, "chain": [0.0] * len(sigmas)}}
+    at = {"map_by_query": [[0.0, 1.0]], "query_variance": values, "by_query": cut, "by_key": cut}
+    known = {"model": "demo", "prompt": "x" * 90, "width": 8, "height": 8, "seed": 1, "boundary": "reflect"}
+    made = [{"name": f"u{i}", "grid": [1, 2], "energy": [0.0, 1.0], "at": {"1": at}} for i in range(layers)]
+    return {**known, "sigmas": sigmas, "layers": made}
+
+
+@pytest.mark.parametrize("layers", [1, 11])
+@pytest.mark.parametrize("sigmas", [[0.0], [0.0, math.inf], [0.0, 1.0, math.inf]], ids=str)
+def test_every_number_of_layers_and_sigmas_can_be_drawn(layers: int, sigmas: list[float], tmp_path: Path) -> None:
+    found = fake(layers, sigmas)
+    assert len(energy_plots.plot_maps(found, tmp_path)) == (1 if layers == 1 else 2)
+    energy_plots.plot_over_sigma(found, tmp_path / "sigma.png")
+    energy_plots.plot_over_steps(found, tmp_path / "steps.png")
+    energy_report.write(tmp_path / "a.json", found)
+    assert energy_report.read(tmp_path / "a.json") == found
