@@ -252,6 +252,22 @@ def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int, mask
     return Tile(64, 32, 0, 8 if eight else 4, 2)
 
 
+def scores_tile(device: torch.device, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of energies and masses on a device."""
+    return scores_tile_for(architecture(device), head_dim, dtype)
+
+
+@lru_cache(maxsize=256)
+def scores_tile_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of energies and masses for an architecture by name: BLOCK_M stay, BLOCK_N come by.
+
+    Both passes over queries and keys have the same one, so that a product rounds the same in both.
+    """
+    if arch == "interpreter":
+        return _INTERPRETER
+    return default_tile(arch, head_dim, dtype)
+
+
 @lru_cache(maxsize=1024)
 def key_splits(programs: int, keys: int, block_n: int, parallel: int) -> tuple[int, int]:
     """How many ways to split the keys, and keys of a split: a multiple of ``block_n``.
