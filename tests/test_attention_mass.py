@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from contract import LAYOUTS, assert_contract, draw
+from contract import LAYOUTS, assert_contract, draw, plain_mass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,12 +34,6 @@ def dtypes(backend: str) -> list[torch.dtype]:
 
 
 EVERY = [pytest.param(b, d, id=f"{b}-{str(d).removeprefix('torch.')}") for b in BACKENDS for d in dtypes(b)]
-
-
-def plain_mass(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """Plain PyTorch, every step at the input's dtype."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1).sum(dim=-2)
 
 
 def check_mass(
