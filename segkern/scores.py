@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention's scores add up to, in PyTorch: a row's energy, a key's mass, and their gradients.
 
-Logits are formed a block at a time, some query rows of some heads, small enough for a CPU's cache; nothing of size
-N x N is. Every block lies in the same memory and is turned into probabilities in place.
+Logits are formed a block at a time, some query rows of some heads, 16 MB of float32 on a CPU; nothing of size N x N
+is. Every block lies in the same memory and is turned into probabilities in place.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from segkern.blur import runs
 from segkern.grid import Grid
 from segkern.sdpa import compute_dtype, full_precision, gaussian_blur, grid_mean
 
-# Rows of a block, and its logits of all heads, at most: on a CPU a few MB, elsewhere enough to fill a GPU.
-_CPU_BLOCK = (256, 2**20)
+# Rows of a block, and its logits of all heads, at most. A CPU is fastest where they fit its cache, but its threads wait
+# for each other after every operation on a block, which smaller ones would have more of; others fill a GPU.
+_CPU_BLOCK = (1024, 2**22)
 _OTHER_BLOCK = (4096, 2**26)
 
 Heads = tuple[int, slice]  # a sample and some of its heads
