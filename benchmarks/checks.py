@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from benchmarks.cases import Case, Inputs
 from benchmarks.providers import Provider
 from segkern import Grid, reference
-from tests.contract import assert_contract, plain_attention, plain_blur
+from tests.contract import assert_contract, plain_attention, plain_blur, plain_mass
 
 _HEADS = 4
 _ROWS = 256
@@ -26,7 +27,7 @@ class Part:
     rows: list[int]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Its part of ``[batch, heads, tokens, dim]``."""
+        """Its part of ``[batch, heads, tokens, dim]``, or without the last."""
         return x[self.samples][:, self.heads][:, :, self.rows]
 
     def stated(self) -> dict[str, Any]:
@@ -60,6 +61,12 @@ def expected(inputs: Inputs, sigma: float, kind: str) -> Expected:
     case, grid = inputs.case, inputs.case.grid
     part = draw_part(case)
     query, key, value = (x[part.samples][:, part.heads] for x in (inputs.query, inputs.key, inputs.value))
+    if kind == "mass":
+        return Expected(
+            part,
+            _masses(query, key, reference.attention_mass, torch.float64)[:, :, part.rows],
+            _masses(query, key, plain_mass, case.dtype)[:, :, part.rows],
+        )
     sigmas = [0.0 if kind == "plain" else case.sigmas(sigma)[sample] for sample in part.samples]
     exact = reference.gaussian_blur(query.double(), grid, sigmas)[:, :, part.rows]
     plain = plain_blur(query, grid, sigmas)[:, :, part.rows]
@@ -67,6 +74,17 @@ def expected(inputs: Inputs, sigma: float, kind: str) -> Expected:
         exact, _ = reference.attention(exact, key.double(), value.double())
         plain = plain_attention(plain, key, value, Grid(1, 1), 0.0)  # they are blurred already
     return Expected(part, exact, plain)
+
+
+def _masses(
+    query: torch.Tensor, key: torch.Tensor, compute: Callable[..., torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """Masses ``[samples, heads, keys]``, one head at a time: their scores all at once would fill the memory."""
+    found = [
+        [compute(q[None, None], k[None, None])[0, 0] for q, k in zip(*both, strict=True)]
+        for both in zip(query.to(dtype), key.to(dtype), strict=True)
+    ]
+    return torch.stack([torch.stack(heads) for heads in found])
 
 
 def judge(provider: Provider, result: torch.Tensor, inputs: Inputs, wanted: Expected) -> tuple[dict[str, Any], str]:
@@ -77,11 +95,12 @@ def judge(provider: Provider, result: torch.Tensor, inputs: Inputs, wanted: Expe
     held to be finite and no more.
     """
     case = inputs.case
-    shape = (case.batch, case.heads, case.tokens, case.head_dim)
+    shape: tuple[int, ...] = (case.batch, case.heads, case.tokens, case.head_dim)
+    shape, dtype = (shape[:3], torch.float32) if provider.kind == "mass" else (shape, case.dtype)
     if result.shape != shape:
         return {}, f"the result's shape is {tuple(result.shape)}, not {shape}"
-    if result.dtype != case.dtype:
-        return {}, f"the result's dtype is {result.dtype}, not {case.dtype}"
+    if result.dtype != dtype:
+        return {}, f"the result's dtype is {result.dtype}, not {dtype}"
     found = wanted.part.of(result)
     if not found.isfinite().all():
         return {}, f"{(~found.isfinite()).sum()} of {found.numel()} values are not finite"

@@ -11,23 +11,22 @@ processor's seconds that compilation took, with ``--save`` from nothing, else pe
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import triton
 import typer
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from benchmarks.disassembly import read_amdgcn, read_cubin
+from benchmarks.compiling import TARGETS, TYPES, Compiled, compile_kernel
 from benchmarks.faults import faults
 from segkern.environment import commit, processor
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
 from segkern.kernels._routes import BEFORE, HERE, TOGETHER, blurs_together
+from segkern.kernels.attention_energy import _attention_energy_kernel
+from segkern.kernels.attention_mass import _attention_mass_kernel
 from segkern.kernels.gaussian_blur import BLOCK_I, BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
 from segkern.kernels.split_attention import (
     _EXPANDED_TOKENS,
@@ -38,101 +37,7 @@ from segkern.kernels.split_attention import (
 from segkern.kernels.tiled_attention import _tiled_attention_kernel
 
 RESULT = Path(__file__).parent / "results" / "compiled" / "kernels.json"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 _BLURS = HERE, BEFORE, TOGETHER
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-@dataclass
-class Compiled:
-    """What one kernel's code for one target uses."""
-
-    kernel: str
-    target: str
-    head_dim: int
-    dtype: str
-    masked: bool
-    blur: str  # "prologue", "before", "together", or "" of other kernels
-    registers: int
-    spilled_bytes: int
-    local_bytes: int
-    shared_bytes: int
-    matrix_instructions: dict[str, int]
-    serialisation: list[str]
-    loop: dict[str, int] | None  # of one warp: instructions and exponentials; None without a loop over keys
-    tile: dict[str, int]  # BLOCK_* and the compiler's options
-    compile_seconds: float = 0.0
-
-
-def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any], dtype: str) -> dict[str, str]:
-    """A type per parameter: pointers by name, unit strides as constants, 32-bit integers otherwise."""
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in types:
-            signature[name] = types[name]
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{dtype}"
-        else:
-            signature[name] = "i32"
-    return signature
-
-
-def _processor_seconds() -> float:
-    """Of this process and of those it has waited for, as the assembler: what else the machine does is not in it."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
-
-
-def compile_kernel(
-    kernel: Any,
-    target: str,
-    head_dim: int,
-    dtype: torch.dtype,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    options: dict[str, Any],
-) -> Compiled:
-    """Compile one kernel with aligned pointers and strides, and read the result."""
-    constants = dict(constants)
-    for name in kernel.arg_names:
-        if name.startswith("stride_") and name.endswith("d"):
-            constants[name] = 1  # head dimensions are contiguous in every usual layout
-    signature = _signature(kernel, types, constants, TYPES[dtype])
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if name not in constants and (signature[name].startswith("*") or name.startswith("stride_"))
-    }
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
-    start = _processor_seconds()
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    seconds = _processor_seconds() - start
-    blocks = {name: value for name, value in constants.items() if name.startswith("BLOCK_")}
-    tile = blocks | {name: options[name] for name in ("num_warps", "num_stages")}
-    tile |= {"descriptors": int(constants.get("DESCRIPTORS", False))}
-    used = read_amdgcn(compiled) if target.startswith("gfx") else read_cubin(compiled, target)
-    return Compiled(
-        kernel=kernel.fn.__name__,
-        target=target,
-        head_dim=head_dim,
-        dtype=TYPES[dtype],
-        masked=constants.get("MASK", 0) != 0,
-        blur={HERE: "prologue", BEFORE: "before", TOGETHER: "together"}.get(constants.get("BLUR"), ""),
-        shared_bytes=compiled.metadata.shared,
-        tile=tile,
-        compile_seconds=round(seconds, 3),
-        **used,
-    )
 
 
 def compile_attention(
@@ -255,6 +160,32 @@ def compile_split(target: str, head_dim: int, dtype: torch.dtype, rows: int, mas
     return found
 
 
+def compile_scores(target: str, head_dim: int, dtype: torch.dtype, wide: bool = False) -> list[Compiled]:
+    """Energies of rows, the statistics of pass one and the masses of pass two, ragged tokens included."""
+    tile = _configs.scores_tile_for(target, head_dim, dtype)
+    block_d, block_r = _configs.split_head_dim(head_dim)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "PRECISION": _configs.dot_precision(dtype),
+        "WIDE": wide,
+    }
+    energy = {"out_ptr": "*fp32", "max_ptr": "*fp32", "samples_ptr": "*i32", "query_samples_ptr": "*i32"}
+    mass = {"out_ptr": "*fp32", "max_ptr": "*fp32", "inverse_ptr": "*fp32"}
+    options = compile_options(tile, target.startswith("gfx"))
+    return [
+        compile_kernel(kernel, target, head_dim, dtype, types | {"scale": "fp32"}, constants | more, options)
+        for kernel, types, more in (
+            (_attention_energy_kernel, energy, {"EVEN_KEYS": False, "STATISTICS": False}),
+            (_attention_energy_kernel, energy, {"EVEN_KEYS": False, "STATISTICS": True}),
+            (_attention_mass_kernel, mass, {"EVEN_QUERIES": False}),
+        )
+    ]
+
+
 def compile_all(target: str) -> list[Compiled]:
     """Every kernel for one target: head dimensions of the models in use in float16, some in the other dtypes."""
     found = [
@@ -285,6 +216,11 @@ def compile_all(target: str) -> list[Compiled]:
         found += compile_split(target, head_dim, dtype, rows)
     for rows, mask in ((1, 1), (1, 2), (289, 1), (289, 2)):
         found += compile_split(target, 64, torch.float16, rows, mask)
+    for head_dim in (16, 40, 64, 80, 96, 128, 160, 192, 256):
+        found += compile_scores(target, head_dim, torch.float16)
+    for head_dim in (40, 64, 128, 160, 256):
+        found += compile_scores(target, head_dim, torch.float32)
+    found += compile_scores(target, 64, torch.bfloat16) + compile_scores(target, 64, torch.float16, wide=True)
     return found
 
 
@@ -303,7 +239,7 @@ def compile_few(target: str) -> list[Compiled]:
     found.append(compile_blur(target, 64, torch.bfloat16))
     for rows, head_dim in ((1, 64), (289, 80)):
         found += compile_split(target, head_dim, torch.bfloat16, rows)
-    return found
+    return found + compile_scores(target, 64, torch.bfloat16) + compile_scores(target, 80, torch.float16)
 
 
 def main(

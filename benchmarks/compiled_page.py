@@ -13,6 +13,8 @@ _KERNELS = {
     "_tiled_attention_kernel": "Blur and attention in one pass",
     "_split_attention_kernel": "Few query rows, keys split over programs: infinite sigma and coarse queries",
     "_combine_splits_kernel": "The splits of a row combined",
+    "_attention_energy_kernel": "Energies of rows, and the statistics that masses take",
+    "_attention_mass_kernel": "Masses of keys",
     "_gaussian_blur_kernel": "Separable blur, one axis",
 }
 
@@ -44,6 +46,8 @@ def page(found: Mapping[str, Any]) -> str:
     )
     for kernel, title in _KERNELS.items():
         records = [record for record in found["kernels"] if record["kernel"] == kernel]
+        if not records:
+            continue
         looping = any(record["loop"] for record in records)
         parts += [f"## {title}", _looping_table(records) if looping else _table(records)]
     return "\n\n".join(parts) + "\n"

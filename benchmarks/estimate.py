@@ -3,7 +3,7 @@
 
 A multiprocessor spends on one pass of one program, in clocks:
 
-* products: 4 BLOCK_M BLOCK_N D operations over the rate of the matrix units;
+* products: 4 BLOCK_M BLOCK_N D operations, half of it without values, over the rate of the matrix units;
 * exponentials: those in the loop times the program's threads, over the rate of the special function units;
 * issue: the loop's instructions times the program's warps, over what the schedulers issue in a clock;
 * bytes: keys and values of the block, from L2, over the multiprocessor's share of its bandwidth.
@@ -71,6 +71,9 @@ RATES = {
 }
 
 
+_WITHOUT_VALUES = ("_attention_energy_kernel", "_attention_mass_kernel")
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What bounds the loop over keys.
@@ -107,13 +110,14 @@ def estimate(record: Mapping[str, Any], rates: Rates | None = None) -> Estimate 
         return None
     rates = rates or RATES[record["target"]]
     tile, loop = record["tile"], record["loop"]
-    operations = 4 * tile["BLOCK_M"] * tile["BLOCK_N"] * record["head_dim"]
+    products = 1 if record.get("kernel") in _WITHOUT_VALUES else 2
+    operations = 2 * products * tile["BLOCK_M"] * tile["BLOCK_N"] * record["head_dim"]
     padded = operations * (tile["BLOCK_D"] + tile["BLOCK_R"]) / record["head_dim"]
     clocks = {
         "products": padded / rates.products,
         "exponentials": loop["exponentials"] * tile["num_warps"] * rates.warp / rates.exponentials,
         "issue": loop["instructions"] * tile["num_warps"] / rates.issued,
-        "bytes": 2 * tile["BLOCK_N"] * record["head_dim"] * 2 / rates.bytes,
+        "bytes": products * tile["BLOCK_N"] * record["head_dim"] * 2 / rates.bytes,
     }
     programs = resident(record, rates)
     others = max(("exponentials", "issue"), key=lambda name: clocks[name])

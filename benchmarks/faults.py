@@ -18,6 +18,7 @@ SHARED_LIMIT = {  # bytes a program may use
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
+MULTIPLYING = ("_tiled_attention_kernel", "_attention_energy_kernel", "_attention_mass_kernel")
 MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
@@ -32,7 +33,7 @@ def faults(records: Sequence[Compiled]) -> list[str]:
             found.append(f"{name}: {record.shared_bytes} bytes of shared memory")
         if record.serialisation:
             found.append(f"{name}: assembler warns {record.serialisation}")
-        if record.kernel != "_tiled_attention_kernel" or record.dtype == "fp32":
+        if record.kernel not in MULTIPLYING or record.dtype == "fp32":
             continue
         # The widest heads under a mask have tiles too small for the newer instructions.
         small = record.masked and record.head_dim > 160 and record.target != "gfx942"

@@ -65,7 +65,7 @@ def _measure_sigma(
             "clocks": clocks,
             "peak_mib": timing.peak_mib(calls[name], inputs.device),
         }
-        if row["kind"] != "blur":
+        if row["kind"] in ("plain", "attention"):
             row["tflops"] = attention(inputs.case).flops / row[f"{clock}_ms"]["median"] / 1e9
         if fastest is not None:
             pairs = zip(samples[name][clock], samples[fastest][clock], strict=False)  # slow ones end early

@@ -39,7 +39,7 @@ class Provider:
         make: the closure for inputs and a sigma; what can be made once is made here.
         count: the work it takes.
         suites: that measure it.
-        kind: what it computes: attention without any blur, with blurred queries, or the blur alone.
+        kind: what it computes: attention without any blur, with blurred queries, the blur alone, or masses of keys.
         exact: False for an approximation, whose error is reported and not held to the contract.
         why_not: the reason why it cannot run there, or None.
         scratch: bytes that it allocates beyond inputs and outputs, where they are many.
@@ -51,7 +51,7 @@ class Provider:
     make: Callable[[Inputs, float], Call]
     count: Callable[[Case, float], Work]
     suites: tuple[str, ...]
-    kind: Literal["plain", "attention", "blur"] = "attention"
+    kind: Literal["plain", "attention", "blur", "mass"] = "attention"
     exact: bool = True
     why_not: Callable[[Inputs, float], str | None] = lambda inputs, sigma: None
     scratch: Callable[[Case, float], float] = lambda case, sigma: 0.0
@@ -94,6 +94,16 @@ def _blurring(how: str, inputs: Inputs, sigma: float) -> Call:
 def _our_blur(inputs: Inputs, sigma: float, backend: str = "auto") -> Call:
     query, grid, sigmas = inputs.query, inputs.case.grid, inputs.case.sigmas(sigma)
     return lambda: segkern.gaussian_blur(query, grid, sigmas, backend=backend)
+
+
+def _mass(inputs: Inputs, sigma: float, backend: str = "auto") -> Call:
+    query, key = inputs.query, inputs.key
+    return lambda: segkern.attention_mass(query, key, backend=backend)
+
+
+def _naive_mass(inputs: Inputs, sigma: float) -> Call:
+    query, key, scale = inputs.query, inputs.key, inputs.case.head_dim**-0.5
+    return lambda: torch.softmax(torch.matmul(query, key.transpose(-2, -1)) * scale, dim=-1).sum(dim=-2).float()
 
 
 def _no_blurring(how: str, inputs: Inputs, sigma: float) -> str | None:
@@ -201,7 +211,7 @@ _ALL = (*_GUIDED, "coarse", "blur")
 
 _BASELINES = (
     Provider("sdpa", "PyTorch's attention, its own choice of backend, no blur", partial(_sdpa, None),
-             work.attention, _ALL, "plain"),
+             work.attention, (*_ALL, "mass"), "plain"),
     Provider("sdpa math", "the same, products and softmax one by one", partial(_sdpa, SDPBackend.MATH),
              work.attention, _GUIDED, "plain", scratch=work.logits_bytes),
     Provider("sdpa flash", "the same, FlashAttention", partial(_sdpa, SDPBackend.FLASH_ATTENTION),
@@ -258,4 +268,13 @@ _BLURS = (
     Provider("blur triton", "segkern's blur, Triton kernel", partial(_our_blur, backend="triton"),
              work.separable_blur, ("blur",), "blur", why_not=_no_triton),
 )  # fmt: skip
-PROVIDERS = {provider.name: provider for provider in (*_BASELINES, *_OTHERS, *_OURS, *_BLURS)}
+_MASSES = (
+    Provider("mass naive", "softmax of all scores, then their sum over the queries", _naive_mass,
+             partial(work.masses, passes=1), ("mass",), "mass", scratch=work.logits_bytes),
+    Provider("mass auto", "segkern's masses, its own choice", _mass, work.masses, ("mass",), "mass"),
+    Provider("mass torch", "segkern's masses in PyTorch, block by block", partial(_mass, backend="torch"),
+             partial(work.masses, passes=1), ("mass",), "mass"),
+    Provider("mass triton", "segkern's masses, Triton kernels", partial(_mass, backend="triton"),
+             work.masses, ("mass",), "mass", why_not=_no_triton),
+)  # fmt: skip
+PROVIDERS = {provider.name: provider for provider in (*_BASELINES, *_OTHERS, *_OURS, *_BLURS, *_MASSES)}

@@ -17,7 +17,7 @@ A row holds
 
 * ``case``, ``height``, ``width``, ``start``, ``tokens``, ``heads``, ``head_dim``, ``batch``, ``blurred`` (samples at
   the batch's end), ``dtype``, ``sigma`` (text, ``"inf"`` included), ``provider``, ``kind`` (``plain``: nothing is
-  blurred, ``attention``, ``blur``) and ``exact`` (false for an approximation);
+  blurred, ``attention``, ``blur``, ``mass``) and ``exact`` (false for an approximation);
 * ``error`` of the last sample, which is a blurred one: ``maximum``, ``rms`` and ``relative`` (of norms) against the
   float64 reference, the plain computation's ``plain_maximum`` and ``plain_rms``, ``largest_value``, and the part that
   was looked at: ``samples`` (both are held to the contract), ``heads``, ``rows`` (a count); null where it was not found
@@ -28,7 +28,7 @@ A row holds
 * ``ratio``: the same three of the headline over that of the fastest unblurred attention in the same round, whose name
   is ``ratio_to``; both null where none ran;
 * ``tflops``: FLOPs of unblurred attention of the whole batch over the median headline, so that it ranks as time does
-  (null for ``blur``);
+  (null for ``blur`` and ``mass``);
 * ``flops``, ``exps``, ``bytes``: the provider's own work, counted (:mod:`benchmarks.work`);
 * ``peak_mib``: memory that a call allocates at most, result included; ``clocks``: in MHz, right after the rounds;
   either may be a text that says why it is not known.

@@ -43,6 +43,7 @@ SUITES = {
         Suite("infinite", "What is left of it when the blurred third has one query row?", (math.inf,)),
         Suite("coarse", "What do blurred rows at every few tokens save, and how wrong are they?", SIGMAS[1:-1]),
         Suite("blur", "What does the blur cost alone, beside the attention that it comes before?"),
+        Suite("mass", "What do the masses of all keys cost, beside a forward of attention?", (0.0,)),
     )
 }
 

@@ -32,6 +32,13 @@ def attention(case: Case, sigma: float = 0.0) -> Work:
     return _rows(case, case.batch * case.tokens)
 
 
+def masses(case: Case, sigma: float = 0.0, *, passes: int = 2) -> Work:
+    """Masses of all keys: a product and an exponential per score and pass; queries and keys move, and little else."""
+    scores = float(passes * case.batch * case.heads * case.tokens**2)
+    moved = 2.0 * passes * case.batch * case.tokens * _row_bytes(case)
+    return Work(2.0 * scores * case.head_dim, scores, moved + 4.0 * case.batch * case.heads * case.tokens)
+
+
 def attention_of_points(case: Case, points: int) -> Work:
     """Attention where the blurred samples have so many rows for their grid; all outputs are written."""
     outside = case.tokens - case.grid.tokens

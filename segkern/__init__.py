@@ -8,6 +8,17 @@ diffusers adapter lives in :mod:`segkern.integrations.diffusers`.
 from segkern import energy, reference
 from segkern.api import coarse_error, gaussian_blur, seg_attention
 from segkern.grid import Grid
+from segkern.masses import attention_energy, attention_mass
 from segkern.version import __version__
 
-__all__ = ["Grid", "__version__", "coarse_error", "energy", "gaussian_blur", "reference", "seg_attention"]
+__all__ = [
+    "Grid",
+    "__version__",
+    "attention_energy",
+    "attention_mass",
+    "coarse_error",
+    "energy",
+    "gaussian_blur",
+    "reference",
+    "seg_attention",
+]

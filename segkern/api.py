@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from segkern import coarse_ops, ops, sdpa
 from segkern.arguments import check_grid, check_mask, check_qkv, check_tensor
@@ -19,6 +18,7 @@ from segkern.dispatch import check_backend, choose_backend
 from segkern.grid import Grid
 from segkern.heads import by_head
 from segkern.plans import Plan, plan_attention, takes_points
+from segkern.tracing import autocast_inputs, differentiable_backend, is_plain, is_unseen
 
 
 def gaussian_blur(
@@ -61,8 +61,8 @@ def gaussian_blur(
     sigmas = check_sigma(sigma, x.shape[0])  # type: ignore[arg-type]
     check_boundary(boundary)
     check_backend(backend)
-    backend = _differentiable(backend, x)
-    if _is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "torch":
+    backend = differentiable_backend(backend, x)
+    if is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "torch":
         return sdpa.gaussian_blur(x, grid, sigmas, boundary)
     return ops.gaussian_blur(x, grid.height, grid.width, grid.start, sigmas, boundary, backend)
 
@@ -124,7 +124,7 @@ def seg_attention(
         >>> seg_attention(q, k, v, Grid(26, 38), sigma=(0.0, math.inf)).shape
         torch.Size([2, 8, 988, 64])
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = autocast_inputs(check_qkv, query, key, value)
     if is_by_head(sigma):
         if query_stride not in (1, (1, 1)):
             raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
@@ -141,11 +141,11 @@ def seg_attention(
                 f"query_stride={query_stride} and return_lse={return_lse}"
             )
         return _attention_at(query, key, value, grid, sigma, scale, attn_mask, boundary, backend)
-    plain = _is_plain(query, key, value)
+    plain = is_plain(query, key, value)
     arguments: Any = (grid, sigma, scale, boundary, query_stride, backend)
     plan = plan_attention(query, key, value, *arguments, plain=plain)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
-    asked = _differentiable(backend, query, key, value, *(() if mask is None else (mask,)))
+    asked = differentiable_backend(backend, query, key, value, *(() if mask is None else (mask,)))
     if asked != backend:
         plan = replace(plan, backend=asked)
     attend = _coarse_attention if plan.coarse else _attention
@@ -221,11 +221,11 @@ def _attention(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Every query row."""
-    if _is_plain(query, key, value) and (mask is None or _is_plain(mask)):
+    if is_plain(query, key, value) and (mask is None or is_plain(mask)):
         arguments = (grid, plan.sigmas, plan.scale)
         if plan.backend == "torch":
             return sdpa.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
-        if _is_unseen(query, key, value, mask):
+        if is_unseen(query, key, value, mask):
             return ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
     where = (grid.height, grid.width, grid.start)
     output, lse = ops.seg_attention(
@@ -308,53 +308,13 @@ def coarse_queries(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], stride: tuple[int, int], boundary: str
 ) -> torch.Tensor:
     """The blurred image at the points of its coarse grid; see :func:`segkern.sdpa.coarse_queries`."""
-    if _is_plain(x):
+    if is_plain(x):
         return sdpa.coarse_queries(x, grid, sigmas, stride, boundary)
     return coarse_ops.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
 
 
 def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
     """From the points of the coarse grid to all tokens; see :func:`segkern.sdpa.coarse_outputs`."""
-    if _is_plain(x):
+    if is_plain(x):
         return sdpa.coarse_outputs(x, grid, stride, boundary)
     return coarse_ops.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
-
-
-def _is_plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are real tensors in an eager run, none that a tracer follows.
-
-    Only then may tables be made here, and a backend be chosen; operators do both when they run.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
-
-
-def _is_unseen(*tensors: torch.Tensor | None) -> bool:
-    """Whether nobody follows a call: no gradient, no transform, no mode. Then the operator's own function is called."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def _differentiable(backend: str, *tensors: torch.Tensor) -> str:
-    """The backend, or PyTorch's path where forward-mode derivatives are wanted, which operators do not have."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:  # outside of any forward-mode level
-        return backend
-    if all(forward_ad.unpack_dual(x).tangent is None for x in tensors):
-        return backend
-    if backend == "triton":
-        raise ValueError("backend='triton' has no forward-mode derivatives; take backend='torch'")
-    return "torch"
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """What autocast does to the arguments of PyTorch's attention."""
-    if not isinstance(tensors[0], torch.Tensor):
-        return tensors
-    device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return tensors
-    check_qkv(*tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

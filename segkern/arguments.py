@@ -39,22 +39,42 @@ def check_grid(grid: Grid, tokens: int) -> Grid:
 
 def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     """Raise a ValueError unless the three fit each other."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, x)
-        if x.dtype != query.dtype:
-            raise ValueError(f"query, key and value must share a dtype, got {query.dtype} and {name} in {x.dtype}")
-        if x.device != query.device:
-            raise ValueError(f"query, key and value must share a device, got {query.device} and {name} on {x.device}")
-        if x.shape[:2] != query.shape[:2]:
-            raise ValueError(
-                f"query, key and value must share batch and heads, got query {tuple(query.shape)} and "
-                f"{name} {tuple(x.shape)}"
-            )
+    _check_alike("query, key and value", query=query, key=key, value=value)
     if key.shape[3] != query.shape[3] or value.shape[2] != key.shape[2]:
         raise ValueError(
             f"key must be [batch, heads, keys, head_dim of query] and value [batch, heads, keys, value_dim], got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
+    _check_some_key(key)
+
+
+def check_qk(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raise a ValueError unless the two fit each other."""
+    _check_alike("query and key", query=query, key=key)
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"key must be [batch, heads, keys, head_dim of query], got query {tuple(query.shape)}, "
+            f"key {tuple(key.shape)}"
+        )
+    _check_some_key(key)
+
+
+def _check_alike(names: str, **tensors: torch.Tensor) -> None:
+    """Dtype, device, batch and heads."""
+    query = tensors["query"]
+    for name, x in tensors.items():
+        check_tensor(name, x)
+        if x.dtype != query.dtype:
+            raise ValueError(f"{names} must share a dtype, got {query.dtype} and {name} in {x.dtype}")
+        if x.device != query.device:
+            raise ValueError(f"{names} must share a device, got {query.device} and {name} on {x.device}")
+        if x.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"{names} must share batch and heads, got query {tuple(query.shape)} and {name} {tuple(x.shape)}"
+            )
+
+
+def _check_some_key(key: torch.Tensor) -> None:
     if key.shape[2] == 0:
         raise ValueError(f"attention needs at least one key, got key {tuple(key.shape)}")
 

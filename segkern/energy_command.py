@@ -72,9 +72,9 @@ def energy(
         recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
     job = Job(prompt, negative_prompt, *size, seed, steps, guidance_scale)
     with recorder:
-        picture = draw_all(pipe, job, [None])[0].image
+        picture = draw_all(pipe, job, [()])[0].image
 
-    details = describe(source, job, None, kind)
+    details = describe(source, job, (), kind)
     found = energy_report.summary(recorder, details, boundary)
     save(picture, out / _PICTURE, details)
     energy_report.write(out / _JSON, found)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from segkern import coarse_ops, ops  # noqa: F401  they are defined there
+from segkern import coarse_ops, mass_ops, ops  # noqa: F401  they are defined there
 from segkern.coarse import coarse_grid
 from segkern.grid import Grid
 
@@ -64,6 +64,23 @@ def seg_attention_at_flop(query: Shape, key: Shape, value: Shape, *args: Any, **
     """``segkern::seg_attention_at``: its sigmas are not known beforehand, so every row counts, and no blur."""
     batch, heads, tokens, dim = query
     return 2 * batch * heads * tokens * key[2] * (dim + value[3])
+
+
+@register_flop_formula(torch.ops.segkern.attention_mass)
+def attention_mass_flop(query: Shape, key: Shape, *args: Any, **kwargs: Any) -> int:
+    """``segkern::attention_mass``: scores for the rows' sums and again for the keys', as the kernels do."""
+    batch, heads, tokens, dim = query
+    return 2 * 2 * batch * heads * tokens * key[2] * dim
+
+
+@register_flop_formula(torch.ops.segkern.attention_energy)
+def attention_energy_flop(
+    query: Shape, key: Shape, height: int, width: int, start: int, sigma: Sequence[float], *args: Any, **kwargs: Any
+) -> int:
+    """``segkern::attention_energy``: the scores once, of one row for the image of a sample of infinite sigma."""
+    _, heads, tokens, dim = query
+    rows = sum(tokens - height * width + 1 if math.isinf(s) else tokens for s in sigma)
+    return 2 * heads * rows * key[2] * dim + _blur(query, height, width, sigma)
 
 
 @register_flop_formula(torch.ops.segkern.coarse_queries)

@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from segkern.api import gaussian_blur, seg_attention
+from segkern.api import gaussian_blur
 from segkern.arguments import check_grid, check_scale, check_tensor
 from segkern.blur import check_boundary, check_sigma
 from segkern.grid import Grid
+from segkern.masses import attention_energy
 from segkern.sdpa import full_precision
 
 Over = Literal["keys", "queries"]
-_ROWS_AT_ONCE = 1024  # float64 logits of so many rows are formed at a time
 
 
 class Moments(NamedTuple):
@@ -121,10 +121,7 @@ def row_lse(
 ) -> torch.Tensor:
     """The log-sum-exp of each blurred query's logits over the keys, ``[batch, heads, tokens]`` in the query's dtype."""
     with full_precision(query.device):
-        if query.dtype == torch.float32:  # the output is not wanted; values as wide as keys suit every backend
-            return seg_attention(query, key, key, grid, sigmas, scale=scale, boundary=boundary, return_lse=True)[1]
-        rows = gaussian_blur(query, grid, sigmas, boundary=boundary).split(_ROWS_AT_ONCE, dim=2)
-        return torch.cat([torch.logsumexp(scale * some @ key.transpose(-2, -1), dim=-1) for some in rows], dim=-1)
+        return -attention_energy(query, key, grid, sigmas, scale=scale, boundary=boundary)
 
 
 def _covariance(centred: torch.Tensor) -> torch.Tensor:

@@ -56,17 +56,43 @@ def attention(
 
     A row whose keys are all masked gives 0 and a log-sum-exp of minus infinity, as PyTorch's does.
     """
-    compute = _compute_dtype(query.dtype)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = torch.matmul(query.to(compute), key.to(compute).transpose(-2, -1)) * scale
+    logits = _logits(query, key, scale)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             logits = logits.masked_fill(~attn_mask, float("-inf"))
         else:
-            logits = logits + attn_mask.to(compute)
+            logits = logits + attn_mask.to(logits.dtype)
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.softmax(logits, dim=-1).masked_fill((lse == float("-inf"))[..., None], 0.0)
-    return torch.matmul(weights, value.to(compute)).to(query.dtype), lse
+    return torch.matmul(weights, value.to(weights.dtype)).to(query.dtype), lse
+
+
+def attention_mass(query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+    """For each key the sum of its probabilities over the queries; see :func:`segkern.attention_mass`."""
+    return torch.softmax(_logits(query, key, scale), dim=-1).sum(dim=-2)
+
+
+def attention_energy(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid | None = None,
+    sigma: float | Iterable[float] = 0.0,
+    *,
+    scale: float | None = None,
+    boundary: str = "reflect",
+) -> torch.Tensor:
+    """Minus the log-sum-exp of every blurred query's logits; see :func:`segkern.attention_energy`."""
+    if grid is not None:
+        query = gaussian_blur(query, grid, sigma, boundary=boundary)
+    elif any(check_sigma(sigma, query.shape[0])):
+        raise ValueError(f"a blur needs a grid, got grid=None and sigma={sigma}")
+    return -torch.logsumexp(_logits(query, key, scale), dim=-1)
+
+
+def _logits(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
+    compute = _compute_dtype(query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.matmul(query.to(compute), key.to(compute).transpose(-2, -1)) * scale
 
 
 def seg_attention(

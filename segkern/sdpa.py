@@ -29,7 +29,7 @@ def _kind(sigma: float) -> int:
     return _UNIFORM if math.isinf(sigma) else _BLURRED
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -42,10 +42,10 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device_type=kind, enabled=False)
 
 
-def _grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+def grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Mean token of the image, ``[batch, heads, 1, dim]`` in the input's dtype."""
     image = x[:, :, grid.start : grid.stop]
-    return image.mean(dim=2, keepdim=True, dtype=_compute_dtype(x.dtype)).to(x.dtype)
+    return image.mean(dim=2, keepdim=True, dtype=compute_dtype(x.dtype)).to(x.dtype)
 
 
 def _mix_image(image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -76,11 +76,11 @@ def _mix_grid(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Te
 def _blur_run(x: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint: bool = False) -> torch.Tensor:
     """Blur a run of samples of one positive sigma; tokens outside the grid pass through."""
     if not math.isinf(sigma):
-        compute = _compute_dtype(x.dtype)
+        compute = compute_dtype(x.dtype)
         matrices = [cached_blur_matrix(n, sigma, boundary, compute, x.device) for n in (grid.height, grid.width)]
         rows, columns = [matrix.T for matrix in matrices] if adjoint else matrices
         return _mix_grid(x, grid, rows, columns)
-    image = _grid_mean(x, grid).expand(-1, -1, grid.tokens, -1)  # the mean over the grid is its own adjoint
+    image = grid_mean(x, grid).expand(-1, -1, grid.tokens, -1)  # the mean over the grid is its own adjoint
     if grid.tokens == x.shape[2]:
         return image
     return torch.cat([x[:, :, : grid.start], image, x[:, :, grid.stop :]], dim=2)
@@ -116,7 +116,7 @@ def coarse_queries(
     the transpose, which brings them back.
     """
     coarse = coarse_grid(grid, stride, boundary)
-    compute = _compute_dtype(x.dtype)
+    compute = compute_dtype(x.dtype)
     parts = []
     for samples, sigma in runs(sigmas):
         matrices = [
@@ -138,7 +138,7 @@ def coarse_outputs(
 ) -> torch.Tensor:
     """From the points of the coarse grid to all tokens of ``grid``; ``adjoint`` applies the transpose."""
     coarse = coarse_grid(grid, stride, boundary)
-    compute = _compute_dtype(y.dtype)
+    compute = compute_dtype(y.dtype)
     rows, columns = (
         cached_interpolation_matrix(n, m, boundary, compute, y.device)
         for n, m in ((grid.height, coarse.height), (grid.width, coarse.width))
@@ -167,7 +167,7 @@ def attend(
 
 def _row_lse(query: torch.Tensor, key: torch.Tensor, scale: float, attn_mask: torch.Tensor | None) -> torch.Tensor:
     """Log-sum-exp of the rows' logits in float32, ``[batch, heads, tokens]``, a block of rows at a time."""
-    compute = _compute_dtype(query.dtype)
+    compute = compute_dtype(query.dtype)
     blocks = []
     for first in range(0, query.shape[2], _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
@@ -198,7 +198,7 @@ def _attend_uniform(
     """Attention at infinite sigma: one row for the whole image, the other tokens as they are."""
     if attn_mask is not None and attn_mask.shape[-2] != 1:  # the mask makes rows differ although queries do not
         return attend(_blur_run(query, grid, math.inf, "reflect"), key, value, scale, attn_mask, return_lse)
-    row, row_lse = attend(_grid_mean(query, grid), key, value, scale, attn_mask, return_lse)
+    row, row_lse = attend(grid_mean(query, grid), key, value, scale, attn_mask, return_lse)
     image = row.expand(-1, -1, grid.tokens, -1)
     image_lse = None if row_lse is None else row_lse.expand(-1, -1, grid.tokens)
     if grid.tokens == query.shape[2]:
@@ -259,7 +259,7 @@ def seg_attention_backward(
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and an additive mask, probabilities recomputed a block of rows at a time."""
-    compute = _compute_dtype(query.dtype)
+    compute = compute_dtype(query.dtype)
     additive = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
     blurred = gaussian_blur(query, grid, sigmas, boundary).to(compute)
     k, v, grad = key.to(compute), value.to(compute), grad_out.to(compute)

@@ -63,6 +63,12 @@ def plain_attention(
     return torch.softmax(logits, dim=-1).nan_to_num(nan=0.0) @ value
 
 
+def plain_mass(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+    """Masses of keys in plain PyTorch, every step at the input's dtype."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1).sum(dim=-2)
+
+
 def oracle_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, sigma: object, **options: object
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark_tools import quick_run
+from benchmark_tools import command, quick_run
 
 from benchmarks import checks, machine, results, tables, timing, tune, work
 from benchmarks.cases import CASES, REAL, TINY, Case, Inputs
@@ -123,7 +123,7 @@ def test_an_approximation_is_timed_and_its_error_told() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_ways_compute_the_same_around_text(sigma: float, dtype: torch.dtype) -> None:
     inputs = TEXT.of(dtype).inputs(CPU)
-    wanted = {kind: checks.expected(inputs, sigma, kind) for kind in ("plain", "attention", "blur")}
+    wanted = {kind: checks.expected(inputs, sigma, kind) for kind in ("plain", "attention", "blur", "mass")}
     looked_at = 0
     for name, provider in PROVIDERS.items():
         if name == "flex" or not provider.exact or provider.why_not(inputs, sigma):
@@ -134,6 +134,19 @@ def test_all_ways_compute_the_same_around_text(sigma: float, dtype: torch.dtype)
         assert not wrong, f"{name}: {wrong}"
         looked_at += 1
     assert looked_at >= 10
+
+
+def test_masses_are_measured_beside_a_forward(tmp_path: Path) -> None:
+    ran = command("run", "--quick", "--device", "cpu", "--suite", "mass", "--out", tmp_path / "mass.json")
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    for row in results.read(tmp_path / "mass.json")["rows"]:
+        assert (row["reason"] is not None) == (row["provider"] == "mass triton")
+        assert row["reason"] or (row["ratio"]["median"] > 0 and row["ratio_to"] == "sdpa")
+    inputs = TEXT.inputs(CPU)
+    wanted, auto = checks.expected(inputs, 0.0, "mass"), PROVIDERS["mass auto"]
+    result = auto.make(inputs, 0.0)()
+    for wrong, reason in ((result * 1.0001, "numerics contract"), (result.double(), "dtype"), (result[:1], "shape")):
+        assert reason in checks.judge(auto, wrong, inputs, wanted)[1]
 
 
 def test_what_does_not_fit_the_memory_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +331,7 @@ def test_work_is_counted_as_the_algorithms_need_it() -> None:
     count = {name: provider.count(case, 10.0) for name, provider in PROVIDERS.items()}
     assert count["stride 4"].flops < count["stride 2"].flops < plain.flops < count["separable"].flops
     assert count["separable"].flops < count["official"].flops
+    assert count["mass auto"].flops == 2 * count["mass naive"].flops == plain.flops
     assert PROVIDERS["auto"].count(case, math.inf).flops == pytest.approx(plain.flops * 2 / 3, rel=1e-3)
 
 

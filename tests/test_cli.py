@@ -18,7 +18,7 @@ from single_file import write_single_file
 
 from segkern.evaluation import report
 from segkern.loading import DEMO, find_device, find_model
-from segkern.pictures import Row, Tile, contact_sheet, difference, drawable
+from segkern.pictures import difference
 from segkern.version import __version__
 
 PROMPT = "a large red ring"
@@ -346,18 +346,3 @@ main()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr == f'segkern: {package} is not installed; pip install "segkern[cli]"\n'
-
-
-def test_sheet_enlarges_small_pictures_alike_and_wraps_its_caption() -> None:
-    wide, tall = Image.new("RGB", (160, 96), "red"), Image.new("RGB", (128, 128), "blue")
-    short = contact_sheet([Row([Tile(wide, "a")] * 2), Row([Tile(tall, "b")] * 2, "heading")], "caption")
-    long = contact_sheet([Row([Tile(wide, "a")] * 2), Row([Tile(tall, "b")] * 2, "heading")], "caption " * 40)
-    assert long.width == short.width
-    assert long.height > short.height
-    colours = {colour: count for count, colour in short.getcolors(maxcolors=100_000)}
-    assert colours[255, 0, 0] == 2 * 320 * 192
-    assert colours[0, 0, 255] == 2 * 256 * 256
-
-
-def test_text_that_the_font_lacks() -> None:
-    assert drawable("Füchse, 狐 – ok") == "Fuchse, ? ? ok"

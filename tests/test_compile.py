@@ -19,7 +19,7 @@ from segkern.dispatch import triton_is_installed
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-LOOPING = ("_tiled_attention_kernel", "_split_attention_kernel")
+LOOPING = ("_tiled_attention_kernel", "_split_attention_kernel", "_attention_energy_kernel", "_attention_mass_kernel")
 
 pytestmark = pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
 
@@ -38,6 +38,8 @@ def test_kernels_compile_without_spills(target: str) -> None:
         "_gaussian_blur_kernel",
         "_split_attention_kernel",
         "_combine_splits_kernel",
+        "_attention_energy_kernel",
+        "_attention_mass_kernel",
     }
     for record in records:  # the loop over keys is found, and it is that of the tile
         if record["kernel"] in LOOPING and record["dtype"] != "fp32" and not record["masked"]:

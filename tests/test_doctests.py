@@ -31,6 +31,7 @@ MODULES = [
     "segkern.kernels._routes",
     "segkern.kernels._tables",
     "segkern.loading",
+    "segkern.masses",
     "segkern.options",
     "segkern.tables",
     "segkern.integrations.diffusers.specs",

@@ -163,3 +163,15 @@ def test_the_counter_sees_sigmas_that_are_known_only_when_it_runs_as_every_row()
     with FlopCounterMode(display=False) as counter:
         torch.ops.segkern.seg_attention_at(query, query, query, None, 5, 6, 0, sigma, 0.25, "reflect", "torch")
     assert counter.get_total_flops() == 4 * 2 * 3 * 30 * 30 * 16
+
+
+def test_masses_count_the_scores_twice_and_energies_once() -> None:
+    query, key = torch.empty(3, 2, 30, 16, device="meta"), torch.empty(3, 2, 40, 16, device="meta")
+    scores = 2 * 2 * 30 * 40 * 16  # of one sample
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.segkern.attention_mass(query, key, 0.25, "torch")
+    assert counter.get_total_flops() == 2 * 3 * scores
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.segkern.attention_energy(query, key, 5, 6, 0, [0.0, 2.0, math.inf], 0.25, "reflect", "torch")
+    blur = 2 * 2 * 16 * 30 * (5 + 6)
+    assert counter.get_total_flops() == 2 * scores + scores // 30 + blur

@@ -26,11 +26,7 @@ from segkern.integrations.diffusers.attention import self_attention, tokens_of
 from segkern.integrations.diffusers.projections import Projections
 from segkern.integrations.diffusers.rows import EVERY_ROW, Stride, is_finite
 from segkern.integrations.diffusers.sigmas import Sigma
-
-
-def attention_mass(query, key, *, scale, backend):
-    return torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1).sum(dim=-2)
-
+from segkern.masses import attention_mass
 
 STANDARD_PROCESSORS = (
     AttnProcessor,

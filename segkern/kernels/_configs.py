@@ -9,7 +9,7 @@ measured, ``tuned.json`` beside this file has what was faster there; ``python -m
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -250,6 +250,34 @@ def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int, mask
     # So that no target spills, with any of the versions of Triton.
     eight = padded > 96 or ((masked or padded > 64) and _FAMILY.get(arch) != "sm_100")
     return Tile(64, 32, 0, 8 if eight else 4, 2)
+
+
+def scores_tile(device: torch.device, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of energies and masses on a device."""
+    return scores_tile_for(architecture(device), head_dim, dtype)
+
+
+@lru_cache(maxsize=256)
+def scores_tile_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of energies and masses for an architecture by name: BLOCK_M stay, BLOCK_N come by.
+
+    Both passes over queries and keys have the same one, so that a product rounds the same in both. It is attention's,
+    but a program sums probabilities up in a tile of its own beside that of the logits. So that two fit a multiprocessor
+    of NVIDIA's all the same, heads in one part are told the limit of registers; where that spills, fewer come by.
+    """
+    if arch == "interpreter":
+        return _INTERPRETER
+    tile = default_tile(arch, head_dim, dtype)
+    block_d, block_r = split_head_dim(head_dim)
+    if dtype.itemsize == 4:
+        return replace(tile, block_n=16) if block_d + block_r == 256 else tile
+    family = _FAMILY.get(arch, "gfx942" if arch.startswith("gfx") else _DEFAULT_FAMILY)
+    if block_r == 0 and family in ("sm_80", "sm_86", "sm_90"):
+        return replace(tile, max_registers=_TWO_PROGRAMS)
+    if family in ("gfx942", "sm_90"):
+        return tile
+    most = 16 if family == "sm_86" and 128 < block_d + block_r < 256 else 32
+    return replace(tile, block_n=min(tile.block_n, most))
 
 
 @lru_cache(maxsize=1024)

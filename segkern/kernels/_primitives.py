@@ -64,6 +64,15 @@ def store_tile(
 
 
 @triton.jit
+def multiply_tiles(x, x_rest, y, y_rest, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
+    """``x y^T`` of tiles whose channels lie in one part, or in two with BLOCK_R."""
+    products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    if BLOCK_R > 0:
+        products = tl.dot(x_rest, tl.trans(y_rest), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def online_softmax_update(logits, row_max, row_sum):
     """Probabilities (not normalised), new maximum and sum, and the factor for what was accumulated so far.
 

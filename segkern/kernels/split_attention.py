@@ -228,14 +228,17 @@ def launch_uniform_attention(
     attn_mask: torch.Tensor | None,
 ) -> None:
     """Write the image tokens of ``samples`` at infinite sigma; ``attn_mask`` must not differ between queries."""
-    if grid.tokens == 1:  # its own mean
-        rows, query_samples = query[:, :, grid.start : grid.stop], samples
-    else:
-        image = query if grid.tokens == query.shape[2] else query[:, :, grid.start : grid.stop]
-        means = [_mean(image[run]) for run in consecutive(samples)]
-        rows = means[0] if len(means) == 1 else torch.cat(means)
-        query_samples = tuple(range(len(samples)))
+    rows, query_samples = mean_query(query, grid, samples)
     _launch(rows, query_samples, key, value, out, lse, samples, grid.start, grid.tokens, scale, attn_mask)
+
+
+def mean_query(query: torch.Tensor, grid: Grid, samples: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The mean of the image's queries of some samples, ``[any, heads, 1, head_dim]``, and where each sample's is."""
+    if grid.tokens == 1:  # its own mean
+        return query[:, :, grid.start : grid.stop], samples
+    image = query if grid.tokens == query.shape[2] else query[:, :, grid.start : grid.stop]
+    means = [_mean(image[run]) for run in consecutive(samples)]
+    return means[0] if len(means) == 1 else torch.cat(means), tuple(range(len(samples)))
 
 
 def _mean(image: torch.Tensor) -> torch.Tensor:

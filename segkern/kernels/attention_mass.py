@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Attention's probabilities summed over the queries, in two passes, without ever forming their matrix.
+
+Mathematics, for one sample and head::
+
+    m[i], s[i] = row statistics, see attention_energy.py                       (pass one)
+    mass[j] = sum_i exp(scale * (q[i] k[j]^T - m[i])) / s[i]                   (pass two)
+
+Pass two is pass one with the roles changed: a program has a tile of keys and walks over the queries in blocks. It adds
+probabilities up in registers, one sum per key and place in a block, and reduces those once at its end: every key has
+one writer and one order of adding, so that results are the same at every run.
+
+Launch grid of pass two: one program per (sample, head, share of the queries, tile of BLOCK_M keys), tiles next to each
+other so that they share the head's queries in L2. Only few keys, as those of a text, have the queries shared out; the
+shares are summed by PyTorch.
+
+Memory traffic per head: K once per share, Q and two float32 a query once per tile from L2, a float32 a key and share.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from segkern.kernels._configs import key_splits, multiprocessors, scores_tile
+from segkern.kernels._launch import device_guard, strides_are_wide
+from segkern.kernels._primitives import LOG2E, load_tile, multiply_tiles
+from segkern.kernels.attention_energy import launch_statistics, positive_scale, scores_constants
+
+
+@triton.jit
+def _add_blocks(
+    k,
+    k_rest,
+    acc,
+    q_ptr,
+    max_ptr,
+    inverse_ptr,
+    first,
+    stop,
+    queries,
+    stride_qn,
+    stride_qd,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Probabilities of blocks of queries that begin in ``first .. stop - 1``; only with TAIL past the last query."""
+    offs_n = tl.arange(0, BLOCK_N)
+    for n in tl.range(first, stop, BLOCK_N):
+        mask_n = n + offs_n < queries
+        if TAIL:
+            row_max = tl.load(max_ptr + n + offs_n, mask=mask_n, other=0.0)
+            inverse = tl.load(inverse_ptr + n + offs_n, mask=mask_n, other=0.0)
+        else:
+            row_max = tl.load(max_ptr + n + offs_n)
+            inverse = tl.load(inverse_ptr + n + offs_n)
+        q_tile = q_ptr + tl.cast(n, tl.int64) * stride_qn
+        q = load_tile(q_tile, offs_n, mask_n, stride_qn, stride_qd, 0, HEAD_DIM, BLOCK_D, TAIL)  # [BLOCK_N, BLOCK_D]
+        q_rest = 0.0
+        if BLOCK_R > 0:
+            q_rest = load_tile(q_tile, offs_n, mask_n, stride_qn, stride_qd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
+        products = multiply_tiles(k, k_rest, q, q_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
+        # No probability exceeds 1, should a product of huge numbers round differently than in pass one.
+        exponents = tl.minimum((products - row_max[None, :]) * scale, 0.0)
+        acc += tl.math.exp2(exponents) * inverse[None, :]
+    return acc
+
+
+@triton.jit
+def _attention_mass_kernel(
+    q_ptr,
+    k_ptr,
+    max_ptr,  # float32 [batch, heads, queries], contiguous
+    inverse_ptr,  # float32, the same
+    out_ptr,  # float32 [splits, batch, heads, keys], contiguous
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    batch,
+    heads,
+    queries,
+    keys,
+    queries_per_split,
+    splits,
+    scale,  # of the logits, times log2(e); positive
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # keys
+    BLOCK_N: tl.constexpr,  # queries; divides queries_per_split
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_QUERIES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if WIDE:  # offsets inside a tile exceed 32 bits
+        stride_qn, stride_qd = tl.cast(stride_qn, tl.int64), tl.cast(stride_qd, tl.int64)
+        stride_kn, stride_kd = tl.cast(stride_kn, tl.int64), tl.cast(stride_kd, tl.int64)
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(keys, BLOCK_M)
+    start_m = tl.cast((pid % tiles) * BLOCK_M, tl.int64)
+    split = (pid // tiles) % splits
+    head_of_sample = tl.cast(pid // (tiles * splits), tl.int64)
+    head = head_of_sample % heads
+    sample = head_of_sample // heads
+
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = start_m + offs_m < keys
+    q_ptr += sample * stride_qb + head * stride_qh
+    k_ptr += sample * stride_kb + head * stride_kh + start_m * stride_kn
+    max_ptr += head_of_sample * queries
+    inverse_ptr += head_of_sample * queries
+    k = load_tile(k_ptr, offs_m, mask_m, stride_kn, stride_kd, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    k_rest = 0.0
+    if BLOCK_R > 0:
+        k_rest = load_tile(k_ptr, offs_m, mask_m, stride_kn, stride_kd, BLOCK_D, HEAD_DIM, BLOCK_R, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+
+    first = split * queries_per_split
+    stop = tl.minimum(first + queries_per_split, queries)
+    full = tl.minimum(stop, queries - queries % BLOCK_N)
+    acc = _add_blocks(
+        k,
+        k_rest,
+        acc,
+        q_ptr,
+        max_ptr,
+        inverse_ptr,
+        first,
+        full,
+        queries,
+        stride_qn,
+        stride_qd,
+        scale,
+        HEAD_DIM,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_R,
+        False,
+        PRECISION,
+    )
+    if not EVEN_QUERIES:
+        acc = _add_blocks(
+            k,
+            k_rest,
+            acc,
+            q_ptr,
+            max_ptr,
+            inverse_ptr,
+            full,
+            stop,
+            queries,
+            stride_qn,
+            stride_qd,
+            scale,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_R,
+            True,
+            PRECISION,
+        )
+
+    out_ptr += (tl.cast(split, tl.int64) * batch * heads + head_of_sample) * keys + start_m
+    tl.store(out_ptr + offs_m, tl.sum(acc, axis=1), mask=mask_m)
+
+
+def launch_attention_mass(query: torch.Tensor, key: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+    """Write masses to ``out``, float32 ``[batch, heads, keys]``, contiguous."""
+    batch, heads, queries, head_dim = query.shape
+    if out.numel() == 0:
+        return
+    if queries == 0:
+        out.zero_()
+        return
+    query, scale = positive_scale(query, scale)
+    maxima, inverse_sums = query.new_empty(2, batch, heads, queries, dtype=torch.float32)
+    launch_statistics(query, key, maxima, inverse_sums, scale)
+    keys = key.shape[2]
+    tile = scores_tile(query.device, head_dim, query.dtype)
+    programs = -(-keys // tile.block_m) * heads * batch
+    splits, queries_per_split = key_splits(programs, queries, tile.block_n, multiprocessors(query.device))
+    shares = out[None] if splits == 1 else out.new_empty(splits, batch, heads, keys)
+    with device_guard(query.device):
+        _attention_mass_kernel[(programs * splits,)](
+            query,
+            key,
+            maxima,
+            inverse_sums,
+            shares,
+            *query.stride(),
+            *key.stride(),
+            batch,
+            heads,
+            queries,
+            keys,
+            queries_per_split,
+            splits,
+            scale * LOG2E.value,
+            EVEN_QUERIES=queries % tile.block_n == 0,
+            WIDE=strides_are_wide(query.stride(), key.stride()),
+            **scores_constants(tile, head_dim, query.dtype),
+        )
+    if splits > 1:
+        torch.sum(shares, dim=0, out=out)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators ``segkern::attention_mass`` and ``segkern::attention_energy``, and those of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from segkern import scores
+from segkern.blur import check_boundary
+from segkern.dispatch import choose_backend
+from segkern.grid import Grid
+from segkern.ops import TAGS, checked
+from segkern.sdpa import compute_dtype
+
+
+@torch.library.custom_op("segkern::attention_mass", mutates_args=(), tags=TAGS)
+def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    """See :func:`segkern.attention_mass`."""
+    if choose_backend(query.device, query.dtype, query.shape[3], backend)[0] == "triton":
+        return fused_mass(query, key, scale)
+    return scores.attention_mass(query, key, scale)
+
+
+def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """The operator's Triton path without the operator: no gradient, no tracer; arguments are checked already."""
+    from segkern.kernels.attention_mass import launch_attention_mass
+
+    out = query.new_empty(key.shape[:3], dtype=torch.float32)
+    launch_attention_mass(query, key, out, scale)
+    return out
+
+
+@attention_mass.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    return query.new_empty(key.shape[:3], dtype=compute_dtype(query.dtype))
+
+
+@torch.library.custom_op("segkern::attention_mass_backward", mutates_args=(), tags=TAGS)
+def attention_mass_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of query and key."""
+    return scores.attention_mass_backward(grad, query, key, scale)
+
+
+@attention_mass_backward.register_fake
+def _(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@torch.library.custom_op("segkern::attention_energy", mutates_args=(), tags=TAGS)
+def attention_energy(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float,
+    boundary: str,
+    backend: str,
+) -> torch.Tensor:
+    """See :func:`segkern.attention_energy`."""
+    grid, sigmas = checked(query, height, width, start, sigma)
+    check_boundary(boundary)
+    if choose_backend(query.device, query.dtype, query.shape[3], backend)[0] == "triton":
+        return fused_energy(query, key, grid, sigmas, scale, boundary)
+    return scores.attention_energy(query, key, grid, sigmas, scale, boundary)
+
+
+def fused_energy(
+    query: torch.Tensor, key: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], scale: float, boundary: str
+) -> torch.Tensor:
+    """The same for energies."""
+    from segkern.kernels.attention_energy import launch_attention_energy
+
+    out = query.new_empty(query.shape[:3], dtype=torch.float32)
+    launch_attention_energy(query, key, out, grid, sigmas, scale, boundary)
+    return out
+
+
+@attention_energy.register_fake
+def _(query: torch.Tensor, *arguments: object) -> torch.Tensor:
+    return query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
+
+
+@torch.library.custom_op("segkern::attention_energy_backward", mutates_args=(), tags=TAGS)
+def attention_energy_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float,
+    boundary: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of query and key."""
+    grid, sigmas = checked(query, height, width, start, sigma)
+    return scores.attention_energy_backward(grad, query, key, grid, sigmas, scale, boundary)
+
+
+@attention_energy_backward.register_fake
+def _(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *arguments: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.arguments = inputs[2:-1]  # all but the backend
+
+
+def _mass_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *attention_mass_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None
+
+
+def _energy_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *attention_energy_backward(grad, *ctx.saved_tensors, *ctx.arguments), *(None,) * 7
+
+
+attention_mass.register_autograd(_mass_gradient, setup_context=_context)
+attention_energy.register_autograd(_energy_gradient, setup_context=_context)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who follows a call: tracers, transforms, derivatives, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are real tensors in an eager run, none that a tracer follows.
+
+    Only then may tables be made here, and a backend be chosen; operators do both when they run.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def is_unseen(*tensors: torch.Tensor | None) -> bool:
+    """Whether nobody follows a call: no gradient, no transform, no mode. Then the operator's own function is called."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether only PyTorch's own operations will do: under ``torch.func`` or with forward-mode derivatives."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or _has_tangent(*tensors)
+
+
+def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
+    """The backend, or PyTorch's path where forward-mode derivatives are wanted, which operators do not have."""
+    if torch.compiler.is_compiling() or not _has_tangent(*tensors):
+        return backend
+    if backend == "triton":
+        raise ValueError("backend='triton' has no forward-mode derivatives; take backend='torch'")
+    return "torch"
+
+
+def _has_tangent(*tensors: torch.Tensor) -> bool:
+    if forward_ad._current_level < 0:  # outside of any forward-mode level
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def autocast_inputs(check: Callable[..., None], *tensors: Any) -> tuple[Any, ...]:
+    """What autocast does to the arguments of PyTorch's attention; they are checked before they are cast."""
+    if not isinstance(tensors[0], torch.Tensor):
+        return tensors
+    device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return tensors
+    check(*tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

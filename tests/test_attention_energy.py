@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attention_energy``: the numerics contract on both backends, what energies must satisfy, gradients, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from contract import LAYOUTS, assert_contract, draw, plain_blur
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import segkern
+from segkern import Grid, reference, scores
+from segkern.blur import BOUNDARIES, check_sigma
+from segkern.dispatch import triton_is_installed
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+BACKENDS = ["torch"] + (["triton"] if triton_is_installed() else [])
+PLAIN_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    # NumPy, which the interpreter computes with, reports the arithmetic of infinities and NaNs that tests put in.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+USUAL = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
+GRID, SIGMA = Grid(3, 4, start=1), (0.0, 1.5, math.inf)
+WHERE = (3, 4, 1, list(SIGMA))
+
+sigmas = st.one_of(st.just(0.0), st.floats(0.2, 30.0), st.just(math.inf))
+
+
+def dtypes(backend: str) -> list[torch.dtype]:
+    """Triton's interpreter computes wrong bfloat16 products."""
+    return PLAIN_DTYPES if CUDA or backend == "torch" else PLAIN_DTYPES[:2]
+
+
+EVERY = [pytest.param(b, d, id=f"{b}-{str(d).removeprefix('torch.')}") for b in BACKENDS for d in dtypes(b)]
+
+
+def plain_energy(
+    query: torch.Tensor, key: torch.Tensor, grid: Grid | None, sigma: object, scale: float | None, boundary: str
+) -> torch.Tensor:
+    """Plain PyTorch, every step at the input's dtype."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query = query if grid is None else plain_blur(query, grid, sigma, boundary)
+    return -torch.logsumexp(query @ key.transpose(-2, -1) * scale, dim=-1)
+
+
+def check_energy(
+    shape: tuple[int, int, int, int],
+    keys: int,
+    grid: Grid | None,
+    sigma: object,
+    dtype: torch.dtype,
+    backend: str,
+    layouts: tuple[str, str] = ("tokens_first",) * 2,
+    scale: float | None = None,
+    boundary: str = "reflect",
+) -> None:
+    """Sample by sample: energies of blurred rows are nearer to each other than those of others."""
+    batch, heads, _, dim = shape
+    query = draw(shape, dtype, DEVICE, layouts[0])
+    key = draw((batch, heads, keys, dim), dtype, DEVICE, layouts[1])
+    found = segkern.attention_energy(query, key, grid, sigma, scale=scale, boundary=boundary, backend=backend)
+    assert found.dtype == torch.float32
+    oracle = reference.attention_energy(query.double(), key.double(), grid, sigma, scale=scale, boundary=boundary)
+    plain = plain_energy(query, key, grid, sigma, scale, boundary)
+    for sample, value in enumerate(check_sigma(sigma, batch)):
+        assert_contract(found[sample], oracle[sample], plain[sample])
+        if grid is not None and math.isinf(value):
+            image = found[sample, :, grid.start : grid.stop]
+            assert torch.equal(image, image[:, :1].expand_as(image))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@settings(max_examples=25, suppress_health_check=USUAL)
+@given(data=st.data())
+def test_any_grid_stride_sigma_and_batch(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    grid = Grid(data.draw(st.integers(1, 7)), data.draw(st.integers(1, 11)), data.draw(st.integers(0, 5)))
+    batch, tokens = data.draw(st.integers(1, 3)), grid.stop + data.draw(st.integers(0, 5))
+    shape = batch, data.draw(st.integers(1, 2)), tokens, data.draw(st.sampled_from([1, 8, 16, 24, 40, 64, 80]))
+    check_energy(
+        shape,
+        data.draw(st.integers(1, 70)),
+        grid,
+        tuple(data.draw(sigmas) for _ in range(batch)),
+        dtype,
+        backend,
+        (data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from(LAYOUTS))),
+        data.draw(st.sampled_from([None, 0.2, -0.3, 0.0])),
+        data.draw(st.sampled_from(BOUNDARIES)),
+    )
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize("dim", [1, 16, 40, 64, 80, 100, 128, 160, 256])
+def test_head_dimensions(dim: int, backend: str, dtype: torch.dtype) -> None:
+    check_energy((2, 1, 45, dim), 39, None, 0.0, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("tokens", "keys"), [(300, 9), (9, 300), (1, 1), (1, 400), (40, 1)], ids=str)
+def test_few_of_one_and_many_of_the_other(tokens: int, keys: int, backend: str) -> None:
+    check_energy((1, 1, tokens, 24), keys, None, 0.0, torch.float32, backend)
+
+
+@pytest.mark.skipif(not CUDA, reason="takes minutes in the interpreter")
+@pytest.mark.parametrize("dtype", PLAIN_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(32, 32), (26, 38), (64, 64)], ids=str)
+def test_sdxl_grids(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    tokens = shape[0] * shape[1]
+    check_energy((3, 10, tokens, 64), tokens, Grid(*shape), (0.0, 10.0, math.inf), dtype, "triton")
+
+
+def test_rows_of_infinite_sigma_share_their_keys_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="kernels need triton")
+    from segkern.kernels import attention_energy
+    from segkern.kernels._configs import key_splits
+
+    seen = []
+
+    def spied(*arguments: int) -> tuple[int, int]:
+        seen.append(key_splits(*arguments)[0])
+        return key_splits(*arguments)
+
+    monkeypatch.setattr(attention_energy, "key_splits", spied)
+    monkeypatch.setattr(attention_energy, "multiprocessors", lambda _: 8)
+    check_energy((2, 1, 20, 16), 300, Grid(4, 5), math.inf, torch.float32, "triton")
+    assert seen == [3]
+
+
+@pytest.mark.parametrize("block", [(1, 1), (7, 50), (16, 2**20)], ids=str)
+def test_pytorchs_path_in_blocks_of_any_size(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "_CPU_BLOCK", block)
+    monkeypatch.setattr(scores, "_OTHER_BLOCK", block)
+    check_energy((3, 3, 33, 8), 21, Grid(4, 7, start=2), SIGMA, torch.float32, "torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_samples_form_one_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    if backend == "torch":
+        original = scores._write_energy
+        monkeypatch.setattr(scores, "_write_energy", lambda q, *rest: (shapes.append(q.shape[2]), original(q, *rest)))
+    else:
+        from segkern.kernels import attention_energy as kernels
+
+        launch = kernels._launch
+        monkeypatch.setattr(kernels, "_launch", lambda q, *rest: (shapes.append(q.shape[2]), launch(q, *rest)))
+    query, key = torch.randn(2, 1, 1, 14, 8, device=DEVICE)
+    segkern.attention_energy(query, key, GRID, math.inf, backend=backend)
+    assert sorted(n for n in shapes if n) == [1, 1, 1], "the mean, and a token on each side of the grid"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_is_minus_the_log_sum_exp_of_attention(backend: str) -> None:
+    query, key = (torch.randn(3, 2, 14, 8, device=DEVICE) for _ in range(2))
+    _, lse = segkern.seg_attention(query, key, key, GRID, SIGMA, backend=backend, return_lse=True)
+    found = segkern.attention_energy(query, key, GRID, SIGMA, backend=backend)
+    torch.testing.assert_close(found, -lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("boundary", ["symmetric", "circular"])
+def test_energy_does_not_fall_when_sigma_grows(boundary: str) -> None:
+    grid, (query, key) = Grid(16, 18), (torch.randn(2, 2, 16 * 18, 8) * 2 for _ in range(2))
+    energies = [
+        segkern.attention_energy(query, key, grid, sigma, boundary=boundary).double().sum(dim=-1)
+        for sigma in (0.0, 0.5, 1.0, 1.7, 2.5, math.inf)  # finite ones whose taps fit the grid
+    ]
+    assert all((later >= earlier - 1e-3).all() for earlier, later in itertools.pairwise(energies))
+    assert (energies[-1] > energies[0] + 1.0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_of_nothing_have_the_energy_of_a_uniform_row(backend: str) -> None:
+    found = segkern.attention_energy(
+        torch.zeros(1, 1, 3, 16, device=DEVICE), torch.randn(1, 1, 50, 16, device=DEVICE), backend=backend
+    )
+    torch.testing.assert_close(found, torch.full_like(found, -math.log(50)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e15], ids=str)
+def test_huge_logits_do_not_overflow(size: float, backend: str) -> None:
+    query, key = (draw((2, 1, 45, 16), torch.float32, DEVICE) * size for _ in range(2))
+    found = segkern.attention_energy(query, key, Grid(5, 9), (0.0, math.inf), backend=backend)
+    oracle = reference.attention_energy(query.double(), key.double(), Grid(5, 9), (0.0, math.inf))
+    assert_contract(found, oracle, plain_energy(query, key, Grid(5, 9), (0.0, math.inf), None, "reflect"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_and_heads_do_not_see_each_other(backend: str) -> None:
+    tensors = [draw((3, 2, 14, 16), torch.float32, DEVICE) for _ in range(2)]
+    before = segkern.attention_energy(*tensors, GRID, SIGMA, backend=backend)
+    for sample, which in itertools.product(range(3), range(2)):
+        poisoned = [x.clone() for x in tensors]
+        poisoned[which][sample, 1] = math.nan
+        after = segkern.attention_energy(*poisoned, GRID, SIGMA, backend=backend)
+        assert after[sample, 1].isnan().all()
+        after[sample, 1] = before[sample, 1]
+        assert torch.equal(after, before)
+
+
+@pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
+@pytest.mark.parametrize("wide", [0, 1], ids=["query", "key"])
+def test_offsets_beyond_32_bits(wide: int) -> None:
+    step = 2**28
+    tensors = [draw((1, 1, 9, 16), torch.float16, DEVICE) for _ in range(2)]
+    dense = segkern.attention_energy(*tensors, Grid(3, 3), 0.8, backend="triton")
+    base = torch.zeros(8 * step + 16, dtype=torch.float16, device=DEVICE)  # memory between is never touched
+    tensors[wide] = base.as_strided((1, 1, 9, 16), (0, 0, step, 1)).copy_(tensors[wide])
+    assert torch.equal(segkern.attention_energy(*tensors, Grid(3, 3), 0.8, backend="triton"), dense)
+
+
+def test_float64_stays_float64() -> None:
+    query, key = torch.randn(2, 3, 2, 14, 8, dtype=torch.float64)
+    found = segkern.attention_energy(query, key, GRID, SIGMA)
+    torch.testing.assert_close(found, reference.attention_energy(query, key, GRID, SIGMA), rtol=1e-12, atol=1e-12)
+    assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_samples_or_no_queries(backend: str) -> None:
+    x = torch.zeros(0, 2, 6, 4, device=DEVICE)
+    assert segkern.attention_energy(x, x, Grid(2, 3), 1.0, backend=backend).shape == (0, 2, 6)
+    nothing = segkern.attention_energy(torch.zeros(1, 2, 0, 4), torch.zeros(1, 2, 6, 4), backend=backend)
+    assert (nothing.shape, nothing.dtype) == ((1, 2, 0), torch.float32)
+
+
+def test_autocast_rounds_inputs_as_for_pytorchs_attention() -> None:
+    query, key = torch.randn(2, 3, 2, 14, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = segkern.attention_energy(query, key, GRID, SIGMA)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, segkern.attention_energy(query.bfloat16(), key.bfloat16(), GRID, SIGMA))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    query, key = (torch.randn(3, 2, n, 8, device=DEVICE, requires_grad=True) for n in (14, 9))
+    torch.library.opcheck(torch.ops.segkern.attention_energy.default, (query, key, *WHERE, 0.3, "reflect", backend))
+    grad = torch.randn(3, 2, 14, device=DEVICE)
+    backward = torch.ops.segkern.attention_energy_backward.default
+    torch.library.opcheck(backward, (grad, query.detach(), key.detach(), *WHERE, 0.3, "reflect"))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.3, math.inf, SIGMA], ids=str)
+def test_gradients(sigma: object) -> None:
+    query, key = (torch.randn(3, 1, n, 2, dtype=torch.float64, requires_grad=True) for n in (14, 5))
+    assert torch.autograd.gradcheck(lambda q, k: segkern.attention_energy(q, k, GRID, sigma), (query, key))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_without_graph_break(backend: str) -> None:
+    def loss(query: torch.Tensor, key: torch.Tensor, sigma: float) -> torch.Tensor:
+        blurred = segkern.attention_energy(query, key, GRID, (0.0, sigma, math.inf), backend=backend)
+        return (blurred - segkern.attention_energy(query, key, backend=backend)).square().sum()
+
+    tensors = [torch.randn(3, 2, 14, 8, device=DEVICE, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(loss, fullgraph=True)
+    for sigma in (1.5, 2.5):
+        torch.testing.assert_close(compiled(*tensors, sigma), loss(*tensors, sigma), rtol=1e-4, atol=1e-5)
+    found = torch.autograd.grad(compiled(*tensors, 2.5), tensors)
+    for ours, theirs in zip(found, torch.autograd.grad(loss(*tensors, 2.5), tensors), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_are_right_or_refused(backend: str) -> None:
+    query, key, direction = torch.randn(3, 1, 1, 14, 4, device=DEVICE)
+    energy = lambda q: segkern.attention_energy(q, key, GRID, 1.5, backend=backend)  # noqa: E731
+    if backend == "triton":
+        with pytest.raises(ValueError, match="forward-mode"):
+            torch.func.jvp(energy, (query,), (direction,))
+        return
+    _, tangent = torch.func.jvp(energy, (query,), (direction,))
+    _, expected = torch.func.jvp(lambda q: reference.attention_energy(q, key, GRID, 1.5), (query,), (direction,))
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
+
+
+BAD_CALLS = {
+    "grid": ({"grid": Grid(3, 3)}, r"Grid\(height=3, width=3, start=0\)"),
+    "no grid": ({"grid": None}, "grid=None, sigma=1.0"),
+    "size for a grid": ({"grid": (2, 3)}, r"\(2, 3\)"),
+    "sigma": ({"sigma": -2.0}, "-2.0"),
+    "sigmas": ({"sigma": (1.0, 2.0)}, r"\(1.0, 2.0\) for a batch of 1"),
+    "boundary": ({"boundary": "wrap"}, "'wrap'"),
+    "other dtype": ({"key": torch.zeros(1, 1, 6, 4, dtype=torch.float16)}, "query and key .* torch.float16"),
+    "scale": ({"scale": math.inf}, "inf"),
+    "backend": ({"backend": "cuda"}, "'cuda'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "quoted"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_input_is_quoted(changes: dict, quoted: str) -> None:
+    arguments = {"query": torch.zeros(1, 1, 6, 4), "key": torch.zeros(1, 1, 7, 4), "grid": Grid(2, 3), "sigma": 1.0}
+    segkern.attention_energy(**arguments)
+    with pytest.raises(ValueError, match=quoted):
+        segkern.attention_energy(**(arguments | changes))
+
+
+def test_operators_called_directly_check_their_arguments() -> None:
+    x = torch.randn(1, 1, 6, 4)
+    with pytest.raises(ValueError, match="Grid"):
+        torch.ops.segkern.attention_energy(x, x, 3, 3, 0, [1.0], 0.5, "reflect", "torch")
+    with pytest.raises(ValueError, match="wrap"):
+        torch.ops.segkern.attention_energy(x, x, 2, 3, 0, [1.0], 0.5, "wrap", "torch")
