@@ -66,12 +66,12 @@ def drawn(count: int, grid: Grid = _GRID) -> Iterator[Layer]:
 
 def of_model(steps: int = _STEPS) -> Iterator[Layer]:
     """Every perturbed self-attention of the bundled model in one run for each sigma."""
-    from segkern.integrations.diffusers import SEG, attention, guide
+    from segkern.integrations.diffusers import SEG, guide, rows
 
     pipe = load_pipeline(find_model("demo"), torch.float32, torch.device("cpu"))
     pipe.set_progress_bar_config(disable=True)
     seen: list[Layer] = []
-    real = attention.seg_attention
+    real = rows.seg_attention
 
     def kept(*arguments: Any, **options: Any) -> Any:
         query, key, value, grid, sigmas = arguments
@@ -83,7 +83,7 @@ def of_model(steps: int = _STEPS) -> Iterator[Layer]:
 
     for sigma in _SIGMAS_OF_MODEL:
         with (
-            mock.patch.object(attention, "seg_attention", kept),
+            mock.patch.object(rows, "seg_attention", kept),
             guide(pipe, SEG(scale=3.0, sigma=sigma, layers=["down", "mid", "up"])),
         ):
             generator = torch.Generator().manual_seed(1)

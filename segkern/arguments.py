@@ -18,14 +18,14 @@ def check_tensor(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, dim], got shape {tuple(x.shape)}")
     if x.shape[3] == 0:
         raise ValueError(f"{name} must have at least one channel, got shape {tuple(x.shape)}")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name} must be floating point (float16, bfloat16, float32 or float64), got {x.dtype}")
 
 
 def check_scale(scale: float) -> float:
     """The scale as a float; a ValueError unless it is finite."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
+    if isinstance(scale, (bool, str)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
     return float(scale)
 
 

@@ -170,9 +170,14 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
 
 def is_by_head(sigma: object) -> bool:
     """Whether any sample has a sequence of sigmas, one for each head."""
-    if isinstance(sigma, torch.Tensor):
-        return sigma.ndim > 1
-    return isinstance(sigma, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in sigma)
+    dimensions = getattr(sigma, "ndim", None)  # of a tensor or a NumPy array
+    if dimensions is not None:
+        return bool(dimensions > 1)
+    return isinstance(sigma, (list, tuple)) and any(map(_is_sequence, sigma))
+
+
+def _is_sequence(entry: Any) -> bool:
+    return isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) > 0
 
 
 def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], ...]:
@@ -185,10 +190,10 @@ def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], 
         >>> head_sigmas([0, (1, math.inf)], batch=2, heads=2)
         ((0.0, 0.0), (1.0, inf))
     """
-    samples = sigma.tolist() if isinstance(sigma, torch.Tensor) else sigma
+    samples = sigma.tolist() if hasattr(sigma, "tolist") else sigma
     if len(samples) not in (1, batch):
         raise ValueError(f"sigma must have one entry per sample, got {len(samples)} for a batch of {batch}: {sigma}")
-    rows = [tuple(entry) if isinstance(entry, (list, tuple)) else (entry,) * heads for entry in samples]
+    rows = [tuple(entry) if _is_sequence(entry) else (entry,) * heads for entry in samples]
     if any(len(row) != heads for row in rows):
         raise ValueError(f"sigma must have one number per sample or one per head, of which there are {heads}: {sigma}")
     return tuple(check_sigma(row, heads) for row in rows) * (batch if len(rows) == 1 else 1)

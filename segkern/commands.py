@@ -18,7 +18,7 @@ from segkern.drawing import Job, Specs, check_layers, describe, draw_all, label,
 from segkern.energy_command import energy
 from segkern.environment import version_of
 from segkern.explain import Call, explain
-from segkern.guidance_options import names_of, specs_of
+from segkern.guidance_options import names_of, refuse_blur, scales_of, specs_of
 from segkern.options import listed, size_of, stride
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.tables import wide
@@ -70,9 +70,9 @@ def generate(
         str | None, typer.Option(help="Blur in tokens, such as 4; inf, the mean query, if not given.")
     ] = None,
     guidance: Annotated[str, typer.Option(help="seg, pag, sag; several with commas add up.")] = "seg",
-    scale: Annotated[float, typer.Option(help="Strength of seg; the paper's gamma - 1.")] = 3.0,
-    pag_scale: Annotated[float, typer.Option(help="Strength of pag.")] = 3.0,
-    sag_scale: Annotated[float, typer.Option(help="Strength of sag.")] = 0.75,
+    scale: Annotated[float | None, typer.Option(help="Strength of seg; the paper's gamma - 1. 3 if not given.")] = None,
+    pag_scale: Annotated[float | None, typer.Option(help="Strength of pag; 3 if not given.")] = None,
+    sag_scale: Annotated[float | None, typer.Option(help="Strength of sag; 0.75 if not given.")] = None,
     layers: Annotated[str, typer.Option(help="down, mid, up, d4, u0-29, globs; several with commas.")] = "mid",
     width: Width = None,
     height: Height = None,
@@ -118,9 +118,9 @@ def generate(
             raise ValueError("--compare draws one prompt, so it does not go with --prompts")
         lines = [] if prompts is None else batches.read_prompts(prompts)
         chosen = names_of(guidance)
-        if "seg" not in chosen and (compare or sigma is not None):
-            option = "--compare" if compare else f"--sigma {sigma}"
-            raise ValueError(f"{option} is of seg, which is not in --guidance {guidance}")
+        scales = scales_of(chosen, {"seg": scale, "pag": pag_scale, "sag": sag_scale})
+        if "seg" not in chosen:
+            refuse_blur(guidance, compare, sigma, boundary, backend, query_stride)
         if compare and no_guidance:
             raise ValueError("--compare draws with and without guidance, so it does not go with --no-guidance")
         if sigmas is not None and not compare:
@@ -144,7 +144,6 @@ def generate(
         rows = stride("--query-stride", query_stride)
         common = {"start": start, "stop": stop, "reuse": reuse, "schedule": schedule}
         blur = {"boundary": boundary, "backend": backend, "query_stride": rows}
-        scales = {"seg": scale, "pag": pag_scale, "sag": sag_scale}
         sets = [specs_of(chosen, scales, names, common, blur | {"sigma": value}) for value in values]
         source = loading.find_model(model, config)
         outline = loading.outline(source)
@@ -178,7 +177,7 @@ def generate(
             [Row(tiles)],
             job.prompt,
             f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
-            f"guidance scale {guidance_scale:g}, SEG scale {scale:g} in {layers}",
+            f"guidance scale {guidance_scale:g}, SEG scale {scales['seg']:g} in {layers}",
         )
     else:
         image = drawn[0].image

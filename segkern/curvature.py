@@ -127,6 +127,9 @@ def curvature_spectrum(
             vectors = head.T if over == "queries" else head[None]
             found.append(torch.stack([_magnitudes(_hessian(vector, blur, over)) for vector in vectors]))
     shape = (query.shape[0], query.shape[1])
+    if not found:
+        size = (key.shape[2], grid.tokens) if over == "queries" else (grid.tokens * key.shape[2],)
+        return query.new_empty(*shape, *size)
     spectra = torch.stack(found).unflatten(0, shape)
     return spectra if over == "queries" else spectra[:, :, 0]
 

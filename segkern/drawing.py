@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Specs = tuple["Spec", ...]  # of one picture; none is no guidance
 
+# Of a guidance, in a picture's settings; others where they are not the default.
+_ALWAYS_TOLD = ("scale", "sigma", "layers", "layer", "start", "stop", "boundary", "query_stride", "reuse")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -134,13 +137,14 @@ def report_table(plan: Sequence[Specs], drawn: Sequence[Drawn]) -> tuple[Table, 
     reports = [(label(specs), one.report) for specs, one in zip(plan, drawn, strict=True) if one.report is not None]
     strided = any(row.query_stride is not None for _, report in reports for row in report.layers)
     coarse = ["stride", "error"] if strided else []
-    table = Table("run", "layer", "fired", "moved", *coarse, "module", title="guidance report")
+    several = any(len(report.specs) > 1 for _, report in reports)
+    table = Table("run", *["guidance"] * several, "layer", "fired", "moved", *coarse, "module", title="guidance report")
     for name, report in reports:
         for row in report.layers:
             fired = f"{row.fired} of {report.forwards}"
             words = row.coarse() if strided else ()
-            of = name if len(report.specs) == 1 else type(report.specs[row.spec]).__name__
-            table.add_row(of, row.layer, fired, percent(row.moved), *words, row.module)
+            of = [type(report.specs[row.spec]).__name__] if several else []
+            table.add_row(name, *of, row.layer, fired, percent(row.moved), *words, row.module)
     return table, [problem for _, report in reports for problem in report.problems]
 
 
@@ -172,12 +176,13 @@ def describe(source: Source, job: Job, specs: Specs, dtype: torch.dtype) -> dict
     }
     for spec in specs:
         name = type(spec).__name__.lower()
-        details |= {f"{name}_{each.name}": _listed(getattr(spec, each.name)) for each in fields(spec) if each.repr}  # type: ignore[arg-type]
+        for each in fields(spec):  # type: ignore[arg-type]
+            value = getattr(spec, each.name)
+            if each.repr and (each.name in _ALWAYS_TOLD or value != each.default):
+                details[f"{name}_{each.name}"] = f"{value:g}" if each.name == "sigma" else _listed(value)
     return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
 
 
 def _listed(value: object) -> object:
-    """A value as an option takes it: several with commas, infinity as a word."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) and (value == float("inf") or value.is_integer()) else value
+    """A value, or several with commas, as an option takes them."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -45,7 +45,6 @@ def energy(
     """Draw a picture with the stock pipeline, and the energy of its self-attention: maps, over sigma, over steps."""
     with refusing():
         values = tuple(value for value in listed("--sigmas", sigmas, float, NUMBERS) if value)
-        chosen = _steps(at, steps)
         check_boundary(boundary)
         for value in values:
             if not value > 0:
@@ -69,6 +68,7 @@ def energy(
             if (out / name).exists() and not overwrite:
                 raise ValueError(f"{str(out / name)!r} exists; give --overwrite or another --out")
         pipe = loading.load_pipeline(source, kind, where)
+        chosen = _steps(at, _calls(pipe, steps))
         recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
     job = Job(prompt, negative_prompt, *size, seed, steps, guidance_scale)
     with recorder:
@@ -93,8 +93,15 @@ def energy(
         typer.echo(f"wrote {path}")
 
 
+def _calls(pipe: Any, steps: int) -> int:
+    """How often a run of so many steps calls the denoiser; some schedulers do so twice in a step."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
 def _steps(text: str, steps: int) -> tuple[int, ...]:
-    """The steps in ``first,10,last`` of a run of so many, each once.
+    """The calls in ``first,10,last`` of a run of so many, each once.
 
     Raises:
         ValueError: for a word that is none, and a number that the run does not have.

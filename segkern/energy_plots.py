@@ -75,7 +75,7 @@ def _sheet(layers: Sequence[dict[str, Any]], found: dict[str, Any], picture: Ima
             panels.append(panel)
         bar = figure.colorbar(image, ax=panels, pad=0.015)
         bar.set_label("energy (nats)")
-    figure.suptitle(f"Energy of each query, mean over heads\n{_title(found)}", fontsize=12)
+    figure.suptitle(f"Energy of each query, mean over heads\n{_title(found)}", fontsize=12, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
@@ -94,7 +94,7 @@ def plot_over_steps(found: dict[str, Any], path: Path) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
     _name_layers(figure, [panel], layers)
-    figure.suptitle(f"Energy of self-attention over a run\n{_title(found)}", fontsize=12)
+    figure.suptitle(f"Energy of self-attention over a run\n{_title(found)}", fontsize=12, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
@@ -138,7 +138,8 @@ def plot_over_sigma(found: dict[str, Any], path: Path) -> None:
     lines = (("-", "last panel: b_ii, the paper's factor"), (":", "det(B)², the chain rule's, -∞ at σ = ∞"))
     factors = [Line2D([], [], color="black", linestyle=line, label=text) for line, text in lines]
     _name_layers(figure, panels.flatten().tolist(), layers, factors)
-    figure.suptitle(f"What blurring the queries does, boundary {found['boundary']}\n{_title(found)}", fontsize=13)
+    title = f"What blurring the queries does, boundary {found['boundary']}\n{_title(found)}"
+    figure.suptitle(title, fontsize=13, parse_math=False)
     figure.savefig(path, dpi=110)
 
 

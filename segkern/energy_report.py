@@ -101,9 +101,8 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """What ``write`` wrote."""
-    found = _numbers(json.loads(path.read_text(encoding="utf-8")))
-    assert isinstance(found, dict)
-    return found
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found | {name: _numbers(found[name]) for name in ("sigmas", "layers") if name in found}
 
 
 def _line(value: object) -> str:

@@ -59,6 +59,7 @@ def attention_energy(
 def _write_energy(query: torch.Tensor, key: torch.Tensor, scale: float, energy: torch.Tensor) -> None:
     for heads, rows, logits in _blocks(query, key, scale):
         highest = logits.amax(dim=-1, keepdim=True)
+        highest = highest.masked_fill_(highest.isinf(), 0.0)  # as torch.logsumexp does
         sums = logits.sub_(highest).exp_().sum(dim=-1)
         energy[heads][:, rows] = sums.log_().add_(highest[..., 0]).neg_()
 
@@ -91,7 +92,8 @@ def attention_mass_backward(
     for heads, rows, logits in _blocks(query, key, scale):
         torch.softmax(logits, dim=-1, out=logits)
         weights = grad[heads][:, None].to(logits.dtype)  # of a key, whatever the row
-        centre = torch.matmul(logits, weights.transpose(1, 2))
+        with full_precision(query.device):
+            centre = torch.matmul(logits, weights.transpose(1, 2))
         into.add(heads, rows, logits.mul_(weights - centre))
     return into.query_and_key()
 

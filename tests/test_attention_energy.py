@@ -228,7 +228,8 @@ def test_float64_stays_float64() -> None:
 def test_no_samples_or_no_queries(backend: str) -> None:
     x = torch.zeros(0, 2, 6, 4, device=DEVICE)
     assert segkern.attention_energy(x, x, Grid(2, 3), 1.0, backend=backend).shape == (0, 2, 6)
-    nothing = segkern.attention_energy(torch.zeros(1, 2, 0, 4), torch.zeros(1, 2, 6, 4), backend=backend)
+    none, some = torch.zeros(1, 2, 0, 4, device=DEVICE), torch.zeros(1, 2, 6, 4, device=DEVICE)
+    nothing = segkern.attention_energy(none, some, backend=backend)
     assert (nothing.shape, nothing.dtype) == ((1, 2, 0), torch.float32)
 
 

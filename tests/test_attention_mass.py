@@ -186,7 +186,8 @@ def test_float64_stays_float64() -> None:
 def test_no_samples_or_no_queries(backend: str) -> None:
     x = torch.zeros(0, 2, 6, 4, device=DEVICE)
     assert segkern.attention_mass(x, x, backend=backend).shape == (0, 2, 6)
-    found = segkern.attention_mass(torch.zeros(1, 2, 0, 4, device=DEVICE), torch.zeros(1, 2, 6, 4, device=DEVICE))
+    none, some = torch.zeros(1, 2, 0, 4, device=DEVICE), torch.zeros(1, 2, 6, 4, device=DEVICE)
+    found = segkern.attention_mass(none, some, backend=backend)
     assert torch.equal(found, torch.zeros(1, 2, 6, device=DEVICE))
 
 

@@ -60,15 +60,11 @@ def test_picture_holds_its_settings(tmp_path: Path) -> None:
         "seg_scale": "2.5",
         "seg_sigma": "4",
         "seg_layers": "mid,u0-1",
-        "seg_start": "0",
-        "seg_stop": "1",
+        "seg_start": "0.0",
+        "seg_stop": "1.0",
         "seg_boundary": "reflect",
-        "seg_backend": "auto",
         "seg_query_stride": "1",
-        "seg_tolerance": str(2.0**-8),
         "seg_reuse": "1",
-        "seg_schedule": "constant",
-        "seg_blend": "1",
         "segkern": __version__,
     }
 

@@ -23,13 +23,14 @@ def generate(out: Path, *arguments: object) -> Image.Image:
 @pytest.mark.parametrize("name", ["pag", "sag", "seg,pag"])
 def test_each_guidance_draws_its_own_picture(name: str, tmp_path: Path) -> None:
     plain = generate(tmp_path / "plain.png", "--no-guidance", "--steps", "4")
-    drawn = generate(tmp_path / "a.png", "--guidance", name, "--pag-scale", "2", "--schedule", "linear", "--steps", "4")
+    scale = ("--pag-scale", "2") if "pag" in name else ()
+    drawn = generate(tmp_path / "a.png", "--guidance", name, *scale, "--schedule", "linear", "--steps", "4")
     assert difference(plain, drawn) > 0
     text = picture(tmp_path / "a.png").text
     assert text["guidance"] == name.upper().replace(",", " + ")
     first = name.split(",")[-1]
     assert text[f"{first}_schedule"] == "linear"
-    assert text.get("pag_scale") == ("2" if "pag" in name else None)
+    assert text.get("pag_scale") == ("2.0" if "pag" in name else None)
     assert ("seg_sigma" in text) == ("seg" in name)
 
 
@@ -48,6 +49,13 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     )
     assert "--sigma 4 is of seg, which is not in --guidance pag" in refusal(
         "generate", "demo", "x", "--guidance", "pag", "--sigma", "4", *out
+    )
+    assert "--scale 9 is of seg, which is not in --guidance pag" in refusal(
+        "generate", "demo", "x", "--guidance", "pag", "--scale", "9", *out
+    )
+    assert "--sag-scale 7 is of sag" in refusal("generate", "demo", "x", "--sag-scale", "7", *out)
+    assert "--query-stride 2 is of seg" in refusal(
+        "generate", "demo", "x", "--guidance", "sag", "--query-stride", "2", *out
     )
     assert "--compare is of seg" in refusal("generate", "demo", "x", "--guidance", "sag", "--compare", *out)
     assert "PAG.schedule must be one of" in refusal(

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from segkern.integrations.diffusers import PAG, SEG, guide, list_layers
+from segkern.integrations.diffusers import CFG, PAG, SEG, guide, list_layers
 from segkern.integrations.diffusers.spec import AttentionSpec
 from tests.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run
 from tests.family_tools import SlowProcessor, tiny_sd
@@ -75,6 +78,13 @@ def blurred(entry: Any, part: str = "mid") -> Callable[[Any], dict[str, Any]]:
 CASES: dict[str, tuple[AttentionSpec, Callable[[Any], dict[str, Any]], Callable[[int], float]]] = {
     "one sigma": (SEG(sigma=2.0), blurred(2.0), lambda step: 3.0),
     "a sigma for each sample": (SEG(sigma=(1.0, math.inf)), blurred([1.0, math.inf]), lambda step: 3.0),
+    "the mean query first": (SEG(sigma=(math.inf, 1.0)), blurred([math.inf, 1.0]), lambda step: 3.0),
+    "one image alone": (SEG(sigma=(math.inf, 0.0)), blurred([math.inf, 0.0]), lambda step: 3.0),
+    "the mean query, then heads": (
+        SEG(sigma=(math.inf, PER_HEAD), layers=("d0", "mid")),
+        lambda pipe: {"d0": [math.inf, PER_HEAD], "m0": [math.inf, PER_HEAD]},
+        lambda step: 3.0,
+    ),
     "a sigma for each head": (SEG(sigma=[PER_HEAD]), blurred(PER_HEAD), lambda step: 3.0),
     "for samples and heads": (
         SEG(sigma=(2.0, PER_HEAD), layers=("d0", "mid")),
@@ -102,6 +112,11 @@ BLENDED: dict[str, tuple[AttentionSpec, Callable[[Any], dict[str, Any]], Callabl
     "the mean query, a third of it": (SEG(blend=1 / 3), blurred(math.inf), lambda step: 3.0),
     "a blur, half of it": (SEG(sigma=2.0, blend=0.5, layers=("mid", "up")), None, lambda step: 3.0),  # type: ignore[dict-item]
     "identity, a quarter of it": (PAG(blend=0.25, layers="up"), blurred("identity", "up"), lambda step: 3.0),
+    "each image its own, half of it": (
+        SEG(sigma=(math.inf, 1.0), blend=0.5),
+        blurred([math.inf, 1.0]),
+        lambda step: 3.0,
+    ),
     "heads apart, half of it": (SEG(sigma=[PER_HEAD], blend=0.5), blurred(PER_HEAD), lambda step: 3.0),
 }
 
@@ -206,6 +221,36 @@ def test_a_step_of_no_strength_is_plain() -> None:
         guidance.remove()
     assert SEG(blend=0.0).strength(0.5) == 0.0
     assert SEG(sigma={"m0": 0.0}).strength(0.5) == 0.0
+
+
+def test_specs_are_values() -> None:
+    assert SEG(sigma={"m0": 1.0}) == SEG(sigma={"m0": 1})
+    assert hash(SEG(sigma={"m0": 1.0})) == hash(SEG(sigma={"m0": 1.0}))
+    assert SEG() == SEG(layers="mid")
+    assert replace(SEG(sigma={"m0": 1.0}), sigma={"u0": 2.0}).layers == ("u0",)
+    assert replace(SEG(scale=2.0), sigma=1.0) == SEG(scale=2.0, sigma=1.0)
+    assert SEG(scale=0.3, gamma=1.3).scale == 0.3
+    assert SEG(schedule=lambda done: np.float32(0.5)).strength(0.1) == 1.5
+    for arguments in ({"scale": 3.0, "gamma": 10.0}, {"scale": 2.0, "gamma": 4.0}):
+        with pytest.raises(ValueError, match="SEG takes scale or gamma"):
+            SEG(**arguments)
+    with pytest.raises(ValueError, match=r"SEG.sigma has an entry 'u0' for layers that are not in SEG.layers='mid'"):
+        guide(tiny_sd(), SEG(sigma={"mid": 1.0, "u0": 2.0}, layers="mid"))
+    embeds = torch.zeros(1, 77, 4)
+    assert CFG(negative_prompt_embeds=embeds) != CFG(negative_prompt_embeds=embeds + 1)
+
+
+def test_a_report_is_plain() -> None:
+    pipe = tiny_sd()
+    _, embeds = pipe.encode_prompt("x", pipe.device, 1, True)
+    embeds = torch.nn.Parameter(embeds) * 1.0
+    specs = (CFG(negative_prompt_embeds=embeds), SEG(sigma={"m0": 1.0}, schedule=lambda done: 1.0))
+    with torch.no_grad(), guide(pipe, *specs) as guidance:
+        run(pipe, latents=noise(1, 8, 12), guidance_scale=1.0)
+    found = json.loads(json.dumps(guidance.report().to_dict()))
+    assert [sorted(spec)[0] for spec in found["specs"]] == ["negative_prompt", "backend"]
+    assert found["specs"][1]["sigma"] == {"m0": 1.0}
+    assert "lambda" in found["specs"][1]["schedule"]
 
 
 def test_gamma_is_the_scale_and_one() -> None:

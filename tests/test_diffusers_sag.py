@@ -3,14 +3,24 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionSAGPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    StableDiffusionSAGPipeline,
+    UniPCMultistepScheduler,
+)
 
-from segkern.integrations.diffusers import SAG, SEG, guide
+from segkern.integrations.diffusers import CFG, SAG, SEG, guide
 from segkern.integrations.diffusers.degrading import attended, blurred, clean_and_noise, levels
 from tests.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
 from tests.family_tools import tiny_sd
@@ -125,6 +135,38 @@ def test_stable_diffusion_xl_is_guided_by_the_same_definition(scheduler: str, gu
     assert relative(ours, expected) < PIPELINE_TOLERANCE
 
 
+def test_beside_a_cfg_spec_the_negative_branch_is_degraded() -> None:
+    """So that the two together are the pipeline's own guidance with SAG."""
+    pipe = tiny_sd()
+    arguments = {"latents": noise(2, 16, 24), "num_images_per_prompt": 2}
+    with guide(pipe, SAG(), SEG(sigma=2.0)):
+        expected = run(pipe, guidance_scale=5.0, **arguments)
+    with guide(pipe, CFG(gamma=5.0), SAG(), SEG(sigma=2.0)):
+        assert relative(run(pipe, guidance_scale=1.0, **arguments), expected) < PIPELINE_TOLERANCE
+    with pytest.raises(ValueError, match="SAG beside CFG"):
+        guide(pipe, CFG(reuse=2), SAG())
+
+
+def test_lists_that_the_denoiser_takes_apart_are_whole_for_the_second_forward() -> None:
+    """A T2I-Adapter's residuals are popped from the list that the pipeline passes."""
+    pipe = tiny_sd()
+    residuals = [0.3 * torch.randn(2, c, *s) for c, s in ((32, (16, 16)), (64, (8, 8)))]
+    given = {"encoder_hidden_states": torch.randn(2, 77, pipe.unet.config.cross_attention_dim)}
+    pipe._guidance_scale, pipe._guidance_rescale, pipe._num_timesteps = 5.0, 0.0, 10
+    pipe._interrupt = False
+    pipe.scheduler.set_timesteps(10)
+    seen = []
+    t = pipe.scheduler.timesteps[5]
+    inner = pipe.unet.down_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs.get("additional_residuals")), with_kwargs=True
+    )
+    with torch.no_grad(), guide(pipe, SAG()):
+        pipe.unet(noise(2), t, down_intrablock_additional_residuals=list(residuals), **given)
+    inner.remove()
+    first, second = seen
+    assert torch.equal(first[:1], second)
+
+
 def test_with_others_its_part_is_added() -> None:
     """One step: the prediction is linear in the guidances, so two together move it by the sum of both."""
     pipe = tiny_sd()
@@ -187,11 +229,68 @@ def test_noise_levels_of_whole_and_fractional_timesteps() -> None:
         signal, amount = levels(ddim, float(timestep))
         assert signal**2 == pytest.approx(float(ddim.alphas_cumprod[timestep]), rel=1e-5)
         assert signal**2 + amount**2 == pytest.approx(1.0)
-    euler = EulerDiscreteScheduler(timestep_spacing="linspace")
-    euler.set_timesteps(7)
-    for timestep, sigma in zip(euler.timesteps, euler.sigmas, strict=False):
-        signal, amount = levels(euler, float(timestep))
-        assert amount / signal == pytest.approx(float(sigma), rel=1e-5)
+
+
+SCHEDULERS = {
+    "Euler": lambda: EulerDiscreteScheduler(timestep_spacing="linspace"),
+    "Euler, Karras": lambda: EulerDiscreteScheduler(use_karras_sigmas=True),
+    "Euler, exponential": lambda: EulerDiscreteScheduler(use_exponential_sigmas=True),
+    "Heun": lambda: HeunDiscreteScheduler(),
+    "KDPM2, Karras": lambda: KDPM2DiscreteScheduler(use_karras_sigmas=True),
+    "DPM++, Karras": lambda: DPMSolverMultistepScheduler(use_karras_sigmas=True),
+    "UniPC": lambda: UniPCMultistepScheduler(),
+    "DDIM": lambda: DDIMScheduler(clip_sample=False),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_noise_level_is_that_of_every_call_of_a_run(name: str) -> None:
+    """Rounded timesteps repeat, those of second-order calls lie between whole ones."""
+    scheduler = SCHEDULERS[name]()
+    scheduler.set_timesteps(60)
+    sigmas = getattr(scheduler, "sigmas", None)
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    for call, t in enumerate(scheduler.timesteps):
+        signal, amount = levels(scheduler, t)
+        assert signal**2 + amount**2 == pytest.approx(1.0)
+        ones = scheduler.scale_model_input(torch.ones(1, dtype=torch.float64), t)
+        if float(ones) != 1.0:
+            assert signal == pytest.approx(float(ones), rel=1e-6)
+        elif sigmas is not None:
+            assert amount / signal == pytest.approx(float(sigmas[call]), rel=1e-5)
+        else:
+            assert signal**2 == pytest.approx(float(scheduler.alphas_cumprod[t]), rel=1e-5)
+        x = scheduler.step(0.1 * torch.ones_like(x), t, x).prev_sample
+
+
+def test_an_input_of_nothing_but_noise() -> None:
+    """Zero terminal signal-to-noise ratio: predicted v tells the image, predicted noise does not."""
+    scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    scheduler.set_timesteps(4)
+    assert levels(scheduler, scheduler.timesteps[0]) == pytest.approx((0.0, 1.0), abs=1e-6)
+    pipe = tiny_sd(scheduler=DDIMScheduler.from_config(scheduler.config, prediction_type="v_prediction"))
+    with guide(pipe, SAG()):
+        assert run(pipe, latents=noise()).isfinite().all()
+    pipe = tiny_sd(scheduler=scheduler)
+    with pytest.raises(ValueError, match="nothing but noise"), guide(pipe, SAG()):
+        run(pipe, latents=noise())
+
+
+def test_projections_that_cannot_be_taken_apart_are_whole() -> None:
+    pipe = tiny_sd(unet=copy.deepcopy(tiny_sd().unet))
+    pipe.unet.fuse_qkv_projections()
+    with guide(pipe, SAG()):
+        expected = run(pipe, latents=noise())
+    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    handle = layer.to_qkv.register_forward_hook(lambda module, args, output: output * 1.5)
+    with guide(pipe, SAG()):
+        hooked = run(pipe, latents=noise())
+    handle.remove()
+    layer.to_qkv.weight.data *= 1.5
+    with guide(pipe, SAG()):
+        assert relative(hooked, run(pipe, latents=noise())) < PIPELINE_TOLERANCE
+    assert relative(hooked, expected) > 1e-3
 
 
 def test_what_it_cannot_degrade_is_refused() -> None:

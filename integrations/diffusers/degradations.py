@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments
+from segkern.integrations.diffusers.branches import Arguments, DenoiserArguments
 from segkern.integrations.diffusers.degrading import attended, check_scheduler, degrade, levels
 from segkern.integrations.diffusers.guided_layers import GuidedLayer
+from segkern.integrations.diffusers.layers import find_unet
 from segkern.integrations.diffusers.processor import norms
-from segkern.integrations.diffusers.schedule import number
 from segkern.integrations.diffusers.spec import Spec
 from segkern.integrations.diffusers.specs import SAG
+from segkern.integrations.diffusers.support import REPEATED
 
 
 class Degradations:
@@ -30,6 +31,7 @@ class Degradations:
 
     def __init__(self, pipe: Any, specs: Sequence[Spec]) -> None:
         self._pipe = pipe
+        self._unet = find_unet(pipe)
         self._specs = specs
         self.running = False
         if any(isinstance(spec, SAG) for spec in specs):
@@ -41,7 +43,6 @@ class Degradations:
         denoiser: nn.Module,
         arguments: DenoiserArguments,
         given: Arguments,
-        batch: Batch,
         output: torch.Tensor,
         layer: GuidedLayer,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,31 +52,29 @@ class Degradations:
             index: of the guidance.
             denoiser: to run once more.
             arguments: how to read its arguments.
-            given: those of the first forward, of the pipeline's own batch.
-            batch: that batch.
-            output: of the first forward.
-            layer: which tells where the image is attended to.
+            given: the first forward's, of the samples that are degraded.
+            output: the first forward's, of those samples.
+            layer: which tells where their image is attended to.
         """
         spec = self._specs[index]
         assert isinstance(spec, SAG)
         mass, grid = layer.processor.mass, layer.processor.grid
         assert mass is not None
         assert grid is not None
-        samples = batch.reference
-        args, kwargs = arguments.take(*given, batch, samples)
-        x = arguments.get("sample", args, kwargs)
+        x = arguments.get("sample", *given)
         scheduler = self._pipe.scheduler
         check_scheduler(scheduler)  # it may be another one by now
-        at = levels(scheduler, number(arguments.get("timestep", args, kwargs)))
+        at = levels(scheduler, arguments.get("timestep", *given))
         mask = attended(mass, (grid.height, grid.width), spec.threshold, (x.shape[2], x.shape[3]))
         prediction = scheduler.config.get("prediction_type", "epsilon")
-        own = output[samples]
-        again = degrade(x, own, mask, at, prediction, (spec.sigma, spec.kernel_size))
-        args, kwargs = arguments.put(args, kwargs, sample=again)
+        again = degrade(x, output, mask, at, prediction, (spec.sigma, spec.kernel_size))
+        args, kwargs = arguments.put(*given, sample=again)
         self.running = True
+        REPEATED.add(self._unet)
         try:
             degraded = denoiser(*args, **kwargs)[0]
         finally:
             self.running = False
-        compute = torch.promote_types(own.dtype, torch.float32)
-        return own.to(compute) - degraded.to(compute), torch.stack([norms(again - x), norms(x)])
+            REPEATED.discard(self._unet)
+        compute = torch.promote_types(output.dtype, torch.float32)
+        return output.to(compute) - degraded.to(compute), torch.stack([norms(again - x), norms(x)])

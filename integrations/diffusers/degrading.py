@@ -11,12 +11,14 @@ Source: SAG (arXiv 2210.00939), section 4; diffusers' ``StableDiffusionSAGPipeli
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from segkern.blur import blur_matrix
+from segkern.blur import blur_matrix, table_making
+from segkern.integrations.diffusers.schedule import number
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -33,23 +35,35 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
-def levels(scheduler: Any, timestep: float) -> tuple[float, float]:
-    """Signal and noise of the denoiser's input at a timestep.
+def levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
+    """Signal and noise of the denoiser's input in the call of it that is under way.
 
-    Schedulers with sigmas know the exact one at each of their timesteps, which may lie between whole ones. For others
-    it is interpolated, in the logarithm, between the whole timesteps around.
+    Schedulers that scale their latents for the denoiser tell by how much, which is the signal. Others have the
+    denoiser's form already; those with sigmas know the one of the step under way, the rest one for each timestep.
+    Waits for the timestep's device.
     """
-    sigmas, timesteps = getattr(scheduler, "sigmas", None), scheduler.timesteps
-    if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(timesteps) and not hasattr(scheduler, "sigmas_interpol"):
-        sigma = float(sigmas[(timesteps.cpu().double() - timestep).abs().argmin()])
-    else:
-        kept = scheduler.alphas_cumprod.cpu().double()
-        logarithms = 0.5 * torch.log((1.0 - kept) / kept)
-        below = min(int(timestep), len(kept) - 1)
-        above = min(below + 1, len(kept) - 1)
-        sigma = math.exp(torch.lerp(logarithms[below], logarithms[above], timestep - below))
-    signal = 1.0 / math.sqrt(1.0 + sigma * sigma)
-    return signal, sigma * signal
+    one = torch.ones(1, dtype=torch.float64)
+    scaled = float(scheduler.scale_model_input(one, timestep))
+    if scaled != 1.0:
+        return scaled, math.sqrt(1.0 - scaled * scaled)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor) and len(sigmas) >= len(scheduler.timesteps):
+        sigma = float(sigmas[_step_index(scheduler, timestep)])
+        signal = 1.0 / math.sqrt(1.0 + sigma * sigma)
+        return signal, sigma * signal
+    kept, at = scheduler.alphas_cumprod.cpu().double(), number(timestep)
+    below = min(int(at), len(kept) - 1)
+    signal_squared = float(torch.lerp(kept[below], kept[min(below + 1, len(kept) - 1)], at - below))
+    return math.sqrt(signal_squared), math.sqrt(1.0 - signal_squared)
+
+
+def _step_index(scheduler: Any, timestep: Any) -> int:
+    """Of the step under way; before its first step a scheduler does not know it yet."""
+    for name in ("step_index", "begin_index"):
+        index = getattr(scheduler, name, None)
+        if index is not None:
+            return int(index)
+    return int((scheduler.timesteps.cpu().double() - number(timestep)).abs().argmin())
 
 
 def clean_and_noise(
@@ -57,6 +71,11 @@ def clean_and_noise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The clean image and the noise that a denoiser's output says its input consists of."""
     if prediction == "epsilon":
+        if signal == 0.0:
+            raise ValueError(
+                "SAG cannot tell the clean image from predicted noise where the input is nothing but noise (zero "
+                "terminal signal-to-noise ratio); let it start later"
+            )
         return (x - noise * output) / signal, output
     if prediction == "sample":
         return output, (x - signal * output) / noise
@@ -83,11 +102,14 @@ def blurred(x: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:
             f"SAG.kernel_size={kernel_size} does not fit latents of {x.shape[-2]} x {x.shape[-1]}: reflection needs "
             f"more than {kernel_size // 2} pixels on a side"
         )
-    rows, columns = (
-        blur_matrix(length, sigma, "reflect", taps=kernel_size, dtype=x.dtype, device=x.device)
-        for length in x.shape[-2:]
-    )
+    rows, columns = (_matrix(length, sigma, kernel_size, x.dtype, x.device) for length in x.shape[-2:])
     return rows @ x @ columns.T
+
+
+@lru_cache(maxsize=64)
+def _matrix(length: int, sigma: float, taps: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with table_making():
+        return blur_matrix(length, sigma, "reflect", taps=taps, dtype=dtype, device=device)
 
 
 def degrade(

@@ -19,9 +19,9 @@ from segkern.blur import check_boundary, check_sigma
 from segkern.energy import OverSigma, over_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.branches import DenoiserArguments
-from segkern.integrations.diffusers.layers import LayerInfo, list_layers, select_layers
+from segkern.integrations.diffusers.layers import LayerInfo, find_unet, list_layers, select_layers
 from segkern.integrations.diffusers.schedule import Run
-from segkern.integrations.diffusers.support import check_batches, check_layer
+from segkern.integrations.diffusers.support import REPEATED, check_batches, check_layer
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ class EnergyRecorder:
         self.records: list[LayerEnergy] = []
         self._pipe = pipe
         self._denoiser: nn.Module = pipe.unet
+        self._unet = find_unet(pipe)
         self._arguments = DenoiserArguments(pipe.unet)
         self._at_steps = at_steps
         self._boundary = boundary
@@ -212,11 +213,15 @@ class EnergyRecorder:
         """A forward of the denoiser on the pipeline's own batch."""
         self._now = None
         self._grids.clear()
-        if not self._schedule.is_ours():
+        if self._unet in REPEATED or not self._schedule.is_ours():
             return
-        step = self._schedule.next_step()
+        try:
+            step = self._schedule.next_step()
+            conditional = self._schedule.batch(sample.shape[0], 0).conditional
+        except RuntimeError:  # somebody's own call of the denoiser, in no run of the pipeline
+            return
         self._run += step.call == 0
-        self._now = step.call, step.calls, self._schedule.batch(sample.shape[0], 0).conditional
+        self._now = step.call, step.calls, conditional
 
     def _is_chosen(self, step: int, steps: int) -> bool:
         if self._at_steps is None:

@@ -195,7 +195,7 @@ class Guidance:
         self._recorder.forwards += 1
         self._forward = forward
         if forward.degrading:
-            self._given = args, kwargs
+            self._given = self._reference_inputs(forward, args, kwargs)
         sample = self._arguments.get("sample", args, kwargs)
         self._calibration.size = (sample.shape[2], sample.shape[3])
         self._tell(forward)
@@ -221,9 +221,20 @@ class Guidance:
                 f"guidance_scale=1, or leave CFG(...) out"
             )
         ordered = tuple(sorted(branches, key=lambda index: self._first[index]))
-        forward = Forward(batch, ordered, self._first, True, strengths, reused, degrading)
+        negative = [batch.branch(i) for i, index in enumerate(ordered) if index in self._negative]
+        reference = negative[0] if negative else batch.reference
+        forward = Forward(batch, ordered, self._first, True, strengths, reused, degrading, reference)
         shares = self._share and self._can_share(forward, args, kwargs)
         return replace(forward, share=shares)
+
+    def _reference_inputs(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """Arguments of the samples that are degraded, taken before the denoiser takes any of them apart."""
+        batch = forward.batch
+        if forward.reference == batch.reference:
+            return self._arguments.take(args, kwargs, batch, batch.reference)
+        args, kwargs = self._arguments.take(args, kwargs, batch, batch.conditional)
+        (text,) = self._negative.values()
+        return text.put(self._arguments, args, kwargs, slice(0, batch.size - batch.first))
 
     def _strengths(self, fraction: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, float]:
         """Of the guidances that act in the coming forward."""
@@ -254,8 +265,18 @@ class Guidance:
         if forward is None or module is not self._denoiser or self._degradations.running:
             return None
         self._forward = None
-        sample, batch = output[0], forward.batch
-        moved = self._reports(forward)
+        try:
+            folded = self._folded(forward, output[0])
+        finally:
+            self._layers.forget()
+            self._given = ((), {})
+        return (folded, *output[1:]) if isinstance(output, tuple) else type(output)(sample=folded)
+
+    def _folded(self, forward: Forward, sample: torch.Tensor) -> torch.Tensor:
+        """The prediction of the pipeline's own batch with every guidance in it."""
+        batch, moved = forward.batch, self._reports(forward)
+        if forward.degrading:  # the second forward of a denoiser in a CUDA graph writes where the first one did
+            sample, moved = sample.clone(), {key: pair.clone() for key, pair in moved.items()}
         guided = [(forward.strengths[index], self._differences.last(index)) for index in forward.reused]
         for branch, index in enumerate(forward.branches):
             found = difference(sample, batch, branch)
@@ -267,16 +288,13 @@ class Guidance:
             layer = next(layer for layer in self._layers if index in layer.readers)
             with self._quiet():
                 found, moved[index, layer.info.module] = self._degradations.difference(
-                    index, self._denoiser, self._arguments, self._given, batch, sample, layer
+                    index, self._denoiser, self._arguments, self._given, sample[forward.reference], layer
                 )
             self._differences.keep(index, found)
             guided.append((forward.strengths[index], found))
-        self._layers.forget()
-        self._given = ((), {})
         self._recorder.add(moved, sample.dtype)
         rescaled = self._run.rescaled_guidance_scale() if batch.first else None
-        folded = fold(sample, batch, guided, rescaled)
-        return (folded, *output[1:]) if isinstance(output, tuple) else type(output)(sample=folded)
+        return fold(sample, batch, guided, rescaled)
 
     def _reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
         """How far each layer moved, for each guidance that acted there; and errors, for the calibration."""

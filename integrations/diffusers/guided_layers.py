@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import UNet2DConditionModel
@@ -37,6 +37,7 @@ class Forward:
         strengths: of all guidances that act.
         reused: those whose last difference is taken.
         degrading: those that a forward of their own follows.
+        reference: samples of the output that they degrade.
     """
 
     batch: Batch
@@ -46,6 +47,7 @@ class Forward:
     strengths: dict[int, float]
     reused: tuple[int, ...] = ()
     degrading: tuple[int, ...] = ()
+    reference: slice = field(default_factory=lambda: slice(0, 0))
 
     def joined(self, place: int) -> int:
         """How many branches run through the place of this number."""
@@ -187,7 +189,7 @@ class GuidedLayers:
         processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
         processor.candidates = tuple(calibration.candidates(index, module) for _, index in acting)
         processor.errors = ()
-        processor.read = batch.reference if any(index in forward.degrading for index in layer.readers) else None
+        processor.read = forward.reference if any(index in forward.degrading for index in layer.readers) else None
 
 
 class _ReadGrid:

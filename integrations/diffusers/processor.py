@@ -256,7 +256,10 @@ class GuidedProcessor:
             )
         tokens = tokens_of(attn, hidden_states[samples], None if temb is None else temb[samples])
         projections = Projections(attn, self.fused)
-        query, key = projections.query(tokens), projections.key(tokens)
+        if projections.apart:
+            query, key = projections.query(tokens), projections.key(tokens)
+        else:
+            query, key, _ = projections.all(tokens)
         return attention_mass(query.detach(), key.detach(), scale=attn.scale, backend=self.backend)
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
 from segkern.integrations.diffusers.calibration import Calibration
 from segkern.integrations.diffusers.spec import Spec
+from segkern.integrations.diffusers.specs import CFG, SAG
 from segkern.integrations.diffusers.support import Chosen
 
 _ROUNDING = 1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
+
+# What a guidance moves, where it is not the outputs of its layers.
+_SUBJECTS: dict[type, str] = {SAG: "its degraded images", CFG: "its predictions"}
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,19 @@ class Report:
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dictionaries and lists, ready for JSON but for infinite sigmas and errors."""
-        return asdict(self)
+        """The same as plain dictionaries and lists, ready for JSON but for infinite sigmas and errors.
+
+        A guidance's functions are told by name, its tensors not at all.
+        """
+        return {
+            "forwards": self.forwards,
+            "specs": [
+                {each.name: _plain(getattr(spec, each.name)) for each in fields(spec) if each.repr}  # type: ignore[arg-type]
+                for spec in self.specs
+            ],
+            "layers": [asdict(row) for row in self.layers],
+            "problems": list(self.problems),
+        }
 
     def __str__(self) -> str:
         blocks = [f"{self.forwards} forwards of the denoiser"]
@@ -83,6 +99,17 @@ class Report:
                 lines.append(f"  {row.layer:<{width}}  {numbers}  {row.module}")
             blocks.append("\n".join(lines))
         return "\n\n".join([*blocks, *(f"warning: {problem}" for problem in self.problems)])
+
+
+def _plain(value: Any) -> Any:
+    """A spec's value in JSON's types."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if callable(value):
+        return getattr(value, "__qualname__", repr(value))
+    return str(value) if isinstance(value, str) else value
 
 
 @dataclass
@@ -142,16 +169,17 @@ class Recorder:
             warnings.warn(problem, UserWarning, stacklevel=stacklevel)
 
     def _problems(self, rows: list[LayerReport]) -> tuple[str, ...]:
-        least = max(_ROUNDING, torch.finfo(self._dtype).eps)
         problems = []
         for index, spec in enumerate(one.spec for one in self.chosen):
             moves = [row.moved for row in rows if row.spec == index and row.moved is not None]
+            subject = _SUBJECTS.get(type(spec), "its layers")
+            rounding = 0.0 if type(spec) in _SUBJECTS else torch.finfo(self._dtype).eps
             if not any(row.fired for row in rows if row.spec == index):
                 problems.append(f"{spec} fired in none of {self.forwards} forwards of the denoiser")
             elif any(math.isnan(moved) for moved in moves):
-                problems.append(f"{spec} met NaN: the outputs of its layers are not numbers")
-            elif moves and not any(moved > least for moved in moves):
-                problems.append(f"{spec} changed nothing: its layers moved by {max(moves):.1e} at most")
+                problems.append(f"{spec} met NaN: the outputs of {subject} are not numbers")
+            elif moves and not any(moved > max(_ROUNDING, rounding) for moved in moves):
+                problems.append(f"{spec} changed nothing: {subject} moved by {max(moves):.1e} at most")
             lost = [row.layer for row in rows if row.spec == index and row.error == math.inf]
             if lost:
                 problems.append(

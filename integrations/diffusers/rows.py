@@ -91,6 +91,10 @@ def _within(known: Sequence[tuple[slice, torch.Tensor]], samples: slice) -> torc
     return None
 
 
+def _shift(samples: slice, by: int) -> slice:
+    return slice(samples.start + by, samples.stop + by)
+
+
 class LayerRows:
     """The steps of one layer between its norms and its residual; made anew for every call."""
 
@@ -152,18 +156,20 @@ class LayerRows:
         kinds = list(zip(ways, blends, strict=True))
         keys = [way != NO_ROW or blend != 1.0 for way, blend in kinds[:own]]
         inputs = _Inputs(self.projections, hidden_states[:own], keys)
-        length = max(1, source.stop - source.start)
-        repeats = [(slice(i, i + length), kinds[i]) for i in range(own, len(ways), length)]
+        # Runs of samples of a kind, and where their inputs are.
+        alike = [(samples, samples, kind) for samples, kind in runs(kinds[:own])]
+        for first in range(own, len(ways), max(1, source.stop - source.start)):
+            branch = kinds[first : first + source.stop - source.start]
+            alike += [(_shift(some, first), _shift(some, source.start), kind) for some, kind in runs(branch)]
         plain: list[tuple[slice, torch.Tensor]] = []  # outputs of plain samples, which repeats may be mixed with
         outputs = []
-        for samples, (way, blend) in [*runs(kinds[:own]), *repeats]:
-            where = source if samples.start >= own else samples
+        for samples, where, (way, blend) in alike:
             mask = None if attention_mask is None else attention_mask[samples]
             output = self._rows(way, inputs, where, sigmas, samples, mask)
-            if where is samples and way == EVERY_ROW and blend == 1.0:
+            if samples.start < own and way == EVERY_ROW and blend == 1.0:
                 plain.append((samples, output))
             if blend != 1.0:
-                unblurred = _within(plain, where) if where is source else None
+                unblurred = _within(plain, where) if samples.start >= own else None
                 if unblurred is None:
                     qkv = inputs.query(where), inputs.key(where), inputs.value(where)
                     unblurred = self.projections.out(self._attend(qkv, (0.0,) * len(output), mask))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from segkern.integrations.diffusers.strength import is_number
 
@@ -13,7 +13,32 @@ Sigmas = float | tuple[Sigma, ...]  # of a layer: one number, or one entry per s
 GivenSigmas = float | Sequence[float | Sequence[float]]
 
 
-def checked_sigma(owner: str, given: object) -> Sigmas | dict[str, Sigmas]:
+class LayerSigmas(Mapping[str, Sigmas]):
+    """Sigmas by the names of layers; it cannot be changed."""
+
+    def __init__(self, sigmas: Mapping[str, Sigmas]) -> None:
+        self._sigmas = dict(sigmas)
+
+    def __getitem__(self, name: str) -> Sigmas:
+        return self._sigmas[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sigmas)
+
+    def __len__(self) -> int:
+        return len(self._sigmas)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._sigmas.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self._sigmas == dict(other)
+
+    def __repr__(self) -> str:
+        return repr(self._sigmas)
+
+
+def checked_sigma(owner: str, given: object) -> Sigmas | LayerSigmas:
     """What was given, its numbers as floats, its sequences as tuples; a mapping's names are looked at later.
 
     Raises:
@@ -22,7 +47,7 @@ def checked_sigma(owner: str, given: object) -> Sigmas | dict[str, Sigmas]:
     if isinstance(given, Mapping):
         if not given or not all(isinstance(name, str) for name in given):
             raise ValueError(f"{owner}.sigma must map layer names such as 'mid' or 'd4' to sigmas, got {given!r}")
-        return {name: _of_layer(owner, value) for name, value in given.items()}
+        return LayerSigmas({name: _of_layer(owner, value) for name, value in given.items()})
     return _of_layer(owner, given)
 
 

@@ -17,6 +17,13 @@ from segkern.integrations.diffusers.strength import Schedule, check_schedule, fa
 _ALWAYS_SHOWN = ("scale", "sigma", "layers", "layer")
 
 
+class Default(float):
+    """A number that nobody gave."""
+
+    def __repr__(self) -> str:
+        return repr(float(self))
+
+
 class Spec(ABC):
     """What all guidances have.
 
@@ -61,10 +68,12 @@ class Spec(ABC):
         if gamma is not None:
             if not (is_number(gamma) and math.isfinite(gamma)):
                 raise ValueError(f"{owner}.gamma must be a finite number, scale + 1, got {gamma!r}")
-            default = type(self).__dataclass_fields__["scale"].default  # type: ignore[attr-defined]
-            if self.scale not in (default, gamma - 1.0):
+            if not (isinstance(self.scale, Default) or math.isclose(self.scale, gamma - 1.0, abs_tol=1e-9)):
                 raise ValueError(f"{owner} takes scale or gamma, which is scale + 1, got {self.scale!r} and {gamma!r}")
-            object.__setattr__(self, "scale", float(gamma) - 1.0)
+            if isinstance(self.scale, Default):
+                object.__setattr__(self, "scale", float(gamma) - 1.0)
+        if isinstance(self.scale, Default):
+            object.__setattr__(self, "scale", float(self.scale))
         if not (is_number(self.scale) and math.isfinite(self.scale)):
             raise ValueError(f"{owner}.scale must be a finite number, got {self.scale!r}")
         if not (is_number(self.start) and is_number(self.stop) and 0.0 <= self.start < self.stop <= 1.0):
@@ -113,8 +122,10 @@ class AttentionSpec(Spec):
                 f"{owner}.blend must lie between 0 (the layer's own attention) and 1 (the perturbed one), got "
                 f"{self.blend!r}"
             )
-        layers = self.layers if isinstance(self.layers, str) else _names(owner, self.layers)
-        object.__setattr__(self, "layers", layers)
+        if not isinstance(self.layers, (str, tuple)):
+            object.__setattr__(self, "layers", _names(owner, self.layers))
+        else:
+            _names(owner, (self.layers,) if isinstance(self.layers, str) else self.layers)
 
 
 def _names(owner: str, layers: Sequence[str]) -> tuple[str, ...]:

@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Literal, cast
 from segkern.blur import check_boundary
 from segkern.coarse import check_query_stride
 from segkern.dispatch import check_backend
-from segkern.integrations.diffusers.sigmas import GivenSigmas, checked_sigma, largest
-from segkern.integrations.diffusers.spec import AttentionSpec, Spec
+from segkern.integrations.diffusers.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
+from segkern.integrations.diffusers.spec import AttentionSpec, Default, Spec
 from segkern.integrations.diffusers.strength import Schedule, is_number
 
 if TYPE_CHECKING:
     import torch
+
+
+class _DefaultLayers(str):
+    """Layers that nobody gave."""
+
+
+class _LayersOfSigma(tuple[str, ...]):
+    """Layers that a mapping of sigmas names."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,9 +83,9 @@ class SEG(AttentionSpec):
         1.5
     """
 
-    scale: float = 3.0
+    scale: float = Default(3.0)
     sigma: GivenSigmas | Mapping[str, GivenSigmas] = math.inf
-    layers: str | Sequence[str] = "mid"
+    layers: str | Sequence[str] = _DefaultLayers("mid")
     start: float = 0.0
     stop: float = 1.0
     boundary: str = "reflect"
@@ -92,9 +100,10 @@ class SEG(AttentionSpec):
     def __post_init__(self, gamma: float | None) -> None:
         self._check_common(gamma)
         sigma = checked_sigma("SEG", self.sigma)
-        if isinstance(sigma, dict) and self.layers == "mid":
-            object.__setattr__(self, "layers", tuple(sigma))
         object.__setattr__(self, "sigma", sigma)
+        if isinstance(self.layers, (_DefaultLayers, _LayersOfSigma)):
+            named = isinstance(sigma, LayerSigmas)
+            object.__setattr__(self, "layers", _LayersOfSigma(sigma) if named else _DefaultLayers("mid"))
         self._check_attention()
         check_boundary(self.boundary)
         check_backend(self.backend)
@@ -143,7 +152,7 @@ class PAG(AttentionSpec):
         0.5
     """
 
-    scale: float = 3.0
+    scale: float = Default(3.0)
     layers: str | Sequence[str] = "mid"
     start: float = 0.0
     stop: float = 1.0
@@ -203,7 +212,7 @@ class SAG(Spec):
         True
     """
 
-    scale: float = 0.75
+    scale: float = Default(0.75)
     layer: str = "m0"
     start: float = 0.0
     stop: float = 1.0
@@ -227,7 +236,7 @@ class SAG(Spec):
             raise ValueError(f"SAG.kernel_size must be an odd integer of at least 3, got {size!r}")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class CFG(Spec):
     """Classifier-free guidance for runs in which the pipeline does none.
 
@@ -257,10 +266,10 @@ class CFG(Spec):
         4.0
     """
 
-    scale: float = 4.0
+    scale: float = Default(4.0)
     negative_prompt: str = ""
-    negative_prompt_embeds: torch.Tensor | None = field(default=None, repr=False, compare=False)
-    negative_pooled_prompt_embeds: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    negative_prompt_embeds: torch.Tensor | None = field(default=None, repr=False)
+    negative_pooled_prompt_embeds: torch.Tensor | None = field(default=None, repr=False)
     start: float = 0.0
     stop: float = 1.0
     reuse: int = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Literal
 
 Schedule = Literal["constant", "linear", "cosine"] | Callable[[float], float]
@@ -36,9 +37,13 @@ def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: 
     """
     if callable(schedule):
         answer = schedule(fraction)
-        if not (is_number(answer) and math.isfinite(answer)):
+        try:
+            found = float(answer)  # NumPy's numbers and tensors of one element too
+        except (TypeError, ValueError):
+            found = math.nan
+        if not math.isfinite(found):
             raise ValueError(f"{owner}.schedule must give a finite number, got {answer!r} at fraction {fraction:g}")
-        return float(answer)
+        return found
     if schedule == "constant":
         return 1.0
     done = (fraction - start) / (stop - start)
@@ -46,5 +51,5 @@ def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: 
 
 
 def is_number(value: object) -> bool:
-    """Whether it is an int or a float, and not a truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a real number, NumPy's too, and not a truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)

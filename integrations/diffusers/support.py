@@ -19,12 +19,15 @@ from segkern.integrations.diffusers.layers import (
 )
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.rows import IDENTITY
-from segkern.integrations.diffusers.sigmas import Sigmas, check_heads
+from segkern.integrations.diffusers.sigmas import LayerSigmas, Sigmas, check_heads
 from segkern.integrations.diffusers.spec import AttentionSpec, Spec
 from segkern.integrations.diffusers.specs import CFG, SAG, SEG
 
 # Denoisers with a guidance on them; a copy of one is another denoiser.
 GUIDED: WeakSet[UNet2DConditionModel] = WeakSet()
+
+# Denoisers in a forward that belongs to a guidance, not to a step of the pipeline.
+REPEATED: WeakSet[UNet2DConditionModel] = WeakSet()
 
 # Pipelines (or bases of them) whose denoiser gets another batch than [unconditional, conditional].
 _OTHER_BATCHES = {
@@ -105,6 +108,8 @@ def choose_layers(unet: UNet2DConditionModel, specs: tuple[Spec, ...]) -> tuple[
             raise ValueError(f"guide takes SEG(...), PAG(...), SAG(...) and CFG(...) specs, got {spec!r}")
     if sum(isinstance(spec, CFG) for spec in specs) > 1:
         raise ValueError(f"guide takes one CFG(...) spec, got {', '.join(map(repr, specs))}")
+    if any(isinstance(spec, SAG) for spec in specs) and any(isinstance(spec, CFG) and spec.reuse > 1 for spec in specs):
+        raise ValueError(f"SAG beside CFG degrades its prediction in every step, which reuse leaves out: got {specs}")
     available = list_layers(unet)
     chosen = tuple(_choose(available, spec) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
@@ -142,8 +147,8 @@ def _choose(available: Sequence[LayerInfo], spec: Spec) -> Chosen:
 
 def _layer_sigmas(available: Sequence[LayerInfo], spec: SEG, layers: Sequence[LayerInfo]) -> dict[str, Sigmas]:
     """The sigmas of each layer, of a mapping or the same for all."""
-    given = cast("Sigmas | dict[str, Sigmas]", spec.sigma)
-    if not isinstance(given, dict):
+    given = cast("Sigmas | LayerSigmas", spec.sigma)
+    if not isinstance(given, LayerSigmas):
         return dict.fromkeys((layer.module for layer in layers), given)
     names: dict[str, str] = {}
     sigmas: dict[str, Sigmas] = {}

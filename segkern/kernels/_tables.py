@@ -83,7 +83,16 @@ def blur_tables(
 
 @cache
 def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Integers as an int32 tensor on a device, made once."""
+    """Integers as an int32 tensor on a device, made once.
+
+    Raises:
+        RuntimeError: when it would be made while a CUDA graph is captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the table {values} is not on {device} yet, and a CUDA graph is being captured; run the same call once "
+            f"before capturing"
+        )
     with table_making():
         return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 

@@ -68,6 +68,8 @@ def _add_blocks(
         products = multiply_tiles(k, k_rest, q, q_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
         # No probability exceeds 1, should a product of huge numbers round differently than in pass one.
         exponents = tl.minimum((products - row_max[None, :]) * scale, 0.0)
+        if TAIL:  # beside a key of infinities even a query of zeros has no number
+            exponents = tl.where(mask_n[None, :], exponents, float("-inf"))
         acc += tl.math.exp2(exponents) * inverse[None, :]
     return acc
 
