@@ -79,8 +79,9 @@ _STATED = (
     ),
     (
         "Lemma 3.2: energy rises",
-        "it does not fall, exactly, for logits of any size and without the proof's Taylor series; uniform logits have "
-        "the largest. The lemma's words have the log-sum-exp rise; it falls, as in its proof",
+        "it does not fall, exactly, for logits of any size and without the proof's Taylor series; of logits with one "
+        "mean the uniform ones have the largest. The lemma's words have the log-sum-exp rise; it falls, as in its "
+        "proof",
         "a boundary that keeps the mean; by queries the sum over them, as a query's own energy may fall",
     ),
     (
@@ -102,7 +103,8 @@ where a denominator that gets smaller is taken to make the fraction smaller.
 The blur has a factor of its own: the proof multiplies the product by `prod b_ii`, from a Hessian whose entries are
 multiplied by those of `B`; the chain rule gives `B^T H B`, and `det(B)^2`. With either, and a boundary that keeps the
 mean, the determinant falls if and only if the energies of the vectors rise, on average, by less than minus the
-logarithm of that factor for each logit, in nats:"""
+logarithm of that factor for each logit, in nats. For the paper's vectors, by key, that is the table; by query, where
+each row has a logit held fixed, the threshold of `det(B)^2` is less by one part in the number of keys:"""
 
 _PEAKS = """\
 It does when each key's logits have a range `r` with `r^2 / 8` below that number; peaked logits break it. What holds at

@@ -14,7 +14,8 @@ are not negative and its rows add up to 1; its columns do under the boundaries s
 for both cuts and exactly:
 
 - Lemma 3.1: the mean of the logits is kept, and their variance is not raised.
-- Lemma 3.2: the log-sum-exp does not rise, so the energy does not fall, and uniform logits have the largest energy.
+- Lemma 3.2: the log-sum-exp does not rise, so the energy does not fall; of logits with one mean uniform ones have the
+  largest energy.
   (The lemma's words have the log-sum-exp rise; its proof shows the opposite.) No Taylor series is needed: lse is convex
   and symmetric, and ``B a`` is a mean of permutations of ``a``. This is so for a vector along the queries and for the
   sum over rows; one row's energy may fall, but not below its neighbours' blurred energies,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,18 +58,21 @@ def energy(
 
     names = None if layers.strip() == "all" else [name.strip() for name in layers.split(",")]
     with refusing():
+        _steps(at, sys.maxsize)  # words; whether the run has such steps only its scheduler knows
         source = loading.find_model(model, config)
         outline = loading.outline(source)
         size = loading.image_size(outline, width, height)
         available = list_layers(outline)
         count = len(available if names is None else select_layers(available, names))
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS, *energy_plots.map_files(count)):
-            check_target(out / name if name != _JSON else (out / name).with_suffix(".png"), overwrite)
+        files = (_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS, *energy_plots.map_files(count))
+        for name in files:
             if (out / name).exists() and not overwrite:
                 raise ValueError(f"{str(out / name)!r} exists; give --overwrite or another --out")
         pipe = loading.load_pipeline(source, kind, where)
         chosen = _steps(at, _calls(pipe, steps))
+        out.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            check_target((out / name).with_suffix(".png"), overwrite)
         recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
     job = Job(prompt, negative_prompt, *size, seed, steps, guidance_scale)
     with recorder:

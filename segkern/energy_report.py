@@ -102,7 +102,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """What ``write`` wrote."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found | {name: _numbers(found[name]) for name in ("sigmas", "layers") if name in found}
+    return found | {name: in_numbers(found[name]) for name in ("sigmas", "layers") if name in found}
 
 
 def _line(value: object) -> str:
@@ -118,12 +118,13 @@ def in_words(value: object) -> object:
     return [in_words(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _numbers(value: object) -> object:
+def in_numbers(value: object) -> object:
+    """The same with those words as numbers again."""
     if value in ("inf", "-inf", "nan"):
         return float(str(value))
     if isinstance(value, dict):
-        return {name: _numbers(each) for name, each in value.items()}
-    return [_numbers(each) for each in value] if isinstance(value, list) else value
+        return {name: in_numbers(each) for name, each in value.items()}
+    return [in_numbers(each) for each in value] if isinstance(value, list) else value
 
 
 def table_rows(found: dict[str, Any], step: int) -> list[tuple[str, ...]]:

@@ -4,8 +4,8 @@
 PyTorch's counter knows its own operations; of ours it knows after the import. Importing segkern does not do it, since
 the counter imports Triton.
 
-Counted is what any path has to do: one query row for the image of a sample of infinite sigma, products with one matrix
-per axis for a finite blur.
+Counted is what our kernels do: one query row for the image of a sample of infinite sigma, products with one matrix per
+axis for a finite blur, scores twice for masses. Gradients are compositions in PyTorch that compute the scores again.
 """
 
 from __future__ import annotations
@@ -81,6 +81,29 @@ def attention_energy_flop(
     _, heads, tokens, dim = query
     rows = sum(tokens - height * width + 1 if math.isinf(s) else tokens for s in sigma)
     return 2 * heads * rows * key[2] * dim + _blur(query, height, width, sigma)
+
+
+@register_flop_formula(torch.ops.segkern.attention_mass_backward)
+def attention_mass_backward_flop(grad: Shape, query: Shape, key: Shape, *args: Any, **kwargs: Any) -> int:
+    """Scores again, and from those of them the gradients of queries and keys."""
+    batch, heads, tokens, dim = query
+    return 3 * 2 * batch * heads * tokens * key[2] * dim
+
+
+@register_flop_formula(torch.ops.segkern.attention_energy_backward)
+def attention_energy_backward_flop(
+    grad: Shape,
+    query: Shape,
+    key: Shape,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """The same of every row, and the blur there and back."""
+    return attention_mass_backward_flop(grad, query, key) + 2 * _blur(query, height, width, sigma)
 
 
 @register_flop_formula(torch.ops.segkern.coarse_queries)

@@ -224,6 +224,18 @@ def test_float64_stays_float64() -> None:
     assert found.dtype == torch.float64
 
 
+@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dtype: torch.dtype) -> None:
+    query, key = (3.0 * torch.randn(3, 2, 14, 24, device=DEVICE)).to(dtype), torch.randn(3, 2, 29, 24).to(DEVICE, dtype)
+    found = segkern.attention_energy(query, key, backend=backend)
+    torch.testing.assert_close(found, reference.attention_energy(query.float(), key.float()), rtol=1e-5, atol=1e-5)
+    blurred = reference.gaussian_blur(query, GRID, SIGMA)  # rounded to its dtype, as documented
+    found = segkern.attention_energy(query, key, GRID, SIGMA, backend=backend)
+    expected = reference.attention_energy(blurred.float(), key.float())
+    near = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5  # where sums round otherwise before that
+    torch.testing.assert_close(found, expected, rtol=near, atol=near)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_samples_or_no_queries(backend: str) -> None:
     x = torch.zeros(0, 2, 6, 4, device=DEVICE)

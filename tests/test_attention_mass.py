@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import segkern
-from segkern import reference, scores
+from segkern import masses, reference, scores
 from segkern.dispatch import triton_is_installed
 
 CUDA = torch.cuda.is_available()
@@ -180,6 +181,49 @@ def test_float64_stays_float64() -> None:
     found = segkern.attention_mass(query, key)
     torch.testing.assert_close(found, reference.attention_mass(query, key), rtol=1e-12, atol=1e-12)
     assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dtype: torch.dtype) -> None:
+    query, key = (3.0 * torch.randn(2, 2, 37, 24, device=DEVICE)).to(dtype), torch.randn(2, 2, 29, 24).to(DEVICE, dtype)
+    found = segkern.attention_mass(query, key, backend=backend)
+    torch.testing.assert_close(found, reference.attention_mass(query.float(), key.float()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_of_infinities_gets_no_mass_and_takes_none(backend: str) -> None:
+    """Beside it the padding of the last tile of queries has no numbers."""
+    query, key = torch.rand(1, 1, 5, 4, device=DEVICE) + 0.1, torch.randn(1, 1, 5, 4, device=DEVICE)
+    key[0, 0, 3] = -math.inf
+    found = segkern.attention_mass(query, key, backend=backend)
+    torch.testing.assert_close(found, reference.attention_mass(query, key), rtol=1e-5, atol=1e-6)
+    assert found[0, 0, 3] == 0.0
+
+
+def test_gradients_inside_autocast_are_not_rounded() -> None:
+    """Forward outside, backward inside: what is differentiated is of float32."""
+    query, key, weights = (torch.randn(2, 2, 30, 8) for _ in range(3))
+    weights = 10.0 + 3.0 * weights[..., 0]
+    grads = []
+    for function, double in ((segkern.attention_mass, False), (reference.attention_mass, True)):
+        q, k = (x.double() if double else x.clone() for x in (query, key))
+        q.requires_grad_()
+        k.requires_grad_()
+        loss = (function(q, k) * weights).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not double):
+            grads.append(torch.autograd.grad(loss, (q, k)))
+    for found, expected in zip(*grads, strict=True):
+        assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_transforms_are_pytorchs_own() -> None:
+    query, key = torch.randn(2, 1, 2, 9, 4)
+    with mock.patch.object(masses, "choose_backend", return_value=("triton", "it is forced")):
+        found = torch.func.grad(lambda q: segkern.attention_mass(q, key).square().sum())(query)
+        with pytest.raises(ValueError, match=r"takes no part in torch\.func's transforms"):
+            torch.func.grad(lambda q: segkern.attention_mass(q, key, backend="triton").sum())(query)
+    expected = torch.func.grad(lambda q: reference.attention_mass(q, key).square().sum())(query)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from cli_tools import done, picture, refusal
+from diffusers import HeunDiscreteScheduler, PNDMScheduler
 
 from segkern import energy_plots, energy_report
 from segkern.energy_command import _steps
+from segkern.loading import find_model, load_pipeline
 from segkern.pictures import difference
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
@@ -133,6 +135,25 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else real(name))
     message = refusal("energy", "demo", *SMALL, "--out", tmp_path)
     assert message == 'segkern: matplotlib is not installed; pip install "segkern[evaluate]"\n'
+
+
+@pytest.mark.parametrize(("scheduler", "last"), [(HeunDiscreteScheduler, 4), (PNDMScheduler, 3)], ids=["Heun", "PNDM"])
+def test_the_last_step_is_the_last_call_of_the_denoiser(scheduler: Any, last: int, tmp_path: Path) -> None:
+    pipe = load_pipeline(find_model("demo"), torch.float32, torch.device("cpu"))
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    pipe.save_pretrained(tmp_path / "model")
+    small = ("--width", "64", "--height", "48", "--steps", "3", "--device", "cpu")
+    options = ("--layers", "mid", "--sigmas", "1", "--at", "first,last", "--out", tmp_path / "out")
+    done("energy", tmp_path / "model", "for $5 \\frac and $10", *small, *options)
+    found = energy_report.read(tmp_path / "out" / "energy.json")
+    assert energy_report.chosen_steps(found) == [0, last]
+    assert found["prompt"] == "for $5 \\frac and $10"
+
+
+def test_words_that_look_like_numbers_stay_words(tmp_path: Path) -> None:
+    energy_report.write(tmp_path / "a.json", {"prompt": "inf", "model": "nan", "sigmas": [math.inf], "layers": []})
+    found = energy_report.read(tmp_path / "a.json")
+    assert found == {"prompt": "inf", "model": "nan", "sigmas": [math.inf], "layers": []}
 
 
 def test_steps_in_words() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from diffusers_tools import hooks_of, noise, run, tiny_pipeline
 
 from segkern import energy
 from segkern.integrations.diffusers import (
+    SAG,
     SEG,
     EnergyRecorder,
     SEGAttnProcessor,
@@ -170,6 +172,39 @@ def test_an_exception_leaves_nothing_behind(place: str) -> None:
     with pytest.raises(ZeroDivisionError):
         recorded()
     assert hooks_of(pipe.unet) == hooks
+
+
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "no CFG"])
+@pytest.mark.parametrize("inside", [True, False], ids=["guided first", "recorded first"])
+def test_the_second_forward_of_a_guidance_is_no_step(guidance_scale: float, inside: bool) -> None:
+    pipe, latents = tiny_pipeline(), noise(2, 12, 20)
+    texts = ["a red fox", "a tree"]
+    arguments = {"latents": latents, "guidance_scale": guidance_scale}
+    with guide(pipe, SAG()):
+        guided = run(pipe, texts, **arguments)
+    with contextlib.ExitStack() as stack:
+        if inside:
+            stack.enter_context(guide(pipe, SAG()))
+        recorder = stack.enter_context(record_energy(pipe, "m0", sigmas=SIGMAS, at_steps=(-1,)))
+        if not inside:
+            stack.enter_context(guide(pipe, SAG()))
+        assert torch.equal(run(pipe, texts, **arguments), guided)
+    assert [(r.run, r.step, r.steps) for r in recorder.records] == [(0, step, 3) for step in range(3)]
+    assert {len(r.by_query.energies[0]) for r in recorder.records} == {2}
+
+
+def test_a_call_outside_of_any_run_is_no_step() -> None:
+    pipe = tiny_pipeline(own_unet=True)
+    with record_energy(pipe, "m0") as recorder:
+        conditions = {
+            "text_embeds": torch.zeros(1, pipe.text_encoder_2.config.projection_dim),
+            "time_ids": torch.zeros(1, 6),
+        }
+        text = torch.zeros(1, 77, pipe.unet.config.cross_attention_dim)
+        with torch.no_grad():
+            pipe.unet(noise(), 5, encoder_hidden_states=text, added_cond_kwargs=conditions)
+        run(pipe, latents=noise())
+    assert [record.step for record in recorder.records] == [0, 1, 2]
 
 
 def test_another_pipeline_on_the_same_denoiser_is_not_recorded() -> None:

@@ -207,5 +207,8 @@ def test_what_else_is_refused() -> None:
     large = torch.zeros(1, 1, 33 * 32, 4)
     with pytest.raises(ValueError, match="33 x 32 = 1056 queries would have 1056 rows, and at most 1024"):
         energy.curvature_spectrum(large, large, Grid(33, 32))
+    none = torch.zeros(0, 2, 6, 4)
+    assert energy.curvature_spectrum(none, none[:, :, :5], Grid(2, 3)).shape == (0, 2, 5, 6)
+    assert energy.curvature_spectrum(none, none[:, :, :5], Grid(2, 3), over="keys").shape == (0, 2, 30)
     with pytest.raises(ValueError, match="8 x 8 queries times 64 keys = 4096 logits"):
         energy.curvature_spectrum(large[:, :, :64], large[:, :, :64], Grid(8, 8), over="keys")

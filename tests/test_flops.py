@@ -175,3 +175,6 @@ def test_masses_count_the_scores_twice_and_energies_once() -> None:
         torch.ops.segkern.attention_energy(query, key, 5, 6, 0, [0.0, 2.0, math.inf], 0.25, "reflect", "torch")
     blur = 2 * 2 * 16 * 30 * (5 + 6)
     assert counter.get_total_flops() == 2 * scores + scores // 30 + blur
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.segkern.attention_mass_backward(key[..., 0], query, key, 0.25)
+    assert counter.get_total_flops() == 3 * 3 * scores

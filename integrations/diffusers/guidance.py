@@ -34,10 +34,11 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
     """Turn on guidance for every run of a pipeline, until the context is left or ``remove()`` is called.
 
     The pipeline stays the stock one, whatever its task (text to image, image to image, inpainting,
-    ControlNet, T2I-Adapter, IP-Adapter, LoRA): hooks on its denoiser append one perturbed branch for each
-    spec, compute the guided prediction and hand it back in the shape the pipeline expects. The pipeline's own
-    arguments mean what they always meant. Specs combine: ``u + g (c - u) + sum_i s_i (c - p_i)``, and a layer
-    may belong to several. Guidance belongs to the pipeline: another one that shares its ``unet`` runs unguided.
+    ControlNet, T2I-Adapter, IP-Adapter, LoRA): hooks on its denoiser append one branch for each spec (``SAG`` has
+    a forward of its own), compute the guided prediction and hand it back in the shape the pipeline expects. The
+    pipeline's own arguments mean what they always meant. Specs combine: each adds its scale times its difference,
+    ``u + g (c - u) + sum_i s_i (c - p_i)``, and a layer may belong to several. Guidance belongs to the pipeline:
+    another one that shares its ``unet`` runs unguided.
 
     Args:
         pipe: a Stable Diffusion or Stable Diffusion XL pipeline. Its ``unet`` may be compiled.

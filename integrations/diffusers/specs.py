@@ -102,8 +102,8 @@ class SEG(AttentionSpec):
         sigma = checked_sigma("SEG", self.sigma)
         object.__setattr__(self, "sigma", sigma)
         if isinstance(self.layers, (_DefaultLayers, _LayersOfSigma)):
-            named = isinstance(sigma, LayerSigmas)
-            object.__setattr__(self, "layers", _LayersOfSigma(sigma) if named else _DefaultLayers("mid"))
+            named = _LayersOfSigma(sigma) if isinstance(sigma, LayerSigmas) else _DefaultLayers("mid")
+            object.__setattr__(self, "layers", named)
         self._check_attention()
         check_boundary(self.boundary)
         check_backend(self.backend)
@@ -187,7 +187,8 @@ class SAG(Spec):
     After the forward a second one follows, on the same timestep: what the first predicts as the clean image is blurred
     in the places that a self-attention layer looks at most, and noised again with the predicted noise. Under
     classifier-free guidance all of it is unconditional: ``u + g (c - u) + s (u - u')``; without it ``c + s (c - c')``.
-    The second forward has another image from its first convolution on: it can share nothing with the first.
+    The second forward has another image from its first convolution on: it can share nothing with the first. Guided
+    steps wait for a GPU that holds the timestep.
 
     Args:
         scale: ``s``; any finite number. 0 turns the guidance off.
@@ -242,7 +243,8 @@ class CFG(Spec):
 
     Adds ``scale * (c - u)``, where ``u`` is the prediction for a negative prompt; with ``scale = guidance_scale - 1``
     that is the pipeline's own ``u + g (c - u)``. Call the pipeline with its ``guidance_scale`` at 1 or 0, or with
-    prompts alone where it has none. Text is what is negated: an image prompt (IP-Adapter) stays on both sides.
+    prompts alone where it has none. Text is what is negated: an image prompt (IP-Adapter), a ControlNet's residuals and
+    Stable Diffusion XL's sizes stay on both sides. ``SAG`` beside it degrades the negative prediction.
 
     Args:
         scale: ``guidance_scale - 1``; any finite number. 0 turns the guidance off.
