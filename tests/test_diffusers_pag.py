@@ -28,9 +28,10 @@ def theirs(model: str, layers: str | list[str], scale: float, adaptive: float, *
         pipe.unet.set_attn_processor(original)
 
 
-@pytest.mark.parametrize("share", [True, False], ids=["shared", "in full"])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
-@pytest.mark.parametrize("layers", ["mid", "up", ["down", "mid"]], ids=str)
+@pytest.mark.parametrize(
+    ("layers", "share"), [("mid", True), ("mid", False), ("up", True), (["down", "mid"], True)], ids=str
+)
 @pytest.mark.parametrize("model", MODELS)
 def test_it_is_that_of_the_pipelines_with_pag(
     model: str, layers: str | list[str], guidance_scale: float, share: bool
