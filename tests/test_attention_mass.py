@@ -190,9 +190,9 @@ def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dty
     torch.testing.assert_close(found, reference.attention_mass(query.float(), key.float()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS if CUDA else ["torch"])
 def test_a_key_of_infinities_gets_no_mass_and_takes_none(backend: str) -> None:
-    """Beside it the padding of the last tile of queries has no numbers."""
+    """Beside it the kernel's padding of queries has no numbers, of which a device's minimum, not NumPy's, makes 0."""
     query, key = torch.rand(1, 1, 5, 4, device=DEVICE) + 0.1, torch.randn(1, 1, 5, 4, device=DEVICE)
     key[0, 0, 3] = -math.inf
     found = segkern.attention_mass(query, key, backend=backend)

@@ -66,10 +66,9 @@ def _add_blocks(
         if BLOCK_R > 0:
             q_rest = load_tile(q_tile, offs_n, mask_n, stride_qn, stride_qd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
         products = multiply_tiles(k, k_rest, q, q_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
-        # No probability exceeds 1, should a product of huge numbers round differently than in pass one.
+        # No probability exceeds 1, should a product of huge numbers round differently than in pass one. Beside a key of
+        # infinities the padding has NaN, of which a device's minimum makes 0, and a weight of 0; NumPy's keeps it.
         exponents = tl.minimum((products - row_max[None, :]) * scale, 0.0)
-        if TAIL:  # beside a key of infinities even a query of zeros has no number
-            exponents = tl.where(mask_n[None, :], exponents, float("-inf"))
         acc += tl.math.exp2(exponents) * inverse[None, :]
     return acc
 
