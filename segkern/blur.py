@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 T = TypeVar("T")
@@ -127,7 +128,8 @@ def cached_blur_matrix(
 @contextmanager
 def table_making() -> Iterator[None]:
     """Inside, tensors are ordinary ones whatever the caller's modes: they are kept and serve later calls too."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    without_transforms = temporarily_clear_interpreter_stack()  # of torch.func, which would wrap them
+    with without_transforms, _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         yield
 
 
@@ -177,6 +179,8 @@ def is_by_head(sigma: object) -> bool:
 
 
 def _is_sequence(entry: Any) -> bool:
+    if isinstance(entry, (int, float)):  # a graph's numbers too, which may be asked nothing else
+        return False
     return isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) > 0
 
 

@@ -78,7 +78,7 @@ def check_energy(
 
 
 @pytest.mark.parametrize(("backend", "dtype"), EVERY)
-@settings(max_examples=25, suppress_health_check=USUAL)
+@settings(max_examples=12, suppress_health_check=USUAL)
 @given(data=st.data())
 def test_any_grid_stride_sigma_and_batch(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     grid = Grid(data.draw(st.integers(1, 7)), data.draw(st.integers(1, 11)), data.draw(st.integers(0, 5)))

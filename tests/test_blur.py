@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,16 @@ from safetensors.torch import load_file
 
 import segkern
 from segkern import Grid, reference
-from segkern.blur import BOUNDARIES, blur_matrix, blur_reach, check_sigma, gaussian_taps, runs, tap_count
+from segkern.blur import (
+    BOUNDARIES,
+    blur_matrix,
+    blur_reach,
+    cached_blur_matrix,
+    check_sigma,
+    gaussian_taps,
+    runs,
+    tap_count,
+)
 
 GOLDEN = load_file(Path(__file__).parent / "data" / "golden" / "official_blur.safetensors")
 GOLDEN_CASES = sorted({name.split(".")[0] for name in GOLDEN}, key=int)
@@ -194,3 +204,12 @@ def test_runs_cover_the_batch_in_order(sigmas: list[float]) -> None:
 def test_sigma_may_be_a_tensor() -> None:
     assert check_sigma(torch.tensor([0.0, math.inf]), 2) == (0.0, math.inf)
     assert check_sigma(torch.tensor(2.0), 3) == (2.0, 2.0, 2.0)
+
+
+def test_tables_made_inside_a_transform_serve_later_calls() -> None:
+    sigma = 1.0 + random.random()  # of which no table was made before
+    x = torch.randn(1, 2, 35, 4)
+    torch.func.grad(lambda x: segkern.gaussian_blur(x, Grid(5, 7), sigma, backend="torch").sum())(x)
+    matrix = cached_blur_matrix(5, sigma, "reflect", torch.float32, torch.device("cpu"))
+    assert matrix.data_ptr()
+    torch.testing.assert_close(matrix, blur_matrix(5, sigma))

@@ -181,8 +181,7 @@ def fake(layers: int, sigmas: list[float]) -> dict[str, Any]:
     return {**known, "sigmas": sigmas, "layers": made}
 
 
-@pytest.mark.parametrize("layers", [1, 11])
-@pytest.mark.parametrize("sigmas", [[0.0], [0.0, math.inf], [0.0, 1.0, math.inf]], ids=str)
+@pytest.mark.parametrize(("layers", "sigmas"), [(1, [0.0]), (11, [0.0, math.inf]), (11, [0.0, 1.0, math.inf])], ids=str)
 def test_every_number_of_layers_and_sigmas_can_be_drawn(layers: int, sigmas: list[float], tmp_path: Path) -> None:
     found = fake(layers, sigmas)
     assert len(energy_plots.plot_maps(found, tmp_path)) == (1 if layers == 1 else 2)

@@ -19,7 +19,7 @@ from segkern.dispatch import triton_is_installed
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-TARGETS = ("sm_80", "sm_90", "sm_120", "gfx942")
+TARGETS = ("sm_90", "sm_120", "gfx942")
 LOOPING = ("_tiled_attention_kernel", "_split_attention_kernel", "_attention_energy_kernel", "_attention_mass_kernel")
 
 pytestmark = pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
