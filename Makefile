@@ -41,7 +41,7 @@ typecheck: $(INSTALLED) ## mypy over the packages as they are installed
 	$(BIN)/mypy
 
 pytest: $(INSTALLED) ## the tests alone, on all cores
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 benchmark: $(INSTALLED) ## speed against everything one could pick instead, into benchmarks/results; long on a CPU
 	for suite in attention infinite coarse blur step; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done

@@ -82,8 +82,10 @@ def check_energy(
 @given(data=st.data())
 def test_any_grid_stride_sigma_and_batch(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     grid = Grid(data.draw(st.integers(1, 7)), data.draw(st.integers(1, 11)), data.draw(st.integers(0, 5)))
-    batch, tokens = data.draw(st.integers(1, 3)), grid.stop + data.draw(st.integers(0, 5))
-    shape = batch, data.draw(st.integers(1, 2)), tokens, data.draw(st.sampled_from([1, 8, 16, 24, 40, 64, 80]))
+    # Tokens outside of the image, and heads, so that a sample of one row for its image has more than a few numbers: of
+    # few, plain PyTorch's errors can all be small by chance.
+    batch, tokens = data.draw(st.integers(1, 3)), grid.stop + data.draw(st.integers(6, 11))
+    shape = batch, data.draw(st.integers(2, 3)), tokens, data.draw(st.sampled_from([1, 8, 16, 24, 40, 64, 80]))
     check_energy(
         shape,
         data.draw(st.integers(1, 70)),

@@ -62,7 +62,7 @@ def check_mass(
 @given(data=st.data())
 def test_any_shape_and_strides(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     dim = data.draw(st.sampled_from([1, 3, 8, 16, 24, 40, 64, 80]))
-    shape = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 70)), dim
+    shape = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 3)), data.draw(st.integers(1, 70)), dim
     layouts = data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from(LAYOUTS))
     scale = data.draw(st.sampled_from([None, 0.2, -0.3, 0.0]))
     check_mass(shape, data.draw(st.integers(1, 70)), dtype, backend, layouts, scale)
