@@ -44,11 +44,12 @@ pytest: $(INSTALLED) ## the tests alone, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 benchmark: $(INSTALLED) ## speed against everything one could pick instead, into benchmarks/results; long on a CPU
-	for suite in attention infinite coarse blur step; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done
+	for suite in attention infinite coarse blur mass step; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done
 	$(BIN)/python -m benchmarks host
 	$(BIN)/python -m benchmarks trust
 	$(BIN)/python -m benchmarks approximations
 	$(BIN)/python -m benchmarks family
+	$(BIN)/python -m benchmarks energy
 	$(BIN)/python -m benchmarks.readme
 
 evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU
