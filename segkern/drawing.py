@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,10 +176,8 @@ def describe(source: Source, job: Job, specs: Specs, dtype: torch.dtype) -> dict
     }
     for spec in specs:
         name = type(spec).__name__.lower()
-        for each in fields(spec):  # type: ignore[arg-type]
-            value = getattr(spec, each.name)
-            if each.repr and (each.name in _ALWAYS_TOLD or value != each.default):
-                details[f"{name}_{each.name}"] = f"{value:g}" if each.name == "sigma" else _listed(value)
+        for each, value in spec.told(_ALWAYS_TOLD).items():
+            details[f"{name}_{each}"] = f"{value:g}" if each == "sigma" else _listed(value)
     return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
 
 

@@ -72,7 +72,8 @@ def energy(
         chosen = _steps(at, _calls(pipe, steps))
         out.mkdir(parents=True, exist_ok=True)
         for name in files:
-            check_target((out / name).with_suffix(".png"), overwrite)
+            if name != _JSON:
+                check_target(out / name, overwrite)
         recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
     job = Job(prompt, negative_prompt, *size, seed, steps, guidance_scale)
     with recorder:

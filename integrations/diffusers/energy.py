@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
@@ -258,7 +259,7 @@ class EnergyRecorder:
         )
 
 
-class _Hook:
+class _Hook(ABC):
     """A forward pre-hook that takes its arguments and returns nothing; on a copy of its module it does nothing."""
 
     def __init__(self, recorder: EnergyRecorder, module: nn.Module) -> None:
@@ -272,8 +273,9 @@ class _Hook:
         if module is self._module:
             self._see(args, kwargs)
 
+    @abstractmethod
     def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """What it does with the arguments."""
 
 
 class _Begin(_Hook):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,15 +87,15 @@ class GuidedLayers:
                 if layer is None:
                     attention = unet.get_submodule(info.module)
                     assert isinstance(attention, Attention)
-                    layer = layers[info.module] = GuidedLayer(info, attention, GuidedProcessor())
-                    layer.processor = GuidedProcessor(unwrap(attention.processor), *self._blur_of(info.module))
+                    processor = GuidedProcessor(unwrap(attention.processor), *self._blur_of(info.module))
+                    layer = layers[info.module] = GuidedLayer(info, attention, processor)
                 if isinstance(one.spec, AttentionSpec):
                     layer.specs = (*layer.specs, index)
                 else:
                     layer.readers = (*layer.readers, index)
         self._layers = list(layers.values())
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[GuidedLayer]:
         return iter(self._layers)
 
     def _blur_of(self, module: str) -> tuple[str, str]:

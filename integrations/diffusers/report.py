@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -77,10 +77,7 @@ class Report:
         """
         return {
             "forwards": self.forwards,
-            "specs": [
-                {each.name: _plain(getattr(spec, each.name)) for each in fields(spec) if each.repr}  # type: ignore[arg-type]
-                for spec in self.specs
-            ],
+            "specs": [_plain(spec.told()) for spec in self.specs],
             "layers": [asdict(row) for row in self.layers],
             "problems": list(self.problems),
         }

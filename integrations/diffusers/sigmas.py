@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeGuard
 
 from segkern.integrations.diffusers.strength import is_number
 
@@ -53,7 +54,7 @@ def checked_sigma(owner: str, given: object) -> Sigmas | LayerSigmas:
 
 def _of_layer(owner: str, given: object) -> Sigmas:
     if _is_sigma(given):
-        return float(given)  # type: ignore[arg-type]
+        return float(given)
     entries = _items(given)
     if entries is None or not entries:
         raise _refusal(owner, given)
@@ -62,15 +63,16 @@ def _of_layer(owner: str, given: object) -> Sigmas:
 
 def _of_sample(owner: str, given: object, entry: object) -> Sigma:
     if _is_sigma(entry):
-        return float(entry)  # type: ignore[arg-type]
+        return float(entry)
     heads = _items(entry)
-    if not heads or not all(map(_is_sigma, heads)):
+    found = tuple(float(head) for head in heads or () if _is_sigma(head))
+    if not heads or len(found) != len(heads):
         raise _refusal(owner, given)
-    return tuple(float(head) for head in heads)  # type: ignore[arg-type]
+    return found
 
 
-def _is_sigma(value: object) -> bool:
-    return is_number(value) and value >= 0.0  # type: ignore[operator]  # false for NaN as well
+def _is_sigma(value: object) -> TypeGuard[float]:
+    return is_number(value) and value >= 0.0  # false for NaN as well
 
 
 def _items(given: object) -> list[object] | None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 from segkern.integrations.diffusers.strength import Schedule, check_schedule, factor, is_number
 
@@ -52,12 +52,17 @@ class Spec(ABC):
 
     def __repr__(self) -> str:
         """Its main numbers, and what else differs from the defaults."""
-        shown = []
-        for each in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, each.name)
-            if each.repr and (each.name in _ALWAYS_SHOWN or value != each.default):
-                shown.append(f"{each.name}={value!r}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return f"{type(self).__name__}({', '.join(f'{n}={value!r}' for n, value in self.told(_ALWAYS_SHOWN).items())})"
+
+    def told(self, always: Container[str] | None = None) -> dict[str, Any]:
+        """Its values by name, but for tensors; if names are given, beside those only what differs from the default."""
+        found = {}
+        for each in fields(self):  # type: ignore[arg-type]  # every guidance is a dataclass
+            if each.repr:
+                value = getattr(self, each.name)
+                if always is None or each.name in always or value != each.default:
+                    found[each.name] = value
+        return found
 
     def active(self, fraction: float) -> bool:
         """Whether it acts at this fraction of the run."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Literal
+from typing import Literal, TypeGuard
 
 Schedule = Literal["constant", "linear", "cosine"] | Callable[[float], float]
 
@@ -50,6 +50,6 @@ def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: 
     return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, NumPy's too, and not a truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)

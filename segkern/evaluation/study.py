@@ -126,16 +126,16 @@ def family(mode: str, sigma: float = math.inf) -> list[Setting]:
         ['none', 'SEG', 'SEG']
     """
     plain = Setting(mode)
-    blurred = {"sigma": sigma, "layers": "mid"}
+    blurred = replace(plain, sigma=sigma, layers="mid")
     found = [plain]
-    found += [replace(plain, seg=scale, **blurred) for scale in (2.0, 3.0)]  # type: ignore[arg-type]
+    found += [replace(blurred, seg=scale) for scale in (2.0, 3.0)]
     found += [replace(plain, pag=scale) for scale in (1.0, 2.0, 3.0)]
     found += [replace(plain, sag=scale) for scale in (0.5, 0.75, 1.5)]
-    found.append(replace(plain, seg=1.5, pag=1.5, **blurred))  # type: ignore[arg-type]
+    found.append(replace(blurred, seg=1.5, pag=1.5))
     if mode == "prompts":
         cfg = replace(plain, cfg=2.0)
-        found += [cfg, replace(cfg, seg=1.0, **blurred), replace(cfg, pag=1.0), replace(cfg, sag=0.75)]  # type: ignore[arg-type]
-        found.append(replace(cfg, seg=0.5, pag=0.5, **blurred))  # type: ignore[arg-type]
+        found += [cfg, replace(blurred, cfg=2.0, seg=1.0), replace(cfg, pag=1.0), replace(cfg, sag=0.75)]
+        found.append(replace(blurred, cfg=2.0, seg=0.5, pag=0.5))
     return found
 
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
-from segkern.kernels._configs import Options, Tile
+from segkern.kernels._configs import Options, Tile, dot_precision, split_head_dim
 
 _NOTHING = contextlib.nullcontext()
 
@@ -81,3 +82,18 @@ def compile_options(options: Tile | Options, hip: bool | None = None) -> dict[st
     hip = torch.version.hip is not None if hip is None else hip
     found = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
     return found if options.max_registers is None or hip else found | {"maxnreg": options.max_registers}
+
+
+@lru_cache(maxsize=256)
+def tile_constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What a tile settles for the compiler."""
+    block_d, block_r = split_head_dim(head_dim)
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "PRECISION": dot_precision(dtype),
+        **compile_options(tile),
+    }

@@ -19,16 +19,14 @@ The maximum is subtracted before scaling, so that the largest logit gives exp(0)
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from segkern.grid import Grid
-from segkern.kernels._configs import Tile, dot_precision, key_splits, multiprocessors, scores_tile, split_head_dim
-from segkern.kernels._launch import compile_options, device_guard, strides_are_wide
+from segkern.kernels._configs import key_splits, multiprocessors, scores_tile
+from segkern.kernels._launch import device_guard, strides_are_wide, tile_constants
 from segkern.kernels._primitives import LN2, LOG2E, load_tile, multiply_tiles
 from segkern.kernels._tables import index_tensor
 from segkern.kernels.gaussian_blur import blurred_image
@@ -275,23 +273,8 @@ def _launch(
             EVEN_KEYS=keys % tile.block_n == 0,
             STATISTICS=maxima is not None,
             WIDE=strides_are_wide(query.stride(), key.stride()),
-            **scores_constants(tile, head_dim, query.dtype),
+            **tile_constants(tile, head_dim, query.dtype),
         )
     if splits > 1:
         for i in samples:
             out[i] = -torch.logsumexp(-shares[i], dim=1)
-
-
-@lru_cache(maxsize=256)
-def scores_constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a tile settles for the compiler."""
-    block_d, block_r = split_head_dim(head_dim)
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": block_d,
-        "BLOCK_R": block_r,
-        "PRECISION": dot_precision(dtype),
-        **compile_options(tile),
-    }

@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 
 from segkern.kernels._configs import key_splits, multiprocessors, scores_tile
-from segkern.kernels._launch import device_guard, strides_are_wide
+from segkern.kernels._launch import device_guard, strides_are_wide, tile_constants
 from segkern.kernels._primitives import LOG2E, load_tile, multiply_tiles
-from segkern.kernels.attention_energy import launch_statistics, positive_scale, scores_constants
+from segkern.kernels.attention_energy import launch_statistics, positive_scale
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def launch_attention_mass(query: torch.Tensor, key: torch.Tensor, out: torch.Ten
             scale * LOG2E.value,
             EVEN_QUERIES=queries % tile.block_n == 0,
             WIDE=strides_are_wide(query.stride(), key.stride()),
-            **scores_constants(tile, head_dim, query.dtype),
+            **tile_constants(tile, head_dim, query.dtype),
         )
     if splits > 1:
         torch.sum(shares, dim=0, out=out)

@@ -29,14 +29,11 @@ import triton.language as tl
 from segkern.grid import Grid
 from segkern.kernels._configs import (
     Options,
-    Tile,
-    dot_precision,
     key_splits,
     multiprocessors,
-    split_head_dim,
     split_tile,
 )
-from segkern.kernels._launch import compile_options, device_guard, next_power_of_2, strides_are_wide
+from segkern.kernels._launch import compile_options, device_guard, next_power_of_2, strides_are_wide, tile_constants
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, attend_keys, load_tile, store_tile
 from segkern.kernels._tables import consecutive, index_tensor
@@ -306,7 +303,7 @@ def _launch(
             MASK=mask_kind,
             EVEN_KEYS=keys % tile.block_n == 0,
             WIDE=strides_are_wide(*strides, mask_strides),
-            **_constants(tile, head_dim, query.dtype),
+            **tile_constants(tile, head_dim, query.dtype),
         )
         block_t = 1 if copies == 1 else _EXPANDED_TOKENS
         _combine_splits_kernel[(len(samples) * heads, rows * -(-copies // block_t))](
@@ -326,21 +323,6 @@ def _launch(
             WIDE=strides_are_wide(out_strides),
             **_combine_constants(splits, head_dim),
         )
-
-
-@lru_cache(maxsize=256)
-def _constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a tile settles for the compiler."""
-    block_d, block_r = split_head_dim(head_dim)
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": block_d,
-        "BLOCK_R": block_r,
-        "PRECISION": dot_precision(dtype),
-        **compile_options(tile),
-    }
 
 
 @lru_cache(maxsize=256)
