@@ -15,6 +15,7 @@ from segkern import coarse_ops, ops, sdpa
 from segkern.arguments import check_grid, check_mask, check_qkv, check_tensor
 from segkern.blur import check_boundary, check_sigma, head_sigmas, is_by_head, runs
 from segkern.dispatch import check_backend, choose_backend
+from segkern.frames import blur_frames
 from segkern.grid import Grid
 from segkern.heads import by_head
 from segkern.plans import Plan, plan_attention, takes_points
@@ -54,7 +55,9 @@ def gaussian_blur(
         torch.Size([2, 4, 54, 16])
     """
     check_tensor("x", x)
-    grid = check_grid(grid, x.shape[2])
+    grid = check_grid(grid, x.shape[2], video=True)
+    if grid.frames > 1:
+        return blur_frames(partial(gaussian_blur, boundary=boundary, backend=backend), x, grid, sigma)
     if is_by_head(sigma):
         some = partial(gaussian_blur, grid=grid, boundary=boundary, backend=backend)
         return by_head(some, (x,), head_sigmas(sigma, *x.shape[:2]))
@@ -91,7 +94,8 @@ def seg_attention(
         query: ``[batch, heads, tokens, head_dim]``, any strides, after QK-norm and rotary embedding.
         key: ``[batch, heads, keys, head_dim]``.
         value: ``[batch, heads, keys, value_dim]``.
-        grid: where the image lies in the query tokens; the other queries are never blurred.
+        grid: where the image lies in the query tokens; the other queries are never blurred. The frames of a video are
+            blurred each by itself, before the attention.
         sigma: standard deviation in tokens, one number or one per sample; 0 is plain attention, ``math.inf``
             gives every image token the attention output of the mean query. A sample may have a sequence of one sigma
             per head (``[[...]]`` for every sample); neighbouring heads that agree are one call. Under
@@ -125,6 +129,11 @@ def seg_attention(
         torch.Size([2, 8, 988, 64])
     """
     query, key, value = autocast_inputs(check_qkv, query, key, value)
+    if isinstance(grid, Grid) and grid.frames > 1:
+        if query_stride not in (1, (1, 1)):
+            raise ValueError(f"query_stride={query_stride} takes a grid of one frame, got {grid}")
+        query = gaussian_blur(query, grid, sigma, boundary=boundary, backend=backend)
+        grid, sigma = Grid(1, 1), 0.0
     if is_by_head(sigma):
         if query_stride not in (1, (1, 1)):
             raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")

@@ -29,10 +29,12 @@ def check_scale(scale: float) -> float:
     return float(scale)
 
 
-def check_grid(grid: Grid, tokens: int) -> Grid:
-    """The grid itself; a ValueError unless it is one that fits so many tokens."""
+def check_grid(grid: Grid, tokens: int, *, video: bool = False) -> Grid:
+    """The grid itself; a ValueError unless it is one that fits so many tokens, and one image unless a video will do."""
     if not isinstance(grid, Grid):
         raise ValueError(f"grid must be a segkern.Grid(height, width, start=0), got {grid!r}")
+    if grid.frames != 1 and not video:
+        raise ValueError(f"grid must have one frame here, got {grid}; call it for the tokens of each frame")
     grid.check(tokens)
     return grid
 

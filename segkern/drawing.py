@@ -80,7 +80,7 @@ def check_layers(outline: Outline, specs: Specs, device: torch.device, dtype: to
 
     for spec in specs:
         if isinstance(spec, AttentionSpec):
-            for layer in select_layers(list_layers(outline), spec.layers):
+            for layer in select_layers(list_layers(outline), spec.layer_names):
                 choose_backend(device, dtype, layer.head_dim, spec.backend or "auto")
 
 

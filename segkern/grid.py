@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the image lies in a sequence of tokens."""
+"""Where the image, or the frames of a video, lie in a sequence of tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ class Grid:
     """An image of ``height x width`` tokens inside a sequence, row-major, from token ``start`` on.
 
     Tokens before ``start`` and from ``stop`` on (text tokens of a joint attention) are not part of the
-    image: they are never blurred and never enter a mean.
+    image: they are never blurred and never enter a mean. With ``frames`` so many images lie one after the other,
+    and each is blurred by itself.
 
     Args:
         height: rows of tokens, at least 1.
         width: columns of tokens, at least 1.
         start: index of the image's first token in the sequence.
+        frames: of a video, at least 1.
 
     Raises:
         ValueError: when a number is not an integer or out of range.
@@ -28,15 +30,20 @@ class Grid:
         >>> grid = Grid(26, 38, start=77)
         >>> grid.tokens, grid.stop
         (988, 1065)
+        >>> Grid(30, 52, frames=21).tokens
+        32760
     """
 
     height: int
     width: int
     start: int = 0
+    frames: int = 1
 
     def __post_init__(self) -> None:
         value: Any
-        for name, value, least in (("height", self.height, 1), ("width", self.width, 1), ("start", self.start, 0)):
+        least_of = {"height": 1, "width": 1, "start": 0, "frames": 1}
+        for name, least in least_of.items():
+            value = getattr(self, name)
             # torch.SymInt while compiling; other integers (NumPy's) by their protocol.
             integral = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
             if isinstance(value, bool) or not integral:
@@ -46,19 +53,26 @@ class Grid:
 
     @property
     def tokens(self) -> int:
-        """Number of image tokens, ``height * width``."""
-        return self.height * self.width
+        """Number of image tokens, ``frames * height * width``."""
+        return self.frames * self.height * self.width
 
     @property
     def stop(self) -> int:
         """Index of the first token after the image."""
-        return self.start + self.height * self.width
+        return self.start + self.tokens
 
     def check(self, tokens: int) -> None:
         """Raise a ValueError unless the grid lies inside a sequence of ``tokens`` tokens."""
         if self.stop > tokens:
             raise ValueError(
-                f"{self} covers tokens {self.start} to {self.stop - 1} ({self.height} x {self.width} = "
-                f"{self.tokens}), but the sequence has only {tokens} tokens; height * width + start "
+                f"{self} covers tokens {self.start} to {self.stop - 1} ({self._product()} = {self.tokens}), but the "
+                f"sequence has only {tokens} tokens; {'' if self.frames == 1 else 'frames * '}height * width + start "
                 f"must be at most {tokens}"
             )
+
+    def __repr__(self) -> str:
+        frames = "" if self.frames == 1 else f", frames={self.frames}"
+        return f"Grid(height={self.height}, width={self.width}, start={self.start}{frames})"
+
+    def _product(self) -> str:
+        return f"{'' if self.frames == 1 else f'{self.frames} x '}{self.height} x {self.width}"

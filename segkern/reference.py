@@ -32,6 +32,11 @@ def gaussian_blur(
         heads = [gaussian_blur(x[:, [h]], grid, sigmas, boundary=boundary) for h, sigmas in enumerate(by_head)]
         return torch.cat(heads, dim=1)
     compute = _compute_dtype(x.dtype)
+    if grid.frames > 1:
+        for frame in range(grid.frames):
+            one = Grid(grid.height, grid.width, grid.start + frame * grid.height * grid.width)
+            x = gaussian_blur(x, one, sigma, boundary=boundary)
+        return x
     out = x.clone()
     for sample, value in enumerate(check_sigma(sigma, x.shape[0])):  # type: ignore[arg-type]
         if value == 0.0:

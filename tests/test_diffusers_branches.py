@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segkern.integrations.diffusers.branches import Batch, Join, difference, fold
+from segkern.integrations.diffusers.branches import Batch, Join, difference, fold, summed
 
 batches = st.builds(lambda samples, cfg: Batch(samples * (1 + cfg), samples * cfg), st.integers(1, 4), st.booleans())
 
@@ -68,7 +68,7 @@ def test_a_block_gets_branches_for_its_batch_first_arguments_only(positional: bo
 
 def folded(output: torch.Tensor, batch: Batch, scales: list[float], rescaled: float | None) -> torch.Tensor:
     guided = [(scale, difference(output, batch, branch)) for branch, scale in enumerate(scales)]
-    return fold(output, batch, guided, rescaled)
+    return fold(output, batch, summed(guided), rescaled)
 
 
 scales = st.lists(st.floats(-5, 5), min_size=1, max_size=3)

@@ -32,7 +32,7 @@ def test_layers_are_counted_per_part_in_module_order() -> None:
         *(f"m{i}" for i in range(2)),
         *(f"u{i}" for i in range(9)),
     ]
-    assert layers[7] == LayerInfo("m1", f"{MID}.1.attn1", "mid", heads=2, head_dim=16, grid=None)
+    assert layers[7] == LayerInfo("m1", f"{MID}.1.attn1", "mid", heads=2, head_dim=16, grid=None, comfyui="m0.1")
 
 
 def test_sdxl_has_the_official_layers() -> None:
@@ -158,8 +158,11 @@ def test_list_layers_says_what_it_cannot_list(arguments: tuple[Any, ...], quoted
         ({"boundary": "zero"}, "'zero'"),
         ({"backend": "cuda"}, "'cuda'"),
         ({"layers": []}, r"\[\]"),
-        ({"layers": [4]}, r"\[4\]"),
-        ({"layers": 4}, "4"),
+        ({"layers": [4, -1]}, r"\[4, -1\]"),
+        ({"layers": 4.0}, "4.0"),
+        ({"layers": True}, "True"),
+        ({"layers": range(4, 4)}, r"range\(4, 4\)"),
+        ({"layers": [range(0, 9, 2)]}, r"range\(0, 9, 2\)"),
         ({"layers": None}, "None"),
     ],
     ids=str,

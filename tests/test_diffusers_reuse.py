@@ -10,7 +10,7 @@ import torch
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, reference_run, relative, run, tiny_pipeline
 
 from segkern.integrations.diffusers import SEG, guide
-from segkern.integrations.diffusers.guided_layers import GuidedLayers
+from segkern.integrations.diffusers.denoisers import UNet
 
 
 def batches(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:
@@ -88,7 +88,7 @@ def test_plain_steps_of_a_guided_run_find_the_denoiser_as_it_was() -> None:
 def test_a_guidance_that_could_not_begin_leaves_the_denoiser_free(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline(own_unet=True)
     with monkeypatch.context() as patched:
-        patched.setattr(GuidedLayers, "hook_grids", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(UNet, "hook_grids", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             guide(pipe, SEG())
     with guide(pipe, SEG(sigma=2.0)) as second:

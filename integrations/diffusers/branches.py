@@ -11,16 +11,16 @@ module asks for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-# Arguments that hold one entry per sample. Others (cross_attention_kwargs, upsample_size) pass through
-# untouched.
-_MODULE_ARGUMENTS = frozenset(
+# Arguments of a UNet and of its blocks that hold one entry per sample. Others (cross_attention_kwargs, upsample_size)
+# pass through untouched.
+MODULE_ARGUMENTS = frozenset(
     {
         "hidden_states",
         "res_hidden_states_tuple",  # of up blocks that are joined as a whole
@@ -33,7 +33,7 @@ _MODULE_ARGUMENTS = frozenset(
     }
 )
 _SKIPS = "res_hidden_states_tuple"
-_DENOISER_ARGUMENTS = frozenset(
+DENOISER_ARGUMENTS = frozenset(
     {
         "sample",
         "timestep",
@@ -58,23 +58,39 @@ class Batch:
 
     Attributes:
         size: samples in it.
-        first: index of the first conditional sample: half the size under classifier-free guidance, else 0.
+        first: number of unconditional samples: half the size under classifier-free guidance, else 0.
         branches: how many will have joined at the end.
+        conditional_first: whether the unconditional samples come after the conditional ones.
     """
 
     size: int
     first: int
     branches: int = 0
+    conditional_first: bool = False
+
+    @property
+    def samples(self) -> int:
+        """Number of conditional samples, which is that of a branch."""
+        return self.size - self.first
 
     @property
     def conditional(self) -> slice:
         """The conditional samples."""
-        return slice(self.first, self.size)
+        return slice(0, self.samples) if self.conditional_first else slice(self.first, self.size)
+
+    @property
+    def unconditional(self) -> slice:
+        """The unconditional samples; none without classifier-free guidance."""
+        return slice(self.samples, self.size) if self.conditional_first else slice(0, self.first)
 
     @property
     def reference(self) -> slice:
         """The unconditional samples under classifier-free guidance, else the conditional ones."""
-        return slice(0, self.first or self.size)
+        return self.unconditional if self.first else self.conditional
+
+    def times(self, count: int) -> Batch:
+        """The same where every sample stands for so many, its frames, one after the other."""
+        return replace(self, size=count * self.size, first=count * self.first)
 
     def branch(self, index: int) -> slice:
         """The samples of the ``index``-th appended branch."""
@@ -82,7 +98,7 @@ class Batch:
 
     def with_branches(self, count: int) -> int:
         """Samples in the batch once ``count`` branches have joined."""
-        return self.size + count * (self.size - self.first)
+        return self.size + count * self.samples
 
     def fit(self, value: Any, count: int) -> Any:
         """``value`` with every batch-first tensor in it brought to ``count`` branches.
@@ -130,9 +146,10 @@ class Join:
         branches: how many the module runs with.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, batched: frozenset[str] = MODULE_ARGUMENTS) -> None:
         self.module = module
         self._names = _parameter_names(module)
+        self._batched = batched
         self.batch: Batch | None = None
         self.branches = 0
 
@@ -143,7 +160,7 @@ class Join:
         if self.batch is None or module is not self.module:  # a copy of the module is not guided
             return None
         batch, count = self.batch, self.branches
-        return _map_arguments(self._names, _MODULE_ARGUMENTS, args, kwargs, lambda value: batch.fit(value, count))
+        return _map_arguments(self._names, self._batched, args, kwargs, lambda value: batch.fit(value, count))
 
 
 class JoinSkips(Join):
@@ -169,28 +186,49 @@ class JoinSkips(Join):
 
 
 class DenoiserArguments:
-    """Reads and enlarges the arguments of a denoiser's forward, however they were passed."""
+    """Reads and enlarges the arguments of a denoiser's forward, however they were passed.
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    Args:
+        denoiser: the model.
+        batched: names of those that hold one entry per sample, as tensors or collections of tensors.
+        listed: of them those that are a list with one item per sample.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        batched: frozenset[str] = DENOISER_ARGUMENTS,
+        listed: frozenset[str] = frozenset(),
+    ) -> None:
         self._names = _parameter_names(denoiser)
+        self._batched = batched
+        self._listed = listed
 
     def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The argument called ``name``; None when it was not passed."""
+        """The argument called ``name``; None when it was not passed, or a version of the model does not know it."""
+        if name not in self._names:
+            return kwargs.get(name)
         position = self._names.index(name)
         return args[position] if position < len(args) else kwargs.get(name)
 
     def grow_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
         """Every batch-first argument with ``count`` branches, so that every block runs with them."""
-        return _map_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, lambda value: batch.fit(value, count))
+        args, kwargs = _map_arguments(
+            self._names, self._listed, args, kwargs, lambda items: items + items[batch.conditional] * count
+        )
+        return _map_arguments(
+            self._names, self._batched - self._listed, args, kwargs, lambda value: batch.fit(value, count)
+        )
 
-    def grow_mid_residual(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
-        """A ControlNet's residual of the mid block, which is added to that block's enlarged output."""
-        names = {"mid_block_additional_residual"}
+    def grow(
+        self, names: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int
+    ) -> Arguments:
+        """Some arguments with ``count`` branches: those that are added where so many have joined already."""
         return _map_arguments(self._names, names, args, kwargs, lambda value: batch.fit(value, count))
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, samples: slice) -> Arguments:
         """Every batch-first argument cut to some samples of the pipeline's own batch."""
-        return _map_arguments(self._names, _DENOISER_ARGUMENTS, args, kwargs, lambda value: batch.take(value, samples))
+        return _map_arguments(self._names, self._batched, args, kwargs, lambda value: batch.take(value, samples))
 
     def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], **values: Any) -> Arguments:
         """The arguments with other values for some of them."""
@@ -217,23 +255,27 @@ def difference(output: torch.Tensor, batch: Batch, branch: int) -> torch.Tensor:
     return output[batch.conditional].to(compute) - output[batch.branch(branch)].to(compute)
 
 
+def summed(guided: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor | None:
+    """``sum_i s_i (c - p_i)``, from the scale and :func:`difference` of each guidance; None for none."""
+    total: torch.Tensor | None = None
+    for scale, moved in guided:
+        total = scale * moved if total is None else total + scale * moved
+    return total
+
+
 def fold(
-    output: torch.Tensor,
-    batch: Batch,
-    guided: Sequence[tuple[float, torch.Tensor]],
-    rescaled_guidance_scale: float | None,
+    output: torch.Tensor, batch: Batch, shift: torch.Tensor | None, rescaled_guidance_scale: float | None
 ) -> torch.Tensor:
     """The prediction of the pipeline's own batch with the guidance in it.
 
-    With ``d = sum_i s_i (c - p_i)``: ``c + d`` without classifier-free guidance; ``(u + d, c + d)``
-    with it, so that the pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With ``guidance_rescale``
-    the pipeline measures the conditional prediction, which must stay what it was: ``(u - d / (g - 1), c)``
-    gives the same sum.
+    With ``d`` for the shift: ``c + d`` without classifier-free guidance; ``(u + d, c + d)`` with it, so that the
+    pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With ``guidance_rescale`` the pipeline measures the
+    conditional prediction, which must stay what it was: ``(u - d / (g - 1), c)`` gives the same sum.
 
     Args:
         output: the denoiser's; only the pipeline's own batch of it is read.
         batch: the pipeline's own batch.
-        guided: for each guidance its scale ``s_i`` and :func:`difference`.
+        shift: :func:`summed`, one for each conditional sample.
         rescaled_guidance_scale: ``g`` under guidance_rescale, else None.
 
     Returns:
@@ -241,18 +283,31 @@ def fold(
 
     Source: SEG (arXiv 2408.00760); guidance_rescale: arXiv 2305.08891, section 3.4.
     """
-    compute = torch.promote_types(output.dtype, torch.float32)
-    conditional = output[batch.conditional].to(compute)
-    shift = torch.zeros_like(conditional)
-    for scale, moved in guided:
-        shift += scale * moved
+    own = output[: batch.size]
+    if shift is None:
+        return own
     if batch.first == 0:
-        return (conditional + shift).to(output.dtype)
-    unconditional = output[: batch.first].to(compute)
+        return shifted(own, shift)
+    conditional, unconditional = own[batch.conditional], own[batch.unconditional]
     if rescaled_guidance_scale is None:
-        return torch.cat([unconditional + shift, conditional + shift]).to(output.dtype)
-    unconditional = unconditional - shift / (rescaled_guidance_scale - 1.0)
-    return torch.cat([unconditional.to(output.dtype), output[batch.conditional]])
+        conditional, unconditional = shifted(conditional, shift), shifted(unconditional, shift)
+    else:
+        unconditional = shifted(unconditional, shift, rescaled_guidance_scale)
+    return torch.cat([conditional, unconditional] if batch.conditional_first else [unconditional, conditional])
+
+
+def shifted(
+    prediction: torch.Tensor, shift: torch.Tensor, rescaled_guidance_scale: float | None = None
+) -> torch.Tensor:
+    """A prediction with the guidance in it; an unconditional one so that the conditional one can stay what it is.
+
+    Args:
+        prediction: of some samples.
+        shift: :func:`summed`, for the same samples.
+        rescaled_guidance_scale: ``g`` where only the unconditional prediction may change, else None.
+    """
+    by = shift if rescaled_guidance_scale is None else shift / (1.0 - rescaled_guidance_scale)
+    return (prediction.to(by.dtype) + by).to(prediction.dtype)
 
 
 def _parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -263,7 +318,7 @@ def _parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 def _map_arguments(
     names: tuple[str, ...],
-    chosen: frozenset[str] | set[str],
+    chosen: Collection[str],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     change: Callable[[Any], Any],

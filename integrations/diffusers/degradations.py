@@ -12,7 +12,6 @@ from torch import nn
 from segkern.integrations.diffusers.branches import Arguments, DenoiserArguments
 from segkern.integrations.diffusers.degrading import attended, check_scheduler, degrade, levels
 from segkern.integrations.diffusers.guided_layers import GuidedLayer
-from segkern.integrations.diffusers.layers import find_unet
 from segkern.integrations.diffusers.processor import norms
 from segkern.integrations.diffusers.spec import Spec
 from segkern.integrations.diffusers.specs import SAG
@@ -29,9 +28,9 @@ class Degradations:
         ValueError: for a scheduler whose images cannot be noised again.
     """
 
-    def __init__(self, pipe: Any, specs: Sequence[Spec]) -> None:
+    def __init__(self, pipe: Any, model: nn.Module, specs: Sequence[Spec]) -> None:
         self._pipe = pipe
-        self._unet = find_unet(pipe)
+        self._model = model
         self._specs = specs
         self.running = False
         if any(isinstance(spec, SAG) for spec in specs):
@@ -70,11 +69,11 @@ class Degradations:
         again = degrade(x, output, mask, at, prediction, (spec.sigma, spec.kernel_size))
         args, kwargs = arguments.put(*given, sample=again)
         self.running = True
-        REPEATED.add(self._unet)
+        REPEATED.add(self._model)
         try:
             degraded = denoiser(*args, **kwargs)[0]
         finally:
             self.running = False
-            REPEATED.discard(self._unet)
+            REPEATED.discard(self._model)
         compute = torch.promote_types(output.dtype, torch.float32)
         return output.to(compute) - degraded.to(compute), torch.stack([norms(again - x), norms(x)])

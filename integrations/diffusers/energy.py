@@ -214,11 +214,13 @@ class EnergyRecorder:
         """A forward of the denoiser on the pipeline's own batch."""
         self._now = None
         self._grids.clear()
-        if self._unet in REPEATED or not self._schedule.is_ours():
+        caller = self._schedule.caller()
+        if self._unet in REPEATED or caller is None:
             return
         try:
             step = self._schedule.next_step()
-            conditional = self._schedule.batch(sample.shape[0], 0).conditional
+            cfg = self._schedule.is_guided_by_text(caller)
+            conditional = self._schedule.batch(sample.shape[0], 0, cfg).conditional
         except RuntimeError:  # somebody's own call of the denoiser, in no run of the pipeline
             return
         self._run += step.call == 0

@@ -4,30 +4,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.branches import Arguments, DenoiserArguments, difference, fold
+from segkern.integrations.diffusers.architectures import batch_of
+from segkern.integrations.diffusers.branches import Arguments, difference, fold, shifted, summed
 from segkern.integrations.diffusers.calibration import Calibration
 from segkern.integrations.diffusers.degradations import Degradations
+from segkern.integrations.diffusers.denoisers import Denoiser
 from segkern.integrations.diffusers.guided_layers import Forward, GuidedLayers
 from segkern.integrations.diffusers.negative import negative_text
 from segkern.integrations.diffusers.processor import norms, unwrap
 from segkern.integrations.diffusers.report import Recorder, Report
 from segkern.integrations.diffusers.reuse import Differences
-from segkern.integrations.diffusers.schedule import Run, number
-from segkern.integrations.diffusers.sharing import Places
-from segkern.integrations.diffusers.spec import AttentionSpec, Spec
+from segkern.integrations.diffusers.schedule import Run, Step, number
+from segkern.integrations.diffusers.spec import AttentionSpec, Chosen, Spec
 from segkern.integrations.diffusers.specs import CFG, PAG, SAG
-from segkern.integrations.diffusers.support import GUIDED, Chosen, check_pipeline, choose_layers
+from segkern.integrations.diffusers.support import GUIDED, check_pipeline, choose_layers
 
 
 def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
@@ -38,13 +38,14 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
     a forward of its own), compute the guided prediction and hand it back in the shape the pipeline expects. The
     pipeline's own arguments mean what they always meant. Specs combine: each adds its scale times its difference,
     ``u + g (c - u) + sum_i s_i (c - p_i)``, and a layer may belong to several. Guidance belongs to the pipeline:
-    another one that shares its ``unet`` runs unguided.
+    another one that shares its denoiser runs unguided.
 
     Args:
-        pipe: a Stable Diffusion or Stable Diffusion XL pipeline. Its ``unet`` may be compiled.
+        pipe: a pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors) or one of the known
+            transformers (docs/models.md lists them). Its denoiser may be compiled.
         specs: the guidances, at least one.
         share: let a branch join the batch only at the transformer block of its first layer, since it equals the
-            conditional branch before; that layer projects the branch's queries, keys and values once for both.
+            conditional branch before; a UNet's layer projects the branch's queries, keys and values once for both.
             The result is the same, up to rounding, and costs less; False is there to check.
 
     Returns:
@@ -64,8 +65,8 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
         ...     image = pipe("a red fox", guidance_scale=5.0).images[0]
         >>> print(guidance.report())  # doctest: +SKIP
     """
-    unet = check_pipeline(pipe)
-    guidance = Guidance(pipe, unet, choose_layers(unet, specs), share)
+    denoiser = check_pipeline(pipe)
+    guidance = Guidance(pipe, denoiser, choose_layers(denoiser, specs), share)
     guidance._install()
     return guidance
 
@@ -73,26 +74,29 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
 class Guidance:
     """Guidance at work on a pipeline; made by :func:`guide`."""
 
-    def __init__(self, pipe: Any, unet: UNet2DConditionModel, chosen: tuple[Chosen, ...], share: bool) -> None:
+    def __init__(self, pipe: Any, kind: Denoiser, chosen: tuple[Chosen, ...], share: bool) -> None:
         self._pipe = pipe
-        self._denoiser: nn.Module = pipe.unet  # torch.compile's wrapper, if there is one: bookkeeping stays outside
-        self._unet = unet
+        self._kind = kind
+        # torch.compile's wrapper, if there is one: bookkeeping stays outside
+        self._denoiser: nn.Module = getattr(pipe, kind.name)
         self._specs = tuple(one.spec for one in chosen)
         self._share = share
         self._run = Run(pipe)
         self._calibration = Calibration(self._specs)
         self._recorder = Recorder(chosen, self._calibration)
-        self._arguments = DenoiserArguments(unet)
+        self._arguments = kind.arguments
         self._installed = False
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
         self._inner: list[RemovableHandle] = []  # on its parts, from the first guided forward to the next plain one
-        self._places = Places(unet)
-        self._layers = GuidedLayers(unet, chosen, self._places)
+        self._places = kind.places
+        self._layers = GuidedLayers(kind, chosen)
         self._first = [self._place(one) for one in chosen]  # where each guidance's branch joins
         self._negative = {i: negative_text(pipe, spec) for i, spec in enumerate(self._specs) if isinstance(spec, CFG)}
-        self._degradations = Degradations(pipe, self._specs)
+        self._degradations = Degradations(pipe, kind.model, self._specs)
         self._forward: Forward | None = None  # the one under way; None when it is a plain one
         self._given: Arguments = ((), {})  # its arguments, where another forward follows
+        # What the next call for a negative prompt adds, with the guidance scale where it alone may change.
+        self._owed: tuple[torch.Tensor | None, float | None] | None = None
         self._differences = Differences(self._specs)
 
     def _place(self, one: Chosen) -> int:
@@ -127,7 +131,7 @@ class Guidance:
     def _install(self) -> None:
         try:
             self._installed = True
-            GUIDED.add(self._unet)
+            GUIDED.add(self._kind.model)
             self._attach()
             self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
@@ -140,7 +144,7 @@ class Guidance:
         """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
         self._layers.stand_in()
         if not self._inner:
-            self._inner += self._layers.hook_grids()
+            self._inner += self._kind.hook_grids(list(self._layers))
             places = [place for place in self._first if place >= 0]
             self._inner += self._places.hook(min(places)) if places else []
 
@@ -155,7 +159,7 @@ class Guidance:
         if not self._installed:
             return
         self._installed = False
-        GUIDED.discard(self._unet)
+        GUIDED.discard(self._kind.model)
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
@@ -163,14 +167,14 @@ class Guidance:
         self._detach()
         self._differences.forget()
         self._layers.forget()
-        self._forward, self._given = None, ((), {})
-        saved = getattr(self._unet, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
+        self._forward, self._given, self._owed = None, ((), {}), None
+        saved = getattr(self._kind.model, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
-        if warn and not ran and had_hooks and self._pipe.unet is not self._denoiser:
+        if warn and not ran and had_hooks and getattr(self._pipe, self._kind.name) is not self._denoiser:
             warnings.warn(
-                f"guidance did nothing: this {type(self._pipe).__name__} was given another unet while guided; call "
-                f"guide after replacing it",
+                f"guidance did nothing: this {type(self._pipe).__name__} was given another {self._kind.name} while "
+                f"guided; call guide after replacing it",
                 UserWarning,
                 stacklevel=3,
             )
@@ -183,39 +187,49 @@ class Guidance:
         if module is not self._denoiser or self._degradations.running:  # a copy is not guided
             return None
         self._forward = None
-        if not self._run.is_ours():
+        caller = self._run.caller()
+        part = "other" if caller is None else self._kind.part(caller, args, kwargs)
+        if caller is None or part in ("other", "unconditional"):
             self._detach()
+            if part == "unconditional":
+                self._recorder.forwards += 1
+            else:
+                self._owed = None
             return None
-        forward = self._plan(args, kwargs)
-        if forward is None or not (forward.branches or forward.degrading):
+        self._owed = None
+        forward = self._plan(caller, args, kwargs)
+        plain = forward is None or not (forward.branches or forward.degrading)
+        if plain:
             self._detach()
-            self._recorder.forwards += 1
-            self._forward = forward
-            return None
-        self._attach()
+        else:
+            self._attach()
         self._recorder.forwards += 1
         self._forward = forward
+        if forward is None or plain:
+            return None
         if forward.degrading:
             self._given = self._reference_inputs(forward, args, kwargs)
-        sample = self._arguments.get("sample", args, kwargs)
-        self._calibration.size = (sample.shape[2], sample.shape[3])
+        sample = self._kind.sample(args, kwargs)
+        self._calibration.size = (sample.shape[-2], sample.shape[-1])
+        self._kind.tell_grids(list(self._layers), args, kwargs)
         self._tell(forward)
         return self._grown(forward, args, kwargs)
 
-    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
+    def _plan(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         """What the coming forward does; None when it is a plain one."""
         step = self._run.next_step()
         if step.call == 0:  # a new run, whether a guidance acts at its beginning or not
             self._differences.forget()
-        sample = self._arguments.get("sample", args, kwargs)
-        strengths = self._strengths(step.fraction, args, kwargs)
+        sample = self._kind.sample(args, kwargs)
+        strengths = self._strengths(step, args, kwargs)
         if not strengths:
             return None
         computed = [index for index in strengths if self._differences.due(index, step.number, sample.shape)]
         branches = [index for index in computed if not isinstance(self._specs[index], SAG)]
         degrading = tuple(index for index in computed if isinstance(self._specs[index], SAG))
         reused = tuple(index for index in strengths if index not in computed)
-        batch = self._run.batch(sample.shape[0], len(branches))
+        cfg = self._run.is_guided_by_text(caller)
+        batch = self._kind.batch(self._run, sample.shape[0], len(branches), cfg)
         if batch.first and any(index in self._negative for index in strengths):
             raise ValueError(
                 f"this {type(self._pipe).__name__} runs classifier-free guidance itself; call it with "
@@ -224,8 +238,9 @@ class Guidance:
         ordered = tuple(sorted(branches, key=lambda index: self._first[index]))
         negative = [batch.branch(i) for i, index in enumerate(ordered) if index in self._negative]
         reference = negative[0] if negative else batch.reference
-        forward = Forward(batch, ordered, self._first, True, strengths, reused, degrading, reference)
-        shares = self._share and self._can_share(forward, args, kwargs)
+        rescaled = self._kind.rescaled_guidance_scale(self._run, caller) if cfg else None
+        forward = Forward(batch, ordered, self._first, True, strengths, reused, degrading, reference, cfg, rescaled)
+        shares = self._share and self._kind.can_share(forward, args, kwargs)
         return replace(forward, share=shares)
 
     def _reference_inputs(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -235,43 +250,48 @@ class Guidance:
             return self._arguments.take(args, kwargs, batch, batch.reference)
         args, kwargs = self._arguments.take(args, kwargs, batch, batch.conditional)
         (text,) = self._negative.values()
-        return text.put(self._arguments, args, kwargs, slice(0, batch.size - batch.first))
+        return text.put(self._arguments, args, kwargs, slice(0, batch.samples))
 
-    def _strengths(self, fraction: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, float]:
+    def _strengths(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, float]:
         """Of the guidances that act in the coming forward."""
         timestep = None
         if any(isinstance(spec, PAG) and spec.adaptive_scale for spec in self._specs):
-            timestep = number(self._arguments.get("timestep", args, kwargs))
-        found = {index: spec.strength(fraction, timestep) for index, spec in enumerate(self._specs)}
+            timestep = number(self._kind.timestep(self._pipe.scheduler, step.call, args, kwargs))
+        found = {index: spec.strength(step.fraction, timestep) for index, spec in enumerate(self._specs)}
         return {index: strength for index, strength in found.items() if strength != 0.0}
 
     def _grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """The denoiser's arguments with the branches that join before its first block; None for no change."""
-        batch, count = forward.batch, forward.joined(-1)
-        arguments = self._arguments
-        if count:
-            args, kwargs = arguments.grow_all(args, kwargs, batch, count)
-            for branch, index in enumerate(forward.branches):
-                if index in self._negative:
-                    args, kwargs = self._negative[index].put(arguments, args, kwargs, batch.branch(branch))
-        mid = forward.joined(self._places.last_of("mid"))
-        if mid > count:
-            args, kwargs = arguments.grow_mid_residual(args, kwargs, batch, mid)
-        return (args, kwargs) if mid or count else None
+        grown = self._kind.grown(forward, args, kwargs)
+        if grown is None or forward.joined(-1) == 0:
+            return grown
+        args, kwargs = grown
+        for branch, index in enumerate(forward.branches):
+            if index in self._negative:
+                text, samples = self._negative[index], forward.batch.branch(branch)
+                args, kwargs = text.put(self._arguments, args, kwargs, samples)
+        return args, kwargs
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser: fold the branches back and take down what the layers report."""
-        forward = self._forward
-        if forward is None or module is not self._denoiser or self._degradations.running:
+        forward, owed = self._forward, self._owed
+        if module is not self._denoiser or self._degradations.running or (forward is None and owed is None):
             return None
         self._forward = None
+        sample = batch_of(output[0])
         try:
-            folded = self._folded(forward, output[0])
+            if forward is not None:
+                folded = self._folded(forward, sample)
+            else:
+                self._owed = None
+                shift, rescaled = owed or (None, None)
+                folded = sample if shift is None else shifted(sample, shift, rescaled)
         finally:
             self._layers.forget()
             self._given = ((), {})
-        return (folded, *output[1:]) if isinstance(output, tuple) else type(output)(sample=folded)
+        result = list(folded.unbind()) if isinstance(output[0], list) else folded
+        return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
 
     def _folded(self, forward: Forward, sample: torch.Tensor) -> torch.Tensor:
         """The prediction of the pipeline's own batch with every guidance in it."""
@@ -294,8 +314,11 @@ class Guidance:
             self._differences.keep(index, found)
             guided.append((forward.strengths[index], found))
         self._recorder.add(moved, sample.dtype)
-        rescaled = self._run.rescaled_guidance_scale() if batch.first else None
-        return fold(sample, batch, guided, rescaled)
+        shift = summed(guided)
+        if not forward.cfg or batch.first:
+            return fold(sample, batch, shift, forward.rescaled)
+        self._owed = shift, forward.rescaled  # a call for the negative prompt follows
+        return fold(sample, batch, shift if forward.rescaled is None else None, None)
 
     def _reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
         """How far each layer moved, for each guidance that acted there; and errors, for the calibration."""
@@ -318,19 +341,6 @@ class Guidance:
         self._places.tell(None, ())
         self._layers.rest()
         yield
-
-    def _can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether residuals from outside meet tensors of the batch they were made for.
-
-        A T2I-Adapter's are added inside down blocks and to the mid block's output; a ControlNet's after all
-        down blocks, to skip connections that are larger already if a branch has joined by then.
-        """
-        down = self._arguments.get("down_block_additional_residuals", args, kwargs)
-        mid = self._arguments.get("mid_block_additional_residual", args, kwargs)
-        inside = self._arguments.get("down_intrablock_additional_residuals", args, kwargs)
-        if inside is not None or (down is not None and mid is None):  # the second is the old way to pass the first
-            return False
-        return down is None or forward.joined(self._places.last_of("down")) == forward.joined(-1)
 
     def _tell(self, forward: Forward) -> None:
         counts = [forward.joined(place) for place in range(len(self._places))]

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -16,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from segkern.grid import Grid
 from segkern.integrations.diffusers.branches import Batch
 from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.layers import LayerInfo
-from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor, unwrap
+from segkern.integrations.diffusers.names import LayerInfo
+from segkern.integrations.diffusers.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.rows import EVERY_ROW, Stride
-from segkern.integrations.diffusers.sharing import Places
 from segkern.integrations.diffusers.sigmas import Sigma, per_sample
-from segkern.integrations.diffusers.spec import AttentionSpec
-from segkern.integrations.diffusers.support import Chosen
+from segkern.integrations.diffusers.spec import AttentionSpec, Chosen
+
+if TYPE_CHECKING:
+    from segkern.integrations.diffusers.denoisers import Denoiser
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,8 @@ class Forward:
         reused: those whose last difference is taken.
         degrading: those that a forward of their own follows.
         reference: samples of the output that they degrade.
+        cfg: whether there is classifier-free guidance in this step, in this call or the next.
+        rescaled: the guidance scale where the conditional prediction must stay what it is, else None.
     """
 
     batch: Batch
@@ -48,6 +49,8 @@ class Forward:
     reused: tuple[int, ...] = ()
     degrading: tuple[int, ...] = ()
     reference: slice = field(default_factory=lambda: slice(0, 0))
+    cfg: bool = False
+    rescaled: float | None = None
 
     def joined(self, place: int) -> int:
         """How many branches run through the place of this number."""
@@ -67,7 +70,7 @@ class GuidedLayer:
     """
 
     info: LayerInfo
-    attention: Attention
+    attention: Any
     processor: GuidedProcessor
     specs: tuple[int, ...] = ()
     readers: tuple[int, ...] = ()
@@ -76,18 +79,17 @@ class GuidedLayer:
 class GuidedLayers:
     """All of them, each once."""
 
-    def __init__(self, unet: UNet2DConditionModel, chosen: Sequence[Chosen], places: Places) -> None:
-        self._unet = unet
+    def __init__(self, denoiser: Denoiser, chosen: Sequence[Chosen]) -> None:
+        self._denoiser = denoiser
         self._chosen = chosen
-        self._places = places
+        self._places = denoiser.places
         layers: dict[str, GuidedLayer] = {}
         for index, one in enumerate(chosen):
             for info in one.layers:
                 layer = layers.get(info.module)
                 if layer is None:
-                    attention = unet.get_submodule(info.module)
-                    assert isinstance(attention, Attention)
-                    processor = GuidedProcessor(unwrap(attention.processor), *self._blur_of(info.module))
+                    attention: Any = denoiser.model.get_submodule(info.module)
+                    processor = denoiser.stand_in(unwrap(attention.processor), *self._blur_of(info.module))
                     layer = layers[info.module] = GuidedLayer(info, attention, processor)
                 if isinstance(one.spec, AttentionSpec):
                     layer.specs = (*layer.specs, index)
@@ -116,15 +118,17 @@ class GuidedLayers:
             current = layer.attention.processor
             if current is layer.processor:
                 continue
-            original = unwrap(current)
-            if type(original) not in STANDARD_PROCESSORS:
-                raise ValueError(
-                    f"layer {layer.info.module!r} was given a {type(original).__name__} while guided, which "
-                    f"is not standard self-attention; set it after the guidance is removed"
-                )
-            if original is not layer.processor.original:  # fused projections, for example
-                layer.processor.tell(None)  # someone may have kept it
-                layer.processor = GuidedProcessor(original, layer.processor.boundary, layer.processor.backend)
+            original, old = unwrap(current), layer.processor
+            if original is not old.original:  # fused projections, for example
+                try:
+                    new = self._denoiser.stand_in(original, old.boundary, old.backend)
+                except ValueError as error:
+                    raise ValueError(
+                        f"layer {layer.info.module!r} was given another processor while guided: {error}; set it "
+                        f"after the guidance is removed"
+                    ) from None
+                old.tell(None)  # someone may have kept it
+                layer.processor = new
             layer.attention.set_processor(layer.processor)
 
     def step_aside(self) -> None:
@@ -144,17 +148,6 @@ class GuidedLayers:
         for layer in self._layers:
             layer.processor.moved, layer.processor.errors, layer.processor.mass = None, (), None
 
-    def hook_grids(self) -> list[RemovableHandle]:
-        """Each layer's grid comes from the image that its transformer gets."""
-        handles = []
-        for name, module in self._unet.named_modules():
-            if isinstance(module, Transformer2DModel):
-                inside = [layer for layer in self._layers if layer.info.module.startswith(f"{name}.")]
-                if inside:
-                    read = _ReadGrid(module, inside)
-                    handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
-        return handles
-
     def tell(self, forward: Forward, calibration: Calibration) -> None:
         """What each layer does in the coming forward."""
         for layer in self._layers:
@@ -165,31 +158,47 @@ class GuidedLayers:
         place = self._places.of(module)
         joined = forward.joined(place)
         new = joined - forward.joined(place - 1) if forward.share and self._places.shares_inputs(place) else 0
-        samples = batch.size - batch.first
+        samples = batch.samples
         sigmas: list[Sigma] = [0.0] * batch.size
         strides: list[Stride] = [EVERY_ROW] * batch.size
         blends = [1.0] * batch.size
+        over_frames = [0.0] * batch.size
         for index in forward.branches[:joined]:
             spec = self._chosen[index].spec
             if index not in layer.specs:
                 sigmas += [0.0] * samples
                 strides += [EVERY_ROW] * samples
                 blends += [1.0] * samples
+                over_frames += [0.0] * samples
                 continue
             assert isinstance(spec, AttentionSpec)
             sigmas += per_sample(type(spec).__name__, self._chosen[index].sigmas[module], samples)
             strides += [calibration.stride(index, module)] * samples
             blends += [float(spec.blend)] * samples
+            over_frames += [float(spec.sigma_frames)] * samples
         acting = [(i, index) for i, index in enumerate(forward.branches) if index in layer.specs]
         processor.tell(tuple(sigmas))
         processor.strides = tuple(strides)
         processor.blends = tuple(blends)
+        processor.over_frames = tuple(over_frames)
         processor.conditional = batch.conditional
         processor.own = batch.with_branches(joined - new)
         processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
         processor.candidates = tuple(calibration.candidates(index, module) for _, index in acting)
         processor.errors = ()
         processor.read = forward.reference if any(index in forward.degrading for index in layer.readers) else None
+
+
+def hook_grids(model: nn.Module, layers: Sequence[GuidedLayer]) -> list[RemovableHandle]:
+    """Of a UNet: each layer's grid comes from the image that its transformer gets."""
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, Transformer2DModel):
+            inside = [layer for layer in layers if layer.info.module.startswith(f"{name}.")]
+            if inside:
+                read = _ReadGrid(module, inside)
+                handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
+    return handles
 
 
 class _ReadGrid:

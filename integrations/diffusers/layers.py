@@ -3,60 +3,35 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from segkern.grid import Grid
+from segkern.integrations.diffusers.architectures import ARCHITECTURES, LINEAR, Architecture
+from segkern.integrations.diffusers.names import PARTS, LayerInfo, select_layers
 
-PARTS = (
-    "down",
-    "mid",
-    "up",
-)  # in execution order; a layer's official index begins with the part's first letter
-
-_INDEX = re.compile(r"([dmu])(\d+)(?:-\1?(\d+))?")
+__all__ = ["PARTS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
 
 
-@dataclass(frozen=True)
-class LayerInfo:
-    """One self-attention layer of a denoiser.
-
-    Attributes:
-        name: the official index: ``d4``, ``m0``, ``u29``.
-        module: name of the attention module inside the denoiser.
-        part: ``"down"``, ``"mid"`` or ``"up"``.
-        heads: number of heads.
-        head_dim: channels per head.
-        grid: the tokens' grid at the height and width that were asked for; None when none were.
-    """
-
-    name: str
-    module: str
-    part: str
-    heads: int
-    head_dim: int
-    grid: Grid | None = None
-
-
-def list_layers(pipe_or_unet: object, height: int | None = None, width: int | None = None) -> list[LayerInfo]:
+def list_layers(pipe_or_model: object, height: int | None = None, width: int | None = None) -> list[LayerInfo]:
     """The self-attention layers that a guidance can act on, in execution order.
 
     Args:
-        pipe_or_unet: a pipeline with a ``UNet2DConditionModel``, or that model (also when compiled).
-        height: of the image in pixels; with ``width`` it gives every layer its grid, and needs a pipeline.
+        pipe_or_model: a pipeline with a ``UNet2DConditionModel`` or a transformer that can be guided, or that model
+            (also when compiled).
+        height: of the image in pixels; with ``width`` it gives every layer its grid, and needs a pipeline. The grid of
+            a transformer begins at token 0 here; in a run it begins after the text, where the model puts that first.
         width: of the image in pixels.
 
     Raises:
         ValueError: for an object without such a model, or when only one of height and width is given, or both
             without a pipeline to convert pixels into latents.
 
-    Source: the official implementation counts the ``attn1`` modules of each part in module order.
+    Source: the official implementation counts the ``attn1`` modules of each part in module order; ComfyUI's nodes
+        count transformers in each part, and blocks in each transformer.
 
     Example:
         >>> from diffusers import UNet2DConditionModel
@@ -66,22 +41,33 @@ def list_layers(pipe_or_unet: object, height: int | None = None, width: int | No
         >>> [layer.name for layer in list_layers(unet)]
         ['d0', 'm0', 'u0', 'u1']
     """
-    unet = find_unet(pipe_or_unet)
     if (height is None) != (width is None):
         raise ValueError(f"list_layers takes height and width together, got height={height!r}, width={width!r}")
-    grids: dict[str, Grid] = {}
+    model = find_model(pipe_or_model)
+    latent: tuple[int, int] | None = None
     if height is not None and width is not None:
-        factor = getattr(pipe_or_unet, "vae_scale_factor", None)
+        factor = _latent_factor(pipe_or_model)
         if factor is None:
             raise ValueError(
                 f"list_layers needs the pipeline to turn height={height!r} and width={width!r} into latents, "
-                f"got a bare {type(pipe_or_unet).__name__}"
+                f"got a bare {type(pipe_or_model).__name__}"
             )
-        grids = _grids(unet, height // factor, width // factor)
+        latent = height // factor, width // factor
+    if isinstance(model, UNet2DConditionModel):
+        return _of_unet(model, latent)
+    return _of_transformer(model, ARCHITECTURES[type(model).__name__], latent)
+
+
+def _of_unet(unet: UNet2DConditionModel, latent: tuple[int, int] | None) -> list[LayerInfo]:
+    grids = {} if latent is None else _grids(unet, *latent)
     found: list[LayerInfo] = []
     counts = dict.fromkeys(PARTS, 0)
+    transformers: dict[str, list[str]] = {part: [] for part in PARTS}
     for module, block, attention in _self_attentions(unet):
         part = block.split("_")[0]
+        transformer, number = module.removesuffix(".attn1").rsplit(".transformer_blocks.", 1)
+        if transformer not in transformers[part]:
+            transformers[part].append(transformer)
         found.append(
             LayerInfo(
                 name=f"{part[0]}{counts[part]}",
@@ -90,26 +76,47 @@ def list_layers(pipe_or_unet: object, height: int | None = None, width: int | No
                 heads=attention.heads,
                 head_dim=attention.inner_dim // attention.heads,
                 grid=grids.get(block),
+                comfyui=f"{part[0]}{len(transformers[part]) - 1}.{number}",
             )
         )
         counts[part] += 1
     return found
 
 
-def select_layers(available: Sequence[LayerInfo], wanted: str | Iterable[str]) -> list[LayerInfo]:
-    """The layers that the names in ``wanted`` stand for, each once, in execution order.
+def _of_transformer(model: nn.Module, architecture: Architecture, latent: tuple[int, int] | None) -> list[LayerInfo]:
+    side = architecture.pixels(model)
+    grid = None if latent is None else Grid(latent[0] // side, latent[1] // side)
+    found: list[LayerInfo] = []
+    before = 0  # blocks in earlier lists
+    for stage in architecture.stages:
+        blocks: Any = model.get_submodule(stage.blocks)
+        for number, block in enumerate(blocks):
+            for kind in stage.attentions:
+                attention: Any = getattr(block, kind, None)
+                if attention is None:  # most blocks have one
+                    continue
+                found.append(
+                    LayerInfo(
+                        name=f"{stage.letter}{number}" + (f".{kind}" if kind != stage.attentions[0] else ""),
+                        module=f"{stage.blocks}.{number}.{kind}",
+                        part=stage.blocks,
+                        heads=attention.heads,
+                        head_dim=getattr(attention, "inner_dim", attention.to_q.out_features) // attention.heads,
+                        grid=grid,
+                        block=before + number,
+                    )
+                )
+        before += len(blocks)
+    return found
 
-    Raises:
-        ValueError: for a name that stands for none of the ``available`` layers; the message lists what would.
-    """
-    chosen: set[str] = set()
-    for name in [wanted] if isinstance(wanted, str) else wanted:
-        matches = [layer.module for layer in available if _matches(layer, name)]
-        index = _INDEX.fullmatch(name)
-        if not matches or (index is not None and len(matches) != _span(index)):
-            raise ValueError(f"unknown layer {name!r}; {_what_is_valid(available)}")
-        chosen.update(matches)
-    return [layer for layer in available if layer.module in chosen]
+
+def _latent_factor(pipe: object) -> int | None:
+    """Pixels along the side of a latent pixel."""
+    for name in ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio"):
+        factor = getattr(pipe, name, None)
+        if factor is not None:
+            return int(factor)
+    return None
 
 
 def execution_order(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
@@ -120,8 +127,30 @@ def execution_order(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
     return [*down, *mid, *up]
 
 
+def find_model(pipe_or_model: object) -> nn.Module:
+    """The model of a pipeline that can be guided, or the one given, without ``torch.compile``'s wrapper.
+
+    Raises:
+        ValueError: when there is none; the message quotes the type.
+    """
+    models = [getattr(pipe_or_model, name, None) for name in ("unet", "transformer")]
+    models = [model for model in models if model is not None] or [pipe_or_model]
+    for model in (getattr(model, "_orig_mod", model) for model in models):
+        if isinstance(model, UNet2DConditionModel) or type(model).__name__ in ARCHITECTURES:
+            assert isinstance(model, nn.Module)
+            return model
+    found = type(getattr(models[0], "_orig_mod", models[0])).__name__
+    within = "" if models[0] is pipe_or_model else f" with a {found}"
+    reason = f"; of a {found} it cannot: {LINEAR[found]}" if found in LINEAR else ""
+    known = ", ".join(each.users for each in ARCHITECTURES.values())
+    raise ValueError(
+        f"segkern guides pipelines with a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors) and transformers "
+        f"({known}), got {type(pipe_or_model).__name__}{within}{reason}"
+    )
+
+
 def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
-    """The ``UNet2DConditionModel`` of a pipeline, or the one given, without ``torch.compile``'s wrapper.
+    """The same, of a UNet alone.
 
     Raises:
         ValueError: when there is none; the message quotes the type.
@@ -132,8 +161,7 @@ def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
         return model
     within = "" if model is pipe_or_unet else f" whose unet is a {type(model).__name__}"
     raise ValueError(
-        f"segkern guides pipelines whose unet is a UNet2DConditionModel (Stable Diffusion 1, 2, XL), "
-        f"got {type(pipe_or_unet).__name__}{within}"
+        f"this needs a UNet2DConditionModel (Stable Diffusion 1, 2, XL), got {type(pipe_or_unet).__name__}{within}"
     )
 
 
@@ -163,34 +191,3 @@ def _grids(unet: UNet2DConditionModel, height: int, width: int) -> dict[str, Gri
     for i, _ in enumerate(unet.up_blocks):
         grids[f"up_blocks.{i}"] = levels[-1 - i]
     return grids
-
-
-def _matches(layer: LayerInfo, name: str) -> bool:
-    if name in PARTS:
-        return layer.part == name
-    index = _INDEX.fullmatch(name)
-    if index is not None:
-        first, last = int(index[2]), int(index[3] or index[2])
-        return layer.part[0] == index[1] and first <= int(layer.name[1:]) <= last
-    if any(character in name for character in "*?["):
-        return fnmatchcase(layer.module, name)
-    return layer.module == name or layer.module.startswith(f"{name}.")
-
-
-def _span(index: re.Match[str]) -> int:
-    """How many layers an index or a range names."""
-    return int(index[3] or index[2]) - int(index[2]) + 1
-
-
-def _what_is_valid(available: Sequence[LayerInfo]) -> str:
-    parts = []
-    for part in PARTS:
-        names = [layer.name for layer in available if layer.part == part]
-        if names:
-            parts.append(f"{part!r} ({names[0]})" if len(names) == 1 else f"{part!r} ({names[0]} to {names[-1]})")
-    example = available[0].module.rsplit(".", 3)[0] if available else "mid_block.attentions.0"
-    return (
-        f"valid are {', '.join(parts) or 'no layers at all'}, ranges such as 'd0-1', module names and their "
-        f"dotted prefixes such as {example!r}, and globs such as '*.attentions.0.*'; list_layers(pipe) lists "
-        f"every layer"
-    )

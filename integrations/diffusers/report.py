@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.spec import Spec
+from segkern.integrations.diffusers.spec import Chosen, Spec
 from segkern.integrations.diffusers.specs import CFG, SAG
-from segkern.integrations.diffusers.support import Chosen
 
 _ROUNDING = 1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -12,6 +13,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from segkern.integrations.diffusers.branches import Batch
+
+_PROPERTY = "do_classifier_free_guidance"
+_LOCAL_ANSWERS = ("apply_cfg", "do_true_cfg")  # of pipelines whose property, if there is one, does not know
+ANSWERS = (_PROPERTY, *_LOCAL_ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,22 @@ class Run:
         self._timesteps: torch.Tensor | None = None  # held, so that a new run's tensor cannot take its identity
         self._call = 0
 
-    def is_ours(self) -> bool:
-        """Whether the pipeline, not another one that shares its denoiser, is calling it.
+    def caller(self) -> Mapping[str, Any] | None:
+        """Local variables of the pipeline's method that is calling its denoiser; pipelines keep there what they do.
 
         The nearest pipeline on the call stack is the one. Where there is none (somebody's own denoising loop), the
-        call is taken for the guided pipeline's.
+        call is taken for the guided pipeline's, and nothing is known of it.
+
+        Returns:
+            None when another pipeline, which shares the denoiser, is calling it.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             names = frame.f_code.co_varnames
             if names and names[0] == "self" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-                return frame.f_locals["self"] is self._pipe
+                return frame.f_locals if frame.f_locals["self"] is self._pipe else None
             frame = frame.f_back
-        return True
+        return {}
 
     def next_step(self) -> Step:
         """Where this call of the denoiser stands; counts the call.
@@ -75,24 +83,48 @@ class Run:
         self._call += 1
         return Step(self._call - 1, calls, number, number / steps)
 
-    def batch(self, size: int, branches: int) -> Batch:
-        """The layout of a batch of ``size`` samples that so many branches join.
+    def is_guided_by_text(self, caller: Mapping[str, Any]) -> bool:
+        """Whether the pipeline runs classifier-free guidance in the step under way.
+
+        Args:
+            caller: what :meth:`caller` gave.
 
         Raises:
-            RuntimeError: when no run of the pipeline is under way, or the batch cannot be one of it.
+            RuntimeError: when no run of the pipeline is under way.
         """
-        if not self._ask("do_classifier_free_guidance"):
+        for name in _LOCAL_ANSWERS:
+            if name in caller:
+                return bool(caller[name])
+        if hasattr(type(self._pipe), _PROPERTY):
+            return bool(self._ask(_PROPERTY))
+        return bool(caller.get(_PROPERTY, False))
+
+    def batch(self, size: int, branches: int, cfg: bool, conditional_first: bool = False) -> Batch:
+        """The layout of a batch of ``size`` samples that so many branches join.
+
+        Args:
+            size: of the pipeline's own batch.
+            branches: that join it.
+            cfg: whether half of it is unconditional.
+            conditional_first: whether that half comes last.
+
+        Raises:
+            RuntimeError: when the batch cannot be one of it.
+        """
+        if not cfg:
             return Batch(size, 0, branches)
         if size % 2:
             raise RuntimeError(
                 f"the denoiser of a guided pipeline got a batch of {size} under classifier-free guidance, "
                 f"where the pipeline passes as many unconditional as conditional samples"
             )
-        return Batch(size, size // 2, branches)
+        return Batch(size, size // 2, branches, conditional_first)
 
-    def rescaled_guidance_scale(self) -> float | None:
+    def rescaled_guidance_scale(self, caller: Mapping[str, Any]) -> float | None:
         """The guidance scale of a run with ``guidance_rescale``, else None."""
-        rescale = getattr(self._pipe, "guidance_rescale", 0.0)
+        rescale = getattr(self._pipe, "guidance_rescale", None)
+        if rescale is None:
+            rescale = caller.get("guidance_rescale", 0.0)
         return float(self._ask("guidance_scale")) if rescale > 0.0 else None
 
     def _ask(self, name: str) -> Any:

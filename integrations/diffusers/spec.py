@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
-from dataclasses import fields
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from segkern.integrations.diffusers.names import LayerInfo
+from segkern.integrations.diffusers.sigmas import Sigmas
 from segkern.integrations.diffusers.strength import Schedule, check_schedule, factor, is_number
 
+Layers = str | int | range | Sequence[str | int | range]
+
 _ALWAYS_SHOWN = ("scale", "sigma", "layers", "layer")
+
+
+class DefaultLayers(str):
+    """Layers that nobody gave: a model's own default."""
 
 
 class Default(float):
@@ -101,12 +109,18 @@ class AttentionSpec(Spec):
         blend: 1 is the other attention alone, less mixes it with the layer's own.
     """
 
-    layers: str | Sequence[str]
+    layers: Layers
     blend: float
+    sigma_frames: float = 0.0  # of a blur over the frames of a video
     # Of a blur; a guidance without one takes what others ask for in a layer they share.
     boundary: str | None = None
     backend: str | None = None
     query_stride: int | tuple[int, int] | Literal["auto"] = 1
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Where it acts, one name after the other."""
+        return _names(type(self).__name__, (self.layers,) if isinstance(self.layers, str) else self.layers)
 
     @abstractmethod
     def perturbs(self) -> bool:
@@ -127,17 +141,45 @@ class AttentionSpec(Spec):
                 f"{owner}.blend must lie between 0 (the layer's own attention) and 1 (the perturbed one), got "
                 f"{self.blend!r}"
             )
-        if not isinstance(self.layers, (str, tuple)):
-            object.__setattr__(self, "layers", _names(owner, self.layers))
-        else:
-            _names(owner, (self.layers,) if isinstance(self.layers, str) else self.layers)
+        names = self.layer_names
+        if not isinstance(self.layers, str) and names != self.layers:
+            object.__setattr__(self, "layers", names)
 
 
-def _names(owner: str, layers: Sequence[str]) -> tuple[str, ...]:
+def _names(owner: str, layers: Layers) -> tuple[str, ...]:
     """Several layer names as a tuple, so that a spec stays what it was when its caller's list changes."""
-    names = tuple(layers) if isinstance(layers, (list, tuple, set, frozenset)) else ()
-    if not names or not all(isinstance(name, str) for name in names):
+    given: Any = (layers,) if isinstance(layers, (int, range)) else layers
+    several = given if isinstance(given, (list, tuple, set, frozenset)) else ()
+    names = tuple(name for name in map(_name, several) if name is not None)
+    if not names or len(names) != len(several):
         raise ValueError(
-            f"{owner}.layers must be a layer name such as 'mid', 'd4', 'u0-29', or a list of them, got {layers!r}"
+            f"{owner}.layers must be a layer name such as 'mid', 'd4', 'u0-29', of a transformer a block's number or a "
+            f"range of them, or a list of those, got {layers!r}"
         )
     return names
+
+
+def _name(layer: Any) -> str | None:
+    """One name, from a name, a block's number or a range of them; None for anything else."""
+    if isinstance(layer, str):
+        return layer
+    if isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0:
+        return str(layer)
+    if isinstance(layer, range) and layer and layer.step == 1 and layer.start >= 0:
+        return f"{layer.start}-{layer.stop - 1}"
+    return None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One guidance and where it acts.
+
+    Attributes:
+        spec: it.
+        layers: those it perturbs, or the one it reads, in execution order; none for one that has no layers.
+        sigmas: of each perturbed layer, by its module.
+    """
+
+    spec: Spec
+    layers: tuple[LayerInfo, ...] = ()
+    sigmas: Mapping[str, Sigmas] = field(default_factory=dict)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -12,15 +12,14 @@ from segkern.blur import check_boundary
 from segkern.coarse import check_query_stride
 from segkern.dispatch import check_backend
 from segkern.integrations.diffusers.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
-from segkern.integrations.diffusers.spec import AttentionSpec, Default, Spec
+from segkern.integrations.diffusers.spec import AttentionSpec, Default, DefaultLayers, Layers, Spec
 from segkern.integrations.diffusers.strength import Schedule, is_number
 
 if TYPE_CHECKING:
     import torch
 
 
-class _DefaultLayers(str):
-    """Layers that nobody gave."""
+_DEFAULT_LAYERS = DefaultLayers("mid")
 
 
 class _LayersOfSigma(tuple[str, ...]):
@@ -41,9 +40,12 @@ class SEG(AttentionSpec):
             query by the mean query, 0 turns the guidance off. Also a sequence with one sigma per image of the batch,
             or with a sequence of one per head for each image (``[[...]]`` for all of them); or a mapping from names as
             ``layers`` has them to any of these, which must name every layer once.
-        layers: ``"down"``, ``"mid"``, ``"up"``; an official index such as ``"d4"``, ``"m0"``, ``"u29"`` or a
-            range ``"u0-29"``; a module name or a dotted prefix of one; a glob; or several of those. See
-            :func:`~segkern.integrations.diffusers.list_layers`. With a mapping of sigmas its names are the layers,
+        layers: of a UNet ``"down"``, ``"mid"``, ``"up"``, an official index such as ``"d4"``, ``"m0"``, ``"u29"`` or
+            a range ``"u0-29"``, or a name of ComfyUI's nodes such as ``"u0.4"``; of a transformer a block's number,
+            ``7``, ``"4-9"`` or ``range(4, 10)``, or its short name such as ``"s3"``; of both a module name or a dotted
+            prefix of one; a glob; or several of those. See
+            :func:`~segkern.integrations.diffusers.list_layers`. Not given, it is ``"mid"`` or a transformer's own
+            default, which ``segkern layers`` tells. With a mapping of sigmas its names are the layers,
             unless others are given.
         start: fraction of the run's steps at which it begins to act.
         stop: fraction of the run's steps from which it no longer acts. A step outside ``[start, stop)`` is
@@ -69,6 +71,8 @@ class SEG(AttentionSpec):
             ``stop``; or a function from the fraction of the run done to a factor. Where that is 0 a step is plain.
         blend: 1 is attention with blurred queries; less mixes the layer's output with that of its own attention,
             ``blend * blurred + (1 - blend) * own``. 0 turns the guidance off.
+        sigma_frames: of a video, standard deviation of a further blur in frames of latents; 0, no such blur, unless
+            given. A video's queries are blurred within each frame, and with this across frames.
         gamma: the method's own name for the strength, ``scale + 1``; instead of ``scale``, as an argument only.
 
     Raises:
@@ -85,7 +89,7 @@ class SEG(AttentionSpec):
 
     scale: float = Default(3.0)
     sigma: GivenSigmas | Mapping[str, GivenSigmas] = math.inf
-    layers: str | Sequence[str] = _DefaultLayers("mid")
+    layers: Layers = _DEFAULT_LAYERS
     start: float = 0.0
     stop: float = 1.0
     boundary: str = "reflect"
@@ -95,18 +99,21 @@ class SEG(AttentionSpec):
     reuse: int = 1
     schedule: Schedule = "constant"
     blend: float = 1.0
+    sigma_frames: float = 0.0
     gamma: InitVar[float | None] = None
 
     def __post_init__(self, gamma: float | None) -> None:
         self._check_common(gamma)
         sigma = checked_sigma("SEG", self.sigma)
         object.__setattr__(self, "sigma", sigma)
-        if isinstance(self.layers, (_DefaultLayers, _LayersOfSigma)):
-            named = _LayersOfSigma(sigma) if isinstance(sigma, LayerSigmas) else _DefaultLayers("mid")
+        if isinstance(self.layers, (DefaultLayers, _LayersOfSigma)):
+            named = _LayersOfSigma(sigma) if isinstance(sigma, LayerSigmas) else _DEFAULT_LAYERS
             object.__setattr__(self, "layers", named)
         self._check_attention()
         check_boundary(self.boundary)
         check_backend(self.backend)
+        if not (is_number(self.sigma_frames) and self.sigma_frames >= 0.0):
+            raise ValueError(f"SEG.sigma_frames must be 0 or a positive number of frames, got {self.sigma_frames!r}")
         if self.query_stride != "auto":
             object.__setattr__(self, "query_stride", _stride(self.query_stride))
         if self.query_stride not in (1, (1, 1)) and not isinstance(sigma, float):
@@ -153,7 +160,7 @@ class PAG(AttentionSpec):
     """
 
     scale: float = Default(3.0)
-    layers: str | Sequence[str] = "mid"
+    layers: Layers = _DEFAULT_LAYERS
     start: float = 0.0
     stop: float = 1.0
     adaptive_scale: float = 0.0

@@ -3,31 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakSet
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from torch import nn
 
-from segkern.integrations.diffusers.layers import (
-    LayerInfo,
-    find_unet,
-    list_layers,
-    select_layers,
-)
+from segkern.integrations.diffusers.architectures import default_layers
+from segkern.integrations.diffusers.denoisers import Denoiser, Transformer, UNet, find_denoiser
+from segkern.integrations.diffusers.layers import LayerInfo, find_model, find_unet, list_layers, select_layers
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.rows import IDENTITY
+from segkern.integrations.diffusers.schedule import ANSWERS
 from segkern.integrations.diffusers.sigmas import LayerSigmas, Sigmas, check_heads
-from segkern.integrations.diffusers.spec import AttentionSpec, Spec
-from segkern.integrations.diffusers.specs import CFG, SAG, SEG
+from segkern.integrations.diffusers.spec import AttentionSpec, Chosen, DefaultLayers, Spec
+from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
 
 # Denoisers with a guidance on them; a copy of one is another denoiser.
-GUIDED: WeakSet[UNet2DConditionModel] = WeakSet()
+GUIDED: WeakSet[nn.Module] = WeakSet()
 
 # Denoisers in a forward that belongs to a guidance, not to a step of the pipeline.
-REPEATED: WeakSet[UNet2DConditionModel] = WeakSet()
+REPEATED: WeakSet[nn.Module] = WeakSet()
 
 # Pipelines (or bases of them) whose denoiser gets another batch than [unconditional, conditional].
 _OTHER_BATCHES = {
@@ -37,25 +37,35 @@ _OTHER_BATCHES = {
     "StableDiffusionPanoramaPipeline": "its batch holds several views",
     "LEditsPPPipelineStableDiffusion": "its batch holds several edits",
     "LEditsPPPipelineStableDiffusionXL": "its batch holds several edits",
+    "StableDiffusionGLIGENPipeline": "its boxes reach attention as keyword arguments, which no branch follows",
+    "StableDiffusionGLIGENTextImagePipeline": "its boxes reach attention as keyword arguments, which no branch follows",
 }
 
 
-def check_pipeline(pipe: Any) -> UNet2DConditionModel:
+def check_pipeline(pipe: Any) -> Denoiser:
     """The denoiser of a pipeline that can be guided.
 
     Raises:
         ValueError: for anything else; the message quotes it and says why.
     """
-    unet = check_batches(pipe, "guide")
-    if unet in GUIDED:
-        raise ValueError(
-            f"this {type(pipe).__name__} is guided already; pass several specs in one guide call, or remove the other"
-        )
-    return unet
+    denoiser = find_denoiser(pipe) if hasattr(pipe, "unet") or hasattr(pipe, "transformer") else None
+    name = type(pipe).__name__
+    if not isinstance(denoiser, Transformer):
+        check_batches(pipe, "guide")
+        assert denoiser is not None
+    else:
+        _refuse_other_batches(pipe, "guide")
+        if getattr(pipe, "transformer_2", None) is not None:
+            raise ValueError(f"guide cannot handle {name} with two denoisers, transformer and transformer_2")
+        if not denoiser.architecture.apart and not _tells_layout(pipe):
+            raise ValueError(_UNTOLD.format(caller="guide", name=name))
+    if denoiser.model in GUIDED:
+        raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
+    return denoiser
 
 
 def check_batches(pipe: Any, caller: str) -> UNet2DConditionModel:
-    """The denoiser of a pipeline whose batch is [conditional] or [unconditional, conditional].
+    """The UNet of a pipeline whose batch is [conditional] or [unconditional, conditional].
 
     Args:
         pipe: any object.
@@ -66,35 +76,38 @@ def check_batches(pipe: Any, caller: str) -> UNet2DConditionModel:
     """
     name = type(pipe).__name__
     if not hasattr(pipe, "unet"):
-        raise ValueError(f"{caller} needs a pipeline with a UNet2DConditionModel as its unet, got {name}")
+        if hasattr(pipe, "transformer"):
+            find_model(pipe)
+            raise ValueError(f"{caller} needs a pipeline with a UNet2DConditionModel as its unet, got {name}")
+        raise ValueError(f"{caller} needs a pipeline with a denoiser, its unet or transformer, got {name}")
     unet = find_unet(pipe)
-    for base in type(pipe).__mro__:
-        if base.__name__ in _OTHER_BATCHES:
-            raise ValueError(f"{caller} cannot handle {name}: {_OTHER_BATCHES[base.__name__]}")
-    if not hasattr(type(pipe), "do_classifier_free_guidance"):
-        raise ValueError(
-            f"{caller} cannot handle {name}: it has no property do_classifier_free_guidance, which tells the "
-            f"layout of its denoiser's batch"
-        )
+    _refuse_other_batches(pipe, caller)
+    if not _tells_layout(pipe):
+        raise ValueError(_UNTOLD.format(caller=caller, name=name))
     return unet
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """One guidance and where it acts.
-
-    Attributes:
-        spec: it.
-        layers: those it perturbs, or the one it reads, in execution order; none for one that has no layers.
-        sigmas: of each perturbed layer, by its module.
-    """
-
-    spec: Spec
-    layers: tuple[LayerInfo, ...] = ()
-    sigmas: Mapping[str, Sigmas] = field(default_factory=dict)
+def _refuse_other_batches(pipe: Any, caller: str) -> None:
+    for base in type(pipe).__mro__:
+        if base.__name__ in _OTHER_BATCHES:
+            raise ValueError(f"{caller} cannot handle {type(pipe).__name__}: {_OTHER_BATCHES[base.__name__]}")
 
 
-def choose_layers(unet: UNet2DConditionModel, specs: tuple[Spec, ...]) -> tuple[Chosen, ...]:
+def _tells_layout(pipe: Any) -> bool:
+    """Whether its denoiser's batch can be known, from a property or a local variable of its call."""
+    if hasattr(type(pipe), "do_classifier_free_guidance"):
+        return True
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    return code is not None and not set(ANSWERS).isdisjoint(code.co_varnames)
+
+
+_UNTOLD = (
+    "{caller} cannot handle {name}: it has no property do_classifier_free_guidance, which tells the layout of its "
+    "denoiser's batch"
+)
+
+
+def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, ...]:
     """The layers of each spec.
 
     Raises:
@@ -110,12 +123,15 @@ def choose_layers(unet: UNet2DConditionModel, specs: tuple[Spec, ...]) -> tuple[
         raise ValueError(f"guide takes one CFG(...) spec, got {', '.join(map(repr, specs))}")
     if any(isinstance(spec, SAG) for spec in specs) and any(isinstance(spec, CFG) and spec.reuse > 1 for spec in specs):
         raise ValueError(f"SAG beside CFG degrades its prediction in every step, which reuse leaves out: got {specs}")
-    available = list_layers(unet)
+    available = list_layers(denoiser.model)
+    if isinstance(denoiser, Transformer):
+        specs = tuple(_for_transformer(denoiser, spec, available) for spec in specs)
     chosen = tuple(_choose(available, spec) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
     for one in chosen:
         for layer in one.layers:
-            check_layer(unet, layer)
+            if isinstance(denoiser, UNet):
+                check_layer(denoiser.model, layer)
             if not isinstance(one.spec, AttentionSpec) or one.spec.boundary is None:
                 continue
             spec, other = one.spec, owner.setdefault(layer.module, one.spec)
@@ -127,6 +143,19 @@ def choose_layers(unet: UNet2DConditionModel, specs: tuple[Spec, ...]) -> tuple[
     return chosen
 
 
+def _for_transformer(denoiser: Transformer, spec: Spec, available: Sequence[LayerInfo]) -> Spec:
+    """The spec as this transformer takes it."""
+    name = type(denoiser.model).__name__
+    if not isinstance(spec, (SEG, PAG)):
+        raise ValueError(f"{type(spec).__name__} needs a UNet2DConditionModel; a {name} takes SEG(...) and PAG(...)")
+    if isinstance(spec, SEG) and spec.query_stride not in (1, (1, 1)):
+        raise ValueError(f"SEG.query_stride={spec.query_stride!r} needs a UNet2DConditionModel; a {name} takes 1")
+    if not isinstance(spec.layers, DefaultLayers):
+        return spec
+    blocks = len({layer.block for layer in available})
+    return replace(spec, layers=default_layers(denoiser.architecture, blocks), gamma=None)
+
+
 def _choose(available: Sequence[LayerInfo], spec: Spec) -> Chosen:
     if isinstance(spec, CFG):
         return Chosen(spec)
@@ -136,7 +165,7 @@ def _choose(available: Sequence[LayerInfo], spec: Spec) -> Chosen:
             raise ValueError(f"SAG.layer={spec.layer!r} must name one layer, it names {len(layers)}")
         return Chosen(spec, tuple(layers))
     assert isinstance(spec, AttentionSpec)
-    layers = select_layers(available, spec.layers)
+    layers = select_layers(available, spec.layer_names)
     if not isinstance(spec, SEG):
         return Chosen(spec, tuple(layers), dict.fromkeys((layer.module for layer in layers), IDENTITY))
     sigmas = _layer_sigmas(available, spec, layers)
@@ -167,7 +196,7 @@ def _layer_sigmas(available: Sequence[LayerInfo], spec: SEG, layers: Sequence[La
     return sigmas
 
 
-def check_layer(unet: UNet2DConditionModel, layer: LayerInfo) -> None:
+def check_layer(unet: nn.Module, layer: LayerInfo) -> None:
     """Raise a ValueError for a layer that is not standard self-attention over the image."""
     attention = unet.get_submodule(layer.module)
     assert isinstance(attention, Attention)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to be known of each transformer: where its blocks and its image tokens are, and how pipelines call it.
+
+Nothing in here computes; attention itself is met where the model calls it (:mod:`interception`), so that an
+architecture is a few facts about argument names. A model is known by the name of its class, which costs no import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Get = Callable[[str], Any]  # the value of an argument of the denoiser's forward
+Size = tuple[int, int, int]  # frames, height, width in tokens
+
+_TEXT = frozenset({"hidden_states", "encoder_hidden_states", "temb"})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A list of transformer blocks.
+
+    Attributes:
+        blocks: name of the list in the model.
+        attentions: names of the self-attention modules in a block; a block may lack all but the first.
+        letter: of the layers' short names.
+        batched: arguments of a block's forward that hold one entry per sample.
+    """
+
+    blocks: str
+    attentions: tuple[str, ...]
+    letter: str = "b"
+    batched: frozenset[str] = _TEXT
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of transformers.
+
+    Attributes:
+        model: name of the class.
+        users: what it is called by people.
+        stages: its lists of blocks in execution order.
+        sample: the argument with the noisy image.
+        batched: arguments of its forward that hold one entry per sample.
+        size: frames, height and width of the image in tokens.
+        pixels: side of a token's square in latent pixels, for a model.
+        text: the argument whose tokens come before the image in every attention, if there is one.
+        listed: of ``batched``, those that are lists with one item per sample.
+        residuals: arguments that are added between blocks: with any of them branches join at the input.
+        other: an argument that is given only in calls which are no step of a run.
+        apart: whether pipelines call it once for the prompt and once for the negative prompt.
+        conditional_first: whether a batch begins with the conditional samples.
+        shift: whether the pipeline's guidance scale is one less than usual, ``c + g (c - u)``.
+        rescales: the pipeline's local variable that is true where it measures the conditional prediction.
+        default: layers where none are named, and whose advice that is.
+    """
+
+    model: str
+    users: str
+    stages: tuple[Stage, ...]
+    sample: str
+    batched: frozenset[str]
+    size: Callable[[Any, Get], Size]
+    pixels: Callable[[Any], int]
+    text: str | None = None
+    listed: frozenset[str] = frozenset()
+    residuals: frozenset[str] = frozenset()
+    other: str | None = None
+    apart: bool = False
+    conditional_first: bool = False
+    shift: bool = False
+    rescales: bool = False
+    default: tuple[str, str] | None = None
+
+
+def _patches(model: Any) -> int:
+    return int(model.config.patch_size)
+
+
+def _image(sample: str) -> Callable[[Any, Get], Size]:
+    """Of latents ``[batch, channels, height, width]`` cut into square patches."""
+
+    def size(model: Any, get: Get) -> Size:
+        height, width = get(sample).shape[-2:]
+        return 1, height // _patches(model), width // _patches(model)
+
+    return size
+
+
+def _position_ids(model: Any, get: Get) -> Size:
+    """Of packed latents: the rows of ``img_ids`` are (0, row, column) for the image, other numbers first for others.
+
+    Waits for a GPU that holds them, once for every new tensor.
+    """
+    ids = get("img_ids")
+    ids = ids[0] if ids.ndim == 3 else ids
+    rows = ids[ids[:, 0] == ids[0, 0]]
+    return 1, int(rows[:, 1].max()) + 1, int(rows[:, 2].max()) + 1
+
+
+def _shapes(model: Any, get: Get) -> Size:
+    """Of the first image of the first sample; others, which an edit starts from, come after it."""
+    first = get("img_shapes")[0]
+    frames, height, width = first if isinstance(first[0], int) else first[0]
+    return frames, height, width
+
+
+def _one_of_a_list(model: Any, get: Get) -> Size:
+    """Of latents in a list, ``[channels, frames, height, width]`` each."""
+    images = get("x")
+    if isinstance(images[0], list) or any(image.shape != images[0].shape for image in images):
+        raise ValueError("guide needs images of one size, and one image for each prompt, in a batch of this model")
+    patch, frame_patch = get("patch_size") or 2, get("f_patch_size") or 1
+    frames, height, width = images[0].shape[1:]
+    return frames // frame_patch, height // patch, width // patch
+
+
+def _video(model: Any, get: Get) -> Size:
+    """Of latents ``[batch, channels, frames, height, width]`` cut into boxes."""
+    frames, height, width = get("hidden_states").shape[2:]
+    by_frame, by_row, by_column = model.config.patch_size
+    return frames // by_frame, height // by_row, width // by_column
+
+
+def _told(model: Any, get: Get) -> Size:
+    return get("num_frames"), get("height"), get("width")
+
+
+_SAMPLES = frozenset({"hidden_states", "encoder_hidden_states", "timestep"})
+_CONTROL = frozenset({"controlnet_block_samples", "controlnet_single_block_samples"})
+
+_ALL = (
+    Architecture(
+        "SD3Transformer2DModel",
+        "Stable Diffusion 3, 3.5",
+        (Stage("transformer_blocks", ("attn", "attn2"), batched=_TEXT | {"joint_attention_kwargs"}),),
+        "hidden_states",
+        _SAMPLES | {"pooled_projections", "block_controlnet_hidden_states", "joint_attention_kwargs"},
+        _image("hidden_states"),
+        _patches,
+        residuals=frozenset({"block_controlnet_hidden_states"}),
+        other="skip_layers",
+        default=("7-9", "diffusers' guider for SEG, for Stable Diffusion 3.5 Medium"),
+    ),
+    Architecture(
+        "FluxTransformer2DModel",
+        "Flux.1",
+        (
+            Stage("transformer_blocks", ("attn",), "b", _TEXT | {"joint_attention_kwargs"}),
+            Stage("single_transformer_blocks", ("attn",), "s", _TEXT | {"joint_attention_kwargs"}),
+        ),
+        "hidden_states",
+        _SAMPLES | {"pooled_projections", "guidance", "joint_attention_kwargs"} | _CONTROL,
+        _position_ids,
+        lambda model: 2,
+        text="encoder_hidden_states",
+        residuals=_CONTROL,
+        apart=True,
+    ),
+    Architecture(
+        "QwenImageTransformer2DModel",
+        "Qwen-Image",
+        (
+            Stage(
+                "transformer_blocks",
+                ("attn",),
+                batched=_TEXT | {"encoder_hidden_states_mask", "modulate_index", "joint_attention_kwargs"},
+            ),
+        ),
+        "hidden_states",
+        _SAMPLES
+        | {"encoder_hidden_states_mask", "guidance", "img_shapes", "additional_t_cond", "attention_kwargs"}
+        | _CONTROL,
+        _shapes,
+        lambda model: 2,
+        text="encoder_hidden_states",
+        listed=frozenset({"img_shapes"}),
+        residuals=_CONTROL | {"additional_t_cond"},
+        apart=True,
+        rescales=True,
+    ),
+    Architecture(
+        "ZImageTransformer2DModel",
+        "Z-Image",
+        (
+            Stage(
+                "layers",
+                ("attention",),
+                batched=frozenset(
+                    {"x", "attn_mask", "freqs_cis", "adaln_input", "noise_mask", "adaln_noisy", "adaln_clean"}
+                ),
+            ),
+        ),
+        "x",
+        frozenset({"x", "t", "cap_feats"}),
+        _one_of_a_list,
+        lambda model: 2,
+        listed=frozenset({"x", "cap_feats"}),
+        residuals=frozenset({"controlnet_block_samples", "siglip_feats", "image_noise_mask"}),
+        conditional_first=True,
+        shift=True,
+    ),
+    Architecture(
+        "PixArtTransformer2DModel",
+        "PixArt-alpha, PixArt-Sigma",
+        (
+            Stage(
+                "transformer_blocks",
+                ("attn1",),
+                batched=_TEXT - {"temb"} | {"attention_mask", "encoder_attention_mask", "timestep"},
+            ),
+        ),
+        "hidden_states",
+        _SAMPLES | {"added_cond_kwargs", "attention_mask", "encoder_attention_mask"},
+        _image("hidden_states"),
+        _patches,
+        default=("14", "diffusers' example for PAG on PixArt-Sigma"),
+    ),
+    Architecture(
+        "HunyuanDiT2DModel",
+        "Hunyuan-DiT",
+        (Stage("blocks", ("attn1",), batched=_TEXT | {"skip"}),),
+        "hidden_states",
+        _SAMPLES
+        | {"text_embedding_mask", "encoder_hidden_states_t5", "text_embedding_mask_t5", "image_meta_size", "style"}
+        | {"controlnet_block_samples"},
+        _image("hidden_states"),
+        _patches,
+        residuals=frozenset({"controlnet_block_samples"}),
+        default=("14", "diffusers' example for PAG on Hunyuan-DiT"),
+    ),
+    Architecture(
+        "WanTransformer3DModel",
+        "Wan",
+        (Stage("blocks", ("attn1",)),),
+        "hidden_states",
+        _SAMPLES | {"encoder_hidden_states_image"},
+        _video,
+        lambda model: int(model.config.patch_size[1]),
+        apart=True,
+    ),
+    Architecture(
+        "LTXVideoTransformer3DModel",
+        "LTX-Video",
+        (Stage("transformer_blocks", ("attn1",), batched=_TEXT | {"image_rotary_emb", "encoder_attention_mask"}),),
+        "hidden_states",
+        _SAMPLES | {"encoder_attention_mask", "video_coords"},
+        _told,
+        lambda model: int(model.config.patch_size),
+    ),
+)
+
+ARCHITECTURES: Mapping[str, Architecture] = {each.model: each for each in _ALL}
+
+# Models whose image tokens do not meet in a softmax: there are no queries that could be blurred.
+LINEAR = {
+    "SanaTransformer2DModel": "its self-attention is linear attention",
+    "SanaVideoTransformer3DModel": "its self-attention is linear attention",
+}
+
+
+def default_layers(architecture: Architecture, blocks: int) -> str:
+    """Where a guidance acts whose layers nobody named: somebody's advice, or the block in the middle."""
+    if architecture.default is not None and int(architecture.default[0].split("-")[-1]) < blocks:
+        return architecture.default[0]
+    return str(blocks // 2)
+
+
+def batch_of(sample: Any) -> torch.Tensor:
+    """The noisy images of a batch as one tensor, from a tensor or a list of tensors alike."""
+    return torch.stack(sample) if isinstance(sample, list) else sample

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that can be guided, UNets and transformers alike, as :mod:`guidance` sees them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from segkern.grid import Grid
+from segkern.integrations.diffusers.architectures import ARCHITECTURES, Architecture, batch_of
+from segkern.integrations.diffusers.blocks import BlockPlaces
+from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments
+from segkern.integrations.diffusers.guided_layers import Forward, GuidedLayer, hook_grids
+from segkern.integrations.diffusers.interception import intercepting
+from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor
+from segkern.integrations.diffusers.schedule import Run
+from segkern.integrations.diffusers.sharing import Places
+
+
+class Denoiser(ABC):
+    """A pipeline's model, without ``torch.compile``'s wrapper.
+
+    Attributes:
+        name: of the pipeline's component.
+        model: it.
+        places: where branches can join.
+        arguments: of its forward.
+        sample_name: the argument with the noisy images.
+    """
+
+    name: str
+    model: nn.Module
+    places: Places | BlockPlaces
+    arguments: DenoiserArguments
+    sample_name: str
+
+    def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The noisy images that a forward gets."""
+        return batch_of(self.arguments.get(self.sample_name, args, kwargs))
+
+    def timestep(self, scheduler: Any, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The scheduler's timestep of the call of this number; models are given it in other units too."""
+        return scheduler.timesteps[call]
+
+    @abstractmethod
+    def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """What a call is for: ``"both"`` halves of the batch, ``"conditional"``, ``"unconditional"`` or ``"other"``."""
+
+    @abstractmethod
+    def batch(self, run: Run, size: int, branches: int, cfg: bool) -> Batch:
+        """The layout of a batch."""
+
+    @abstractmethod
+    def rescaled_guidance_scale(self, run: Run, caller: Mapping[str, Any]) -> float | None:
+        """The guidance scale where only the unconditional prediction may change, else None."""
+
+    @abstractmethod
+    def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether branches can join inside, with these arguments."""
+
+    @abstractmethod
+    def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """The arguments with the branches that join before the first block; None for no change."""
+
+    @abstractmethod
+    def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
+        """What takes the place of a layer's processor.
+
+        Raises:
+            ValueError: for a processor that it cannot stand in for.
+        """
+
+    def hook_grids(self, layers: Sequence[GuidedLayer]) -> list[RemovableHandle]:
+        """Hooks from which the layers learn their grids, if they cannot be told."""
+        return []
+
+    @abstractmethod
+    def tell_grids(self, layers: Sequence[GuidedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the layers the grids of the coming forward, if its arguments say them."""
+
+
+class UNet(Denoiser):
+    """``UNet2DConditionModel``: Stable Diffusion 1, 2, XL, Kolors and their relatives."""
+
+    name = "unet"
+    sample_name = "sample"
+
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        self.model = model
+        self.places: Places = Places(model)
+        self.arguments = DenoiserArguments(model)
+
+    def timestep(self, scheduler: Any, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.arguments.get("timestep", args, kwargs)
+
+    def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        return "both"
+
+    def batch(self, run: Run, size: int, branches: int, cfg: bool) -> Batch:
+        return run.batch(size, branches, cfg)
+
+    def rescaled_guidance_scale(self, run: Run, caller: Mapping[str, Any]) -> float | None:
+        return run.rescaled_guidance_scale(caller)
+
+    def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Residuals from outside must meet tensors of the batch they were made for.
+
+        A T2I-Adapter's are added inside down blocks and to the mid block's output; a ControlNet's after all
+        down blocks, to skip connections that are larger already if a branch has joined by then.
+        """
+        down = self.arguments.get("down_block_additional_residuals", args, kwargs)
+        mid = self.arguments.get("mid_block_additional_residual", args, kwargs)
+        inside = self.arguments.get("down_intrablock_additional_residuals", args, kwargs)
+        if inside is not None or (down is not None and mid is None):  # the second is the old way to pass the first
+            return False
+        return down is None or forward.joined(self.places.last_of("down")) == forward.joined(-1)
+
+    def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        batch, count = forward.batch, forward.joined(-1)
+        if count:
+            args, kwargs = self.arguments.grow_all(args, kwargs, batch, count)
+        mid = forward.joined(self.places.last_of("mid"))
+        if mid > count:  # a ControlNet's, added to that block's enlarged output
+            args, kwargs = self.arguments.grow({"mid_block_additional_residual"}, args, kwargs, batch, mid)
+        return (args, kwargs) if mid or count else None
+
+    def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
+        if type(original) not in STANDARD_PROCESSORS:
+            raise ValueError(f"a {type(original).__name__} is not standard self-attention")
+        return GuidedProcessor(original, boundary, backend)
+
+    def hook_grids(self, layers: Sequence[GuidedLayer]) -> list[RemovableHandle]:
+        return hook_grids(self.model, layers)
+
+    def tell_grids(self, layers: Sequence[GuidedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hooks do."""
+
+
+class Transformer(Denoiser):
+    """Any transformer of :mod:`architectures`."""
+
+    name = "transformer"
+
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.sample_name = architecture.sample
+        self.places: BlockPlaces = BlockPlaces(model, architecture)
+        self.arguments = DenoiserArguments(model, architecture.batched, architecture.listed)
+        self._ids: tuple[torch.Tensor, tuple[int, int, int]] | None = None  # the last position ids and their size
+
+    def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        other = self.architecture.other
+        if other is not None and self.arguments.get(other, args, kwargs) is not None:
+            return "other"
+        if not self.architecture.apart:
+            return "both"
+        text = self.arguments.get("encoder_hidden_states", args, kwargs)
+        return "unconditional" if text is not None and text is caller.get("negative_prompt_embeds") else "conditional"
+
+    def batch(self, run: Run, size: int, branches: int, cfg: bool) -> Batch:
+        return run.batch(size, branches, cfg and not self.architecture.apart, self.architecture.conditional_first)
+
+    def rescaled_guidance_scale(self, run: Run, caller: Mapping[str, Any]) -> float | None:
+        if self.architecture.rescales:
+            return float(caller["true_cfg_scale"]) if "true_cfg_scale" in caller else None
+        if self.architecture.shift:
+            limited = float(caller["self"]._cfg_normalization or 0.0) > 0.0 if "self" in caller else False
+            return float(caller["current_guidance_scale"]) + 1.0 if limited else None
+        return run.rescaled_guidance_scale(caller)
+
+    def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """What is added between blocks must meet the batch it was made for."""
+        given = (self.arguments.get(name, args, kwargs) for name in self.architecture.residuals)
+        return all(value is None for value in given) and not getattr(self.model, "zero_cond_t", False)
+
+    def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """All of them: what comes before and after the blocks runs with every branch."""
+        return self.arguments.grow_all(args, kwargs, forward.batch, len(forward.branches))
+
+    def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
+        return intercepting(original, boundary, backend)
+
+    def tell_grids(self, layers: Sequence[GuidedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frames, height, width = self._size(args, kwargs)
+        text = self.architecture.text
+        start = 0 if text is None else self.arguments.get(text, args, kwargs).shape[1]
+        for layer in layers:
+            layer.processor.grid = Grid(height, width, start, frames)
+
+    def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
+        def get(name: str) -> Any:
+            return self.arguments.get(name, args, kwargs)
+
+        ids = get("img_ids")
+        if ids is None:
+            return self.architecture.size(self.model, get)
+        if self._ids is None or self._ids[0] is not ids:
+            self._ids = ids, self.architecture.size(self.model, get)
+        return self._ids[1]
+
+
+def find_denoiser(pipe: Any) -> Denoiser | None:
+    """The model of a pipeline that can be guided; None when it has none."""
+    for name in ("unet", "transformer"):
+        model = getattr(pipe, name, None)
+        model = getattr(model, "_orig_mod", model)
+        if isinstance(model, UNet2DConditionModel):
+            return UNet(model)
+        architecture = ARCHITECTURES.get(type(model).__name__)
+        if architecture is not None:
+            assert isinstance(model, nn.Module)
+            return Transformer(model, architecture)
+    return None

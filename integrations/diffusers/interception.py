@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perturbed attention where a model calls attention, whatever happens before and after it.
+
+Transformers differ in what they do to queries and keys (norms, rotary embeddings, text in the same sequence), but all
+of them hand three tensors to ``torch.nn.functional.scaled_dot_product_attention``, diffusers' own dispatch included.
+There the logits are what they are, and there the queries are blurred.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from segkern.api import gaussian_blur, seg_attention
+from segkern.blur import runs
+from segkern.grid import Grid
+from segkern.integrations.diffusers.processor import GuidedProcessor, norms
+from segkern.integrations.diffusers.rows import IDENTITY
+
+
+class InterceptingProcessor(GuidedProcessor):
+    """Stands in for any processor of a self-attention layer: runs it, and takes the place of its attention.
+
+    The class of an instance comes from :func:`intercepting`, whose ``__call__`` has the signature of the original's,
+    since models pass a processor the arguments that it names.
+
+    Attributes:
+        caught: whether the attention of the forward under way was met.
+    """
+
+    def __init__(self, original: Any, boundary: str = "reflect", backend: str = "auto") -> None:
+        super().__init__(original, boundary, backend)
+        self.caught = False
+        self._runs = original
+        if getattr(original, "_attention_backend", None) is not None:  # another kernel than PyTorch's would be missed
+            self._runs = copy.copy(original)
+            self._runs._attention_backend = "native"
+
+    def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        """The original's output, with another attention for perturbed samples."""
+        if not any(self.kinds):
+            return self.original(attn, *args, **kwargs)
+        self.caught = False
+        with _Meeting(self):
+            output = self._runs(attn, *args, **kwargs)
+        if not self.caught:
+            raise RuntimeError(
+                f"guide did not meet the attention of a layer with a {type(self.original).__name__}: it must call "
+                f"torch.nn.functional.scaled_dot_product_attention on [batch, heads, tokens, head_dim] with the "
+                f"image's {self.grid} in its tokens"
+            )
+        image = output[0] if isinstance(output, tuple) else output
+        conditional = image[self.conditional]
+        reference = norms(conditional)
+        self.moved = tuple(torch.stack([norms(image[p] - conditional), reference]) for p in self.perturbed)
+        return output
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """What ``scaled_dot_product_attention`` is asked for, perturbed where a sample is."""
+        grid = self.grid
+        assert grid is not None
+        if (
+            self.caught
+            or query.ndim != 4
+            or key.shape[2] != query.shape[2]
+            or query.shape[0] != len(self.kinds)
+            or query.shape[2] < grid.stop
+            or is_causal
+        ):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        self.caught = True
+        if query.shape[1] != key.shape[1]:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        if attn_mask is not None:
+            attn_mask = (
+                attn_mask.expand(query.shape[0], *(-1,) * (attn_mask.ndim - 1)) if attn_mask.ndim == 4 else attn_mask
+            )
+        blends = self.blends or (1.0,) * len(self.kinds)
+        over_frames = self.over_frames or (0.0,) * len(self.kinds)
+        kinds = [(kind == IDENTITY, blend) for kind, blend in zip(self.kinds, blends, strict=True)]
+        sigmas, values = self._sigmas()
+        given: Any = sigmas if values is None else values
+        outputs = []
+        for samples, (identity, blend) in runs(kinds):
+            qkv = query[samples], key[samples], value[samples]
+            mask = attn_mask[samples] if attn_mask is not None and attn_mask.ndim == 4 else attn_mask
+            output: Any
+            if identity:
+                output = _identity(*qkv, grid, mask, scale, self.backend)
+            else:
+                q = _over_frames(qkv[0], grid, over_frames[samples], self.boundary)
+                options: Any = {"scale": scale, "attn_mask": mask, "boundary": self.boundary, "backend": self.backend}
+                output = seg_attention(q, *qkv[1:], grid, given[samples], **options)
+            if blend != 1.0:
+                own = F.scaled_dot_product_attention(*qkv, mask, scale=scale)
+                output = torch.lerp(own, output, blend)
+            outputs.append(output)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+class _Meeting(TorchFunctionMode):
+    """Inside, attention is the processor's."""
+
+    def __init__(self, processor: InterceptingProcessor) -> None:
+        super().__init__()
+        self._processor = processor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self._processor.attend(*args, **(kwargs or {}))
+        if func is torch.Tensor.unflatten:  # calls super(), which torch.compile cannot follow from here
+            func = torch.unflatten
+        return func(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(maxsize=64)
+def _kind(original: Any) -> type[InterceptingProcessor]:
+    """The class that stands in for processors of a class."""
+
+    @functools.wraps(original.__call__)
+    def call(self: InterceptingProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.run(attn, *args, **kwargs)
+
+    return type(f"Guided{original.__name__}", (InterceptingProcessor,), {"__call__": call})
+
+
+def intercepting(original: Any, boundary: str = "reflect", backend: str = "auto") -> InterceptingProcessor:
+    """What stands in for a processor."""
+    return _kind(type(original))(original, boundary, backend)
+
+
+def _identity(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    attn_mask: torch.Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> torch.Tensor:
+    """Attention in which every image token attends to itself, and to the tokens that are not of the image.
+
+    Those others attend to everything. With ``m`` the log-sum-exp over them and ``a`` the logit of the token itself,
+    the softmax over both gives it the weight ``sigmoid(a - m)``.
+
+    Source: PAG (arXiv 2403.17377), equation 14; for text in the sequence diffusers' pipeline for Stable Diffusion 3.
+    """
+    tokens = query.shape[2]
+    image = slice(grid.start, grid.stop)
+    if grid.tokens == tokens:
+        return value
+    rest = [slice(0, grid.start), slice(grid.stop, tokens)]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:2], tokens, tokens)
+    options: Any = {"scale": scale, "backend": backend}
+
+    def others(x: torch.Tensor, dim: int = 2) -> torch.Tensor:
+        return torch.cat([x.narrow(dim, some.start, some.stop - some.start) for some in rest], dim)
+
+    mask = None if attn_mask is None else others(attn_mask[:, :, image], 3)
+    found, lse = seg_attention(
+        query[:, :, image], others(key), others(value), Grid(1, 1), 0.0, attn_mask=mask, return_lse=True, **options
+    )
+    factor = query.shape[3] ** -0.5 if scale is None else scale
+    own = (query[:, :, image].to(lse.dtype) * key[:, :, image].to(lse.dtype)).sum(-1) * factor
+    weight = torch.sigmoid(own - lse)[..., None]
+    of_image = torch.lerp(found.to(weight.dtype), value[:, :, image].to(weight.dtype), weight).to(value.dtype)
+    mask = None if attn_mask is None else others(attn_mask)
+    of_others = F.scaled_dot_product_attention(others(query), key, value, mask, scale=scale)
+    return torch.cat([of_others[:, :, : grid.start], of_image, of_others[:, :, grid.start :]], dim=2)
+
+
+def _over_frames(query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str) -> torch.Tensor:
+    """Queries blurred along the frames of a video, token by token."""
+    if grid.frames == 1 or not any(sigmas):
+        return query
+    image = query[:, :, grid.start : grid.stop].unflatten(2, (grid.frames, -1))
+    blurred = gaussian_blur(image.flatten(3), Grid(grid.frames, 1), sigmas, boundary=boundary, backend="torch")
+    blurred = blurred.unflatten(3, image.shape[3:]).flatten(2, 3)
+    return torch.cat([query[:, :, : grid.start], blurred, query[:, :, grid.stop :]], dim=2)

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers under ``guide``, each against a slow way to guide that uses nothing of the adapter."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import lru_cache
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from transformer_models import MODELS, run
+from transformer_tools import Perturbed, slow_run
+
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
+
+GUIDANCES = {
+    "seg": (SEG(scale=2.0, sigma=1.5), 1.5),
+    "seg-inf": (SEG(scale=2.0), math.inf),
+    "pag": (PAG(scale=2.0), None),
+}
+
+
+@lru_cache(maxsize=len(MODELS))
+def built(name: str) -> Any:
+    return MODELS[name].build()
+
+
+def with_layers(spec: Any, layers: Any) -> Any:
+    return type(spec)(scale=spec.scale, layers=layers, **({"sigma": spec.sigma} if isinstance(spec, SEG) else {}))
+
+
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no-cfg"])
+@pytest.mark.parametrize("guidance", GUIDANCES)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_slow_way(name: str, guidance: str, cfg: bool) -> None:
+    """A grid that is not square and two samples; the pipeline is what it was afterwards."""
+    model, pipe = MODELS[name], built(name)
+    spec, sigma = GUIDANCES[guidance]
+    plain = run(model, pipe, 6, 4, samples=2, cfg=cfg)
+    slow = [Perturbed(2.0, sigma, model.modules)]
+    expected = slow_run(model, pipe, slow, lambda: run(model, pipe, 6, 4, samples=2, cfg=cfg), 6, 4, cfg, 2)
+    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # there is something to see
+    processors = [pipe.transformer.get_submodule(name).processor for name in model.modules]
+    with guide(pipe, with_layers(spec, model.layers)) as active:
+        guided = run(model, pipe, 6, 4, samples=2, cfg=cfg)
+    assert relative(guided, expected) < PIPELINE_TOLERANCE
+    report = active.report()
+    assert {row.module for row in report.layers} == set(model.modules)
+    assert all(row.fired == 3 and row.moved is not None and row.moved > 0 for row in report.layers)
+    assert [pipe.transformer.get_submodule(name).processor for name in model.modules] == processors
+    assert hooks_of(pipe.transformer) == 0
+    assert torch.equal(run(model, pipe, 6, 4, samples=2, cfg=cfg), plain)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_branches_join_at_the_first_perturbed_block(name: str) -> None:
+    model, pipe = MODELS[name], built(name)
+    blocks = {}
+    handles = []
+    for layer in list_layers(pipe):
+        block = layer.module.rsplit(".", 1)[0]
+
+        def note(module: Any, args: Any, kwargs: Any, block: str = block) -> None:
+            first = args[0] if args else kwargs["hidden_states"]
+            blocks.setdefault(block, set()).add(first.shape[0])
+
+        if block not in blocks:
+            blocks[block] = set()
+            handles.append(pipe.transformer.get_submodule(block).register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        run(model, pipe, cfg=True)
+        own = {size for sizes in blocks.values() for size in sizes}
+        assert len(own) == 1  # 2 for both halves at once, 1 where the pipeline calls twice
+        for sizes in blocks.values():
+            sizes.clear()
+        with guide(pipe, SEG(layers=model.layers)):
+            run(model, pipe, cfg=False)
+            shared = copy.deepcopy(blocks)
+        for sizes in blocks.values():
+            sizes.clear()
+        with guide(pipe, SEG(layers=model.layers), share=False):
+            run(model, pipe, cfg=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = list(blocks)
+    first = order.index(model.modules[0].rsplit(".", 1)[0])
+    # The hooks that note come before those that join: a block sees what the one before it gave.
+    assert all(shared[name] == {1} for name in order[1 : first + 1])
+    assert all(shared[name] == {2} for name in order[first + 1 :])
+    assert all(sizes == {2} for sizes in blocks.values())
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "z-image"])
+def test_two_guidances_add_up(name: str) -> None:
+    model, pipe = MODELS[name], built(name)
+    last = model.modules[-1]
+    slow = [Perturbed(2.0, 2.5, model.modules), Perturbed(-1.0, None, [last])]
+    expected = slow_run(model, pipe, slow, lambda: run(model, pipe), 6, 4, True, 1)
+    with guide(pipe, SEG(scale=2.0, sigma=2.5, layers=model.layers), PAG(scale=-1.0, layers=last)):
+        assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image", "wan"])
+def test_schedule_reuse_and_intervals(name: str) -> None:
+    """Steps without guidance are plain; a call for the negative prompt is no step."""
+    model, pipe = MODELS[name], built(name)
+    plain = run(model, pipe)
+    with pytest.warns(UserWarning, match="fired in none"), guide(pipe, SEG(layers=model.layers, scale=0.0)):
+        assert torch.equal(run(model, pipe), plain)
+    with guide(pipe, SEG(layers=model.layers, stop=0.5)) as active:
+        run(model, pipe)
+    assert {row.fired for row in active.report().layers} == {2}  # steps 0 and 1 of 3
+    with guide(pipe, SEG(layers=model.layers, reuse=2)) as active:
+        reused = run(model, pipe)
+    assert {row.fired for row in active.report().layers} == {2}
+    with guide(pipe, SEG(layers=model.layers)):
+        exact = run(model, pipe)
+    assert 0.0 < relative(reused, exact) < relative(plain, exact)
+
+
+@pytest.mark.parametrize("name", ["ltx-video", "hunyuan-dit"])
+def test_guidance_rescale_measures_the_unguided_prediction(name: str) -> None:
+    """``guidance_rescale`` takes the standard deviation of the conditional prediction as it is without guidance."""
+    model, pipe = MODELS[name], built(name)
+    seen: list[torch.Tensor] = []
+    module = "diffusers.pipelines." + ("ltx.pipeline_ltx" if name == "ltx-video" else "hunyuandit.pipeline_hunyuandit")
+    rescale = __import__(module, fromlist=["rescale_noise_cfg"]).rescale_noise_cfg
+
+    def noted(noise: torch.Tensor, conditional: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(conditional.clone())
+        return rescale(noise, conditional, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{module}.rescale_noise_cfg", noted)
+        run(model, pipe, guidance_rescale=0.7)
+        with guide(pipe, SEG(layers=model.layers)):
+            run(model, pipe, guidance_rescale=0.7)
+    assert len(seen) == 6
+    assert relative(seen[3], seen[0]) < PIPELINE_TOLERANCE
+
+
+def test_cfg_normalization_of_z_image_measures_the_unguided_prediction() -> None:
+    """A limit that every prediction exceeds: the result has the conditional prediction's norm, with guidance too."""
+    model, pipe = MODELS["z-image"], built("z-image")
+    norms: list[float] = []
+    step = type(pipe.scheduler).step
+
+    def noted(self: Any, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        norms.append(output.norm().item())
+        return step(self, output, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.scheduler), "step", noted)
+        run(model, pipe, cfg_normalization=0.1)
+        with guide(pipe, SEG(layers=model.layers)):
+            run(model, pipe, cfg_normalization=0.1)
+    assert norms[3] == pytest.approx(norms[0], rel=PIPELINE_TOLERANCE)
+
+
+def test_cfg_truncation_of_z_image() -> None:
+    """Late steps without classifier-free guidance have half the batch."""
+    model, pipe = MODELS["z-image"], built("z-image")
+    with guide(pipe, SEG(layers=model.layers)) as active:
+        truncated = run(model, pipe, cfg_truncation=0.5)
+        assert {row.fired for row in active.report().layers} == {3}
+        assert relative(truncated, run(model, pipe)) > PIPELINE_TOLERANCE
+
+
+def test_skip_layer_guidance_of_stable_diffusion_3_is_left_alone() -> None:
+    """Its calls, a third forward in some steps, are no steps and get no branches."""
+    model, pipe = MODELS["sd3"], built("sd3")
+    options = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0, "skip_layer_guidance_start": 0.0}
+    with guide(pipe, SEG(layers=model.layers, scale=1.5)) as active:
+        guided = run(model, pipe, **options)
+    assert {row.fired for row in active.report().layers} == {3}
+    assert relative(guided, run(model, pipe, **options)) > PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx-video"])
+def test_frames_are_blurred_apart_and_together(name: str) -> None:
+    model, pipe = MODELS[name], built(name)
+    results = []
+    for sigma_frames in (0.0, 1.0, math.inf):
+        with guide(pipe, SEG(sigma=1.0, sigma_frames=sigma_frames, layers=model.layers)):
+            results.append(run(model, pipe))
+    assert relative(results[1], results[0]) > PIPELINE_TOLERANCE
+    assert relative(results[2], results[1]) > PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("compile_first", [True, False])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_under_compile(name: str, compile_first: bool) -> None:
+    """No graph break in the denoiser, and the same images."""
+    model = MODELS[name]
+    pipe = model.build()
+    with guide(pipe, SEG(sigma=1.5, layers=model.layers)):
+        expected = run(model, pipe)
+    torch.compiler.reset()
+    if compile_first:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+    with guide(pipe, SEG(sigma=1.5, layers=model.layers)):
+        if not compile_first:
+            pipe.transformer.compile(backend="eager", fullgraph=True)
+        compiled = run(model, pipe)
+    assert relative(compiled, expected) < PIPELINE_TOLERANCE
+
+
+def test_other_attention_backends_are_met() -> None:
+    """A processor that calls another kernel runs PyTorch's while it is guided, and its own again afterwards."""
+    model = MODELS["flux"]
+    pipe = model.build()
+    with guide(pipe, SEG(layers=model.layers)):
+        expected = run(model, pipe)
+    pipe.transformer.set_attention_backend("_native_math")
+    with guide(pipe, SEG(layers=model.layers)):
+        assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
+    assert all(
+        block.attn.processor._attention_backend == "_native_math" for block in pipe.transformer.transformer_blocks
+    )
+
+
+def test_attention_that_is_not_met_is_an_error() -> None:
+    model = MODELS["pixart-sigma"]
+    pipe = model.build()
+    from diffusers.models.attention_processor import AttnProcessor  # multiplies matrices itself
+
+    pipe.transformer.transformer_blocks[2].attn1.set_processor(AttnProcessor())
+    plain = run(model, pipe)
+    with pytest.raises(RuntimeError, match=r"did not meet the attention.*AttnProcessor"), guide(pipe, SEG(layers=2)):
+        run(model, pipe)
+    assert torch.equal(run(model, pipe), plain)
+    assert hooks_of(pipe.transformer) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "quoted"),
+    [
+        (SEG(layers="mid"), "unknown layer 'mid'; valid are 'transformer_blocks' .b0 to b3., block numbers 0 to 3"),
+        (SEG(layers=[1, 7]), "unknown layer '7'"),
+        (SEG(layers=range(2, 9)), "unknown layer '2-8'"),
+        (SEG(layers=1, query_stride=2), "query_stride=2 needs a UNet2DConditionModel"),
+        (SAG(), "SAG needs a UNet2DConditionModel; a SD3Transformer2DModel takes"),
+        (CFG(), "CFG needs a UNet2DConditionModel"),
+    ],
+)
+def test_refusals(spec: Any, quoted: str) -> None:
+    pipe = built("sd3")
+    with pytest.raises(ValueError, match=quoted):
+        guide(pipe, spec)
+    assert hooks_of(pipe.transformer) == 0
+
+
+def test_linear_attention_is_refused() -> None:
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.SanaPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler
+    )
+    with pytest.raises(ValueError, match=r"SanaPipeline.*SanaTransformer2DModel.*linear attention"):
+        guide(pipe, SEG(layers=0))
+
+
+def test_two_denoisers_are_refused() -> None:
+    pipe = MODELS["wan"].build()
+    pipe.transformer_2 = pipe.transformer
+    with pytest.raises(ValueError, match="WanPipeline with two denoisers"):
+        guide(pipe, SEG(layers=1))
+
+
+def test_default_layers() -> None:
+    """Somebody's advice where there is one and the model is deep enough, else the block in the middle."""
+    model, pipe = MODELS["sd3"], built("sd3")
+    with guide(pipe, SEG()) as active:
+        run(model, pipe)
+    assert [row.layer for row in active.report().layers] == ["b2"]
+    assert SEG().layers == "mid"  # the spec itself stays what it was
+    size = {"attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
+    deep = {**pipe.transformer.config, "num_layers": 12, **size}
+    other = type(pipe)(**{**pipe.components, "transformer": type(pipe.transformer).from_config(deep)})
+    with guide(other, SEG()) as active:
+        run(model, other)
+    assert [row.layer for row in active.report().layers] == ["b7", "b8", "b9"]
+
+
+def test_layers_are_listed_with_grids() -> None:
+    layers = list_layers(built("flux"), height=96, width=64)
+    assert [layer.name for layer in layers] == ["b0", "b1", "s0", "s1", "s2"]
+    assert [layer.block for layer in layers] == [0, 1, 2, 3, 4]
+    assert {(layer.grid.height, layer.grid.width) for layer in layers if layer.grid is not None} == {(6, 4)}
+    assert {(layer.heads, layer.head_dim) for layer in layers} == {(2, 8)}

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small random checkpoint of each transformer that can be guided, its pipeline, and how to call that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+TEXT = 5  # tokens of a prompt
+HEADS, HEAD_DIM, BLOCKS = 2, 8, 4
+WIDTH = HEADS * HEAD_DIM
+
+
+@dataclass(frozen=True)
+class Model:
+    """One architecture and its pipeline for text.
+
+    Attributes:
+        name: of the pipeline's class.
+        build: makes a pipeline without text encoders and VAE.
+        call: gives a pipeline's call its arguments: rows and columns of tokens, samples, whether with
+            classifier-free guidance.
+        layers: some that are perturbed, not from the first block on.
+        modules: what they are.
+        start: of the image in the tokens of each of those layers.
+        frames: of latents.
+        factor: pixels along the side of a token.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    call: Callable[[int, int, int, bool], dict[str, Any]]
+    layers: Any
+    modules: tuple[str, ...]
+    start: int = 0
+    frames: int = 1
+    factor: int = 16
+
+
+def _pipeline(kind: type, transformer: torch.nn.Module, scheduler: Any, **parts: Any) -> Any:
+    for parameter in transformer.parameters():
+        if parameter.std() == 0:  # some layers begin as identity or zero, where nothing would be seen
+            torch.nn.init.normal_(parameter, std=0.2)
+    names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    import inspect
+
+    taken = inspect.signature(kind.__init__).parameters
+    none = {name: None for name in names if name in taken}
+    pipe = kind(transformer=transformer.eval(), scheduler=scheduler, **none, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _flow() -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler()
+
+
+def _text(samples: int, channels: int, seed: int, tokens: int = TEXT) -> torch.Tensor:
+    return torch.randn(samples, tokens, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def _embeds(samples: int, cfg: bool, channels: int, pooled: int = 0, masks: bool = False) -> dict[str, Any]:
+    """Embeddings of prompts and negative prompts."""
+    given: dict[str, Any] = {}
+    for seed, prefix in enumerate(("", "negative_") if cfg else ("",)):
+        given[f"{prefix}prompt_embeds"] = _text(samples, channels, seed)
+        if pooled:
+            given[f"{prefix}pooled_prompt_embeds"] = _text(samples, pooled, 10 + seed)[:, 0]
+        if masks:
+            mask = torch.ones(samples, TEXT)
+            mask[0, TEXT - 1 - seed :] = 0
+            given[f"{prefix}prompt_attention_mask"] = mask
+    return given
+
+
+def _sd3(**options: Any) -> Any:
+    torch.manual_seed(0)
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=BLOCKS,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=12,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=10,
+        pos_embed_max_size=32,
+        **options,
+    )
+    return _pipeline(diffusers.StableDiffusion3Pipeline, model, _flow())
+
+
+def _sd3_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    return {"guidance_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12, pooled=10)}
+
+
+def _flux(guidance_embeds: bool = True) -> Any:
+    torch.manual_seed(1)
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return _pipeline(diffusers.FluxPipeline, model, _flow())
+
+
+def _flux_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    return {"guidance_scale": 3.5, "true_cfg_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12, pooled=10)}
+
+
+def _qwen() -> Any:
+    torch.manual_seed(2)
+    model = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=BLOCKS,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=12,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return _pipeline(diffusers.QwenImagePipeline, model, _flow())
+
+
+def _qwen_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    given = {"true_cfg_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12)}
+    for prefix in ("", "negative_") if cfg else ("",):
+        mask = torch.ones(samples, TEXT, dtype=torch.long)
+        mask[0, TEXT - 1 :] = 0
+        given[f"{prefix}prompt_embeds_mask"] = mask
+    return given
+
+
+def _z_image() -> Any:
+    torch.manual_seed(3)
+    model = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=WIDTH,
+        n_layers=BLOCKS,
+        n_refiner_layers=1,
+        n_heads=HEADS,
+        n_kv_heads=HEADS,
+        cap_feat_dim=12,
+        axes_dims=[2, 2, 4],
+        axes_lens=[128, 64, 64],
+    )
+    for parameter in model.parameters():  # pad tokens are made without values
+        if not parameter.isfinite().all() or parameter.abs().max() > 100:
+            torch.nn.init.normal_(parameter, std=0.2)
+    for pad in (model.x_pad_token, model.cap_pad_token):
+        torch.nn.init.normal_(pad, std=0.2)
+    return _pipeline(diffusers.ZImagePipeline, model, _flow())
+
+
+def _z_image_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    # Prompts of different lengths: 5 tokens fill up to 32, 40 to 64, so that shorter ones are masked.
+    lengths = [TEXT, 40, 33]
+    prompts = [_text(1, 12, i, lengths[i])[0] for i in range(samples)]
+    given: dict[str, Any] = {"guidance_scale": 3.0 if cfg else 0.0, "prompt_embeds": prompts}
+    given["negative_prompt_embeds"] = [_text(1, 12, 20 + i, 7)[0] for i in range(samples)] if cfg else []
+    return given
+
+
+def _pixart() -> Any:
+    torch.manual_seed(4)
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        in_channels=4,
+        out_channels=8,
+        num_layers=BLOCKS,
+        cross_attention_dim=WIDTH,
+        sample_size=16,
+        patch_size=2,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+    return _pipeline(diffusers.PixArtSigmaPipeline, model, diffusers.DDIMScheduler())
+
+
+def _pixart_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    options = {"negative_prompt": None, "use_resolution_binning": False, "guidance_scale": 4.0 if cfg else 1.0}
+    return {**options, **_embeds(samples, cfg, 12, masks=True)}
+
+
+def _hunyuan() -> Any:
+    torch.manual_seed(5)
+    model = diffusers.HunyuanDiT2DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        in_channels=4,
+        patch_size=2,
+        sample_size=16,
+        hidden_size=WIDTH,
+        num_layers=BLOCKS,
+        mlp_ratio=2.0,
+        cross_attention_dim=12,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=8,
+        text_len=TEXT,
+        text_len_t5=TEXT,
+    )
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return _pipeline(diffusers.HunyuanDiTPipeline, model, diffusers.DDIMScheduler(), **parts)
+
+
+def _hunyuan_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    given: dict[str, Any] = {"use_resolution_binning": False, "guidance_scale": 4.0 if cfg else 1.0}
+    for seed, prefix in enumerate(("", "negative_") if cfg else ("",)):
+        given[f"{prefix}prompt_embeds"] = _text(samples, 12, seed)
+        given[f"{prefix}prompt_embeds_2"] = _text(samples, 16, 10 + seed)
+        given[f"{prefix}prompt_attention_mask"] = torch.ones(samples, TEXT)
+        given[f"{prefix}prompt_attention_mask_2"] = torch.ones(samples, TEXT)
+    return given
+
+
+def _wan() -> Any:
+    torch.manual_seed(6)
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=12,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=BLOCKS,
+        rope_max_seq_len=32,
+    )
+    return _pipeline(diffusers.WanPipeline, model, _flow())
+
+
+def _wan_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    return {"num_frames": 9, "guidance_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12)}
+
+
+def _ltx() -> Any:
+    torch.manual_seed(7)
+    model = diffusers.LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=HEADS,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=BLOCKS,
+        caption_channels=12,
+    )
+    return _pipeline(diffusers.LTXPipeline, model, _flow())
+
+
+def _ltx_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    return {"num_frames": 17, "guidance_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12, masks=True)}
+
+
+MODELS = {
+    "sd3": Model(
+        "StableDiffusion3Pipeline", _sd3, _sd3_call, "2-3", ("transformer_blocks.2.attn", "transformer_blocks.3.attn")
+    ),
+    "sd3.5": Model(
+        "StableDiffusion3Pipeline",
+        lambda: _sd3(dual_attention_layers=(0, 1, 2), qk_norm="rms_norm"),
+        _sd3_call,
+        [1, "b2"],
+        tuple(f"transformer_blocks.{i}.{name}" for i in (1, 2) for name in ("attn", "attn2")),
+    ),
+    "flux": Model(
+        "FluxPipeline",
+        _flux,
+        _flux_call,
+        ["b1", "s1"],
+        ("transformer_blocks.1.attn", "single_transformer_blocks.1.attn"),
+        TEXT,
+    ),
+    "qwen-image": Model(
+        "QwenImagePipeline",
+        _qwen,
+        _qwen_call,
+        range(1, 3),
+        ("transformer_blocks.1.attn", "transformer_blocks.2.attn"),
+        TEXT,
+    ),
+    "z-image": Model("ZImagePipeline", _z_image, _z_image_call, 2, ("layers.2.attention",)),
+    "pixart-sigma": Model(
+        "PixArtSigmaPipeline", _pixart, _pixart_call, "transformer_blocks.2", ("transformer_blocks.2.attn1",)
+    ),
+    "hunyuan-dit": Model("HunyuanDiTPipeline", _hunyuan, _hunyuan_call, "1", ("blocks.1.attn1",)),
+    "wan": Model("WanPipeline", _wan, _wan_call, "1-2", ("blocks.1.attn1", "blocks.2.attn1"), frames=3),
+    "ltx-video": Model("LTXPipeline", _ltx, _ltx_call, "1", ("transformer_blocks.1.attn1",), frames=3, factor=32),
+}
+
+
+def run(
+    model: Model, pipe: Any, rows: int = 6, columns: int = 4, samples: int = 1, cfg: bool = True, **more: Any
+) -> torch.Tensor:
+    """Latents of a short run of an image of so many tokens."""
+    given = model.call(rows, columns, samples, cfg)
+    given |= {"height": rows * model.factor, "width": columns * model.factor, "num_inference_steps": 3}
+    given |= {"output_type": "latent", "generator": torch.Generator().manual_seed(5), **more}
+    output = pipe(**given)
+    return output.frames if hasattr(output, "frames") else output.images
