@@ -143,7 +143,8 @@ def _kind(original: Any) -> type[InterceptingProcessor]:
 
 def intercepting(original: Any, boundary: str = "reflect", backend: str = "auto") -> InterceptingProcessor:
     """What stands in for a processor."""
-    return _kind(type(original))(original, boundary, backend)
+    kind: Any = type(original)
+    return _kind(kind)(original, boundary, backend)
 
 
 def _identity(
