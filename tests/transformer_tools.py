@@ -24,10 +24,10 @@ _SDPA = F.scaled_dot_product_attention
 
 @dataclass
 class Perturbed:
-    """A guidance of the slow way: SEG at ``sigma``, or PAG where that is None."""
+    """A guidance of the slow way: SEG at ``sigma``, one or one per sample, or PAG where that is None."""
 
     scale: float
-    sigma: float | None
+    sigma: float | tuple[float, ...] | None
     modules: Sequence[str]
 
 
@@ -39,8 +39,13 @@ class Dense:
         self.frames, self.height, self.width = frames, height, width
 
     def __call__(
-        self, sigma: float | None, query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any
-    ) -> Any:
+        self, sigma: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any
+    ) -> torch.Tensor:
+        if isinstance(sigma, tuple):
+            one = [slice(i, i + 1) for i in range(len(query))]
+            masks = [attn_mask if attn_mask is None or len(attn_mask) == 1 else attn_mask[i] for i in one]
+            parts = [(query[i], key[i], value[i], mask) for i, mask in zip(one, masks, strict=True)]
+            return torch.cat([self(sigma[i % len(sigma)], *part, **options) for i, part in enumerate(parts)])
         scale = options.get("scale") or query.shape[-1] ** -0.5
         logits = (query.double() @ key.double().transpose(-2, -1)) * scale
         image = slice(self.start, self.start + self.tokens)
@@ -58,7 +63,7 @@ class Dense:
 
 
 @contextmanager
-def perturbing(model: torch.nn.Module, modules: Sequence[str], sigma: float | None, dense: Dense) -> Iterator[None]:
+def perturbing(model: torch.nn.Module, modules: Sequence[str], sigma: Any, dense: Dense) -> Iterator[None]:
     """Inside, the first self-attention of each module is dense."""
     open_modules: list[str] = []
 
