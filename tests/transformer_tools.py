@@ -113,16 +113,16 @@ def slow_run(
             half = slice(0, samples) if model.name == "ZImagePipeline" else slice(samples, None)
             prediction, perturbed = prediction[half], [each[half] for each in perturbed]
         shift = sum(g.scale * (prediction - each) for g, each in zip(guidances, perturbed, strict=True))
-        if model.name == "QwenImagePipeline" and cfg:
+        if model.name.startswith("QwenImage") and cfg:
             negative = calls[1][0]
             combined = negative + 4.0 * (prediction - negative) + shift
             model_output = combined * (prediction.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
         elif model.name == "ZImagePipeline":
             model_output = model_output - shift.squeeze(2)
         else:
-            if model.name in ("PixArtSigmaPipeline", "HunyuanDiTPipeline"):
+            if model.name in ("PixArtSigmaPipeline", "PixArtAlphaPipeline", "HunyuanDiTPipeline"):
                 shift = shift.chunk(2, dim=1)[0]
-            model_output = model_output + shift
+            model_output = model_output + shift[:, : model_output.shape[1]]  # without the tokens of other pictures
         calls.clear()
         return step(pipe.scheduler, model_output, *args, **kwargs)
 

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers' other tasks under ``guide``, against the slow way."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from transformer_models import run
+from transformer_tasks import DISTILLED, TASKS
+from transformer_tools import Perturbed, slow_run
+
+from segkern.integrations.diffusers import PAG, SEG, guide
+
+
+@pytest.mark.parametrize("guidance", ["seg", "pag"])
+@pytest.mark.parametrize("name", TASKS)
+def test_equals_the_slow_way(name: str, guidance: str) -> None:
+    """A grid that is not square and two samples, where the task takes two."""
+    model = TASKS[name]
+    pipe = model.build()
+    cfg, samples = name not in DISTILLED, 2 if model.frames == 1 else 1
+
+    def draw() -> torch.Tensor:
+        return run(model, pipe, 6, 4, samples=samples, cfg=cfg)
+
+    plain = draw()
+    sigma = math.inf if name.endswith("ControlNet") else 1.5
+    slow = Perturbed(2.0, sigma if guidance == "seg" else None, model.modules)
+    expected = slow_run(model, pipe, [slow], draw, 6, 4, cfg, samples)
+    assert relative(plain, expected) > 5 * PIPELINE_TOLERANCE  # there is something to see
+    spec = (
+        SEG(scale=2.0, sigma=sigma, layers=model.layers) if guidance == "seg" else PAG(scale=2.0, layers=model.layers)
+    )
+    with guide(pipe, spec) as active:
+        assert relative(draw(), expected) < PIPELINE_TOLERANCE
+    assert all(row.fired == 3 and row.moved for row in active.report().layers)
+    assert hooks_of(pipe.transformer) == 0
+    assert torch.equal(draw(), plain)
+
+
+def test_a_controlnet_runs_once() -> None:
+    """Its residuals are added between blocks: beside them a branch joins at the input, and the ControlNet does not."""
+    model = TASKS["flux ControlNet"]
+    pipe = model.build()
+    batches: list[int] = []
+    handle = pipe.controlnet.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    with guide(pipe, SEG(layers=model.layers)):
+        run(model, pipe, cfg=True)
+    handle.remove()
+    assert batches == [1, 1, 1]
