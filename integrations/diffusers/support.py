@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from segkern.integrations.diffusers.architectures import default_layers
-from segkern.integrations.diffusers.denoisers import Denoiser, Transformer, UNet, find_denoiser
+from segkern.integrations.diffusers.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoiser
 from segkern.integrations.diffusers.layers import LayerInfo, find_model, find_unet, list_layers, select_layers
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.rows import IDENTITY
@@ -50,14 +50,15 @@ def check_pipeline(pipe: Any) -> Denoiser:
     """
     denoiser = find_denoiser(pipe) if hasattr(pipe, "unet") or hasattr(pipe, "transformer") else None
     name = type(pipe).__name__
-    if not isinstance(denoiser, Transformer):
+    if not isinstance(denoiser, (Transformer, MotionUNet)):
         check_batches(pipe, "guide")
         assert denoiser is not None
     else:
         _refuse_other_batches(pipe, "guide")
         if getattr(pipe, "transformer_2", None) is not None:
             raise ValueError(f"guide cannot handle {name} with two denoisers, transformer and transformer_2")
-        if not denoiser.architecture.apart and not _tells_layout(pipe):
+        apart = isinstance(denoiser, Transformer) and denoiser.architecture.apart
+        if not apart and not _tells_layout(pipe):
             raise ValueError(_UNTOLD.format(caller="guide", name=name))
     if denoiser.model in GUIDED:
         raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
@@ -126,6 +127,8 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, 
     available = list_layers(denoiser.model)
     if isinstance(denoiser, Transformer):
         specs = tuple(_for_transformer(denoiser, spec, available) for spec in specs)
+    if isinstance(denoiser, MotionUNet):
+        _check_for_frames(specs)
     chosen = tuple(_choose(available, spec) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
     for one in chosen:
@@ -154,6 +157,20 @@ def _for_transformer(denoiser: Transformer, spec: Spec, available: Sequence[Laye
         return spec
     blocks = len({layer.block for layer in available})
     return replace(spec, layers=default_layers(denoiser.architecture, blocks), gamma=None)
+
+
+def _check_for_frames(specs: Sequence[Spec]) -> None:
+    """Raise a ValueError for a spec that cannot act on a UNet whose layers see one frame of a video each."""
+    for spec in specs:
+        if not isinstance(spec, AttentionSpec):
+            raise ValueError(
+                f"{type(spec).__name__} needs a UNet2DConditionModel; a UNetMotionModel takes SEG(...) and PAG(...)"
+            )
+        if spec.sigma_frames:
+            raise ValueError(
+                f"SEG.sigma_frames={spec.sigma_frames} needs layers that attend over frames too; those of a "
+                f"UNetMotionModel see one frame each"
+            )
 
 
 def _choose(available: Sequence[LayerInfo], spec: Spec) -> Chosen:
