@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from motion_models import MOTION
 from transformer_tools import Perturbed
-from unet_models import CASES, run
+from unet_cases import run
+from unet_models import IMAGES
 from unet_tools import self_attentions, slow_run
 
 from segkern.integrations.diffusers import PAG, SEG, guide
+
+CASES = {**IMAGES, **MOTION}
 
 # With classifier-free guidance and without it, each beside other guidances.
 RUNS = [
@@ -32,8 +36,12 @@ def test_equals_the_slow_way(name: str, cfg: bool) -> None:
     """Images that are not square and two samples; the pipeline is what it was afterwards."""
     case, pipe = CASES[name], built(name)
     modules = self_attentions(pipe.unet, case.modules)
-    specs: list[Any] = [SEG(2.0, 1.5, case.layers)] if cfg else [SEG(1.5, math.inf, case.layers), PAG(-0.5, case.layers)]
-    slow = [Perturbed(2.0, 1.5, modules)] if cfg else [Perturbed(1.5, math.inf, modules), Perturbed(-0.5, None, modules)]
+    specs: list[Any] = (
+        [SEG(2.0, 1.5, case.layers)] if cfg else [SEG(1.5, math.inf, case.layers), PAG(-0.5, case.layers)]
+    )
+    slow = (
+        [Perturbed(2.0, 1.5, modules)] if cfg else [Perturbed(1.5, math.inf, modules), Perturbed(-0.5, None, modules)]
+    )
     plain = run(case, pipe, cfg)
     processors = dict(pipe.unet.attn_processors)
     expected = slow_run(pipe, slow, lambda: run(case, pipe, cfg), case.size, cfg)

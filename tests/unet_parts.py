@@ -67,6 +67,12 @@ def adapter(unet: Any, count: int = 1) -> dict[str, Any]:
     return {"adapter": MultiAdapter(made) if count > 1 else made[0]}
 
 
+def adapter_xl(unet: Any) -> dict[str, Any]:
+    """One of Stable Diffusion XL's kind, whose first residual is added after the first block, at half the size."""
+    channels = [*unet.config.block_out_channels, unet.config.block_out_channels[-1]]
+    return {"adapter": T2IAdapter(3, channels, 1, downscale_factor=4, adapter_type="full_adapter_xl").eval()}
+
+
 def ip_adapter(pipe: Any) -> None:
     """Load a random IP-Adapter."""
     pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
@@ -76,7 +82,7 @@ def ip_adapter_weights(unet: Any) -> dict[str, Any]:
     """A random IP-Adapter for image embeddings of 8 numbers and 4 image tokens."""
     generator = torch.Generator().manual_seed(0)
     text, weights = unet.config.cross_attention_dim, {}
-    cross = [name for name in unet.attn_processors if "attn2" in name]
+    cross = [name for name in unet.attn_processors if "attn2" in name and "motion_modules" not in name]
     for index, name in enumerate(cross):
         channels = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
         for part in ("k", "v"):

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AnimateDiff in the manner of ``unet_models.py``: UNets with motion modules, which hold every frame in their batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import MotionAdapter, UNetMotionModel
+from unet_cases import Case, built_of, changed, unet, unet_xl, with_options
+from unet_parts import controlnet, image, image_embeds, ip_adapter
+
+FRAMES = 3
+
+
+def motion(make: Callable[..., Any] = unet, mid: bool = True) -> UNetMotionModel:
+    """As a pipeline makes it from a UNet and a motion adapter; the first versions have no motion in the middle."""
+    plain = make()
+    adapter = MotionAdapter(
+        block_out_channels=plain.config.block_out_channels,
+        motion_layers_per_block=1,
+        motion_norm_num_groups=8,
+        motion_num_attention_heads=2,
+        use_motion_mid_block=mid,
+    )
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it tells that no modules have to stay in float32
+    try:
+        return UNetMotionModel.from_unet2d(plain, adapter).eval().requires_grad_(False)
+    finally:
+        logger.setLevel(level)
+
+
+def frames(case: Case, samples: int, cfg: bool) -> list[torch.Tensor]:
+    """One video."""
+    return list(image(case, case.frames, cfg))
+
+
+def video(case: Case, samples: int, cfg: bool) -> torch.Tensor:
+    """One for each sample, ``[samples, frames, channels, height, width]``."""
+    return image(case, samples * case.frames, cfg).unflatten(0, (samples, -1))
+
+
+_ARGUMENTS = {"num_frames": FRAMES}
+_UP = {"layers": "up", "modules": ("up_blocks.*",), "frames": FRAMES}
+_EVERY = {"layers": ["down", "mid", "up"], "modules": ("*",), "frames": FRAMES}
+_MID = {"frames": FRAMES}
+
+MOTION = {
+    "animatediff": Case("AnimateDiffPipeline", built_of(motion), with_options(**_ARGUMENTS), **_EVERY),
+    "animatediff-up": Case("AnimateDiffPipeline", built_of(motion), with_options(**_ARGUMENTS), **_UP),
+    "animatediff-no-mid": Case("AnimateDiffPipeline", built_of(motion, mid=False), with_options(**_ARGUMENTS), **_MID),
+    "animatediff-xl": Case(
+        "AnimateDiffSDXLPipeline", built_of(motion, make=unet_xl, mid=False), with_options(**_ARGUMENTS), **_EVERY
+    ),
+    "animatediff-video": Case(
+        "AnimateDiffVideoToVideoPipeline",
+        built_of(motion),
+        with_options(video=video, strength=0.7, num_inference_steps=3),
+        **_MID,
+    ),
+    "animatediff-ip-adapter": Case(
+        "AnimateDiffPipeline",
+        changed(built_of(motion), ip_adapter),
+        with_options(ip_adapter_image_embeds=image_embeds, **_ARGUMENTS),
+        **_UP,
+    ),
+    # diffusers' pipelines with a ControlNet take one video for all samples, and guess only without guidance by text.
+    "animatediff-controlnet": Case(
+        "AnimateDiffControlNetPipeline",
+        built_of(motion, parts=lambda _: controlnet(unet())),
+        with_options(conditioning_frames=frames, **_ARGUMENTS),
+        samples=1,
+        **_MID,
+    ),
+    "animatediff-controlnet-down": Case(
+        "AnimateDiffControlNetPipeline",
+        built_of(motion, parts=lambda _: controlnet(unet())),
+        with_options(conditioning_frames=frames, **_ARGUMENTS),
+        samples=1,
+        **_EVERY,
+    ),
+    "animatediff-controlnet-guess": Case(
+        "AnimateDiffControlNetPipeline",
+        built_of(motion, parts=lambda _: controlnet(unet())),
+        with_options(conditioning_frames=frames, guess_mode=True, **_ARGUMENTS),
+        samples=1,
+        scales=(None, 1.0),
+        **_UP,
+    ),
+}
