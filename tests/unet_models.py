@@ -201,6 +201,12 @@ IMAGES = {
         with_options(image=image, guess_mode=True),
         **_UP,
     ),
+    "sdxl-controlnet-image": Case(
+        f"{_XL}ControlNetImg2ImgPipeline",
+        built_of(unet_xl, parts=controlnet),
+        with_options(**_IMAGE, control_image=image),
+        **_UP,
+    ),
     "sdxl-controlnet-union": Case(
         f"{_XL}ControlNetUnionPipeline",
         built_of(unet_xl, parts=controlnet_union),
