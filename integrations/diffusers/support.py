@@ -134,6 +134,11 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, 
     if any(isinstance(spec, SAG) for spec in specs) and any(isinstance(spec, CFG) and spec.reuse > 1 for spec in specs):
         raise ValueError(f"SAG beside CFG degrades its prediction in every step, which reuse leaves out: got {specs}")
     available = list_layers(denoiser.model)
+    if not available and not all(isinstance(spec, CFG) for spec in specs):
+        raise ValueError(
+            f"guide cannot handle this {type(denoiser.model).__name__}: none of its attention layers attends to an "
+            f"image alone"
+        )
     if isinstance(denoiser, Transformer):
         specs = tuple(_for_transformer(denoiser, spec, available) for spec in specs)
     if isinstance(denoiser, MotionUNet):
