@@ -9,27 +9,32 @@ from typing import Any
 
 import torch
 from diffusers import MotionAdapter, UNetMotionModel
+from diffusers_tools import tiny_pipeline
 from unet_cases import Case, built_of, changed, unet, unet_xl, with_options
 from unet_parts import controlnet, image, image_embeds, ip_adapter
 
 FRAMES = 3
 
 
-def motion(make: Callable[..., Any] = unet, mid: bool = True) -> UNetMotionModel:
-    """As a pipeline makes it from a UNet and a motion adapter; the first versions have no motion in the middle."""
-    plain = make()
-    adapter = MotionAdapter(
+def motion_adapter(plain: Any, mid: bool = True) -> MotionAdapter:
+    """For a UNet; the first versions have no motion in the middle."""
+    return MotionAdapter(
         block_out_channels=plain.config.block_out_channels,
         motion_layers_per_block=1,
         motion_norm_num_groups=8,
         motion_num_attention_heads=2,
         use_motion_mid_block=mid,
     )
+
+
+def motion(make: Callable[..., Any] = unet, mid: bool = True, **options: Any) -> UNetMotionModel:
+    """As a pipeline makes it from a UNet and a motion adapter."""
+    plain = make(**options)
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it tells that no modules have to stay in float32
     try:
-        return UNetMotionModel.from_unet2d(plain, adapter).eval().requires_grad_(False)
+        return UNetMotionModel.from_unet2d(plain, motion_adapter(plain, mid)).eval().requires_grad_(False)
     finally:
         logger.setLevel(level)
 
@@ -42,6 +47,24 @@ def frames(case: Case, samples: int, cfg: bool) -> list[torch.Tensor]:
 def video(case: Case, samples: int, cfg: bool) -> torch.Tensor:
     """One for each sample, ``[samples, frames, channels, height, width]``."""
     return image(case, samples * case.frames, cfg).unflatten(0, (samples, -1))
+
+
+def _with_text(model: Any) -> dict[str, Any]:
+    """FreeNoise encodes prompts itself, and looks at the adapter."""
+    components = tiny_pipeline().components
+    return {
+        "motion_adapter": motion_adapter(model),
+        **{name: components[name] for name in ("text_encoder", "tokenizer")},
+    }
+
+
+def _free_noise(pipe: Any) -> None:
+    pipe.enable_free_noise(context_length=2, context_stride=1)
+
+
+def _prompts(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
+    negative = {"negative_prompt": "rain"} if cfg else {}
+    return {"prompt": {0: "a red fox", 2: "a grey fox"}, "height": case.pixels[0], "width": case.pixels[1], **negative}
 
 
 _ARGUMENTS = {"num_frames": FRAMES}
@@ -67,6 +90,13 @@ MOTION = {
         changed(built_of(motion), ip_adapter),
         with_options(ip_adapter_image_embeds=image_embeds, **_ARGUMENTS),
         **_UP,
+    ),
+    "animatediff-free-noise": Case(
+        "AnimateDiffPipeline",
+        changed(built_of(motion, parts=_with_text, cross_attention_dim=32), _free_noise),
+        lambda *given: {**_prompts(*given), **_ARGUMENTS},
+        samples=1,
+        **_EVERY,
     ),
     # diffusers' pipelines with a ControlNet take one video for all samples, and guess only without guidance by text.
     "animatediff-controlnet": Case(

@@ -174,6 +174,15 @@ def test_what_a_video_cannot_have_is_refused(spec: Any, quoted: str) -> None:
     assert all(pipe.unet.attn_processors[name] is processors[name] for name in processors)
 
 
+def test_pieces_of_a_batch_are_refused() -> None:
+    case = MOTION["animatediff-free-noise"]
+    pipe = case.build(case)
+    pipe.enable_free_noise_split_inference(spatial_split_size=4, temporal_split_size=2)
+    with pytest.raises(ValueError, match=r"m0 \(mid_block.*runs on one piece of the batch after the other"):
+        guide(pipe, SEG())
+    assert hooks_of(pipe.unet) == 0
+
+
 def _upscaler() -> UNet2DConditionModel:
     """Of Stable Diffusion's latent upscaler, whose blocks hold no transformers."""
     return UNet2DConditionModel(

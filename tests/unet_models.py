@@ -59,6 +59,7 @@ _FIRST = {"layers": "d0", "modules": ("down_blocks.0.attentions.0.transformer_bl
 _V = {"prediction_type": "v_prediction"}
 _PLAIN = with_options()
 _FEW = {"scales": (None, 1.0)}
+_BY_TEXT = {"scales": (5.0, None)}  # where nothing else would be seen without it
 
 
 def _sd2(**options: Any) -> Any:
@@ -90,13 +91,15 @@ def _ssd() -> Any:
 IMAGES = {
     "sd1": Case(f"{_SD}Pipeline", built_of(unet), _PLAIN, **_EVERY),
     "sd1-odd-sizes": Case(
-        f"{_SD}Pipeline", built_of(unet, block_out_channels=(8, 16, 16)), _PLAIN, "mid", size=(12, 20)
+        f"{_SD}Pipeline", built_of(unet, block_out_channels=(8, 8, 16, 16)), _PLAIN, **_EVERY, size=(12, 20)
     ),
-    "sd1-images-per-prompt": Case(f"{_SD}Pipeline", built_of(unet), with_options(num_images_per_prompt=2), **_FIRST),
+    "sd1-images-per-prompt": Case(
+        f"{_SD}Pipeline", built_of(unet), with_options(num_images_per_prompt=2), **_FIRST, **_BY_TEXT
+    ),
     "sd1-freeu": Case(f"{_SD}Pipeline", changed(built_of(unet), _freeu), _PLAIN, **_UP),
     "sd1-lora-layers": Case(f"{_SD}Pipeline", changed(built_of(unet), low_rank), _PLAIN, **_EVERY),
     "sd1-image": Case(f"{_SD}Img2ImgPipeline", built_of(unet), with_options(**_IMAGE), **_FIRST),
-    "sd1-inpaint-4": Case(f"{_SD}InpaintPipeline", built_of(unet), with_options(**_INPAINT)),
+    "sd1-inpaint-4": Case(f"{_SD}InpaintPipeline", built_of(unet), with_options(**_INPAINT), **_BY_TEXT),
     "sd1-inpaint-9": Case(f"{_SD}InpaintPipeline", built_of(unet, in_channels=9), with_options(**_INPAINT), **_UP),
     "sd1-lcm": Case(
         "LatentConsistencyModelPipeline",
@@ -113,9 +116,12 @@ IMAGES = {
     ),
     "sd1-lcm-lora": Case(f"{_SD}Pipeline", built_of(unet, lambda: scheduler("LCMScheduler")), _PLAIN),
     "sd2": Case(f"{_SD}Pipeline", built_of(_sd2, lambda: scheduler(**_V)), _PLAIN, **_EVERY),
-    "sd2-inpaint-9": Case(f"{_SD}InpaintPipeline", built_of(_sd2, in_channels=9), with_options(**_INPAINT)),
     "sd2-depth": Case(
-        f"{_SD}Depth2ImgPipeline", built_of(_sd2, in_channels=5), with_options(**_IMAGE, depth_map=depth), **_UP
+        f"{_SD}Depth2ImgPipeline",
+        built_of(_sd2, in_channels=5),
+        with_options(**_IMAGE, depth_map=depth),
+        **_UP,
+        **_BY_TEXT,
     ),
     "sd2-upscale": Case(
         f"{_SD}UpscalePipeline",
@@ -127,12 +133,14 @@ IMAGES = {
             num_class_embeds=1000,
         ),
         with_options(image=lambda case, samples, cfg: image(case, samples, cfg, case.size), noise_level=20),
+        **_BY_TEXT,
     ),
     "sdxl": Case(f"{_XL}Pipeline", built_of(unet_xl), _PLAIN, **_EVERY),
     "sdxl-clip-skip": Case(
         f"{_XL}Pipeline",
         built_of(unet_xl, parts=_text_encoders, cross_attention_dim=64, projection_class_embeddings_input_dim=32 + 24),
         _prompts,
+        **_BY_TEXT,
     ),
     "sdxl-turbo": Case(
         f"{_XL}Pipeline",
@@ -149,7 +157,9 @@ IMAGES = {
         **_UP,
     ),
     "sdxl-image": Case(f"{_XL}Img2ImgPipeline", built_of(unet_xl), with_options(**_IMAGE), **_UP),
-    "sdxl-inpaint-9": Case(f"{_XL}InpaintPipeline", built_of(unet_xl, in_channels=9), with_options(**_INPAINT)),
+    "sdxl-inpaint-9": Case(
+        f"{_XL}InpaintPipeline", built_of(unet_xl, in_channels=9), with_options(**_INPAINT), **_BY_TEXT
+    ),
     "sdxl-refiner": Case(
         f"{_XL}Img2ImgPipeline",
         built_of(_refiner, parts=lambda _: {"requires_aesthetics_score": True}),
@@ -168,7 +178,9 @@ IMAGES = {
         _PLAIN,
         **_UP,
     ),
-    "kolors-image": Case("KolorsImg2ImgPipeline", changed(built_of(unet_xl), _pooled), with_options(**_IMAGE)),
+    "kolors-image": Case(
+        "KolorsImg2ImgPipeline", changed(built_of(unet_xl), _pooled), with_options(**_IMAGE), **_BY_TEXT
+    ),
     "ssd-1b": Case(f"{_XL}Pipeline", built_of(_ssd), _PLAIN, **_UP),
     "bk-sdm-tiny": Case(f"{_SD}Pipeline", built_of(unet, mid_block_type=None), _PLAIN, **_FIRST),
     "sd1-controlnet": Case(
@@ -188,11 +200,13 @@ IMAGES = {
         built_of(unet, parts=controlnet),
         with_options(**_IMAGE, control_image=image),
         **_FIRST,
+        **_BY_TEXT,
     ),
     "sd1-controlnet-inpaint": Case(
         f"{_SD}ControlNetInpaintPipeline",
         built_of(unet, parts=controlnet, in_channels=9),
         with_options(**_INPAINT, control_image=image),
+        **_BY_TEXT,
     ),
     "sdxl-controlnet": Case(f"{_XL}ControlNetPipeline", built_of(unet_xl, parts=controlnet), with_options(image=image)),
     "sdxl-controlnet-guess": Case(
@@ -206,6 +220,7 @@ IMAGES = {
         built_of(unet_xl, parts=controlnet),
         with_options(**_IMAGE, control_image=image),
         **_UP,
+        **_BY_TEXT,
     ),
     "sdxl-controlnet-union": Case(
         f"{_XL}ControlNetUnionPipeline",
@@ -238,6 +253,7 @@ IMAGES = {
         ),
         with_options(image=image, adapter_conditioning_factor=0.5),
         **_UP,
+        **_BY_TEXT,
     ),
     "sd1-ip-adapter": Case(
         f"{_SD}Pipeline", changed(built_of(unet), ip_adapter), with_options(ip_adapter_image_embeds=image_embeds), **_UP

@@ -233,6 +233,13 @@ def check_layer(unet: nn.Module, layer: LayerInfo) -> None:
     assert isinstance(attention, Attention)
     if attention.is_cross_attention or attention.added_kv_proj_dim is not None:
         raise ValueError(f"layer {layer.name} ({layer.module}) does not attend to the image alone; choose others")
+    names = layer.module.split(".")
+    around = (unet.get_submodule(".".join(names[:count])) for count in range(1, len(names)))
+    if any(type(module).__name__ == "SplitInferenceModule" for module in around):
+        raise ValueError(
+            f"layer {layer.name} ({layer.module}) runs on one piece of the batch after the other, where no branch is "
+            f"known: call guide on the pipeline without enable_free_noise_split_inference"
+        )
     processor = unwrap(attention.processor)
     if type(processor) not in STANDARD_PROCESSORS:
         raise ValueError(
