@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import MotionAdapter, UNetMotionModel
+from diffusers import MotionAdapter, SparseControlNetModel, UNetMotionModel
 from diffusers_tools import tiny_pipeline
-from unet_cases import Case, built_of, changed, unet, unet_xl, with_options
-from unet_parts import controlnet, image, image_embeds, ip_adapter
+from unet_cases import CHANNELS, Case, built_of, changed, unet, unet_xl, with_options
+from unet_parts import controlnet, image, image_embeds, ip_adapter, seen
 
 FRAMES = 3
 
@@ -56,6 +56,23 @@ def _with_text(model: Any) -> dict[str, Any]:
         "motion_adapter": motion_adapter(model),
         **{name: components[name] for name in ("text_encoder", "tokenizer")},
     }
+
+
+def _sparse_control(model: Any) -> dict[str, Any]:
+    """Control of some frames, with motion of its own."""
+    net = SparseControlNetModel(
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        block_out_channels=model.config.block_out_channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=CHANNELS,
+        attention_head_dim=2,
+        motion_num_attention_heads=2,
+        conditioning_channels=3,
+        conditioning_embedding_out_channels=(8, 8),
+        use_simplified_condition_embedding=False,  # with it the pipeline draws numbers without its generator
+    )
+    return {"controlnet": seen(net)}
 
 
 def _free_noise(pipe: Any) -> None:
@@ -119,6 +136,24 @@ MOTION = {
         with_options(conditioning_frames=frames, guess_mode=True, **_ARGUMENTS),
         samples=1,
         scales=(None, 1.0),
+        **_UP,
+    ),
+    "animatediff-video-controlnet": Case(
+        "AnimateDiffVideoToVideoControlNetPipeline",
+        built_of(motion, parts=lambda _: controlnet(unet())),
+        with_options(video=frames, conditioning_frames=frames, strength=0.7, num_inference_steps=3),
+        samples=1,
+        **_MID,
+    ),
+    "animatediff-sparse-control": Case(
+        "AnimateDiffSparseControlNetPipeline",
+        built_of(motion, parts=_sparse_control),
+        with_options(
+            conditioning_frames=lambda *given: [each[None] for each in frames(*given)[:2]],
+            controlnet_frame_indices=[0, 2],
+            **_ARGUMENTS,
+        ),
+        samples=1,
         **_UP,
     ),
 }

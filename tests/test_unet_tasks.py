@@ -128,7 +128,11 @@ def test_each_video_has_its_sigma() -> None:
     assert relative(first, second) > PIPELINE_TOLERANCE
 
 
-@pytest.mark.parametrize("spec", [SEG(2.0, 1.5, "up", query_stride=2), SEG(2.0, 1.5, reuse=2, stop=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [SEG(2.0, 1.5, "up", query_stride=2), SEG(query_stride="auto", sigma=3.0), SEG(2.0, 1.5, reuse=2, stop=0.9)],
+    ids=str,
+)
 def test_other_options_for_videos(spec: Any) -> None:
     case, pipe = built("animatediff")
     plain = run(case, pipe, True, num_inference_steps=3)

@@ -40,7 +40,7 @@ def controlnet(unet: Any, count: int = 1) -> dict[str, Any]:
         net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8), conditioning_channels=3)
         if unet.config.in_channels != 4:  # it gets the latents alone
             net.conv_in = torch.nn.Conv2d(4, unet.config.block_out_channels[0], 3, padding=1)
-        made.append(_seen(net))
+        made.append(seen(net))
     return {"controlnet": made if count > 1 else made[0]}
 
 
@@ -49,10 +49,10 @@ def controlnet_union(unet: Any) -> dict[str, Any]:
     own = {"num_trans_channel": first, "num_trans_head": 2, "num_proj_channel": first}
     given = {**unet.config, "conditioning_embedding_out_channels": (8, 8), "conditioning_channels": 3, **own}
     taken = inspect.signature(ControlNetUnionModel.__init__).parameters
-    return {"controlnet": _seen(ControlNetUnionModel(**{name: given[name] for name in taken if name in given}))}
+    return {"controlnet": seen(ControlNetUnionModel(**{name: given[name] for name in taken if name in given}))}
 
 
-def _seen(net: Any) -> Any:
+def seen(net: Any) -> Any:
     """A new ControlNet's residuals are zero."""
     for parameter in net.parameters():
         if not parameter.any():
