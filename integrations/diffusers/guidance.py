@@ -41,8 +41,8 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
     another one that shares its denoiser runs unguided.
 
     Args:
-        pipe: a pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors) or one of the known
-            transformers (docs/models.md lists them). Its denoiser may be compiled.
+        pipe: a pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors), a ``UNetMotionModel``
+            (AnimateDiff) or one of the known transformers (docs/models.md lists them). Its denoiser may be compiled.
         specs: the guidances, at least one.
         share: let a branch join the batch only at the transformer block of its first layer, since it equals the
             conditional branch before; a UNet's layer projects the branch's queries, keys and values once for both.
@@ -240,6 +240,7 @@ class Guidance:
         reference = negative[0] if negative else batch.reference
         rescaled = self._kind.rescaled_guidance_scale(self._run, caller) if cfg else None
         forward = Forward(batch, ordered, self._first, True, strengths, reused, degrading, reference, cfg, rescaled)
+        forward = replace(forward, frames=self._kind.frames(sample))
         shares = self._share and self._kind.can_share(forward, args, kwargs)
         return replace(forward, share=shares)
 
@@ -344,5 +345,5 @@ class Guidance:
 
     def _tell(self, forward: Forward) -> None:
         counts = [forward.joined(place) for place in range(len(self._places))]
-        self._places.tell(forward.batch if forward.share and forward.branches else None, counts)
+        self._places.tell(forward.inside if forward.share and forward.branches else None, counts)
         self._layers.tell(forward, self._calibration)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -13,15 +13,17 @@ from segkern.grid import Grid
 from segkern.integrations.diffusers.architectures import ARCHITECTURES, LINEAR, Architecture
 from segkern.integrations.diffusers.names import PARTS, LayerInfo, select_layers
 
-__all__ = ["PARTS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
+__all__ = ["PARTS", "UNETS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
+
+UNETS = (UNet2DConditionModel, UNetMotionModel)
 
 
 def list_layers(pipe_or_model: object, height: int | None = None, width: int | None = None) -> list[LayerInfo]:
     """The self-attention layers that a guidance can act on, in execution order.
 
     Args:
-        pipe_or_model: a pipeline with a ``UNet2DConditionModel`` or a transformer that can be guided, or that model
-            (also when compiled).
+        pipe_or_model: a pipeline with a ``UNet2DConditionModel``, a ``UNetMotionModel`` or a transformer that can be
+            guided, or that model (also when compiled).
         height: of the image in pixels; with ``width`` it gives every layer its grid, and needs a pipeline. The grid of
             a transformer begins at token 0 here; in a run it begins after the text, where the model puts that first.
         width: of the image in pixels.
@@ -53,12 +55,12 @@ def list_layers(pipe_or_model: object, height: int | None = None, width: int | N
                 f"got a bare {type(pipe_or_model).__name__}"
             )
         latent = height // factor, width // factor
-    if isinstance(model, UNet2DConditionModel):
+    if isinstance(model, UNETS):
         return _of_unet(model, latent)
     return _of_transformer(model, ARCHITECTURES[type(model).__name__], latent)
 
 
-def _of_unet(unet: UNet2DConditionModel, latent: tuple[int, int] | None) -> list[LayerInfo]:
+def _of_unet(unet: Any, latent: tuple[int, int] | None) -> list[LayerInfo]:
     grids = {} if latent is None else _grids(unet, *latent)
     found: list[LayerInfo] = []
     counts = dict.fromkeys(PARTS, 0)
@@ -119,7 +121,7 @@ def _latent_factor(pipe: object) -> int | None:
     return None
 
 
-def execution_order(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
+def execution_order(unet: Any) -> list[tuple[str, nn.Module]]:
     """The denoiser's blocks with their module names, in the order in which its forward calls them."""
     down = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     mid = [] if unet.mid_block is None else [("mid_block", unet.mid_block)]
@@ -136,7 +138,7 @@ def find_model(pipe_or_model: object) -> nn.Module:
     models = [getattr(pipe_or_model, name, None) for name in ("unet", "transformer")]
     models = [model for model in models if model is not None] or [pipe_or_model]
     for model in (getattr(model, "_orig_mod", model) for model in models):
-        if isinstance(model, UNet2DConditionModel) or type(model).__name__ in ARCHITECTURES:
+        if isinstance(model, UNETS) or type(model).__name__ in ARCHITECTURES:
             assert isinstance(model, nn.Module)
             return model
     found = type(getattr(models[0], "_orig_mod", models[0])).__name__
@@ -144,8 +146,8 @@ def find_model(pipe_or_model: object) -> nn.Module:
     reason = f"; of a {found} it cannot: {LINEAR[found]}" if found in LINEAR else ""
     known = ", ".join(each.users for each in ARCHITECTURES.values())
     raise ValueError(
-        f"segkern guides pipelines with a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors) and transformers "
-        f"({known}), got {type(pipe_or_model).__name__}{within}{reason}"
+        f"segkern guides pipelines with a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), a UNetMotionModel "
+        f"(AnimateDiff) and transformers ({known}), got {type(pipe_or_model).__name__}{within}{reason}"
     )
 
 
@@ -165,17 +167,21 @@ def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
     )
 
 
-def _self_attentions(unet: UNet2DConditionModel) -> list[tuple[str, str, Attention]]:
-    """Every ``attn1`` as (module name, block name, module), in execution order."""
+def _self_attentions(unet: Any) -> list[tuple[str, str, Attention]]:
+    """Every ``attn1`` over an image as (module name, block name, module), in execution order.
+
+    Those of motion modules attend over frames. A few old blocks have an ``attn1`` outside of transformers.
+    """
     return [
         (f"{block_name}.{name}", block_name, module)
         for block_name, block in execution_order(unet)
         for name, module in block.named_modules()
         if name.split(".")[-1] == "attn1" and isinstance(module, Attention)
+        if "transformer_blocks" in name and "motion_modules" not in name
     ]
 
 
-def _grids(unet: UNet2DConditionModel, height: int, width: int) -> dict[str, Grid]:
+def _grids(unet: Any, height: int, width: int) -> dict[str, Grid]:
     """Block name -> grid at this size of latents. An up block has the grid of the down block it mirrors."""
     grids: dict[str, Grid] = {}
     levels = []
