@@ -6,19 +6,35 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UniPCMultistepScheduler
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
+    StableDiffusionXLAutoBlocks,
+)
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
 from modular_tools import modular_sdxl, modular_transformer, run_sdxl
 from torch._dynamo.testing import CompileCounter
 from transformer_models import MODELS
 
-from segkern.integrations.diffusers import PAG, SAG, SEG, PAGGuider, SAGGuider, SEGGuider, guide
+from segkern.integrations.diffusers import (
+    PAG,
+    SAG,
+    SEG,
+    PAGGuider,
+    SAGGuider,
+    SEGAttnProcessor,
+    SEGGuider,
+    guide,
+    list_layers,
+)
 
 LATENTS = noise(1, 8, 12)
 
@@ -84,30 +100,57 @@ def test_hooks_whose_call_never_came_do_nothing_in_another_run() -> None:
     assert is_untouched(pipe, processors)
 
 
-def test_a_loop_of_ones_own() -> None:
-    pipe = tiny_pipeline()
+@pytest.mark.parametrize("controlled", [False, True], ids=["plain", "with a ControlNet's residuals"])
+def test_a_loop_of_ones_own(controlled: bool) -> None:
+    """Against layers whose processors are set by hand."""
+    pipe = tiny_pipeline(own_unet=True)
     text, _, pooled, _ = pipe.encode_prompt("a red fox")
     ids = torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]])
-    guider = SEGGuider(guidance_scale=1.0, scale=2.0)
+    given: dict[str, Any] = {}
+    if controlled:
+        shapes: list[torch.Size] = []
+        blocks = [pipe.unet.conv_in, *pipe.unet.down_blocks, pipe.unet.mid_block]
+        seen = [block.register_forward_hook(lambda _, __, out: shapes.extend(shapes_of(out))) for block in blocks]
+    guider = SEGGuider(guidance_scale=1.0, scale=2.0, layers=["mid", "u0"])
 
-    def predict(guider: Any, keep: int | None = None) -> torch.Tensor:
+    def predict(guider: Any, keep: int | None = None) -> Any:
         guider.set_state(0, 1, torch.tensor(999.0))
         (batch,) = guider.prepare_inputs({"text": (text, None), "pooled": (pooled, None)})
         guider.prepare_models(pipe.unet)
         added = {"text_embeds": batch.pooled, "time_ids": ids}
-        batch.noise_pred = pipe.unet(LATENTS, 999, encoder_hidden_states=batch.text, added_cond_kwargs=added)[0][:keep]
+        output = pipe.unet(LATENTS, 999, encoder_hidden_states=batch.text, added_cond_kwargs=added, **given)[0]
+        batch.noise_pred = output[:keep]
         guider.cleanup_models(pipe.unet)
         return guider([batch])
 
     with torch.no_grad():
-        guided = predict(guider)
         plain = predict(ClassifierFreeGuidance(1.0)).pred
+        if controlled:
+            for handle in seen:
+                handle.remove()
+            *down, mid = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
+            given = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
+            plain = predict(ClassifierFreeGuidance(1.0)).pred
+        guided = predict(guider)
         assert relative(guided.pred_cond, plain) < PIPELINE_TOLERANCE
-        assert relative(guided.pred, plain) > 1e-3
+        for layer in list_layers(pipe, 8 * pipe.vae_scale_factor, 12 * pipe.vae_scale_factor):
+            if layer.name in ("m0", "m1", "u0"):
+                pipe.unet.get_submodule(layer.module).set_processor(SEGAttnProcessor(math.inf, layer.grid))
+        perturbed = predict(ClassifierFreeGuidance(1.0)).pred
+        assert relative(plain, perturbed) > 1e-3
+        assert relative(guided.pred, plain + 2.0 * (plain - perturbed)) < PIPELINE_TOLERANCE
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
         with pytest.raises(RuntimeError, match=r"1 predictions and as many perturbed ones.*handed back 1"):
             predict(guider, keep=1)
         with pytest.raises(ValueError, match="SAG needs the scheduler of a modular pipeline"):
             predict(SAGGuider(guidance_scale=1.0))
+
+
+def shapes_of(output: Any) -> list[torch.Size]:
+    """Of what a block hands on to the up blocks."""
+    if isinstance(output, tuple):
+        return [each.shape for each in output[1]]
+    return [output.shape]
 
 
 def test_a_guider_that_is_not_asked_to_prepare_says_so() -> None:
@@ -155,9 +198,15 @@ def test_denoisers_and_layers_that_do_not_fit() -> None:
             run_sdxl(modular_sdxl(pipe, guider), pipe, latents=LATENTS)
         assert is_untouched(pipe, processors)
     guider = SEGGuider()
-    with guide(pipe, PAG()) as guidance, pytest.raises(ValueError, match=r"under guide\(...\)"):
-        run_sdxl(modular_sdxl(pipe, guider), pipe, latents=LATENTS)
-    del guidance
+    modular = modular_sdxl(pipe, guider)
+    run_sdxl(modular, pipe, latents=LATENTS)
+    guidance = guide(pipe, PAG())
+    guided = dict(pipe.unet.attn_processors)
+    with pytest.raises(ValueError, match=r"under guide\(...\)"):
+        run_sdxl(modular, pipe, latents=LATENTS)
+    assert guided != processors
+    assert pipe.unet.attn_processors == guided
+    guidance.remove()
     with pytest.raises(ValueError, match=r"segkern guides pipelines with .*got Linear"):
         guider.prepare_models(torch.nn.Linear(1, 1))
     sd3 = MODELS["sd3"].build()
@@ -241,9 +290,8 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in place"])
-def test_a_compiled_denoiser(in_place: bool) -> None:
+def smaller_pipeline() -> Any:
+    """A pipeline whose denoiser has few layers, because tracing takes seconds."""
     config = {
         **tiny_pipeline().unet.config,
         "block_out_channels": (8, 16),
@@ -254,20 +302,49 @@ def test_a_compiled_denoiser(in_place: bool) -> None:
         "attention_head_dim": 2,
     }
     torch.manual_seed(0)
-    pipe = tiny_pipeline(unet=UNet2DConditionModel.from_config(config).eval())
-    counter = CompileCounter()
+    return tiny_pipeline(unet=UNet2DConditionModel.from_config(config).eval())
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_denoiser_is_compiled_once_for_each_call_of_a_step() -> None:
+    pipe, counter = smaller_pipeline(), CompileCounter()
     guider = SEGGuider(guidance_scale=5.0, scale=2.0, layers="m0")
-    expected = run_sdxl(modular_sdxl(pipe, guider), pipe, latents=LATENTS)
-    plain = run(pipe, latents=LATENTS)
-    if in_place:
-        pipe.unet.compile(backend=counter, fullgraph=True)
-    else:
-        pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
     modular = modular_sdxl(pipe, guider)
-    counts = []
+    expected = run_sdxl(modular, pipe, latents=LATENTS)
+    plain = run(pipe, latents=LATENTS)
+    pipe.unet.compile(backend=counter, fullgraph=True)
     for _ in range(2):
         assert relative(run_sdxl(modular, pipe, latents=LATENTS), expected) < PIPELINE_TOLERANCE
-        counts.append(counter.frame_count)
-    assert 0 < counts[0] == counts[1], "a second run needs no compilation"
+        assert counter.frame_count == 2
     modular.update_components(guider=ClassifierFreeGuidance(5.0))
     assert relative(run_sdxl(modular, pipe, latents=LATENTS), plain) < PIPELINE_TOLERANCE
+    assert counter.frame_count == 2
+
+
+def test_a_denoiser_in_the_wrapper_of_a_compiler() -> None:
+    pipe = smaller_pipeline()
+    guider = SEGGuider(guidance_scale=5.0, scale=2.0, layers="m0")
+    expected = run_sdxl(modular_sdxl(pipe, guider), pipe, latents=LATENTS)
+    model = pipe.unet
+    pipe.unet = torch.compile(model)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(run_sdxl(modular_sdxl(pipe, guider), pipe, latents=LATENTS), expected)
+    assert hooks_of(pipe.unet) == hooks_of(model) == 0
+    assert all(row.fired == 3 for row in guider.report().layers)
+
+
+def test_the_page_has_an_example_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "guiders.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    stock = tiny_pipeline()
+    pipe = StableDiffusionXLAutoBlocks().init_pipeline()
+    names = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    pipe.update_components(**{name: getattr(stock, name) for name in names})
+    pipe.set_progress_bar_config(disable=True)
+    for given, small in (("height=832, width=1216", "height=64, width=96, num_inference_steps=5"),):
+        assert given in example
+        example = example.replace(given, small)
+    scope: dict[str, Any] = {"pipe": pipe}
+    exec(example, scope)
+    assert scope["image"].size == (96, 64)
+    assert "10 forwards of the denoiser" in capsys.readouterr().out

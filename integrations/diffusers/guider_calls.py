@@ -114,6 +114,8 @@ class GuiderCalls:
 
     def release(self) -> None:
         """The denoiser is what it was; nothing happens when it is already."""
+        if not self._handles:
+            return
         while self._handles:
             self._handles.pop().remove()
         self._acting.detach()
