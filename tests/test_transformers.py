@@ -304,11 +304,35 @@ def test_linear_attention_is_refused() -> None:
         guide(pipe, SEG(layers=0))
 
 
-def test_two_denoisers_are_refused() -> None:
-    pipe = MODELS["wan"].build()
-    pipe.transformer_2 = pipe.transformer
-    with pytest.raises(ValueError, match="WanPipeline with two denoisers"):
-        guide(pipe, SEG(layers=1))
+def test_two_denoisers_take_turns() -> None:
+    """Wan 2.2: one for steps of much noise, one for the rest; both are guided in one run, with one report."""
+    model = MODELS["wan"]
+    first, second = model.build(), model.build()
+    torch.manual_seed(8)
+    for parameter in second.transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    config = {**first.components, "transformer_2": second.transformer}
+    pipe = type(first)(**config, boundary_ratio=0.9, expand_timesteps=False)
+    pipe.set_progress_bar_config(disable=True)
+    plain = run(model, pipe)
+    guided = SEG(scale=2.0, sigma=1.5, layers=model.layers, stop=0.9)
+    with guide(pipe, guided) as active:
+        both = run(model, pipe)
+        again = run(model, pipe)
+    assert torch.equal(both, again)
+    assert {row.fired for row in active.report().layers} == {6}
+    assert active.report().forwards == 12
+    # The slow way, on whichever of the two is called.
+    calls = dict.fromkeys(("transformer", "transformer_2"), 0)
+    for name in calls:
+        getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    expected = slow_run(model, pipe, [Perturbed(2.0, 1.5, model.modules)], lambda: run(model, pipe), 6, 4, True, 1)
+    assert calls["transformer"] > 0
+    assert calls["transformer_2"] > 0
+    assert relative(both, expected) < PIPELINE_TOLERANCE < relative(plain, expected)
+    with pytest.raises(ValueError, match="guided already"), guide(pipe, guided):
+        guide(pipe, guided)
+    assert hooks_of(pipe.transformer) + hooks_of(pipe.transformer_2) == 2  # the test's own
 
 
 def test_default_layers() -> None:

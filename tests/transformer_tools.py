@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -90,21 +90,24 @@ def slow_run(
     model: Model, pipe: Any, guidances: Sequence[Perturbed], run: Any, rows: int, columns: int, cfg: bool, samples: int
 ) -> torch.Tensor:
     """What ``run()`` must return under guidance."""
-    transformer = pipe.transformer
-    forward = type(transformer).forward
     dense = Dense(model.frames, rows, columns, model.start)
     calls: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # predictions and perturbed ones since the last step
 
-    def repeated(*args: Any, **kwargs: Any) -> Any:
-        output = forward(transformer, *copied(args), **copied(kwargs))
-        perturbed = []
-        for guidance in guidances:
-            with perturbing(transformer, guidance.modules, guidance.sigma, dense):
-                perturbed.append(_tensor(forward(transformer, *copied(args), **copied(kwargs))[0]))
-        calls.append((_tensor(output[0]), perturbed))
-        return output
+    def repeating(transformer: torch.nn.Module) -> Any:
+        forward = type(transformer).forward
 
-    repeated.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+        def repeated(*args: Any, **kwargs: Any) -> Any:
+            output = forward(transformer, *copied(args), **copied(kwargs))
+            perturbed = []
+            for guidance in guidances:
+                with perturbing(transformer, guidance.modules, guidance.sigma, dense):
+                    perturbed.append(_tensor(forward(transformer, *copied(args), **copied(kwargs))[0]))
+            calls.append((_tensor(output[0]), perturbed))
+            return output
+
+        repeated.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+        return repeated
+
     step = type(pipe.scheduler).step
 
     def corrected(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +130,11 @@ def slow_run(
         return step(pipe.scheduler, model_output, *args, **kwargs)
 
     corrected.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
-    with mock.patch.object(transformer, "forward", repeated), mock.patch.object(pipe.scheduler, "step", corrected):
+    with ExitStack() as patches:
+        for each in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+            if each is not None:
+                patches.enter_context(mock.patch.object(each, "forward", repeating(each)))
+        patches.enter_context(mock.patch.object(pipe.scheduler, "step", corrected))
         return run()
 
 

@@ -92,7 +92,6 @@ class Denoiser(ABC):
 class UNet(Denoiser):
     """``UNet2DConditionModel``: Stable Diffusion 1, 2, XL, Kolors and their relatives."""
 
-    name = "unet"
     sample_name = "sample"
 
     # Arguments with one entry for each frame of each sample, as the blocks have them.
@@ -172,8 +171,6 @@ class MotionUNet(UNet):
 class Transformer(Denoiser):
     """Any transformer of :mod:`architectures`."""
 
-    name = "transformer"
-
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
         self.model = model
         self.architecture = architecture
@@ -233,17 +230,25 @@ class Transformer(Denoiser):
         return self._ids[1]
 
 
-def find_denoiser(pipe: Any) -> Denoiser | None:
-    """The model of a pipeline that can be guided; None when it has none."""
-    for name in ("unet", "transformer"):
+def find_denoisers(pipe: Any) -> list[Denoiser]:
+    """The models of a pipeline that can be guided: none, one, or two that take turns in a run (Wan 2.2)."""
+    found: list[Denoiser] = []
+    for name in ("unet", "transformer", "transformer_2"):
         model = getattr(pipe, name, None)
         model = getattr(model, "_orig_mod", model)
-        if isinstance(model, UNet2DConditionModel):
-            return UNet(model)
-        if isinstance(model, UNetMotionModel):
-            return MotionUNet(model)
-        architecture = ARCHITECTURES.get(type(model).__name__)
-        if architecture is not None:
-            assert isinstance(model, nn.Module)
-            return Transformer(model, architecture)
-    return None
+        if any(model is other.model for other in found):
+            continue
+        denoiser = _denoiser(model)
+        if denoiser is not None:
+            denoiser.name = name
+            found.append(denoiser)
+    return found
+
+
+def _denoiser(model: Any) -> Denoiser | None:
+    if isinstance(model, UNet2DConditionModel):
+        return UNet(model)
+    if isinstance(model, UNetMotionModel):
+        return MotionUNet(model)
+    architecture = ARCHITECTURES.get(type(model).__name__)
+    return None if architecture is None else Transformer(model, architecture)

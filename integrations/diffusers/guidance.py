@@ -21,7 +21,7 @@ from segkern.integrations.diffusers.denoisers import Denoiser
 from segkern.integrations.diffusers.guided_layers import Forward
 from segkern.integrations.diffusers.negative import negative_text
 from segkern.integrations.diffusers.processor import norms, unwrap
-from segkern.integrations.diffusers.report import Report
+from segkern.integrations.diffusers.report import Recorder, Report
 from segkern.integrations.diffusers.reuse import Differences
 from segkern.integrations.diffusers.schedule import Run, Step, number
 from segkern.integrations.diffusers.spec import Chosen, Spec
@@ -64,8 +64,9 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
         ...     image = pipe("a red fox", guidance_scale=5.0).images[0]
         >>> print(guidance.report())  # doctest: +SKIP
     """
-    denoiser = check_pipeline(pipe)
-    guidance = Guidance(pipe, denoiser, choose_layers(denoiser, specs), share)
+    chosen = [(denoiser, choose_layers(denoiser, specs)) for denoiser in check_pipeline(pipe)]
+    guidance = Guidance(pipe, *chosen[0], share)
+    guidance._others = [Guidance(pipe, *each, share, guidance) for each in chosen[1:]]
     guidance._install()
     return guidance
 
@@ -73,16 +74,20 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
 class Guidance:
     """Guidance at work on a pipeline; made by :func:`guide`."""
 
-    def __init__(self, pipe: Any, kind: Denoiser, chosen: tuple[Chosen, ...], share: bool) -> None:
+    def __init__(
+        self, pipe: Any, kind: Denoiser, chosen: tuple[Chosen, ...], share: bool, beside: Guidance | None = None
+    ) -> None:
         self._pipe = pipe
+        self._others: list[Guidance] = []  # of denoisers that take turns with this one in a run
         self._kind = kind
         # torch.compile's wrapper, if there is one: bookkeeping stays outside
         self._denoiser: nn.Module = getattr(pipe, kind.name)
         self._specs = tuple(one.spec for one in chosen)
         self._share = share
-        self._run = Run(pipe)
+        self._run: Run = Run(pipe) if beside is None else beside._run
+        self._runs = 0  # that this denoiser has had a part in
         self._acting = Acting(kind, chosen)
-        self._recorder = self._acting.recorder
+        self._recorder: Recorder = self._acting.recorder if beside is None else beside._recorder
         self._arguments = kind.arguments
         self._installed = False
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
@@ -128,6 +133,8 @@ class Guidance:
             self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
             self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True))
+            for other in self._others:
+                other._install()
         except BaseException:
             self._remove(warn=False)
             raise
@@ -136,6 +143,8 @@ class Guidance:
         if not self._installed:
             return
         self._installed = False
+        for other in self._others:
+            other._remove(warn=False)
         GUIDED.discard(self._kind.model)
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
@@ -192,7 +201,8 @@ class Guidance:
     def _plan(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         """What the coming forward does; None when it is a plain one."""
         step = self._run.next_step()
-        if step.call == 0:  # a new run, whether a guidance acts at its beginning or not
+        if self._runs != self._run.count:  # a new run, whether a guidance acts at its beginning or not
+            self._runs = self._run.count
             self._differences.forget()
         sample = self._kind.sample(args, kwargs)
         strengths = self._strengths(step, args, kwargs)

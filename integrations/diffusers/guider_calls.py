@@ -17,7 +17,7 @@ from segkern.integrations.diffusers.acting import Acting
 from segkern.integrations.diffusers.architectures import batch_of
 from segkern.integrations.diffusers.branches import Arguments, Batch
 from segkern.integrations.diffusers.degradations import Degradations
-from segkern.integrations.diffusers.denoisers import Denoiser, find_denoiser
+from segkern.integrations.diffusers.denoisers import Denoiser, find_denoisers
 from segkern.integrations.diffusers.guided_layers import Forward
 from segkern.integrations.diffusers.layers import find_model
 from segkern.integrations.diffusers.report import Recorder
@@ -64,10 +64,10 @@ class GuiderCalls:
     def __init__(self, denoiser: nn.Module, spec: Spec) -> None:
         self._denoiser = denoiser
         self._spec = spec
-        kind = find_denoiser(SimpleNamespace(unet=denoiser))
-        if kind is None:
+        kinds = find_denoisers(SimpleNamespace(unet=denoiser))
+        if not kinds:
             find_model(denoiser)  # says what could be guided
-        assert kind is not None
+        kind = kinds[0]
         self._kind: Denoiser = kind
         self._acting = Acting(kind, choose_layers(kind, (spec,)))
         self.recorder: Recorder = self._acting.recorder

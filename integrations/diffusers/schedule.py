@@ -49,6 +49,7 @@ class Run:
         self._pipe = pipe
         self._timesteps: torch.Tensor | None = None  # held, so that a new run's tensor cannot take its identity
         self._call = 0
+        self.count = 0  # runs that have begun
 
     def caller(self) -> Mapping[str, Any] | None:
         """Local variables of the pipeline's method that is calling its denoiser; pipelines keep there what they do.
@@ -78,6 +79,7 @@ class Run:
         if timesteps is not self._timesteps or self._call >= calls:
             self._timesteps = timesteps
             self._call = 0
+            self.count += 1
         order = getattr(self._pipe.scheduler, "order", 1)
         number, steps = self._call // order, -(-calls // order)
         self._call += 1

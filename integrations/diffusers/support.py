@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from segkern.integrations.diffusers.architectures import default_layers
-from segkern.integrations.diffusers.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoiser
+from segkern.integrations.diffusers.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
 from segkern.integrations.diffusers.layers import LayerInfo, find_model, find_unet, list_layers, select_layers
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.rows import IDENTITY
@@ -51,27 +51,24 @@ _OTHER_BATCHES = {
 }
 
 
-def check_pipeline(pipe: Any) -> Denoiser:
-    """The denoiser of a pipeline that can be guided.
+def check_pipeline(pipe: Any) -> list[Denoiser]:
+    """The denoisers of a pipeline that can be guided: one, or two that take turns in a run.
 
     Raises:
         ValueError: for anything else; the message quotes it and says why.
     """
-    denoiser = find_denoiser(pipe) if hasattr(pipe, "unet") or hasattr(pipe, "transformer") else None
+    denoisers = find_denoisers(pipe)
     name = type(pipe).__name__
-    if not isinstance(denoiser, (Transformer, MotionUNet)):
+    if not denoisers or (isinstance(denoisers[0], UNet) and not isinstance(denoisers[0], MotionUNet)):
         check_batches(pipe, "guide")
-        assert denoiser is not None
     else:
         _refuse_other_batches(pipe, "guide")
-        if getattr(pipe, "transformer_2", None) is not None:
-            raise ValueError(f"guide cannot handle {name} with two denoisers, transformer and transformer_2")
-        apart = isinstance(denoiser, Transformer) and denoiser.architecture.apart
+        apart = isinstance(denoisers[0], Transformer) and denoisers[0].architecture.apart
         if not apart and not _tells_layout(pipe):
             raise ValueError(_UNTOLD.format(caller="guide", name=name))
-    if denoiser.model in GUIDED:
+    if any(denoiser.model in GUIDED for denoiser in denoisers):
         raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
-    return denoiser
+    return denoisers
 
 
 def check_batches(pipe: Any, caller: str) -> UNet2DConditionModel:
