@@ -164,7 +164,7 @@ def test_free_init_runs_the_loop_several_times() -> None:
     [
         (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel takes SEG\(...\) and PAG\(...\)"),
         (CFG(), "CFG needs a UNet2DConditionModel"),
-        (SEG(sigma_frames=1.0), "SEG.sigma_frames=1.0 needs layers that attend over frames"),
+        (SEG(sigma_frames=1.0), "SEG.sigma_frames=1.0 needs layers that attend over the frames"),
         (PAG(layers="d7"), "unknown layer 'd7'; valid are 'down' .d0., 'mid' .m0., 'up' .u0 to u1."),
     ],
     ids=["sag", "cfg", "sigma_frames", "layer"],

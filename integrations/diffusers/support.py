@@ -139,7 +139,13 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, 
     if isinstance(denoiser, Transformer):
         specs = tuple(_for_transformer(denoiser, spec, available) for spec in specs)
     if isinstance(denoiser, MotionUNet):
-        _check_for_frames(specs)
+        _check_for_motion(specs)
+    for spec in specs:
+        if isinstance(spec, AttentionSpec) and spec.sigma_frames and not denoiser.attends_over_frames:
+            raise ValueError(
+                f"SEG.sigma_frames={spec.sigma_frames} needs layers that attend over the frames of a video; those of a "
+                f"{type(denoiser.model).__name__} see one image each"
+            )
     chosen = tuple(_choose(available, spec) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
     for one in chosen:
@@ -170,17 +176,12 @@ def _for_transformer(denoiser: Transformer, spec: Spec, available: Sequence[Laye
     return replace(spec, layers=default_layers(denoiser.architecture, blocks), gamma=None)
 
 
-def _check_for_frames(specs: Sequence[Spec]) -> None:
-    """Raise a ValueError for a spec that cannot act on a UNet whose layers see one frame of a video each."""
+def _check_for_motion(specs: Sequence[Spec]) -> None:
+    """Raise a ValueError for a spec that cannot act on a UNet of videos."""
     for spec in specs:
         if not isinstance(spec, AttentionSpec):
             raise ValueError(
                 f"{type(spec).__name__} needs a UNet2DConditionModel; a UNetMotionModel takes SEG(...) and PAG(...)"
-            )
-        if spec.sigma_frames:
-            raise ValueError(
-                f"SEG.sigma_frames={spec.sigma_frames} needs layers that attend over frames too; those of a "
-                f"UNetMotionModel see one frame each"
             )
 
 
