@@ -49,6 +49,7 @@ def test_equals_the_slow_way(name: str, guidance: str, cfg: bool) -> None:
     with guide(pipe, with_layers(spec, model.layers)) as active:
         guided = run(model, pipe, 6, 4, samples=2, cfg=cfg)
     assert relative(guided, expected) < PIPELINE_TOLERANCE
+    assert relative(guided - plain, expected - plain) < 2e-3  # some models move little at this size
     report = active.report()
     assert {row.module for row in report.layers} == set(model.modules)
     assert all(row.fired == 3 and row.moved is not None and row.moved > 0 for row in report.layers)
@@ -170,16 +171,6 @@ def test_cfg_truncation_of_z_image() -> None:
         truncated = run(model, pipe, cfg_truncation=0.5)
         assert {row.fired for row in active.report().layers} == {3}
         assert relative(truncated, run(model, pipe)) > PIPELINE_TOLERANCE
-
-
-def test_skip_layer_guidance_of_stable_diffusion_3_is_left_alone() -> None:
-    """Its calls, a third forward in some steps, are no steps and get no branches."""
-    model, pipe = MODELS["sd3"], built("sd3")
-    options = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0, "skip_layer_guidance_start": 0.0}
-    with guide(pipe, SEG(layers=model.layers, scale=1.5)) as active:
-        guided = run(model, pipe, **options)
-    assert {row.fired for row in active.report().layers} == {3}
-    assert relative(guided, run(model, pipe, **options)) > PIPELINE_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["wan", "ltx-video"])

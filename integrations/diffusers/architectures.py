@@ -114,8 +114,6 @@ def _shapes(model: Any, get: Get) -> Size:
 def _one_of_a_list(model: Any, get: Get) -> Size:
     """Of latents in a list, ``[channels, frames, height, width]`` each."""
     images = get("x")
-    if isinstance(images[0], list) or any(image.shape != images[0].shape for image in images):
-        raise ValueError("guide needs images of one size, and one image for each prompt, in a batch of this model")
     patch, frame_patch = get("patch_size") or 2, get("f_patch_size") or 1
     frames, height, width = images[0].shape[1:]
     return frames // frame_patch, height // patch, width // patch
@@ -198,7 +196,7 @@ _ALL = (
             ),
         ),
         "x",
-        frozenset({"x", "t", "cap_feats"}),
+        frozenset({"x", "t", "cap_feats", "controlnet_block_samples"}),
         _one_of_a_list,
         lambda model: 2,
         listed=frozenset({"x", "cap_feats"}),
@@ -275,5 +273,16 @@ def default_layers(architecture: Architecture, blocks: int) -> str:
 
 
 def batch_of(sample: Any) -> torch.Tensor:
-    """The noisy images of a batch as one tensor, from a tensor or a list of tensors alike."""
-    return torch.stack(sample) if isinstance(sample, list) else sample
+    """The noisy images of a batch as one tensor, from a tensor or a list of tensors alike.
+
+    Raises:
+        ValueError: for images of different sizes, or several for one prompt.
+    """
+    if not isinstance(sample, list):
+        return sample  # type: ignore[no-any-return]
+    shapes = [tuple(getattr(image, "shape", ())) for image in sample]
+    if len(set(shapes)) != 1 or not shapes[0]:
+        raise ValueError(
+            f"guide needs images of one size and one image for each prompt in a batch, got shapes {shapes}"
+        )
+    return torch.stack(sample)

@@ -115,6 +115,28 @@ class Batch:
             return type(value)([self.fit(item, count) for item in value])
         return value
 
+    def grow(self, value: Any, count: int) -> Any:
+        """``value``, an argument of the denoiser, with ``count`` branches behind every batch-first tensor in it.
+
+        A tensor may have several rows for each sample, one after the other (two pictures of a sample, for example).
+        """
+        if isinstance(value, torch.Tensor):
+            rows, rest = divmod(value.shape[0], self.size) if value.ndim else (0, 1)
+            if rest or not rows:
+                return value
+            return torch.cat([value, *[value[self.times(rows).conditional]] * count]) if count else value
+        if isinstance(value, dict):
+            return {key: self.grow(item, count) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self.grow(item, count) for item in value])
+        return value
+
+    def grow_list(self, value: Any, count: int) -> Any:
+        """A list with one item per sample and ``count`` branches; one of another length is for all samples alike."""
+        if not isinstance(value, list) or len(value) != self.size:
+            return value
+        return value + value[self.conditional] * count
+
     def _fit_tensor(self, x: torch.Tensor, count: int) -> torch.Tensor:
         if x.ndim == 0:
             return x
@@ -213,12 +235,8 @@ class DenoiserArguments:
 
     def grow_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
         """Every batch-first argument with ``count`` branches, so that every block runs with them."""
-        args, kwargs = _map_arguments(
-            self._names, self._listed, args, kwargs, lambda items: items + items[batch.conditional] * count
-        )
-        return _map_arguments(
-            self._names, self._batched - self._listed, args, kwargs, lambda value: batch.fit(value, count)
-        )
+        args, kwargs = _map_arguments(self._names, self._listed, args, kwargs, lambda x: batch.grow_list(x, count))
+        return _map_arguments(self._names, self._batched - self._listed, args, kwargs, lambda x: batch.grow(x, count))
 
     def grow(
         self, names: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int

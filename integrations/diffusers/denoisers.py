@@ -197,6 +197,8 @@ class Transformer(Denoiser):
     def rescaled_guidance_scale(self, run: Run, caller: Mapping[str, Any]) -> float | None:
         if self.architecture.rescales:
             return float(caller["true_cfg_scale"]) if "true_cfg_scale" in caller else None
+        if caller.get("skip_guidance_layers") is not None:  # skip-layer guidance measures the conditional prediction
+            return float(caller["self"].guidance_scale)
         if self.architecture.shift:
             limited = float(caller["self"]._cfg_normalization or 0.0) > 0.0 if "self" in caller else False
             return float(caller["current_guidance_scale"]) + 1.0 if limited else None

@@ -26,7 +26,7 @@ from segkern.integrations.diffusers.reuse import Differences
 from segkern.integrations.diffusers.schedule import Run, Step, number
 from segkern.integrations.diffusers.spec import Chosen, Spec
 from segkern.integrations.diffusers.specs import CFG, PAG, SAG
-from segkern.integrations.diffusers.support import GUIDED, check_pipeline, choose_layers
+from segkern.integrations.diffusers.support import GUIDED, check_model, check_pipeline, choose_layers
 
 
 def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
@@ -85,6 +85,7 @@ class Guidance:
         self._specs = tuple(one.spec for one in chosen)
         self._share = share
         self._run: Run = Run(pipe) if beside is None else beside._run
+        self._for_others = 0  # forwards that other pipelines asked for
         self._runs = 0  # that this denoiser has had a part in
         self._acting = Acting(kind, chosen)
         self._recorder: Recorder = self._acting.recorder if beside is None else beside._recorder
@@ -129,10 +130,11 @@ class Guidance:
         try:
             self._installed = True
             GUIDED.add(self._kind.model)
-            self._acting.attach()
+            self._acting.attach()  # says now what would not do
+            self._acting.detach()
             self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
-            self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True))
+            self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True, always_call=True))
             for other in self._others:
                 other._install()
         except BaseException:
@@ -157,7 +159,14 @@ class Guidance:
         saved = getattr(self._kind.model, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
-        if warn and not ran and had_hooks and getattr(self._pipe, self._kind.name) is not self._denoiser:
+        if warn and had_hooks and self._recorder.forwards == 0 and self._for_others:
+            warnings.warn(
+                f"guidance did nothing: the {self._kind.name} of this {type(self._pipe).__name__} ran for other "
+                f"pipelines only; give guide the pipeline that runs it",
+                UserWarning,
+                stacklevel=3,
+            )
+        elif warn and not ran and had_hooks and getattr(self._pipe, self._kind.name) is not self._denoiser:
             warnings.warn(
                 f"guidance did nothing: this {type(self._pipe).__name__} was given another {self._kind.name} while "
                 f"guided; call guide after replacing it",
@@ -174,6 +183,7 @@ class Guidance:
             return None
         self._forward = None
         caller = self._run.caller()
+        self._for_others += caller is None
         part = "other" if caller is None else self._kind.part(caller, args, kwargs)
         if caller is None or part in ("other", "unconditional"):
             self._acting.detach()
@@ -195,6 +205,7 @@ class Guidance:
             return None
         if forward.degrading:
             self._given = self._reference_inputs(forward, args, kwargs)
+        check_model(self._kind.model)
         self._acting.tell(forward, args, kwargs)
         return self._grown(forward, args, kwargs)
 
@@ -264,8 +275,11 @@ class Guidance:
         if module is not self._denoiser or self._degradations.running or (forward is None and owed is None):
             return None
         self._forward = None
-        sample = batch_of(output[0])
         try:
+            if output is None:  # an exception
+                self._owed = None
+                return None
+            sample = batch_of(output[0])
             if forward is not None:
                 folded = self._folded(forward, sample)
             else:
@@ -274,6 +288,7 @@ class Guidance:
                 folded = sample if shift is None else shifted(sample, shift, rescaled)
         finally:
             self._layers.forget()
+            self._acting.detach()  # between forwards the denoiser has its own processors, to be looked at or changed
             self._given = ((), {})
         result = list(folded.unbind()) if isinstance(output[0], list) else folded
         return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
@@ -281,6 +296,9 @@ class Guidance:
     def _folded(self, forward: Forward, sample: torch.Tensor) -> torch.Tensor:
         """The prediction of the pipeline's own batch with every guidance in it."""
         batch, moved = forward.batch, self._acting.reports(forward)
+        expected = batch.with_branches(len(forward.branches))
+        if sample.shape[0] != expected:
+            raise RuntimeError(f"the guided denoiser gave {sample.shape[0]} predictions for a batch of {expected}")
         if forward.degrading:  # the second forward of a denoiser in a CUDA graph writes where the first one did
             sample, moved = sample.clone(), {key: pair.clone() for key, pair in moved.items()}
         guided = [(forward.strengths[index], self._differences.last(index)) for index in forward.reused]

@@ -125,6 +125,7 @@ class GuidedLayers:
             current = layer.attention.processor
             if current is layer.processor:
                 continue
+            layer.processor.renew()
             original, old = unwrap(current), layer.processor
             if original is not old.original:  # fused projections, for example
                 try:

@@ -64,6 +64,7 @@ class SpecGuider(ClassifierFreeGuidance):
         told = {name: None if isinstance(value, DefaultLayers) else value for name, value in self.spec.told().items()}
         self.register_to_config(**own, guidance_start=guidance_start, guidance_stop=guidance_stop, **told)
         self._fraction = 0.0
+        self._last_step: int | None = None
         self._now = Step(0, self.spec.strength(0.0))
         self._calls: GuiderCalls | None = None
 
@@ -113,12 +114,14 @@ class SpecGuider(ClassifierFreeGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         """Begin a step. Where the scheduler calls the denoiser twice in one (Heun), both calls are that step."""
         super().set_state(step, num_inference_steps, timestep)
+        first = step == 0 or self._last_step is None or step < self._last_step
+        self._last_step = step
         order = getattr(getattr(running_pipeline()[0], "scheduler", None), "order", 1)
         self._fraction = (step // order) / num_inference_steps
         at = number(timestep) if isinstance(self.spec, PAG) and self.spec.adaptive_scale else None
         self._now = Step(step // order, self.spec.strength(self._fraction, at))
         if self._calls is not None:
-            self._calls.new_step(first=step == 0)
+            self._calls.new_step(first)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Before a call of the denoiser: see to it that the guidance acts there, if it does.

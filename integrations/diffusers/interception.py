@@ -37,9 +37,14 @@ class InterceptingProcessor(GuidedProcessor):
         super().__init__(original, boundary, backend)
         self.caught = False
         self._runs = original
-        if getattr(original, "_attention_backend", None) is not None:  # another kernel than PyTorch's would be missed
+        if hasattr(original, "_attention_backend"):  # another kernel than PyTorch's would be missed
             self._runs = copy.copy(original)
-            self._runs._attention_backend = "native"
+            self.renew()
+
+    def renew(self) -> None:
+        """Take over what was changed on the original, but for its kernel."""
+        if self._runs is not self.original:
+            self._runs.__dict__.update(self.original.__dict__, _attention_backend="native")
 
     def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """The original's output, with another attention for perturbed samples."""

@@ -135,7 +135,7 @@ def find_model(pipe_or_model: object) -> nn.Module:
     Raises:
         ValueError: when there is none; the message quotes the type.
     """
-    models = [getattr(pipe_or_model, name, None) for name in ("unet", "transformer")]
+    models = [getattr(pipe_or_model, name, None) for name in ("unet", "transformer", "transformer_2")]
     models = [model for model in models if model is not None] or [pipe_or_model]
     for model in (getattr(model, "_orig_mod", model) for model in models):
         if isinstance(model, UNETS) or type(model).__name__ in ARCHITECTURES:

@@ -219,6 +219,9 @@ class GuidedProcessor:
         self.moved = tuple(torch.stack([norms(output[p] - conditional), reference]) for p in self.perturbed)
         return output
 
+    def renew(self) -> None:
+        """Take over what was changed on the original since it was last stood in for."""
+
     def tell(self, sigmas: tuple[Sigma, ...] | None) -> None:
         """The sigmas of the coming forward; None for a plain one."""
         self.sigmas = sigmas

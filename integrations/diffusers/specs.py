@@ -114,6 +114,10 @@ class SEG(AttentionSpec):
         check_backend(self.backend)
         if not (is_number(self.sigma_frames) and self.sigma_frames >= 0.0):
             raise ValueError(f"SEG.sigma_frames must be 0 or a positive number of frames, got {self.sigma_frames!r}")
+        if self.sigma_frames and not self.perturbs():
+            raise ValueError(
+                f"SEG.sigma_frames={self.sigma_frames!r} is a further blur and needs a sigma above 0, got 0"
+            )
         if self.query_stride != "auto":
             object.__setattr__(self, "query_stride", _stride(self.query_stride))
         if self.query_stride not in (1, (1, 1)) and not isinstance(sigma, float):

@@ -46,6 +46,13 @@ _OTHER_BATCHES = {
     "TextToVideoZeroSDXLPipeline": "all its frames attend to the first one",
     "LEditsPPPipelineStableDiffusion": "its batch holds several edits",
     "LEditsPPPipelineStableDiffusionXL": "its batch holds several edits",
+    "QwenImageLayeredPipeline": "it makes several images in one sequence",
+    "VisualClozeGenerationPipeline": "its sequence holds several rows of images",
+    "VisualClozePipeline": "its denoiser is run by pipelines of its own",
+    "LTXConditionPipeline": "tokens of conditions stand before those of the video, whose grid it does not tell",
+    "LTXI2VLongMultiPromptPipeline": "it does not tell the grid of its video",
+    "ZImageOmniPipeline": "its sequence holds several images",
+    "ModularPipeline": "guidance of a modular pipeline is a component; see SEGGuider, PAGGuider and SAGGuider",
     "StableDiffusionGLIGENPipeline": "its boxes reach attention as keyword arguments, which no branch follows",
     "StableDiffusionGLIGENTextImagePipeline": "its boxes reach attention as keyword arguments, which no branch follows",
 }
@@ -66,9 +73,24 @@ def check_pipeline(pipe: Any) -> list[Denoiser]:
         apart = isinstance(denoisers[0], Transformer) and denoisers[0].architecture.apart
         if not apart and not _tells_layout(pipe):
             raise ValueError(_UNTOLD.format(caller="guide", name=name))
+    for denoiser in denoisers:
+        check_model(denoiser.model)
     if any(denoiser.model in GUIDED for denoiser in denoisers):
         raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
     return denoisers
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise a ValueError for a denoiser that takes outputs of earlier forwards, or runs on a part of its tokens."""
+    name = type(model).__name__
+    if getattr(model, "is_cache_enabled", False):
+        raise ValueError(
+            f"guide cannot handle a {name} with a cache, which takes what earlier forwards of another batch gave; call "
+            f"its disable_cache(), and see SEG(reuse=...)"
+        )
+    parallel = getattr(model, "_parallel_config", None)
+    if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
+        raise ValueError(f"guide cannot handle a {name} under context parallelism, where no device has the whole image")
 
 
 def check_batches(pipe: Any, caller: str) -> UNet2DConditionModel:

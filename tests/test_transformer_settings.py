@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers under ``guide`` beside what else pipelines and models can be set to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers_tools import PIPELINE_TOLERANCE, relative
+from transformer_models import MODELS, run
+
+from segkern.integrations.diffusers import SEG, guide
+from segkern.integrations.diffusers.branches import Batch
+
+
+def predictions(pipe: Any, draw: Any) -> list[torch.Tensor]:
+    """What the scheduler is given in the steps of ``draw()``."""
+    seen: list[torch.Tensor] = []
+    step = type(pipe.scheduler).step
+
+    def noted(self: Any, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(output)
+        return step(self, output, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.scheduler), "step", noted)
+        draw()
+    return seen
+
+
+def test_skip_layer_guidance_of_stable_diffusion_3() -> None:
+    """Its calls, a third forward in some steps, are no steps; it measures the prediction without our guidance."""
+    model = MODELS["sd3"]
+    pipe = model.build()
+    options = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.7, "skip_layer_guidance_start": 0.1}
+
+    def skipping() -> list[torch.Tensor]:
+        return predictions(pipe, lambda: run(model, pipe, **options))
+
+    def plain() -> list[torch.Tensor]:
+        return predictions(pipe, lambda: run(model, pipe))
+
+    without = skipping()[1], plain()[1]
+    # In step 1 of 3 alone, where both guidances act on the same latents as without ours.
+    with guide(pipe, SEG(layers=model.layers, scale=1.5, start=0.3, stop=0.6)) as active:
+        guided = skipping()[1], plain()[1]
+    assert {row.fired for row in active.report().layers} == {2}
+    assert relative(without[0], without[1]) > 1e-3
+    # The latents of step 1 are the same with and without skipping only up to step 0, which skips nothing.
+    assert relative(guided[0] - without[0], guided[1] - without[1]) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_a_cache_is_refused(name: str) -> None:
+    """It takes what earlier forwards gave, of another batch."""
+    model = MODELS[name]
+    pipe = model.build()
+    cache = diffusers.FirstBlockCacheConfig(threshold=0.1)
+    pipe.transformer.enable_cache(cache)
+    with pytest.raises(ValueError, match=r"with a cache.*disable_cache"):
+        guide(pipe, SEG(layers=model.layers))
+    pipe.transformer.disable_cache()
+    with guide(pipe, SEG(layers=model.layers)):
+        run(model, pipe)
+        pipe.transformer.enable_cache(cache)
+        with pytest.raises(ValueError, match="with a cache"):
+            run(model, pipe)
+
+
+def test_backends_that_are_active_elsewhere_are_met() -> None:
+    model = MODELS["flux"]
+    pipe = model.build()
+    with guide(pipe, SEG(layers=model.layers)):
+        expected = run(model, pipe)
+        with attention_backend("_native_math"):
+            assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
+
+
+def test_between_forwards_processors_are_the_models_own() -> None:
+    """So that what looks at them or changes them finds what it expects."""
+    model = MODELS["flux"]
+    pipe = model.build()
+    own = dict(pipe.transformer.attn_processors)
+    with guide(pipe, SEG(layers=model.layers)):
+        assert dict(pipe.transformer.attn_processors) == own
+        run(model, pipe)
+        assert dict(pipe.transformer.attn_processors) == own
+        pipe.transformer.set_attention_backend("_native_math")
+        run(model, pipe)
+    assert all(processor._attention_backend == "_native_math" for processor in own.values())
+
+
+def test_several_images_in_a_list_have_one_size() -> None:
+    model = MODELS["z-image"]
+    pipe = model.build()
+    with guide(pipe, SEG(layers=model.layers)) as active:
+        run(model, pipe)
+        images = [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 12)]
+        with pytest.raises(ValueError, match=r"images of one size.*\(4, 1, 8, 12\)"):
+            pipe.transformer(images, torch.zeros(2), [torch.randn(5, 12)] * 2)
+        run(model, pipe)
+    assert active.report().layers[0].fired == 6
+
+
+def test_arguments_with_other_numbers_of_rows() -> None:
+    """A list for all images of a prompt stays; two pictures of each sample are rows of its own."""
+    batch = Batch(2, 0, 1)
+    assert batch.grow_list([1], 1) == [1]
+    assert batch.grow_list([1, 2], 1) == [1, 2, 1, 2]
+    x = torch.arange(4.0)[:, None]
+    assert Batch(2, 1, 1).grow(x, 1).flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 2.0, 3.0]
+    assert Batch(2, 1, 1, conditional_first=True).grow(x, 1).flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 0.0, 1.0]
+    assert torch.equal(batch.grow(x[:1], 1), x[:1])
+
+
+def test_modular_pipelines_have_guiders() -> None:
+    class ModularPipeline:
+        transformer = MODELS["flux"].build().transformer
+
+    with pytest.raises(ValueError, match="guidance of a modular pipeline is a component; see SEGGuider"):
+        guide(ModularPipeline(), SEG(layers=1))
