@@ -57,7 +57,9 @@ ALLOWED = {
         "evaluation",
         "terminal",
         "energy_command",
+        "layers_command",
     },
+    "layers_command": {"loading", "tables", "terminal", "integrations"},
     "terminal": {"loading"},
     "energy_command": {
         "loading",
