@@ -91,13 +91,12 @@ def _of_transformer(model: nn.Module, architecture: Architecture, latent: tuple[
     for stage in architecture.stages:
         blocks: Any = model.get_submodule(stage.blocks)
         for number, block in enumerate(blocks):
-            for kind in stage.attentions:
-                attention: Any = getattr(block, kind, None)
-                if attention is None:  # most blocks have one
-                    continue
+            kinds = [kind for kind in stage.attentions if getattr(block, kind, None) is not None]
+            for kind in kinds:
+                attention: Any = getattr(block, kind)
                 found.append(
                     LayerInfo(
-                        name=f"{stage.letter}{number}" + (f".{kind}" if kind != stage.attentions[0] else ""),
+                        name=f"{stage.letter}{number}" + (f".{kind}" if len(kinds) > 1 else ""),
                         module=f"{stage.blocks}.{number}.{kind}",
                         part=stage.blocks,
                         heads=attention.heads,
