@@ -23,9 +23,10 @@ no word of a cell is typed by hand. `segkern layers MODEL` lists a model's layer
 Each cell is proved by tests. A test builds the stock pipeline of diffusers around a small model of the architecture
 with random weights, runs it under `guide` in float32 on the CPU, and compares the latents at the end of the run with
 those of another way to compute the same guidance, named below each table. They must agree to the tolerance of float32
-after a whole run, and must differ from the run without guidance by far more. Where a pipeline has classifier-free
-guidance, there are tests with it and without. **yes** says that all tests of a cell passed with that version of
-diffusers, *no* that one failed, with its error. A cell that is not in a table is not tested; it may work.
+after a whole run, and must differ from the run without guidance by far more. Most runs are made with the pipeline's own
+classifier-free guidance and once more without it. **yes** says that all tests of a cell passed with that version of
+diffusers, *no* that one failed, with its error. What is not in a table is not tested; it may work. SEG at infinity is
+`SEG(sigma=math.inf)`, the mean query; SEG alone has a finite sigma.
 
 The tests use no published weights and no GPU, and they say nothing about how pictures look."""
 
@@ -50,7 +51,7 @@ def page(files: _Files) -> str:
         here = list(rows)
         headings = ("model", "task", "guidance", *(f"diffusers {version}" for version in files))
         parts += [f"## {group}", markdown(headings, lines(here, files), "---"), _proofs(here, files)]
-    parts += ["## Refused", _REFUSED, markdown(("pipeline or model", "why"), refused(), "---")]
+    parts += ["## Refused", _REFUSED, markdown(("pipeline, a class that it derives from, or its model", "why"), refused(), "---")]
     parts += ["## Default layers", _DEFAULT, markdown(("models", "layers", "whose advice"), defaults(), "---")]
     return "\n\n".join(parts) + "\n"
 

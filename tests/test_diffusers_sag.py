@@ -140,6 +140,7 @@ def test_stable_diffusion_xl_is_guided_by_the_same_definition(scheduler: str, gu
     with guide(pipe, SAG()):
         ours = run(pipe, latents=latents, guidance_scale=guidance_scale)
     assert relative(ours, expected) < PIPELINE_TOLERANCE
+    assert relative(ours, run(pipe, latents=latents, guidance_scale=guidance_scale)) > 1e-3
 
 
 def test_beside_a_cfg_spec_the_negative_branch_is_degraded() -> None:
