@@ -59,7 +59,8 @@ ALLOWED = {
         "energy_command",
         "layers_command",
     },
-    "layers_command": {"loading", "tables", "terminal", "integrations"},
+    "layers_command": {"loading", "outlines", "tables", "terminal", "integrations"},
+    "outlines": {"loading", "integrations"},
     "terminal": {"loading"},
     "energy_command": {
         "loading",
