@@ -51,7 +51,11 @@ def page(files: _Files) -> str:
         here = list(rows)
         headings = ("model", "task", "guidance", *(f"diffusers {version}" for version in files))
         parts += [f"## {group}", markdown(headings, lines(here, files), "---"), _proofs(here, files)]
-    parts += ["## Refused", _REFUSED, markdown(("pipeline, a class that it derives from, or its model", "why"), refused(), "---")]
+    parts += [
+        "## Refused",
+        _REFUSED,
+        markdown(("pipeline, a class that it derives from, or its model", "why"), refused(), "---"),
+    ]
     parts += ["## Default layers", _DEFAULT, markdown(("models", "layers", "whose advice"), defaults(), "---")]
     return "\n\n".join(parts) + "\n"
 

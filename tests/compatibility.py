@@ -131,7 +131,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--compatibility")
     if path is not None and not hasattr(config, "workerinput"):  # with xdist the process that starts the others writes
-        config.pluginmanager.register(Outcomes(Path(path)), "compatibility")
+        config.pluginmanager.register(Outcomes(Path(path)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
