@@ -51,15 +51,15 @@ def image_size(pipe: Any, width: int | None, height: int | None) -> tuple[int, i
     """
     if getattr(pipe, "unet", None) is not None:
         return loading.image_size(pipe, width, height)
-    from segkern.integrations.diffusers.layers import token_pixels
+    from segkern.integrations.diffusers.layers import pixels
 
-    side = token_pixels(pipe)
+    latent, side = pixels(pipe)
     for name, value in (("width", width), ("height", height)):
         if value is not None and (value <= 0 or value % side):
             below = max(side, value // side * side)
             raise ValueError(f"--{name} must be a positive multiple of {side}, such as {below}, got {value}")
     own = getattr(pipe, "default_sample_size", None) or getattr(pipe.transformer.config, "sample_size", None)
-    own = own * pipe.vae_scale_factor if isinstance(own, int) else _PIXELS
+    own = own * latent if isinstance(own, int) else _PIXELS
     return width or _default(pipe, "width") or own, height or _default(pipe, "height") or own
 
 

@@ -92,7 +92,7 @@ def _of_transformer(
     model: nn.Module, architecture: Architecture, latent: tuple[int, int, int] | None
 ) -> list[LayerInfo]:
     side, by_frame = architecture.pixels(model), _latents_of_a_token(model)
-    grid = None if latent is None else Grid(latent[1] // side, latent[2] // side, frames=latent[0] // by_frame)
+    grid = None if latent is None else Grid(latent[1] // side, latent[2] // side, frames=max(1, latent[0] // by_frame))
     found: list[LayerInfo] = []
     before = 0  # blocks in earlier lists
     for stage in architecture.stages:
@@ -143,17 +143,17 @@ def latent_size(pipe: object, height: int, width: int, frames: int | None = None
     return ((frames or 1) - 1) // by_time + 1, height // factor, width // factor
 
 
-def token_pixels(pipe: object) -> int:
-    """Pixels along the side of a transformer's token.
+def pixels(pipe: object) -> tuple[int, int]:
+    """Pixels along the side of a latent, and of a token of the pipeline's transformer.
 
     Raises:
-        ValueError: as :func:`list_layers` and :func:`latent_size`.
+        ValueError: for a pipeline that cannot be guided or does not say the first.
     """
     model = find_model(pipe)
     factor = _factor(pipe, _SPATIAL)
     if factor is None:
         raise ValueError(f"a {type(pipe).__name__} does not say how many pixels a latent stands for")
-    return factor * ARCHITECTURES[type(model).__name__].pixels(model)
+    return factor, factor * ARCHITECTURES[type(model).__name__].pixels(model)
 
 
 _SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
