@@ -11,7 +11,7 @@ JOBS ?= auto
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format typecheck pytest compatibility benchmark evaluate train wheel clean
+.PHONY: help install demo test test-slow lint format typecheck pytest compatibility benchmark evaluate train wheel clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -28,6 +28,9 @@ demo: $(INSTALLED) ## the bundled model with and without guidance; writes output
 	$(BIN)/segkern demo --out outputs --overwrite
 
 test: lint typecheck pytest ## all checks and all tests
+
+test-slow: $(INSTALLED) ## the tests that make test leaves out because they take long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
 
 lint: $(INSTALLED) ## ruff, rules and format
 	$(BIN)/ruff check $(wildcard $(SOURCES))

@@ -102,7 +102,7 @@ def defaults() -> list[list[str]]:
 
 
 _GROUPS = ("UNets", "Transformers", "Video")
-_TASKS = ("text to image", "image to image", "inpainting", "text to video", "image to video")
+_TASKS = ("text to image", "image to image", "inpainting", "editing", "text to video", "image to video")
 _GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "CFG")
 
 

@@ -19,6 +19,7 @@ TASKS = (
     "text to image",
     "image to image",
     "inpainting",
+    "editing",
     "ControlNet",
     "T2I-Adapter",
     "IP-Adapter",

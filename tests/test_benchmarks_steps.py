@@ -36,6 +36,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_way_has_a_time_and_a_ratio_to_the_plain_run(measured: dict[str, Any]) -> None:
     rows = {row["way"]: row for row in measured["rows"]}
     assert len(rows) == 11
@@ -81,7 +82,9 @@ def test_ours_are_the_official_latents(bench: Bench, sigma: float, cfg: bool) ->
     assert not bench.pipe.unet._forward_hooks
 
 
-@pytest.mark.parametrize("kind", ["plain", "official", "pag", "segkern"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("plain", "official", "pag")), "segkern"]
+)
 def test_compiled_ways_give_the_same_latents(bench: Bench, kind: str) -> None:
     way = Way("", kind, True, 3.0 if kind in ("official", "segkern") else 0.0, ("mid",))
     found = [bench.run(replace(way, compiled=compiled), 2)[0] for compiled in (False, True)]
@@ -107,6 +110,7 @@ def test_the_official_way_puts_the_processors_back(bench: Bench) -> None:
     assert all(after[name] is before[name] for name in before)
 
 
+@pytest.mark.slow
 def test_the_page_and_the_picture_show_what_was_measured(measured: dict[str, Any], tmp_path: Path) -> None:
     from PIL import Image
 
@@ -138,6 +142,7 @@ def test_the_committed_page_is_made_from_the_committed_files() -> None:
     assert page == step_page.page(steps.committed(), approximations.committed()), "run python -m benchmarks.readme"
 
 
+@pytest.mark.slow
 def test_approximations_are_measured_and_shown(tmp_path: Path) -> None:
     wanted = approximations.settings()
     assert [approximations.computed(setting, 10) for setting in wanted] == [0, 10, 5, 4, 2, 5, 5, 6]

@@ -130,6 +130,7 @@ def launched(prompts: Path, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_draw_each_picture_once_even_if_they_are_killed(prompts: Path) -> None:
     out = prompts.parent / "out"
     first = launched(prompts)

@@ -277,7 +277,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("stride", [2, "auto"], ids=str)
+@pytest.mark.parametrize("stride", [pytest.param(2, marks=pytest.mark.slow), "auto"], ids=str)
 def test_a_compiled_denoiser_settles(stride: Any) -> None:
     pipe, latents, counter = smaller_pipeline(), noise(1, 24, 24), CompileCounter()
     spec = SEG(sigma=4.0, layers="m0", query_stride=stride, tolerance=0.5)

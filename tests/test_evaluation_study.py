@@ -153,6 +153,7 @@ def test_measurements_of_another_model_are_refused(pipe: Any, judge: Judge, tmp_
     assert path.read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_whole_evaluation(pipe: Any, judge: Judge, tmp_path: Path) -> None:
     design = Design(("unconditional", "prompts"), (1.0,), (math.inf,), (2.0,), "mid", (1, 2), (9,))
     study = Study(pipe, judge, tmp_path / "cells.jsonl", 8, STEPS)

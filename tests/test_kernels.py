@@ -193,7 +193,9 @@ def spread(shape: tuple[int, ...], dim: int, step: int, dtype: torch.dtype) -> t
     return base.as_strided(shape, strides).normal_()
 
 
-@pytest.mark.parametrize("sigma", [0.0, 1.2, math.inf], ids=str)
+@pytest.mark.parametrize(
+    "sigma", [pytest.param(0.0, marks=pytest.mark.slow), 1.2, pytest.param(math.inf, marks=pytest.mark.slow)], ids=str
+)
 def test_offsets_beyond_32_bits(sigma: float) -> None:
     shape, step = (1, 1, 9, 16), 2**28
     assert (shape[2] - 1) * step >= 2**31

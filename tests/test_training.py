@@ -155,6 +155,7 @@ def test_muon_refuses_weights_that_are_no_matrix_in_memory() -> None:
     Optimisers(line, rate=1e-3, decay=0.0)
 
 
+@pytest.mark.slow
 def test_rehearsal_of_the_whole_training(tmp_path: Path) -> None:
     """In a process of its own, since it draws with several; the results load and sample."""
     work, out = tmp_path / "work", tmp_path / "out"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from compatibility import proves
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformer_models import MODELS, run
 from transformer_tools import Perturbed, slow_run
 
@@ -212,22 +213,49 @@ def test_frames_are_blurred_apart_and_together(name: str) -> None:
     assert relative(results[2], results[1]) > PIPELINE_TOLERANCE
 
 
-@pytest.mark.parametrize("compile_first", [True, False])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_under_compile(name: str, compile_first: bool) -> None:
-    """No graph break in the denoiser, and the same images."""
+@pytest.mark.parametrize("name", ["sd3.5", "flux", "z-image", "wan"])
+def test_a_sigma_for_each_image_and_each_layer(name: str) -> None:
+    model, pipe = MODELS[name], built(name)
+    expected = slow_run(
+        model,
+        pipe,
+        [Perturbed(2.0, (1.0, math.inf), model.modules)],
+        lambda: run(model, pipe, samples=2),
+        6,
+        4,
+        True,
+        2,
+    )
+    with guide(pipe, SEG(scale=2.0, sigma=[1.0, math.inf], layers=model.layers)):
+        assert relative(run(model, pipe, samples=2), expected) < PIPELINE_TOLERANCE
+    first, last = model.modules[0], model.modules[-1]
+    layers = {module: 1.0 if module == last else [[math.inf] * 2] for module in model.modules}
+    with guide(pipe, SEG(scale=2.0, sigma=layers)):
+        by_layer = run(model, pipe)
+    with guide(pipe, SEG(scale=2.0, sigma=1.0, layers=model.layers)):
+        assert (relative(run(model, pipe), by_layer) > PIPELINE_TOLERANCE) == (first != last)
+
+
+@pytest.mark.parametrize(
+    ("name", "compilations", "compile_first"),
+    [("sd3", 1, True), ("flux", 2, False), ("z-image", 1, False), ("wan", 2, True)],
+)
+def test_under_compile(name: str, compilations: int, compile_first: bool) -> None:
+    """No graph break in the denoiser, and the same images; calls for the negative prompt are a graph of their own."""
     model = MODELS[name]
     pipe = model.build()
     with guide(pipe, SEG(sigma=1.5, layers=model.layers)):
         expected = run(model, pipe)
     torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
     if compile_first:
-        pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
+        pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
     with guide(pipe, SEG(sigma=1.5, layers=model.layers)):
         if not compile_first:
-            pipe.transformer.compile(backend="eager", fullgraph=True)
+            pipe.transformer.compile(backend=counter, fullgraph=True)
         compiled = run(model, pipe)
     assert relative(compiled, expected) < PIPELINE_TOLERANCE
+    assert counter.frame_count == compilations
 
 
 def test_other_attention_backends_are_met() -> None:

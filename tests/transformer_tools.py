@@ -24,10 +24,10 @@ _SDPA = F.scaled_dot_product_attention
 
 @dataclass
 class Perturbed:
-    """A guidance of the slow way: SEG at ``sigma``, or PAG where that is None."""
+    """A guidance of the slow way: SEG at ``sigma``, one or one per sample, or PAG where that is None."""
 
     scale: float
-    sigma: float | None
+    sigma: float | tuple[float, ...] | None
     modules: Sequence[str]
 
 
@@ -39,8 +39,13 @@ class Dense:
         self.frames, self.height, self.width = frames, height, width
 
     def __call__(
-        self, sigma: float | None, query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any
-    ) -> Any:
+        self, sigma: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any
+    ) -> torch.Tensor:
+        if isinstance(sigma, tuple):
+            one = [slice(i, i + 1) for i in range(len(query))]
+            masks = [attn_mask if attn_mask is None or len(attn_mask) == 1 else attn_mask[i] for i in one]
+            parts = [(query[i], key[i], value[i], mask) for i, mask in zip(one, masks, strict=True)]
+            return torch.cat([self(sigma[i % len(sigma)], *part, **options) for i, part in enumerate(parts)])
         scale = options.get("scale") or query.shape[-1] ** -0.5
         logits = (query.double() @ key.double().transpose(-2, -1)) * scale
         image = slice(self.start, self.start + self.tokens)
@@ -58,7 +63,7 @@ class Dense:
 
 
 @contextmanager
-def perturbing(model: torch.nn.Module, modules: Sequence[str], sigma: float | None, dense: Dense) -> Iterator[None]:
+def perturbing(model: torch.nn.Module, modules: Sequence[str], sigma: Any, dense: Dense) -> Iterator[None]:
     """Inside, the first self-attention of each module is dense."""
     open_modules: list[str] = []
 
@@ -108,16 +113,16 @@ def slow_run(
             half = slice(0, samples) if model.name == "ZImagePipeline" else slice(samples, None)
             prediction, perturbed = prediction[half], [each[half] for each in perturbed]
         shift = sum(g.scale * (prediction - each) for g, each in zip(guidances, perturbed, strict=True))
-        if model.name == "QwenImagePipeline" and cfg:
+        if model.name.startswith("QwenImage") and cfg:
             negative = calls[1][0]
             combined = negative + 4.0 * (prediction - negative) + shift
             model_output = combined * (prediction.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
         elif model.name == "ZImagePipeline":
             model_output = model_output - shift.squeeze(2)
         else:
-            if model.name in ("PixArtSigmaPipeline", "HunyuanDiTPipeline"):
+            if model.name in ("PixArtSigmaPipeline", "PixArtAlphaPipeline", "HunyuanDiTPipeline"):
                 shift = shift.chunk(2, dim=1)[0]
-            model_output = model_output + shift
+            model_output = model_output + shift[:, : model_output.shape[1]]  # without the tokens of other pictures
         calls.clear()
         return step(pipe.scheduler, model_output, *args, **kwargs)
 

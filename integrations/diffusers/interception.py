@@ -96,7 +96,8 @@ class InterceptingProcessor(GuidedProcessor):
         over_frames = self.over_frames or (0.0,) * len(self.kinds)
         kinds = [(kind == IDENTITY, blend) for kind, blend in zip(self.kinds, blends, strict=True)]
         sigmas, values = self._sigmas()
-        given: Any = sigmas if values is None else values
+        # Frames are blurred before the attention, which takes numbers.
+        given: Any = self.sigmas if grid.frames > 1 else sigmas if values is None else values
         outputs = []
         for samples, (identity, blend) in runs(kinds):
             qkv = query[samples], key[samples], value[samples]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from segkern.grid import Grid
 
@@ -42,6 +43,17 @@ class LayerInfo:
     grid: Grid | None = None
     comfyui: str | None = None
     block: int | None = None
+
+
+def layer_name(layer: Any) -> str | None:
+    """One name, from a name, a block's number or a range of them; None for anything else."""
+    if isinstance(layer, str):
+        return layer
+    if isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0:
+        return str(layer)
+    if isinstance(layer, range) and layer and layer.step == 1 and layer.start >= 0:
+        return f"{layer.start}-{layer.stop - 1}"
+    return None
 
 
 def select_layers(available: Sequence[LayerInfo], wanted: str | Iterable[str]) -> list[LayerInfo]:

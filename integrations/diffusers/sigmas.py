@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeGuard
 
+from segkern.integrations.diffusers.names import layer_name
 from segkern.integrations.diffusers.strength import is_number
 
 Sigma = float | tuple[float, ...]  # of one sample: one number, or one per head
@@ -46,9 +47,12 @@ def checked_sigma(owner: str, given: object) -> Sigmas | LayerSigmas:
         ValueError: when it is nothing of the kind; the message quotes it.
     """
     if isinstance(given, Mapping):
-        if not given or not all(isinstance(name, str) for name in given):
-            raise ValueError(f"{owner}.sigma must map layer names such as 'mid' or 'd4' to sigmas, got {given!r}")
-        return LayerSigmas({name: _of_layer(owner, value) for name, value in given.items()})
+        named = {layer_name(name): _of_layer(owner, value) for name, value in given.items()}
+        if not given or None in named or len(named) != len(given):
+            raise ValueError(
+                f"{owner}.sigma must map layer names such as 'mid' or 'd4', or block numbers, to sigmas, got {given!r}"
+            )
+        return LayerSigmas({name: value for name, value in named.items() if name is not None})
     return _of_layer(owner, given)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from segkern.integrations.diffusers.names import LayerInfo
+from segkern.integrations.diffusers.names import LayerInfo, layer_name
 from segkern.integrations.diffusers.sigmas import Sigmas
 from segkern.integrations.diffusers.strength import Schedule, check_schedule, factor, is_number
 
@@ -150,24 +150,13 @@ def _names(owner: str, layers: Layers) -> tuple[str, ...]:
     """Several layer names as a tuple, so that a spec stays what it was when its caller's list changes."""
     given: Any = (layers,) if isinstance(layers, (int, range)) else layers
     several = given if isinstance(given, (list, tuple, set, frozenset)) else ()
-    names = tuple(name for name in map(_name, several) if name is not None)
+    names = tuple(name for name in map(layer_name, several) if name is not None)
     if not names or len(names) != len(several):
         raise ValueError(
             f"{owner}.layers must be a layer name such as 'mid', 'd4', 'u0-29', of a transformer a block's number or a "
             f"range of them, or a list of those, got {layers!r}"
         )
     return names
-
-
-def _name(layer: Any) -> str | None:
-    """One name, from a name, a block's number or a range of them; None for anything else."""
-    if isinstance(layer, str):
-        return layer
-    if isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0:
-        return str(layer)
-    if isinstance(layer, range) and layer and layer.step == 1 and layer.start >= 0:
-        return f"{layer.start}-{layer.stop - 1}"
-    return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What guidance costs a transformer in floating-point operations, counted without data on SD 3.5 Medium's sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from segkern import flops  # noqa: F401  the counter knows our operators by it
+from segkern.integrations.diffusers import PAG, SEG, guide
+
+BLOCKS = 24
+MODEL = "SD3Transformer2DModel"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    with torch.device("meta"):
+        transformer = diffusers.SD3Transformer2DModel(
+            sample_size=128,
+            num_layers=BLOCKS,
+            attention_head_dim=64,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        )
+    names = ("vae", *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")))
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **dict.fromkeys(names)
+    )
+    pipe.scheduler.set_timesteps(1)
+    pipe._guidance_scale, pipe._num_timesteps = 1.0, 1
+    return pipe
+
+
+def count(pipe: Any) -> dict[str, float]:
+    """Operations of one forward of one sample at 1024 x 1024 pixels, by module."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        pipe.transformer(
+            hidden_states=torch.empty(1, 16, 128, 128),
+            encoder_hidden_states=torch.empty(1, 333, 4096),
+            pooled_projections=torch.empty(1, 2048),
+            timestep=torch.empty(1),
+        )
+    return {name: float(sum(found.values())) for name, found in counter.get_flop_counts().items()}
+
+
+@pytest.mark.filterwarnings("ignore:.*moved by nan")
+@pytest.mark.parametrize(
+    "first", [pytest.param(0, marks=pytest.mark.slow), 7, pytest.param(20, marks=pytest.mark.slow)]
+)
+def test_a_branch_costs_what_comes_from_its_first_block_on(pipe: Any, first: int) -> None:
+    """And a blur of the queries, which is little; no more, whatever comes before the blocks and after them."""
+    plain = count(pipe)
+    whole = plain["Global"]
+    blocks = [plain[f"{MODEL}.transformer_blocks.{number}"] for number in range(BLOCKS)]
+    bound = whole - sum(blocks[:first])
+    with guide(pipe, SEG(sigma=10.0, layers=first)):
+        extra = count(pipe)["Global"] - whole
+    assert bound <= extra <= 1.002 * bound
+    for cheaper in (SEG(layers=first), PAG(layers=first)):
+        with guide(pipe, cheaper):
+            assert count(pipe)["Global"] - whole < bound
+    with guide(pipe, SEG(sigma=10.0, layers=first), share=False):
+        assert count(pipe)["Global"] - whole == pytest.approx(whole, rel=1e-3)

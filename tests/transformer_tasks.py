@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other tasks than text to image on the small transformers: pictures to start from, to keep, to edit, to follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import torch
+from transformer_models import HEAD_DIM, HEADS, MODELS, WIDTH, Model
+
+
+def _vae(channels: int = 4) -> Any:
+    torch.manual_seed(20)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=channels,
+        norm_num_groups=2,
+        shift_factor=0.1,
+        scaling_factor=1.2,
+    ).eval()
+
+
+def _video_vae() -> Any:
+    torch.manual_seed(21)
+    sizes = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    statistics = {"latents_mean": [0.1, 0.0, -0.1, 0.0], "latents_std": [1.0, 1.1, 0.9, 1.0]}
+    return diffusers.AutoencoderKLWan(**sizes, **statistics, temperal_downsample=[False, True, True]).eval()
+
+
+def _qwen_vae() -> Any:
+    torch.manual_seed(27)
+    sizes = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    statistics = {"latents_mean": [0.1, 0.0, -0.1, 0.0], "latents_std": [1.0, 1.1, 0.9, 1.0]}
+    return diffusers.AutoencoderKLQwenImage(**sizes, **statistics, temperal_downsample=[False, True, True]).eval()
+
+
+def picture(samples: int, height: int, width: int) -> torch.Tensor:
+    """Pixels in [0, 1]."""
+    return torch.rand(samples, 3, height, width, generator=torch.Generator().manual_seed(30))
+
+
+def _with(kind: type, build: Callable[[], Any], **parts: Any) -> Any:
+    """Another pipeline on the components of one."""
+    components = {**build().components, **parts}
+    for name in ("image_encoder", "feature_extractor"):  # a few pipelines do not know them
+        if components.get(name, 0) is None:
+            del components[name]
+    pipe = kind(**components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def task(base: str, kind: str, call: Callable[[int, int, int], dict[str, Any]], **changes: Any) -> Model:
+    """A task of a model: its pipeline's class, and what its call gets beside the model's own arguments."""
+    model = MODELS[base]
+    parts = changes.pop("parts", dict)
+    build = changes.pop("build", model.build)
+    without = changes.pop("without", ())
+    factor = model.factor
+
+    def arguments(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+        given = model.call(rows, columns, samples, cfg) | call(samples, rows * factor, columns * factor)
+        return {name: value for name, value in given.items() if name not in without}
+
+    return replace(
+        model, name=kind, build=lambda: _with(getattr(diffusers, kind), build, **parts()), call=arguments, **changes
+    )
+
+
+def _flux_control() -> dict[str, Any]:
+    torch.manual_seed(22)
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "joint_attention_dim": 12}
+    net = diffusers.FluxControlNetModel(
+        in_channels=16, num_layers=1, num_single_layers=1, pooled_projection_dim=10, axes_dims_rope=[2, 2, 4], **sizes
+    )
+    return {"vae": _vae(), "controlnet": _alive(net)}
+
+
+def _sd3_control() -> dict[str, Any]:
+    torch.manual_seed(23)
+    sizes = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "joint_attention_dim": 12, "num_layers": 1}
+    net = diffusers.SD3ControlNetModel(
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=10,
+        pos_embed_max_size=32,
+        **sizes,
+    )
+    return {"vae": _vae(), "controlnet": _alive(net)}
+
+
+def _alive(net: torch.nn.Module) -> torch.nn.Module:
+    for parameter in net.parameters():  # a fresh ControlNet adds zeros
+        if parameter.std() == 0:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return net.eval()
+
+
+def _changed(pipe: Any, **sizes: int) -> Any:
+    """The pipeline with a transformer of other sizes."""
+    config = {name: value for name, value in pipe.transformer.config.items() if name != "_use_default_values"}
+    transformer = type(pipe.transformer).from_config(config | sizes).eval()
+    return type(pipe)(**{**pipe.components, "transformer": transformer})
+
+
+def _flux_fill() -> Any:
+    """Latents, the masked picture's, and a mask of 8 x 8 pixels for each."""
+    pipe = MODELS["flux"].build()
+    torch.manual_seed(24)
+    return _changed(pipe, in_channels=32 + 256, out_channels=16)
+
+
+def _sd3_inpainting() -> Any:
+    """The pipeline wants as many channels as the real model has."""
+    pipe = MODELS["sd3.5"].build()
+    torch.manual_seed(26)
+    return _changed(pipe, in_channels=16, out_channels=16)
+
+
+def _start(samples: int, height: int, width: int) -> dict[str, Any]:
+    return {"image": picture(samples, height, width), "strength": 1.0}
+
+
+def _mask(samples: int, height: int, width: int) -> dict[str, Any]:
+    mask = torch.zeros(samples, 1, height, width)
+    mask[..., : width // 2] = 1.0
+    return {"image": picture(samples, height, width), "mask_image": mask}
+
+
+def _video_start(samples: int, height: int, width: int) -> dict[str, Any]:
+    return {"image": picture(1, height, width)}
+
+
+def _wan_i2v() -> Any:
+    """Latents beside a mask of 4 channels and the first frame's latents."""
+    pipe = MODELS["wan"].build()
+    torch.manual_seed(25)
+    return _changed(pipe, in_channels=4 + 4 + 4)
+
+
+TASKS = {
+    "sd3 img2img": task("sd3", "StableDiffusion3Img2ImgPipeline", _start, parts=lambda: {"vae": _vae()}),
+    "sd3 inpainting": task(
+        "sd3.5",
+        "StableDiffusion3InpaintPipeline",
+        lambda *a: _mask(*a) | {"strength": 1.0},
+        build=_sd3_inpainting,
+        parts=lambda: {"vae": _vae(16)},
+    ),
+    "sd3 ControlNet": task(
+        "sd3", "StableDiffusion3ControlNetPipeline", lambda *a: {"control_image": picture(*a)}, parts=_sd3_control
+    ),
+    "flux img2img": task("flux", "FluxImg2ImgPipeline", _start, parts=lambda: {"vae": _vae()}),
+    "flux inpainting": task(
+        "flux", "FluxInpaintPipeline", lambda *a: _mask(*a) | {"strength": 1.0}, parts=lambda: {"vae": _vae()}
+    ),
+    "flux ControlNet": task(
+        "flux", "FluxControlNetPipeline", lambda *a: {"control_image": picture(*a)}, parts=_flux_control
+    ),
+    "flux Kontext": task(
+        "flux",
+        "FluxKontextPipeline",
+        lambda _, height, width: {"image": picture(1, 64, 32), "_auto_resize": False, "max_area": height * width},
+        parts=lambda: {"vae": _vae()},
+    ),
+    "flux Fill": task(
+        "flux",
+        "FluxFillPipeline",
+        _mask,
+        build=_flux_fill,
+        without=("true_cfg_scale",),
+        parts=lambda: {"vae": _vae()},
+    ),
+    "pixart-alpha": task("pixart-sigma", "PixArtAlphaPipeline", lambda *_: {}),
+    "qwen img2img": task("qwen-image", "QwenImageImg2ImgPipeline", _start, parts=lambda: {"vae": _qwen_vae()}),
+    "wan image to video": task(
+        "wan",
+        "WanImageToVideoPipeline",
+        _video_start,
+        build=_wan_i2v,
+        parts=lambda: {"vae": _video_vae(), "image_encoder": None, "image_processor": None},
+    ),
+}
+# Pipelines without a negative prompt: guidance is distilled into the model.
+DISTILLED = ("flux Fill",)
