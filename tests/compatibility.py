@@ -9,6 +9,7 @@ outcomes are written there, and ``docs/models.md`` is made from such files.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +108,19 @@ class Outcomes:
 
     def pytest_sessionfinish(self) -> None:
         """Write them, with versions and commit."""
-        import diffusers
         import torch
 
-        from segkern.environment import environment
+        from segkern.environment import environment, version_of
 
         found = environment(torch.device("cpu"), "transformers", "accelerate")
         found = {key: value for key, value in found.items() if key not in ("device", "threads")}
+        # With xdist the tests, and with them diffusers, are in other processes; they have the same search path.
+        version = getattr(sys.modules.get("diffusers"), "__version__", version_of("diffusers"))
         write(
             self._path,
             {
                 "schema": SCHEMA,
-                "environment": {"diffusers": diffusers.__version__, **found},
+                "environment": {"diffusers": version, **found},
                 "about": {test: self._about[test] for test in sorted(self._about)},
                 "tests": [self._found[test] for test in sorted(self._found)],
             },
