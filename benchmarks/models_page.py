@@ -23,10 +23,11 @@ no word of a cell is typed by hand. `segkern layers MODEL` lists a model's layer
 Each cell is proved by tests. A test builds the stock pipeline of diffusers around a small model of the architecture
 with random weights, runs it under `guide` in float32 on the CPU, and compares the latents at the end of the run with
 those of another way to compute the same guidance, named below each table. They must agree to the tolerance of float32
-after a whole run, and must differ from the run without guidance by far more. Most runs are made with the pipeline's own
-classifier-free guidance and once more without it. **yes** says that all tests of a cell passed with that version of
-diffusers, *no* that one failed, with its error. What is not in a table is not tested; it may work. SEG at infinity is
-`SEG(sigma=math.inf)`, the mean query; SEG alone has a finite sigma.
+after a whole run, and must differ from the run without guidance by far more. A cell has runs with the pipeline's own
+classifier-free guidance, or without it, or both; some runs have two guidances at once. **yes** says that all tests of a
+cell passed with that version of diffusers, *no* that one failed, with its error. What is not in a table is not tested;
+it may work. SEG at infinity is `SEG(sigma=math.inf)`, the mean query; SEG alone has a finite sigma. Modular is with
+guiders, in diffusers' modular pipelines.
 
 The tests use no published weights and no GPU, and they say nothing about how pictures look."""
 
@@ -62,14 +63,14 @@ def page(files: _Files) -> str:
 
 def cells(files: _Files) -> list[Cell]:
     """All that some file has tests of, in the order of the tables."""
-    found = {_cell(test) for each in files.values() for test in each["tests"]}
+    found = {cell for each in files.values() for test in each["tests"] for cell in _cells(test)}
     return sorted(found, key=lambda cell: (_place(_GROUPS, cell[0]), cell[1], _place(_TASKS, cell[2]),
                                            _place(_GUIDANCES, cell[3]), cell))  # fmt: skip
 
 
 def outcome(cell: Cell, found: Mapping[str, Any]) -> str:
     """What a file says of a cell."""
-    tests = [test for test in found["tests"] if _cell(test) == cell]
+    tests = [test for test in found["tests"] if cell in _cells(test)]
     failed = [test for test in tests if test["outcome"] == "failed"]
     if failed:
         return f"*no*: {_clean(failed[0]['reason'])}"
@@ -102,7 +103,17 @@ def defaults() -> list[list[str]]:
 
 
 _GROUPS = ("UNets", "Transformers", "Video")
-_TASKS = ("text to image", "image to image", "inpainting", "editing", "text to video", "image to video")
+_TASKS = (
+    "text to image",
+    "image to image",
+    "inpainting",
+    "editing",
+    "depth to image",
+    "upscaling",
+    "text to video",
+    "image to video",
+    "video to video",
+)
 _GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "CFG")
 
 
@@ -114,8 +125,9 @@ def _written(advice: tuple[str, str]) -> tuple[str, str]:
     return f"`{advice[0]}`", advice[1]
 
 
-def _cell(test: Mapping[str, str]) -> Cell:
-    return test["group"], test["model"], test["task"], test["guidance"]
+def _cells(test: Mapping[str, Any]) -> list[Cell]:
+    """What a test proves: with several guidances at once a cell of each."""
+    return [(test["group"], test["model"], test["task"], guidance) for guidance in test["guidance"]]
 
 
 def _clean(text: str) -> str:
@@ -139,7 +151,7 @@ def _proofs(cells: Sequence[Cell], files: _Files) -> str:
     about: dict[str, str] = {}
     for found in files.values():
         for test in found["tests"]:
-            if _cell(test) in cells:
+            if any(cell in cells for cell in _cells(test)):
                 name = test["test"].partition("[")[0]
                 about[name] = found["about"][name]
     return "Compared with:\n\n" + "\n".join(f"- {text} `{name}`" for name, text in sorted(about.items()))

@@ -28,12 +28,14 @@ def outline(source: Source) -> Any:
         index = DiffusionPipeline.load_config(source.config)
     except OSError:
         return loading.outline(source)  # which says what is missing
-    if _class(index, "transformer") is None or _class(index, "unet") is not None:
+    if _class(index, "unet") is not None and _class(index, "unet") != "UNetMotionModel":
+        return loading.outline(source)
+    if _class(index, "unet") is None and _class(index, "transformer") is None:
         return loading.outline(source)
     kind = _find(source, index["_class_name"])
     taken = inspect.signature(kind.__init__).parameters
     parts = {name: None for name in list(taken)[1:] if taken[name].default is inspect.Parameter.empty}
-    parts |= {name: _part(source, index, name) for name in ("transformer", "vae") if name in taken}
+    parts |= {name: _part(source, index, name) for name in ("unet", "transformer", "vae") if name in taken}
     quiet: dict[str, Any] = {"requires_safety_checker": False} if "requires_safety_checker" in taken else {}
     return kind(**parts, **quiet)
 

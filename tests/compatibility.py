@@ -21,11 +21,15 @@ TASKS = (
     "image to image",
     "inpainting",
     "editing",
+    "depth to image",
+    "upscaling",
     "ControlNet",
     "T2I-Adapter",
     "IP-Adapter",
     "text to video",
     "image to video",
+    "video to video",
+    "modular, text to image",
 )
 GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "CFG")
 SCHEMA = 1
@@ -46,34 +50,40 @@ def write(path: Path, found: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-def proves(**cell: str) -> pytest.MarkDecorator:
+def proves(**cell: str | tuple[str, ...]) -> pytest.MarkDecorator:
     """A mark for a test or a parameter of one; nearer ones go before others.
 
     Args:
         cell: any of ``group`` (``GROUPS``, UNets if not given), ``model`` (its name in words), ``task`` (``TASKS``) and
-            ``guidance`` (``GUIDANCES``).
+            ``guidance`` (``GUIDANCES``, or several of them that act together).
     """
     unknown = set(cell) - set(NEEDED)
-    unknown |= {value for name, value in cell.items() if value not in _KNOWN.get(name, (value,))}
+    for name, given in cell.items():
+        values = given if name == "guidance" and isinstance(given, tuple) else (given,)
+        unknown |= {str(value) for value in values if value not in _KNOWN.get(name, values)}
     if unknown:
         raise ValueError(f"proves(...) takes {', '.join(NEEDED)} of {_KNOWN}, got {sorted(unknown)}")
     return pytest.mark.proves(**cell)
 
 
-def cell_of(item: pytest.Item) -> dict[str, str] | None:
+def cell_of(item: pytest.Item) -> dict[str, Any] | None:
     """What a test proves, all its marks together; None for nothing.
 
     Raises:
         pytest.UsageError: when the marks leave something open.
     """
-    cell = {"group": "UNets"}
+    cell: dict[str, Any] = {"group": "UNets"}
     marks = list(item.iter_markers("proves"))  # the nearest first
     for mark in reversed(marks):
         cell |= mark.kwargs
     missing = [name for name in NEEDED if name not in cell]
     if marks and missing:
         raise pytest.UsageError(f"{item.nodeid} proves something, but its marks do not say {', '.join(missing)}")
-    return {name: cell[name] for name in NEEDED} if marks else None
+    if not marks:
+        return None
+    guidances = cell["guidance"]
+    cell["guidance"] = list(guidances) if isinstance(guidances, tuple) else [guidances]
+    return {name: cell[name] for name in NEEDED}
 
 
 class Outcomes:

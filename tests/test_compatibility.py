@@ -54,12 +54,12 @@ def test_other():
 '''
 
 
-def row(guidance: str, outcome: str, reason: str = "", model: str = "A") -> dict[str, str]:
-    cell = {"group": "UNets", "model": model, "task": "text to image", "guidance": guidance}
+def row(guidance: str, outcome: str, reason: str = "", model: str = "A") -> dict[str, Any]:
+    cell = {"group": "UNets", "model": model, "task": "text to image", "guidance": guidance.split("+")}
     return {**cell, "outcome": outcome, "reason": reason, "test": f"tests/test_x.py::test_x[{guidance}-{model}]"}
 
 
-def file_of(*rows: dict[str, str]) -> dict[str, Any]:
+def file_of(*rows: dict[str, Any]) -> dict[str, Any]:
     versions = {"transformers": "5", "torch": "2", "python": "3", "commit": "abc"}
     return {"environment": versions, "about": {"tests/test_x.py::test_x": "Something."}, "tests": list(rows)}
 
@@ -81,7 +81,7 @@ def test_outcomes_of_a_run_are_written(tmp_path: Path) -> None:
     found = compatibility.read(out)
     assert {"diffusers", "torch", "transformers", "commit"} <= set(found["environment"])
     assert found["about"]["test_some.py::test_a"] == "What it compares."
-    told = {(each["model"], each["guidance"]): (each["outcome"], each["reason"]) for each in found["tests"]}
+    told = {(each["model"], *each["guidance"]): (each["outcome"], each["reason"]) for each in found["tests"]}
     assert told["A", "SEG"] == ("passed", "")
     assert told["A", "SAG"] == ("skipped", "no scheduler")
     assert told["A", "PAG"][0] == told["B", "SEG"][0] == "failed"
@@ -94,7 +94,7 @@ def test_outcomes_of_a_run_are_written(tmp_path: Path) -> None:
 def test_marks_add_up_and_the_nearest_goes_before_others() -> None:
     marks = [proves(guidance="PAG").mark, proves(model="A", task="inpainting", guidance="SEG").mark]
     item: Any = SimpleNamespace(nodeid="test_x", iter_markers=lambda name: iter(marks))
-    assert cell_of(item) == {"group": "UNets", "model": "A", "task": "inpainting", "guidance": "PAG"}
+    assert cell_of(item) == {"group": "UNets", "model": "A", "task": "inpainting", "guidance": ["PAG"]}
     marks.pop()
     with pytest.raises(pytest.UsageError, match="test_x proves something, but its marks do not say model, task"):
         cell_of(item)
@@ -118,7 +118,7 @@ def test_a_cell_is_what_all_its_tests_say() -> None:
         ["A", "text to image", "PAG", "not tested", "**yes**"],
         ["A", "text to image", "SAG", "not tested: no scheduler", "**yes**"],
     ]
-    same = {"1.9": file_of(row("CFG", "passed"), row("SEG", "passed"), row("SEG", "passed", model="B"))}
+    same = {"1.9": file_of(row("SEG+CFG", "passed"), row("SEG", "passed", model="B"))}
     assert models_page.lines(models_page.cells(same), same) == [
         ["A", "text to image", "SEG, CFG", "**yes**"],
         ["B", "text to image", "SEG", "**yes**"],

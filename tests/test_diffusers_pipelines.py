@@ -21,6 +21,7 @@ from diffusers import (
     T2IAdapter,
 )
 from diffusers_tools import PIPELINE_TOLERANCE, batches_seen, noise, relative, run, tiny_pipeline
+from unet_parts import ip_adapter_weights
 
 from segkern.integrations.diffusers import SEG, StableDiffusionXLSEGPipeline, guide
 
@@ -174,30 +175,12 @@ def test_steps_without_the_t2i_adapter_share_again() -> None:
     assert seen["conv_in"] == {2, 3}
 
 
-def _ip_adapter_weights(unet: Any) -> dict[str, Any]:
-    """A random IP-Adapter for image embeddings of 8 numbers and 4 image tokens."""
-    generator = torch.Generator().manual_seed(0)
-    text, weights = unet.config.cross_attention_dim, {}
-    cross = [name for name in unet.attn_processors if "attn2" in name]
-    for index, name in enumerate(cross):
-        channels = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
-        for part in ("k", "v"):
-            weights[f"{2 * index + 1}.to_{part}_ip.weight"] = torch.randn(channels, text, generator=generator) * 0.5
-    proj = {
-        "proj.weight": torch.randn(4 * text, 8, generator=generator),
-        "proj.bias": torch.zeros(4 * text),
-        "norm.weight": torch.ones(text),
-        "norm.bias": torch.zeros(text),
-    }
-    return {"image_proj": proj, "ip_adapter": weights}
-
-
 @proves(model="Stable Diffusion XL", task="IP-Adapter", guidance="SEG at infinity")
 @pytest.mark.parametrize("layers", ["d2", "mid"])
 def test_ip_adapter_tokens_reach_every_branch(layers: str) -> None:
     """Shared branches against every branch in full; the image prompt makes a difference."""
     pipe = tiny_pipeline(own_unet=True)
-    pipe.unet._load_ip_adapter_weights([_ip_adapter_weights(pipe.unet)])
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
     embeds = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1))  # unconditional and conditional
     arguments = {"height": SIZE, "width": SIZE, "num_images_per_prompt": 2}
     output, seen = guided_both_ways(pipe, [SEG(layers=layers)], **arguments, ip_adapter_image_embeds=[embeds])
@@ -213,7 +196,7 @@ def test_loading_an_ip_adapter_while_guided() -> None:
         "ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1))],
     }
     guidance = guide(pipe, SEG())
-    pipe.unet._load_ip_adapter_weights([_ip_adapter_weights(pipe.unet)])
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
     output = run(pipe, **arguments)
     guidance.remove()
     with guide(pipe, SEG()):

@@ -35,6 +35,7 @@ MODULES = [
     "segkern.options",
     "segkern.tables",
     "segkern.integrations.diffusers.specs",
+    "segkern.integrations.diffusers.guiders",
     "segkern.integrations.diffusers.layers",
     "segkern.integrations.diffusers.processor",
 ]

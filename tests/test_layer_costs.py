@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import unet_cases
 from cli_tools import done, refusal
 from diffusers import AutoencoderKL
 from diffusers_tools import noise, tiny_pipeline
 from diffusers_tools import run as run_unet
 from family_tools import tiny_sd
+from motion_models import MOTION
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_models import MODELS, TEXT, run
@@ -55,6 +58,20 @@ def test_shares_of_a_unet_are_those_of_a_real_step(make: Any) -> None:
     text = pipe.tokenizer.model_max_length
     factor = pipe.vae_scale_factor
     assert flop_shares(pipe, 16 * factor, 24 * factor, text=text) == pytest.approx(expected)
+
+
+def test_shares_and_layers_of_a_unet_for_videos(tmp_path: Path) -> None:
+    """Each frame is attended to by itself, so that a layer's tokens are those of one."""
+    case = MOTION["animatediff"]
+    pipe = case.build(case)
+    one = replace(case, samples=1, steps=1)
+    expected = counted(pipe, lambda: unet_cases.run(one, pipe, False))
+    height, width = case.pixels
+    shares = flop_shares(pipe, height, width, case.frames, unet_cases.TEXT)
+    assert shares == pytest.approx(expected)
+    pipe.save_pretrained(tmp_path)
+    output = done("layers", tmp_path, "--height", height, "--width", width, "--frames", case.frames)
+    assert re.search(r"u1 +. up +. 2 +. 8 +. 8x12 +. \d+\.\d% +. u1\.0 +. up_blocks\.1\.attentions\.1", output)
 
 
 def test_a_unet_with_other_inputs_has_no_shares() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from compatibility import proves
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from model_words import of_transformer
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformer_models import MODELS, run
 from transformer_tools import Perturbed, slow_run
@@ -24,25 +25,7 @@ GUIDANCES = {
     "seg-inf": (SEG(scale=2.0), math.inf),
     "pag": (PAG(scale=2.0), None),
 }
-USERS = {  # what the models are called by people
-    "sd3": "Stable Diffusion 3",
-    "sd3.5": "Stable Diffusion 3.5",
-    "flux": "Flux.1",
-    "qwen-image": "Qwen-Image",
-    "z-image": "Z-Image",
-    "pixart-sigma": "PixArt-Sigma",
-    "hunyuan-dit": "Hunyuan-DiT",
-    "wan": "Wan",
-    "ltx-video": "LTX-Video",
-}
 PROVED = {"seg": "SEG", "seg-inf": "SEG at infinity", "pag": "PAG"}
-
-
-def cell(name: str) -> pytest.MarkDecorator:
-    """What a test proves of a model beside the guidance."""
-    if MODELS[name].frames > 1:
-        return proves(group="Video", model=USERS[name], task="text to video")
-    return proves(group="Transformers", model=USERS[name], task="text to image")
 
 
 @lru_cache(maxsize=len(MODELS))
@@ -56,7 +39,7 @@ def with_layers(spec: Any, layers: Any) -> Any:
 
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no-cfg"])
 @pytest.mark.parametrize("guidance", [pytest.param(name, marks=proves(guidance=PROVED[name])) for name in GUIDANCES])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=cell(name)) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=of_transformer(name)) for name in MODELS])
 def test_equals_the_slow_way(name: str, guidance: str, cfg: bool) -> None:
     """Every branch in a forward of its own, its attention by blurred logits in float64; not square, two samples."""
     model, pipe = MODELS[name], built(name)

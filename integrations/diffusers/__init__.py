@@ -7,11 +7,14 @@
         image = pipe("a red fox", guidance_scale=5.0).images[0]
     print(guidance.report())
 
+``SEGGuider``, ``PAGGuider`` and ``SAGGuider`` are components for modular pipelines.
+
 ``record_energy`` records the energy of a pipeline's self-attention; see :mod:`segkern.energy`.
 """
 
 from segkern.integrations.diffusers.energy import EnergyRecorder, LayerEnergy, record_energy
 from segkern.integrations.diffusers.guidance import Guidance, guide
+from segkern.integrations.diffusers.guiders import PAGGuider, SAGGuider, SEGGuider
 from segkern.integrations.diffusers.layers import LayerInfo, list_layers
 from segkern.integrations.diffusers.pipelines import StableDiffusionXLSEGPipeline
 from segkern.integrations.diffusers.processor import SEGAttnProcessor
@@ -28,8 +31,11 @@ __all__ = [
     "LayerEnergy",
     "LayerInfo",
     "LayerReport",
+    "PAGGuider",
     "Report",
+    "SAGGuider",
     "SEGAttnProcessor",
+    "SEGGuider",
     "StableDiffusionXLSEGPipeline",
     "guide",
     "list_layers",

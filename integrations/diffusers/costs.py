@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNetMotionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.layers import find_model, latent_size, list_layers
+from segkern.integrations.diffusers.layers import UNETS, find_model, latent_size, list_layers
 
 _CLIP = 77  # tokens of a prompt where nothing else is known
 
@@ -78,8 +78,9 @@ def _text(pipe: object) -> int:
 def _inputs(pipe: object, height: int, width: int, frames: int | None, text: int) -> dict[str, Any] | None:
     model: Any = find_model(pipe)
     latent_frames, latent_height, latent_width = latent_size(pipe, height, width, frames)
-    if isinstance(model, UNet2DConditionModel):
-        return _unet(model, latent_height, latent_width, text)
+    if isinstance(model, UNETS):
+        size = (latent_frames,) if isinstance(model, UNetMotionModel) else ()
+        return _unet(model, (*size, latent_height, latent_width), text)
     make = _TRANSFORMERS.get(type(model).__name__)
     if make is None:
         return None
@@ -89,16 +90,16 @@ def _inputs(pipe: object, height: int, width: int, frames: int | None, text: int
         return make(model, _Size(latent_frames, latent_height, latent_width, grid, text))
 
 
-def _unet(unet: Any, height: int, width: int, text: int) -> dict[str, Any] | None:
-    config = unet.config
-    channels = config.encoder_hid_dim or config.cross_attention_dim
-    projected = config.encoder_hid_dim_type in (None, "text_proj")
+def _unet(unet: Any, size: tuple[int, ...], text: int) -> dict[str, Any] | None:
+    config, frames = unet.config, size[0] if len(size) == 3 else 1
+    channels = config.get("encoder_hid_dim") or config.cross_attention_dim
+    projected = config.get("encoder_hid_dim_type") in (None, "text_proj")
     if not isinstance(channels, int) or not projected or config.addition_embed_type not in (None, "text_time"):
         return None
     given: dict[str, Any] = {
-        "sample": torch.empty(1, config.in_channels, height, width, device="meta"),
+        "sample": torch.empty(1, config.in_channels, *size, device="meta"),
         "timestep": torch.empty(1, device="meta"),
-        "encoder_hidden_states": torch.empty(1, text, channels, device="meta"),
+        "encoder_hidden_states": torch.empty(frames, text, channels, device="meta"),  # of a video one for each
     }
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -106,7 +107,7 @@ def _unet(unet: Any, height: int, width: int, text: int) -> dict[str, Any] | Non
             "text_embeds": torch.empty(1, pooled, device="meta"),
             "time_ids": torch.empty(1, 6, device="meta"),
         }
-    if unet.class_embedding is not None:
+    if getattr(unet, "class_embedding", None) is not None:
         if config.class_embed_type is not None:
             return None
         given["class_labels"] = torch.empty(1, dtype=torch.long, device="meta")

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
 from segkern.integrations.diffusers.architectures import ARCHITECTURES, Architecture, batch_of
 from segkern.integrations.diffusers.blocks import BlockPlaces
-from segkern.integrations.diffusers.branches import Arguments, Batch, DenoiserArguments
+from segkern.integrations.diffusers.branches import DENOISER_ARGUMENTS, Arguments, Batch, DenoiserArguments
 from segkern.integrations.diffusers.guided_layers import Forward, GuidedLayer, hook_grids
 from segkern.integrations.diffusers.interception import intercepting
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor
@@ -47,6 +47,10 @@ class Denoiser(ABC):
     def timestep(self, scheduler: Any, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's timestep of the call of this number; models are given it in other units too."""
         return scheduler.timesteps[call]
+
+    def frames(self, sample: torch.Tensor) -> int:
+        """As how many each sample runs through the blocks, one after the other in the batch."""
+        return 1
 
     @abstractmethod
     def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -91,10 +95,13 @@ class UNet(Denoiser):
     name = "unet"
     sample_name = "sample"
 
-    def __init__(self, model: UNet2DConditionModel) -> None:
+    # Arguments with one entry for each frame of each sample, as the blocks have them.
+    framed: frozenset[str] = frozenset()
+
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.places: Places = Places(model)
-        self.arguments = DenoiserArguments(model)
+        self.arguments = DenoiserArguments(model, DENOISER_ARGUMENTS - self.framed)
 
     def timestep(self, scheduler: Any, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.arguments.get("timestep", args, kwargs)
@@ -122,12 +129,13 @@ class UNet(Denoiser):
         return down is None or forward.joined(self.places.last_of("down")) == forward.joined(-1)
 
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        batch, count = forward.batch, forward.joined(-1)
+        count = forward.joined(-1)
         if count:
-            args, kwargs = self.arguments.grow_all(args, kwargs, batch, count)
+            args, kwargs = self.arguments.grow_all(args, kwargs, forward.batch, count)
+            args, kwargs = self.arguments.grow(self.framed, args, kwargs, forward.inside, count)
         mid = forward.joined(self.places.last_of("mid"))
         if mid > count:  # a ControlNet's, added to that block's enlarged output
-            args, kwargs = self.arguments.grow({"mid_block_additional_residual"}, args, kwargs, batch, mid)
+            args, kwargs = self.arguments.grow({"mid_block_additional_residual"}, args, kwargs, forward.inside, mid)
         return (args, kwargs) if mid or count else None
 
     def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
@@ -140,6 +148,25 @@ class UNet(Denoiser):
 
     def tell_grids(self, layers: Sequence[GuidedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hooks do."""
+
+
+class MotionUNet(UNet):
+    """``UNetMotionModel``: AnimateDiff. Between its input and its output a batch holds every frame of every sample.
+
+    The layers that are guided attend over one frame each; motion modules, which attend over frames, stay as they are.
+    """
+
+    framed = frozenset(
+        {
+            "encoder_hidden_states",
+            "attention_mask",
+            "down_block_additional_residuals",
+            "mid_block_additional_residual",
+        }
+    )
+
+    def frames(self, sample: torch.Tensor) -> int:
+        return sample.shape[2]
 
 
 class Transformer(Denoiser):
@@ -213,6 +240,8 @@ def find_denoiser(pipe: Any) -> Denoiser | None:
         model = getattr(model, "_orig_mod", model)
         if isinstance(model, UNet2DConditionModel):
             return UNet(model)
+        if isinstance(model, UNetMotionModel):
+            return MotionUNet(model)
         architecture = ARCHITECTURES.get(type(model).__name__)
         if architecture is not None:
             assert isinstance(model, nn.Module)

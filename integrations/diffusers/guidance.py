@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -14,18 +13,18 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from segkern.integrations.diffusers.acting import Acting
 from segkern.integrations.diffusers.architectures import batch_of
 from segkern.integrations.diffusers.branches import Arguments, difference, fold, shifted, summed
-from segkern.integrations.diffusers.calibration import Calibration
 from segkern.integrations.diffusers.degradations import Degradations
 from segkern.integrations.diffusers.denoisers import Denoiser
-from segkern.integrations.diffusers.guided_layers import Forward, GuidedLayers
+from segkern.integrations.diffusers.guided_layers import Forward
 from segkern.integrations.diffusers.negative import negative_text
 from segkern.integrations.diffusers.processor import norms, unwrap
-from segkern.integrations.diffusers.report import Recorder, Report
+from segkern.integrations.diffusers.report import Report
 from segkern.integrations.diffusers.reuse import Differences
 from segkern.integrations.diffusers.schedule import Run, Step, number
-from segkern.integrations.diffusers.spec import AttentionSpec, Chosen, Spec
+from segkern.integrations.diffusers.spec import Chosen, Spec
 from segkern.integrations.diffusers.specs import CFG, PAG, SAG
 from segkern.integrations.diffusers.support import GUIDED, check_pipeline, choose_layers
 
@@ -41,8 +40,8 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
     another one that shares its denoiser runs unguided.
 
     Args:
-        pipe: a pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors) or one of the known
-            transformers (docs/models.md lists them). Its denoiser may be compiled.
+        pipe: a pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors), a ``UNetMotionModel``
+            (AnimateDiff) or one of the known transformers (docs/models.md lists them). Its denoiser may be compiled.
         specs: the guidances, at least one.
         share: let a branch join the batch only at the transformer block of its first layer, since it equals the
             conditional branch before; a UNet's layer projects the branch's queries, keys and values once for both.
@@ -82,15 +81,13 @@ class Guidance:
         self._specs = tuple(one.spec for one in chosen)
         self._share = share
         self._run = Run(pipe)
-        self._calibration = Calibration(self._specs)
-        self._recorder = Recorder(chosen, self._calibration)
+        self._acting = Acting(kind, chosen)
+        self._recorder = self._acting.recorder
         self._arguments = kind.arguments
         self._installed = False
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
-        self._inner: list[RemovableHandle] = []  # on its parts, from the first guided forward to the next plain one
-        self._places = kind.places
-        self._layers = GuidedLayers(kind, chosen)
-        self._first = [self._place(one) for one in chosen]  # where each guidance's branch joins
+        self._layers = self._acting.layers
+        self._first = self._acting.first  # where each guidance's branch joins
         self._negative = {i: negative_text(pipe, spec) for i, spec in enumerate(self._specs) if isinstance(spec, CFG)}
         self._degradations = Degradations(pipe, kind.model, self._specs)
         self._forward: Forward | None = None  # the one under way; None when it is a plain one
@@ -98,11 +95,6 @@ class Guidance:
         # What the next call for a negative prompt adds, with the guidance scale where it alone may change.
         self._owed: tuple[torch.Tensor | None, float | None] | None = None
         self._differences = Differences(self._specs)
-
-    def _place(self, one: Chosen) -> int:
-        """The place of the first perturbed layer; before all of them where the whole input differs."""
-        modules = [layer.module for layer in one.layers if isinstance(one.spec, AttentionSpec)]
-        return min((self._places.of(module) for module in modules), default=-1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
         """A copy of the pipeline takes the hooks along, but they act on the original alone."""
@@ -132,28 +124,13 @@ class Guidance:
         try:
             self._installed = True
             GUIDED.add(self._kind.model)
-            self._attach()
+            self._acting.attach()
             self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
             self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True))
         except BaseException:
             self._remove(warn=False)
             raise
-
-    def _attach(self) -> None:
-        """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
-        self._layers.stand_in()
-        if not self._inner:
-            self._inner += self._kind.hook_grids(list(self._layers))
-            places = [place for place in self._first if place >= 0]
-            self._inner += self._places.hook(min(places)) if places else []
-
-    def _detach(self) -> None:
-        """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
-        self._places.tell(None, ())
-        while self._inner:
-            self._inner.pop().remove()
-        self._layers.step_aside()
 
     def _remove(self, warn: bool) -> None:
         if not self._installed:
@@ -164,7 +141,7 @@ class Guidance:
         ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
-        self._detach()
+        self._acting.detach()
         self._differences.forget()
         self._layers.forget()
         self._forward, self._given, self._owed = None, ((), {}), None
@@ -190,7 +167,7 @@ class Guidance:
         caller = self._run.caller()
         part = "other" if caller is None else self._kind.part(caller, args, kwargs)
         if caller is None or part in ("other", "unconditional"):
-            self._detach()
+            self._acting.detach()
             if part == "unconditional":
                 self._recorder.forwards += 1
             else:
@@ -200,19 +177,16 @@ class Guidance:
         forward = self._plan(caller, args, kwargs)
         plain = forward is None or not (forward.branches or forward.degrading)
         if plain:
-            self._detach()
+            self._acting.detach()
         else:
-            self._attach()
+            self._acting.attach()
         self._recorder.forwards += 1
         self._forward = forward
         if forward is None or plain:
             return None
         if forward.degrading:
             self._given = self._reference_inputs(forward, args, kwargs)
-        sample = self._kind.sample(args, kwargs)
-        self._calibration.size = (sample.shape[-2], sample.shape[-1])
-        self._kind.tell_grids(list(self._layers), args, kwargs)
-        self._tell(forward)
+        self._acting.tell(forward, args, kwargs)
         return self._grown(forward, args, kwargs)
 
     def _plan(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
@@ -240,6 +214,7 @@ class Guidance:
         reference = negative[0] if negative else batch.reference
         rescaled = self._kind.rescaled_guidance_scale(self._run, caller) if cfg else None
         forward = Forward(batch, ordered, self._first, True, strengths, reused, degrading, reference, cfg, rescaled)
+        forward = replace(forward, frames=self._kind.frames(sample))
         shares = self._share and self._kind.can_share(forward, args, kwargs)
         return replace(forward, share=shares)
 
@@ -295,7 +270,7 @@ class Guidance:
 
     def _folded(self, forward: Forward, sample: torch.Tensor) -> torch.Tensor:
         """The prediction of the pipeline's own batch with every guidance in it."""
-        batch, moved = forward.batch, self._reports(forward)
+        batch, moved = forward.batch, self._acting.reports(forward)
         if forward.degrading:  # the second forward of a denoiser in a CUDA graph writes where the first one did
             sample, moved = sample.clone(), {key: pair.clone() for key, pair in moved.items()}
         guided = [(forward.strengths[index], self._differences.last(index)) for index in forward.reused]
@@ -307,7 +282,7 @@ class Guidance:
                 moved[index, ""] = torch.stack([norms(found), norms(sample[batch.conditional])])
         for index in forward.degrading:
             layer = next(layer for layer in self._layers if index in layer.readers)
-            with self._quiet():
+            with self._acting.quiet():
                 found, moved[index, layer.info.module] = self._degradations.difference(
                     index, self._denoiser, self._arguments, self._given, sample[forward.reference], layer
                 )
@@ -319,30 +294,3 @@ class Guidance:
             return fold(sample, batch, shift, forward.rescaled)
         self._owed = shift, forward.rescaled  # a call for the negative prompt follows
         return fold(sample, batch, shift if forward.rescaled is None else None, None)
-
-    def _reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
-        """How far each layer moved, for each guidance that acted there; and errors, for the calibration."""
-        moved: dict[tuple[int, str], torch.Tensor] = {}
-        for layer in self._layers:
-            processor, name = layer.processor, layer.info.module
-            acting = [index for index in forward.branches if index in layer.specs]
-            for index, distance in zip(acting, processor.moved or (), strict=False):
-                moved[index, name] = distance
-            estimated = [index for index in acting if self._calibration.candidates(index, name)]
-            for index, errors in zip(estimated, processor.errors, strict=False):
-                assert processor.grid is not None
-                self._calibration.add(index, name, processor.grid, errors)
-        self._calibration.settle()
-        return moved
-
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Inside, the denoiser runs as it is, on whatever batch."""
-        self._places.tell(None, ())
-        self._layers.rest()
-        yield
-
-    def _tell(self, forward: Forward) -> None:
-        counts = [forward.joined(place) for place in range(len(self._places))]
-        self._places.tell(forward.batch if forward.share and forward.branches else None, counts)
-        self._layers.tell(forward, self._calibration)

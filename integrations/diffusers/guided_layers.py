@@ -39,6 +39,7 @@ class Forward:
         reference: samples of the output that they degrade.
         cfg: whether there is classifier-free guidance in this step, in this call or the next.
         rescaled: the guidance scale where the conditional prediction must stay what it is, else None.
+        frames: as how many each sample runs through the blocks.
     """
 
     batch: Batch
@@ -51,6 +52,12 @@ class Forward:
     reference: slice = field(default_factory=lambda: slice(0, 0))
     cfg: bool = False
     rescaled: float | None = None
+    frames: int = 1
+
+    @property
+    def inside(self) -> Batch:
+        """The pipeline's own batch as the blocks have it."""
+        return self.batch.times(self.frames) if self.frames > 1 else self.batch
 
     def joined(self, place: int) -> int:
         """How many branches run through the place of this number."""
@@ -154,7 +161,7 @@ class GuidedLayers:
             self._tell(layer, forward, calibration)
 
     def _tell(self, layer: GuidedLayer, forward: Forward, calibration: Calibration) -> None:
-        batch, module, processor = forward.batch, layer.info.module, layer.processor
+        batch, module, processor = forward.inside, layer.info.module, layer.processor
         place = self._places.of(module)
         joined = forward.joined(place)
         new = joined - forward.joined(place - 1) if forward.share and self._places.shares_inputs(place) else 0
@@ -172,7 +179,8 @@ class GuidedLayers:
                 over_frames += [0.0] * samples
                 continue
             assert isinstance(spec, AttentionSpec)
-            sigmas += per_sample(type(spec).__name__, self._chosen[index].sigmas[module], samples)
+            given = per_sample(type(spec).__name__, self._chosen[index].sigmas[module], forward.batch.samples)
+            sigmas += [sigma for sigma in given for _ in range(forward.frames)]
             strides += [calibration.stride(index, module)] * samples
             blends += [float(spec.blend)] * samples
             over_frames += [float(spec.sigma_frames)] * samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNetMotionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -19,7 +19,9 @@ from segkern.integrations.diffusers.architectures import (
 )
 from segkern.integrations.diffusers.names import PARTS, LayerInfo, select_layers
 
-__all__ = ["PARTS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
+__all__ = ["PARTS", "UNETS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
+
+UNETS = (UNet2DConditionModel, UNetMotionModel)
 
 
 def list_layers(
@@ -28,8 +30,8 @@ def list_layers(
     """The self-attention layers that a guidance can act on, in execution order.
 
     Args:
-        pipe_or_model: a pipeline with a ``UNet2DConditionModel`` or a transformer that can be guided, or that model
-            (also when compiled).
+        pipe_or_model: a pipeline with a ``UNet2DConditionModel``, a ``UNetMotionModel`` or a transformer that can be
+            guided, or that model (also when compiled).
         height: of the image in pixels; with ``width`` it gives every layer its grid, and needs a pipeline. The grid of
             a transformer begins at token 0 here; in a run it begins after the text, where the model puts that first.
         width: of the image in pixels.
@@ -58,12 +60,12 @@ def list_layers(
     latent: tuple[int, int, int] | None = None
     if height is not None and width is not None:
         latent = latent_size(pipe_or_model, height, width, frames)
-    if isinstance(model, UNet2DConditionModel):
+    if isinstance(model, UNETS):
         return _of_unet(model, latent)
     return _of_transformer(model, ARCHITECTURES[type(model).__name__], latent)
 
 
-def _of_unet(unet: UNet2DConditionModel, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
+def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
     grids = {} if latent is None else _grids(unet, *latent[1:])
     found: list[LayerInfo] = []
     counts = dict.fromkeys(PARTS, 0)
@@ -119,7 +121,7 @@ def _of_transformer(
 def default_layers_of(pipe_or_model: object) -> tuple[str, str]:
     """The layers in which SEG and PAG act where none are named, and whose advice they are."""
     model = find_model(pipe_or_model)
-    if isinstance(model, UNet2DConditionModel):
+    if isinstance(model, UNETS):
         return UNET_DEFAULT
     blocks = {layer.block for layer in list_layers(model)}
     return advised_layers(ARCHITECTURES[type(model).__name__], len(blocks))
@@ -137,7 +139,8 @@ def latent_size(pipe: object, height: int, width: int, frames: int | None = None
             f"list_layers needs the pipeline to turn height={height!r} and width={width!r} into latents, "
             f"got a bare {type(pipe).__name__}"
         )
-    by_time = 1 if frames is None else _factor(pipe, _TEMPORAL)
+    of_unet = isinstance(find_model(pipe), UNETS)  # whose frames are pictures
+    by_time = 1 if frames is None or of_unet else _factor(pipe, _TEMPORAL)
     if by_time is None:
         raise ValueError(f"list_layers takes frames={frames!r} of pipelines for videos, got {type(pipe).__name__}")
     return ((frames or 1) - 1) // by_time + 1, height // factor, width // factor
@@ -171,7 +174,7 @@ def _latents_of_a_token(model: Any) -> int:
     return int(patch[0]) if isinstance(patch, (list, tuple)) else int(model.config.get("patch_size_t") or 1)
 
 
-def execution_order(unet: UNet2DConditionModel) -> list[tuple[str, nn.Module]]:
+def execution_order(unet: Any) -> list[tuple[str, nn.Module]]:
     """The denoiser's blocks with their module names, in the order in which its forward calls them."""
     down = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     mid = [] if unet.mid_block is None else [("mid_block", unet.mid_block)]
@@ -188,7 +191,7 @@ def find_model(pipe_or_model: object) -> nn.Module:
     models = [getattr(pipe_or_model, name, None) for name in ("unet", "transformer")]
     models = [model for model in models if model is not None] or [pipe_or_model]
     for model in (getattr(model, "_orig_mod", model) for model in models):
-        if isinstance(model, UNet2DConditionModel) or type(model).__name__ in ARCHITECTURES:
+        if isinstance(model, UNETS) or type(model).__name__ in ARCHITECTURES:
             assert isinstance(model, nn.Module)
             return model
     found = type(getattr(models[0], "_orig_mod", models[0])).__name__
@@ -196,8 +199,8 @@ def find_model(pipe_or_model: object) -> nn.Module:
     reason = f"; of a {found} it cannot: {LINEAR[found]}" if found in LINEAR else ""
     known = ", ".join(each.users for each in ARCHITECTURES.values())
     raise ValueError(
-        f"segkern guides pipelines with a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors) and transformers "
-        f"({known}), got {type(pipe_or_model).__name__}{within}{reason}"
+        f"segkern guides pipelines with a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), a UNetMotionModel "
+        f"(AnimateDiff) and transformers ({known}), got {type(pipe_or_model).__name__}{within}{reason}"
     )
 
 
@@ -217,17 +220,21 @@ def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
     )
 
 
-def _self_attentions(unet: UNet2DConditionModel) -> list[tuple[str, str, Attention]]:
-    """Every ``attn1`` as (module name, block name, module), in execution order."""
+def _self_attentions(unet: Any) -> list[tuple[str, str, Attention]]:
+    """Every ``attn1`` over an image as (module name, block name, module), in execution order.
+
+    Those of motion modules attend over frames. A few old blocks have an ``attn1`` outside of transformers.
+    """
     return [
         (f"{block_name}.{name}", block_name, module)
         for block_name, block in execution_order(unet)
         for name, module in block.named_modules()
         if name.split(".")[-1] == "attn1" and isinstance(module, Attention)
+        if "transformer_blocks" in name and "motion_modules" not in name
     ]
 
 
-def _grids(unet: UNet2DConditionModel, height: int, width: int) -> dict[str, Grid]:
+def _grids(unet: Any, height: int, width: int) -> dict[str, Grid]:
     """Block name -> grid at this size of latents. An up block has the grid of the down block it mirrors."""
     grids: dict[str, Grid] = {}
     levels = []

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -52,7 +51,7 @@ class Place:
 class Places:
     """The places of a denoiser, numbered in the order in which its forward comes to them."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, unet: Any) -> None:
         self._places: list[Place] = []
         self._joins: list[tuple[Join, int]] = []  # with the place whose batch the module's arguments have
         self._skips: list[tuple[JoinSkips, list[int]]] = []  # with the place of each resnet

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from segkern.integrations.diffusers.architectures import default_layers
-from segkern.integrations.diffusers.denoisers import Denoiser, Transformer, UNet, find_denoiser
+from segkern.integrations.diffusers.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoiser
 from segkern.integrations.diffusers.layers import LayerInfo, find_model, find_unet, list_layers, select_layers
 from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.rows import IDENTITY
@@ -35,6 +35,15 @@ _OTHER_BATCHES = {
     "StableDiffusionInstructPix2PixPipeline": "its batch has three parts",
     "StableDiffusionXLInstructPix2PixPipeline": "its batch has three parts",
     "StableDiffusionPanoramaPipeline": "its batch holds several views",
+    "StableDiffusionPipelineSafe": "its batch has a third part, for what must not be seen",
+    "SemanticStableDiffusionPipeline": "its batch has a part for each edit",
+    "CycleDiffusionPipeline": "its batch has the source image beside the new one",
+    "StableDiffusionDiffEditPipeline": "it makes its mask in batches of its own",
+    "StableDiffusionPix2PixZeroPipeline": "it runs its denoiser several times in a step",
+    "StableDiffusionAttendAndExcitePipeline": "it runs its denoiser several times in a step",
+    "StableDiffusionSAGPipeline": "it runs its denoiser twice in a step; take the pipeline without SAG, and SAG(...)",
+    "TextToVideoZeroPipeline": "all its frames attend to the first one",
+    "TextToVideoZeroSDXLPipeline": "all its frames attend to the first one",
     "LEditsPPPipelineStableDiffusion": "its batch holds several edits",
     "LEditsPPPipelineStableDiffusionXL": "its batch holds several edits",
     "StableDiffusionGLIGENPipeline": "its boxes reach attention as keyword arguments, which no branch follows",
@@ -50,14 +59,15 @@ def check_pipeline(pipe: Any) -> Denoiser:
     """
     denoiser = find_denoiser(pipe) if hasattr(pipe, "unet") or hasattr(pipe, "transformer") else None
     name = type(pipe).__name__
-    if not isinstance(denoiser, Transformer):
+    if not isinstance(denoiser, (Transformer, MotionUNet)):
         check_batches(pipe, "guide")
         assert denoiser is not None
     else:
         _refuse_other_batches(pipe, "guide")
         if getattr(pipe, "transformer_2", None) is not None:
             raise ValueError(f"guide cannot handle {name} with two denoisers, transformer and transformer_2")
-        if not denoiser.architecture.apart and not _tells_layout(pipe):
+        apart = isinstance(denoiser, Transformer) and denoiser.architecture.apart
+        if not apart and not _tells_layout(pipe):
             raise ValueError(_UNTOLD.format(caller="guide", name=name))
     if denoiser.model in GUIDED:
         raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
@@ -124,8 +134,15 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, 
     if any(isinstance(spec, SAG) for spec in specs) and any(isinstance(spec, CFG) and spec.reuse > 1 for spec in specs):
         raise ValueError(f"SAG beside CFG degrades its prediction in every step, which reuse leaves out: got {specs}")
     available = list_layers(denoiser.model)
+    if not available and not all(isinstance(spec, CFG) for spec in specs):
+        raise ValueError(
+            f"guide cannot handle this {type(denoiser.model).__name__}: none of its attention layers attends to an "
+            f"image alone"
+        )
     if isinstance(denoiser, Transformer):
         specs = tuple(_for_transformer(denoiser, spec, available) for spec in specs)
+    if isinstance(denoiser, MotionUNet):
+        _check_for_frames(specs)
     chosen = tuple(_choose(available, spec) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
     for one in chosen:
@@ -154,6 +171,20 @@ def _for_transformer(denoiser: Transformer, spec: Spec, available: Sequence[Laye
         return spec
     blocks = len({layer.block for layer in available})
     return replace(spec, layers=default_layers(denoiser.architecture, blocks), gamma=None)
+
+
+def _check_for_frames(specs: Sequence[Spec]) -> None:
+    """Raise a ValueError for a spec that cannot act on a UNet whose layers see one frame of a video each."""
+    for spec in specs:
+        if not isinstance(spec, AttentionSpec):
+            raise ValueError(
+                f"{type(spec).__name__} needs a UNet2DConditionModel; a UNetMotionModel takes SEG(...) and PAG(...)"
+            )
+        if spec.sigma_frames:
+            raise ValueError(
+                f"SEG.sigma_frames={spec.sigma_frames} needs layers that attend over frames too; those of a "
+                f"UNetMotionModel see one frame each"
+            )
 
 
 def _choose(available: Sequence[LayerInfo], spec: Spec) -> Chosen:
@@ -202,6 +233,13 @@ def check_layer(unet: nn.Module, layer: LayerInfo) -> None:
     assert isinstance(attention, Attention)
     if attention.is_cross_attention or attention.added_kv_proj_dim is not None:
         raise ValueError(f"layer {layer.name} ({layer.module}) does not attend to the image alone; choose others")
+    names = layer.module.split(".")
+    around = (unet.get_submodule(".".join(names[:count])) for count in range(1, len(names)))
+    if any(type(module).__name__ == "SplitInferenceModule" for module in around):
+        raise ValueError(
+            f"layer {layer.name} ({layer.module}) runs on one piece of the batch after the other, where no branch is "
+            f"known: call guide on the pipeline without enable_free_noise_split_inference"
+        )
     processor = unwrap(attention.processor)
     if type(processor) not in STANDARD_PROCESSORS:
         raise ValueError(

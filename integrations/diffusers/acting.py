@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidances inside a denoiser: what stands in for its processors, where branches join, and what all of it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from segkern.integrations.diffusers.calibration import Calibration
+from segkern.integrations.diffusers.denoisers import Denoiser
+from segkern.integrations.diffusers.guided_layers import Forward, GuidedLayers
+from segkern.integrations.diffusers.report import Recorder
+from segkern.integrations.diffusers.spec import AttentionSpec, Chosen
+
+
+class Acting:
+    """The parts of a denoiser on which guidances act.
+
+    Attributes:
+        layers: those that are perturbed or read.
+        first: for every guidance the place at which its branch joins.
+        calibration: of strides of query rows.
+        recorder: of what the layers report.
+    """
+
+    def __init__(self, kind: Denoiser, chosen: tuple[Chosen, ...]) -> None:
+        self._kind = kind
+        self._places = kind.places
+        self._inner: list[RemovableHandle] = []  # hooks on the parts, from attach to detach
+        self.calibration = Calibration(tuple(one.spec for one in chosen))
+        self.recorder = Recorder(chosen, self.calibration)
+        self.layers = GuidedLayers(kind, chosen)
+        self.first = [self._place(one) for one in chosen]
+
+    def _place(self, one: Chosen) -> int:
+        """The place of the first perturbed layer; before all of them where the whole input differs."""
+        modules = [layer.module for layer in one.layers if isinstance(one.spec, AttentionSpec)]
+        return min((self._places.of(module) for module in modules), default=-1)
+
+    def attach(self) -> None:
+        """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
+        self.layers.stand_in()
+        if not self._inner:
+            self._inner += self._kind.hook_grids(list(self.layers))
+            places = [place for place in self.first if place >= 0]
+            self._inner += self._places.hook(min(places)) if places else []
+
+    def detach(self) -> None:
+        """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
+        self._places.tell(None, ())
+        while self._inner:
+            self._inner.pop().remove()
+        self.layers.step_aside()
+
+    def tell(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What each part does in the coming forward, which gets these arguments."""
+        sample = self._kind.sample(args, kwargs)
+        self.calibration.size = (sample.shape[-2], sample.shape[-1])
+        self._kind.tell_grids(list(self.layers), args, kwargs)
+        counts = [forward.joined(place) for place in range(len(self._places))]
+        self._places.tell(forward.inside if forward.share and forward.branches else None, counts)
+        self.layers.tell(forward, self.calibration)
+
+    def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
+        """How far each layer moved, for each guidance that acted there; and errors, for the calibration."""
+        moved: dict[tuple[int, str], torch.Tensor] = {}
+        for layer in self.layers:
+            processor, name = layer.processor, layer.info.module
+            acting = [index for index in forward.branches if index in layer.specs]
+            for index, distance in zip(acting, processor.moved or (), strict=False):
+                moved[index, name] = distance
+            estimated = [index for index in acting if self.calibration.candidates(index, name)]
+            for index, errors in zip(estimated, processor.errors, strict=False):
+                assert processor.grid is not None
+                self.calibration.add(index, name, processor.grid, errors)
+        self.calibration.settle()
+        return moved
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, the denoiser runs as it is, on whatever batch."""
+        self._places.tell(None, ())
+        self.layers.rest()
+        yield

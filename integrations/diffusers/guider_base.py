@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the guiders for modular diffusers have in common: classifier-free guidance, one spec, and a configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+from torch import nn
+
+from segkern.integrations.diffusers.branches import shifted
+from segkern.integrations.diffusers.guider_calls import GuiderCalls, Step, running_pipeline
+from segkern.integrations.diffusers.report import Report
+from segkern.integrations.diffusers.schedule import number
+from segkern.integrations.diffusers.spec import DefaultLayers, Spec
+from segkern.integrations.diffusers.specs import PAG, SAG
+from segkern.integrations.diffusers.strength import is_number
+
+_INFINITY = "inf"  # JSON has no number for it
+
+
+class SpecGuider(ClassifierFreeGuidance):
+    """Classifier-free guidance and one of the package's guidances beside it.
+
+    Attributes:
+        kind: of the guidance.
+        spec: it.
+    """
+
+    kind: ClassVar[type[Spec]]
+
+    def __init__(
+        self,
+        spec: Spec | None,
+        values: Mapping[str, Any],
+        guidance_scale: float,
+        guidance_rescale: float,
+        use_original_formulation: bool,
+        guidance_start: float,
+        guidance_stop: float,
+        enabled: bool,
+    ) -> None:
+        owner = type(self).__name__
+        self.spec = self._spec(spec, values)
+        for name, value in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
+            if not (is_number(value) and math.isfinite(value)):
+                raise ValueError(f"{owner}.{name} must be a finite number, got {value!r}")
+        ends = guidance_start, guidance_stop
+        if not (all(map(is_number, ends)) and 0.0 <= guidance_start < guidance_stop <= 1.0):
+            raise ValueError(
+                f"{owner}.guidance_start and {owner}.guidance_stop must be fractions of the run with 0 <= start < stop "
+                f"<= 1, got {guidance_start!r} and {guidance_stop!r}"
+            )
+        own: dict[str, Any] = {"use_original_formulation": use_original_formulation, "enabled": enabled}
+        own |= {"guidance_scale": float(guidance_scale), "guidance_rescale": float(guidance_rescale)}
+        super().__init__(start=guidance_start, stop=guidance_stop, **own)
+        told = {name: None if isinstance(value, DefaultLayers) else value for name, value in self.spec.told().items()}
+        self.register_to_config(**own, guidance_start=guidance_start, guidance_stop=guidance_stop, **told)
+        self._fraction = 0.0
+        self._now = Step(0, self.spec.strength(0.0))
+        self._calls: GuiderCalls | None = None
+
+    def _spec(self, spec: Spec | None, values: Mapping[str, Any]) -> Spec:
+        """What was given, or the one that the values make."""
+        owner = type(self).__name__
+        given = {name: value for name, value in values.items() if value is not None}
+        if spec is None:
+            return self.kind(**{**given, **({"sigma": _numbers(given["sigma"])} if "sigma" in given else {})})
+        if type(spec) is not self.kind:
+            raise ValueError(f"{owner} takes a {self.kind.__name__}(...) spec or its arguments, got {spec!r}")
+        if given:
+            raise ValueError(f"{owner} takes a spec or its arguments, got {spec!r} and {', '.join(sorted(given))}")
+        return spec
+
+    def new(self, **changes: Any) -> Any:
+        """Another guider with the same arguments but for those that are given.
+
+        Raises:
+            TypeError: for an argument that there is not.
+            ValueError: for a value that does not fit.
+        """
+        replaced = {"spec": set(self.spec.told()), "gamma": {"scale"}}
+        dropped = {name for change in changes for name in replaced.get(change, ())}
+        kept = {name: value for name, value in self.config.items() if not name.startswith("_") and name not in dropped}
+        return type(self)(**{**kept, **changes})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of a pipeline has a guider of its own, which has done nothing yet."""
+        return self.new()
+
+    def to_json_string(self) -> str:
+        """The configuration in JSON, an infinite sigma as ``"inf"``."""
+        config = {**self.config, "_class_name": type(self).__name__, "_diffusers_version": diffusers.__version__}
+        return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any) -> None:
+        """Save the configuration, as ``save_pretrained`` does.
+
+        Raises:
+            ValueError: for a function as schedule.
+        """
+        if callable(self.spec.schedule):
+            raise ValueError(f"{type(self).__name__} cannot save a function as schedule, got {self.spec.schedule!r}")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **options)
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        """Begin a step. Where the scheduler calls the denoiser twice in one (Heun), both calls are that step."""
+        super().set_state(step, num_inference_steps, timestep)
+        order = getattr(getattr(running_pipeline()[0], "scheduler", None), "order", 1)
+        self._fraction = (step // order) / num_inference_steps
+        at = number(timestep) if isinstance(self.spec, PAG) and self.spec.adaptive_scale else None
+        self._now = Step(step // order, self.spec.strength(self._fraction, at))
+        if self._calls is not None:
+            self._calls.new_step(first=step == 0)
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        """Before a call of the denoiser: see to it that the guidance acts there, if it does.
+
+        Raises:
+            ValueError: for a denoiser or layers that do not fit; the message quotes them.
+        """
+        super().prepare_models(denoiser)
+        if self._calls is None or not self._calls.is_of(denoiser):
+            if self._calls is not None:
+                self._calls.release()
+            self._calls = GuiderCalls(denoiser, self.spec)
+        # SAG degrades the unconditional prediction, which is the second call where there is one.
+        call = 2 if isinstance(self.spec, SAG) and self._is_cfg_enabled() else 1
+        acts = self._enabled and self._count_prepared == call
+        self._calls.prepare(self._now if acts else Step())
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        """After a call of the denoiser: it is what it was."""
+        super().cleanup_models(denoiser)
+        if self._calls is not None:
+            self._calls.release()
+
+    def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> Any:
+        """The guided prediction of the step, and the predictions without guidance."""
+        calls, cfg = self._calls, self._is_cfg_enabled()
+        found: torch.Tensor | None = None
+        if calls is not None:
+            pred_cond, found = calls.difference(pred_cond)
+        if found is None and self._enabled and self._now.strength:
+            raise RuntimeError(
+                f"{type(self).__name__} was not there when the denoiser ran: prepare_models must come before each call "
+                f"of it and cleanup_models after it"
+            )
+        pred = pred_cond
+        if cfg:
+            assert pred_uncond is not None
+            pred = pred_cond if self.use_original_formulation else pred_uncond
+            pred = pred + self.guidance_scale * (pred_cond - pred_uncond)
+        if found is not None:
+            pred = shifted(pred, self._now.strength * found)
+        if cfg and self.guidance_rescale > 0.0:
+            pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
+        self._num_inference_steps = None  # what is asked between steps is asked of the whole run
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    def _is_cfg_enabled(self) -> bool:
+        """Whether there is classifier-free guidance in this step; between steps, in any."""
+        steps: int | None = self._num_inference_steps
+        if steps is not None and not self._start <= self._fraction < self._stop:
+            return False
+        off = 0.0 if self.use_original_formulation else 1.0
+        return bool(self._enabled) and not math.isclose(self.guidance_scale, off)
+
+    def report(self) -> Report:
+        """What the guidance did so far, to the denoiser that ran last; warns if it fired never or moved nothing.
+
+        Raises:
+            RuntimeError: before any run.
+        """
+        if self._calls is None:
+            raise RuntimeError(f"this {type(self).__name__} has nothing to report: no pipeline has run with it yet")
+        report = self._calls.recorder.report()
+        self._calls.recorder.warn(report, stacklevel=3)
+        return report
+
+
+def _numbers(sigma: Any) -> Any:
+    """A sigma as it was before it was saved."""
+    if isinstance(sigma, str) and sigma == _INFINITY:
+        return math.inf
+    if isinstance(sigma, Mapping):
+        return {name: _numbers(each) for name, each in sigma.items()}
+    return [_numbers(each) for each in sigma] if isinstance(sigma, (list, tuple)) else sigma
+
+
+def _plain(value: Any) -> Any:
+    """A value of a configuration in JSON's types."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and math.isinf(value):
+        return _INFINITY
+    return getattr(value, "__qualname__", repr(value)) if callable(value) else value

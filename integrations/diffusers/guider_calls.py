@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls of a denoiser that a guider's guidance acts in: hooks that wait for the next one, and come off after it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines import ModularPipeline
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from segkern.integrations.diffusers.acting import Acting
+from segkern.integrations.diffusers.architectures import batch_of
+from segkern.integrations.diffusers.branches import Arguments, Batch
+from segkern.integrations.diffusers.degradations import Degradations
+from segkern.integrations.diffusers.denoisers import Denoiser, find_denoiser
+from segkern.integrations.diffusers.guided_layers import Forward
+from segkern.integrations.diffusers.layers import find_model
+from segkern.integrations.diffusers.report import Recorder
+from segkern.integrations.diffusers.reuse import Differences
+from segkern.integrations.diffusers.spec import Spec
+from segkern.integrations.diffusers.specs import SAG
+from segkern.integrations.diffusers.support import GUIDED, choose_layers
+
+
+@dataclass
+class Step:
+    """One step of a run, as a guider knows it.
+
+    Attributes:
+        number: of the step, from 0.
+        strength: of the guidance in it; 0 where that does not act.
+    """
+
+    number: int = 0
+    strength: float = 0.0
+
+
+class GuiderCalls:
+    """One guidance in the calls of one denoiser.
+
+    Of SEG and PAG a branch joins the call for the prompt, as it does under ``guide``, and comes out as further samples
+    of its output, so that what a pipeline does with the output it does with the branch. Of SAG a second call follows
+    within.
+
+    Args:
+        denoiser: as the pipeline calls it, compiled or not.
+        spec: the guidance.
+
+    Attributes:
+        recorder: of what happened.
+        samples: that the pipeline asked for in the call in which a branch has just joined; None without a branch.
+        found: the difference that a second call gave, or that an earlier step left for this one; None where the branch
+            is in the output.
+
+    Raises:
+        ValueError: for a denoiser or layers that do not fit, or one that is under ``guide``.
+    """
+
+    def __init__(self, denoiser: nn.Module, spec: Spec) -> None:
+        self._denoiser = denoiser
+        self._spec = spec
+        kind = find_denoiser(SimpleNamespace(unet=denoiser))
+        if kind is None:
+            find_model(denoiser)  # says what could be guided
+        assert kind is not None
+        self._kind: Denoiser = kind
+        self._acting = Acting(kind, choose_layers(kind, (spec,)))
+        self.recorder: Recorder = self._acting.recorder
+        self.samples: int | None = None
+        self.found: torch.Tensor | None = None
+        self._differences = Differences((spec,))
+        self._handles: list[RemovableHandle] = []
+        self._step = Step()
+        self._run: tuple[Any, Any] = (None, None)  # the pipeline that asked for it, and what is its own of that run
+        self._forward: Forward | None = None
+        self._given: Arguments = ((), {})
+        self._degradations: Degradations | None = None
+
+    def is_of(self, denoiser: nn.Module) -> bool:
+        """Whether it is this denoiser's."""
+        return self._denoiser is denoiser
+
+    def new_step(self, first: bool) -> None:
+        """Forget the last step, and with the ``first`` of a run the last run."""
+        self.release()  # after an exception
+        self.samples, self.found = None, None
+        if first:
+            self._differences.forget()
+
+    def prepare(self, step: Step) -> None:
+        """The denoiser's next call is the one to act in, if the guidance acts in this step.
+
+        Raises:
+            ValueError: for a denoiser that is under ``guide``, or a scheduler that does not fit.
+        """
+        self.release()
+        self.recorder.forwards += 1
+        if self._kind.model in GUIDED:
+            raise ValueError("this denoiser is under guide(...); remove that guidance, or take another guider")
+        if step.strength == 0.0:
+            return
+        self._step, self._run = step, running_pipeline()
+        if isinstance(self._spec, SAG):
+            if self._run[0] is None:
+                raise ValueError("SAG needs the scheduler of a modular pipeline, and none is running")
+            self._degradations = Degradations(self._run[0], self._kind.model, (self._spec,))
+        self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True, always_call=True))
+
+    def release(self) -> None:
+        """The denoiser is what it was; nothing happens when it is already."""
+        if not self._handles:
+            return
+        while self._handles:
+            self._handles.pop().remove()
+        self._acting.detach()
+        self._forward, self._given, self._run, self._degradations = None, ((), {}), (None, None), None
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Before the denoiser: let the branch join."""
+        if module is not self._denoiser or self._forward is not None:  # a copy, or the second call of SAG
+            return None
+        if any(now is not then for now, then in zip(running_pipeline(), self._run, strict=True)):
+            self.release()  # the call that was waited for never came, for an exception before it
+            return None
+        try:
+            return self._begin(args, kwargs)
+        except BaseException:
+            self.release()
+            raise
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        sample = self._kind.sample(args, kwargs)
+        if not self._differences.due(0, self._step.number, sample.shape):
+            self.found = self._differences.last(0)
+            return None
+        batch = Batch(sample.shape[0], 0, 0 if self._degradations else 1)
+        own, strengths = batch.conditional, {0: self._step.strength}
+        if self._degradations:
+            self._given = self._kind.arguments.take(args, kwargs, batch, own)
+            forward = Forward(batch, (), self._acting.first, False, strengths, degrading=(0,), reference=own)
+        else:
+            forward = Forward(batch, (0,), self._acting.first, True, strengths)
+            forward = replace(forward, share=self._kind.can_share(forward, args, kwargs))
+        self._acting.attach()
+        self._acting.tell(forward, args, kwargs)
+        self._forward = forward
+        return self._kind.grown(forward, args, kwargs)
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the denoiser, and after an exception in it."""
+        if module is not self._denoiser or (self._degradations is not None and self._degradations.running):
+            return
+        try:
+            if self._forward is not None and output is not None:
+                self._take(self._forward, batch_of(output[0]))
+        finally:
+            self._acting.layers.forget()
+            self.release()
+
+    def _take(self, forward: Forward, sample: torch.Tensor) -> None:
+        """What the forward under way gave."""
+        moved = self._acting.reports(forward)
+        if self._degradations is None:
+            self.samples = forward.batch.samples
+        else:
+            layer = next(iter(self._acting.layers))
+            moved = {key: pair.clone() for key, pair in moved.items()}
+            with self._acting.quiet():
+                self.found, moved[0, layer.info.module] = self._degradations.difference(
+                    0, self._denoiser, self._kind.arguments, self._given, sample.clone(), layer
+                )
+            self._differences.keep(0, self.found)
+        self.recorder.add(moved, sample.dtype)
+
+    def difference(self, prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The prediction for the prompt without the branch, and what the guidance adds, once; None for nothing.
+
+        Args:
+            prediction: for the prompt, as the pipeline made it of the denoiser's output.
+
+        Raises:
+            RuntimeError: when the branch is not in it any more.
+        """
+        samples, found = self.samples, self.found
+        self.samples, self.found = None, None
+        if samples is None:
+            return prediction, found
+        if prediction.shape[0] != 2 * samples:
+            raise RuntimeError(
+                f"the denoiser gave a guider {samples} predictions and as many perturbed ones, and it was handed back "
+                f"{prediction.shape[0]}: the pipeline must hand back the whole output"
+            )
+        own, perturbed = prediction.chunk(2)
+        compute = torch.promote_types(prediction.dtype, torch.float32)
+        found = own.to(compute) - perturbed.to(compute)
+        self._differences.keep(0, found)
+        return own, found
+
+
+def running_pipeline() -> tuple[Any, Any]:
+    """The nearest modular pipeline on the call stack and the state of its run; None for both in somebody's own loop."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if names and names[0] == "self" and isinstance(frame.f_locals.get("self"), ModularPipeline):
+            return frame.f_locals["self"], frame.f_locals.get("state")
+        frame = frame.f_back
+    return None, None

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guiders for modular diffusers: SEG, PAG and SAG beside classifier-free guidance, as components of any pipeline.
+
+diffusers has guiders for SEG and PAG of its own. In 0.42 and before its ``SmoothedEnergyGuidance`` pays for a third
+call of the denoiser in each step and changes nothing: it never attaches its hooks. Without classifier-free guidance
+both of its guiders compare the prompt with the negative prompt. These do neither: the perturbed branch is always of the
+prompt, and it joins the call for the prompt at its first perturbed layer instead of asking for a call of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from segkern.integrations.diffusers.guider_base import SpecGuider
+from segkern.integrations.diffusers.sigmas import GivenSigmas
+from segkern.integrations.diffusers.spec import Layers
+from segkern.integrations.diffusers.specs import PAG, SAG, SEG
+from segkern.integrations.diffusers.strength import Schedule
+
+
+class SEGGuider(SpecGuider):
+    """Smoothed Energy Guidance and classifier-free guidance for a modular pipeline.
+
+    The prediction of a step is ``u + g (c - u) + s (c - p)``, and ``c + s (c - p)`` where there is no classifier-free
+    guidance; ``p`` is ``c`` with blurred queries in some self-attention layers. The branch for ``p`` runs in the
+    same call of the denoiser as ``c``, from its first blurred layer on, so that there are as many calls as without it.
+
+    Args:
+        spec: ``SEG(...)``; instead of it the arguments that :class:`SEG` takes, under the same names and with the same
+            defaults. ``start`` and ``stop`` are SEG's.
+        guidance_scale: ``g``; 1 turns classifier-free guidance off.
+        scale: ``s``, and so on; see :class:`SEG`. ``sigma`` may be ``"inf"`` too, as saved configurations have it.
+        guidance_rescale: how far the prediction takes the standard deviation of ``c``; under classifier-free guidance
+            only.
+        use_original_formulation: ``c + g (c - u)`` instead of ``u + g (c - u)``; then 0 turns it off. The guidance
+            is added to either, and to ``c`` alone, in the same way.
+        guidance_start: fraction of the run's steps at which classifier-free guidance begins.
+        guidance_stop: fraction of the run's steps from which there is none.
+        enabled: False turns both guidances off; so does ``disable()``, and ``enable()`` turns them on.
+
+    Raises:
+        ValueError: when a value does not fit; the message quotes it. Layers are looked up when the denoiser is first
+            prepared.
+
+    Source: SEG (arXiv 2408.00760); guidance_rescale: arXiv 2305.08891, section 3.4.
+
+    Example:
+        >>> guider = SEGGuider(guidance_scale=5.0, scale=3.0, sigma=math.inf, layers="mid", stop=0.6)
+        >>> guider.new(scale=2.0).spec
+        SEG(scale=2.0, sigma=inf, layers='mid', stop=0.6)
+        >>> pipe.update_components(guider=guider)  # doctest: +SKIP
+        >>> image = pipe(prompt="a red fox", output="images")[0]  # doctest: +SKIP
+        >>> print(guider.report())  # doctest: +SKIP
+    """
+
+    kind = SEG
+
+    def __init__(
+        self,
+        spec: SEG | None = None,
+        *,
+        guidance_scale: float = 7.5,
+        scale: float | None = None,
+        sigma: GivenSigmas | Mapping[str, GivenSigmas] | str | None = None,
+        layers: Layers | None = None,
+        start: float | None = None,
+        stop: float | None = None,
+        boundary: str | None = None,
+        backend: str | None = None,
+        query_stride: int | tuple[int, int] | Literal["auto"] | None = None,
+        tolerance: float | None = None,
+        reuse: int | None = None,
+        schedule: Schedule | None = None,
+        blend: float | None = None,
+        sigma_frames: float | None = None,
+        gamma: float | None = None,
+        guidance_rescale: float = 0.0,
+        use_original_formulation: bool = False,
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
+        enabled: bool = True,
+    ) -> None:
+        values: dict[str, Any] = {
+            "scale": scale,
+            "sigma": sigma,
+            "layers": layers,
+            "start": start,
+            "stop": stop,
+            "boundary": boundary,
+            "backend": backend,
+            "query_stride": query_stride,
+            "tolerance": tolerance,
+            "reuse": reuse,
+            "schedule": schedule,
+            "blend": blend,
+            "sigma_frames": sigma_frames,
+            "gamma": gamma,
+        }
+        own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
+        super().__init__(spec, values, *own)
+
+
+class PAGGuider(SpecGuider):
+    """Perturbed-Attention Guidance and classifier-free guidance for a modular pipeline.
+
+    As :class:`SEGGuider` with another ``p``: in the layers every token of the image attends to itself alone.
+
+    Args:
+        spec: ``PAG(...)``; instead of it the arguments that :class:`PAG` takes, under the same names and with the same
+            defaults.
+        guidance_scale: as :class:`SEGGuider` takes it, and so are the arguments that :class:`PAG` has not.
+        scale: ``s``, and so on; see :class:`PAG`.
+
+    Raises:
+        ValueError: when a value does not fit; the message quotes it.
+
+    Source: PAG (arXiv 2403.17377), equations 15 and 16.
+
+    Example:
+        >>> PAGGuider(PAG(scale=2.0, layers="mid"), guidance_scale=5.0).config["scale"]
+        2.0
+    """
+
+    kind = PAG
+
+    def __init__(
+        self,
+        spec: PAG | None = None,
+        *,
+        guidance_scale: float = 7.5,
+        scale: float | None = None,
+        layers: Layers | None = None,
+        start: float | None = None,
+        stop: float | None = None,
+        adaptive_scale: float | None = None,
+        reuse: int | None = None,
+        schedule: Schedule | None = None,
+        blend: float | None = None,
+        gamma: float | None = None,
+        guidance_rescale: float = 0.0,
+        use_original_formulation: bool = False,
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
+        enabled: bool = True,
+    ) -> None:
+        values: dict[str, Any] = {
+            "scale": scale,
+            "layers": layers,
+            "start": start,
+            "stop": stop,
+            "adaptive_scale": adaptive_scale,
+            "reuse": reuse,
+            "schedule": schedule,
+            "blend": blend,
+            "gamma": gamma,
+        }
+        own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
+        super().__init__(spec, values, *own)
+
+
+class SAGGuider(SpecGuider):
+    """Self-Attention Guidance and classifier-free guidance for a modular pipeline with a ``UNet2DConditionModel``.
+
+    The prediction of a step is ``u + g (c - u) + s (u - u')``, and ``c + s (c - c')`` where there is no classifier-free
+    guidance. A second call of the denoiser follows within the one that is degraded. Noising the image again takes
+    the scheduler, which guiders are not told: it is that of the modular pipeline that is running.
+
+    Args:
+        spec: ``SAG(...)``; instead of it the arguments that :class:`SAG` takes, under the same names and with the same
+            defaults.
+        guidance_scale: as :class:`SEGGuider` takes it, and so are the arguments that :class:`SAG` has not.
+        scale: ``s``, and so on; see :class:`SAG`.
+
+    Raises:
+        ValueError: when a value does not fit; the message quotes it. Also, when the denoiser is prepared, outside of a
+            modular pipeline, and for a scheduler whose images cannot be noised again.
+
+    Source: SAG (arXiv 2210.00939), equations 16 and 25.
+
+    Example:
+        >>> SAGGuider(guidance_scale=5.0, scale=0.75).spec
+        SAG(scale=0.75, layer='m0', sigma=1.0)
+    """
+
+    kind = SAG
+
+    def __init__(
+        self,
+        spec: SAG | None = None,
+        *,
+        guidance_scale: float = 7.5,
+        scale: float | None = None,
+        layer: str | None = None,
+        start: float | None = None,
+        stop: float | None = None,
+        threshold: float | None = None,
+        sigma: float | None = None,
+        kernel_size: int | None = None,
+        reuse: int | None = None,
+        schedule: Schedule | None = None,
+        gamma: float | None = None,
+        guidance_rescale: float = 0.0,
+        use_original_formulation: bool = False,
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
+        enabled: bool = True,
+    ) -> None:
+        values: dict[str, Any] = {
+            "scale": scale,
+            "layer": layer,
+            "start": start,
+            "stop": stop,
+            "threshold": threshold,
+            "sigma": sigma,
+            "kernel_size": kernel_size,
+            "reuse": reuse,
+            "schedule": schedule,
+            "gamma": gamma,
+        }
+        own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
+        super().__init__(spec, values, *own)

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guiders in modular pipelines: the same as ``guide`` on the stock ones, which diffusers' own are not."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from compatibility import proves
+from diffusers import HeunDiscreteScheduler
+from diffusers.guiders import ClassifierFreeGuidance, PerturbedAttentionGuidance, SmoothedEnergyGuidance
+from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, reference_run, relative, run, tiny_pipeline
+from model_words import of_transformer
+from modular_tools import TRANSFORMERS, modular_sdxl, modular_transformer, run_sdxl, run_transformer
+from transformer_models import MODELS
+from transformer_models import run as run_stock
+from transformer_tools import Perturbed, slow_run
+
+from segkern.integrations.diffusers import PAG, SAG, SEG, PAGGuider, SAGGuider, SEGGuider, guide
+from segkern.integrations.diffusers.processor import GuidedProcessor
+
+GUIDERS: dict[type, Any] = {SEG: SEGGuider, PAG: PAGGuider, SAG: SAGGuider}
+SPECS = [
+    SEG(scale=2.0),
+    SEG(scale=2.0, sigma=1.0, layers=["d0", "mid"]),
+    PAG(scale=2.0, layers=["mid", "u0"]),
+    SAG(scale=2.0),
+]
+PROMPTS = ["a red fox", "a dog"]
+
+
+def guider_of(spec: Any, **arguments: Any) -> Any:
+    return GUIDERS[type(spec)](spec, **arguments)
+
+
+@lru_cache(maxsize=len(MODELS))
+def built(name: str) -> Any:
+    return MODELS[name].build()
+
+
+MODULAR = "modular, text to image"
+PROVED = ("SEG at infinity", "SEG", "PAG", "SAG")  # by the specs
+
+
+@proves(model="Stable Diffusion XL", task=MODULAR)
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(spec, marks=proves(guidance=word)) for spec, word in zip(SPECS, PROVED, strict=True)],
+    ids=str,
+)
+def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> None:
+    """Latents of ``guide`` on the stock pipeline; not square, two prompts."""
+    pipe, latents = tiny_pipeline(), noise(2, 8, 12)
+    plain = run(pipe, PROMPTS, latents=latents, guidance_scale=guidance_scale)
+    with guide(pipe, spec):
+        expected = run(pipe, PROMPTS, latents=latents, guidance_scale=guidance_scale)
+    processors = dict(pipe.unet.attn_processors)
+    guider = guider_of(spec, guidance_scale=guidance_scale)
+    guided = run_sdxl(modular_sdxl(pipe, guider), pipe, PROMPTS, latents=latents)
+    assert relative(guided, expected) < PIPELINE_TOLERANCE
+    assert relative(guided, plain) > 1e-2
+    if isinstance(spec, SEG):
+        slow = reference_run(pipe, [spec], PROMPTS, latents=latents, guidance_scale=guidance_scale)
+        assert relative(guided, slow) < PIPELINE_TOLERANCE
+    report = guider.report()
+    assert report.forwards == (6 if guidance_scale > 1.0 else 3)
+    assert all(row.fired == 3 and row.moved > 0.1 for row in report.layers)
+    assert hooks_of(pipe.unet) == 0
+    assert all(pipe.unet.attn_processors[name] is processor for name, processor in processors.items())
+    assert torch.equal(run(pipe, PROMPTS, latents=latents, guidance_scale=guidance_scale), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    # Without it Qwen-Image's modular pipeline takes the norm of the conditional prediction, and its stock one does not.
+    [
+        pytest.param(name, cfg, marks=of_transformer(name, task=MODULAR))
+        for name in TRANSFORMERS
+        for cfg in (True, False)
+        if cfg or name != "qwen-image"
+    ],
+)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(SEG, marks=proves(guidance="SEG")), pytest.param(PAG, marks=proves(guidance="PAG"))]
+)
+def test_transformers(kind: type, name: str, cfg: bool) -> None:
+    """Latents of ``guide`` on the stock pipeline, and for two models of the slow way too."""
+    model, pipe = MODELS[name], built(name)
+    spec = kind(scale=2.0, layers=model.layers, **({"sigma": 1.5} if kind is SEG else {}))
+    given: dict[str, Any] = {"guidance_scale": 4.0 if cfg else 1.0}
+    if name == "z-image":  # whose stock pipeline has this formula
+        given = {"guidance_scale": 3.0 if cfg else 0.0, "use_original_formulation": True}
+    more: dict[str, Any] = {}
+    if name == "wan":  # without a VAE its modular pipeline takes 16 channels for granted
+        more["latents"] = torch.randn(2, 4, 3, 12, 8, generator=torch.Generator().manual_seed(5))
+    guider = guider_of(spec, **given)
+    guided = run_transformer(name, modular_transformer(name, pipe, guider), samples=2, cfg=cfg, **more)
+
+    def stock() -> torch.Tensor:
+        return run_stock(model, pipe, 6, 4, samples=2, cfg=cfg, **more)
+
+    with guide(pipe, spec):
+        assert relative(guided, stock()) < PIPELINE_TOLERANCE
+    if name in ("sd3.5", "qwen-image"):
+        slow = [Perturbed(2.0, 1.5 if kind is SEG else None, model.modules)]
+        assert relative(guided, slow_run(model, pipe, slow, stock, 6, 4, cfg, 2)) < PIPELINE_TOLERANCE
+    assert relative(guided, stock()) > 10 * PIPELINE_TOLERANCE  # there is something to see
+    report = guider.report()
+    assert {row.module for row in report.layers} == set(model.modules)
+    assert all(row.fired == 3 for row in report.layers)
+    assert hooks_of(pipe.transformer) == 0
+    layers = [pipe.transformer.get_submodule(module) for module in model.modules]
+    assert not any(isinstance(layer.processor, GuidedProcessor) for layer in layers)
+
+
+def test_diffusers_own_guider_does_nothing_at_the_price_of_a_third_call() -> None:
+    pipe, latents = tiny_pipeline(), noise(1, 8, 12)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watched(SmoothedEnergyGuidance):
+        def forward(self, **predictions: torch.Tensor) -> Any:
+            seen.append(predictions)
+            return super().forward(**predictions)
+
+    calls = []
+    handle = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        theirs = Watched(guidance_scale=5.0, seg_guidance_layers=[0, 1], seg_guidance_scale=3.0)
+        output = run_sdxl(modular_sdxl(pipe, theirs), pipe, latents=latents)
+        with_three = len(calls)
+        plain = run_sdxl(modular_sdxl(pipe, ClassifierFreeGuidance(5.0)), pipe, latents=latents)
+        with_two = len(calls) - with_three
+        guider = SEGGuider(guidance_scale=5.0, scale=3.0)
+        ours = run_sdxl(modular_sdxl(pipe, guider), pipe, latents=latents)
+        assert len(calls) == with_three + 2 * with_two, "no call of its own"
+    finally:
+        handle.remove()
+    perturbed = [each for each in seen if "pred_cond_seg" in each]
+    assert len(perturbed) == 2  # of three steps: it leaves out the first
+    assert all(torch.equal(each["pred_cond_seg"], each["pred_cond"]) for each in perturbed)
+    assert (with_three, with_two) == (8, 6)
+    assert torch.equal(output, plain)
+    assert relative(ours, plain) > 1e-2
+    assert all(row.fired == 3 for row in guider.report().layers)
+
+
+def test_without_cfg_diffusers_own_guiders_perturb_the_negative_prompt() -> None:
+    """Ours asks for the prompt alone, and so do pipelines that ask it what to encode."""
+    prompts = {"prompt_embeds": (torch.ones(1), torch.zeros(1))}
+    seg = SmoothedEnergyGuidance(guidance_scale=1.0, seg_guidance_layers=[0])
+    pag = PerturbedAttentionGuidance(guidance_scale=1.0, perturbed_guidance_layers=[0], perturbed_guidance_stop=1.0)
+    ours = SEGGuider(guidance_scale=1.0)
+    for guider, asked in ((seg, [1.0, 0.0]), (pag, [1.0, 0.0]), (ours, [1.0])):
+        guider.set_state(1, 3, torch.tensor(1.0))
+        assert [each.prompt_embeds.item() for each in guider.prepare_inputs(prompts)] == asked
+    assert ours.num_conditions == 1
+    assert SEGGuider(guidance_scale=5.0).num_conditions == 2
+
+
+@pytest.mark.parametrize("spec", [SEG(scale=2.0), SAG(scale=2.0)], ids=str)
+def test_guidance_rescale_measures_the_unmodified_conditional_prediction(spec: Any) -> None:
+    pipe, latents = tiny_pipeline(), noise(1, 8, 12)
+    with guide(pipe, spec):
+        expected = run(pipe, latents=latents, guidance_rescale=0.7)
+    guider = guider_of(spec, guidance_scale=5.0, guidance_rescale=0.7)
+    guided = run_sdxl(modular_sdxl(pipe, guider), pipe, latents=latents)
+    assert relative(guided, expected) < PIPELINE_TOLERANCE
+    if isinstance(spec, SEG):
+        slow = reference_run(pipe, [spec], latents=latents, guidance_rescale=0.7)
+        assert relative(guided, slow) < PIPELINE_TOLERANCE
+    with guide(pipe, spec):
+        unscaled = run(pipe, latents=latents, guidance_scale=1.0)
+    guider = guider.new(guidance_scale=1.0)  # there is none without classifier-free guidance
+    assert relative(run_sdxl(modular_sdxl(pipe, guider), pipe, latents=latents), unscaled) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SEG(stop=0.5),
+        SEG(start=0.3, schedule="linear"),
+        SEG(reuse=2),
+        SEG(sigma=2.0, query_stride="auto"),
+        SEG(sigma=[1.0, math.inf], blend=0.5),
+        SEG(sigma={"d0": [[1.0, 2.0]], "mid": 2.0}, boundary="symmetric"),
+        PAG(adaptive_scale=0.004),
+        SAG(reuse=2, stop=0.7),
+    ],
+    ids=str,
+)
+def test_what_a_spec_asks_for(spec: Any) -> None:
+    pipe, latents, arguments = tiny_pipeline(), noise(2, 8, 12), {"num_inference_steps": 4}
+    with guide(pipe, spec) as guidance:
+        expected = run(pipe, PROMPTS, latents=latents, **arguments)
+    guider = guider_of(spec, guidance_scale=5.0)
+    modular = modular_sdxl(pipe, guider)
+    for _ in range(2 if spec.reuse > 1 else 1):
+        guided = run_sdxl(modular, pipe, PROMPTS, latents=latents, **arguments)
+        assert relative(guided, expected) < PIPELINE_TOLERANCE
+    counts = {row.layer: row.fired for row in guidance.report().layers}
+    runs = guider.report().forwards // 8
+    assert {row.layer: row.fired for row in guider.report().layers} == {k: runs * n for k, n in counts.items()}
+
+
+def test_both_calls_of_a_second_order_step_are_that_step() -> None:
+    """diffusers' guiders take the number of the call for that of the step, and stop halfway."""
+    for theirs in (SmoothedEnergyGuidance(seg_guidance_layers=[0]), ClassifierFreeGuidance()):
+        theirs.set_state(4, 4, torch.tensor(1.0))  # the fifth of the seven calls of four steps
+        assert theirs.num_conditions == 1
+    pipe, latents = tiny_pipeline(scheduler=HeunDiscreteScheduler()), noise(1, 8, 12)
+    spec = SEG(scale=2.0, stop=0.5)
+    with guide(pipe, spec):
+        expected = run(pipe, latents=latents, num_inference_steps=4)
+    guided = run_sdxl(
+        modular_sdxl(pipe, SEGGuider(spec, guidance_scale=5.0)), pipe, latents=latents, num_inference_steps=4
+    )
+    assert relative(guided, expected) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("original", [False, True], ids=["native", "original"])
+def test_intervals_of_classifier_free_guidance(original: bool) -> None:
+    """Outside of them ``c + s (c - p)``; between runs a pipeline is told that it needs both prompts."""
+    pipe, latents = tiny_pipeline(), noise(1, 8, 12)
+    guider = SEGGuider(
+        guidance_scale=4.0 if original else 5.0,
+        scale=2.0,
+        guidance_stop=0.3,
+        use_original_formulation=original,
+    )
+    modular = modular_sdxl(pipe, guider)
+    first = run_sdxl(modular, pipe, latents=latents)
+    assert guider.report().forwards == 4  # 2 + 1 + 1
+    assert guider.num_conditions == 2
+    assert torch.equal(run_sdxl(modular, pipe, latents=latents), first)
+    both = run_sdxl(modular_sdxl(pipe, SEGGuider(guidance_scale=5.0, scale=2.0)), pipe, latents=latents)
+    one = run_sdxl(modular_sdxl(pipe, SEGGuider(guidance_scale=1.0, scale=2.0)), pipe, latents=latents)
+    assert min(relative(first, both), relative(first, one)) > 10 * PIPELINE_TOLERANCE
+    native = SEGGuider(guidance_scale=5.0, scale=2.0, guidance_stop=0.3)
+    assert relative(run_sdxl(modular_sdxl(pipe, native), pipe, latents=latents), first) < PIPELINE_TOLERANCE
+
+
+def test_no_guidance_is_classifier_free_guidance_alone() -> None:
+    pipe, latents = tiny_pipeline(), noise(1, 8, 12)
+    plain = run_sdxl(modular_sdxl(pipe, ClassifierFreeGuidance(5.0)), pipe, latents=latents)
+    guider = SEGGuider(guidance_scale=5.0, scale=0.0)
+    assert torch.equal(run_sdxl(modular_sdxl(pipe, guider), pipe, latents=latents), plain)
+    with pytest.warns(UserWarning, match="fired in none of 6 forwards"):
+        guider.report()
+
+
+def test_it_is_disabled_and_enabled() -> None:
+    """In a pipeline that does not enable it itself."""
+    model, pipe = MODELS["sd3"], built("sd3")
+    guider = SEGGuider(guidance_scale=4.0, layers=model.layers, enabled=False)
+    modular = modular_transformer("sd3", pipe, guider)
+    assert torch.equal(run_transformer("sd3", modular), run_stock(model, pipe, cfg=False))
+    guider.enable()
+    assert relative(run_transformer("sd3", modular), run_stock(model, pipe, cfg=False)) > 1e-3

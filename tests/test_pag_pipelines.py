@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``guide(pipe, PAG(...))`` on the pipeline of a task is diffusers' own pipeline with PAG for that task.
+
+``test_diffusers_pag.py`` has text to image with Stable Diffusion 1 and XL, and what the arguments mean.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformer_models
+import unet_cases
+from compatibility import proves
+from diffusers_tools import PIPELINE_TOLERANCE, relative
+from model_words import of_transformer, of_unet
+from motion_models import MOTION
+from unet_models import IMAGES
+
+from segkern.integrations.diffusers import PAG, guide
+
+UNETS = {
+    "sd1-image": "StableDiffusionPAGImg2ImgPipeline",
+    "sd1-inpaint-4": "StableDiffusionPAGInpaintPipeline",
+    "sd1-inpaint-9": "StableDiffusionPAGInpaintPipeline",
+    "sd1-ip-adapter": "StableDiffusionPAGPipeline",
+    "sd1-controlnet": "StableDiffusionControlNetPAGPipeline",
+    "sd1-controlnets": "StableDiffusionControlNetPAGPipeline",
+    "sd1-controlnet-inpaint": "StableDiffusionControlNetPAGInpaintPipeline",
+    "sd2": "StableDiffusionPAGPipeline",
+    "sdxl-image": "StableDiffusionXLPAGImg2ImgPipeline",
+    "sdxl-refiner": "StableDiffusionXLPAGImg2ImgPipeline",
+    "sdxl-inpaint-9": "StableDiffusionXLPAGInpaintPipeline",
+    "sdxl-controlnet": "StableDiffusionXLControlNetPAGPipeline",
+    "sdxl-controlnet-image": "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+    "kolors": "KolorsPAGPipeline",
+    "animatediff": "AnimateDiffPAGPipeline",
+}
+
+TRANSFORMERS = {
+    "sd3": "StableDiffusion3PAGPipeline",
+    "pixart-sigma": "PixArtSigmaPAGPipeline",
+    "hunyuan-dit": "HunyuanDiTPAGPipeline",
+}
+
+CASES = {**IMAGES, **MOTION}
+UNET_RUNS = [(name, cfg) for name in UNETS for cfg in (True, False) if CASES[name].scales[0 if cfg else 1] is not None]
+
+# Without guidance by text diffusers' pipeline for Hunyuan-DiT itself fails.
+TRANSFORMER_RUNS = [(name, cfg) for name in TRANSFORMERS for cfg in (True, False) if cfg or name != "hunyuan-dit"]
+
+CFG_OR_NOT = pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no-cfg"])
+
+
+def other(kind: Any, pipe: Any, layers: str | list[str], **more: Any) -> Any:
+    """A pipeline of another class with the parts of this one."""
+    taken = inspect.signature(kind.__init__).parameters
+    given = {name: part for name, part in {**pipe.config, **pipe.components, **more}.items() if name in taken}
+    made = kind(**given, **({} if layers == "" else {"pag_applied_layers": layers}))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def _vae() -> Any:
+    """A small VAE, whose latents are half as high and wide."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        shift_factor=0.06,
+    ).eval()
+
+
+@proves(guidance="PAG")
+@pytest.mark.parametrize(
+    ("name", "cfg"), [pytest.param(*each, marks=of_unet(each[0], UNETS[each[0]])) for each in UNET_RUNS]
+)
+def test_unets(name: str, cfg: bool) -> None:
+    """Latents of diffusers' own pipeline with PAG for the task."""
+    case, where = CASES[name], "mid" if cfg else "up"
+    pipe = case.build(case)
+    plain = unet_cases.run(case, pipe, cfg)
+    with guide(pipe, PAG(scale=2.5, layers=where)):
+        ours = unet_cases.run(case, pipe, cfg)
+    # Their patterns are searched in the names, and "mid_block" alone is in those of motion modules too.
+    theirs = other(unet_cases.kind_of(UNETS[name]), pipe, f"{where}_block.*attentions")
+    expected = unet_cases.run(case, theirs, cfg, pag_scale=2.5)
+    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
+    assert relative(ours, expected) < PIPELINE_TOLERANCE
+
+
+@proves(guidance="PAG")
+@pytest.mark.parametrize(
+    ("name", "cfg"), [pytest.param(*each, marks=of_transformer(each[0])) for each in TRANSFORMER_RUNS]
+)
+def test_transformers(name: str, cfg: bool) -> None:
+    """Latents of diffusers' own pipeline with PAG for the model."""
+    model = transformer_models.MODELS[name]
+    pipe = model.build()
+    plain = transformer_models.run(model, pipe, samples=2, cfg=cfg)
+    with guide(pipe, PAG(scale=2.5, layers=[1, 3])):
+        ours = transformer_models.run(model, pipe, samples=2, cfg=cfg)
+    theirs = other(getattr(diffusers, TRANSFORMERS[name]), pipe, ["blocks.1", "blocks.3"])
+    expected = transformer_models.run(model, theirs, samples=2, cfg=cfg, pag_scale=2.5)
+    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
+    assert relative(ours, expected) < PIPELINE_TOLERANCE
+
+
+@proves(group="Transformers", model="Stable Diffusion 3", task="image to image", guidance="PAG")
+@CFG_OR_NOT
+def test_stable_diffusion_3_from_an_image(cfg: bool) -> None:
+    """Latents of diffusers' own pipeline with PAG for the task."""
+    model = transformer_models.MODELS["sd3"]
+    parts = {"vae": _vae(), "image_encoder": None, "feature_extractor": None}
+    pipe = other(diffusers.StableDiffusion3Img2ImgPipeline, model.build(), "", **parts)
+    # A token is 2 latents wide, a latent 2 pixels.
+    given = {"image": torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(3)), "strength": 0.7}
+    given |= {"height": 24, "width": 16, "num_inference_steps": 3}
+    plain = transformer_models.run(model, pipe, samples=2, cfg=cfg, **given)
+    with guide(pipe, PAG(scale=2.5, layers=2)):
+        ours = transformer_models.run(model, pipe, samples=2, cfg=cfg, **given)
+    theirs = other(diffusers.StableDiffusion3PAGImg2ImgPipeline, pipe, "blocks.2")
+    expected = transformer_models.run(model, theirs, samples=2, cfg=cfg, **given, pag_scale=2.5)
+    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
+    assert relative(ours, expected) < PIPELINE_TOLERANCE

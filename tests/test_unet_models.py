@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UNets at all their tasks under ``guide``, each against a slow way to guide that uses nothing of the adapter."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from model_words import of_unet
+from motion_models import MOTION
+from transformer_tools import Perturbed
+from unet_cases import run
+from unet_models import IMAGES
+from unet_tools import self_attentions, slow_run
+
+from segkern.integrations.diffusers import PAG, SEG, guide
+
+CASES = {**IMAGES, **MOTION}
+
+# With classifier-free guidance and without it, each beside other guidances.
+RUNS = [
+    (name, cfg) for name, case in CASES.items() for cfg in (True, False) if case.scales[0 if cfg else 1] is not None
+]
+
+
+def proved(name: str, cfg: bool) -> pytest.MarkDecorator:
+    return of_unet(name, CASES[name].name, guidance="SEG" if cfg else ("SEG at infinity", "PAG"))
+
+
+@lru_cache(maxsize=len(CASES))
+def built(name: str) -> Any:
+    return CASES[name].build(CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    [pytest.param(*each, marks=proved(*each)) for each in RUNS],
+    ids=lambda each: each if isinstance(each, str) else ("", "cfg")[each],
+)
+def test_equals_the_slow_way(name: str, cfg: bool) -> None:
+    """Every branch in a forward of its own, its attention by blurred logits in float64; not square, two samples."""
+    case, pipe = CASES[name], built(name)
+    modules = self_attentions(pipe.unet, case.modules)
+    specs: list[Any] = (
+        [SEG(2.0, 1.5, case.layers)] if cfg else [SEG(1.5, math.inf, case.layers), PAG(-0.5, case.layers)]
+    )
+    slow = (
+        [Perturbed(2.0, 1.5, modules)] if cfg else [Perturbed(1.5, math.inf, modules), Perturbed(-0.5, None, modules)]
+    )
+    plain = run(case, pipe, cfg)
+    processors = dict(pipe.unet.attn_processors)
+    expected = slow_run(pipe, slow, lambda: run(case, pipe, cfg), case.size, cfg)
+    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # there is something to see
+    with guide(pipe, *specs) as active:
+        guided = run(case, pipe, cfg)
+    assert relative(guided, expected) < PIPELINE_TOLERANCE
+    report = active.report()
+    assert {row.module for row in report.layers} == set(modules)
+    assert report.forwards > 0
+    assert all(row.fired == report.forwards and row.moved is not None and row.moved > 0 for row in report.layers)
+    assert all(pipe.unet.attn_processors[name] is processors[name] for name in processors)
+    assert hooks_of(pipe.unet) == 0
+    assert torch.equal(run(case, pipe, cfg), plain)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks of UNets that are more than one call: other sizes, low-rank adapters, videos; and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers_tools import PIPELINE_TOLERANCE, batches_seen, hooks_of, relative
+from motion_models import FRAMES, MOTION
+from transformer_tools import Perturbed
+from unet_cases import Case, run, unet
+from unet_models import IMAGES
+from unet_tools import self_attentions, slow_run
+
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
+
+
+@lru_cache(maxsize=8)
+def built(name: str) -> tuple[Case, Any]:
+    case = {**IMAGES, **MOTION}[name]
+    return case, case.build(case)
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_the_size_changes_between_calls(name: str) -> None:
+    """One guidance serves all sizes."""
+    case, pipe = built(name)
+    sizes = ((8, 12), (12, 8), (12, 20))
+    modules = self_attentions(pipe.unet, ("mid_block.*",))
+    with guide(pipe, SEG(2.0, 1.5)):
+        guided = [run(replace(case, size=size), pipe, True) for size in (*sizes, (8, 12))]
+    for size, output in zip(sizes, guided, strict=False):
+        each = replace(case, size=size)
+        slow = slow_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda each=each: run(each, pipe, True), size, True)
+        assert relative(output, slow) < PIPELINE_TOLERANCE
+    assert torch.equal(guided[3], guided[0])
+
+
+def test_a_second_pass_at_a_higher_resolution() -> None:
+    """The pipeline for images made from the one for text has the same UNet; each is guided in its turn."""
+    case, first = built("sd1")
+    second = StableDiffusionImg2ImgPipeline.from_pipe(first)
+    second.set_progress_bar_config(disable=True)
+    larger = replace(IMAGES["sd1-image"], size=(16, 24))
+    with guide(first, SEG(2.0, 1.5)):
+        small = run(case, first, True)
+        enlarged = torch.nn.functional.interpolate(small, scale_factor=2.0)
+        with pytest.raises(ValueError, match="guided already"):
+            guide(second, SEG())
+        plain = run(larger, second, True, image=enlarged)
+    assert torch.equal(run(larger, second, True, image=enlarged), plain)
+    slow = [Perturbed(2.0, math.inf, self_attentions(second.unet, ("mid_block.*",)))]
+    expected = slow_run(second, slow, lambda: run(larger, second, True, image=enlarged), larger.size, True)
+    with guide(second, SEG(2.0)):
+        assert relative(run(larger, second, True, image=enlarged), expected) < PIPELINE_TOLERANCE
+    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["beside", "fused"])
+def test_low_rank_adapters_of_peft(fused: bool) -> None:
+    peft = pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
+    case = IMAGES["sd1"]
+    pipe = case.build(case)
+    plain = run(case, pipe, True)
+    torch.manual_seed(0)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+    if fused:
+        pipe.unet.fuse_lora()
+    modules = self_attentions(pipe.unet, ("*",))
+    adapted = run(case, pipe, True)
+    assert relative(adapted, plain) > 10 * PIPELINE_TOLERANCE
+    expected = slow_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda: run(case, pipe, True), case.size, True)
+    with guide(pipe, SEG(2.0, 1.5, ["down", "mid", "up"])):
+        assert relative(run(case, pipe, True), expected) < PIPELINE_TOLERANCE
+    assert torch.equal(run(case, pipe, True), adapted)
+
+
+def test_layers_of_videos_are_those_over_the_image() -> None:
+    case, pipe = built("animatediff")
+    layers = list_layers(pipe, *case.pixels)
+    assert {layer.module for layer in layers} == set(self_attentions(pipe.unet, ("*",)))
+    assert [layer.name for layer in layers] == ["d0", "m0", "u0", "u1"]
+    assert [(layer.grid.height, layer.grid.width) for layer in layers if layer.grid] == [
+        (8, 12),
+        (4, 6),
+        *[(8, 12)] * 2,
+    ]
+    assert not any("motion_modules" in layer.module for layer in layers)
+    with pytest.raises(ValueError, match="unknown layer"):
+        guide(pipe, SEG(layers="*.motion_modules.*"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "down", "mid"), [("mid", 0, 1), ("up", 0, 0), ("d0", 1, 1)], ids=["mid", "up", "down"]
+)
+def test_frames_of_a_branch_join_at_the_first_perturbed_block(layers: str, down: int, mid: int) -> None:
+    case, pipe = built("animatediff")
+    with guide(pipe, SEG(layers=layers)):
+        seen = batches_seen(pipe, lambda: run(case, pipe, True))
+    frames = FRAMES * case.samples
+    assert seen["down_blocks.0"] == {(2 + down) * frames}
+    assert seen["mid_block"] == {(2 + mid) * frames}
+    assert seen["up_blocks.1"] == {3 * frames}
+    with guide(pipe, SEG(layers=layers), share=False):
+        seen = batches_seen(pipe, lambda: run(case, pipe, True))
+    assert {size for sizes in seen.values() for size in sizes} == {3 * frames}
+
+
+def test_each_video_has_its_sigma() -> None:
+    """One number for each sample serves all of its frames."""
+    case, pipe = built("animatediff")
+    outputs = []
+    for sigma in ((0.5, 2.0), 0.5, 2.0):
+        with guide(pipe, SEG(2.0, sigma, "mid")):
+            outputs.append(run(case, pipe, True))
+    both, first, second = outputs
+    assert relative(both[0], first[0]) < PIPELINE_TOLERANCE
+    assert relative(both[1], second[1]) < PIPELINE_TOLERANCE
+    assert relative(first, second) > PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [SEG(2.0, 1.5, "up", query_stride=2), SEG(query_stride="auto", sigma=3.0), SEG(2.0, 1.5, reuse=2, stop=0.9)],
+    ids=str,
+)
+def test_other_options_for_videos(spec: Any) -> None:
+    case, pipe = built("animatediff")
+    plain = run(case, pipe, True, num_inference_steps=3)
+    outputs = []
+    for share in (True, False):
+        with guide(pipe, spec, share=share):
+            outputs.append(run(case, pipe, True, num_inference_steps=3))
+    assert relative(outputs[0], outputs[1]) < PIPELINE_TOLERANCE
+    assert relative(outputs[0], plain) > 10 * PIPELINE_TOLERANCE
+
+
+def test_free_init_runs_the_loop_several_times() -> None:
+    """Every pass of FreeInit is a run, from its first step to its last."""
+    case = MOTION["animatediff"]
+    pipe = case.build(case)
+    pipe.enable_free_init(num_iters=2, method="gaussian")
+    modules = self_attentions(pipe.unet, ("mid_block.*",))
+    expected = slow_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda: run(case, pipe, True), case.size, True)
+    with guide(pipe, SEG(2.0, 1.5)) as active:
+        assert relative(run(case, pipe, True), expected) < PIPELINE_TOLERANCE
+    assert active.report().layers[0].fired == 2 * case.steps
+    with guide(pipe, SEG(2.0, 1.5, stop=0.5)) as active:
+        run(case, pipe, True)
+    assert active.report().layers[0].fired == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "quoted"),
+    [
+        (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel takes SEG\(...\) and PAG\(...\)"),
+        (CFG(), "CFG needs a UNet2DConditionModel"),
+        (SEG(sigma_frames=1.0), "SEG.sigma_frames=1.0 needs layers that attend over frames"),
+        (PAG(layers="d7"), "unknown layer 'd7'; valid are 'down' .d0., 'mid' .m0., 'up' .u0 to u1."),
+    ],
+    ids=["sag", "cfg", "sigma_frames", "layer"],
+)
+def test_what_a_video_cannot_have_is_refused(spec: Any, quoted: str) -> None:
+    _, pipe = built("animatediff")
+    processors = dict(pipe.unet.attn_processors)
+    with pytest.raises(ValueError, match=quoted):
+        guide(pipe, spec)
+    assert hooks_of(pipe.unet) == 0
+    assert all(pipe.unet.attn_processors[name] is processors[name] for name in processors)
+
+
+def test_pieces_of_a_batch_are_refused() -> None:
+    case = MOTION["animatediff-free-noise"]
+    pipe = case.build(case)
+    pipe.enable_free_noise_split_inference(spatial_split_size=4, temporal_split_size=2)
+    with pytest.raises(ValueError, match=r"m0 \(mid_block.*runs on one piece of the batch after the other"):
+        guide(pipe, SEG())
+    assert hooks_of(pipe.unet) == 0
+
+
+def _upscaler() -> UNet2DConditionModel:
+    """Of Stable Diffusion's latent upscaler, whose blocks hold no transformers."""
+    return UNet2DConditionModel(
+        act_fn="gelu",
+        attention_head_dim=8,
+        norm_num_groups=None,
+        block_out_channels=(32, 32),
+        time_cond_proj_dim=8,
+        conv_in_kernel=1,
+        conv_out_kernel=1,
+        cross_attention_dim=32,
+        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"),
+        mid_block_type=None,
+        only_cross_attention=False,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_type="fourier",
+        timestep_post_act="gelu",
+        up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
+    )
+
+
+REFUSED = {
+    "AnimateDiffPAGPipeline": "perturbed branch of its own",
+    "CycleDiffusionPipeline": "the source image beside the new one",
+    "StableDiffusionAttendAndExcitePipeline": "several times in a step",
+    "StableDiffusionDiffEditPipeline": "batches of its own",
+    "StableDiffusionPipelineSafe": "a third part",
+    "StableDiffusionPix2PixZeroPipeline": "several times in a step",
+    "StableDiffusionSAGPipeline": r"take the pipeline without SAG, and SAG\(...\)",
+    "SemanticStableDiffusionPipeline": "a part for each edit",
+    "TextToVideoZeroPipeline": "attend to the first one",
+    "TextToVideoZeroSDXLPipeline": "attend to the first one",
+}
+
+
+def _bare(name: str, model: Any) -> Any:
+    """A pipeline with a denoiser and nothing else, not even what its class asks for."""
+    kind: Any = getattr(diffusers, name)
+    pipe = kind.__new__(kind)
+    pipe.register_modules(unet=model)
+    return pipe
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pipelines_with_other_batches_are_refused(name: str) -> None:
+    model = built("animatediff")[1].unet if name.startswith("AnimateDiff") else unet()
+    with pytest.raises(ValueError, match=f"guide cannot handle {name}: .*{REFUSED[name]}"):
+        guide(_bare(name, model), SEG())
+    assert hooks_of(model) == 0
+
+
+def test_models_without_such_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="this UNet2DConditionModel: none of its attention layers attends to an image"):
+        guide(_bare("StableDiffusionLatentUpscalePipeline", _upscaler()), SEG())
+    assert list_layers(_upscaler()) == []
+
+
+def test_other_models_are_refused_by_name() -> None:
+    names = inspect.signature(diffusers.UNet3DConditionModel.__init__).parameters
+    options = {"block_out_channels": (8, 8), "norm_num_groups": 4, "cross_attention_dim": 8, "attention_head_dim": 4}
+    options |= {"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D")}
+    options |= {"up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D")}
+    model = diffusers.UNet3DConditionModel(**{name: value for name, value in options.items() if name in names})
+    with pytest.raises(ValueError, match="got TextToVideoSDPipeline whose unet is a UNet3DConditionModel"):
+        guide(_bare("TextToVideoSDPipeline", model), SEG())
+
+
+def test_models_without_a_middle_say_so() -> None:
+    """SSD-1B has no attention there, the smallest BK-SDM nothing at all."""
+    for name, up in (("ssd-1b", "u0 to u3"), ("bk-sdm-tiny", "u0 to u1")):
+        _, pipe = built(name)
+        with pytest.raises(ValueError, match=f"unknown layer 'mid'; valid are 'down' .*, 'up' .{up}."):
+            guide(pipe, SEG())
+        assert hooks_of(pipe.unet) == 0

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of a UNet at a task: small random checkpoints, their pipelines, and how to call those."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers_tools import tiny_pipeline
+
+TEXT = 5  # tokens of a prompt
+CHANNELS, POOLED = 24, 8  # of its embeddings
+FACTOR = 2  # pixels along the side of a latent pixel
+
+Call = Callable[["Case", int, bool], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one task.
+
+    Attributes:
+        name: of the pipeline's class, which is the task.
+        build: makes the pipeline, without text encoders where it needs none.
+        call: arguments of its call for so many samples, whether with classifier-free guidance.
+        layers: where to guide, as ``guide`` takes it.
+        modules: patterns of the names of the same modules.
+        size: of the latents.
+        steps: of a run.
+        scales: values of ``guidance_scale`` with and without classifier-free guidance; None where there is no such run.
+        frames: of a video.
+        samples: of a batch.
+    """
+
+    name: str
+    build: Callable[[Case], Any]
+    call: Call
+    layers: Any = "mid"
+    modules: tuple[str, ...] = ("mid_block.*",)
+    size: tuple[int, int] = (8, 12)
+    steps: int = 2
+    scales: tuple[float | None, float | None] = (5.0, 1.0)
+    frames: int = 0
+    samples: int = 2
+    pixels: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pixels", (FACTOR * self.size[0], FACTOR * self.size[1]))
+
+
+def unet(**options: Any) -> UNet2DConditionModel:
+    """In Stable Diffusion 1's layout but small, unless the options tell otherwise; attention is far from uniform."""
+    levels = len(options.get("block_out_channels", (16, 32)))
+    defaults = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        "attention_head_dim": 2,  # diffusers' name for the number of heads
+        "cross_attention_dim": CHANNELS,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = UNet2DConditionModel(**{**defaults, **options})
+        for name, parameter in model.named_parameters():
+            if name.endswith(("attn1.to_q.weight", "attn1.to_k.weight")):
+                parameter.data *= 3.0
+    return model.eval().requires_grad_(False)
+
+
+def unet_xl(ids: int = 6, **options: Any) -> UNet2DConditionModel:
+    """In Stable Diffusion XL's layout: no attention at the first level, several transformer blocks at the second."""
+    defaults = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (1, 2),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": POOLED + 4 * ids,
+    }
+    return unet(**{**defaults, **options})
+
+
+def scheduler(kind: str = "DDIMScheduler", **options: Any) -> Any:
+    known = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if kind == "DDIMScheduler":
+        known |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    return getattr(diffusers, kind)(**known, **options)
+
+
+def kind_of(name: str) -> Any:
+    """The pipeline's class. diffusers hides those of Kolors where there is no sentencepiece, for its tokenizer."""
+    hidden = {"KolorsPAGPipeline": "pag.pipeline_pag_kolors", "KolorsPipeline": "kolors.pipeline_kolors"}
+    hidden["KolorsImg2ImgPipeline"] = "kolors.pipeline_kolors_img2img"
+    module = importlib.import_module(f"diffusers.pipelines.{hidden[name]}") if name in hidden else diffusers
+    return getattr(module, name)
+
+
+def pipeline(case: Case, model: Any, noise: Any = None, **parts: Any) -> Any:
+    """The case's pipeline with the tiny VAE and, unless given, no encoder of texts and images."""
+    kind = kind_of(case.name)
+    given = {"unet": model, "scheduler": noise or scheduler(), "vae": tiny_pipeline().components["vae"], **parts}
+    taken = inspect.signature(kind.__init__).parameters
+    if "requires_safety_checker" in taken:
+        given["requires_safety_checker"] = False
+    required = [name for name, each in taken.items() if each.default is each.empty and name not in ("self", "kwargs")]
+    pipe = kind(**{**dict.fromkeys(required), **given})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def embeds(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
+    """Embeddings of prompts and negative prompts; the size, where the pipeline takes one."""
+    taken = inspect.signature(kind_of(case.name).__call__).parameters
+    given: dict[str, Any] = {}
+    for seed, prefix in enumerate(("", "negative_") if cfg else ("",)):
+        generator = torch.Generator().manual_seed(seed)
+        given[f"{prefix}prompt_embeds"] = torch.randn(samples, TEXT, CHANNELS, generator=generator)
+        if f"{prefix}pooled_prompt_embeds" in taken:
+            given[f"{prefix}pooled_prompt_embeds"] = torch.randn(samples, POOLED, generator=generator)
+    if "height" in taken:
+        given |= {"height": case.pixels[0], "width": case.pixels[1]}
+    return given
+
+
+def with_options(**options: Any) -> Call:
+    """A call with embeddings and more; functions among the options are told the case and the number of samples."""
+
+    def call(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
+        more = {name: each(case, samples, cfg) if callable(each) else each for name, each in options.items()}
+        return {**embeds(case, samples, cfg), **more}
+
+    return call
+
+
+def run(case: Case, pipe: Any, cfg: bool, **more: Any) -> torch.Tensor:
+    """Latents of a short run."""
+    scale = case.scales[0 if cfg else 1]
+    given = {"num_inference_steps": case.steps, "guidance_scale": scale, **case.call(case, case.samples, cfg)}
+    given |= {"output_type": "latent", "generator": torch.Generator().manual_seed(5), **more}
+    output = pipe(**given)
+    return output.frames if case.frames else output.images
+
+
+def built_of(model: Callable[..., Any], noise: Any = None, parts: Any = None, **options: Any) -> Callable[[Case], Any]:
+    """How to build a pipeline: of which model with which options, and with which parts beside it."""
+
+    def build(case: Case) -> Any:
+        torch.manual_seed(11)
+        made = model(**options)
+        return pipeline(case, made, noise and noise(), **(parts(made) if parts is not None else {}))
+
+    return build
+
+
+def changed(make: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A pipeline that is changed after it is built."""
+
+    def build(case: Case) -> Any:
+        pipe = make(case)
+        change(pipe)
+        return pipe
+
+    return build
