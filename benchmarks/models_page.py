@@ -26,15 +26,15 @@ those of another way to compute the same guidance, named below each table. They 
 after a whole run, and must differ from the run without guidance by far more. A cell has runs with the pipeline's own
 classifier-free guidance, or without it, or both; some runs have two guidances at once. **yes** says that all tests of a
 cell passed with that version of diffusers, *no* that one failed, with its error. What is not in a table is not tested;
-it may work. SEG at infinity is `SEG(sigma=math.inf)`, the mean query; SEG alone has a finite sigma. Modular is with
-guiders, in diffusers' modular pipelines.
+it may work. SEG at infinity is `SEG(sigma=math.inf)`, the mean query; SEG alone has a finite sigma. A modular pipeline
+is one of diffusers' with a guider.
 
 The tests use no published weights and no GPU, and they say nothing about how pictures look."""
 
 _REFUSED = """\
 `guide` refuses what it would get wrong, before it touches anything. Beside the ones below it refuses pipelines without
-a `UNet2DConditionModel` or a transformer that it knows, with two denoisers, or whose call does not tell how its
-denoiser's batch is laid out."""
+a `UNet2DConditionModel`, a `UNetMotionModel` or a transformer that it knows, with two denoisers, or whose call does not
+tell how its denoiser's batch is laid out."""
 
 _DEFAULT = """\
 Where `SEG` and `PAG` act when they are given no layers. A model with too few blocks for the advice takes the block in

@@ -29,7 +29,7 @@ TASKS = (
     "text to video",
     "image to video",
     "video to video",
-    "modular, text to image",
+    "modular pipeline",
 )
 GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "CFG")
 SCHEMA = 1

@@ -41,7 +41,7 @@ def built(name: str) -> Any:
     return MODELS[name].build()
 
 
-MODULAR = "modular, text to image"
+MODULAR = "modular pipeline"
 PROVED = ("SEG at infinity", "SEG", "PAG", "SAG")  # by the specs
 
 

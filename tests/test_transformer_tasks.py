@@ -48,7 +48,7 @@ def cells() -> Iterator[Any]:
 
 @pytest.mark.parametrize("name, guidance", list(cells()))
 def test_equals_the_slow_way(name: str, guidance: str) -> None:
-    """Every branch in a forward of its own, its attention by blurred logits in float64; not square, two samples."""
+    """Every branch in a forward of its own, attention by blurred logits in float64; not square, mostly two samples."""
     model = TASKS[name]
     pipe = model.build()
     cfg, samples = name not in DISTILLED, 2 if model.frames == 1 else 1

@@ -42,7 +42,7 @@ def built(name: str) -> Any:
     ids=lambda each: each if isinstance(each, str) else ("", "cfg")[each],
 )
 def test_equals_the_slow_way(name: str, cfg: bool) -> None:
-    """Every branch in a forward of its own, its attention by blurred logits in float64; not square, two samples."""
+    """Every branch in a forward of its own, attention by blurred logits in float64; not square, mostly two samples."""
     case, pipe = CASES[name], built(name)
     modules = self_attentions(pipe.unet, case.modules)
     specs: list[Any] = (
