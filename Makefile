@@ -7,9 +7,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := segkern integrations training tests benchmarks setup.py
 JOBS ?= auto
+# The oldest diffusers that is supported: the one that Python 3.10 is tested with.
+OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format typecheck pytest benchmark evaluate train wheel clean
+.PHONY: help install demo test test-slow lint format typecheck pytest compatibility benchmark evaluate train wheel clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -45,6 +47,11 @@ typecheck: $(INSTALLED) ## mypy over the packages as they are installed
 
 pytest: $(INSTALLED) ## the tests alone, on all cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+compatibility: $(INSTALLED) ## the tests that prove docs/models.md, with the oldest diffusers that is supported
+	rm -rf build/diffusers-oldest
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target build/diffusers-oldest diffusers==$(OLDEST)
+	$(BIN)/python -m benchmarks compatibility --diffusers build/diffusers-oldest --jobs $(JOBS) --out build/compatibility.json
 
 benchmark: $(INSTALLED) ## speed against everything one could pick instead, into benchmarks/results; long on a CPU
 	for suite in attention infinite coarse blur mass step; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run|plot|compare|tune|host|trust``, from a checkout."""
+"""``python -m benchmarks run|plot|compare|tune|host|trust|compatibility``, from a checkout."""
 
 from __future__ import annotations
 
@@ -301,6 +301,28 @@ def energy() -> None:
         task = progress.add_task("energy", total=None)
         counting.measure(lambda name: progress.update(task, description=f"energy: {name}"))
     typer.echo(f"wrote {counting.FOLDER}")
+
+
+@app.command()
+def compatibility(
+    diffusers: Annotated[
+        Path | None, typer.Option(help="Folder of pip install --no-deps --target with another diffusers.")
+    ] = None,
+    jobs: Annotated[str, typer.Option(help="Processes: a number or auto.")] = "0",
+    out: Annotated[
+        Path | None, typer.Option(help="The JSON file; benchmarks/results/compatibility/<version>.json.")
+    ] = None,
+) -> None:
+    """Run the tests that prove a cell of docs/models.md and write what became of them; a failure is exit code 1."""
+    from benchmarks import compatibility as proving
+
+    with refusing():
+        path, found, code = proving.run(diffusers, out, jobs)
+    passed = sum(test["outcome"] == "passed" for test in found["tests"])
+    typer.echo(f"diffusers {found['environment']['diffusers']}: {passed} of {len(found['tests'])} tests passed")
+    typer.echo(f"wrote {path}")
+    if code:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -10,11 +10,13 @@ from typing import Any
 
 from benchmarks import (
     approximations,
+    compatibility,
     compiled_page,
     energy,
     energy_page,
     family,
     host,
+    models_page,
     performance,
     plots,
     results,
@@ -130,6 +132,7 @@ def main() -> None:
         step_page.picture(found, steps.FOLDER / f"{stem}.png")
     compiled = json.loads(COMPILED.read_text(encoding="utf-8"))
     (docs / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
+    (docs / "models.md").write_text(models_page.page(compatibility.committed()), encoding="utf-8")
     (docs / "energy.md").write_text(energy_page.page(energy.committed()), encoding="utf-8")
     energy_page.pictures(energy.committed_run(), energy.FOLDER / "picture.png", docs)
     if not EVALUATION.exists():

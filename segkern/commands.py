@@ -19,6 +19,7 @@ from segkern.energy_command import energy
 from segkern.environment import version_of
 from segkern.explain import Call, explain
 from segkern.guidance_options import names_of, refuse_blur, scales_of, specs_of
+from segkern.layers_command import layers as list_model_layers
 from segkern.options import listed, size_of, stride
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.tables import wide
@@ -191,31 +192,7 @@ def generate(
     typer.echo(f"wrote {out}" + ("" if kept else " (only PNG keeps the settings as text)"))
 
 
-@app.command("layers")
-def list_model_layers(model: Model, width: Width = None, height: Height = None, config: Config = None) -> None:
-    """List the self-attention layers that a guidance can act on; needs configuration files only."""
-    need_diffusers()
-    from segkern.integrations.diffusers import list_layers
-
-    with refusing():
-        source = loading.find_model(model, config)
-        outline = loading.outline(source)
-        size = loading.image_size(outline, width, height)
-    table = Table(
-        "layer",
-        "part",
-        "heads",
-        "head dim",
-        "tokens",
-        "module",
-        title=f"{source.name}, {size[0]} x {size[1]}",
-    )
-    for layer in list_layers(outline, size[1], size[0]):
-        grid = f"{layer.grid.height}x{layer.grid.width}" if layer.grid else "?"
-        table.add_row(layer.name, layer.part, str(layer.heads), str(layer.head_dim), grid, layer.module)
-    wide(table).print(table)
-
-
+app.command("layers")(list_model_layers)
 app.command()(energy)
 
 

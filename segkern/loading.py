@@ -130,6 +130,11 @@ def outline(source: Source) -> Outline:
     try:
         config = UNet2DConditionModel.load_config(source.config, subfolder="unet")
     except OSError as error:
+        if (Path(source.config) / "transformer").is_dir():
+            raise ValueError(
+                f"{source.name!r} has a transformer and no UNet2DConditionModel, which this command needs; "
+                f"segkern layers and, in Python, guide take it"
+            ) from None
         remote = not Path(source.config).is_dir()
         advice = "; a hub name needs a connection, or a copy in the cache" if remote else ""
         raise OSError(f"no denoiser's configuration found in {source.config!r}{advice} ({error})") from error

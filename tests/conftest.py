@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from compatibility import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401  hooks
 from hypothesis import HealthCheck, settings
 
 # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compatibility import proves
 
 from segkern.integrations.diffusers import CFG, PAG, SEG, guide
 from tests.diffusers_tools import PIPELINE_TOLERANCE, batches_seen, noise, relative, run, tiny_pipeline
@@ -16,10 +17,18 @@ from tests.family_tools import tiny_sd
 MODELS = {"SDXL": tiny_pipeline, "SD 1": tiny_sd}
 
 
+PROVED = [
+    pytest.param("SDXL", marks=proves(model="Stable Diffusion XL")),
+    pytest.param("SD 1", marks=proves(model="Stable Diffusion 1")),
+]
+
+
+@proves(task="text to image", guidance="CFG")
 @pytest.mark.parametrize("others", [(), (SEG(sigma=2.0), PAG(scale=1.0, layers="up"))], ids=["alone", "with others"])
 @pytest.mark.parametrize("negative", ["", "a blurry photograph"], ids=["no negative prompt", "negative prompt"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", PROVED)
 def test_it_is_the_pipelines_own(model: str, negative: str, others: tuple[Any, ...]) -> None:
+    """Latents of the pipeline's own classifier-free guidance."""
     pipe = MODELS[model]()
     arguments = {"latents": noise(2, 8, 12), "num_images_per_prompt": 2}
     with guide(pipe, *others, CFG(gamma=5.0, negative_prompt=negative)) as guidance:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compatibility import proves
 from diffusers.models.attention_processor import Attention
 from diffusers_tools import GOLDEN, PIPELINE_TOLERANCE, golden_cases, relative, tiny_pipeline
 from safetensors import safe_open
@@ -28,9 +29,15 @@ def split(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**stock, "output_type": "latent"}, {k: v for k, v in case.items() if k.startswith("seg_")}
 
 
+def proved(case: dict[str, Any]) -> pytest.MarkDecorator:
+    return proves(guidance="SEG at infinity" if case["seg_blur_sigma"] > 9999 else "SEG")
+
+
+@proves(model="Stable Diffusion XL", task="text to image")
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=proved(case)) for case in CASES], ids=IDS)
 def test_guide_reproduces_the_official_latents(case: dict[str, Any], share: bool) -> None:
+    """Latents that the official implementation drew, within the tolerance of float32."""
     stock, seg = split(case)
     sigma = math.inf if seg["seg_blur_sigma"] > 9999 else seg["seg_blur_sigma"]
     layers = seg.get("seg_applied_layers_index") or seg["seg_applied_layers"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compatibility import proves
 from diffusers import EulerDiscreteScheduler, StableDiffusionPAGPipeline, StableDiffusionXLPAGPipeline
 
 from segkern.integrations.diffusers import PAG, guide
@@ -14,6 +15,11 @@ from tests.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny
 from tests.family_tools import tiny_sd
 
 MODELS = {"SDXL": (tiny_pipeline, StableDiffusionXLPAGPipeline), "SD 1": (tiny_sd, StableDiffusionPAGPipeline)}
+
+PROVED = [
+    pytest.param("SDXL", marks=proves(model="Stable Diffusion XL")),
+    pytest.param("SD 1", marks=proves(model="Stable Diffusion 1")),
+]
 
 
 def theirs(model: str, layers: str | list[str], scale: float, adaptive: float, **arguments: Any) -> torch.Tensor:
@@ -27,14 +33,16 @@ def theirs(model: str, layers: str | list[str], scale: float, adaptive: float, *
         pipe.unet.set_attn_processor(original)
 
 
+@proves(task="text to image", guidance="PAG")
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize(
     ("layers", "share"), [("mid", True), ("mid", False), ("up", True), (["down", "mid"], True)], ids=str
 )
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", PROVED)
 def test_it_is_that_of_the_pipelines_with_pag(
     model: str, layers: str | list[str], guidance_scale: float, share: bool
 ) -> None:
+    """Latents of diffusers' own pipelines with PAG."""
     arguments = {"latents": noise(2, 8, 12), "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
     pipe = MODELS[model][0]()
     with guide(pipe, PAG(scale=2.5, layers=layers), share=share):

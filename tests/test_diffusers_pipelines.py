@@ -10,6 +10,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from compatibility import proves
 from diffusers import (
     ControlNetModel,
     StableDiffusionXLAdapterPipeline,
@@ -48,7 +49,9 @@ def image(channels: int = 3) -> torch.Tensor:
     return torch.rand(1, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
 
 
+@proves(model="Stable Diffusion XL", task="image to image", guidance="SEG at infinity")
 def test_image_to_image() -> None:
+    """Shared branches against every branch in full."""
     _, seen = guided_both_ways(
         tiny_pipeline(StableDiffusionXLImg2ImgPipeline),
         [SEG()],
@@ -67,7 +70,9 @@ def test_image_to_image_counts_the_steps_it_takes() -> None:
     assert (report.forwards, report.layers[0].fired) == (4, 2)
 
 
+@proves(model="Stable Diffusion XL", task="inpainting", guidance="SEG")
 def test_inpainting() -> None:
+    """Shared branches against every branch in full."""
     mask = torch.zeros(1, 1, SIZE, SIZE)
     mask[:, :, 16:48, 8:40] = 1.0
     _, seen = guided_both_ways(
@@ -93,21 +98,26 @@ def _controlled() -> Any:
     return tiny_pipeline(StableDiffusionXLControlNetPipeline, controlnet=controlnet.eval())
 
 
+INFINITE, FINITE = proves(guidance="SEG at infinity"), proves(guidance="SEG")
+
+
+@proves(model="Stable Diffusion XL", task="ControlNet")
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0], ids=["without_cfg", "cfg"])
 @pytest.mark.parametrize(
     "specs, down, mid",
     [
-        ([SEG()], 0, 1),
-        ([SEG(layers="up")], 0, 0),
-        ([SEG(layers="up"), SEG(sigma=2.0, layers="mid")], 0, 1),
-        ([SEG(layers="d0")], 1, 1),
-        ([SEG(layers="mid"), SEG(sigma=2.0, layers="d2")], 2, 2),
+        pytest.param([SEG()], 0, 1, marks=INFINITE),
+        pytest.param([SEG(layers="up")], 0, 0, marks=INFINITE),
+        pytest.param([SEG(layers="up"), SEG(sigma=2.0, layers="mid")], 0, 1, marks=FINITE),
+        pytest.param([SEG(layers="d0")], 1, 1, marks=INFINITE),
+        pytest.param([SEG(layers="mid"), SEG(sigma=2.0, layers="d2")], 2, 2, marks=FINITE),
     ],
     ids=["mid", "up", "up_and_mid", "down", "mid_and_down"],
 )
 def test_controlnet_residuals_meet_the_batch_they_are_added_to(
     specs: list[SEG], down: int, mid: int, guidance_scale: float
 ) -> None:
+    """Shared branches against every branch in full; the control image makes a difference."""
     pipe = _controlled()
     plain = 1 if guidance_scale == 1.0 else 2
     output, seen = guided_both_ways(pipe, specs, image=image(), guidance_scale=guidance_scale)
@@ -137,8 +147,10 @@ def _adapted() -> Any:
     return tiny_pipeline(StableDiffusionXLAdapterPipeline, adapter=adapter)
 
 
+@proves(model="Stable Diffusion XL", task="T2I-Adapter", guidance="SEG at infinity")
 @pytest.mark.parametrize("layers", ["d2", "mid", "up"])
 def test_t2i_adapter_residuals_are_added_to_every_branch(layers: str) -> None:
+    """Shared branches against every branch in full; the control image makes a difference."""
     pipe = _adapted()
     arguments = {"image": image(), "height": SIZE, "width": SIZE}
     output, seen = guided_both_ways(pipe, [SEG(layers=layers)], **arguments)
@@ -163,8 +175,10 @@ def test_steps_without_the_t2i_adapter_share_again() -> None:
     assert seen["conv_in"] == {2, 3}
 
 
+@proves(model="Stable Diffusion XL", task="IP-Adapter", guidance="SEG at infinity")
 @pytest.mark.parametrize("layers", ["d2", "mid"])
 def test_ip_adapter_tokens_reach_every_branch(layers: str) -> None:
+    """Shared branches against every branch in full; the image prompt makes a difference."""
     pipe = tiny_pipeline(own_unet=True)
     pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
     embeds = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1))  # unconditional and conditional

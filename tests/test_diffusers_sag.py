@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compatibility import proves
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -37,9 +38,11 @@ def theirs(pipe: Any, scale: float, **arguments: Any) -> torch.Tensor:
             module._forward_hooks.clear()
 
 
+@proves(model="Stable Diffusion 1", task="text to image", guidance="SAG")
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_it_is_that_of_the_pipeline_with_sag(prediction: str, guidance_scale: float) -> None:
+    """Latents of diffusers' own pipeline with SAG, for denoisers that predict noise, v or the image."""
     arguments = {"latents": noise(2, 16, 24), "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
     expected = theirs(tiny_sd(StableDiffusionSAGPipeline, prediction_type=prediction), 0.75, **arguments)
     pipe = tiny_sd(prediction_type=prediction)
@@ -116,10 +119,14 @@ def sag_run(pipe: Any, latents: torch.Tensor, guidance_scale: float, steps: int,
     return x
 
 
+@proves(model="Stable Diffusion XL", task="text to image", guidance="SAG")
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize("scheduler", ["Euler", "DDIM"])
 def test_stable_diffusion_xl_is_guided_by_the_same_definition(scheduler: str, guidance_scale: float) -> None:
-    """Euler's latents have growing variance, and its timesteps lie between whole ones."""
+    """Latents of a loop that follows the paper's definition; two schedulers.
+
+    Euler's latents have growing variance, and its timesteps lie between whole ones.
+    """
     pipe = tiny_pipeline(own_unet=True)
     if scheduler == "Euler":
         pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
@@ -133,6 +140,7 @@ def test_stable_diffusion_xl_is_guided_by_the_same_definition(scheduler: str, gu
     with guide(pipe, SAG()):
         ours = run(pipe, latents=latents, guidance_scale=guidance_scale)
     assert relative(ours, expected) < PIPELINE_TOLERANCE
+    assert relative(ours, run(pipe, latents=latents, guidance_scale=guidance_scale)) > 1e-3
 
 
 def test_beside_a_cfg_spec_the_negative_branch_is_degraded() -> None:

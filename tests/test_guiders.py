@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from compatibility import proves
 from diffusers import HeunDiscreteScheduler
 from diffusers.guiders import ClassifierFreeGuidance, PerturbedAttentionGuidance, SmoothedEnergyGuidance
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, reference_run, relative, run, tiny_pipeline
+from model_words import of_transformer
 from modular_tools import TRANSFORMERS, modular_sdxl, modular_transformer, run_sdxl, run_transformer
 from transformer_models import MODELS
 from transformer_models import run as run_stock
@@ -39,10 +41,19 @@ def built(name: str) -> Any:
     return MODELS[name].build()
 
 
+MODULAR = "modular pipeline"
+PROVED = ("SEG at infinity", "SEG", "PAG", "SAG")  # by the specs
+
+
+@proves(model="Stable Diffusion XL", task=MODULAR)
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(spec, marks=proves(guidance=word)) for spec, word in zip(SPECS, PROVED, strict=True)],
+    ids=str,
+)
 def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> None:
-    """No square, two prompts; and the denoiser is what it was."""
+    """Latents of ``guide`` on the stock pipeline; not square, two prompts."""
     pipe, latents = tiny_pipeline(), noise(2, 8, 12)
     plain = run(pipe, PROMPTS, latents=latents, guidance_scale=guidance_scale)
     with guide(pipe, spec):
@@ -66,11 +77,18 @@ def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> 
 @pytest.mark.parametrize(
     ("name", "cfg"),
     # Without it Qwen-Image's modular pipeline takes the norm of the conditional prediction, and its stock one does not.
-    [(name, cfg) for name in TRANSFORMERS for cfg in (True, False) if cfg or name != "qwen-image"],
+    [
+        pytest.param(name, cfg, marks=of_transformer(name, task=MODULAR))
+        for name in TRANSFORMERS
+        for cfg in (True, False)
+        if cfg or name != "qwen-image"
+    ],
 )
-@pytest.mark.parametrize("kind", [SEG, PAG])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(SEG, marks=proves(guidance="SEG")), pytest.param(PAG, marks=proves(guidance="PAG"))]
+)
 def test_transformers(kind: type, name: str, cfg: bool) -> None:
-    """Against ``guide``, and for two of them against the slow way that uses nothing of the adapter."""
+    """Latents of ``guide`` on the stock pipeline, and for two models of the slow way too."""
     model, pipe = MODELS[name], built(name)
     spec = kind(scale=2.0, layers=model.layers, **({"sigma": 1.5} if kind is SEG else {}))
     given: dict[str, Any] = {"guidance_scale": 4.0 if cfg else 1.0}

@@ -57,7 +57,10 @@ ALLOWED = {
         "evaluation",
         "terminal",
         "energy_command",
+        "layers_command",
     },
+    "layers_command": {"loading", "outlines", "tables", "terminal", "integrations"},
+    "outlines": {"loading", "integrations"},
     "terminal": {"loading"},
     "energy_command": {
         "loading",

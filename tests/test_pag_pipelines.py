@@ -14,7 +14,9 @@ import pytest
 import torch
 import transformer_models
 import unet_cases
+from compatibility import proves
 from diffusers_tools import PIPELINE_TOLERANCE, relative
+from model_words import of_transformer, of_unet
 from motion_models import MOTION
 from unet_models import IMAGES
 
@@ -75,8 +77,12 @@ def _vae() -> Any:
     ).eval()
 
 
-@pytest.mark.parametrize(("name", "cfg"), UNET_RUNS)
+@proves(guidance="PAG")
+@pytest.mark.parametrize(
+    ("name", "cfg"), [pytest.param(*each, marks=of_unet(each[0], UNETS[each[0]])) for each in UNET_RUNS]
+)
 def test_unets(name: str, cfg: bool) -> None:
+    """Latents of diffusers' own pipeline with PAG for the task."""
     case, where = CASES[name], "mid" if cfg else "up"
     pipe = case.build(case)
     plain = unet_cases.run(case, pipe, cfg)
@@ -89,8 +95,12 @@ def test_unets(name: str, cfg: bool) -> None:
     assert relative(ours, expected) < PIPELINE_TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "cfg"), TRANSFORMER_RUNS)
+@proves(guidance="PAG")
+@pytest.mark.parametrize(
+    ("name", "cfg"), [pytest.param(*each, marks=of_transformer(each[0])) for each in TRANSFORMER_RUNS]
+)
 def test_transformers(name: str, cfg: bool) -> None:
+    """Latents of diffusers' own pipeline with PAG for the model."""
     model = transformer_models.MODELS[name]
     pipe = model.build()
     plain = transformer_models.run(model, pipe, samples=2, cfg=cfg)
@@ -102,8 +112,10 @@ def test_transformers(name: str, cfg: bool) -> None:
     assert relative(ours, expected) < PIPELINE_TOLERANCE
 
 
+@proves(group="Transformers", model="Stable Diffusion 3", task="image to image", guidance="PAG")
 @CFG_OR_NOT
 def test_stable_diffusion_3_from_an_image(cfg: bool) -> None:
+    """Latents of diffusers' own pipeline with PAG for the task."""
     model = transformer_models.MODELS["sd3"]
     parts = {"vae": _vae(), "image_encoder": None, "feature_extractor": None}
     pipe = other(diffusers.StableDiffusion3Img2ImgPipeline, model.build(), "", **parts)

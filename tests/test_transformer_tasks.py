@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from compatibility import proves
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
 from transformer_models import run
 from transformer_tasks import DISTILLED, TASKS
@@ -14,11 +17,38 @@ from transformer_tools import Perturbed, slow_run
 
 from segkern.integrations.diffusers import PAG, SEG, guide
 
+PROVED = {  # model and task in words
+    "sd3 img2img": ("Stable Diffusion 3", "image to image"),
+    "sd3 inpainting": ("Stable Diffusion 3.5", "inpainting"),
+    "sd3 ControlNet": ("Stable Diffusion 3", "ControlNet"),
+    "flux img2img": ("Flux.1", "image to image"),
+    "flux inpainting": ("Flux.1", "inpainting"),
+    "flux ControlNet": ("Flux.1", "ControlNet"),
+    "flux Kontext": ("Flux.1 Kontext", "editing"),
+    "flux Fill": ("Flux.1 Fill", "inpainting"),
+    "pixart-alpha": ("PixArt-alpha", "text to image"),
+    "qwen img2img": ("Qwen-Image", "image to image"),
+    "wan image to video": ("Wan", "image to video"),
+}
 
-@pytest.mark.parametrize("guidance", ["seg", "pag"])
-@pytest.mark.parametrize("name", TASKS)
+
+def sigma_of(name: str) -> float:
+    return math.inf if name.endswith("ControlNet") else 1.5
+
+
+def cells() -> Iterator[Any]:
+    """Every task with every guidance, and what it proves."""
+    for name in TASKS:
+        model, task = PROVED[name]
+        group = "Video" if TASKS[name].frames > 1 else "Transformers"
+        seg = "SEG at infinity" if math.isinf(sigma_of(name)) else "SEG"
+        for guidance, word in (("seg", seg), ("pag", "PAG")):
+            yield pytest.param(name, guidance, marks=proves(group=group, model=model, task=task, guidance=word))
+
+
+@pytest.mark.parametrize("name, guidance", list(cells()))
 def test_equals_the_slow_way(name: str, guidance: str) -> None:
-    """A grid that is not square and two samples, where the task takes two."""
+    """Every branch in a forward of its own, attention by blurred logits in float64; not square, mostly two samples."""
     model = TASKS[name]
     pipe = model.build()
     cfg, samples = name not in DISTILLED, 2 if model.frames == 1 else 1
@@ -27,7 +57,7 @@ def test_equals_the_slow_way(name: str, guidance: str) -> None:
         return run(model, pipe, 6, 4, samples=samples, cfg=cfg)
 
     plain = draw()
-    sigma = math.inf if name.endswith("ControlNet") else 1.5
+    sigma = sigma_of(name)
     slow = Perturbed(2.0, sigma if guidance == "seg" else None, model.modules)
     expected = slow_run(model, pipe, [slow], draw, 6, 4, cfg, samples)
     assert relative(plain, expected) > 5 * PIPELINE_TOLERANCE  # there is something to see

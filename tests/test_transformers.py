@@ -11,7 +11,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from compatibility import proves
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from model_words import of_transformer
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformer_models import MODELS, run
 from transformer_tools import Perturbed, slow_run
@@ -23,6 +25,7 @@ GUIDANCES = {
     "seg-inf": (SEG(scale=2.0), math.inf),
     "pag": (PAG(scale=2.0), None),
 }
+PROVED = {"seg": "SEG", "seg-inf": "SEG at infinity", "pag": "PAG"}
 
 
 @lru_cache(maxsize=len(MODELS))
@@ -35,10 +38,10 @@ def with_layers(spec: Any, layers: Any) -> Any:
 
 
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no-cfg"])
-@pytest.mark.parametrize("guidance", GUIDANCES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("guidance", [pytest.param(name, marks=proves(guidance=PROVED[name])) for name in GUIDANCES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=of_transformer(name)) for name in MODELS])
 def test_equals_the_slow_way(name: str, guidance: str, cfg: bool) -> None:
-    """A grid that is not square and two samples; the pipeline is what it was afterwards."""
+    """Every branch in a forward of its own, its attention by blurred logits in float64; not square, two samples."""
     model, pipe = MODELS[name], built(name)
     spec, sigma = GUIDANCES[guidance]
     plain = run(model, pipe, 6, 4, samples=2, cfg=cfg)

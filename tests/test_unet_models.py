@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from model_words import of_unet
 from motion_models import MOTION
 from transformer_tools import Perturbed
 from unet_cases import run
@@ -26,14 +27,22 @@ RUNS = [
 ]
 
 
+def proved(name: str, cfg: bool) -> pytest.MarkDecorator:
+    return of_unet(name, CASES[name].name, guidance="SEG" if cfg else ("SEG at infinity", "PAG"))
+
+
 @lru_cache(maxsize=len(CASES))
 def built(name: str) -> Any:
     return CASES[name].build(CASES[name])
 
 
-@pytest.mark.parametrize(("name", "cfg"), RUNS, ids=lambda each: each if isinstance(each, str) else ("", "cfg")[each])
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    [pytest.param(*each, marks=proved(*each)) for each in RUNS],
+    ids=lambda each: each if isinstance(each, str) else ("", "cfg")[each],
+)
 def test_equals_the_slow_way(name: str, cfg: bool) -> None:
-    """Images that are not square and two samples; the pipeline is what it was afterwards."""
+    """Every branch in a forward of its own, attention by blurred logits in float64; not square, mostly two samples."""
     case, pipe = CASES[name], built(name)
     modules = self_attentions(pipe.unet, case.modules)
     specs: list[Any] = (

@@ -10,7 +10,13 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.architectures import ARCHITECTURES, LINEAR, Architecture
+from segkern.integrations.diffusers.architectures import (
+    ARCHITECTURES,
+    LINEAR,
+    UNET_DEFAULT,
+    Architecture,
+    advised_layers,
+)
 from segkern.integrations.diffusers.names import PARTS, LayerInfo, select_layers
 
 __all__ = ["PARTS", "UNETS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
@@ -18,7 +24,9 @@ __all__ = ["PARTS", "UNETS", "LayerInfo", "execution_order", "find_unet", "list_
 UNETS = (UNet2DConditionModel, UNetMotionModel)
 
 
-def list_layers(pipe_or_model: object, height: int | None = None, width: int | None = None) -> list[LayerInfo]:
+def list_layers(
+    pipe_or_model: object, height: int | None = None, width: int | None = None, frames: int | None = None
+) -> list[LayerInfo]:
     """The self-attention layers that a guidance can act on, in execution order.
 
     Args:
@@ -27,10 +35,11 @@ def list_layers(pipe_or_model: object, height: int | None = None, width: int | N
         height: of the image in pixels; with ``width`` it gives every layer its grid, and needs a pipeline. The grid of
             a transformer begins at token 0 here; in a run it begins after the text, where the model puts that first.
         width: of the image in pixels.
+        frames: pictures in a video, with height and width; 1 if not given.
 
     Raises:
         ValueError: for an object without such a model, or when only one of height and width is given, or both
-            without a pipeline to convert pixels into latents.
+            without a pipeline to convert pixels into latents; or frames for a pipeline without them.
 
     Source: the official implementation counts the ``attn1`` modules of each part in module order; ComfyUI's nodes
         count transformers in each part, and blocks in each transformer.
@@ -46,22 +55,18 @@ def list_layers(pipe_or_model: object, height: int | None = None, width: int | N
     if (height is None) != (width is None):
         raise ValueError(f"list_layers takes height and width together, got height={height!r}, width={width!r}")
     model = find_model(pipe_or_model)
-    latent: tuple[int, int] | None = None
+    if frames is not None and height is None:
+        raise ValueError(f"list_layers takes frames={frames!r} together with height and width")
+    latent: tuple[int, int, int] | None = None
     if height is not None and width is not None:
-        factor = _latent_factor(pipe_or_model)
-        if factor is None:
-            raise ValueError(
-                f"list_layers needs the pipeline to turn height={height!r} and width={width!r} into latents, "
-                f"got a bare {type(pipe_or_model).__name__}"
-            )
-        latent = height // factor, width // factor
+        latent = latent_size(pipe_or_model, height, width, frames)
     if isinstance(model, UNETS):
         return _of_unet(model, latent)
     return _of_transformer(model, ARCHITECTURES[type(model).__name__], latent)
 
 
-def _of_unet(unet: Any, latent: tuple[int, int] | None) -> list[LayerInfo]:
-    grids = {} if latent is None else _grids(unet, *latent)
+def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
+    grids = {} if latent is None else _grids(unet, *latent[1:])
     found: list[LayerInfo] = []
     counts = dict.fromkeys(PARTS, 0)
     transformers: dict[str, list[str]] = {part: [] for part in PARTS}
@@ -85,21 +90,22 @@ def _of_unet(unet: Any, latent: tuple[int, int] | None) -> list[LayerInfo]:
     return found
 
 
-def _of_transformer(model: nn.Module, architecture: Architecture, latent: tuple[int, int] | None) -> list[LayerInfo]:
-    side = architecture.pixels(model)
-    grid = None if latent is None else Grid(latent[0] // side, latent[1] // side)
+def _of_transformer(
+    model: nn.Module, architecture: Architecture, latent: tuple[int, int, int] | None
+) -> list[LayerInfo]:
+    side, by_frame = architecture.pixels(model), _latents_of_a_token(model)
+    grid = None if latent is None else Grid(latent[1] // side, latent[2] // side, frames=max(1, latent[0] // by_frame))
     found: list[LayerInfo] = []
     before = 0  # blocks in earlier lists
     for stage in architecture.stages:
         blocks: Any = model.get_submodule(stage.blocks)
         for number, block in enumerate(blocks):
-            for kind in stage.attentions:
-                attention: Any = getattr(block, kind, None)
-                if attention is None:  # most blocks have one
-                    continue
+            kinds = [kind for kind in stage.attentions if getattr(block, kind, None) is not None]
+            for kind in kinds:
+                attention: Any = getattr(block, kind)
                 found.append(
                     LayerInfo(
-                        name=f"{stage.letter}{number}" + (f".{kind}" if kind != stage.attentions[0] else ""),
+                        name=f"{stage.letter}{number}" + (f".{kind}" if len(kinds) > 1 else ""),
                         module=f"{stage.blocks}.{number}.{kind}",
                         part=stage.blocks,
                         heads=attention.heads,
@@ -112,13 +118,60 @@ def _of_transformer(model: nn.Module, architecture: Architecture, latent: tuple[
     return found
 
 
-def _latent_factor(pipe: object) -> int | None:
-    """Pixels along the side of a latent pixel."""
-    for name in ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio"):
-        factor = getattr(pipe, name, None)
-        if factor is not None:
-            return int(factor)
-    return None
+def default_layers_of(pipe_or_model: object) -> tuple[str, str]:
+    """The layers in which SEG and PAG act where none are named, and whose advice they are."""
+    model = find_model(pipe_or_model)
+    if isinstance(model, UNETS):
+        return UNET_DEFAULT
+    blocks = {layer.block for layer in list_layers(model)}
+    return advised_layers(ARCHITECTURES[type(model).__name__], len(blocks))
+
+
+def latent_size(pipe: object, height: int, width: int, frames: int | None = None) -> tuple[int, int, int]:
+    """Frames, height and width of the latents of an image or a video of so many pixels and pictures.
+
+    Raises:
+        ValueError: for an object that does not say how many a latent stands for.
+    """
+    factor = _factor(pipe, _SPATIAL)
+    if factor is None:
+        raise ValueError(
+            f"list_layers needs the pipeline to turn height={height!r} and width={width!r} into latents, "
+            f"got a bare {type(pipe).__name__}"
+        )
+    of_unet = isinstance(find_model(pipe), UNETS)  # whose frames are pictures
+    by_time = 1 if frames is None or of_unet else _factor(pipe, _TEMPORAL)
+    if by_time is None:
+        raise ValueError(f"list_layers takes frames={frames!r} of pipelines for videos, got {type(pipe).__name__}")
+    return ((frames or 1) - 1) // by_time + 1, height // factor, width // factor
+
+
+def pixels(pipe: object) -> tuple[int, int]:
+    """Pixels along the side of a latent, and of a token of the pipeline's transformer.
+
+    Raises:
+        ValueError: for a pipeline that cannot be guided or does not say the first.
+    """
+    model = find_model(pipe)
+    factor = _factor(pipe, _SPATIAL)
+    if factor is None:
+        raise ValueError(f"a {type(pipe).__name__} does not say how many pixels a latent stands for")
+    return factor, factor * ARCHITECTURES[type(model).__name__].pixels(model)
+
+
+_SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+
+
+def _factor(pipe: object, names: tuple[str, ...]) -> int | None:
+    """What a latent stands for along an axis, under any of the names that pipelines have for it."""
+    return next((int(factor) for name in names if (factor := getattr(pipe, name, None)) is not None), None)
+
+
+def _latents_of_a_token(model: Any) -> int:
+    """Along the frames of a video."""
+    patch = model.config.get("patch_size")
+    return int(patch[0]) if isinstance(patch, (list, tuple)) else int(model.config.get("patch_size_t") or 1)
 
 
 def execution_order(unet: Any) -> list[tuple[str, nn.Module]]:

@@ -13,9 +13,9 @@ from segkern.grid import Grid
 
 PARTS = ("down", "mid", "up")  # of a UNet, in execution order; a layer's official index begins with the first letter
 
-_INDEX = re.compile(r"([a-z])(\d+)(?:-\1?(\d+))?")  # d4, u0-29, b7, s0-s5
-_COMFYUI = re.compile(r"([dmu])(\d+)\.(\d+)(?:-(\d+))?")  # u0.4, d2.2-9
-_NUMBER = re.compile(r"(\d+)(?:-(\d+))?")  # 7, 4-9
+_INDEX = re.compile(r"([a-z])(\d+)(?:-\1?(\d+))?", re.ASCII)  # d4, u0-29, b7, s0-s5
+_COMFYUI = re.compile(r"([dmu])(\d+)\.(\d+)(?:-(\d+))?", re.ASCII)  # u0.4, d2.2-9
+_NUMBER = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)  # 7, 4-9
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class LayerInfo:
 
     Attributes:
         name: the short one. Of a UNet the official index: ``d4``, ``m0``, ``u29``; of a transformer the block's
-            letter and number: ``b7``, ``s3``; where a block has a second self-attention, ``b7.attn2``.
+            letter and number: ``b7``, ``s3``; where a block has two self-attentions, ``b7.attn`` and ``b7.attn2``, so
+            that ``b7`` stands for both.
         module: name of the attention module inside the denoiser.
         part: ``"down"``, ``"mid"`` or ``"up"``; of a transformer its list of blocks.
         heads: number of heads.
@@ -95,14 +96,13 @@ def _range(
 ) -> list[LayerInfo]:
     """Layers whose number lies in a range, every number of which some layer must have."""
     wanted = range(int(first), int(last or first) + 1)
-    found = [(number(layer), layer) for layer in available]
-    if not wanted or {each for each, _ in found if each in wanted} != set(wanted):
-        return []
-    return [layer for each, layer in found if each in wanted]
+    found = [(each, layer) for layer in available if (each := number(layer)) is not None and each in wanted]
+    complete = len({each for each, _ in found}) == len(wanted)
+    return [layer for _, layer in found] if complete else []
 
 
 def _after(name: str | None, prefix: str) -> int | None:
-    """The number after a prefix; of ``b7.attn2`` the 7, since a block's second attention belongs to the block."""
+    """The number after a prefix; of ``b7.attn2`` the 7, since both of a block's attentions belong to the block."""
     if name is None or not name.startswith(prefix):
         return None
     number = name[len(prefix) :].split(".")[0]
@@ -110,17 +110,36 @@ def _after(name: str | None, prefix: str) -> int | None:
 
 
 def _what_is_valid(available: Sequence[LayerInfo]) -> str:
-    parts = []
-    for part in dict.fromkeys(layer.part for layer in available):
-        names = [layer.name for layer in available if layer.part == part]
-        parts.append(f"{part!r} ({names[0]})" if len(names) == 1 else f"{part!r} ({names[0]} to {names[-1]})")
-    example = available[0].module.rsplit(".", 1)[0] if available else "mid_block.attentions.0"
-    letter = available[0].name[0] if available else "m"
-    blocks = [layer.block for layer in available if layer.block is not None]
-    numbers = f"block numbers 0 to {max(blocks)} and ranges such as '0-1', " if blocks else ""
-    comfyui = "ComfyUI's names such as 'u0.4', " if available and available[0].comfyui is not None else ""
+    """Only what stands for a layer of this model, examples too."""
+    if not available:
+        return "this model has no self-attention layers"
+    parts: dict[str, list[str]] = {}
+    for layer in available:
+        parts.setdefault(layer.part, []).append(layer.name.split(".")[0])
+    valid = [f"{part!r} ({_ends(names)})" for part, names in parts.items()]
+    numbers = [str(layer.block) for layer in available if layer.block is not None]
+    if numbers:
+        valid.append(f"block numbers {_ends(numbers)}")
+    ranges = [f"{names[0]}-{names[-1].lstrip(names[0][0])}" for names in parts.values() if names[0] != names[-1]][:1]
+    if len(set(numbers)) > 1:
+        ranges.insert(0, f"{numbers[0]}-{numbers[-1]}")
+    if ranges:
+        valid.append(f"ranges such as {' and '.join(map(repr, ranges))}")
+    if available[-1].comfyui is not None:
+        valid.append(f"names as in ComfyUI such as {available[-1].comfyui!r}")
+    prefix = available[0].module.rsplit(".", 1)[0]
+    glob = f"*.{prefix.rsplit('.', 1)[-1]}.*"
     return (
-        f"valid are {', '.join(parts) or 'no layers at all'}, {numbers}ranges such as '{letter}0-1', {comfyui}module "
-        f"names and their dotted prefixes such as {example!r}, and globs such as '*.{example.rsplit('.', 1)[-1]}.*'; "
-        f"list_layers(pipe) lists every layer"
+        f"valid are {', '.join(valid)}, module names and their dotted prefixes such as {prefix!r}, and globs such as "
+        f"{glob!r}; list_layers(pipe) lists every layer"
     )
+
+
+def _ends(names: Sequence[str]) -> str:
+    """The first and the last of them.
+
+    Example:
+        >>> _ends(["d0", "d1", "d2"]), _ends(["m0"])
+        ('d0 to d2', 'm0')
+    """
+    return names[0] if names[0] == names[-1] else f"{names[0]} to {names[-1]}"

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cases of other modules are called by people, in the tables of docs/models.md."""
+
+from __future__ import annotations
+
+import pytest
+from compatibility import proves
+
+TRANSFORMERS = {
+    "sd3": "Stable Diffusion 3",
+    "sd3.5": "Stable Diffusion 3.5",
+    "flux": "Flux.1",
+    "qwen-image": "Qwen-Image",
+    "z-image": "Z-Image",
+    "pixart-sigma": "PixArt-Sigma",
+    "hunyuan-dit": "Hunyuan-DiT",
+}
+VIDEO = {"wan": "Wan", "ltx-video": "LTX-Video"}
+
+# By how the names of cases begin; the longest goes first.
+UNETS = {
+    "sd1": "Stable Diffusion 1",
+    "sd1-lcm": "Latent Consistency Model",
+    "sd2": "Stable Diffusion 2",
+    "sdxl": "Stable Diffusion XL",
+    "sdxl-lcm": "Latent Consistency Model XL",
+    "sdxl-turbo": "Stable Diffusion XL Turbo",
+    "sdxl-refiner": "Stable Diffusion XL refiner",
+    "kolors": "Kolors",
+    "ssd-1b": "SSD-1B",
+    "bk-sdm-tiny": "BK-SDM Tiny",
+    "animatediff": "AnimateDiff",
+    "animatediff-xl": "AnimateDiff XL",
+}
+# By what is in the names of cases or of pipelines; the first that fits.
+TASKS = {
+    "ip-adapter": "IP-Adapter",
+    "ControlNet": "ControlNet",
+    "Adapter": "T2I-Adapter",
+    "Inpaint": "inpainting",
+    "Depth2Img": "depth to image",
+    "Img2Img": "image to image",
+    "Upscale": "upscaling",
+    "VideoToVideo": "video to video",
+    "AnimateDiff": "text to video",
+    "Pipeline": "text to image",
+}
+
+
+def of_transformer(name: str, **more: str | tuple[str, ...]) -> pytest.MarkDecorator:
+    """What a test of text to image or video proves of a case in ``transformer_models``."""
+    if name in VIDEO:
+        return proves(**{"group": "Video", "model": VIDEO[name], "task": "text to video", **more})
+    return proves(**{"group": "Transformers", "model": TRANSFORMERS[name], "task": "text to image", **more})
+
+
+def of_unet(name: str, pipeline: str, **more: str | tuple[str, ...]) -> pytest.MarkDecorator:
+    """What a test proves of a case in ``unet_models`` or ``motion_models`` with a pipeline of that class."""
+    model = max((prefix for prefix in UNETS if f"{name}-".startswith(f"{prefix}-")), key=len)
+    task = next(TASKS[word] for word in TASKS if word in name or word in pipeline)
+    group = "Video" if model.startswith("animatediff") else "UNets"
+    return proves(group=group, model=UNETS[model], task=task, **more)
