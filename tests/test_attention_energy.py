@@ -210,6 +210,7 @@ def test_samples_and_heads_do_not_see_each_other(backend: str) -> None:
 
 @pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
 @pytest.mark.parametrize("wide", [0, 1], ids=["query", "key"])
+@pytest.mark.slow
 def test_offsets_beyond_32_bits(wide: int) -> None:
     step = 2**28
     tensors = [draw((1, 1, 9, 16), torch.float16, DEVICE) for _ in range(2)]

@@ -167,6 +167,7 @@ def test_results_are_the_same_at_every_run(backend: str) -> None:
 
 @pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
 @pytest.mark.parametrize("wide", [0, 1], ids=["query", "key"])
+@pytest.mark.slow
 def test_offsets_beyond_32_bits(wide: int) -> None:
     step = 2**28
     tensors = [draw((1, 1, 9, 16), torch.float16, DEVICE) for _ in range(2)]

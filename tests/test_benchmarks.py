@@ -218,6 +218,7 @@ def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
     assert tune.fastest([screened, screened | {"now": last["tile"]}]) is None, "the present tile has no time there"
 
 
+@pytest.mark.slow
 def test_what_won_is_timed_again_with_every_way_to_blur(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["tiny-6x10"].of(torch.float16)
     # What was installed before must not stand in for the kernel that is timed.

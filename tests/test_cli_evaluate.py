@@ -13,6 +13,7 @@ from segkern.evaluation import report
 FEW = ("--images", "8", "--steps", "1", "--scales", "1", "--sigmas", "inf", "--cfg-scales", "2", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_evaluate_writes_everything_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("segkern.evaluation.study.reference.__defaults__", (64, (64, 64)))
     output = done("evaluate", *FEW, "--seeds", "1", "--selection-seeds", "", "--out", tmp_path)

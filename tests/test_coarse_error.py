@@ -18,6 +18,7 @@ from segkern.coarse import coarse_grid, points
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_the_true_error_is_at_most_twice_the_estimate(kind: str) -> None:
     """Over 24 inputs a kind, 168 in all, at several strides; and the estimate is no wild guess either."""
     pairs = []

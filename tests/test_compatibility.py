@@ -64,6 +64,7 @@ def file_of(*rows: dict[str, Any]) -> dict[str, Any]:
     return {"environment": versions, "about": {"tests/test_x.py::test_x": "Something."}, "tests": list(rows)}
 
 
+@pytest.mark.slow
 def test_outcomes_of_a_run_are_written(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(PROGRAM)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = proves: x\n")

@@ -19,13 +19,14 @@ from segkern.dispatch import triton_is_installed
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-SLOW = ("sm_120", "gfx942")
+TARGETS = ("sm_90", "sm_120", "gfx942")
 LOOPING = ("_tiled_attention_kernel", "_split_attention_kernel", "_attention_energy_kernel", "_attention_mass_kernel")
 
 pytestmark = pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
 
 
-@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(target, marks=pytest.mark.slow) for target in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_without_spills(target: str) -> None:
     # A process that interprets kernels cannot compile them.
     environment = os.environ | {"TRITON_INTERPRET": "0"}

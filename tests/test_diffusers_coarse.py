@@ -261,9 +261,9 @@ def test_leaving_the_context_puts_back_the_very_objects() -> None:
     pipe = tiny_pipeline()
     plain = run(pipe, latents=noise())
     state = State(pipe)
-    with guide(pipe, SEG(sigma=2.0, query_stride="auto"), SEG(sigma=2.0, query_stride=2)):
+    with guide(pipe, SEG(sigma=2.0, query_stride="auto"), SEG(sigma=2.0, query_stride=2)) as guidance:
         run(pipe, latents=noise(), num_inference_steps=1)
-        kept = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.processor
+        kept = next(iter(guidance._layers)).processor
     state.assert_same(pipe)
     assert (kept.errors, kept.moved) == ((), None)
     assert torch.equal(run(pipe, latents=noise()), plain)
@@ -277,7 +277,8 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize("stride", [pytest.param(2, marks=pytest.mark.slow), "auto"], ids=str)
+@pytest.mark.parametrize("stride", [2, "auto"], ids=str)
+@pytest.mark.slow
 def test_a_compiled_denoiser_settles(stride: Any) -> None:
     pipe, latents, counter = smaller_pipeline(), noise(1, 24, 24), CompileCounter()
     spec = SEG(sigma=4.0, layers="m0", query_stride=stride, tolerance=0.5)

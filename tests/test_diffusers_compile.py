@@ -78,6 +78,7 @@ def test_a_compiled_denoiser_is_guided_and_left_alone_afterwards(
     assert 0 < compiled[0] == compiled[1] == counter.frame_count, "a second run needs no compilation"
 
 
+@pytest.mark.slow
 def test_another_guidance_does_not_run_what_was_compiled_for_the_last_one() -> None:
     pipe, latents = smaller_pipeline(), noise()
     guidances = [[SEG(sigma=2.0, layers="m0")], [SEG(layers="m0"), SEG(1.0, math.inf, "u0")]]
@@ -101,6 +102,7 @@ def test_compiling_inside_the_context() -> None:
     assert not denoiser._forward_hooks
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_is_guided_at_every_size() -> None:
     pipe = smaller_pipeline()
     sizes = [(16, 16), (12, 20), (20, 12), (8, 24)]
@@ -155,6 +157,7 @@ def test_guidance_costs_one_compilation_besides_the_plain_one(sigma: float) -> N
     ],
     ids=["PAG", "SAG", "CFG, PAG and SEG"],
 )
+@pytest.mark.slow
 def test_the_family_is_compiled_without_a_break(specs: tuple[Any, ...], guidance_scale: float, frames: int) -> None:
     pipe, latents, counter = smaller_pipeline(), noise(), CompileCounter()
     arguments = {"latents": latents, "guidance_scale": guidance_scale}
@@ -166,6 +169,7 @@ def test_the_family_is_compiled_without_a_break(specs: tuple[Any, ...], guidance
     assert counter.frame_count == frames
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_in_channels_last_with_slicing() -> None:
     pipe, latents = smaller_pipeline(), noise()
     spec = SEG(sigma=2.0, layers="m0")

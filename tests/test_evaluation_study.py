@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers_tools import hooks_of
 
 from benchmarks import family as family_benchmark
 from benchmarks.readme import evaluation_page
@@ -84,6 +85,7 @@ def test_measures_do_not_depend_on_the_size_of_features(judge: Judge, pipe: Any,
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_real_drawings_of_prompts_are_what_their_captions_say(judge: Judge, pipe: Any, tmp_path: Path) -> None:
     study = Study(pipe, judge, tmp_path / "cells.jsonl", 64, STEPS)
     found = study.drawn(3)
@@ -106,11 +108,12 @@ def test_every_kind_of_guidance_acts(pipe: Any) -> None:
 
 
 def test_guidance_is_removed_when_sampling_stops(pipe: Any) -> None:
-    before = dict(pipe.unet.attn_processors)
+    before, hooks = dict(pipe.unet.attn_processors), hooks_of(pipe.unet)
     running = sample(pipe, Setting("prompts", seg=2.0, sigma=1.0, layers="mid"), 5, 4, STEPS, 2)
     next(running)
-    assert pipe.unet.attn_processors != before
+    assert hooks_of(pipe.unet) > hooks
     running.close()
+    assert hooks_of(pipe.unet) == hooks
     assert pipe.unet.attn_processors == before
 
 
@@ -284,6 +287,7 @@ def test_more_images_than_real_drawings_are_refused(pipe: Any, judge: Judge, tmp
 
 
 @pytest.mark.parametrize("mode", ["unconditional", "prompts"])
+@pytest.mark.slow
 def test_the_family_has_every_guidance_and_combinations(mode: str, pipe: Any) -> None:
     found = family(mode)
     assert len(set(found)) == len(found)

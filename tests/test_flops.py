@@ -59,6 +59,7 @@ def test_guidance_of_the_middle_costs_a_third_of_cfg(pipe: Any, sigma: float, cf
     assert 1 < guided(pipe, "mid", sigma, cfg) / plain(pipe, cfg) <= most
 
 
+@pytest.mark.slow
 def test_without_sharing_a_branch_costs_a_forward(pipe: Any) -> None:
     assert guided(pipe, "mid", 1.0, share=False) / plain(pipe) == pytest.approx(1.5, abs=1e-3)
 
@@ -85,6 +86,7 @@ BEFORE = {
 
 
 @pytest.mark.parametrize(("layer", "cfg"), [*((layer, True) for layer in BEFORE), ("m5", False)])
+@pytest.mark.slow
 def test_a_branch_costs_what_comes_after_its_first_layers_inputs(
     layer: str, cfg: bool, pipe: Any, parts: dict[str, int]
 ) -> None:

@@ -55,6 +55,7 @@ def count(pipe: Any) -> dict[str, float]:
 @pytest.mark.parametrize(
     "first", [pytest.param(0, marks=pytest.mark.slow), 7, pytest.param(20, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_branch_costs_what_comes_from_its_first_block_on(pipe: Any, first: int) -> None:
     """And a blur of the queries, which is little; no more, whatever comes before the blocks and after them."""
     plain = count(pipe)

@@ -306,6 +306,7 @@ def smaller_pipeline() -> Any:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.slow
 def test_a_compiled_denoiser_is_compiled_once_for_each_call_of_a_step() -> None:
     pipe, counter = smaller_pipeline(), CompileCounter()
     guider = SEGGuider(guidance_scale=5.0, scale=2.0, layers="m0")

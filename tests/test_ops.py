@@ -24,6 +24,7 @@ def tensors(device: torch.device, dtype: torch.dtype = torch.float32, grad: bool
     return [x.requires_grad_(grad) for x in made]
 
 
+@pytest.mark.slow
 def test_opcheck_attention(backend: str, device: torch.device) -> None:
     for return_lse in (False, True):
         for mask in (None, torch.randn(1, 1, 14, 14, device=device, requires_grad=True)):

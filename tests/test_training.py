@@ -173,6 +173,7 @@ def test_rehearsal_of_the_whole_training(tmp_path: Path) -> None:
     assert {"vae", "decoder", "text", "denoiser", "judge"} <= logs
 
 
+@pytest.mark.slow
 def test_a_rehearsal_does_not_replace_the_bundled_checkpoints(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "training", "--work", str(tmp_path / "work"), "--share", "0.001"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

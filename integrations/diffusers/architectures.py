@@ -289,7 +289,7 @@ def batch_of(sample: Any) -> torch.Tensor:
         ValueError: for images of different sizes, or several for one prompt.
     """
     if not isinstance(sample, list):
-        return sample  # type: ignore[no-any-return]
+        return sample
     shapes = [tuple(getattr(image, "shape", ())) for image in sample]
     if len(set(shapes)) != 1 or not shapes[0]:
         raise ValueError(

@@ -72,7 +72,7 @@ def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
     transformers: dict[str, list[str]] = {part: [] for part in PARTS}
     for module, block, attention in _self_attentions(unet):
         part = block.split("_")[0]
-        transformer, number = module.removesuffix(".attn1").rsplit(".transformer_blocks.", 1)
+        transformer, _, number = module.removesuffix(".attn1").rpartition(".transformer_blocks.")
         if transformer not in transformers[part]:
             transformers[part].append(transformer)
         found.append(
@@ -83,7 +83,7 @@ def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
                 heads=attention.heads,
                 head_dim=attention.inner_dim // attention.heads,
                 grid=grids.get(block),
-                comfyui=f"{part[0]}{len(transformers[part]) - 1}.{number}",
+                comfyui=f"{part[0]}{len(transformers[part]) - 1}.{number}" if transformer else None,
             )
         )
         counts[part] += 1
@@ -223,14 +223,14 @@ def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
 def _self_attentions(unet: Any) -> list[tuple[str, str, Attention]]:
     """Every ``attn1`` over an image as (module name, block name, module), in execution order.
 
-    Those of motion modules attend over frames. A few old blocks have an ``attn1`` outside of transformers.
+    Those of motion modules attend over frames, and those of a few old blocks get a flat image without its shape.
     """
     return [
         (f"{block_name}.{name}", block_name, module)
         for block_name, block in execution_order(unet)
         for name, module in block.named_modules()
-        if name.split(".")[-1] == "attn1" and isinstance(module, Attention)
-        if "transformer_blocks" in name and "motion_modules" not in name
+        if name.split(".")[-1] == "attn1" and isinstance(module, Attention) and "motion_modules" not in name
+        if type(block.get_submodule(name.rpartition(".")[0])).__name__ != "KAttentionBlock"
     ]
 
 
