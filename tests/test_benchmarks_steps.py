@@ -82,9 +82,8 @@ def test_ours_are_the_official_latents(bench: Bench, sigma: float, cfg: bool) ->
     assert not bench.pipe.unet._forward_hooks
 
 
-@pytest.mark.parametrize(
-    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("plain", "official", "pag")), "segkern"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "official", "pag", "segkern"])
 def test_compiled_ways_give_the_same_latents(bench: Bench, kind: str) -> None:
     way = Way("", kind, True, 3.0 if kind in ("official", "segkern") else 0.0, ("mid",))
     found = [bench.run(replace(way, compiled=compiled), 2)[0] for compiled in (False, True)]

@@ -183,6 +183,7 @@ def test_a_compiled_denoiser_in_channels_last_with_slicing() -> None:
             assert relative(run(pipe, latents=latents, num_inference_steps=2), expected) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_code_that_inductor_writes_gives_the_same_latents() -> None:
     pipe, latents = smaller_pipeline(), noise()
     specs = [SEG(2.0, 2.0, "m0"), SEG(2.0, 0.8, "m0")]

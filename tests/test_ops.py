@@ -32,6 +32,7 @@ def test_opcheck_attention(backend: str, device: torch.device) -> None:
             torch.library.opcheck(torch.ops.segkern.seg_attention.default, arguments)
 
 
+@pytest.mark.slow
 def test_opcheck_blur(backend: str, device: torch.device) -> None:
     x = tensors(device, grad=True)[0]
     for adjoint in (False, True):
