@@ -14,7 +14,7 @@ OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' c
 .PHONY: help install demo test test-slow lint format typecheck pytest compatibility benchmark evaluate train wheel clean
 
 help: ## what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
 
 install: $(INSTALLED) ## .venv with segkern (editable), its extras and the tested versions
 
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 demo: $(INSTALLED) ## the bundled model with and without guidance; writes outputs/demo.png and outputs/demo-unconditional.png
 	$(BIN)/segkern demo --out outputs --overwrite
 
-test: lint typecheck pytest ## all checks and all tests
+test: lint typecheck pytest ## all checks, and all tests but the slow ones
 
 test-slow: $(INSTALLED) ## the tests that make test leaves out because they take long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
