@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from safetensors import safe_open
 
@@ -44,6 +44,21 @@ def tiny_pipeline(kind: type = StableDiffusionXLPipeline, own_unet: bool = False
     pipe = kind(**{name: part for name, part in parts.items() if name in taken})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def smaller_pipeline() -> Any:
+    """A pipeline whose denoiser has few layers, because tracing takes seconds."""
+    torch.manual_seed(0)
+    config = {
+        **tiny_pipeline().unet.config,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": 2,
+    }
+    return tiny_pipeline(unet=UNet2DConditionModel.from_config(config).eval())
 
 
 def run(pipe: Any, prompt: str | list[str] = "a red fox", *, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:

@@ -9,26 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline
 from torch._dynamo.testing import CompileCounter
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
-
-
-def smaller_pipeline() -> Any:
-    """A pipeline whose denoiser has few layers, because tracing takes seconds."""
-    torch.manual_seed(0)
-    config = {
-        **tiny_pipeline().unet.config,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "transformer_layers_per_block": 1,
-        "attention_head_dim": 2,
-    }
-    return tiny_pipeline(unet=UNet2DConditionModel.from_config(config).eval())
 
 
 def wrapped(pipe: Any, backend: Any) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UniPCMultistepScheduler
+from diffusers import UniPCMultistepScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
     StableDiffusionXLAutoBlocks,
 )
-from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
+from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, smaller_pipeline, tiny_pipeline
 from modular_tools import modular_sdxl, modular_transformer, run_sdxl
 from torch._dynamo.testing import CompileCounter
 from transformer_models import MODELS
@@ -288,21 +288,6 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def smaller_pipeline() -> Any:
-    """A pipeline whose denoiser has few layers, because tracing takes seconds."""
-    config = {
-        **tiny_pipeline().unet.config,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 1,
-        "transformer_layers_per_block": 1,
-        "attention_head_dim": 2,
-    }
-    torch.manual_seed(0)
-    return tiny_pipeline(unet=UNet2DConditionModel.from_config(config).eval())
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -234,8 +234,8 @@ class Guidance:
         negative = [batch.branch(i) for i, index in enumerate(ordered) if index in self._negative]
         reference = negative[0] if negative else batch.reference
         rescaled = self._kind.rescaled_guidance_scale(self._run, caller) if cfg else None
-        forward = Forward(batch, ordered, self._first, True, strengths, reused, degrading, reference, cfg, rescaled)
-        forward = replace(forward, frames=self._kind.frames(sample))
+        told = strengths, reused, degrading, reference, cfg, rescaled, self._kind.frames(sample)
+        forward = Forward(batch, ordered, self._first, True, *told)
         shares = self._share and self._kind.can_share(forward, args, kwargs)
         return replace(forward, share=shares)
 

@@ -93,10 +93,9 @@ class InterceptingProcessor(GuidedProcessor):
         self.caught = True
         if query.shape[1] != key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        if attn_mask is not None:
-            attn_mask = (
-                attn_mask.expand(query.shape[0], *(-1,) * (attn_mask.ndim - 1)) if attn_mask.ndim == 4 else attn_mask
-            )
+        by_sample = attn_mask is not None and attn_mask.ndim == 4
+        if attn_mask is not None and by_sample:
+            attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
         blends = self.blends or (1.0,) * len(self.kinds)
         over_frames = self.over_frames or (0.0,) * len(self.kinds)
         kinds = [(kind == IDENTITY, blend) for kind, blend in zip(self.kinds, blends, strict=True)]
@@ -106,7 +105,7 @@ class InterceptingProcessor(GuidedProcessor):
         outputs = []
         for samples, (identity, blend) in runs(kinds):
             qkv = query[samples], key[samples], value[samples]
-            mask = attn_mask[samples] if attn_mask is not None and attn_mask.ndim == 4 else attn_mask
+            mask = attn_mask[samples] if attn_mask is not None and by_sample else attn_mask
             output: Any
             if identity:
                 output = _identity(*qkv, grid, mask, scale, self.backend)
