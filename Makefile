@@ -11,7 +11,7 @@ JOBS ?= auto
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format typecheck pytest compatibility benchmark evaluate train wheel clean
+.PHONY: help install demo test test-slow test-browser robustness docs lint format typecheck pytest compatibility benchmark evaluate train wheel clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -31,6 +31,15 @@ test: lint typecheck pytest ## all checks, and all tests but the slow ones
 
 test-slow: $(INSTALLED) ## the tests that make test leaves out because they take long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
+
+test-browser: $(INSTALLED) ## the playground in a real Chromium, which has to be installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+robustness: $(INSTALLED) ## what docs/reliability.md counts: many inputs, faults put in on purpose, long runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m survives -n $(JOBS) --dist worksteal
+
+docs: $(INSTALLED) ## the documentation site, into build/site
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(INSTALLED) ## ruff, rules and format
 	$(BIN)/ruff check $(wildcard $(SOURCES))

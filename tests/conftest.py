@@ -10,6 +10,7 @@ import pytest
 import torch
 from compatibility import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401  hooks
 from hypothesis import HealthCheck, settings
+from reliability import tried  # noqa: F401  a fixture
 
 # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
 if not torch.cuda.is_available():
