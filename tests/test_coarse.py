@@ -203,6 +203,7 @@ def test_operators(adjoint: bool) -> None:
         torch.autograd.gradcheck(lambda x, f=operator, a=arguments: f(x, *a[1:]), (arguments[0],))
 
 
+@pytest.mark.slow
 def test_compiles_whole() -> None:
     """With strides, sigmas and grids that change from call to call."""
 

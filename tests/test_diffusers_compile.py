@@ -37,8 +37,8 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize(
     "compile_, spec",
     [
-        (wrapped, SEG(sigma=2.0, layers="m0", start=0.3)),
-        (in_place, SEG(layers="m0")),
+        pytest.param(wrapped, SEG(sigma=2.0, layers="m0", start=0.3), marks=pytest.mark.slow),
+        pytest.param(in_place, SEG(layers="m0"), marks=pytest.mark.slow),
         (repeated_blocks, SEG(layers="m0", start=0.3)),
     ],
     ids=["wrapped", "in_place", "repeated_blocks"],
@@ -76,6 +76,7 @@ def test_another_guidance_does_not_run_what_was_compiled_for_the_last_one() -> N
             assert relative(run(pipe, latents=latents, num_inference_steps=1), output) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.slow
 def test_compiling_inside_the_context() -> None:
     pipe, latents = smaller_pipeline(), noise()
     denoiser = pipe.unet
@@ -119,7 +120,7 @@ def test_other_sigmas_and_scales_need_no_compilation() -> None:
     assert relative(expected[2], expected[1]) > 1e-4, "the sigma would not be noticed"
 
 
-@pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
+@pytest.mark.parametrize("sigma", [pytest.param(2.0, marks=pytest.mark.slow), math.inf], ids=str)
 def test_guidance_costs_one_compilation_besides_the_plain_one(sigma: float) -> None:
     pipe, latents, counter = smaller_pipeline(), noise(), CompileCounter()
     wrapped(pipe, counter)

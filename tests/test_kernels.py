@@ -193,9 +193,8 @@ def spread(shape: tuple[int, ...], dim: int, step: int, dtype: torch.dtype) -> t
     return base.as_strided(shape, strides).normal_()
 
 
-@pytest.mark.parametrize(
-    "sigma", [pytest.param(0.0, marks=pytest.mark.slow), 1.2, pytest.param(math.inf, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("sigma", [0.0, 1.2, math.inf], ids=str)
+@pytest.mark.slow
 def test_offsets_beyond_32_bits(sigma: float) -> None:
     shape, step = (1, 1, 9, 16), 2**28
     assert (shape[2] - 1) * step >= 2**31
@@ -212,6 +211,7 @@ def test_offsets_beyond_32_bits(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("dim", [2, 3], ids=["rows", "keys"])
+@pytest.mark.slow
 def test_mask_offsets_beyond_32_bits(dim: int) -> None:
     mask = spread((1, 1, 9, 9), dim, 2**28, torch.float16)
     tensors = [draw((1, 1, 9, 16), torch.float16, DEVICE) for _ in range(3)]

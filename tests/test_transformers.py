@@ -212,7 +212,12 @@ def test_a_sigma_for_each_image_and_each_layer(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "compilations", "compile_first"),
-    [("sd3", 1, True), ("flux", 2, False), ("z-image", 1, False), ("wan", 2, True)],
+    [
+        ("sd3", 1, True),
+        pytest.param("flux", 2, False, marks=pytest.mark.slow),
+        ("z-image", 1, False),
+        pytest.param("wan", 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_under_compile(name: str, compilations: int, compile_first: bool) -> None:
     """No graph break in the denoiser, and the same images; calls for the negative prompt are a graph of their own."""
