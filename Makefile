@@ -39,7 +39,7 @@ robustness: $(INSTALLED) ## what docs/reliability.md counts: many inputs, faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m survives -n $(JOBS) --dist worksteal
 
 docs: $(INSTALLED) ## the documentation site, into build/site
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(INSTALLED) ## ruff, rules and format
 	$(BIN)/ruff check $(wildcard $(SOURCES))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An extension of Griffe: the package's docstrings as Markdown, for the reference pages of the site."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from griffe import Extension
+
+DOCS = Path(__file__).parents[1] / "docs"
+_ROLE = re.compile(r":(?:func|class|mod|meth|attr):`(~?)([\w.]+)`")
+_SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.*(?:\n        .*)*)", re.MULTILINE)
+_SOURCE = re.compile(r"^Source: (.*(?:\n    .*)*)", re.MULTILINE)
+
+
+class PackageStyle(Extension):
+    """Rewrites every docstring before it is parsed."""
+
+    def on_object(self, *, obj: Any, **_: Any) -> None:
+        """Called for each module, class, function and attribute."""
+        if obj.docstring is not None:
+            obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def as_markdown(text: str) -> str:
+    """A docstring with Sphinx's roles, literal blocks, lists of arguments and sections of one line in other words.
+
+    Example:
+        >>> as_markdown("See :func:`~segkern.gaussian_blur`::")
+        'See [`gaussian_blur`][segkern.gaussian_blur]:'
+    """
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+    text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+    text = _SEVERAL.sub(lambda found: "\n".join(f"    {name}: {found[2]}" for name in found[1].split(", ")), text)
+    text = _SOURCE.sub(lambda found: "**Source:** " + re.sub(r"\n +", " ", found[1]), text)
+    return _ROLE.sub(_reference, text)
+
+
+def _reference(found: re.Match[str]) -> str:
+    """A role as a link where a page documents the object, its last part alone where it begins with a tilde."""
+    name = found[2]
+    shown = name.rpartition(".")[2] if found[1] else name
+    target = next((each for each in documented() if each == name or each.endswith(f".{name}")), None)
+    return f"`{shown}`" if target is None else f"[`{shown}`][{target}]"
+
+
+@cache
+def documented() -> tuple[str, ...]:
+    """Full names of all objects that the reference pages document, in their order."""
+    pages = sorted(DOCS.glob("api*.md"), key=lambda page: len(page.name))
+    return tuple(re.findall(r"^::: (\S+)", "\n".join(page.read_text(encoding="utf-8") for page in pages), re.MULTILINE))
