@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks import (
     approximations,
+    choosing_page,
     compatibility,
     compiled_page,
     energy,
@@ -139,6 +140,8 @@ def main() -> None:
         return
     found = report.read(EVALUATION)
     (docs / "evaluation.md").write_text(evaluation_page(found), encoding="utf-8")
+    choosing = docs / "choosing.md"
+    choosing.write_text(choosing_page.page(choosing.read_text(encoding="utf-8"), found), encoding="utf-8")
     plot(found["rows"], docs / "evaluation.png", report.title(found), found["drawings"])
 
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands of the documentation: segkern's run in this process, the others are held against what they call."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import click
+import typer
+from cli_tools import done
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = "a large red ring above a small blue square\na row of three green triangles on a light background\n"
+
+# Less of everything, for the time it takes; what a page says stands first and must be an option that exists.
+_LESS = {
+    "generate": {"--steps": "1", "--width": "64", "--height": "96", "--images": "1"},
+    "energy": {"--steps": "1"},
+    "demo": {"--steps": "1"},
+    "evaluate": {"--steps": "1", "--images": "8", "--scales": "3", "--sigmas": "inf", "--selection-seeds": ""},
+}
+_OPTIONAL = ("--width", "--height", "--images")  # reduced only where a page gives them
+
+
+def run_shell(source: str, folder: Path) -> str:
+    """Run or check every line; returns what segkern's commands print."""
+    printed = []
+    for line in re.sub(r"\\\n\s*", " ", source).splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            printed.append(_command(words, folder))
+    return "".join(printed)
+
+
+def _command(words: list[str], folder: Path) -> str:
+    if words[:4] == ["accelerate", "launch", "--module", "segkern.cli"]:
+        _parse(words[4:])
+        return ""
+    if words[0] == "segkern":
+        return _segkern(words[1:], folder)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert words[1] in targets, words
+    elif words[:2] == ["pip", "install"]:
+        _installs(words[2:])
+    elif words[:2] == ["python", "-m"]:
+        _module(words[2], words[3:])
+    else:
+        raise AssertionError(f"nothing says how to check {words}")
+    return ""
+
+
+def _segkern(words: list[str], folder: Path) -> str:
+    """A command on the bundled model, its files in a folder of the test."""
+    _parse(words)
+    (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
+    named = {"MODEL": "demo", "FILE": str(folder / "prompts.txt"), "prompts.txt": str(folder / "prompts.txt")}
+    words = [named.get(word, word) for word in words]
+    if "/" in words[1:2]:  # a hub's name
+        words[1] = "demo"
+    for option, value in _LESS.get(words[0], {}).items():
+        if option in words:
+            words[words.index(option) + 1] = value
+        elif option not in _OPTIONAL:
+            words += [option, value]
+    if "--out" in words:
+        at = words.index("--out") + 1
+        words[at] = str(folder / words[at])
+        words += ["--overwrite"] if words[0] != "evaluate" else []
+    elif words[0] in ("generate", "demo", "evaluate", "energy"):
+        words += ["--out", str(folder / f"out-{len(list(folder.iterdir()))}.png")]
+    return done(*words)
+
+
+def _parse(words: list[str]) -> None:
+    """Parse without running: an option that does not exist is an error."""
+    from segkern.commands import app
+
+    group = typer.main.get_command(app)
+    with click.Context(group) as context:
+        command = group.get_command(context, words[0])
+        assert command is not None, words
+        command.make_context(words[0], list(words[1:]))
+
+
+def _installs(words: list[str]) -> None:
+    """Only segkern with extras that it has, or from the checkout."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = re.findall(r"^(\w+) = \[", text.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M)
+    for word in words:
+        found = re.fullmatch(r"(?:segkern|\.)(?:\[([\w,]+)\])?", word)
+        assert found or word == "-e", f"pip install {word!r}"
+        for extra in (found[1] or "").split(",") if found and found[1] else []:
+            assert extra in extras, extra
+
+
+def _module(name: str, words: list[str]) -> None:
+    """A module of the repository that has such a command."""
+    path = ROOT / Path(*name.split("."))
+    assert path.with_suffix(".py").exists() or (path / "__main__.py").exists() or name in ("pytest", "mkdocs"), name
+    if name == "benchmarks":
+        from benchmarks.__main__ import main
+
+        before = sys.argv
+        sys.argv = ["benchmarks", words[0], "--help"]
+        try:
+            with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+                main()
+        finally:
+            sys.argv = before
+        for option in (word for word in words if word.startswith("--")):
+            assert option in shown.getvalue(), (words, option)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every block of the README and of the documentation runs, and what a page says it prints is what it prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documentation_models import Modular, replace_models, small
+from documentation_tools import PAGES, ROOT, parsed, run_page, strange
+
+sys.path.insert(0, str(ROOT))
+
+NOT_RUN: set[tuple[str, str]] = set()
+NAMES = [page.name for page in PAGES]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """What a page's blocks find: a small pipeline as ``pipe``, and a folder of their own as the current one."""
+    import diffusers
+
+    replace_models(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    return {"pipe": small(diffusers.StableDiffusionXLPipeline), "folder": tmp_path}
+
+
+def page(name: str) -> Path:
+    return PAGES[NAMES.index(name)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_python_runs(name: str, names: dict[str, Any]) -> None:
+    if name == "guiders.md":
+        names["pipe"] = Modular()
+    run_page(page(name), names, "python")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_run(name: str, names: dict[str, Any]) -> None:
+    run_page(page(name), names, "sh")
+
+
+def test_few_blocks_do_not_run() -> None:
+    found = {(each.name, one.parsed.reason) for each in PAGES for one in parsed(each) if one.parsed.above == "not run"}
+    assert found == NOT_RUN
+
+
+def test_every_block_is_run_or_compared_or_a_formula() -> None:
+    assert [(each.name, block) for each in PAGES for block in strange(each)] == []
