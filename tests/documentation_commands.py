@@ -27,22 +27,23 @@ _LESS = {
 _OPTIONAL = ("--width", "--height", "--images")  # reduced only where a page gives them
 
 
-def run_shell(source: str, folder: Path) -> str:
-    """Run or check every line; returns what segkern's commands print."""
+def run_shell(source: str, folder: Path, run: bool = True) -> str:
+    """Check every line, and run those of segkern if wanted; returns what they print."""
     printed = []
     for line in re.sub(r"\\\n\s*", " ", source).splitlines():
         words = shlex.split(line, comments=True)
         if words:
-            printed.append(_command(words, folder))
+            printed.append(_command(words, folder, run))
     return "".join(printed)
 
 
-def _command(words: list[str], folder: Path) -> str:
+def _command(words: list[str], folder: Path, run: bool) -> str:
     if words[:4] == ["accelerate", "launch", "--module", "segkern.cli"]:
         _parse(words[4:])
         return ""
     if words[0] == "segkern":
-        return _segkern(words[1:], folder)
+        _parse(words[1:])
+        return _segkern(words[1:], folder) if run else ""
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets, words
@@ -57,7 +58,6 @@ def _command(words: list[str], folder: Path) -> str:
 
 def _segkern(words: list[str], folder: Path) -> str:
     """A command on the bundled model, its files in a folder of the test."""
-    _parse(words)
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     named = {"MODEL": "demo", "FILE": str(folder / "prompts.txt"), "prompts.txt": str(folder / "prompts.txt")}
     words = [named.get(word, word) for word in words]

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +17,40 @@ import transformer_models
 from diffusers_tools import noise, tiny_pipeline
 from modular_tools import modular_sdxl, run_sdxl
 
+from segkern import loading
+from segkern.integrations.diffusers import StableDiffusionXLSEGPipeline
+from segkern.loading import DEMO
+
 _STEPS = 3
+_BUNDLED_STEPS = 10  # of the bundled model, which draws real pictures
 _LOADED = ("dtype", "torch_dtype", "use_safetensors", "variant")  # what a page may ask of the loading
 _BLOCKS = 12  # of a transformer, so that layers of the examples exist
 _SHRINK = 32  # published pixels for one of a small model
 
 
-def small(kind: type) -> Any:
-    """A small pipeline of a class, whose runs are short and whose pictures are small."""
+def small(kind: type, always: Mapping[str, Any] | None = None, **parts: Any) -> Any:
+    """A small pipeline of a class, whose runs are short and whose pictures are small.
+
+    Args:
+        kind: the class.
+        always: arguments of every call.
+        parts: of the pipeline, beside those it has.
+    """
     if kind is diffusers.DiffusionPipeline:
         kind = diffusers.StableDiffusionXLPipeline
     if kind.__name__.startswith("StableDiffusion3"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(transformer_models, "BLOCKS", _BLOCKS)
             pipe = transformer_models.MODELS["sd3"].build()
-        return _short(pipe, _by_embeddings)
-    return _short(tiny_pipeline(kind), _by_prompt)
+        return _short(pipe, _by_embeddings, always or {})
+    return _short(tiny_pipeline(kind, own_unet=True, **parts), _by_prompt, always or {})
 
 
-def _short(pipe: Any, arguments: Any) -> Any:
+def _short(pipe: Any, arguments: Any, always: Mapping[str, Any]) -> Any:
     stock = type(pipe)
 
     def call(self: Any, prompt: Any = None, **given: Any) -> Any:
-        return stock.__call__(self, **arguments(prompt, given))
+        return stock.__call__(self, **arguments(prompt, given), **always)
 
     pipe.__class__ = type(stock.__name__, (stock,), {"__call__": call, "__module__": stock.__module__})
     return pipe
@@ -55,6 +70,18 @@ def _by_embeddings(prompt: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {**short, **sizes, **given}
 
 
+def _few_steps(prompt: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": prompt, **given, "num_inference_steps": min(given.get("num_inference_steps", 50), _BUNDLED_STEPS)}
+
+
+@cache
+def _bundled() -> dict[str, Any]:
+    """Parts of the bundled model, which is loaded once."""
+    pipe = loading.load_pipeline(loading.find_model("demo"), torch.float32, torch.device("cpu"))
+    pipe.set_progress_bar_config(disable=True)
+    return dict(pipe.components)
+
+
 class Modular:
     """A modular pipeline that takes a prompt: the small one takes embeddings alone."""
 
@@ -71,16 +98,26 @@ class Modular:
         return run_sdxl(modular, self._stock, prompt, latents=noise(1, height // _SHRINK, width // _SHRINK))
 
 
-def replace_models(patch: pytest.MonkeyPatch) -> None:
-    """Let ``from_pretrained`` of a hub's name make a small pipeline, and leave it on the CPU where there is no GPU."""
+def replace_models(patch: pytest.MonkeyPatch, **always: Any) -> None:
+    """Let ``from_pretrained`` of a hub's name make a small pipeline, and leave it on the CPU where there is no GPU.
+
+    The official script's module is there too: segkern's pipeline with its arguments, whose latents are the official
+    ones by ``test_diffusers_golden.py``.
+    """
+    official = types.ModuleType("pipeline_seg")
+    official.StableDiffusionXLSEGPipeline = StableDiffusionXLSEGPipeline  # type: ignore[attr-defined]
+    patch.setitem(sys.modules, "pipeline_seg", official)
     stock, to = diffusers.DiffusionPipeline.from_pretrained.__func__, diffusers.DiffusionPipeline.to
 
     def from_pretrained(kind: type, name: Any, **given: Any) -> Any:
+        if Path(name) == DEMO:
+            return _short(kind(**_bundled()), _few_steps, always)
         if Path(name).is_dir():
             return stock(kind, name, **given)
         assert str(name).count("/") == 1, f"{name!r} is no name of a hub"
-        assert set(given) <= set(_LOADED), given
-        return small(kind)
+        parts = {key: value for key, value in given.items() if key == "pag_applied_layers"}
+        assert set(given) <= {*_LOADED, *parts}, given
+        return small(kind, always, **parts)
 
     def moved(pipe: Any, *args: Any, **given: Any) -> Any:
         if not torch.cuda.is_available() and args[:1] == ("cuda",):

@@ -5,6 +5,7 @@ A page says what is special about a block in a comment above it, which readers d
 
 - ``<!-- output -->``: a ``text`` block with what the block before it prints; ``...`` stands for anything.
 - ``<!-- raises -->``: a ``text`` block with the error or warning of the block before it, or a part of it.
+- ``<!-- pair -->``: the first of several blocks, up to the next heading, whose pictures are the same.
 - ``<!-- not run: REASON -->``: a block that is only read.
 """
 
@@ -25,9 +26,10 @@ from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CARD = ROOT / "segkern" / "checkpoints" / "demo" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
 
-_COMMENT = re.compile(r"<!-- (output|raises|not run)(?:: ([^>]*))? -->\n+\Z")
+_COMMENT = re.compile(r"<!-- (output|raises|pair|not run)(?:: ([^>]*))? -->\n+\Z")
 _INDENTED = re.compile(r"(?<=\n\n)(?:    .*\n|\n+(?=    ))+")
 _COMMANDS = ("segkern", "make", "pip", "python", "accelerate", "bash")
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -64,8 +66,15 @@ def blocks(document: Document) -> Iterator[Region]:
         inside = any(fence.start <= match.start() < fence.end for fence in fences)
         if not inside:
             source = re.sub(r"^    ", "", match[0], flags=re.MULTILINE)
-            commands = all(line.startswith(_COMMANDS) for line in source.split("\n") if line)
-            yield _region(document, match.start(), match.end(), "sh" if commands else "formula", source)
+            yield _region(document, match.start(), match.end(), _guessed(source), source)
+
+
+def _guessed(source: str) -> str:
+    """What an indented block is."""
+    lines = [line for line in source.split("\n") if line]
+    if all(line.startswith(_COMMANDS) for line in lines):
+        return "sh"
+    return "python" if lines[0].startswith(("import ", "from ")) else "formula"
 
 
 def _region(document: Document, start: int, end: int, language: str, source: str) -> Region:
@@ -86,10 +95,10 @@ def evaluate(example: Example) -> None:
     if block.language == "python":
         names["__printed__"], names["__raised__"] = _run(block, str(example.path), names)
     elif block.language == "sh":
-        names["__printed__"] = run_shell(block.source, names["folder"])
+        names["__printed__"] = run_shell(block.source, names["folder"], names.get("run", True))
     elif block.language == "text" and block.above == "raises":
         assert block.source.strip() in names["__raised__"], f"{place}: what is raised is {names['__raised__']!r}"
-    elif block.language == "text" and block.above == "output":
+    elif block.language == "text" and block.above == "output" and names.get("run", True):
         _compare(block.source, names["__printed__"], place)
 
 
@@ -131,6 +140,23 @@ def run_page(page: Path, names: dict[str, Any], language: str) -> None:
         before = before if block.language == "text" else block.language
         if before == language:
             example.evaluate()
+
+
+def pairs(page: Path) -> list[list[Example]]:
+    """Blocks of which a page says that they draw the same."""
+    found: list[list[Example]] = []
+    document, end, open_ = parsed(page), 0, False
+    for example in document.examples():
+        block: Block = example.parsed
+        if block.above == "pair":
+            found.append([])
+            open_ = True
+        elif "\n## " in document.text[end : example.start]:
+            open_ = False
+        end = example.end
+        if open_ and block.language == "python":
+            found[-1].append(example)
+    return found
 
 
 def strange(page: Path) -> list[Block]:

@@ -14,7 +14,7 @@ from documentation_tools import PAGES, ROOT, parsed, run_page, strange
 sys.path.insert(0, str(ROOT))
 
 NOT_RUN: set[tuple[str, str]] = set()
-NAMES = [page.name for page in PAGES]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
 @pytest.fixture
@@ -33,9 +33,14 @@ def page(name: str) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_python_runs(name: str, names: dict[str, Any]) -> None:
-    if name == "guiders.md":
+    if name == "docs/guiders.md":
         names["pipe"] = Modular()
     run_page(page(name), names, "python")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_exist(name: str, names: dict[str, Any]) -> None:
+    run_page(page(name), names | {"run": False}, "sh")
 
 
 @pytest.mark.slow
