@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from documentation_commands import run_shell
+from documentation_commands import refused, run_shell
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
@@ -94,6 +94,8 @@ def evaluate(example: Example) -> None:
         return
     if block.language == "python":
         names["__printed__"], names["__raised__"] = _run(block, str(example.path), names)
+    elif block.language == "sh" and block.raises:
+        names["__raised__"] = refused(block.source)
     elif block.language == "sh":
         names["__printed__"] = run_shell(block.source, names["folder"], names.get("run", True))
     elif block.language == "text" and block.above == "raises":
