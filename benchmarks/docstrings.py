@@ -10,6 +10,8 @@ from typing import Any
 
 from griffe import Extension
 
+_GIVEN = re.compile(r"^Default\((.*)\)$")
+
 DOCS = Path(__file__).parents[1] / "docs"
 _ROLE = re.compile(r":(?:func|class|mod|meth|attr):`(~?)([\w.]+)`")
 _SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.*(?:\n        .*)*)", re.MULTILINE)
@@ -23,6 +25,16 @@ class PackageStyle(Extension):
         """Called for each module, class, function and attribute."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
+        if obj.is_attribute and obj.value is not None:
+            obj.value = _shown(obj.value)
+        for parameter in obj.parameters if obj.is_function else ():
+            if parameter.default is not None:
+                parameter.default = _shown(parameter.default)
+
+
+def _shown(default: Any) -> str:
+    """A default value without what remembers that nobody gave it."""
+    return _GIVEN.sub(r"\1", str(default)).replace("_DEFAULT_LAYERS", "'mid'")
 
 
 def as_markdown(text: str) -> str:
