@@ -17,10 +17,10 @@ import transformer_models
 from diffusers_tools import noise, tiny_pipeline
 from modular_tools import modular_sdxl, run_sdxl
 
-from segkern import loading
 from segkern.integrations.diffusers import StableDiffusionXLSEGPipeline
 from segkern.loading import DEMO
 
+_FROM_PRETRAINED = diffusers.DiffusionPipeline.from_pretrained.__func__  # before any test replaces it
 _STEPS = 3
 _BUNDLED_STEPS = 10  # of the bundled model, which draws real pictures
 _LOADED = ("dtype", "torch_dtype", "use_safetensors", "variant")  # what a page may ask of the loading
@@ -77,8 +77,7 @@ def _few_steps(prompt: Any, given: dict[str, Any]) -> dict[str, Any]:
 @cache
 def _bundled() -> dict[str, Any]:
     """Parts of the bundled model, which is loaded once."""
-    pipe = loading.load_pipeline(loading.find_model("demo"), torch.float32, torch.device("cpu"))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _FROM_PRETRAINED(diffusers.StableDiffusionXLPipeline, DEMO, dtype=torch.float32)
     return dict(pipe.components)
 
 
@@ -107,13 +106,15 @@ def replace_models(patch: pytest.MonkeyPatch, **always: Any) -> None:
     official = types.ModuleType("pipeline_seg")
     official.StableDiffusionXLSEGPipeline = StableDiffusionXLSEGPipeline  # type: ignore[attr-defined]
     patch.setitem(sys.modules, "pipeline_seg", official)
-    stock, to = diffusers.DiffusionPipeline.from_pretrained.__func__, diffusers.DiffusionPipeline.to
+    to = diffusers.DiffusionPipeline.to
 
     def from_pretrained(kind: type, name: Any, **given: Any) -> Any:
-        if Path(name) == DEMO:
-            return _short(kind(**_bundled()), _few_steps, always)
+        if Path(name) == DEMO and kind is not diffusers.DiffusionPipeline:
+            pipe = kind(**_bundled())
+            pipe.set_progress_bar_config(disable=True)
+            return _short(pipe, _few_steps, always)
         if Path(name).is_dir():
-            return stock(kind, name, **given)
+            return _FROM_PRETRAINED(kind, name, **given)
         assert str(name).count("/") == 1, f"{name!r} is no name of a hub"
         parts = {key: value for key, value in given.items() if key == "pag_applied_layers"}
         assert set(given) <= {*_LOADED, *parts}, given
