@@ -28,6 +28,8 @@ _LESS = {
     "demo": {"--steps": "1"},
     "evaluate": {"--steps": "1", "--images": "8", "--scales": "3", "--sigmas": "inf", "--selection-seeds": ""},
 }
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_STAY = ("ui",)  # until they are stopped
 _OPTIONAL = ("--width", "--height", "--images")  # reduced only where a page gives them
 
 
@@ -52,7 +54,7 @@ def _command(words: list[str], folder: Path, run: bool) -> str:
         return ""
     if words[0] == "segkern":
         _parse(words[1:])
-        return _segkern(words[1:], folder) if run else ""
+        return _segkern(words[1:], folder) if run and words[1] not in _STAY else ""
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets, words
@@ -70,7 +72,7 @@ def _segkern(words: list[str], folder: Path) -> str:
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     named = {"MODEL": "demo", "FILE": str(folder / "prompts.txt"), "prompts.txt": str(folder / "prompts.txt")}
     words = [named.get(word, word) for word in words]
-    if "/" in words[1:2]:  # a hub's name
+    if len(words) > 1 and _HUB_NAME.fullmatch(words[1]):
         words[1] = "demo"
     for option, value in _LESS.get(words[0], {}).items():
         if option in words:

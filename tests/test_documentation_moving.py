@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from documentation_models import replace_models
-from documentation_tools import ROOT, pairs
+from documentation_tools import ROOT, pairs, parsed
 
 from segkern.integrations.diffusers import LayerInfo, list_layers
 from segkern.integrations.diffusers.names import select_layers
@@ -23,27 +23,37 @@ from benchmarks.sdxl import SDXL
 
 PAGE = ROOT / "docs" / "moving.md"
 PAIRS = pairs(PAGE)
+BLOCKS = [each for each in parsed(PAGE).examples() if each.parsed.language == "python"]
+IMPORTS = "\n".join(re.findall(r"^(?:from|import) .*", "\n".join(each.parsed.source for each in BLOCKS), re.MULTILINE))
 
 
 @pytest.mark.parametrize("index", range(len(PAIRS)))
-def test_old_and_new_lines_draw_the_same(index: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The official script stands for itself by segkern's pipeline with its arguments, see ``replace_models``."""
+def test_old_and_new_lines_draw_the_same(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official script's pipeline is segkern's with the same arguments here, see ``replace_models``."""
     replace_models(monkeypatch, output_type="np")
+    names: dict[str, Any] = {}
+    for line in IMPORTS.splitlines():
+        exec(line, names)
     pictures = []
     assert len(PAIRS[index]) >= 2
     for example in PAIRS[index]:
         torch.manual_seed(5)
-        names = example.namespace  # of the page: later pairs go on from earlier ones
-        for before in PAIRS[0 if index == 0 else 1][: 0 if index < 2 else None]:
-            imports = re.findall(r"^(?:from|import) .*", before.parsed.source, re.MULTILINE)
-            exec("\n".join(imports), names)
         exec(example.parsed.source, names)
         pictures.append(names["image"])
     torch.manual_seed(5)
-    plain = names["pipe"]("a red fox" if index else [""], guidance_scale=5.0 if index else 1.0).images[0]
+    prompt, scale = ([""], 1.0) if index == 0 else ("a red fox", 5.0)
+    plain = names["pipe"](prompt, guidance_scale=scale).images[0]
     for picture in pictures[1:]:
         assert np.abs(picture - pictures[0]).max() < 1e-4
     assert np.abs(plain - pictures[0]).max() > 1e-2, "guidance would not be noticed"
+
+
+def test_the_other_blocks_run() -> None:
+    sources = {each.parsed.source for pair in PAIRS for each in pair}
+    others = [each.parsed.source for each in BLOCKS if each.parsed.source not in sources]
+    assert len(others) == 2
+    for source in others:
+        exec(source, {})
 
 
 def in_comfyui(text: str, layers: list[LayerInfo]) -> list[LayerInfo]:
