@@ -1,23 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook of MkDocs: what pages link to outside of ``docs/`` becomes part of the site.
+"""A hook of MkDocs: what the site is made from outside of ``docs/``, which is files that pages link to and docstrings.
 
 A page links to ``../X`` for a file ``X`` of the repository, which is right where the repository is browsed. In the site
 the file lies at ``repository/X``; texts get the ending ``.txt`` there, so that every server shows them as such.
+
+Docstrings are read from sources, which lie in two folders and are one package only where it is installed.
 """
 
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 
 _PICTURES = (".png", ".svg")
+_PACKAGES = tempfile.TemporaryDirectory(prefix="segkern-sources-")
+
+
+@event_priority(100)
+def on_config(config: Any) -> Any:
+    """Show mkdocstrings, before it looks, the package with ``integrations/`` in its place."""
+    package = Path(_PACKAGES.name) / "segkern"
+    if not package.exists():
+        package.mkdir()
+        for entry in (*(ROOT / "segkern").iterdir(), ROOT / "integrations"):
+            if entry.name not in {"__pycache__", *(known.name for known in package.iterdir())}:
+                (package / entry.name).symlink_to(entry.resolve())
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [_PACKAGES.name]
+    return config
 
 
 def on_files(files: Any, *, config: Any) -> Any:
