@@ -24,6 +24,7 @@ from segkern.options import listed, size_of, stride
 from segkern.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.tables import wide
 from segkern.terminal import NUMBERS, SIGMAS, Config, Height, Model, Width, need_diffusers, refusing
+from segkern.ui_command import ui
 from segkern.version import __version__
 
 app = typer.Typer(
@@ -194,6 +195,7 @@ def generate(
 
 app.command("layers")(list_model_layers)
 app.command()(energy)
+app.command()(ui)
 
 
 @app.command()

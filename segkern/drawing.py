@@ -101,10 +101,11 @@ def draw_all(pipe: Any, job: Job, plan: Sequence[Specs], show: bool = True) -> l
     return drawn
 
 
-def draw(pipe: Any, job: Job, specs: Specs, step: Callable[..., Any] | None = None) -> Drawn:
-    """One picture; ``step`` is diffusers' ``callback_on_step_end``.
+def draw(pipe: Any, job: Job, specs: Specs, step: Callable[..., Any] | None = None, *, share: bool = True) -> Drawn:
+    """One picture; ``step`` is diffusers' ``callback_on_step_end``, ``share`` is :func:`guide`'s.
 
-    The noise comes from the CPU's generator, so that it is the same on every device.
+    The noise comes from the CPU's generator, so that it is the same on every device. What ``step`` raises ends the run;
+    guidance is off the pipeline then too.
     """
     from segkern.integrations.diffusers import guide
 
@@ -126,26 +127,47 @@ def draw(pipe: Any, job: Job, specs: Specs, step: Callable[..., Any] | None = No
         return Drawn(run(), None, time.perf_counter() - begun)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"(SEG|PAG|SAG|CFG)\(", UserWarning)  # the report says the same
-        with guide(pipe, *specs) as guidance:
+        with guide(pipe, *specs, share=share) as guidance:
             image = run()
         report = guidance.report()
     return Drawn(image, report, time.perf_counter() - begun)
 
 
+def calls_of(pipe: Any, steps: int) -> int:
+    """How often a run of so many steps calls the denoiser; some schedulers do so twice in a step.
+
+    Raises:
+        ValueError: for a number of steps that the scheduler does not take.
+    """
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
 def report_table(plan: Sequence[Specs], drawn: Sequence[Drawn]) -> tuple[Table, list[str]]:
     """What guidance did in each run, as one table, and what went wrong."""
+    columns, rows, problems = report_rows(plan, drawn)
+    table = Table(*columns, title="guidance report")
+    for row in rows:
+        table.add_row(*row)
+    return table, problems
+
+
+def report_rows(plan: Sequence[Specs], drawn: Sequence[Drawn]) -> tuple[list[str], list[list[str]], list[str]]:
+    """The same in words: headings, a row for each run, guidance and layer, and what went wrong."""
     reports = [(label(specs), one.report) for specs, one in zip(plan, drawn, strict=True) if one.report is not None]
     strided = any(row.query_stride is not None for _, report in reports for row in report.layers)
     coarse = ["stride", "error"] if strided else []
     several = any(len(report.specs) > 1 for _, report in reports)
-    table = Table("run", *["guidance"] * several, "layer", "fired", "moved", *coarse, "module", title="guidance report")
+    columns = ["run", *["guidance"] * several, "layer", "fired", "moved", *coarse, "module"]
+    rows = []
     for name, report in reports:
         for row in report.layers:
             fired = f"{row.fired} of {report.forwards}"
             words = row.coarse() if strided else ()
             of = [type(report.specs[row.spec]).__name__] if several else []
-            table.add_row(name, *of, row.layer, fired, percent(row.moved), *words, row.module)
-    return table, [problem for _, report in reports for problem in report.problems]
+            rows.append([name, *of, row.layer, fired, percent(row.moved), *words, row.module])
+    return columns, rows, [problem for _, report in reports for problem in report.problems]
 
 
 def label(specs: Specs) -> str:

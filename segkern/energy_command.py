@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from segkern import energy_plots, energy_report, loading
 from segkern.blur import check_boundary
-from segkern.drawing import Job, describe, draw_all
+from segkern.drawing import Job, calls_of, describe, draw_all
 from segkern.options import listed
 from segkern.pictures import check_target, save
 from segkern.tables import wide
@@ -69,7 +69,7 @@ def energy(
             if (out / name).exists() and not overwrite:
                 raise ValueError(f"{str(out / name)!r} exists; give --overwrite or another --out")
         pipe = loading.load_pipeline(source, kind, where)
-        chosen = _steps(at, _calls(pipe, steps))
+        chosen = _steps(at, calls_of(pipe, steps))
         out.mkdir(parents=True, exist_ok=True)
         for name in files:
             if name != _JSON:
@@ -96,13 +96,6 @@ def energy(
     wide(table).print(table)
     for path in (out / _PICTURE, out / _JSON, *sheets, out / _OVER_SIGMA, out / _OVER_STEPS):
         typer.echo(f"wrote {path}")
-
-
-def _calls(pipe: Any, steps: int) -> int:
-    """How often a run of so many steps calls the denoiser; some schedulers do so twice in a step."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(steps)
-    return len(scheduler.timesteps)
 
 
 def _steps(text: str, steps: int) -> tuple[int, ...]:

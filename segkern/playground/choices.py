@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the page offers: sizes and layers of a model, and the sigmas of a slider."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from segkern import loading
+
+# Width and height of the sizes that Stable Diffusion XL was trained for, of which its own is the first.
+_BUCKETS = (
+    (1024, 1024),
+    (1152, 896),
+    (896, 1152),
+    (1216, 832),
+    (832, 1216),
+    (1344, 768),
+    (768, 1344),
+    (1536, 640),
+    (640, 1536),
+)
+_BUCKET_STEP = 64
+
+_FINEST, _COARSEST = -2, 6  # powers of two: sigma 0.25 to 64
+_IN_AN_OCTAVE = 4
+LAST = (_COARSEST - _FINEST) * _IN_AN_OCTAVE + 1  # the slider's last position is infinity
+
+
+def sigma_at(position: float) -> float:
+    """The sigma of a position of the slider, 0 to ``LAST``: four in an octave, infinity at the end.
+
+    Example:
+        >>> [sigma_at(position) for position in (0, 8, 9, LAST)]
+        [0.25, 1.0, 1.19, inf]
+    """
+    if position >= LAST:
+        return math.inf
+    return float(f"{2.0 ** (_FINEST + max(0.0, position) / _IN_AN_OCTAVE):.3g}")
+
+
+def position_of(sigma: float) -> int:
+    """The position of the slider that is nearest to a sigma above 0.
+
+    Example:
+        >>> [position_of(sigma) for sigma in (0.01, 1.0, 5.0, 1e9, math.inf)]
+        [0, 8, 17, 32, 33]
+    """
+    if math.isinf(sigma):
+        return LAST
+    place = round((math.log2(sigma) - _FINEST) * _IN_AN_OCTAVE)
+    return min(max(place, 0), LAST - 1)
+
+
+def sizes(outline: Any) -> list[tuple[int, int]]:
+    """Width and height in pixels: the model's own first, then about as many pixels in the shapes of SDXL's buckets.
+
+    Args:
+        outline: a pipeline, or its outline.
+    """
+    own = loading.image_size(outline, None, None)
+    side = math.sqrt(own[0] * own[1])
+    multiple = max(8, outline.vae_scale_factor)
+    unit = max(1, round(side * _BUCKET_STEP / _BUCKETS[0][0] / multiple)) * multiple
+    found = [own]
+    for bucket in _BUCKETS:
+        width, height = (max(1, round(pixels * side / _BUCKETS[0][0] / unit)) * unit for pixels in bucket)
+        if (width, height) not in found:
+            found.append((width, height))
+    return found
+
+
+def named(size: tuple[int, int]) -> str:
+    """A size in words.
+
+    Example:
+        >>> named((832, 1216))
+        '832 x 1216'
+    """
+    return f"{size[0]} x {size[1]}"
+
+
+def layers(outline: Any) -> list[tuple[str, str]]:
+    """What to show and what it stands for: the model's parts, then every layer."""
+    from segkern.integrations.diffusers import list_layers
+
+    found = list_layers(outline)
+    parts: dict[str, list[str]] = {}
+    for layer in found:
+        parts.setdefault(layer.part, []).append(layer.name)
+    shown = []
+    for part, names in parts.items():
+        ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        shown.append((f"{part} ({ends})", part))
+    return [*shown, *((layer.name, layer.name) for layer in found)]

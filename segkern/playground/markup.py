@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page's HTML: messages, tables and its style."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+STYLE = """
+.gradio-container { max-width: 1400px !important; margin: 0 auto; padding: 12px 16px !important; }
+#heading h1 { font-size: 1.35rem; margin: 0; }
+#heading p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
+.message { min-height: 44px; }
+.message p { margin: 0; padding: 9px 12px; border-radius: 6px; overflow-wrap: anywhere; line-height: 1.35;
+  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+.message p.refused { border-color: #c2410c; border-left-width: 5px; }
+.picture img { object-fit: contain; }
+.enlarged img { image-rendering: pixelated; width: 100% !important; height: 100% !important; }
+#sigma-slider input[type=number], #sigma-slider .min_value, #sigma-slider .max_value { display: none; }
+#sigma-slider .wrap .head { margin-bottom: 4px; }
+table.words { border-collapse: collapse; width: 100%; font-size: 0.92rem; margin: 4px 0 10px; }
+table.words caption { text-align: left; font-weight: 600; padding: 6px 0; }
+table.words th, table.words td { text-align: left; padding: 4px 10px 4px 0; overflow-wrap: anywhere;
+  border-bottom: 1px solid var(--border-color-primary); }
+table.words th { color: var(--body-text-color-subdued); font-weight: 600; overflow-wrap: normal; }
+"""
+
+
+def told(text: str) -> str:
+    """A message."""
+    return f'<p role="status">{escape(text)}</p>'
+
+
+def refused(text: str) -> str:
+    """A message about something that does not fit.
+
+    Example:
+        >>> refused("sigma must be a number, got '<b>'")
+        '<p role="alert" class="refused">sigma must be a number, got &#x27;&lt;b&gt;&#x27;</p>'
+    """
+    return f'<p role="alert" class="refused">{escape(text)}</p>'
+
+
+def table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Words in rows."""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in rows)
+    return f'<table class="words"><caption>{escape(caption)}</caption><tr>{head}</tr>{body}</table>'

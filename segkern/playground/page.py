@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page at work: what its buttons do, and the server that it comes from."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from segkern.drawing import label
+from segkern.playground import choices, layout
+from segkern.playground.form import Form, read, words
+from segkern.playground.markup import STYLE, refused, table, told
+from segkern.playground.models import Models, Named
+from segkern.playground.runs import Result, Run, Stopped, carry_out
+
+_FONTS = ("system-ui", "sans-serif")  # the page loads none
+_FIXED_FONTS = ("ui-monospace", "monospace")
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_AT_ONCE: dict[str, Any] = {**_QUIET, "queue": False}
+_ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "api_visibility": "private"}
+_KEPT_SECONDS = 24 * 3600  # of pictures that pages have shown
+
+
+class Playground:
+    """The page and the runs that its visitors asked for; models are shared, runs follow one another.
+
+    Args:
+        models: that draw.
+        named: the model that a new page has.
+        folder: for pictures.
+    """
+
+    def __init__(self, models: Models, named: Named, folder: Path) -> None:
+        self._models = models
+        self._folder = folder
+        self._runs: dict[str, Run] = {}  # under way or waiting, by their tickets
+        self._build(named)
+
+    def _build(self, named: Named) -> None:
+        described = self._models.describe(named)
+        with gr.Blocks(
+            title="segkern", analytics_enabled=False, delete_cache=(3600, _KEPT_SECONDS), fill_width=True
+        ) as self.blocks:
+            loaded, ticket = gr.State(named), gr.State("")
+            gr.Markdown(
+                "# segkern\nThe same picture with and without guidance by the model's own attention.",
+                elem_id="heading",
+            )
+            with gr.Row():
+                with gr.Column(scale=4, min_width=330):
+                    self._controls = layout.controls(named, described)
+                with gr.Column(scale=7, min_width=340):
+                    self._shown = layout.results()
+            self._connect(loaded, ticket)
+
+    def _connect(self, loaded: Any, ticket: Any) -> None:
+        at, shown = self._controls, self._shown
+        buttons = [at.draw, at.stop]
+        gr.on(
+            [at.draw.click, at.form.prompt.submit],
+            self._take,
+            [loaded, at.model, at.config, *at.fields],
+            [ticket, at.message, *buttons],
+            **_AT_ONCE,
+        )
+        results = [at.message, *vars(shown).values()]
+        ticket.change(self._run, ticket, results, show_progress_on=at.message, **_ONE_AT_A_TIME).then(
+            lambda: [gr.update(interactive=True), gr.update(interactive=False)], None, buttons, **_AT_ONCE
+        )
+        at.stop.click(self._stop, ticket, at.message, **_AT_ONCE)
+        self.blocks.unload(self._leave)
+
+        choose = [loaded, at.model_message, at.form.size, at.form.layers, at.examples]
+        gr.on(
+            [at.load.click, at.model.submit, at.config.submit],
+            self._load,
+            [at.model, at.config],
+            choose,
+            show_progress_on=at.model_message,
+            **_ONE_AT_A_TIME,
+        )
+        at.sigma_slider.input(None, at.sigma_slider, at.form.sigma, js=layout.follow_slider(), **_QUIET)
+        at.form.sigma.input(layout.follow_sigma, at.form.sigma, at.sigma_slider, **_AT_ONCE)
+        of_kinds = [at.blur, at.form.pag_scale, at.form.sag_scale, at.form.layers]
+        at.form.kinds.change(layout.shown_kinds, at.form.kinds, of_kinds, **_AT_ONCE)
+        at.examples.click(lambda sample: sample[0], at.examples, at.form.prompt, **_AT_ONCE)
+        at.another.click(lambda: secrets.randbelow(2**32), None, at.form.seed, **_AT_ONCE)
+
+    def _take(self, named: Named, model: str, config: str, *values: Any, request: gr.Request) -> list[Any]:
+        """Draw was pressed: check the fields, and let the run wait for its turn."""
+        try:
+            if Named(model.strip(), config.strip()) != named:
+                raise ValueError(
+                    f"the model {model.strip()!r} is not loaded yet: press Load, or Draw with {named.model!r}"
+                )
+            described = self._models.describe(named)
+            settings = read(Form(*values), described.outline, self._models.device, self._models.dtype)
+        except (ValueError, OSError) as error:
+            return [gr.skip(), refused(words(error)), gr.skip(), gr.skip()]
+        ticket = secrets.token_hex(8)
+        self._runs[ticket] = Run(named, settings, request.session_hash or "")
+        return [ticket, told("Waiting."), gr.update(interactive=False), gr.update(interactive=True)]
+
+    def _run(self, ticket: str, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:  # noqa: B008  gradio's way
+        """Its turn has come."""
+        run = self._runs[ticket]
+        message = self._controls.message
+
+        def tell(done: int, steps: int, what: str) -> None:
+            progress((done, steps), desc=f"Drawing, {what}", unit="steps")
+
+        try:
+            result = carry_out(run, self._models, self._folder, tell)
+        except Stopped:
+            return {message: told("Stopped. What is shown is from before.")}
+        except (ValueError, OSError) as error:
+            return {message: refused(words(error))}
+        finally:
+            del self._runs[ticket]
+        return self._show(run, result)
+
+    def _show(self, run: Run, result: Result) -> dict[Any, Any]:
+        shown, enlarged = self._shown, ["picture", *["enlarged"] * result.small]
+        specs = run.settings.specs
+        done = f"Drawn in {result.seconds:.1f} s."
+        message = refused(" ".join([done, *result.problems])) if result.problems else told(done)
+        name = f"With guidance: {' + '.join(type(spec).__name__ for spec in specs)}, {label(specs)}"
+        return {
+            self._controls.message: message,
+            shown.plain: gr.update(value=str(result.plain), elem_classes=enlarged),
+            shown.guided: gr.update(value=str(result.guided), elem_classes=enlarged, label=name),
+            shown.plain_file: gr.update(value=str(result.plain), interactive=True),
+            shown.guided_file: gr.update(value=str(result.guided), interactive=True),
+            shown.timing: table("Time", ["picture", "seconds", "relative"], result.timing),
+            shown.report: table("Where guidance acted", result.headings, result.report),
+            shown.maps: [str(path) for path in result.maps],
+            shown.snippet: result.snippet,
+        }
+
+    def _stop(self, ticket: str) -> Any:
+        """Stop was pressed."""
+        run = self._runs.get(ticket)
+        if run is None:
+            return gr.skip()
+        run.stop()
+        return told("Stopping after this step.")
+
+    def _leave(self, request: gr.Request) -> None:
+        """A page was closed or loaded again: nobody waits for its runs."""
+        for run in list(self._runs.values()):
+            if run.owner == request.session_hash:
+                run.stop()
+
+    def _load(self, model: str, config: str) -> list[Any]:
+        """Load was pressed."""
+        named = Named(model.strip(), config.strip())
+        try:
+            described = self._models.describe(named)
+            self._models.load(named)
+        except (ValueError, OSError) as error:
+            return [gr.skip(), refused(words(error)), gr.skip(), gr.skip(), gr.skip()]
+        offered = [choices.named(size) for size in choices.sizes(described.outline)]
+        examples = layout.example_prompts(described)
+        return [
+            named,
+            told(f"{named.model} is loaded."),
+            gr.update(choices=offered, value=offered[0]),
+            gr.update(choices=choices.layers(described.outline), value=["mid"]),
+            gr.update(samples=examples, visible=bool(examples)),
+        ]
+
+    def start(self, host: str, port: int) -> str:
+        """Serve the page; returns its address."""
+        _, address, _ = self.blocks.queue(api_open=False).launch(
+            server_name=f"[{host}]" if ":" in host else host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            show_error=True,
+            run_history=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            footer_links=[],
+            theme=gr.themes.Default(font=_FONTS, font_mono=_FIXED_FONTS, spacing_size="sm", text_size="md"),
+            css=STYLE,
+        )
+        return str(address)
+
+    def end(self) -> None:
+        """Stop every run and the server."""
+        for run in list(self._runs.values()):
+            run.stop()
+        self.blocks.close(verbose=False)

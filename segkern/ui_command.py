@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``segkern ui``: starts the playground and shows it in a browser."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from segkern import loading
+from segkern.terminal import Config, need_diffusers, refusing
+
+
+def ui(
+    model: Annotated[
+        str, typer.Argument(help="'demo', a checkpoint folder, a hub name, or a single .safetensors file (SDXL).")
+    ] = "demo",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
+    config: Config = None,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in a browser.")] = True,
+) -> None:
+    """Open a page that draws pictures with and without guidance; Ctrl-C ends it.
+
+    Nothing leaves this machine: the page comes from here alone, and no usage is reported.
+    """
+    need_diffusers("gradio", "matplotlib", extra="ui")
+    with refusing():
+        where = loading.find_device(device)
+        kind = loading.find_dtype(dtype, where)
+        port = _free_port(host, port)
+        from segkern.playground.models import Models, Named
+
+        models, named = Models(where, kind), Named(model, config or "")
+        models.load(named)
+    from segkern.playground.page import Playground
+
+    with tempfile.TemporaryDirectory(prefix="segkern-ui-") as folder:
+        playground = Playground(models, named, Path(folder))
+        address = playground.start(host, port)
+        typer.echo(f"segkern ui: {address} (Ctrl-C ends it)")
+        if show:
+            typer.launch(address)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            typer.echo("")
+        finally:
+            playground.end()
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0.
+
+    Raises:
+        ValueError: when it cannot be listened on; the message quotes it.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind((host, port))
+            return int(tried.getsockname()[1])
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"--port {port} of --host {host!r} cannot be used ({reason}); give another --port, or 0 for a free one"
+        ) from None
