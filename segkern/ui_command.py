@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import tempfile
 import threading
@@ -47,12 +48,17 @@ def ui(
         typer.echo(f"segkern ui: {address} (Ctrl-C ends it)")
         if show:
             typer.launch(address)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            typer.echo("")
-        finally:
-            playground.end()
+        _wait()
+        playground.end()
+
+
+def _wait() -> None:
+    """Until Ctrl-C, or until the process is asked to end; also where a shell has told it to ignore Ctrl-C."""
+    over = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: over.set())
+    over.wait()
+    typer.echo("segkern ui: ended")
 
 
 def _free_port(host: str, port: int) -> int:

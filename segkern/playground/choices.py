@@ -93,3 +93,11 @@ def layers(outline: Any) -> list[tuple[str, str]]:
         ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         shown.append((f"{part} ({ends})", part))
     return [*shown, *((layer.name, layer.name) for layer in found)]
+
+
+def usual_layers(outline: Any) -> list[str]:
+    """Where guidance acts unless somebody says otherwise: the middle, as in the paper, or all parts of a model without."""
+    from segkern.integrations.diffusers.names import PARTS
+
+    parts = [name for _, name in layers(outline) if name in PARTS]
+    return ["mid"] if "mid" in parts else parts

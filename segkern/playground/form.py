@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _LARGEST_SEED = 2**32 - 1
 _SIZE = re.compile(r"\s*(-?\d+)\s*[x×*]\s*(-?\d+)\s*", re.IGNORECASE)
-# Options of the command line that the checks shared with it name; the page has no dashes.
+# Words of the checks that the command line and Python share with the page, which has neither dashes nor functions.
+_FOR_PYTHON = "; list_layers(pipe) lists every layer"
 _OPTIONS = re.compile(r"--(?=(width|height|config|guidance)\b)")
 
 
@@ -127,7 +128,7 @@ def words(error: BaseException) -> str:
         >>> words(ValueError("--width must be a positive multiple of 8, such as 96, got 100"))
         'width must be a positive multiple of 8, such as 96, got 100'
     """
-    return " ".join(_OPTIONS.sub("", str(error)).split())
+    return " ".join(_OPTIONS.sub("", str(error)).removesuffix(_FOR_PYTHON).split())
 
 
 def _text(value: Any) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import gradio as gr
 
 from segkern.demo import PROMPTED
-from segkern.energy_report import named as sigma_named
 from segkern.playground import choices
 from segkern.playground.form import Form
 from segkern.playground.markup import told
@@ -31,7 +30,7 @@ class Controls:
 
     form: Form  # of components
     draw: Any
-    stop: Any
+    halt: Any
     message: Any
     examples: Any
     another: Any
@@ -68,98 +67,126 @@ def example_prompts(described: Described) -> list[list[str]]:
 
 
 def controls(named: Named, described: Described) -> Controls:
-    """The left column."""
+    """The left column; on a narrow page its settings come after the results."""
+    with gr.Column(elem_id="ask"):
+        asked = _ask(described)
+    with gr.Column(elem_id="settings"):
+        with gr.Group():
+            guidance = _guidance(described)
+        with gr.Accordion("Picture", open=True):
+            with gr.Group():
+                picture = _size_and_noise(described)
+            another = gr.Button("Another seed", size="sm")
+        with gr.Accordion("Also measure", open=False), gr.Group():
+            energy = gr.Checkbox(True, label="Map the energy of attention", info="One more run.")
+            unshared = gr.Checkbox(False, label="Time guidance without sharing", info="One more run.")
+        with gr.Accordion("Model", open=False):
+            model = _model(named)
+    found = {**asked, **guidance, **picture, **model, "another": another, "energy": energy, "unshared": unshared}
+    form = Form(**{field.name: found.pop(field.name) for field in fields(Form)})
+    return Controls(form=form, **found)
+
+
+def _ask(described: Described) -> dict[str, Any]:
+    """What is always needed, first."""
     examples = example_prompts(described)
     prompt = gr.Textbox(
-        _FIRST.prompt if examples else "", label="Prompt", info="What the picture shows.", lines=2, autofocus=True
+        _FIRST.prompt if examples else "",
+        label="Prompt",
+        info="What the picture shows.",
+        lines=1,
+        max_lines=4,
+        autofocus=True,
     )
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", scale=3, min_width=120)
-        stop = gr.Button("Stop", variant="stop", interactive=False, scale=1, min_width=80)
-    message = gr.HTML(told(_HINT), elem_classes="message", elem_id="message")
-    dataset = gr.Dataset(
+        halt = gr.Button("Stop", variant="stop", interactive=False, scale=1, min_width=80)
+    message = gr.HTML(told(_HINT), elem_classes="message", elem_id="message", padding=False)
+    shown = gr.Dataset(
         components=[gr.Textbox(visible=False, label="Prompt")],
         samples=examples,
         visible=bool(examples),
         label="Prompts to try",
-        elem_id="examples",
     )
-    with gr.Group():
-        kinds = gr.CheckboxGroup(KINDS, value=["SEG"], label="Guidance", info="One or several; several add up.")
-        with gr.Column(visible=True) as blur:
-            slider = gr.Slider(
-                0,
-                choices.LAST,
-                value=choices.LAST,
-                step=1,
-                label="SEG: blur, from little to infinite",
-                elem_id="sigma-slider",
-                buttons=[],
-            )
-            with gr.Row():
-                sigma = gr.Textbox("inf", label="SEG: sigma", info="In tokens; inf is the mean.", min_width=120)
-                seg = gr.Textbox("3", label="SEG: scale", info="How strong.", min_width=120)
-        with gr.Row():
-            pag = gr.Textbox("3", label="PAG: scale", info="How strong.", visible=False, min_width=120)
-            sag = gr.Textbox("0.75", label="SAG: scale", info="How strong.", visible=False, min_width=120)
-        layers = gr.Dropdown(
-            choices.layers(described.outline),
-            value=["mid"],
-            multiselect=True,
-            allow_custom_value=True,
-            label="Layers of SEG and PAG",
-            info="Choose some, or type such as u0-1 and press Enter.",
+    return {"prompt": prompt, "draw": draw, "halt": halt, "message": message, "examples": shown}
+
+
+def _guidance(described: Described) -> dict[str, Any]:
+    kinds = gr.CheckboxGroup(KINDS, value=["SEG"], label="Guidance", info="One or several; several add up.")
+    with gr.Column() as blur:
+        slider = gr.Slider(
+            0,
+            choices.LAST,
+            value=choices.LAST,
+            step=1,
+            label="SEG: blur",
+            info="From 0.25 tokens on the left to infinite on the right.",
+            elem_id="sigma-slider",
+            buttons=[],
         )
         with gr.Row():
-            start = gr.Slider(0, 1, value=0, step=0.05, label="Start", info="Fraction of the run.", min_width=120)
-            end = gr.Slider(0, 1, value=1, step=0.05, label="Stop", info="Fraction of the run.", min_width=120)
-    with gr.Accordion("Picture", open=True), gr.Group():
-        with gr.Row():
-            size = gr.Dropdown(
-                [choices.named(each) for each in choices.sizes(described.outline)],
-                value=choices.named(choices.sizes(described.outline)[0]),
-                allow_custom_value=True,
-                label="Size",
-                info="Width x height; others can be typed.",
-                min_width=140,
-            )
-            steps = gr.Number(20, label="Steps", info="More take longer.", min_width=100)
-        with gr.Row():
-            seed = gr.Number(_FIRST.seed, label="Seed", info="Of the noise.", min_width=120)
-            guidance_scale = gr.Textbox("3", label="Text guidance (CFG)", info="1 is none.", min_width=120)
-        another = gr.Button("Another seed", size="sm")
-        negative = gr.Textbox("", label="Negative prompt", info="What the picture does not show.")
-    with gr.Accordion("Also measure", open=False), gr.Group():
-        energy = gr.Checkbox(True, label="Map the energy of attention", info="One more run.")
-        unshared = gr.Checkbox(False, label="Time guidance without sharing", info="One more run.")
-    with gr.Accordion("Model", open=False), gr.Group():
+            sigma = _number("inf", "SEG: sigma", "In tokens; inf is infinite.")
+            seg = _number("3", "SEG: scale", "How strong.")
+    with gr.Row():
+        pag = _number("3", "PAG: scale", "How strong.", visible=False)
+        sag = _number("0.75", "SAG: scale", "How strong.", visible=False)
+    layers = gr.Dropdown(
+        choices.layers(described.outline),
+        value=choices.usual_layers(described.outline),
+        multiselect=True,
+        allow_custom_value=True,
+        label="Layers of SEG and PAG",
+        info="Choose some, or type such as u0-1 and press Enter.",
+    )
+    with gr.Row():
+        start = gr.Slider(0, 1, value=0, step=0.05, label="Starts at", info="Fraction of the run.", min_width=120)
+        stop = gr.Slider(0, 1, value=1, step=0.05, label="Stops at", info="Fraction of the run.", min_width=120)
+    scales = {"seg_scale": seg, "pag_scale": pag, "sag_scale": sag}
+    acting = {"kinds": kinds, "layers": layers, "start": start, "stop": stop}
+    return {**scales, **acting, "sigma": sigma, "sigma_slider": slider, "blur": blur}
+
+
+def _size_and_noise(described: Described) -> dict[str, Any]:
+    sizes = [choices.named(each) for each in choices.sizes(described.outline)]
+    with gr.Row():
+        size = gr.Dropdown(
+            sizes,
+            value=sizes[0],
+            allow_custom_value=True,
+            label="Size",
+            info="In pixels; can be typed.",
+            min_width=120,
+        )
+        steps = gr.Number(20, label="Steps", info="More take longer.", min_width=120)
+    with gr.Row():
+        seed = gr.Number(_FIRST.seed, label="Seed", info="Of the noise.", min_width=120)
+        guidance_scale = _number("3", "Text guidance (CFG)", "1 is none.")
+    negative = gr.Textbox("", label="Negative prompt", info="What the picture does not show.")
+    return {
+        "size": size,
+        "steps": steps,
+        "seed": seed,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative,
+    }
+
+
+def _model(named: Named) -> dict[str, Any]:
+    with gr.Group():
         model = gr.Textbox(
             named.model, label="Checkpoint", info="demo, a folder, a hub name, or a .safetensors file (SDXL)."
         )
         config = gr.Textbox(
-            named.config, label="Configuration", info="Of a .safetensors file alone: folder or hub name; may be empty."
+            named.config, label="Configuration", info="Of a .safetensors file alone: a folder or hub name, or nothing."
         )
-        load = gr.Button("Load", size="sm")
-        model_message = gr.HTML(told(f"{named.model} is loaded."), elem_classes="message", elem_id="model-message")
-    form = Form(
-        prompt=prompt,
-        negative_prompt=negative,
-        seed=seed,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        size=size,
-        kinds=kinds,
-        sigma=sigma,
-        seg_scale=seg,
-        pag_scale=pag,
-        sag_scale=sag,
-        layers=layers,
-        start=start,
-        stop=end,
-        energy=energy,
-        unshared=unshared,
-    )
-    return Controls(form, draw, stop, message, dataset, another, slider, blur, model, config, load, model_message)
+    load = gr.Button("Load", size="sm")
+    message = gr.HTML(told(f"{named.model} is loaded."), elem_classes="message", elem_id="model-message", padding=False)
+    return {"model": model, "config": config, "load": load, "model_message": message}
+
+
+def _number(value: str, label: str, info: str, visible: bool = True) -> Any:
+    """A text, so that whatever was typed can be quoted."""
+    return gr.Textbox(value, label=label, info=info, visible=visible, min_width=120)
 
 
 def results() -> Shown:
@@ -167,24 +194,16 @@ def results() -> Shown:
     with gr.Row():
         with gr.Column(min_width=240):
             plain = _picture("Without guidance", "plain")
-            plain_file = gr.DownloadButton("Download", size="sm", interactive=False, elem_id="plain-file")
+            plain_file = gr.DownloadButton("Download without guidance", size="sm", interactive=False)
         with gr.Column(min_width=240):
             guided = _picture("With guidance", "guided")
-            guided_file = gr.DownloadButton("Download", size="sm", interactive=False, elem_id="guided-file")
+            guided_file = gr.DownloadButton("Download with guidance", size="sm", interactive=False)
     with gr.Tabs():
-        with gr.Tab("What it did"):
-            timing = gr.HTML("", elem_id="timing")
-            report = gr.HTML("", elem_id="report")
+        with gr.Tab("Report"):
+            timing = gr.HTML("", elem_id="timing", padding=False)
+            report = gr.HTML("", elem_id="report", padding=False)
         with gr.Tab("Energy"):
-            maps = gr.Gallery(
-                label="Energy of attention without guidance, by layer and step",
-                columns=1,
-                object_fit="contain",
-                height="auto",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id="maps",
-            )
+            maps = _picture("Energy of attention without guidance, by layer and step", "maps", height=None)
         with gr.Tab("Python"):
             snippet = gr.Code(
                 "", language="python", label="Draws the guided picture again", interactive=False, elem_id="snippet"
@@ -192,16 +211,15 @@ def results() -> Shown:
     return Shown(plain, guided, plain_file, guided_file, timing, report, maps, snippet)
 
 
-def _picture(label: str, name: str) -> Any:
+def _picture(label: str, name: str, height: int | None = 370) -> Any:
     return gr.Image(
         label=label,
         format="png",
         type="filepath",
         interactive=False,
-        height=380,
+        height=height,
         buttons=["fullscreen"],
         elem_id=name,
-        elem_classes="picture",
         alt_text=label,
     )
 
@@ -224,8 +242,3 @@ def shown_kinds(kinds: Sequence[str]) -> list[Any]:
     """Updates of SEG's fields, the scales of PAG and SAG, and the layers: what is not asked for is hidden."""
     seg, pag, sag = (kind in kinds for kind in KINDS)
     return [gr.update(visible=seg), gr.update(visible=pag), gr.update(visible=sag), gr.update(visible=seg or pag)]
-
-
-def sigma_words(sigma: float) -> str:
-    """A sigma for a caption."""
-    return f"σ = {sigma_named(sigma)}"

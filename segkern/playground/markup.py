@@ -7,28 +7,40 @@ from collections.abc import Sequence
 from html import escape
 
 STYLE = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto; padding: 12px 16px !important; }
-#heading h1 { font-size: 1.35rem; margin: 0; }
-#heading p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
-.message { min-height: 44px; }
+.gradio-container { max-width: 1400px !important; margin: 0 auto; padding: 10px 16px !important; }
+.gradio-container main { padding: 0 !important; }
+#heading h1 { font-size: 1.3rem; margin: 0; }
+#heading p { margin: 0; color: var(--body-text-color-subdued); }
 .message p { margin: 0; padding: 9px 12px; border-radius: 6px; overflow-wrap: anywhere; line-height: 1.35;
   background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
 .message p.refused { border-color: #c2410c; border-left-width: 5px; }
-.picture img { object-fit: contain; }
-.enlarged img { image-rendering: pixelated; width: 100% !important; height: 100% !important; }
-#sigma-slider input[type=number], #sigma-slider .min_value, #sigma-slider .max_value { display: none; }
-#sigma-slider .wrap .head { margin-bottom: 4px; }
+.message progress { display: block; width: 100%; height: 8px; margin-top: 6px; accent-color: #f97316; }
+.enlarged img { image-rendering: pixelated; object-fit: contain; width: 100% !important; height: 100% !important; }
+#sigma-slider .tab-like-container, #sigma-slider .min_value, #sigma-slider .max_value { display: none; }
 table.words { border-collapse: collapse; width: 100%; font-size: 0.92rem; margin: 4px 0 10px; }
 table.words caption { text-align: left; font-weight: 600; padding: 6px 0; }
-table.words th, table.words td { text-align: left; padding: 4px 10px 4px 0; overflow-wrap: anywhere;
-  border-bottom: 1px solid var(--border-color-primary); }
+table.words th, table.words td { text-align: left; padding: 4px 10px 4px 0 !important; overflow-wrap: anywhere;
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
 table.words th { color: var(--body-text-color-subdued); font-weight: 600; overflow-wrap: normal; }
+#right, #left, #ask, #settings { min-width: 0 !important; }
+@media (max-width: 760px) {
+  #main { flex-direction: column; }
+  #left { display: contents; }
+  #ask { order: 1; } #right { order: 2; } #settings { order: 3; }
+  #ask, #right, #settings { width: 100%; flex: none !important; }
+}
 """
 
 
 def told(text: str) -> str:
     """A message."""
     return f'<p role="status">{escape(text)}</p>'
+
+
+def under_way(done: int, steps: int, what: str) -> str:
+    """A message with a bar, of so many steps done."""
+    bar = f'<progress max="{steps}" value="{done}" aria-label="steps done"></progress>'
+    return f'<p role="status">Drawing, {escape(what)}: step {done} of {steps}{bar}</p>'
 
 
 def refused(text: str) -> str:

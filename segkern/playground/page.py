@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import gradio as gr
@@ -12,7 +15,7 @@ import gradio as gr
 from segkern.drawing import label
 from segkern.playground import choices, layout
 from segkern.playground.form import Form, read, words
-from segkern.playground.markup import STYLE, refused, table, told
+from segkern.playground.markup import STYLE, refused, table, told, under_way
 from segkern.playground.models import Models, Named
 from segkern.playground.runs import Result, Run, Stopped, carry_out
 
@@ -49,28 +52,29 @@ class Playground:
                 "# segkern\nThe same picture with and without guidance by the model's own attention.",
                 elem_id="heading",
             )
-            with gr.Row():
-                with gr.Column(scale=4, min_width=330):
+            with gr.Row(elem_id="main"):
+                with gr.Column(scale=4, min_width=330, elem_id="left"):
                     self._controls = layout.controls(named, described)
-                with gr.Column(scale=7, min_width=340):
+                with gr.Column(scale=7, min_width=330, elem_id="right"):
                     self._shown = layout.results()
             self._connect(loaded, ticket)
 
     def _connect(self, loaded: Any, ticket: Any) -> None:
         at, shown = self._controls, self._shown
-        buttons = [at.draw, at.stop]
+        buttons = [at.draw, at.halt]
         gr.on(
             [at.draw.click, at.form.prompt.submit],
             self._take,
             [loaded, at.model, at.config, *at.fields],
             [ticket, at.message, *buttons],
-            **_AT_ONCE,
+            concurrency_limit=None,  # in the queue, since a state has no change event elsewhere, but waiting for nobody
+            **_QUIET,
         )
         results = [at.message, *vars(shown).values()]
-        ticket.change(self._run, ticket, results, show_progress_on=at.message, **_ONE_AT_A_TIME).then(
+        ticket.change(self._run, ticket, results, show_progress="hidden", **_ONE_AT_A_TIME).then(
             lambda: [gr.update(interactive=True), gr.update(interactive=False)], None, buttons, **_AT_ONCE
         )
-        at.stop.click(self._stop, ticket, at.message, **_AT_ONCE)
+        at.halt.click(self._stop, ticket, at.message, **_AT_ONCE)
         self.blocks.unload(self._leave)
 
         choose = [loaded, at.model_message, at.form.size, at.form.layers, at.examples]
@@ -89,7 +93,7 @@ class Playground:
         at.examples.click(lambda sample: sample[0], at.examples, at.form.prompt, **_AT_ONCE)
         at.another.click(lambda: secrets.randbelow(2**32), None, at.form.seed, **_AT_ONCE)
 
-    def _take(self, named: Named, model: str, config: str, *values: Any, request: gr.Request) -> list[Any]:
+    def _take(self, request: gr.Request, named: Named, model: str, config: str, *values: Any) -> list[Any]:
         """Draw was pressed: check the fields, and let the run wait for its turn."""
         try:
             if Named(model.strip(), config.strip()) != named:
@@ -102,28 +106,32 @@ class Playground:
             return [gr.skip(), refused(words(error)), gr.skip(), gr.skip()]
         ticket = secrets.token_hex(8)
         self._runs[ticket] = Run(named, settings, request.session_hash or "")
-        return [ticket, told("Waiting."), gr.update(interactive=False), gr.update(interactive=True)]
+        return [ticket, told("Waiting for its turn."), gr.update(interactive=False), gr.update(interactive=True)]
 
-    def _run(self, ticket: str, progress: gr.Progress = gr.Progress()) -> dict[Any, Any]:  # noqa: B008  gradio's way
-        """Its turn has come."""
+    def _run(self, ticket: str) -> Iterator[dict[Any, Any]]:
+        """Its turn has come: tell every step, then show what was drawn."""
         run = self._runs[ticket]
         message = self._controls.message
-
-        def tell(done: int, steps: int, what: str) -> None:
-            progress((done, steps), desc=f"Drawing, {what}", unit="steps")
-
+        news: SimpleQueue[tuple[int, int, str] | None] = SimpleQueue()
+        with ThreadPoolExecutor(1, "segkern-draw") as pool:
+            drawing = pool.submit(carry_out, run, self._models, self._folder, lambda *each: news.put(each))
+            drawing.add_done_callback(lambda _: news.put(None))
+            try:
+                for done, steps, what in iter(news.get, None):
+                    if not run.stopping:
+                        yield {message: under_way(done, steps, what)}
+            finally:
+                run.stop()  # of a page that was closed; nothing is left to stop of another
+                del self._runs[ticket]
         try:
-            result = carry_out(run, self._models, self._folder, tell)
+            yield self._show(run, drawing.result())
         except Stopped:
-            return {message: told("Stopped. What is shown is from before.")}
+            yield {message: told("Stopped. What is shown is from before.")}
         except (ValueError, OSError) as error:
-            return {message: refused(words(error))}
-        finally:
-            del self._runs[ticket]
-        return self._show(run, result)
+            yield {message: refused(words(error))}
 
     def _show(self, run: Run, result: Result) -> dict[Any, Any]:
-        shown, enlarged = self._shown, ["picture", *["enlarged"] * result.small]
+        shown, enlarged = self._shown, ["enlarged"] if result.small else []
         specs = run.settings.specs
         done = f"Drawn in {result.seconds:.1f} s."
         message = refused(" ".join([done, *result.problems])) if result.problems else told(done)
@@ -136,7 +144,7 @@ class Playground:
             shown.guided_file: gr.update(value=str(result.guided), interactive=True),
             shown.timing: table("Time", ["picture", "seconds", "relative"], result.timing),
             shown.report: table("Where guidance acted", result.headings, result.report),
-            shown.maps: [str(path) for path in result.maps],
+            shown.maps: None if result.maps is None else str(result.maps),
             shown.snippet: result.snippet,
         }
 
@@ -168,7 +176,7 @@ class Playground:
             named,
             told(f"{named.model} is loaded."),
             gr.update(choices=offered, value=offered[0]),
-            gr.update(choices=choices.layers(described.outline), value=["mid"]),
+            gr.update(choices=choices.layers(described.outline), value=choices.usual_layers(described.outline)),
             gr.update(samples=examples, visible=bool(examples)),
         ]
 
@@ -188,7 +196,7 @@ class Playground:
             mcp_server=False,
             enable_monitoring=False,
             footer_links=[],
-            theme=gr.themes.Default(font=_FONTS, font_mono=_FIXED_FONTS, spacing_size="sm", text_size="md"),
+            theme=_theme(),
             css=STYLE,
         )
         return str(address)
@@ -198,3 +206,9 @@ class Playground:
         for run in list(self._runs.values()):
             run.stop()
         self.blocks.close(verbose=False)
+
+
+def _theme() -> Any:
+    theme = gr.themes.Default(font=_FONTS, font_mono=_FIXED_FONTS, spacing_size="sm", text_size="md")
+    faint = {"body_text_color_subdued": "*neutral_500", "block_info_text_color": "*neutral_500"}  # that can be read
+    return theme.set(**faint)

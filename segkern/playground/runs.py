@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from segkern import energy_plots, energy_report
-from segkern.drawing import Drawn, Specs, calls_of, describe, draw, report_rows
+from segkern.drawing import Drawn, calls_of, describe, draw, report_rows
 from segkern.pictures import save
 from segkern.playground.form import Settings
 from segkern.playground.models import Models, Named
@@ -45,13 +47,18 @@ class Run:
         """End it after the step that is under way, or before it begins."""
         self._stop.set()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it shall stop."""
+        return self._stop.is_set()
+
     def check(self) -> None:
         """Go on.
 
         Raises:
             Stopped: when it shall stop.
         """
-        if self._stop.is_set():
+        if self.stopping:
             raise Stopped
 
 
@@ -67,7 +74,7 @@ class Result:
         headings: of the report.
         report: a row for each guidance and layer.
         problems: of the guidance, in sentences.
-        maps: PNGs of the energy of attention; none if that was not asked for.
+        maps: PNG of the energy of attention; None if that was not asked for.
         snippet: Python that draws the guided picture again.
         seconds: of everything.
     """
@@ -79,7 +86,7 @@ class Result:
     headings: list[str]
     report: list[list[str]]
     problems: list[str]
-    maps: list[Path]
+    maps: Path | None
     snippet: str
     seconds: float
 
@@ -120,10 +127,10 @@ def carry_out(run: Run, models: Models, folder: Path, tell: Tell) -> Result:
     for kind, one, guidance in (("plain", plain, ()), ("guided", guided, specs)):
         names.append(files / f"segkern-{kind}-seed-{job.seed}.png")
         save(one.image, names[-1], describe(source, job, guidance, models.dtype))
-    maps = []
+    maps = None
     if recorder is not None:
         found = energy_report.summary(recorder, describe(source, job, (), models.dtype), _BOUNDARY)
-        maps = energy_plots.plot_maps(found, files, plain.image)
+        maps = _one_below_another(energy_plots.plot_maps(found, files, plain.image))
     columns, rows, problems = report_rows([specs], [guided])
     return Result(
         plain=names[0],
@@ -168,6 +175,13 @@ def _timing(plain: Drawn, guided: Drawn, unshared: Drawn | None) -> list[list[st
     return [[name, f"{one.seconds:.2f}", f"{one.seconds / plain.seconds:.2f}"] for name, one in rows]
 
 
-def guidance_of(specs: Specs) -> str:
-    """The guidance's kinds in words, such as ``SEG + PAG``."""
-    return " + ".join(type(spec).__name__ for spec in specs)
+def _one_below_another(sheets: list[Path]) -> Path:
+    """Several pictures as one, in the place of the first."""
+    images = [Image.open(path).convert("RGB") for path in sheets]
+    whole = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height
+    whole.save(sheets[0])
+    return sheets[0]
