@@ -96,7 +96,7 @@ def layers(outline: Any) -> list[tuple[str, str]]:
 
 
 def usual_layers(outline: Any) -> list[str]:
-    """Where guidance acts unless somebody says otherwise: the middle, as in the paper, or all parts of a model without."""
+    """Where guidance acts unless somebody says otherwise: the middle as in the paper, all parts where there is none."""
     from segkern.integrations.diffusers.names import PARTS
 
     parts = [name for _, name in layers(outline) if name in PARTS]

@@ -20,6 +20,10 @@ from segkern.playground.models import Described, Named
 KINDS = ("SEG", "PAG", "SAG")
 _FIRST = PROMPTED[1]  # the bundled model draws a star too few of it without guidance
 _HINT = "Press Draw: the same noise becomes a picture without and one with guidance."
+_ENERGY = (
+    "Where attention's energy is high and low without guidance, token by token: a row for each layer that guidance "
+    "changes or reads, a column for the first, the middle and the last step."
+)
 # Positions of the slider as texts, so that the field follows it at once.
 _SIGMAS = json.dumps([f"{choices.sigma_at(place):g}" for place in range(choices.LAST + 1)])
 
@@ -94,8 +98,7 @@ def _ask(described: Described) -> dict[str, Any]:
         _FIRST.prompt if examples else "",
         label="Prompt",
         info="What the picture shows.",
-        lines=1,
-        max_lines=4,
+        lines=2,
         autofocus=True,
     )
     with gr.Row():
@@ -192,10 +195,10 @@ def _number(value: str, label: str, info: str, visible: bool = True) -> Any:
 def results() -> Shown:
     """The right column."""
     with gr.Row():
-        with gr.Column(min_width=240):
+        with gr.Column(min_width=150):
             plain = _picture("Without guidance", "plain")
             plain_file = gr.DownloadButton("Download without guidance", size="sm", interactive=False)
-        with gr.Column(min_width=240):
+        with gr.Column(min_width=150):
             guided = _picture("With guidance", "guided")
             guided_file = gr.DownloadButton("Download with guidance", size="sm", interactive=False)
     with gr.Tabs():
@@ -203,21 +206,28 @@ def results() -> Shown:
             timing = gr.HTML("", elem_id="timing", padding=False)
             report = gr.HTML("", elem_id="report", padding=False)
         with gr.Tab("Energy"):
-            maps = _picture("Energy of attention without guidance, by layer and step", "maps", height=None)
+            gr.Markdown(_ENERGY)
+            maps = _picture("Energy of attention", "maps", height=None, show_label=False)
         with gr.Tab("Python"):
             snippet = gr.Code(
-                "", language="python", label="Draws the guided picture again", interactive=False, elem_id="snippet"
+                "",
+                language="python",
+                label="Draws the guided picture again",
+                interactive=False,
+                wrap_lines=True,
+                elem_id="snippet",
             )
     return Shown(plain, guided, plain_file, guided_file, timing, report, maps, snippet)
 
 
-def _picture(label: str, name: str, height: int | None = 370) -> Any:
+def _picture(label: str, name: str, height: int | None = 370, show_label: bool = True) -> Any:
     return gr.Image(
         label=label,
         format="png",
         type="filepath",
         interactive=False,
         height=height,
+        show_label=show_label,
         buttons=["fullscreen"],
         elem_id=name,
         alt_text=label,

@@ -14,9 +14,16 @@ STYLE = """
 .message p { margin: 0; padding: 9px 12px; border-radius: 6px; overflow-wrap: anywhere; line-height: 1.35;
   background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
 .message p.refused { border-color: #c2410c; border-left-width: 5px; }
-.message progress { display: block; width: 100%; height: 8px; margin-top: 6px; accent-color: #f97316; }
+.message progress { appearance: none; display: block; width: 100%; height: 8px; margin-top: 6px; border: 0;
+  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
+.message progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.message progress::-webkit-progress-value { background: var(--color-accent); }
+.message progress::-moz-progress-bar { background: var(--color-accent); }
+.message, #timing, #report { padding: 0 !important; }
+.message .html-container, #timing .html-container, #report .html-container { padding: 0 !important; }
 .enlarged img { image-rendering: pixelated; object-fit: contain; width: 100% !important; height: 100% !important; }
 #sigma-slider .tab-like-container, #sigma-slider .min_value, #sigma-slider .max_value { display: none; }
+table.words, table.words tr { border: 0 !important; }
 table.words { border-collapse: collapse; width: 100%; font-size: 0.92rem; margin: 4px 0 10px; }
 table.words caption { text-align: left; font-weight: 600; padding: 6px 0; }
 table.words th, table.words td { text-align: left; padding: 4px 10px 4px 0 !important; overflow-wrap: anywhere;
@@ -28,6 +35,7 @@ table.words th { color: var(--body-text-color-subdued); font-weight: 600; overfl
   #left { display: contents; }
   #ask { order: 1; } #right { order: 2; } #settings { order: 3; }
   #ask, #right, #settings { width: 100%; flex: none !important; }
+  #plain, #guided { height: 48vw !important; }
 }
 """
 

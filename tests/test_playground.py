@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The playground without a browser: its form, its runs, its page, and the command that starts it."""
+
+from __future__ import annotations
+
+import math
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cli_tools import done, picture, refusal
+
+from segkern import loading
+from segkern.drawing import Job, describe, draw
+from segkern.integrations.diffusers import PAG, SAG, SEG, list_layers
+from segkern.pictures import difference
+from segkern.playground import choices
+from segkern.playground.form import Form, Settings, read, words
+from segkern.playground.models import KEPT, Models, Named
+from segkern.playground.runs import Result, Run, Stopped, carry_out
+from segkern.playground.snippet import snippet
+
+CPU = torch.device("cpu")
+DEMO = Named("demo")
+FORM = Form(
+    prompt="a large red ring",
+    negative_prompt="",
+    seed=2,
+    steps=2,
+    guidance_scale="3",
+    size="64 x 48",
+    kinds=["SEG"],
+    sigma="inf",
+    seg_scale="3",
+    pag_scale="3",
+    sag_scale="0.75",
+    layers=["mid"],
+    start=0,
+    stop=1,
+    energy=False,
+    unshared=False,
+)
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    loading.quiet_libraries()
+    found = Models(CPU, torch.float32)
+    found.load(DEMO)
+    return found
+
+
+def settings(models: Models, **fields: Any) -> Settings:
+    return read(replace(FORM, **fields), models.describe(DEMO).outline, CPU, torch.float32)
+
+
+def ignore(*told: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Everything:
+    """A run that asked for all there is."""
+
+    settings: Settings
+    result: Result
+    told: list[tuple[int, int, str]]
+
+
+@pytest.fixture(scope="module")
+def everything(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Everything:
+    fields = {"kinds": ["SEG", "PAG", "SAG"], "sigma": "4", "layers": ["mid", "u0-1"], "negative_prompt": 'grün "x"'}
+    asked = settings(models, **fields, stop=0.5, energy=True, unshared=True)
+    told: list[tuple[int, int, str]] = []
+    folder = tmp_path_factory.mktemp("runs")
+    return Everything(asked, carry_out(Run(DEMO, asked), models, folder, lambda *each: told.append(each)), told)
+
+
+def test_slider_is_logarithmic_and_ends_at_infinity() -> None:
+    sigmas = [choices.sigma_at(place) for place in range(choices.LAST + 1)]
+    assert [choices.position_of(sigma) for sigma in sigmas] == list(range(choices.LAST + 1))
+    assert sigmas[-1] == math.inf
+    ratios = [after / before for before, after in zip(sigmas[:-2], sigmas[1:-1], strict=True)]
+    assert all(abs(ratio - ratios[0]) < 0.02 for ratio in ratios)
+    assert choices.position_of(1e-9) == 0
+    assert choices.position_of(1e9) == choices.LAST - 1
+
+
+def outline_of(sample_size: int | tuple[int, int], factor: int) -> Any:
+    unet = SimpleNamespace(config=SimpleNamespace(sample_size=sample_size))
+    return SimpleNamespace(unet=unet, vae_scale_factor=factor)
+
+
+def test_sizes_of_sdxl_are_its_buckets() -> None:
+    found = choices.sizes(outline_of(128, 8))
+    assert found[:3] == [(1024, 1024), (1152, 896), (896, 1152)]
+    assert {(1216, 832), (832, 1216), (1344, 768), (1536, 640), (640, 1536)} < set(found)
+
+
+@pytest.mark.parametrize("sample_size, factor", [(16, 4), (64, 8), (96, 8), ((8, 12), 8)], ids=str)
+def test_sizes_of_other_models_have_about_the_same_shapes(sample_size: Any, factor: int) -> None:
+    outline = outline_of(sample_size, factor)
+    found = choices.sizes(outline)
+    own = loading.image_size(outline, None, None)
+    assert found[0] == own
+    assert len(set(found)) == len(found) >= 5
+    for width, height in found:
+        assert loading.image_size(outline, width, height) == (width, height)
+        assert 0.6 < width * height / (own[0] * own[1]) < 1.25
+        assert 0.35 < width / height < 2.8
+
+
+def test_layers_are_those_of_the_model(models: Models) -> None:
+    offered = [value for _, value in choices.layers(models.describe(DEMO).outline)]
+    assert offered == ["down", "mid", "up", *(layer.name for layer in list_layers(models.load(DEMO)))]
+
+
+def test_form_becomes_a_job_and_guidance(models: Models) -> None:
+    fields = {"kinds": ["SAG", "SEG", "PAG"], "sigma": " 4 ", "seg_scale": "2.5", "pag_scale": 1, "sag_scale": "-1"}
+    found = settings(models, **fields, layers=["mid, u0-1", "d0"], start=0.25, stop=0.5, energy=True, seed=7.0)
+    assert found.job == Job("a large red ring", "", 64, 48, 7, 2, 3.0)
+    layers, part = ["mid", "u0-1", "d0"], {"start": 0.25, "stop": 0.5}
+    assert found.specs == (
+        SAG(-1.0, **part),
+        SEG(2.5, 4.0, layers, **part),
+        PAG(1.0, layers, **part),
+    )
+    assert found.layers == ("d0", "m0", "u0", "u1")
+    assert not found.unshared
+
+
+def test_only_fields_of_chosen_kinds_are_read(models: Models) -> None:
+    found = settings(models, kinds=["SAG"], sigma="wide", seg_scale="", pag_scale="", layers=["x9"])
+    assert found.specs == (SAG(0.75),)
+    assert settings(models, kinds=["PAG"], sigma="wide").specs == (PAG(3.0, ["mid"]),)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"sigma": "-1"}, ["sigma", "-1"]),
+        ({"sigma": "wide"}, ["sigma must be a number", "'wide'"]),
+        ({"sigma": "nan"}, ["sigma", "nan"]),
+        ({"sigma": None}, ["sigma must be a number", "''"]),
+        ({"layers": ["x9"]}, ["unknown layer 'x9'", "'mid' (m0)", "'up' (u0 to u1)"]),
+        ({"layers": []}, ["at least one layer"]),
+        ({"size": "100 x 64"}, ["width must be a positive multiple of 8", "96", "100"]),
+        ({"size": "64 x 0"}, ["height must be a positive multiple of 8", "got 0"]),
+        ({"size": "large"}, ["size", "'large'", "832 x 1216"]),
+        ({"start": 0.6, "stop": 0.5}, ["start=0.6", "stop=0.5"]),
+        ({"kinds": []}, ["at least one kind", "SEG, PAG or SAG"]),
+        ({"kinds": None}, ["at least one kind"]),
+        ({"kinds": ["SEG", "XYZ"]}, ["guidance takes some of seg, pag, sag", "'xyz'"]),
+        ({"steps": 0}, ["steps must be a whole number of at least 1", "'0'"]),
+        ({"steps": 2.5}, ["steps", "'2.5'"]),
+        ({"steps": None}, ["steps", "''"]),
+        ({"seed": -1}, ["seed", "'-1'"]),
+        ({"seed": 2**32}, ["seed", "4294967295", "'4294967296'"]),
+        ({"seg_scale": "strong"}, ["scale of SEG must be a number", "'strong'"]),
+        ({"seg_scale": "inf"}, ["SEG.scale must be a finite number", "inf"]),
+        ({"kinds": ["PAG"], "pag_scale": ""}, ["scale of PAG must be a number", "''"]),
+        ({"kinds": ["SAG"], "sag_scale": "x"}, ["scale of SAG must be a number", "'x'"]),
+        ({"guidance_scale": "nan"}, ["CFG", "'nan'"]),
+        ({"guidance_scale": "much"}, ["CFG", "'much'"]),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_quoted(models: Models, fields: dict[str, Any], expected: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the words are below
+        settings(models, **fields)
+    shown = words(caught.value)
+    for each in expected:
+        assert each in shown
+    assert "--" not in shown
+    assert "list_layers" not in shown
+    assert "\n" not in shown
+
+
+def test_pictures_hold_their_settings(models: Models, everything: Everything) -> None:
+    asked, result = everything.settings, everything.result
+    for path, specs in ((result.plain, ()), (result.guided, asked.specs)):
+        wanted = describe(models.describe(DEMO).source, asked.job, specs, torch.float32)
+        assert picture(path).text == {name: str(value) for name, value in wanted.items()}
+    assert picture(result.guided).text["guidance"] == "SEG + PAG + SAG"
+    assert picture(result.plain).text["guidance"] == "none"
+
+
+def test_pictures_are_those_of_the_command_line(everything: Everything, tmp_path: Path) -> None:
+    usual = ("--seed", "2", "--steps", "2", "--guidance-scale", "3", "--width", "64", "--height", "48")
+    words = ("generate", "demo", "a large red ring", "--negative-prompt", 'grün "x"', "--device", "cpu", *usual)
+    done(*words, "--no-guidance", "--out", tmp_path / "plain.png")
+    guided = ("--guidance", "seg,pag,sag", "--sigma", "4", "--layers", "mid,u0-1", "--stop", "0.5")
+    done(*words, *guided, "--out", tmp_path / "guided.png")
+    assert difference(picture(everything.result.plain), picture(tmp_path / "plain.png")) == 0
+    assert difference(picture(everything.result.guided), picture(tmp_path / "guided.png")) == 0
+    assert difference(picture(everything.result.guided), picture(everything.result.plain)) > 0
+
+
+def drawn_by(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(folder)
+    exec(program, {})
+    return picture(folder / "guided.png")
+
+
+def test_snippet_draws_the_picture_again(
+    everything: Everything, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = drawn_by(everything.result.snippet, tmp_path, monkeypatch)
+    assert again.tobytes() == picture(everything.result.guided).tobytes()
+    assert re.search(r"u1 +1 ", capsys.readouterr().out)
+
+
+def test_snippet_names_a_folder_or_file_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Models
+) -> None:
+    monkeypatch.chdir(loading.DEMO.parent)
+    asked = settings(models)
+    text = snippet(loading.find_model("demo/"), asked.job, asked.specs, torch.float32, CPU)
+    assert f'find_model("{loading.DEMO}")' in text or 'find_model("demo")' in text
+    hub = snippet(loading.find_model("owner/name"), asked.job, asked.specs, torch.float16, torch.device("cuda", 1))
+    assert 'load_pipeline(find_model("owner/name"), torch.float16, torch.device("cuda:1"))' in hub
+    file = loading.Source("a.safetensors", "file", "a.safetensors", str(loading.DEMO))
+    single = snippet(file, asked.job, asked.specs, torch.float32, CPU)
+    assert f'find_model("{loading.DEMO.parent}/a.safetensors", "{loading.DEMO}")' in single
+
+
+def test_progress_counts_the_steps_of_all_runs(everything: Everything) -> None:
+    assert [done for done, _, _ in everything.told] == list(range(1, 9))
+    assert {steps for _, steps, _ in everything.told} == {8}
+    asked = [what for _, _, what in everything.told[::2]]
+    assert asked == ["without guidance", "with guidance", "nothing shared", "energy of attention"]
+
+
+def test_report_times_and_map(everything: Everything) -> None:
+    result = everything.result
+    assert [row[0] for row in result.timing] == ["without guidance", "with guidance", "with guidance, nothing shared"]
+    assert all(float(row[1]) > 0 for row in result.timing)
+    assert result.headings == ["guidance", "layer", "fired", "moved", "module"]
+    assert [row[:3] for row in result.report[:3]] == [["SEG", name, "1 of 2"] for name in ("m0", "u0", "u1")]
+    assert [row[0] for row in result.report] == ["SEG"] * 3 + ["PAG"] * 3 + ["SAG"]
+    assert result.problems == []
+    assert result.maps is not None
+    assert picture(result.maps).height > picture(result.maps).width / 2  # three layers below another
+
+
+def test_what_was_not_asked_for_is_not_run(models: Models, tmp_path: Path) -> None:
+    told: list[Any] = []
+    result = carry_out(Run(DEMO, settings(models, seg_scale="0")), models, tmp_path, lambda *each: told.append(each))
+    assert len(told) == 4
+    assert result.maps is None
+    assert len(result.timing) == 2
+    assert "fired in none" in result.problems[0]
+    assert difference(picture(result.guided), picture(result.plain)) == 0
+
+
+def test_nothing_shared_means_a_whole_branch(models: Models) -> None:
+    pipe, asked = models.load(DEMO), settings(models)
+    batches: list[int] = []
+    handle = pipe.unet.conv_in.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
+    try:
+        shared, whole = (draw(pipe, asked.job, asked.specs, share=share).image for share in (True, False))
+    finally:
+        handle.remove()
+    assert batches == [2, 2, 3, 3]
+    assert difference(shared, whole) < 1
+
+
+def parts(pipe: Any) -> tuple[Any, ...]:
+    modules = list(pipe.unet.modules())
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
+    return list(pipe.unet.attn_processors.values()), hooks
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 5, 7], ids=lambda at: f"step {at}")
+def test_a_stopped_run_leaves_the_pipeline_as_it_was(models: Models, everything: Everything, at: int) -> None:
+    pipe = models.load(DEMO)
+    before = parts(pipe)
+    run, told = Run(DEMO, everything.settings), []
+    if at == 0:
+        run.stop()
+
+    def tell(done: int, steps: int, what: str) -> None:
+        told.append(done)
+        if done == at:
+            run.stop()
+
+    with pytest.raises(Stopped):
+        carry_out(run, models, Path("/nowhere"), tell)
+    assert told == list(range(1, at + 1))
+    after = parts(pipe)
+    assert all(one is other for one, other in zip(before[0], after[0], strict=True))
+    assert before[1] == after[1]
+
+
+def test_the_next_picture_after_a_stop_is_the_same(models: Models, everything: Everything) -> None:
+    again = draw(models.load(DEMO), everything.settings.job, everything.settings.specs)
+    assert again.image.tobytes() == picture(everything.result.guided).tobytes()
+
+
+def test_steps_that_the_scheduler_does_not_take_are_refused(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="5000"):
+        carry_out(Run(DEMO, settings(models, steps=5000)), models, tmp_path, ignore)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the models that were loaded."""
+    loaded: list[str] = []
+
+    def load(source: loading.Source, *others: Any) -> str:
+        loaded.append(source.name)
+        if source.name.startswith("bad"):
+            raise RuntimeError("a tensor is torn")
+        return f"pipeline of {source.name}"
+
+    monkeypatch.setattr(loading, "load_pipeline", load)
+    monkeypatch.setattr(loading, "outline", lambda source: SimpleNamespace(source=source))
+    yield loaded
+
+
+def test_models_are_loaded_once_and_the_latest_are_kept(counted: list[str]) -> None:
+    models = Models(CPU, torch.float32)
+    for name in ("a/1", "a/2", "a/1", "a/2", "a/1"):
+        assert models.load(Named(name)) == f"pipeline of {name}"
+    assert counted == ["a/1", "a/2"]
+    assert KEPT == 2
+    models.load(Named("a/3"))  # in the place of a/2
+    models.load(Named("a/1"))
+    assert counted == ["a/1", "a/2", "a/3"]
+    models.load(Named("a/2"))
+    assert counted == ["a/1", "a/2", "a/3", "a/2"]
+
+
+def test_a_damaged_model_is_refused_and_the_old_one_stays(counted: list[str]) -> None:
+    models = Models(CPU, torch.float32)
+    models.load(Named("a/1"))
+    with pytest.raises(ValueError, match="'bad' cannot be loaded: a tensor is torn"):
+        models.load(Named("bad"))
+    with pytest.raises(ValueError, match="no file or folder 'no/such/folder'"):
+        models.load(Named("no/such/folder"))
+    models.load(Named("a/1"))
+    assert counted == ["a/1", "bad"]
+
+
+def test_help_names_every_option() -> None:
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", done("ui", "--help"))
+    for option in ("--host", "--port", "--device", "--dtype", "--config", "--open", "--no-open", "7860", "127.0.0.1"):
+        assert option in shown
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port {port} of --host '127.0.0.1' cannot be used" in refusal("ui", "--no-open", "--port", port)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("no/such/folder",), "'no/such/folder'"),
+        (("--device", "toaster"), "'toaster'"),
+        (("--dtype", "int8"), "'int8'"),
+        (("--host", "no such host"), "'no such host'"),
+        (("--config", "demo"), "--config"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_start_is_one_line(arguments: tuple[str, ...], expected: str) -> None:
+    assert expected in refusal("ui", "--no-open", "--port", "0", *arguments)
+
+
+def test_missing_gradio_is_one_line_and_other_commands_do_without() -> None:
+    """In a process of its own, where gradio cannot be found."""
+    code = """
+import importlib.util, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "gradio" else found(name, *rest)
+sys.modules["gradio"] = None
+from segkern.cli import main
+sys.argv = ["segkern", *sys.argv[1:]]
+main()
+"""
+    told = {}
+    for command in ("--version", "ui"):
+        told[command] = subprocess.run(
+            [sys.executable, "-c", code, command], capture_output=True, text=True, check=False
+        )
+    assert told["--version"].returncode == 0, told["--version"].stderr
+    assert told["ui"].returncode == 2
+    assert told["ui"].stderr == 'segkern: gradio is not installed; pip install "segkern[ui]"\n'
