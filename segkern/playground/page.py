@@ -135,7 +135,7 @@ class Playground:
         specs = run.settings.specs
         done = f"Drawn in {result.seconds:.1f} s."
         message = refused(" ".join([done, *result.problems])) if result.problems else told(done)
-        name = f"With guidance: {' + '.join(type(spec).__name__ for spec in specs)}, {label(specs)}"
+        name = f"With guidance: {' + '.join(map(_caption, specs))}"
         return {
             self._controls.message: message,
             shown.plain: gr.update(value=str(result.plain), elem_classes=enlarged),
@@ -206,6 +206,12 @@ class Playground:
         for run in list(self._runs.values()):
             run.stop()
         self.blocks.close(verbose=False)
+
+
+def _caption(spec: Any) -> str:
+    """A guidance in a few words, such as ``SEG sigma 4`` or ``PAG 3``."""
+    kind = type(spec).__name__
+    return f"{kind} {label((spec,)).removeprefix(kind).strip()}"
 
 
 def _theme() -> Any:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``segkern ui``: what it takes, what it refuses, and who imports what it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from cli_tools import done, refusal
+
+from segkern import loading
+
+
+def test_help_names_every_option() -> None:
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", done("ui", "--help"))
+    for option in ("--host", "--port", "--device", "--dtype", "--config", "--open", "--no-open", "7860", "127.0.0.1"):
+        assert option in shown
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port {port} of --host '127.0.0.1' cannot be used" in refusal("ui", "--no-open", "--port", port)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (("no/such/folder",), "'no/such/folder'"),
+        (("--device", "toaster"), "'toaster'"),
+        (("--dtype", "int8"), "'int8'"),
+        (("--host", "no such host"), "'no such host'"),
+        (("--config", "demo"), "--config"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_start_is_one_line(arguments: tuple[str, ...], expected: str) -> None:
+    assert expected in refusal("ui", "--no-open", "--port", "0", *arguments)
+
+
+def test_missing_gradio_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else found(name))
+    assert refusal("ui") == 'segkern: gradio is not installed; pip install "segkern[ui]"\n'
+
+
+def test_only_the_page_imports_gradio_and_only_the_command_the_page() -> None:
+    package = Path(loading.__file__).parent
+    texts = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    assert {name for name, text in texts.items() if "gradio as" in text} == {
+        "playground/layout.py",
+        "playground/page.py",
+    }
+    users = {name for name, text in texts.items() if "playground.page" in text or "import choices, layout" in text}
+    assert users == {"ui_command.py", "playground/page.py"}
+    assert not [line for line in texts["ui_command.py"].splitlines() if line.startswith("from segkern.playground")]
