@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,15 +20,17 @@ DEMO = Named("demo")
 
 
 @pytest.fixture(scope="module")
-def playground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def playground(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from segkern.playground.page import Playground
 
     loading.quiet_libraries()
     models = Models(torch.device("cpu"), torch.float32)
     models.load(DEMO)
-    made = Playground(models, DEMO, tmp_path_factory.mktemp("pictures"))
-    yield made
-    made.blocks.close(verbose=False)
+
+    async def build() -> Playground:  # gradio makes an event loop, and leaves it open, where none is running
+        return Playground(models, DEMO, tmp_path_factory.mktemp("pictures"))
+
+    return asyncio.run(build())
 
 
 def fields(playground: Any, **changes: Any) -> list[Any]:
