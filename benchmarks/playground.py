@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -57,9 +58,15 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """``segkern ui`` on a free port: its address, and its process, which is asked to end at the end."""
+    """``segkern ui`` on a free port: its address, and its process, which is asked to end at the end.
+
+    Whatever it asks of other machines goes to a proxy that is not there.
+    """
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     command = [sys.executable, "-m", "segkern.cli", "ui", *arguments, "--no-open", "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | nowhere
+    )
     try:
         assert process.stdout is not None
         said = ""

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -87,7 +89,8 @@ class Playground:
             **_ONE_AT_A_TIME,
         )
         at.sigma_slider.input(None, at.sigma_slider, at.form.sigma, js=layout.follow_slider(), **_QUIET)
-        at.form.sigma.input(layout.follow_sigma, at.form.sigma, at.sigma_slider, **_AT_ONCE)
+        typed = [at.form.sigma.input, at.form.sigma.blur]  # the first comes with keys alone, not when text is pasted
+        gr.on(typed, layout.follow_sigma, at.form.sigma, at.sigma_slider, **_AT_ONCE)
         of_kinds = [at.blur, at.form.pag_scale, at.form.sag_scale, at.form.layers]
         at.form.kinds.change(layout.shown_kinds, at.form.kinds, of_kinds, **_AT_ONCE)
         at.examples.click(lambda sample: sample[0], at.examples, at.form.prompt, **_AT_ONCE)
@@ -182,6 +185,10 @@ class Playground:
 
     def start(self, host: str, port: int) -> str:
         """Serve the page; returns its address."""
+        with _no_proxy():
+            return self._launch(host, port)
+
+    def _launch(self, host: str, port: int) -> str:
         _, address, _ = self.blocks.queue(api_open=False).launch(
             server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
@@ -206,6 +213,19 @@ class Playground:
         for run in list(self._runs.values()):
             run.stop()
         self.blocks.close(verbose=False)
+
+
+@contextmanager
+def _no_proxy() -> Iterator[None]:
+    """Starting, gradio asks its own server whether it is there, which a proxy of the machine's knows nothing of."""
+    names = ("no_proxy", "NO_PROXY")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "*"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _caption(spec: Any) -> str:
