@@ -99,6 +99,7 @@ def _ask(described: Described) -> dict[str, Any]:
         label="Prompt",
         info="What the picture shows.",
         lines=2,
+        max_lines=2,
         autofocus=True,
     )
     with gr.Row():
