@@ -138,6 +138,26 @@ def test_a_page_closed_in_the_middle_frees_the_pipeline(playground: Any) -> None
     assert "Drawn in" in shown(playground, list(playground._run(take(playground)[0]))[-1])["message"]
 
 
+def test_files_of_runs_long_past_are_removed(playground: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segkern.playground.page._KEPT_RUNS", 1)
+    files = []
+    for _ in range(2):
+        files.append(Path(shown(playground, list(playground._run(take(playground)[0]))[-1])["plain"]["value"]))
+    assert [file.exists() for file in files] == [False, True]
+
+
+def test_what_nobody_foresaw_is_said_too(playground: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("segkern.playground.page.carry_out", broken)
+    steps = playground._run(take(playground)[0])
+    assert "Drawing failed: out of memory" in shown(playground, next(steps))["message"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(steps)
+    assert not playground._runs
+
+
 def test_a_model_brings_its_sizes_and_layers(playground: Any) -> None:
     named, message, sizes, layers, examples = playground._load(f" {loading.DEMO} ", "")
     assert named == Named(str(loading.DEMO))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ _FIXED_FONTS = ("ui-monospace", "monospace")
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _AT_ONCE: dict[str, Any] = {**_QUIET, "queue": False}
 _ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "api_visibility": "private"}
+_KEPT_RUNS = 20
 _KEPT_SECONDS = 24 * 3600  # of pictures that pages have shown
 
 
@@ -42,6 +45,7 @@ class Playground:
         self._models = models
         self._folder = folder
         self._runs: dict[str, Run] = {}  # under way or waiting, by their tickets
+        self._done: deque[Path] = deque()  # folders of runs
         self._build(named)
 
     def _build(self, named: Named) -> None:
@@ -132,12 +136,18 @@ class Playground:
             yield {message: told("Stopped. What is shown is from before.")}
         except (ValueError, OSError) as error:
             yield {message: refused(words(error))}
+        except Exception as error:
+            yield {message: refused(f"Drawing failed: {words(error)}")}
+            raise
 
     def _show(self, run: Run, result: Result) -> dict[Any, Any]:
         shown, enlarged = self._shown, ["enlarged"] if result.small else []
         specs = run.settings.specs
         done = f"Drawn in {result.seconds:.1f} s."
         message = refused(" ".join([done, *result.problems])) if result.problems else told(done)
+        self._done.append(result.plain.parent)
+        while len(self._done) > _KEPT_RUNS:  # gradio has copied what it serves
+            shutil.rmtree(self._done.popleft())
         name = f"With guidance: {' + '.join(map(_caption, specs))}"
         return {
             self._controls.message: message,
