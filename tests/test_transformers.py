@@ -214,9 +214,8 @@ def test_a_sigma_for_each_image_and_each_layer(name: str) -> None:
     ("name", "compilations", "compile_first"),
     [
         ("sd3", 1, True),
-        pytest.param("flux", 2, False, marks=pytest.mark.slow),
         ("z-image", 1, False),
-        pytest.param("wan", 2, True, marks=pytest.mark.slow),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("flux", 2, False), ("wan", 2, True)]),
     ],
 )
 def test_under_compile(name: str, compilations: int, compile_first: bool) -> None:
