@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from segkern.integrations.diffusers.hooks import Hook
+
 # Arguments of a UNet and of its blocks that hold one entry per sample. Others (cross_attention_kwargs, upsample_size)
 # pass through untouched.
 MODULE_ARGUMENTS = frozenset(
@@ -159,7 +161,7 @@ class Batch:
         return value
 
 
-class Join:
+class Join(Hook):
     """Forward pre-hook of a module: its arguments get the branches that it runs with, no more and no fewer.
 
     Attributes:
@@ -174,9 +176,6 @@ class Join:
         self._batched = batched
         self.batch: Batch | None = None
         self.branches = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Join:
-        return self
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         if self.batch is None or module is not self.module:  # a copy of the module is not guided

@@ -20,6 +20,7 @@ from segkern.blur import check_boundary, check_sigma
 from segkern.energy import OverSigma, over_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.branches import DenoiserArguments
+from segkern.integrations.diffusers.hooks import Hook
 from segkern.integrations.diffusers.layers import LayerInfo, find_unet, list_layers, select_layers
 from segkern.integrations.diffusers.schedule import Run
 from segkern.integrations.diffusers.support import REPEATED, check_batches, check_layer
@@ -261,15 +262,12 @@ class EnergyRecorder:
         )
 
 
-class _Hook(ABC):
+class _Hook(Hook, ABC):
     """A forward pre-hook that takes its arguments and returns nothing; on a copy of its module it does nothing."""
 
     def __init__(self, recorder: EnergyRecorder, module: nn.Module) -> None:
         self._recorder = recorder
         self._module = module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return self
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self._module:

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,14 +17,17 @@ from segkern.integrations.diffusers.branches import Arguments, difference, fold,
 from segkern.integrations.diffusers.degradations import Degradations
 from segkern.integrations.diffusers.denoisers import Denoiser
 from segkern.integrations.diffusers.guided_layers import Forward
-from segkern.integrations.diffusers.negative import negative_text
+from segkern.integrations.diffusers.hooks import Outer
+from segkern.integrations.diffusers.planning import Plans
 from segkern.integrations.diffusers.processor import norms, unwrap
 from segkern.integrations.diffusers.report import Recorder, Report
-from segkern.integrations.diffusers.reuse import Differences
-from segkern.integrations.diffusers.schedule import Run, Step, number
+from segkern.integrations.diffusers.schedule import Run
 from segkern.integrations.diffusers.spec import Chosen, Spec
-from segkern.integrations.diffusers.specs import CFG, PAG, SAG
 from segkern.integrations.diffusers.support import GUIDED, check_model, check_pipeline, choose_layers
+from segkern.integrations.diffusers.turns import Turns
+
+# What the next call for a negative prompt adds, with the guidance scale where it alone may change.
+Owed = tuple[torch.Tensor | None, float | None]
 
 
 def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
@@ -83,45 +84,59 @@ class Guidance:
         # torch.compile's wrapper, if there is one: bookkeeping stays outside
         self._denoiser: nn.Module = getattr(pipe, kind.name)
         self._specs = tuple(one.spec for one in chosen)
-        self._share = share
         self._run: Run = Run(pipe) if beside is None else beside._run
         self._for_others = 0  # forwards that other pipelines asked for
-        self._runs = 0  # that this denoiser has had a part in
         self._acting = Acting(kind, chosen)
         self._recorder: Recorder = self._acting.recorder if beside is None else beside._recorder
         self._arguments = kind.arguments
         self._installed = False
+        self._entered = 0  # contexts that are open
+        self._first_of_run: Guidance = self if beside is None else beside  # which removes them all
+        self._leaving = False  # as soon as the forward under way is over
+        self._turns = Turns(self._denoiser)
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
         self._layers = self._acting.layers
-        self._first = self._acting.first  # where each guidance's branch joins
-        self._negative = {i: negative_text(pipe, spec) for i, spec in enumerate(self._specs) if isinstance(spec, CFG)}
+        self._plans = Plans(pipe, kind, self._specs, self._acting.first, share, self._run)
         self._degradations = Degradations(pipe, kind.model, self._specs)
         self._forward: Forward | None = None  # the one under way; None when it is a plain one
         self._given: Arguments = ((), {})  # its arguments, where another forward follows
-        # What the next call for a negative prompt adds, with the guidance scale where it alone may change.
-        self._owed: tuple[torch.Tensor | None, float | None] | None = None
-        self._differences = Differences(self._specs)
+        self._part = "other"  # what the last call was for
+        self._owed: Owed | None = None
+        self._differences = self._plans.differences
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
-        """A copy of the pipeline takes the hooks along, but they act on the original alone."""
+        """What holds a pipeline and its guidance may be copied; the copied pipeline is not guided."""
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Guidance acts on a pipeline of this process and cannot be pickled; pickle the pipeline, which arrives "
+            "unguided, or report()"
+        )
 
     def __enter__(self) -> Guidance:
         if not self._handles:
             raise RuntimeError("this guidance has been removed; call guide again")
+        self._entered += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._remove(warn=kind is None)
+        self._entered -= 1
+        if self._entered <= 0:  # the outermost one
+            self._remove(warn=kind is None)
 
     def remove(self) -> None:
-        """Take the guidance off the pipeline; nothing happens when it is off already."""
+        """Take the guidance off the pipeline; nothing happens when it is off already.
+
+        Where a step is under way in which guidance acts already, it comes off when the denoiser is through with it.
+        """
         self._remove(warn=True)
 
     def report(self) -> Report:
         """What the guidance did so far; warns if it fired never or moved nothing."""
+        self._clear_interrupted()
         report = self._recorder.report()
         self._recorder.warn(report, stacklevel=3)
         return report
@@ -132,9 +147,10 @@ class Guidance:
             GUIDED.add(self._kind.model)
             self._acting.attach()  # says now what would not do
             self._acting.detach()
-            self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(self._denoiser.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
-            self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True, always_call=True))
+            after = Outer(self._after)
+            self._handles.append(self._denoiser.register_forward_hook(after, prepend=True, always_call=True))
             for other in self._others:
                 other._install()
         except BaseException:
@@ -144,6 +160,21 @@ class Guidance:
     def _remove(self, warn: bool) -> None:
         if not self._installed:
             return
+        self._leaving = True
+        if any(each._turns.inside() for each in (self, *self._others)):
+            return
+        self._turns.begin()
+        try:
+            if self._installed and not self._owes():  # another thread's forward may have taken it off, or owe the rest
+                self._take_off(warn)
+        finally:
+            self._turns.end()
+
+    def _owes(self) -> bool:
+        """Whether a run that is under way has made one of two calls that belong together."""
+        return any(each._owed is not None for each in (self, *self._others)) and self._run.is_under_way()
+
+    def _take_off(self, warn: bool) -> None:
         self._installed = False
         for other in self._others:
             other._remove(warn=False)
@@ -152,10 +183,8 @@ class Guidance:
         ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
-        self._acting.detach()
+        self._clear()
         self._differences.forget()
-        self._layers.forget()
-        self._forward, self._given, self._owed = None, ((), {}), None
         saved = getattr(self._kind.model, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
@@ -164,36 +193,57 @@ class Guidance:
                 f"guidance did nothing: the {self._kind.name} of this {type(self._pipe).__name__} ran for other "
                 f"pipelines only; give guide the pipeline that runs it",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         elif warn and not ran and had_hooks and getattr(self._pipe, self._kind.name) is not self._denoiser:
             warnings.warn(
                 f"guidance did nothing: this {type(self._pipe).__name__} was given another {self._kind.name} while "
                 f"guided; call guide after replacing it",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if ran and warn:
-            self._recorder.warn(self._recorder.report(), stacklevel=4)
+            self._recorder.warn(self._recorder.report(), stacklevel=5)
 
-    @torch.compiler.disable
+    def _clear(self) -> None:
+        """Between forwards the denoiser has its own processors, to be looked at or changed, and nothing is kept."""
+        self._forward, self._given, self._owed = None, ((), {}), None
+        self._layers.forget()
+        self._acting.detach()
+
+    def _clear_interrupted(self) -> None:
+        """The same after a forward that an interrupt has ended, which hooks are not told."""
+        for each in (self, *self._others):
+            if each._turns.interrupted():
+                each._turns.begin()
+                each._clear()
+                each._turns.end()
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: decide what this forward does and tell the blocks and layers."""
         if module is not self._denoiser or self._degradations.running:  # a copy is not guided
             return None
+        self._turns.begin()
+        try:
+            return self._begin(args, kwargs)
+        except BaseException:
+            self._clear()
+            raise
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         self._forward = None
         caller = self._run.caller()
-        self._for_others += caller is None
-        part = "other" if caller is None else self._kind.part(caller, args, kwargs)
-        if caller is None or part in ("other", "unconditional"):
+        self._part = "foreign" if caller is None else self._kind.part(caller, args, kwargs)
+        if self._first_of_run._leaving and self._part not in ("foreign", "unconditional"):
+            self._first_of_run._take_off(warn=True)  # the forward that it waited for did not come to its end
+            return None
+        if caller is None or self._part in ("other", "unconditional"):
             self._acting.detach()
-            if part == "unconditional":
-                self._recorder.forwards += 1
-            else:
-                self._owed = None
+            self._for_others += caller is None
+            self._recorder.forwards += self._part == "unconditional"
             return None
         self._owed = None
-        forward = self._plan(caller, args, kwargs)
+        forward = self._plans.forward(caller, args, kwargs)
         plain = forward is None or not (forward.branches or forward.degrading)
         if plain:
             self._acting.detach()
@@ -204,97 +254,50 @@ class Guidance:
         if forward is None or plain:
             return None
         if forward.degrading:
-            self._given = self._reference_inputs(forward, args, kwargs)
+            self._given = self._plans.reference_inputs(forward, args, kwargs)
         check_model(self._kind.model)
         self._acting.tell(forward, args, kwargs)
-        return self._grown(forward, args, kwargs)
+        return self._plans.grown(forward, args, kwargs)
 
-    def _plan(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
-        """What the coming forward does; None when it is a plain one."""
-        step = self._run.next_step()
-        if self._runs != self._run.count:  # a new run, whether a guidance acts at its beginning or not
-            self._runs = self._run.count
-            self._differences.forget()
-        sample = self._kind.sample(args, kwargs)
-        strengths = self._strengths(step, args, kwargs)
-        if not strengths:
-            return None
-        computed = [index for index in strengths if self._differences.due(index, step.number, sample.shape)]
-        branches = [index for index in computed if not isinstance(self._specs[index], SAG)]
-        degrading = tuple(index for index in computed if isinstance(self._specs[index], SAG))
-        reused = tuple(index for index in strengths if index not in computed)
-        cfg = self._run.is_guided_by_text(caller)
-        batch = self._kind.batch(self._run, sample.shape[0], len(branches), cfg)
-        if batch.first and any(index in self._negative for index in strengths):
-            raise ValueError(
-                f"this {type(self._pipe).__name__} runs classifier-free guidance itself; call it with "
-                f"guidance_scale=1, or leave CFG(...) out"
-            )
-        ordered = tuple(sorted(branches, key=lambda index: self._first[index]))
-        negative = [batch.branch(i) for i, index in enumerate(ordered) if index in self._negative]
-        reference = negative[0] if negative else batch.reference
-        rescaled = self._kind.rescaled_guidance_scale(self._run, caller) if cfg else None
-        told = strengths, reused, degrading, reference, cfg, rescaled, self._kind.frames(sample)
-        forward = Forward(batch, ordered, self._first, True, *told)
-        shares = self._share and self._kind.can_share(forward, args, kwargs)
-        return replace(forward, share=shares)
-
-    def _reference_inputs(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """Arguments of the samples that are degraded, taken before the denoiser takes any of them apart."""
-        batch = forward.batch
-        if forward.reference == batch.reference:
-            return self._arguments.take(args, kwargs, batch, batch.reference)
-        args, kwargs = self._arguments.take(args, kwargs, batch, batch.conditional)
-        (text,) = self._negative.values()
-        return text.put(self._arguments, args, kwargs, slice(0, batch.samples))
-
-    def _strengths(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, float]:
-        """Of the guidances that act in the coming forward."""
-        timestep = None
-        if any(isinstance(spec, PAG) and spec.adaptive_scale for spec in self._specs):
-            timestep = number(self._kind.timestep(self._pipe.scheduler, step.call, args, kwargs))
-        found = {index: spec.strength(step.fraction, timestep) for index, spec in enumerate(self._specs)}
-        return {index: strength for index, strength in found.items() if strength != 0.0}
-
-    def _grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """The denoiser's arguments with the branches that join before its first block; None for no change."""
-        grown = self._kind.grown(forward, args, kwargs)
-        if grown is None or forward.joined(-1) == 0:
-            return grown
-        args, kwargs = grown
-        for branch, index in enumerate(forward.branches):
-            if index in self._negative:
-                text, samples = self._negative[index], forward.batch.branch(branch)
-                args, kwargs = text.put(self._arguments, args, kwargs, samples)
-        return args, kwargs
-
-    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser: fold the branches back and take down what the layers report."""
-        forward, owed = self._forward, self._owed
-        if module is not self._denoiser or self._degradations.running or (forward is None and owed is None):
+        if module is not self._denoiser or self._degradations.running:
             return None
-        self._forward = None
         try:
-            if output is None:  # an exception
-                self._owed = None
-                return None
+            changed = self._end(output)
+            if self._first_of_run._leaving and output is not None and self._owed is None:
+                self._first_of_run._take_off(warn=True)
+            return changed
+        finally:
+            self._turns.end()
+
+    def _end(self, output: Any) -> Any:
+        """The denoiser's output with the guidance in it; None for the one it gave."""
+        if output is None:  # an exception; what another pipeline meets is nothing to the guided one
+            if self._part != "foreign":
+                self._clear()
+                self._differences.forget()
+            return None
+        forward, owed = self._forward, self._owed if self._part == "unconditional" else None
+        if forward is None and owed is None:
+            return None
+        try:
             sample = batch_of(output[0])
             if forward is not None:
-                folded = self._folded(forward, sample)
+                owes, folded = self._folded(forward, sample)
             else:
-                self._owed = None
                 shift, rescaled = owed or (None, None)
-                folded = sample if shift is None else shifted(sample, shift, rescaled)
-        finally:
-            self._layers.forget()
-            self._acting.detach()  # between forwards the denoiser has its own processors, to be looked at or changed
-            self._given = ((), {})
+                owes, folded = None, sample if shift is None else shifted(sample, shift, rescaled)
+        except BaseException:
+            self._clear()
+            raise
+        self._clear()
+        self._owed = owes
         result = list(folded.unbind()) if isinstance(output[0], list) else folded
         return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
 
-    def _folded(self, forward: Forward, sample: torch.Tensor) -> torch.Tensor:
-        """The prediction of the pipeline's own batch with every guidance in it."""
+    def _folded(self, forward: Forward, sample: torch.Tensor) -> tuple[Owed | None, torch.Tensor]:
+        """What the next call owes, and the prediction of the pipeline's own batch with every guidance in it."""
         batch, moved = forward.batch, self._acting.reports(forward)
         expected = batch.with_branches(len(forward.branches))
         if sample.shape[0] != expected:
@@ -306,7 +309,7 @@ class Guidance:
             found = difference(sample, batch, branch)
             self._differences.keep(index, found)
             guided.append((forward.strengths[index], found))
-            if index in self._negative:
+            if index in self._plans.negative:
                 moved[index, ""] = torch.stack([norms(found), norms(sample[batch.conditional])])
         for index in forward.degrading:
             layer = next(layer for layer in self._layers if index in layer.readers)
@@ -319,6 +322,6 @@ class Guidance:
         self._recorder.add(moved, sample.dtype)
         shift = summed(guided)
         if not forward.cfg or batch.first:
-            return fold(sample, batch, shift, forward.rescaled)
-        self._owed = shift, forward.rescaled  # a call for the negative prompt follows
-        return fold(sample, batch, shift if forward.rescaled is None else None, None)
+            return None, fold(sample, batch, shift, forward.rescaled)
+        own = fold(sample, batch, shift if forward.rescaled is None else None, None)
+        return (shift, forward.rescaled), own  # a call for the negative prompt follows

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from segkern.grid import Grid
 from segkern.integrations.diffusers.branches import Batch
 from segkern.integrations.diffusers.calibration import Calibration
+from segkern.integrations.diffusers.hooks import Hook
 from segkern.integrations.diffusers.names import LayerInfo
 from segkern.integrations.diffusers.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.rows import EVERY_ROW, Stride
@@ -210,15 +211,12 @@ def hook_grids(model: nn.Module, layers: Sequence[GuidedLayer]) -> list[Removabl
     return handles
 
 
-class _ReadGrid:
+class _ReadGrid(Hook):
     """Forward pre-hook of a transformer: the height and width of its image are its layers' grid."""
 
     def __init__(self, transformer: nn.Module, layers: list[GuidedLayer]) -> None:
         self._transformer = transformer
         self._layers = layers
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ReadGrid:
-        return self
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not self._transformer:  # a copy is not guided

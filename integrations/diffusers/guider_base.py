@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, ClassVar
 
 import diffusers
@@ -89,12 +89,18 @@ class SpecGuider(ClassifierFreeGuidance):
         """
         replaced = {"spec": set(self.spec.told()), "gamma": {"scale"}}
         dropped = {name for change in changes for name in replaced.get(change, ())}
-        kept = {name: value for name, value in self.config.items() if not name.startswith("_") and name not in dropped}
-        return type(self)(**{**kept, **changes})
+        return type(self)(**{**self._kept(dropped), **changes})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of a pipeline has a guider of its own, which has done nothing yet."""
-        return self.new()
+        return _made(type(self), self._kept(), self._enabled)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made, (type(self), self._kept(), self._enabled)
+
+    def _kept(self, dropped: Container[str] = ()) -> dict[str, Any]:
+        """The arguments it was made with, but for some."""
+        return {name: value for name, value in self.config.items() if not name.startswith("_") and name not in dropped}
 
     def to_json_string(self) -> str:
         """The configuration in JSON, an infinite sigma as ``"inf"``."""
@@ -187,6 +193,13 @@ class SpecGuider(ClassifierFreeGuidance):
         report = self._calls.recorder.report()
         self._calls.recorder.warn(report, stacklevel=3)
         return report
+
+
+def _made(kind: type[SpecGuider], given: Mapping[str, Any], enabled: bool) -> SpecGuider:
+    """A guider with these arguments, turned on or off since."""
+    made: SpecGuider = kind(**given)
+    made._enabled = enabled
+    return made
 
 
 def _numbers(sigma: Any) -> Any:

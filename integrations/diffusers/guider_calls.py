@@ -19,6 +19,7 @@ from segkern.integrations.diffusers.branches import Arguments, Batch
 from segkern.integrations.diffusers.degradations import Degradations
 from segkern.integrations.diffusers.denoisers import Denoiser, find_denoisers
 from segkern.integrations.diffusers.guided_layers import Forward
+from segkern.integrations.diffusers.hooks import Outer
 from segkern.integrations.diffusers.layers import find_model
 from segkern.integrations.diffusers.report import Recorder
 from segkern.integrations.diffusers.reuse import Differences
@@ -109,8 +110,10 @@ class GuiderCalls:
             if self._run[0] is None:
                 raise ValueError("SAG needs the scheduler of a modular pipeline, and none is running")
             self._degradations = Degradations(self._run[0], self._kind.model, (self._spec,))
-        self._handles.append(self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._handles.append(self._denoiser.register_forward_hook(self._after, prepend=True, always_call=True))
+        self._handles.append(self._denoiser.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
+        self._handles.append(self._denoiser.register_forward_hook(Outer(self._after), prepend=True))
+        # PyTorch goes through the hooks themselves after an exception: one may be taken off by the last one alone.
+        self._handles.append(self._denoiser.register_forward_hook(Outer(self._over), always_call=True))
 
     def release(self) -> None:
         """The denoiser is what it was; nothing happens when it is already."""
@@ -121,7 +124,6 @@ class GuiderCalls:
         self._acting.detach()
         self._forward, self._given, self._run, self._degradations = None, ((), {}), (None, None), None
 
-    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: let the branch join."""
         if module is not self._denoiser or self._forward is not None:  # a copy, or the second call of SAG
@@ -153,17 +155,20 @@ class GuiderCalls:
         self._forward = forward
         return self._kind.grown(forward, args, kwargs)
 
-    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the denoiser, and after an exception in it."""
-        if module is not self._denoiser or (self._degradations is not None and self._degradations.running):
-            return
-        try:
-            if self._forward is not None and output is not None:
-                self._take(self._forward, batch_of(output[0]))
-        finally:
+        """After the denoiser: look at what it gave."""
+        if self._is_own(module) and self._forward is not None:
+            self._take(self._forward, batch_of(output[0]))
+
+    def _over(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the denoiser and all its hooks, and after an exception in it."""
+        if self._is_own(module):
             self._acting.layers.forget()
             self.release()
+
+    def _is_own(self, module: nn.Module) -> bool:
+        """Whether a call is the one that was waited for: not of a copy, nor the second one of SAG."""
+        return module is self._denoiser and (self._degradations is None or not self._degradations.running)
 
     def _take(self, forward: Forward, sample: torch.Tensor) -> None:
         """What the forward under way gave."""

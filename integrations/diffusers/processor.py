@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import copy
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -171,9 +171,9 @@ class GuidedProcessor:
         self.errors: tuple[torch.Tensor, ...] = ()
         self.moved: tuple[torch.Tensor, ...] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the layer is a layer of its own, without guidance."""
-        return copy.deepcopy(self.original, memo)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the layer is a layer of its own, without guidance, wherever it is loaded."""
+        return operator.itemgetter(0), ((self.original,),)
 
     def __call__(
         self,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -60,13 +60,14 @@ class Run:
         Returns:
             None when another pipeline, which shares the denoiser, is calling it.
         """
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            names = frame.f_code.co_varnames
-            if names and names[0] == "self" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-                return frame.f_locals if frame.f_locals["self"] is self._pipe else None
-            frame = frame.f_back
+        for pipe, known in _pipelines(sys._getframe(1)):
+            return known if pipe is self._pipe else None
         return {}
+
+    def is_under_way(self) -> bool:
+        """Whether any thread is in a method of the pipeline."""
+        stacks = sys._current_frames().values()
+        return any(pipe is self._pipe for frame in stacks for pipe, _ in _pipelines(frame))
 
     def next_step(self) -> Step:
         """Where this call of the denoiser stands; counts the call.
@@ -137,6 +138,15 @@ class Run:
                 f"the denoiser of a guided pipeline was called outside a run of it: "
                 f"{type(self._pipe).__name__}.{name} is not known before the pipeline's first run"
             ) from error
+
+
+def _pipelines(frame: FrameType | None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Pipelines whose methods are on a call stack, the nearest first, and the local variables of those methods."""
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if names and names[0] == "self" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            yield frame.f_locals["self"], frame.f_locals
+        frame = frame.f_back
 
 
 def number(timestep: Any) -> float:

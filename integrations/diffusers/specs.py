@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import InitVar, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from segkern.blur import check_boundary
 from segkern.coarse import check_query_stride
@@ -300,6 +300,22 @@ class CFG(Spec):
                     f"CFG.{name} must be a tensor of {dims} dimensions, got {tuple(getattr(embeds, 'shape', ()))}"
                     f"{'' if hasattr(embeds, 'shape') else ' ' + type(embeds).__name__}"
                 )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all values are the same, embeddings by their numbers."""
+        if not isinstance(other, CFG):
+            return NotImplemented
+        pairs = [(getattr(self, each.name), getattr(other, each.name)) for each in fields(self)]
+        return all(_same(*pair) for pair in pairs)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.told().values()))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if hasattr(a, "dtype") and hasattr(b, "dtype"):
+        return a is b or (a.dtype == b.dtype and a.shape == b.shape and a.device == b.device and bool((a == b).all()))
+    return bool(a == b)
 
 
 def _stride(value: int | tuple[int, int] | str) -> int | tuple[int, int]:
