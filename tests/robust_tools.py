@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small pipelines to put faults to, and a picture of all that a guidance might leave behind on one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+import transformer_models
+import unet_cases
+from transformer_models import MODELS
+from unet_models import IMAGES
+
+from segkern.integrations.diffusers import PAG, SAG, SEG, Guidance, guide
+from segkern.integrations.diffusers.processor import GuidedProcessor
+
+STEPS = 4  # of a run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline that faults are put to.
+
+    Attributes:
+        name: of it.
+        make: makes one, with a denoiser of its own.
+        run: latents of a short run under classifier-free guidance.
+        part: name of its denoiser.
+        layers: some to guide.
+        inside: a module of the denoiser that runs after those.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    run: Callable[..., torch.Tensor]
+    part: str
+    layers: Any
+    inside: str
+
+    def build(self) -> Any:
+        """A new pipeline, with a denoiser and a scheduler of its own."""
+        kept = _kept(self)
+        parts = {**kept.components, self.part: copy.deepcopy(self.denoiser(kept))}
+        parts["scheduler"] = type(kept.scheduler).from_config(kept.scheduler.config)
+        options = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+        pipe = type(kept)(**parts, **options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def beside(self, pipe: Any) -> Any:
+        """Another pipeline with the same denoiser and a scheduler of its own."""
+        other = self.build()
+        setattr(other, self.part, self.denoiser(pipe))
+        return other
+
+    def denoiser(self, pipe: Any) -> Any:
+        return getattr(pipe, self.part)
+
+    def seg(self, **values: Any) -> SEG:
+        return SEG(**{"scale": 3.0, "sigma": 1.5, "layers": self.layers, **values})
+
+    def guided(self, pipe: Any, *specs: Any) -> torch.Tensor:
+        """Latents of one run under a guidance that comes and goes with it."""
+        with guide(pipe, *(specs or (self.seg(),))):
+            return self.run(pipe)
+
+
+@lru_cache
+def _kept(subject: Subject) -> Any:
+    return subject.make()
+
+
+def _unet(name: str, inside: str) -> Subject:
+    case = IMAGES[name]
+
+    def run(pipe: Any, **more: Any) -> torch.Tensor:
+        return unet_cases.run(case, pipe, True, **{"num_inference_steps": STEPS, **more})
+
+    return Subject(name, lambda: case.build(case), run, "unet", "mid", inside)
+
+
+def _transformer(name: str, inside: str) -> Subject:
+    model = MODELS[name]
+
+    def run(pipe: Any, **more: Any) -> torch.Tensor:
+        return transformer_models.run(model, pipe, **{"num_inference_steps": STEPS, **more})
+
+    layers = tuple(model.layers) if isinstance(model.layers, list) else model.layers
+    return Subject(name, model.build, run, "transformer", layers, inside)
+
+
+# Two UNets; a transformer whose batch has both halves, and two that are called once for each.
+SUBJECTS = {
+    each.name: each
+    for each in (
+        _unet("sdxl", "up_blocks.1"),
+        _unet("sd1", "up_blocks.1"),
+        _transformer("sd3", "norm_out"),
+        _transformer("flux", "norm_out"),
+        _transformer("qwen-image", "norm_out"),
+    )
+}
+ALL = tuple(SUBJECTS.values())
+SDXL, SD1, SD3, FLUX, QWEN = ALL
+
+
+def every(*quick: Subject) -> list[Any]:
+    """All of them as parameters, those that are not named left to `make robustness`."""
+    return [pytest.param(each, marks=[pytest.mark.robustness] * (each not in quick), id=each.name) for each in ALL]
+
+
+def kinds(subject: Subject) -> dict[str, tuple[Any, ...]]:
+    """Every kind of guidance that it takes beside its own classifier-free guidance, and ways to save."""
+    found: dict[str, tuple[Any, ...]] = {
+        "SEG": (subject.seg(),),
+        "SEG, infinite": (subject.seg(sigma=float("inf")),),
+        "SEG, reuse": (subject.seg(reuse=2),),
+        "PAG": (PAG(layers=subject.layers),),
+    }
+    if subject.part == "unet":
+        found |= {
+            "SEG, strides": (subject.seg(query_stride="auto", sigma=4.0),),
+            "SAG": (SAG(),),
+            "SEG, PAG, SAG": (subject.seg(), PAG(layers="u0"), SAG(reuse=2)),
+        }
+    return found
+
+
+class Picture:
+    """Every attribute of every module of a pipeline, by identity, and what is in those that are containers."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.names = set(vars(pipe))
+        self.modules = {name: (module, _attributes(module)) for name, module in _modules(pipe)}
+        self.processors = {
+            name: (each, dict(vars(each)))
+            for name, module in _modules(pipe)
+            if (each := getattr(module, "processor", None)) is not None
+        }
+
+    def assert_same(self, pipe: Any) -> None:
+        """That nothing came, went or was replaced."""
+        assert set(vars(pipe)) == self.names
+        now = dict(_modules(pipe))
+        assert now.keys() == self.modules.keys()
+        for name, (module, attributes) in self.modules.items():
+            assert now[name] is module, name
+            assert "forward" not in vars(module), name
+            found = _attributes(module)
+            assert found.keys() == attributes.keys(), name
+            for key, (value, inside) in attributes.items():
+                assert found[key][0] is value, (name, key)
+                assert _same(found[key][1], inside), (name, key)
+        for name, (processor, attributes) in self.processors.items():
+            assert now[name].processor is processor, name
+            assert not isinstance(processor, GuidedProcessor), name
+            assert vars(processor) == attributes, name
+
+
+def _modules(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    for part, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            yield from component.named_modules(prefix=part)
+
+
+def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
+    found = {}
+    for name, value in vars(module).items():
+        simple = isinstance(value, (bool, int, float, str, tuple))
+        told = name == "_internal_dict"  # its configuration, to which saving adds its name
+        inside = list(value.items()) if isinstance(value, Mapping) and not told else None
+        found[name] = (None, [(name, value)]) if simple else (None if told else value, inside)
+    return found
+
+
+def _same(found: Any, before: Any) -> bool:
+    if found is None or before is None:
+        return found is before
+    simple = (bool, int, float, str, tuple)
+    pairs = zip(found, before, strict=False)
+    equal = all(a == b and (x is y or (isinstance(x, simple) and x == y)) for (a, x), (b, y) in pairs)
+    return len(found) == len(before) and equal
+
+
+@contextmanager
+def failing(module: torch.nn.Module, error: BaseException | type[BaseException], after: int = 0) -> Iterator[None]:
+    """Inside, the module raises the error, once it has run so many times."""
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(None)
+        if len(calls) > after:
+            raise error
+
+    handle = module.register_forward_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def left_as_it_was(subject: Subject, *specs: Any) -> Iterator[tuple[Any, Guidance]]:
+    """A guided pipeline; after it everything is what it was, and its latents are those of one never guided."""
+    pipe = subject.build()
+    plain = subject.run(pipe)
+    picture = Picture(pipe)
+    with guide(pipe, *(specs or (subject.seg(),))) as guidance:
+        yield pipe, guidance
+    picture.assert_same(pipe)
+    assert torch.equal(subject.run(pipe), plain)
+
+
+def stand_ins(subject: Subject, pipe: Any) -> int:
+    """How many layers have a processor of a guidance."""
+    modules = subject.denoiser(pipe).modules()
+    return sum(isinstance(getattr(module, "processor", None), GuidedProcessor) for module in modules)

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user changes on a guided pipeline, between runs or inside the context, works, and stays when it is left."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import diffusers
+import peft
+import pytest
+import torch
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from diffusers_tools import PIPELINE_TOLERANCE, relative
+from reliability import survives
+from robust_tools import FLUX, QWEN, SD1, SD3, SDXL, Picture, Subject, every, kinds, left_as_it_was, stand_ins
+from unet_models import IMAGES
+from unet_parts import image_embeds, ip_adapter
+
+from segkern.integrations.diffusers import guide, record_energy
+
+Tried = Callable[[int], None]
+UNETS = [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)]
+
+
+def like_a_fresh_one(subject: Subject, pipe: Any, change: Callable[[Any], Any], **more: Any) -> None:
+    """That a guided pipeline which was changed draws what one draws that was changed and then guided."""
+    fresh = subject.build()
+    change(fresh)
+    with guide(fresh, subject.seg()):
+        expected = subject.run(fresh, **more)
+    assert relative(subject.run(pipe, **more), expected) < PIPELINE_TOLERANCE
+
+
+@survives("pipelines", "steps, size of the image, seed and guidance scale changed between runs")
+@pytest.mark.parametrize("kind", ["SEG", "SEG, reuse", "PAG", "SEG, strides", "SEG, PAG, SAG"])
+@pytest.mark.parametrize("subject", every(SD3))
+def test_arguments_that_change_between_runs(subject: Subject, kind: str, tried: Tried) -> None:
+    specs = kinds(subject).get(kind)
+    if specs is None:
+        specs = kinds(subject)["SEG, infinite"]  # transformers have neither strides nor SAG
+    scale = "true_cfg_scale" if subject in (FLUX, QWEN) else "guidance_scale"
+    size = {"height": 32, "width": 24} if subject.part == "unet" else {"height": 64, "width": 128}
+    changes: list[dict[str, Any]] = [
+        {"num_inference_steps": 1},
+        {"num_inference_steps": 3},
+        size,
+        {"generator": torch.Generator().manual_seed(9)},
+        {scale: 1.0},
+        {scale: 2.5, "num_inference_steps": 2, **size},
+    ]
+
+    def seeded(change: dict[str, Any]) -> dict[str, Any]:
+        return change | ({"generator": torch.Generator().manual_seed(9)} if "generator" in change else {})
+
+    with left_as_it_was(subject, *specs) as (pipe, _):
+        first = subject.run(pipe)
+        for change in changes:
+            found = subject.run(pipe, **seeded(change))
+            fresh = subject.build()
+            with guide(fresh, *specs):
+                subject.run(fresh)  # strides are chosen once
+                assert torch.equal(found, subject.run(fresh, **seeded(change)))
+            tried(1)
+        assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE if "strides" in kind else True
+
+
+@survives("pipelines", "a guidance of no strength, or for a part of the run without a step")
+@pytest.mark.parametrize("subject", every(SD3))
+def test_guidances_that_do_nothing_say_so_once(subject: Subject, tried: Tried) -> None:
+    pipe = subject.build()
+    plain = subject.run(pipe)
+    picture = Picture(pipe)
+    idle = subject.seg(scale=0.0), subject.seg(start=0.9), subject.seg(sigma=0.0), subject.seg(schedule=lambda _: 0.0)
+    for spec in idle:
+        guidance = guide(pipe, spec)
+        assert torch.equal(subject.run(pipe), plain)
+        with pytest.warns(UserWarning, match="fired in none") as told:
+            guidance.remove()
+        assert len(told) == 1
+        picture.assert_same(pipe)
+        tried(1)
+
+
+@survives("pipelines", "the scheduler replaced")
+@pytest.mark.parametrize("subject", every(SD1))
+def test_another_scheduler(subject: Subject, tried: Tried) -> None:
+    names = ["FlowMatchHeunDiscreteScheduler"]
+    if subject.part == "unet":
+        names = ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"]
+    if subject in (FLUX, QWEN):
+        names = ["FlowMatchEulerDiscreteScheduler"]
+    with left_as_it_was(subject) as (pipe, _):
+        subject.run(pipe)
+        own = pipe.scheduler
+        for name in names:
+
+            def change(pipe: Any, name: str = name) -> None:
+                pipe.scheduler = getattr(diffusers, name)()
+
+            change(pipe)
+            like_a_fresh_one(subject, pipe, change)
+            tried(1)
+        pipe.scheduler = own
+
+
+def _adapter(pipe: Any, part: str) -> None:
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    getattr(pipe, part).add_adapter(config)
+
+
+@survives("pipelines", "a LoRA loaded, fused, unfused and unloaded")
+@pytest.mark.parametrize("subject", every(SD3))
+def test_a_lora_that_comes_and_goes(subject: Subject, tried: Tried) -> None:
+    with left_as_it_was(subject) as (pipe, _):
+        first = subject.run(pipe)
+        model = subject.denoiser(pipe)
+        _adapter(pipe, subject.part)
+        like_a_fresh_one(subject, pipe, lambda fresh: _adapter(fresh, subject.part))
+        with_lora = subject.run(pipe)
+        assert relative(with_lora, first) > 1e-3
+        model.fuse_lora()
+        assert relative(subject.run(pipe), with_lora) < PIPELINE_TOLERANCE
+        model.unfuse_lora()
+        assert relative(subject.run(pipe), with_lora) < PIPELINE_TOLERANCE
+        model.disable_adapters()
+        assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
+        other = subject.denoiser(subject.build())
+        model.unload_lora()
+        model.load_state_dict(other.state_dict())  # unfusing leaves rounding
+        assert torch.equal(subject.run(pipe), first)
+        _forget_lora(model, other)
+    tried(5)
+
+
+def _forget_lora(model: Any, like: Any) -> None:
+    """What diffusers leaves of an adapter that is unloaded: attributes, and the same parameters in other layers."""
+    for module, other in zip(model.modules(), like.modules(), strict=True):
+        for name in set(vars(module)) - set(vars(other)):
+            delattr(module, name)
+
+
+@survives("pipelines", "projections fused and unfused inside the context")
+@pytest.mark.parametrize("subject", UNETS, ids=["sd1", "sdxl"])
+def test_projections_fused_and_unfused(subject: Subject, tried: Tried) -> None:
+    pipe = subject.build()
+    plain, own = subject.run(pipe), dict(pipe.unet.attn_processors)
+    with guide(pipe, subject.seg()):
+        first = subject.run(pipe)
+        for _ in range(2):
+            pipe.fuse_qkv_projections()
+            assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
+            pipe.unfuse_qkv_projections()
+            assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
+        pipe.fuse_qkv_projections()
+    assert {type(each) for each in pipe.unet.attn_processors.values()} == {FusedAttnProcessor2_0}
+    pipe.unfuse_qkv_projections()
+    assert all(each is own[name] for name, each in pipe.unet.attn_processors.items())
+    assert torch.equal(subject.run(pipe), plain)
+    tried(5)
+
+
+@survives("pipelines", "processors, slicing and IP-Adapters set inside the context")
+@pytest.mark.parametrize("subject", UNETS, ids=["sd1", "sdxl"])
+def test_processors_that_are_set_inside_the_context_stay(subject: Subject, tried: Tried) -> None:
+    pipe = subject.build()
+    with guide(pipe, subject.seg()):
+        first = subject.run(pipe)
+        mine = AttnProcessor()
+        pipe.unet.set_attn_processor(mine)
+        assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
+        assert all(each is mine for each in pipe.unet.attn_processors.values())
+        pipe.enable_attention_slicing("max")
+        sliced = dict(pipe.unet.attn_processors)
+        assert {type(each) for each in sliced.values()} == {SlicedAttnProcessor}
+        assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
+    assert all(each is sliced[name] for name, each in pipe.unet.attn_processors.items())
+    with guide(pipe, subject.seg()):
+        pipe.disable_attention_slicing()
+        assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
+        pipe.unet.set_attn_processor(AttnProcessor2_0())
+        assert torch.equal(subject.run(pipe), first)
+        ip_adapter(pipe)
+        embeds = image_embeds(IMAGES[subject.name], 2, True)
+        with_image = subject.run(pipe, ip_adapter_image_embeds=embeds)
+        assert relative(with_image, first) > 1e-3
+    kinds_of = {type(each) for name, each in pipe.unet.attn_processors.items() if "attn2" in name}
+    assert kinds_of == {IPAdapterAttnProcessor2_0}
+    assert stand_ins(subject, pipe) == 0
+    with guide(pipe, subject.seg()):
+        assert torch.equal(subject.run(pipe, ip_adapter_image_embeds=embeds), with_image)
+    tried(5)
+
+
+@survives("pipelines", "the pipeline moved to another dtype and back inside the context")
+@pytest.mark.parametrize("kind", ["SEG", "SEG, infinite", "PAG", "SEG, PAG, SAG"])
+@pytest.mark.parametrize("subject", every(SD3))
+def test_another_dtype(subject: Subject, kind: str, tried: Tried) -> None:
+    specs = kinds(subject).get(kind, (subject.seg(reuse=2),))
+    with left_as_it_was(subject, *specs) as (pipe, _):
+        first = subject.run(pipe)
+        for dtype in (torch.float64, torch.bfloat16):
+            model = subject.denoiser(pipe)
+            kept = [(each, each.data) for each in model.parameters()]
+            buffers = [(each, dict(each._buffers)) for each in model.modules()]
+            model.to(dtype)
+            with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+                found = _in(subject, pipe, dtype)
+            for parameter, values in kept:
+                parameter.data = values
+            for module, own in buffers:
+                module._buffers.update(own)
+            assert found.isfinite().all()
+            assert relative(found.float(), first) < (1e-4 if dtype is torch.float64 else 0.5)
+            assert torch.equal(subject.run(pipe), first)
+            tried(1)
+
+
+def _in(subject: Subject, pipe: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A run of a denoiser of that type, which gets its inputs in it."""
+    model = subject.denoiser(pipe)
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cast(each) for name, each in value.items()}
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def convert(_: Any, args: Any, kwargs: Any) -> Any:
+        return tuple(map(cast, args)), cast(kwargs)
+
+    handle = model.register_forward_pre_hook(convert, with_kwargs=True, prepend=True)
+    try:
+        return subject.run(pipe)
+    finally:
+        handle.remove()
+
+
+@survives("pipelines", "autocast around a guided run")
+@pytest.mark.parametrize("subject", every(SD3))
+def test_autocast(subject: Subject, tried: Tried) -> None:
+    for specs in kinds(subject).values():
+        with left_as_it_was(subject, *specs) as (pipe, _):
+            first = subject.run(pipe)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = subject.run(pipe)
+            assert 0.0 < relative(found.float(), first) < 0.5
+            assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
+            tried(1)
+
+
+@survives("pipelines", "inference mode, then a gradient through the guided denoiser")
+@pytest.mark.parametrize("reuse", [1, 2])
+@pytest.mark.parametrize("subject", [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)], ids=["sd1", "sdxl"])
+def test_gradients_after_inference_mode(subject: Subject, reuse: int, tried: Tried) -> None:
+    specs = subject.seg(reuse=reuse), subject.seg(sigma=float("inf"), scale=1.0)
+    with left_as_it_was(subject, *specs) as (pipe, guidance):
+        first = subject.run(pipe)
+        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+            with mode():
+                assert torch.equal(subject.run(pipe), first)
+        given: list[Any] = []
+
+        def note(_: Any, args: Any, kwargs: Any) -> None:
+            given[:] = [args, kwargs]
+
+        handle = pipe.unet.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+        subject.run(pipe)
+        handle.remove()
+        args, kwargs = given
+        sample = args[0].clone().requires_grad_()
+        with torch.enable_grad():
+            output = pipe.unet(sample, *args[1:], **kwargs)[0]
+            (gradient,) = torch.autograd.grad(output.square().sum(), sample)
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() > 0.0
+        assert not any(total.requires_grad for _, total in guidance._recorder._sums.values())
+        assert torch.equal(subject.run(pipe), first)
+    tried(4)
+
+
+@survives("pipelines", "deterministic algorithms, which fill fresh memory with NaN")
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("subject", every(SD3))
+def test_deterministic_algorithms(subject: Subject, tried: Tried) -> None:
+    for specs in kinds(subject).values():
+        with left_as_it_was(subject, *specs) as (pipe, _):
+            first = subject.run(pipe)
+            assert first.isfinite().all()
+            torch.use_deterministic_algorithms(False)
+            found = subject.run(pipe)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            assert relative(found, first) < PIPELINE_TOLERANCE
+            tried(1)
+
+
+@survives("pipelines", "offloading begun and ended inside the context")
+@pytest.mark.parametrize("subject", every(SD3))
+def test_offloading_inside_the_context(subject: Subject, tried: Tried) -> None:
+    with left_as_it_was(subject) as (pipe, _):
+        first = subject.run(pipe)
+        model = subject.denoiser(pipe)
+        forward = type(model).forward
+        accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+        assert torch.equal(subject.run(pipe), first)
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        assert model.forward.__func__ is forward
+        for module in model.modules():
+            vars(module).pop("forward", None)  # which accelerate leaves there
+        assert torch.equal(subject.run(pipe), first)
+    tried(1)
+
+
+@survives("pipelines", "a clean run, which must be quiet")
+@pytest.mark.parametrize("subject", every(SD1, SD3))
+def test_a_clean_run_warns_and_logs_nothing(
+    subject: Subject, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], tried: Tried
+) -> None:
+    pipe = subject.build()
+    subject.run(pipe)
+    capsys.readouterr()
+    caplog.clear()
+    for specs in kinds(subject).values():
+        with warnings.catch_warnings(record=True) as told, caplog.at_level(logging.DEBUG):
+            warnings.simplefilter("always")
+            with guide(pipe, *specs) as guidance:
+                subject.run(pipe)
+                guidance.report()
+        ours = [each for each in told if "segkern" in f"{each.filename} {each.category}" or "guid" in str(each.message)]
+        assert not ours
+        assert not [each for each in caplog.records if each.name.startswith("segkern")]
+        tried(1)
+    assert capsys.readouterr() == ("", "")
+    guidance = guide(pipe, subject.seg(start=0.9), subject.seg(), subject.seg(scale=0.0))
+    subject.run(pipe)
+    with pytest.warns(UserWarning, match="fired in none") as once:
+        guidance.remove()
+    assert len(once) == 2  # one for each cause
+
+
+@survives("pipelines", "guide and record_energy many times one after the other")
+def test_many_guidances_leave_no_hook_behind(tried: Tried) -> None:
+    pipe = SD1.build()
+    plain = SD1.run(pipe)
+    picture = Picture(pipe)
+    for specs in kinds(SD1).values():
+        with guide(pipe, *specs), record_energy(pipe, "mid"):
+            SD1.run(pipe, num_inference_steps=2 if "auto" not in repr(specs) else 4)
+        picture.assert_same(pipe)
+        tried(1)
+    assert torch.equal(SD1.run(pipe), plain)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is copied, pickled or saved of a guided pipeline is plain; what describes a guidance survives a pickle."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import multiprocessing
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers_tools import hooks_of, noise, smaller_pipeline
+from modular_tools import modular_sdxl, run_sdxl
+from reliability import survives
+from robust_tools import SD1, SD3, Subject, every, left_as_it_was, stand_ins
+
+from segkern import Grid
+from segkern.integrations.diffusers import (
+    CFG,
+    PAG,
+    SAG,
+    SEG,
+    PAGGuider,
+    SAGGuider,
+    SEGAttnProcessor,
+    SEGGuider,
+    guide,
+    record_energy,
+)
+
+Tried = Callable[[int], None]
+
+
+def _pickled(x: Any) -> Any:
+    return pickle.loads(pickle.dumps(x))
+
+
+def _saved(x: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = {"copy.deepcopy": copy.deepcopy, "pickle": _pickled, "torch.save": _saved}
+
+
+@survives("pipelines", "copy.deepcopy, pickle and torch.save of a guided denoiser and pipeline")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("subject", every(SD1, SD3))
+def test_a_copy_of_what_is_guided_is_plain(subject: Subject, way: Callable[[Any], Any], tried: Tried) -> None:
+    with left_as_it_was(subject) as (pipe, _):
+        guided = subject.run(pipe)
+        copied = subject.build()
+        plain = subject.run(copied)
+        setattr(copied, subject.part, way(subject.denoiser(pipe)))
+        assert torch.equal(subject.run(copied), plain)
+        whole = way(pipe)
+        whole.set_progress_bar_config(disable=True)
+        assert torch.equal(subject.run(whole), plain)
+        assert torch.equal(subject.guided(whole), guided)
+        assert torch.equal(subject.run(whole), plain)
+        assert torch.equal(subject.run(pipe), guided)
+    tried(2)
+
+
+@survives("pipelines", "a copy made in the midst of a guided forward")
+@pytest.mark.parametrize("subject", every(SD1, SD3))
+def test_a_copy_made_in_the_midst_of_a_forward_is_plain(subject: Subject, tried: Tried) -> None:
+    with left_as_it_was(subject) as (pipe, _):
+        guided = subject.run(pipe)
+        other = subject.build()
+        plain = subject.run(other)
+        copies: list[Any] = []
+
+        def copying(*_: Any) -> None:
+            if not copies:
+                assert stand_ins(subject, pipe) > 0
+                handle.remove()
+                copies.extend(way(subject.denoiser(pipe)) for way in WAYS.values())
+
+        handle = subject.denoiser(pipe).get_submodule(subject.inside).register_forward_hook(copying)
+        assert torch.equal(subject.run(pipe), guided)
+        assert len(copies) == len(WAYS)
+        for each in copies:
+            setattr(other, subject.part, each)
+            assert stand_ins(subject, other) == 0
+            assert torch.equal(subject.run(other), plain)
+            assert torch.equal(subject.guided(other), guided)
+    tried(len(WAYS))
+
+
+@survives("pipelines", "a copy that outlives the guided pipeline")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_copy_keeps_nothing_of_the_guided_pipeline(way: Callable[[Any], Any]) -> None:
+    pipe = SD1.build()
+    with guide(pipe, SD1.seg()), record_energy(pipe, "mid"):
+        SD1.run(pipe)
+        copied = way(pipe.unet)
+        assert b"segkern" not in pickle.dumps(pipe.unet), "it could not be loaded where segkern is not installed"
+    original = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert original() is None
+    assert hooks_of(copied) > 0  # of the standard library, which do nothing
+
+
+@survives("pipelines", "state_dict, named_modules and save_pretrained while guided")
+@pytest.mark.parametrize("subject", every(SD1, SD3))
+def test_what_is_saved_while_guided_is_what_is_saved_without(subject: Subject, tmp_path: Path, tried: Tried) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        subject.denoiser(pipe).save_pretrained(folder)
+        return {str(each.relative_to(folder)): each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+
+    with left_as_it_was(subject) as (pipe, _):
+        subject.run(pipe)
+        denoiser, other = subject.denoiser(pipe), subject.denoiser(subject.build())
+        assert [name for name, _ in denoiser.named_modules()] == [name for name, _ in other.named_modules()]
+        found, expected = denoiser.state_dict(), other.state_dict()
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        guided = files(tmp_path / "guided")
+    assert len(guided) >= 2
+    assert files(tmp_path / "plain") == guided
+    tried(1)
+
+
+def _drawn(subject: str, pipe: Any) -> list[torch.Tensor]:
+    """In a process of its own: latents without guidance, and with it."""
+    from robust_tools import SUBJECTS
+
+    torch.set_num_threads(1)
+    pipe.set_progress_bar_config(disable=True)
+    return [SUBJECTS[subject].run(pipe), SUBJECTS[subject].guided(pipe)]
+
+
+@survives("pipelines", "a guided pipeline as an argument of a spawned process")
+@pytest.mark.robustness
+def test_a_guided_pipeline_sent_to_another_process(tried: Tried) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for subject in (SD1, SD3):
+            with left_as_it_was(subject) as (pipe, _):
+                guided = subject.run(pipe)
+                plain = subject.run(subject.build())
+                found = pool.apply(_drawn, (subject.name, pipe))
+                assert torch.equal(found[0], plain)
+                assert torch.equal(found[1], guided)
+                tried(1)
+
+
+def halving(fraction: float) -> float:
+    return 1.0 - fraction / 2.0
+
+
+SPECS = [
+    SEG(),
+    SEG(scale=2.0, sigma={"mid": math.inf, "u0-1": [1.0, (2.0, 3.0)]}, schedule=halving, stop=0.7),
+    SEG(sigma=4.0, layers=range(2, 4), query_stride="auto", reuse=2),
+    PAG(layers=["d0", "mid"], adaptive_scale=0.01, schedule="cosine"),
+    SAG(schedule=halving, threshold=0.5),
+    CFG(gamma=5.0, negative_prompt="blurry", schedule=halving),
+    CFG(negative_prompt_embeds=torch.arange(6.0).view(1, 2, 3), negative_pooled_prompt_embeds=torch.ones(1, 4)),
+    Grid(3, 4),
+    Grid(3, 4, start=2, frames=5),
+]
+
+
+@survives("pipelines", "a pickle of a guidance's description")
+@pytest.mark.parametrize("given", SPECS, ids=str)
+@pytest.mark.parametrize("way", [copy.copy, *WAYS.values()], ids=["copy.copy", *WAYS])
+def test_descriptions_of_guidances_are_pickled(given: Any, way: Callable[[Any], Any], tried: Tried) -> None:
+    found = way(given)
+    assert type(found) is type(given)
+    assert found == given
+    assert hash(found) == hash(given)
+    assert repr(found) == repr(given)
+    assert [found != other for other in SPECS].count(False) == 1
+    tried(1)
+
+
+def test_embeddings_that_differ_make_other_descriptions() -> None:
+    given = torch.ones(1, 2, 3)
+    same = CFG(negative_prompt_embeds=given)
+    assert same == CFG(negative_prompt_embeds=given.clone())
+    for other in (given + 1, given.half(), torch.ones(1, 3, 3), None):
+        assert same != CFG(negative_prompt_embeds=other)
+    assert same != CFG(scale=2.0, negative_prompt_embeds=given)
+    assert same != SEG()
+
+
+@survives("pipelines", "a pickle of a report, of an attention processor, of a guider that has run")
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_reports_processors_and_guiders_are_pickled(way: Callable[[Any], Any], tried: Tried) -> None:
+    pipe = SD1.build()
+    with guide(pipe, SD1.seg(), SAG()) as guidance:
+        SD1.run(pipe)
+        report = guidance.report()
+        assert way(report) == report
+        assert str(way(report)) == str(report)
+    processor = SEGAttnProcessor((0.0, 2.0), Grid(3, 4), boundary="circular")
+    assert vars(way(processor)) == vars(processor)
+    pipe = smaller_pipeline()
+    for guider in (SEGGuider(sigma=2.0, schedule=halving), PAGGuider(scale=2.0), SAGGuider(guidance_scale=3.0)):
+        modular = modular_sdxl(pipe, guider)
+        expected = run_sdxl(modular, pipe, latents=noise(1, 8, 12), num_inference_steps=2)
+        found = way(guider)
+        assert (type(found), found.spec, dict(found.config)) == (type(guider), guider.spec, dict(guider.config))
+        assert len(pickle.dumps(guider)) < 20_000, "the denoiser goes along"
+        modular = modular_sdxl(pipe, found)
+        assert torch.equal(run_sdxl(modular, pipe, latents=noise(1, 8, 12), num_inference_steps=2), expected)
+        guider.disable()
+        assert not way(guider)._enabled
+    tried(5)
+
+
+def test_a_guidance_itself_is_not_pickled() -> None:
+    pipe = SD3.build()
+    with guide(pipe, SD3.seg()) as guidance:
+        with pytest.raises(TypeError, match=r"pickle the pipeline, which arrives unguided, or report\(\)"):
+            pickle.dumps(guidance)
+        assert copy.deepcopy({"guidance": guidance})["guidance"] is guidance
+        SD3.run(pipe)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several guidances at once, in any order, from any thread: each does what it does alone, or is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from reliability import survives
+from robust_tools import FLUX, QWEN, SD1, SD3, SDXL, STEPS, Picture, Subject, every, failing, left_as_it_was, stand_ins
+
+from segkern.integrations.diffusers import guide, record_energy
+
+Tried = Callable[[int], None]
+SECONDS = 60  # after which a thread that waits is taken to wait forever
+
+
+def pairs(*found: tuple[Subject, Subject]) -> list[Any]:
+    return [
+        pytest.param(*pair, marks=[pytest.mark.robustness] * (i > 0), id=" and ".join(each.name for each in pair))
+        for i, pair in enumerate(found)
+    ]
+
+
+@survives("pipelines", "two guided pipelines, one running within the other's callback")
+@pytest.mark.parametrize("outer, inner", pairs((SD1, QWEN), (SD3, FLUX), (QWEN, SDXL), (FLUX, SD1)))
+def test_two_guided_pipelines_at_once(outer: Subject, inner: Subject, tried: Tried) -> None:
+    first, second = outer.build(), inner.build()
+    expected = outer.guided(first), inner.guided(second)
+    found = []
+
+    def within(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        found.append(inner.run(second))
+        return given
+
+    with guide(second, inner.seg()), guide(first, outer.seg()):
+        assert torch.equal(outer.run(first, callback_on_step_end=within), expected[0])
+        assert torch.equal(outer.run(first), expected[0])
+    assert len(found) == STEPS
+    assert all(torch.equal(each, expected[1]) for each in found)
+    tried(2)
+
+
+@survives("pipelines", "guide within another guided run's callback")
+@pytest.mark.parametrize("outer, inner", pairs((QWEN, SD1), (SD1, SD3), (SDXL, FLUX)))
+def test_guide_inside_a_callback(outer: Subject, inner: Subject, tried: Tried) -> None:
+    second = inner.build()
+    expected = inner.guided(second)
+
+    def within(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        assert torch.equal(inner.guided(second), expected)
+        with pytest.raises(ValueError, match="guided already"):
+            guide(pipe, outer.seg(scale=1.0))
+        return given
+
+    with left_as_it_was(outer) as (pipe, _):
+        guided = outer.run(pipe)
+        assert torch.equal(outer.run(pipe, callback_on_step_end=within), guided)
+    tried(STEPS)
+
+
+@survives("pipelines", "a pipeline that shares the denoiser, running between the guided one's steps")
+@pytest.mark.parametrize("reuse", [1, 2])
+@pytest.mark.parametrize("subject", every(SD1, QWEN))
+def test_a_denoiser_shared_between_steps(subject: Subject, reuse: int, tried: Tried) -> None:
+    with left_as_it_was(subject, subject.seg(reuse=reuse)) as (pipe, _):
+        other = subject.beside(pipe)
+        guided, plain = subject.run(pipe), subject.run(other)
+        found = []
+
+        def within(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            found.append(subject.run(other))
+            return given
+
+        assert torch.equal(subject.run(pipe, callback_on_step_end=within), guided)
+        assert all(torch.equal(each, plain) for each in found)
+        with pytest.raises(ValueError, match="guided already"):
+            guide(other, subject.seg())
+    tried(STEPS)
+
+
+@survives("pipelines", "contexts left in the wrong order")
+def test_contexts_left_in_the_wrong_order(tried: Tried) -> None:
+    first, second = SD1.build(), SDXL.build()
+    plain = SD1.run(first), SDXL.run(second)
+    pictures = Picture(first), Picture(second)
+    guidances = guide(first, SD1.seg()), guide(second, SDXL.seg())
+    recorder = record_energy(first, "mid")
+    for each in (*guidances, recorder):
+        each.__enter__()
+    SD1.run(first)
+    recorded = len(recorder.records)
+    assert recorded > 0
+    guidances[0].__exit__(None, None, None)
+    assert torch.equal(SD1.run(first), plain[0])
+    assert len(recorder.records) == 2 * recorded
+    guided = SDXL.run(second)
+    recorder.__exit__(None, None, None)
+    pictures[0].assert_same(first)
+    guidances[1].__exit__(None, None, None)
+    pictures[1].assert_same(second)
+    assert torch.equal(SDXL.run(second), plain[1])
+    assert not torch.equal(guided, plain[1])
+    tried(3)
+
+
+@survives("pipelines", "a context entered twice")
+def test_a_context_entered_twice_is_left_when_the_outer_one_is() -> None:
+    with left_as_it_was(SD3) as (pipe, guidance):
+        guided = SD3.run(pipe)
+        with guidance:
+            assert torch.equal(SD3.run(pipe), guided)
+        assert torch.equal(SD3.run(pipe), guided)
+        with pytest.raises(ZeroDivisionError), guidance:
+            raise ZeroDivisionError
+        assert torch.equal(SD3.run(pipe), guided)
+    with pytest.raises(RuntimeError, match="removed"), guidance:
+        pass
+
+
+@survives("pipelines", "a generator that is dropped inside the context")
+@pytest.mark.parametrize("how", ["dropped", "closed", "thrown into"])
+def test_a_generator_that_holds_the_context(how: str) -> None:
+    pipe = SD3.build()
+    plain = SD3.run(pipe)
+    picture = Picture(pipe)
+
+    def images() -> Iterator[torch.Tensor]:
+        with guide(pipe, SD3.seg()):
+            while True:
+                yield SD3.run(pipe)
+
+    made = images()
+    assert not torch.equal(next(made), plain)
+    if how == "closed":
+        made.close()
+    elif how == "thrown into":
+        with pytest.raises(KeyboardInterrupt):
+            made.throw(KeyboardInterrupt())
+    del made
+    picture.assert_same(pipe)
+    assert torch.equal(SD3.run(pipe), plain)
+
+
+@survives("pipelines", "remove() in a callback, and in the midst of the denoiser")
+@pytest.mark.parametrize("place", ["callback", "denoiser", "callback of another thread's run"])
+@pytest.mark.parametrize("subject", every(SD1, QWEN))
+def test_removal_during_a_run_ends_the_guidance_after_the_step(subject: Subject, place: str, tried: Tried) -> None:
+    pipe = subject.build()
+    plain = subject.run(pipe)
+    expected = subject.guided(pipe, subject.seg(stop=0.3))  # the first two of four steps
+    picture = Picture(pipe)
+    guidance = guide(pipe, subject.seg())
+    steps: list[int] = []
+
+    def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        if step == 1 and place != "denoiser":
+            guidance.remove()
+        return given
+
+    def inside(*_: Any) -> None:
+        if len(steps) == 1 and place == "denoiser":
+            guidance.remove()
+
+    handle = subject.denoiser(pipe).get_submodule(subject.inside).register_forward_hook(inside)
+
+    def draw() -> torch.Tensor:
+        return subject.run(pipe, callback_on_step_end=after_step)
+
+    if place == "callback of another thread's run":
+        with ThreadPoolExecutor(1) as threads:
+            found = threads.submit(draw).result(SECONDS)
+    else:
+        found = draw()
+    handle.remove()
+    assert steps == list(range(STEPS))
+    assert torch.equal(found, expected)
+    picture.assert_same(pipe)
+    assert torch.equal(subject.run(pipe), plain)
+    guidance.remove()
+    tried(1)
+
+
+@survives("pipelines", "remove() by one thread while another runs the denoiser")
+@pytest.mark.parametrize("subject", every(SD1, QWEN))
+def test_removal_by_another_thread_waits_for_the_forward(subject: Subject, tried: Tried) -> None:
+    pipe = subject.build()
+    subject.run(pipe)
+    picture, expected = Picture(pipe), subject.guided(pipe, subject.seg(stop=0.2))
+    guidance = guide(pipe, subject.seg())
+    within, asked = threading.Event(), threading.Event()
+
+    def inside(*_: Any) -> None:
+        if not within.is_set():
+            within.set()
+            assert asked.wait(SECONDS)
+
+    handle = subject.denoiser(pipe).get_submodule(subject.inside).register_forward_hook(inside)
+    with ThreadPoolExecutor(1) as threads:
+        drawn = threads.submit(subject.run, pipe)
+        assert within.wait(SECONDS)
+        threading.Timer(0.1, asked.set).start()
+        guidance.remove()
+        assert asked.is_set(), "the guidance was taken off in the midst of a forward"
+        found = drawn.result(SECONDS)
+    handle.remove()
+    assert torch.equal(found, expected)
+    picture.assert_same(pipe)
+    tried(1)
+
+
+@survives("pipelines", "threads, each with a guided pipeline of its own")
+def test_threads_with_pipelines_of_their_own(tried: Tried) -> None:
+    subjects = (SD1, SD3, QWEN)
+    pipes = [each.build() for each in subjects]
+    expected = [each.guided(pipe) for each, pipe in zip(subjects, pipes, strict=True)]
+
+    def draw(index: int) -> list[torch.Tensor]:
+        subject, pipe = subjects[index], pipes[index]
+        return [subject.run(pipe)] + [subject.run(pipe) for _ in range(2)]
+
+    guidances = [guide(pipe, each.seg()) for each, pipe in zip(subjects, pipes, strict=True)]
+    with ThreadPoolExecutor(len(subjects)) as threads:
+        for index, found in enumerate(threads.map(draw, range(len(subjects)), timeout=SECONDS)):
+            assert all(torch.equal(each, expected[index]) for each in found)
+            tried(len(found))
+    for guidance in guidances:
+        guidance.remove()
+
+
+@survives("pipelines", "threads whose pipelines share a guided denoiser")
+@pytest.mark.parametrize("subject", every(SD1, QWEN))
+def test_threads_that_share_a_denoiser(subject: Subject, tried: Tried) -> None:
+    with left_as_it_was(subject, subject.seg(reuse=2)) as (pipe, _):
+        others = [subject.beside(pipe) for _ in range(2)]
+        guided, plain = subject.run(pipe), subject.run(others[0])
+        together = threading.Barrier(3)
+
+        def draw(index: int) -> list[torch.Tensor]:
+            together.wait(SECONDS)
+            return [subject.run([pipe, *others][index]) for _ in range(2)]
+
+        with ThreadPoolExecutor(3) as threads:
+            for index, found in enumerate(threads.map(draw, range(3), timeout=SECONDS)):
+                assert all(torch.equal(each, plain if index else guided) for each in found)
+                tried(len(found))
+
+
+@survives("pipelines", "guide while another thread runs the denoiser")
+def test_guide_while_another_thread_is_in_the_denoiser(tried: Tried) -> None:
+    pipe = SD1.build()
+    other = SD1.beside(pipe)
+    plain, guided = SD1.run(other), SD1.guided(pipe)
+    within = threading.Event()
+    go_on = threading.Event()
+
+    def inside(*_: Any) -> None:
+        if not within.is_set():
+            within.set()
+            assert go_on.wait(SECONDS)
+
+    handle = pipe.unet.mid_block.register_forward_pre_hook(inside)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(SD1.run, other)
+        assert within.wait(SECONDS)
+        with guide(pipe, SD1.seg()):
+            second = threads.submit(SD1.run, pipe)
+            threading.Timer(0.1, go_on.set).start()
+            assert torch.equal(first.result(SECONDS), plain)
+            assert torch.equal(second.result(SECONDS), guided)
+    handle.remove()
+    assert torch.equal(SD1.run(pipe), plain)
+    tried(2)
+
+
+@survives("interruptions", "an interrupt in one thread's denoiser while another waits for it")
+def test_an_interrupted_thread_lets_the_others_go_on(tried: Tried) -> None:
+    with left_as_it_was(SD1) as (pipe, guidance):
+        other = SD1.beside(pipe)
+        plain = SD1.run(other)
+        guided = SD1.run(pipe)
+        with ThreadPoolExecutor(1) as threads:
+            with failing(pipe.unet.mid_block, KeyboardInterrupt, after=1), pytest.raises(KeyboardInterrupt):
+                threads.submit(SD1.run, pipe).result(SECONDS)
+            assert guidance.report().forwards > 0
+            assert stand_ins(SD1, pipe) == 0
+        assert torch.equal(SD1.run(other), plain)
+        assert torch.equal(SD1.run(pipe), guided)
+    tried(1)
+
+
+@survives("pipelines", "a server that calls a guided pipeline from changing threads")
+def test_a_guided_pipeline_in_a_server(tried: Tried) -> None:
+    with left_as_it_was(QWEN) as (pipe, guidance):
+        expected = QWEN.run(pipe)
+        names = set()
+
+        def draw() -> torch.Tensor:
+            names.add(threading.current_thread().name)
+            return QWEN.run(pipe)
+
+        async def serve() -> list[torch.Tensor]:
+            lock = asyncio.Lock()
+
+            async def answer() -> torch.Tensor:
+                async with lock:
+                    return await asyncio.to_thread(draw)
+
+            return await asyncio.gather(*(answer() for _ in range(6)))
+
+        assert all(torch.equal(each, expected) for each in asyncio.run(serve()))
+        for index in range(3):
+            thread = threading.Thread(target=draw, name=f"request {index}")
+            thread.start()
+            thread.join(SECONDS)
+        assert len(names) >= 4
+        assert guidance.report().forwards == 2 * STEPS * 10
+    tried(9)

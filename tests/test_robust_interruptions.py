@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that breaks off anywhere leaves the pipeline guided, working, and holding nothing of what was under way."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers_tools import hooks_of, noise, smaller_pipeline
+from modular_tools import modular_sdxl, run_sdxl
+from reliability import survives
+from robust_tools import QWEN, SD1, SD3, SDXL, STEPS, Picture, Subject, every, failing, left_as_it_was, stand_ins
+
+from segkern.integrations.diffusers import (
+    CFG,
+    PAG,
+    SAG,
+    SEG,
+    SEGGuider,
+    branches,
+    guidance,
+    guide,
+    interception,
+    processor,
+    record_energy,
+)
+
+Tried = Callable[[int], None]
+
+
+@contextmanager
+def patched(owner: Any, name: str, error: type[BaseException], after: int) -> Iterator[None]:
+    """Inside, a function raises the error, once it has been called so many times."""
+    own, calls = getattr(owner, name), []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) > after:
+            raise error
+        return own(*args, **kwargs)
+
+    with mock.patch.object(owner, name, fail):
+        yield
+    assert len(calls) == after + 1, f"{name} was called {len(calls)} times"
+
+
+@contextmanager
+def in_place(place: str, subject: Subject, pipe: Any, error: type[BaseException]) -> Iterator[dict[str, Any]]:
+    """Arguments for a run that breaks off in its second step."""
+
+    def callback(*_: Any) -> None:
+        raise error
+
+    model, step = subject.denoiser(pipe), 2 if subject is QWEN else 1
+    own = processor if subject.part == "unet" else interception
+    attention = "self_attention" if subject.part == "unet" else "seg_attention"
+    options: dict[str, Any] = {"callback_on_step_end": callback} if place == "callback" else {}
+    with ExitStack() as stack:
+        if place == "a block":
+            stack.enter_context(failing(model.get_submodule(subject.inside), error, step))
+        elif place == "a perturbed layer's attention":
+            stack.enter_context(patched(own, attention, error, 3))
+        elif place == "the branches' arguments":
+            stack.enter_context(patched(branches.Batch, "grow" if subject.part != "unet" else "fit", error, 5))
+        elif place == "the sum of the guidances":
+            stack.enter_context(patched(guidance, "fold", error, 1))
+        elif place == "the scheduler":
+            stack.enter_context(patched(pipe.scheduler, "step", error, 1))
+        elif place == "the VAE":
+            stack.enter_context(patched(pipe.vae, "decode", error, 0))
+            options["output_type"] = "pt"
+        yield options
+
+
+@contextmanager
+def seen(*modules: torch.nn.Module) -> Iterator[list[weakref.ref[torch.Tensor]]]:
+    """Images, texts and activations that come to modules inside, without keeping them."""
+    found: list[weakref.ref[torch.Tensor]] = []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
+        found.extend(weakref.ref(each) for each in tensors if each.ndim >= 3)
+
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    yield found
+    for handle in handles:
+        handle.remove()
+    assert found
+    gc.collect()
+    assert not [each for each in found if each() is not None]
+
+
+PLACES = [
+    "a block",
+    "a perturbed layer's attention",
+    "the branches' arguments",
+    "the sum of the guidances",
+    "the scheduler",
+    "callback",
+]
+ERRORS = [torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit]
+BREAKS = [
+    pytest.param(
+        place,
+        error,
+        id=f"{place}, {error.__name__}",
+        marks=[pytest.mark.robustness] * (place != "a block" and error is not torch.OutOfMemoryError),
+    )
+    for place in PLACES
+    for error in ERRORS
+]
+
+
+@survives("interruptions", "memory that runs out, and interrupts, anywhere in a step")
+@pytest.mark.parametrize("place, error", BREAKS)
+@pytest.mark.parametrize("subject", every(SD3))
+def test_a_run_that_breaks_off(subject: Subject, place: str, error: type[BaseException], tried: Tried) -> None:
+    with left_as_it_was(subject, subject.seg(reuse=1), PAG(scale=0.5, layers=subject.layers)) as (pipe, guided):
+        expected = subject.run(pipe)
+        model = subject.denoiser(pipe)
+        with seen(model, model.get_submodule(subject.inside)):
+            with in_place(place, subject, pipe, error) as options, pytest.raises(error):
+                subject.run(pipe, **options)
+            assert guided.report().forwards > STEPS
+            assert stand_ins(subject, pipe) == 0
+        assert torch.equal(subject.run(pipe), expected)
+    tried(1)
+
+
+@survives("interruptions", "memory that runs out while an image is decoded")
+@pytest.mark.parametrize("subject", [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)], ids=lambda s: s.name)
+def test_a_run_that_breaks_off_in_the_vae(subject: Subject, tried: Tried) -> None:
+    with left_as_it_was(subject) as (pipe, _):
+        expected = subject.run(pipe)
+        with in_place("the VAE", subject, pipe, torch.OutOfMemoryError) as options, pytest.raises(RuntimeError):
+            subject.run(pipe, **options)
+        assert torch.equal(subject.run(pipe), expected)
+    tried(1)
+
+
+@survives("interruptions", "memory that runs out, and interrupts, in the second forward of SAG")
+@pytest.mark.robustness
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("subject", [SD1, SDXL], ids=["sd1", "sdxl"])
+def test_a_run_that_breaks_off_in_the_second_forward(
+    subject: Subject, error: type[BaseException], tried: Tried
+) -> None:
+    with left_as_it_was(subject, SAG(), SEG(sigma=2.0, reuse=2)) as (pipe, guided):
+        expected = subject.run(pipe)
+        for after in (0, 3):  # the first forward of the first step, the second of the second
+            with seen(pipe.unet):
+                with failing(pipe.unet.get_submodule(subject.inside), error, after), pytest.raises(error):
+                    subject.run(pipe)
+                guided.report()
+                assert guided._given == ((), {})
+                assert stand_ins(subject, pipe) == 0
+            tried(1)
+        with record_energy(pipe, "m0") as recorder:  # the first forward is not taken for a second one
+            assert torch.equal(subject.run(pipe), expected)
+        assert len(recorder.records) == STEPS
+
+
+@survives("interruptions", "an exception in a schedule, and a schedule that is not a number")
+@pytest.mark.parametrize("subject", every(SD3))
+def test_a_schedule_that_fails(subject: Subject, tried: Tried) -> None:
+    broken: list[Any] = []
+
+    def schedule(fraction: float) -> float:
+        if fraction > 0.3 and broken:
+            if broken[0] is math.nan:
+                return math.nan
+            raise broken[0]
+        return 1.0
+
+    with left_as_it_was(subject, subject.seg(schedule=schedule, reuse=3)) as (pipe, guided):
+        expected = subject.run(pipe)
+        for error, raised in ((LookupError("a table"), LookupError), (math.nan, ValueError)):
+            broken[:] = [error]
+            with pytest.raises(raised):
+                subject.run(pipe)
+            assert stand_ins(subject, pipe) == 0
+            assert guided.report().forwards > 0
+            broken.clear()
+            assert torch.equal(subject.run(pipe), expected)
+            tried(1)
+
+
+@survives("interruptions", "a prediction of NaN")
+@pytest.mark.parametrize("subject", every(SD3))
+def test_a_prediction_that_is_not_a_number(subject: Subject, tried: Tried) -> None:
+    pipe = subject.build()
+    plain = subject.run(pipe)
+    picture = Picture(pipe)
+    guided = guide(pipe, subject.seg())
+    expected = subject.run(pipe)
+    block = subject.denoiser(pipe).get_submodule(subject.inside)
+    handle = block.register_forward_hook(lambda _, __, output: output * math.nan)
+    assert subject.run(pipe).isnan().all()
+    handle.remove()
+    assert torch.equal(subject.run(pipe), expected)
+    with pytest.warns(UserWarning, match="met NaN") as told:  # later steps began with it
+        guided.remove()
+    assert len(told) == 1
+    picture.assert_same(pipe)
+    assert torch.equal(subject.run(pipe), plain)
+    tried(1)
+
+
+@survives("interruptions", "pipe._interrupt in a callback")
+@pytest.mark.parametrize("at", [0, 1, STEPS - 1])
+@pytest.mark.parametrize("subject", every(SD3))
+def test_a_cancelled_run(subject: Subject, at: int, tried: Tried) -> None:
+    def cancel(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= at
+        return given
+
+    with left_as_it_was(subject, subject.seg(reuse=2, stop=0.8)) as (pipe, _):
+        expected = subject.run(pipe)
+        for _ in range(2):
+            cancelled = subject.run(pipe, callback_on_step_end=cancel)
+            assert torch.equal(cancelled, expected) == (at == STEPS - 1)
+        assert torch.equal(subject.run(pipe), expected)
+    tried(2)
+
+
+@survives("interruptions", "a run that breaks off before the first step")
+@pytest.mark.parametrize("subject", every(SD3))
+def test_a_run_that_breaks_off_before_the_first_step(subject: Subject, tried: Tried) -> None:
+    with left_as_it_was(subject) as (pipe, guided):
+        error = torch.OutOfMemoryError
+        with patched(pipe.scheduler, "set_timesteps", error, 0), pytest.raises(error):
+            subject.run(pipe)
+        with pytest.warns(UserWarning, match="fired in none of 0 forwards"):
+            guided.report()
+        expected = subject.run(pipe)
+        with failing(subject.denoiser(pipe), ZeroDivisionError), pytest.raises(ZeroDivisionError):
+            subject.run(pipe)  # a hook of the user's, after the guidance's
+        assert torch.equal(subject.run(pipe), expected)
+    tried(2)
+
+
+@survives("interruptions", "an exception under a guidance with a negative prompt of its own")
+def test_a_run_without_the_pipelines_own_guidance_that_breaks_off(tried: Tried) -> None:
+    embeds = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(3))
+    negative = CFG(negative_prompt_embeds=embeds)
+    pipe = SD1.build()
+    with guide(pipe, negative, SAG()) as guided:
+        given = {"guidance_scale": 1.0, "negative_prompt_embeds": None}
+        expected = SD1.run(pipe, **given)
+        for error in (torch.OutOfMemoryError, KeyboardInterrupt):
+            with failing(pipe.unet.mid_block, error, 1), pytest.raises(error):
+                SD1.run(pipe, **given)
+            with pytest.raises(ValueError, match="runs classifier-free guidance itself"):
+                SD1.run(pipe)
+            assert torch.equal(SD1.run(pipe, **given), expected)
+            tried(2)
+        assert guided.report().layers[0].fired > 0
+
+
+@survives("interruptions", "memory that runs out under a guider, where others have hooks on the denoiser")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
+def test_a_run_with_a_guider_that_breaks_off(error: type[BaseException], tried: Tried) -> None:
+    pipe = smaller_pipeline()
+    guider = SEGGuider(guidance_scale=5.0, sigma=2.0, layers="m0")
+    modular = modular_sdxl(pipe, guider)
+    expected = run_sdxl(modular, pipe, latents=noise(1, 8, 12))
+    calls: list[None] = []
+    handles = [
+        pipe.unet.register_forward_hook(lambda *_: calls.append(None), always_call=True),
+        pipe.unet.register_forward_hook(lambda *_: None),
+    ]
+    with failing(pipe.unet.up_blocks[0], error), pytest.raises(error):
+        run_sdxl(modular, pipe, latents=noise(1, 8, 12))
+    assert len(calls) == (error is torch.OutOfMemoryError)  # PyTorch calls none for an interrupt
+    for handle in handles:
+        handle.remove()
+    guider.cleanup_models(pipe.unet)
+    assert hooks_of(pipe.unet) == 0
+    assert torch.equal(run_sdxl(modular, pipe, latents=noise(1, 8, 12)), expected)
+    tried(1)

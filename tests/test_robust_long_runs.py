@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A thousand guided steps, and hundreds of guidances, need no more memory than a few.
+
+After a warm-up in which caches fill, two numbers are taken: of objects that the garbage collector knows, and of bytes
+that Python has allocated (``tracemalloc``). A step that kept one tensor would add 900 objects and, at some 100 bytes,
+90 KB; the bounds are below that. The process's resident memory, which PyTorch's allocations are part of, may grow by what
+allocators keep back.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import resource
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers_tools import noise, smaller_pipeline
+from modular_tools import modular_sdxl, run_sdxl
+from reliability import survives
+from robust_tools import QWEN, SD1, SD3, SDXL, Subject, kinds
+
+from segkern.integrations.diffusers import CFG, PAGGuider, SAGGuider, SEGGuider, guide, record_energy
+
+Tried = Callable[[int], None]
+STEPS = 1000
+OBJECTS = 200  # that may come and go from one look to the next; a step that keeps one would add 900
+BYTES = 60_000  # a step that keeps 100 of them would add 90 KB
+RESIDENT = 16 << 20  # what allocators keep back
+
+
+def _resident() -> int:
+    """Bytes of the process in memory; where the system does not tell, the most there have been."""
+    told = Path("/proc/self/statm")
+    if told.exists():
+        return int(told.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def no_growth() -> Iterator[None]:
+    """Inside, what is there at the end was there at the beginning."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        objects, resident = len(gc.get_objects()), _resident()
+        traced, _ = tracemalloc.get_traced_memory()
+        yield
+        gc.collect()
+        later, _ = tracemalloc.get_traced_memory()
+        growth = len(gc.get_objects()) - objects, later - traced, _resident() - resident
+    finally:
+        tracemalloc.stop()
+    assert growth[0] < OBJECTS, growth
+    assert growth[1] < BYTES, growth
+    assert growth[2] < RESIDENT, growth
+
+
+def _cases() -> list[Any]:
+    found = [(SD1, name, specs) for name, specs in kinds(SD1).items()]
+    found += [(SD3, name, kinds(SD3)[name]) for name in ("SEG", "PAG")]
+    found += [(QWEN, "SEG, reuse", kinds(QWEN)["SEG, reuse"])]
+    return [pytest.param(subject, specs, id=f"{subject.name}, {name}") for subject, name, specs in found]
+
+
+@survives("long runs", "1,000 guided steps in runs of 100")
+@pytest.mark.robustness
+@pytest.mark.parametrize("subject, specs", _cases())
+def test_a_thousand_steps(subject: Subject, specs: tuple[Any, ...], tried: Tried) -> None:
+    pipe = subject.build()
+    small = {"height": 8, "width": 8} if subject.part == "unet" else {"height": 32, "width": 32}
+    with guide(pipe, *specs) as guidance:
+        for _ in range(2):
+            first = subject.run(pipe, num_inference_steps=STEPS // 10, **small)
+        with no_growth():
+            for _ in range(9):
+                last = subject.run(pipe, num_inference_steps=STEPS // 10, **small)
+                tried(STEPS // 10)
+            assert torch.equal(last, first)
+            del last
+            guidance.report()
+
+
+@survives("long runs", "1,000 guided steps without the pipeline's own guidance, and with the energy recorded")
+@pytest.mark.robustness
+@pytest.mark.parametrize("recorded", [False, True], ids=["CFG", "energy"])
+def test_a_thousand_steps_beside_a_recorder(recorded: bool, tried: Tried) -> None:
+    pipe = SD1.build()
+    embeds = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(3))
+    given = {"height": 8, "width": 8, "guidance_scale": 1.0, "negative_prompt_embeds": None}
+    with guide(pipe, CFG(negative_prompt_embeds=embeds)):
+
+        def draw() -> None:
+            if not recorded:
+                SD1.run(pipe, num_inference_steps=STEPS // 10, **given)
+                return
+            with record_energy(pipe, "m0", sigmas=(1.0,), at_steps=(0, -1)) as recorder:
+                SD1.run(pipe, num_inference_steps=STEPS // 10, **given)
+            assert len(recorder.records) == STEPS // 10
+
+        draw()
+        draw()
+        with no_growth():
+            for _ in range(9):
+                draw()
+                tried(STEPS // 10)
+
+
+@survives("long runs", "1,000 steps of a modular pipeline with a guider")
+@pytest.mark.robustness
+@pytest.mark.parametrize(
+    "guider",
+    [SEGGuider(sigma=2.0, layers="m0", reuse=2), PAGGuider(layers="m0"), SAGGuider()],
+    ids=["SEG", "PAG", "SAG"],
+)
+def test_a_thousand_steps_with_a_guider(guider: Any, tried: Tried) -> None:
+    pipe = smaller_pipeline()
+    modular = modular_sdxl(pipe, guider)
+    latents = noise(1, 8, 8)
+
+    def draw() -> torch.Tensor:
+        return run_sdxl(modular, pipe, latents=latents, num_inference_steps=STEPS // 10)
+
+    draw()
+    expected = draw()
+    with no_growth():
+        for _ in range(9):
+            assert torch.equal(draw(), expected)
+            tried(STEPS // 10)
+        guider.report()
+
+
+@survives("long runs", "300 guidances that come and go")
+@pytest.mark.robustness
+@pytest.mark.parametrize("subject", [SD1, SDXL, SD3], ids=["sd1", "sdxl", "sd3"])
+def test_guidances_that_come_and_go(subject: Subject, tried: Tried) -> None:
+    pipe = subject.build()
+    every = list(kinds(subject).values())
+    small = {"height": 8, "width": 8} if subject.part == "unet" else {"height": 32, "width": 32}
+
+    def cycle(times: int) -> None:
+        for index in range(times):
+            with guide(pipe, *every[index % len(every)]):
+                subject.run(pipe, num_inference_steps=1, **small)
+
+    cycle(3 * len(every))
+    with no_growth():
+        cycle(300)
+    tried(300)
+
+
+@survives("long runs", "runs that break off, 50 times")
+@pytest.mark.robustness
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
+def test_runs_that_break_off_again_and_again(error: type[BaseException], tried: Tried) -> None:
+    pipe = SD1.build()
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with guide(pipe, SD1.seg(reuse=2)):
+        expected = SD1.run(pipe)
+
+        def cycle(times: int) -> None:
+            for _ in range(times):
+                handle = pipe.unet.up_blocks[1].register_forward_hook(fail)
+                try:
+                    SD1.run(pipe, num_inference_steps=1)
+                except error:
+                    handle.remove()
+
+        cycle(5)
+        with no_growth():
+            cycle(50)
+        assert torch.equal(SD1.run(pipe), expected)
+    tried(50)
+
+
+@survives("long runs", "40 guidances that come and go, with copies of the denoiser")
+def test_guidances_and_copies_that_come_and_go(tried: Tried) -> None:
+    pipe = SD3.build()
+
+    def cycle(times: int) -> None:
+        for _ in range(times):
+            with guide(pipe, SD3.seg()):
+                copy.deepcopy(pipe.transformer)
+                SD3.run(pipe, num_inference_steps=1)
+
+    cycle(4)
+    gc.collect()
+    objects = len(gc.get_objects())
+    cycle(40)
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 40, "one of them leaves an object behind"
+    tried(40)
