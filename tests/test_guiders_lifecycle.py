@@ -21,6 +21,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
 )
 from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, smaller_pipeline, tiny_pipeline
 from modular_tools import modular_sdxl, modular_transformer, run_sdxl
+from reliability import survives
 from torch._dynamo.testing import CompileCounter
 from transformer_models import MODELS
 
@@ -52,6 +53,7 @@ def is_untouched(pipe: Any, processors: dict[str, Any]) -> bool:
     return hooks_of(pipe.unet) == 0 and all(now[name] is each for name, each in processors.items())
 
 
+@survives("interruptions", "an exception in the denoiser under a guider")
 @pytest.mark.parametrize("guider", [SEGGuider(guidance_scale=5.0), SAGGuider(guidance_scale=5.0)], ids=["SEG", "SAG"])
 def test_an_exception_in_the_denoiser_leaves_it_as_it_was(guider: Any) -> None:
     pipe = tiny_pipeline()
@@ -66,6 +68,7 @@ def test_an_exception_in_the_denoiser_leaves_it_as_it_was(guider: Any) -> None:
     assert torch.equal(run_sdxl(modular, pipe, latents=LATENTS), expected)
 
 
+@survives("interruptions", "an interrupt in the denoiser under a guider")
 def test_an_interrupted_denoiser_is_as_it_was_when_the_next_run_begins() -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -82,6 +85,7 @@ def test_an_interrupted_denoiser_is_as_it_was_when_the_next_run_begins() -> None
     assert is_untouched(pipe, processors)
 
 
+@survives("interruptions", "an exception between a guider's preparation and the denoiser")
 def test_hooks_whose_call_never_came_do_nothing_in_another_run() -> None:
     class Failing(SEGGuider):
         def prepare_models(self, denoiser: Any) -> None:
@@ -186,6 +190,7 @@ def test_errors_quote_what_does_not_fit(kind: type, given: dict[str, Any], messa
         kind(**given)
 
 
+@survives("pipelines", "guiders on denoisers, layers and schedulers that do not fit")
 def test_denoisers_and_layers_that_do_not_fit() -> None:
     pipe = tiny_pipeline()
     processors = dict(pipe.unet.attn_processors)
@@ -219,6 +224,7 @@ def test_denoisers_and_layers_that_do_not_fit() -> None:
         SEGGuider().report()
 
 
+@survives("pipelines", "a guider saved, loaded and copied")
 @pytest.mark.parametrize(
     "guider",
     [

@@ -38,7 +38,8 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
     a forward of its own), compute the guided prediction and hand it back in the shape the pipeline expects. The
     pipeline's own arguments mean what they always meant. Specs combine: each adds its scale times its difference,
     ``u + g (c - u) + sum_i s_i (c - p_i)``, and a layer may belong to several. Guidance belongs to the pipeline:
-    another one that shares its denoiser runs unguided.
+    another one that shares its denoiser runs unguided, in another thread too: forwards of a guided denoiser come one
+    after the other. Copies and pickles of the pipeline or its denoiser are unguided.
 
     Args:
         pipe: a pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors), a ``UNetMotionModel``
