@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import weakref
@@ -40,6 +41,7 @@ def patched(owner: Any, name: str, error: type[BaseException], after: int) -> It
     """Inside, a function raises the error, once it has been called so many times."""
     own, calls = getattr(owner, name), []
 
+    @functools.wraps(own)  # pipelines look at its signature
     def fail(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
         if len(calls) > after:
@@ -88,7 +90,7 @@ def seen(*modules: torch.nn.Module) -> Iterator[list[weakref.ref[torch.Tensor]]]
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
         found.extend(weakref.ref(each) for each in tensors if each.ndim >= 3)
 
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for module in modules]
     yield found
     for handle in handles:
         handle.remove()

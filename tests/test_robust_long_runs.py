@@ -79,7 +79,7 @@ def _cases() -> list[Any]:
 
 def drawing(subject: Subject, pipe: Any, **more: Any) -> Callable[[], torch.Tensor]:
     """Draws a small image in a tenth of the steps."""
-    size = {"height": 8, "width": 8} if subject.part == "unet" else {"height": 32, "width": 32}
+    size = {"height": 16, "width": 16} if subject.part == "unet" else {"height": 32, "width": 32}
     return lambda: subject.run(pipe, **{"num_inference_steps": STEPS // 10, **size, **more})
 
 

@@ -225,13 +225,6 @@ class Guidance:
         if module is not self._denoiser or self._degradations.running:  # a copy is not guided
             return None
         self._turns.begin()
-        try:
-            return self._begin(args, kwargs)
-        except BaseException:
-            self._clear()
-            raise
-
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         self._forward = None
         caller = self._run.caller()
         self._part = "foreign" if caller is None else self._kind.part(caller, args, kwargs)
