@@ -84,6 +84,28 @@ def test_a_denoiser_shared_between_steps(subject: Subject, reuse: int, tried: Tr
     tried(STEPS)
 
 
+@survives("pipelines", "a pipeline that shares the denoiser, running between the two calls of a guided step")
+@pytest.mark.parametrize(
+    "subject", [QWEN, pytest.param(FLUX, marks=pytest.mark.robustness)], ids=["qwen-image", "flux"]
+)
+def test_a_denoiser_shared_between_the_calls_of_a_step(subject: Subject, tried: Tried) -> None:
+    with left_as_it_was(subject) as (pipe, _):
+        other = subject.beside(pipe)
+        guided, plain = subject.run(pipe), subject.run(other)
+        calls, found = [], []
+
+        def between(*_: Any) -> None:
+            calls.append(None)
+            if len(calls) == 4:  # for the negative prompt, in the second step
+                found.append(subject.run(other))
+
+        handle = pipe.transformer.register_forward_pre_hook(between, prepend=True)
+        assert torch.equal(subject.run(pipe), guided)
+        handle.remove()
+        assert torch.equal(found[0], plain)
+    tried(1)
+
+
 @survives("pipelines", "contexts left in the wrong order")
 def test_contexts_left_in_the_wrong_order(tried: Tried) -> None:
     first, second = SD1.build(), SDXL.build()

@@ -223,7 +223,7 @@ def test_a_cancelled_run(subject: Subject, at: int, tried: Tried) -> None:
         pipe._interrupt = step >= at
         return given
 
-    with left_as_it_was(subject, subject.seg(reuse=2, stop=0.8)) as (pipe, _):
+    with left_as_it_was(subject, subject.seg(reuse=2, stop=0.6)) as (pipe, _):
         expected = subject.run(pipe)
         for _ in range(2):
             cancelled = subject.run(pipe, callback_on_step_end=cancel)

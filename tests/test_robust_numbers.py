@@ -10,7 +10,9 @@ import pytest
 import torch
 from diffusers_tools import PIPELINE_TOLERANCE, relative
 from reliability import survives
-from robust_tools import SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
+from robust_tools import QWEN, SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
+
+from segkern.integrations.diffusers import guide
 
 Tried = Callable[[int], None]
 
@@ -29,12 +31,16 @@ def test_another_dtype(subject: Subject, kind: str, tried: Tried) -> None:
             model.to(dtype)
             with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
                 found = _in(subject, pipe, dtype)
+            fresh = subject.build()  # moved first, then guided
+            subject.denoiser(fresh).to(dtype)
+            with guide(fresh, *specs), torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+                moved = _in(subject, fresh, dtype)
             for parameter, values in kept:
                 parameter.data = values
             for module, own in buffers:
                 module._buffers.update(own)
             assert found.isfinite().all()
-            assert relative(found.float(), first) < (1e-4 if dtype is torch.float64 else 0.5)
+            assert torch.equal(found, moved)
             assert torch.equal(subject.run(pipe), first)
             tried(1)
 
@@ -59,13 +65,17 @@ def _in(subject: Subject, pipe: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 @survives("pipelines", "autocast around a guided run")
-@pytest.mark.parametrize("subject", every(SD3))
+@pytest.mark.parametrize("subject", every(SD3, QWEN))
 def test_autocast(subject: Subject, tried: Tried) -> None:
     for specs in kinds(subject).values():
         with left_as_it_was(subject, *specs) as (pipe, _):
             first = subject.run(pipe)
+            model, dtypes = subject.denoiser(pipe), []
+            handle = model.register_forward_hook(lambda _, __, output, seen=dtypes: seen.append(output[0].dtype))
             with torch.autocast("cpu", torch.bfloat16):
                 found = subject.run(pipe)
+            handle.remove()
+            assert set(dtypes) == {torch.bfloat16}
             assert 0.0 < relative(found.float(), first) < 0.5
             assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
             tried(1)

@@ -91,6 +91,10 @@ class InterceptingProcessor(GuidedProcessor):
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         self.caught = True
+        device = query.device.type
+        if not query.dtype == key.dtype == value.dtype and torch.is_autocast_enabled(device):
+            # As autocast itself does before attention: norms may have left some of them in float32.
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         if query.shape[1] != key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         by_sample = attn_mask is not None and attn_mask.ndim == 4
