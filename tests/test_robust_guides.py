@@ -28,7 +28,7 @@ def pairs(*found: tuple[Subject, Subject]) -> list[Any]:
 
 
 @survives("pipelines", "two guided pipelines, one running within the other's callback")
-@pytest.mark.parametrize("outer, inner", pairs((SD1, QWEN), (SD3, FLUX), (QWEN, SDXL), (FLUX, SD1)))
+@pytest.mark.parametrize("outer, inner", pairs((QWEN, SD3), (SD1, QWEN), (SD3, FLUX), (QWEN, SDXL), (FLUX, SD1)))
 def test_two_guided_pipelines_at_once(outer: Subject, inner: Subject, tried: Tried) -> None:
     first, second = outer.build(), inner.build()
     expected = outer.guided(first), inner.guided(second)
@@ -47,7 +47,7 @@ def test_two_guided_pipelines_at_once(outer: Subject, inner: Subject, tried: Tri
 
 
 @survives("pipelines", "guide within another guided run's callback")
-@pytest.mark.parametrize("outer, inner", pairs((QWEN, SD1), (SD1, SD3), (SDXL, FLUX)))
+@pytest.mark.parametrize("outer, inner", pairs((SD1, SD3), (QWEN, SD1), (SDXL, FLUX)))
 def test_guide_inside_a_callback(outer: Subject, inner: Subject, tried: Tried) -> None:
     second = inner.build()
     expected = inner.guided(second)
@@ -66,7 +66,7 @@ def test_guide_inside_a_callback(outer: Subject, inner: Subject, tried: Tried) -
 
 @survives("pipelines", "a pipeline that shares the denoiser, running between the guided one's steps")
 @pytest.mark.parametrize("reuse", [1, 2])
-@pytest.mark.parametrize("subject", every(SD1, QWEN))
+@pytest.mark.parametrize("subject", every(QWEN))
 def test_a_denoiser_shared_between_steps(subject: Subject, reuse: int, tried: Tried) -> None:
     with left_as_it_was(subject, subject.seg(reuse=reuse)) as (pipe, _):
         other = subject.beside(pipe)
@@ -107,6 +107,7 @@ def test_a_denoiser_shared_between_the_calls_of_a_step(subject: Subject, tried: 
 
 
 @survives("pipelines", "contexts left in the wrong order")
+@pytest.mark.robustness
 def test_contexts_left_in_the_wrong_order(tried: Tried) -> None:
     first, second = SD1.build(), SDXL.build()
     plain = SD1.run(first), SDXL.run(second)
@@ -210,7 +211,7 @@ def test_removal_during_a_run_ends_the_guidance_after_the_step(subject: Subject,
 
 
 @survives("pipelines", "remove() by one thread while another runs the denoiser")
-@pytest.mark.parametrize("subject", every(SD1, QWEN))
+@pytest.mark.parametrize("subject", every(QWEN))
 def test_removal_by_another_thread_waits_for_the_forward(subject: Subject, tried: Tried) -> None:
     pipe = subject.build()
     subject.run(pipe)
