@@ -21,8 +21,8 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 from diffusers_tools import PIPELINE_TOLERANCE, relative
+from pipeline_tools import FLUX, QWEN, SD1, SD3, SDXL, Picture, Subject, every, kinds, left_as_it_was, stand_ins
 from reliability import survives
-from robust_tools import FLUX, QWEN, SD1, SD3, SDXL, Picture, Subject, every, kinds, left_as_it_was, stand_ins
 from unet_models import IMAGES
 from unet_parts import image_embeds, ip_adapter
 

@@ -11,8 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline_tools import (
+    FLUX,
+    QWEN,
+    SD1,
+    SD3,
+    SDXL,
+    STEPS,
+    Picture,
+    Subject,
+    every,
+    failing,
+    left_as_it_was,
+    stand_ins,
+)
 from reliability import survives
-from robust_tools import FLUX, QWEN, SD1, SD3, SDXL, STEPS, Picture, Subject, every, failing, left_as_it_was, stand_ins
 
 from segkern.integrations.diffusers import guide, record_energy
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from diffusers_tools import hooks_of, noise, smaller_pipeline
 from modular_tools import modular_sdxl, run_sdxl
+from pipeline_tools import QWEN, SD1, SD3, SDXL, STEPS, Picture, Subject, every, failing, left_as_it_was, stand_ins
 from reliability import survives
-from robust_tools import QWEN, SD1, SD3, SDXL, STEPS, Picture, Subject, every, failing, left_as_it_was, stand_ins
 
 from segkern.integrations.diffusers import (
     CFG,

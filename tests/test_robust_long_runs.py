@@ -24,8 +24,8 @@ import pytest
 import torch
 from diffusers_tools import noise, smaller_pipeline
 from modular_tools import modular_sdxl, run_sdxl
+from pipeline_tools import QWEN, SD1, SD3, Subject, kinds
 from reliability import survives
-from robust_tools import QWEN, SD1, SD3, Subject, kinds
 from unet_cases import built_of, unet
 from unet_models import IMAGES
 

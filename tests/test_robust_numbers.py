@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers_tools import PIPELINE_TOLERANCE, relative
+from pipeline_tools import QWEN, SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
 from reliability import survives
-from robust_tools import QWEN, SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
 
 from segkern.integrations.diffusers import guide
 
