@@ -36,7 +36,7 @@ test-browser: $(INSTALLED) ## the playground in a real Chromium, which has to be
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 robustness: $(INSTALLED) ## what docs/reliability.md counts: many inputs, faults put in on purpose, long runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m survives -n $(JOBS) --dist worksteal
+	$(BIN)/python -m benchmarks reliability --jobs $(JOBS) --out build/reliability.json
 
 docs: $(INSTALLED) ## the documentation site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run|plot|compare|tune|host|trust|compatibility``, from a checkout."""
+"""``python -m benchmarks run|plot|compare|tune|host|trust|compatibility|reliability``, from a checkout."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,6 +19,8 @@ from benchmarks import machine, plots, results, tables
 from benchmarks import trust as trusting
 from benchmarks.cases import CASES, TINY, Case, find_cases
 from benchmarks.measure import measure, usual_rounds
+from benchmarks.proving import compatibility, reliability
+from benchmarks.refusals import fail, refusing
 from benchmarks.suites import STEP, SUITES, find_providers, find_suite, usual_cases, usual_dtypes
 from segkern.loading import DTYPES, find_device
 from segkern.options import listed
@@ -32,6 +33,9 @@ app = typer.Typer(
     help="Speed of segkern against everything a user could pick instead.",
 )
 
+app.command()(compatibility)
+app.command()(reliability)
+
 _QUICK_ROUNDS = 2
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
@@ -41,21 +45,6 @@ Dtypes = Annotated[
 Cases = Annotated[
     str, typer.Option(help=f"Names or globs with commas. The device's usual ones of: {', '.join(CASES)}.")
 ]
-
-
-def fail(message: object) -> NoReturn:
-    """End with exit code 2 and one line on standard error."""
-    typer.echo(f"benchmarks: {' '.join(str(message).split())}", err=True)
-    raise typer.Exit(2)
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Turn what is wrong with a user's words and files into one line."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        fail(error)
 
 
 def chosen_dtypes(text: str, device: torch.device) -> tuple[torch.dtype, ...]:
@@ -301,28 +290,6 @@ def energy() -> None:
         task = progress.add_task("energy", total=None)
         counting.measure(lambda name: progress.update(task, description=f"energy: {name}"))
     typer.echo(f"wrote {counting.FOLDER}")
-
-
-@app.command()
-def compatibility(
-    diffusers: Annotated[
-        Path | None, typer.Option(help="Folder of pip install --no-deps --target with another diffusers.")
-    ] = None,
-    jobs: Annotated[str, typer.Option(help="Processes: a number or auto.")] = "0",
-    out: Annotated[
-        Path | None, typer.Option(help="The JSON file; benchmarks/results/compatibility/<version>.json.")
-    ] = None,
-) -> None:
-    """Run the tests that prove a cell of docs/models.md and write what became of them; a failure is exit code 1."""
-    from benchmarks import compatibility as proving
-
-    with refusing():
-        path, found, code = proving.run(diffusers, out, jobs)
-    passed = sum(test["outcome"] == "passed" for test in found["tests"])
-    typer.echo(f"diffusers {found['environment']['diffusers']}: {passed} of {len(found['tests'])} tests passed")
-    typer.echo(f"wrote {path}")
-    if code:
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,22 +3,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import machine
+from benchmarks import outcomes
 from benchmarks.results import RESULTS
 
 FOLDER = RESULTS / "compatibility"
 SCHEMA = 1
-_ROOT = Path(__file__).parents[1]
 
 
 def run(folder: Path | None = None, out: Path | None = None, jobs: str = "0") -> tuple[Path, dict[str, Any], int]:
@@ -35,27 +27,14 @@ def run(folder: Path | None = None, out: Path | None = None, jobs: str = "0") ->
     Raises:
         ValueError: when there was nothing to write, or the tests ran with another diffusers than the folder's.
     """
-    paths = [str(folder.resolve())] if folder is not None else []
-    paths += [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as temporary:
-        written = Path(temporary) / "outcomes.json"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "proves", "-n", jobs, "--dist", "worksteal"]
-        ran = subprocess.run([*command, "--compatibility", str(written), "tests"], cwd=_ROOT, env=environment)
-        if not written.exists():
-            raise ValueError(f"no test that proves anything has run; pytest ended with {ran.returncode}")
-        found = read(written)
-        text = written.read_text(encoding="utf-8")
+    folders = [] if folder is None else [str(folder.resolve())]
+    text, found, code = outcomes.run("proves", "--compatibility", jobs, folders)
     version = found["environment"]["diffusers"]
     if folder is not None and not (folder / f"diffusers-{version}.dist-info").is_dir():
         raise ValueError(f"the tests ran with diffusers {version}, which is not the one in {str(folder)!r}")
-    commit = machine.described(torch.device("cpu"))["commit"]  # not marked where only results differ
-    text = text.replace(json.dumps(found["environment"]["commit"]), json.dumps(commit), 1)
-    found["environment"]["commit"] = commit
     path = out or FOLDER / f"{version}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path, found, ran.returncode
+    outcomes.write(path, text)
+    return path, found, code
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -64,10 +43,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file of another schema.
     """
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("schema") != SCHEMA:
-        raise ValueError(f"{str(path)!r} has schema {found.get('schema')!r}, and this reads {SCHEMA}")
-    return found
+    return outcomes.read(path, SCHEMA)
 
 
 def committed() -> dict[str, dict[str, Any]]:

@@ -20,6 +20,8 @@ from benchmarks import (
     models_page,
     performance,
     plots,
+    reliability,
+    reliability_page,
     results,
     step_page,
     steps,
@@ -134,6 +136,7 @@ def main() -> None:
     compiled = json.loads(COMPILED.read_text(encoding="utf-8"))
     (docs / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
     (docs / "models.md").write_text(models_page.page(compatibility.committed()), encoding="utf-8")
+    (docs / "reliability.md").write_text(reliability_page.page(reliability.committed()), encoding="utf-8")
     (docs / "energy.md").write_text(energy_page.page(energy.committed()), encoding="utf-8")
     energy_page.pictures(energy.committed_run(), energy.FOLDER / "picture.png", docs)
     if not EVALUATION.exists():

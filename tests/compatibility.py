@@ -50,6 +50,17 @@ def write(path: Path, found: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
+def reason_of(report: pytest.TestReport) -> str:
+    """Why a phase of a test was skipped or failed, in one line; nothing for one that passed."""
+    if report.skipped:
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else "expected to fail"
+        return reason.removeprefix("Skipped: ")
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        return str(getattr(crash, "message", report.longrepr)).splitlines()[0]
+    return ""
+
+
 def proves(**cell: str | tuple[str, ...]) -> pytest.MarkDecorator:
     """A mark for a test or a parameter of one; nearer ones go before others.
 
@@ -105,14 +116,7 @@ class Outcomes:
             return
         cell = dict(told)
         self._about[report.nodeid.partition("[")[0]] = cell.pop("about")
-        reason = ""
-        if report.skipped:
-            reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else "expected to fail"
-            reason = reason.removeprefix("Skipped: ")
-        elif report.failed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            reason = str(getattr(crash, "message", report.longrepr)).splitlines()[0]
-        row = {**cell, "outcome": report.outcome, "reason": reason, "test": report.nodeid}
+        row = {**cell, "outcome": report.outcome, "reason": reason_of(report), "test": report.nodeid}
         if self._found.get(report.nodeid, {}).get("outcome") != "failed":
             self._found[report.nodeid] = row
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import compatibility
 import pytest
+import reliability
 import torch
-from compatibility import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401  hooks
 from hypothesis import HealthCheck, settings
 from reliability import tried  # noqa: F401  a fixture
 
@@ -22,10 +23,29 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Tensors here are tiny: more threads than cores, in parallel test runs, only wait for each other.
 torch.set_num_threads(1)
 
-settings.register_profile(
-    "segkern", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+# Fixtures of a test are there for all its examples: `tried` counts them.
+_SUPPRESSED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("segkern", deadline=None, print_blob=True, suppress_health_check=_SUPPRESSED)
 settings.load_profile("segkern")
+
+
+# What becomes of tests that prove or survive something can be written to files.
+_KEPT = compatibility, reliability
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for each in _KEPT:
+        each.pytest_addoption(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for each in _KEPT:
+        each.pytest_configure(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for each in _KEPT:
+        each.pytest_collection_modifyitems(items)
 
 
 @pytest.fixture
