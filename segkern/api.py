@@ -15,10 +15,11 @@ from segkern import coarse_ops, ops, sdpa
 from segkern.arguments import check_grid, check_mask, check_qkv, check_tensor
 from segkern.blur import check_boundary, check_sigma, head_sigmas, is_by_head, runs
 from segkern.dispatch import check_backend, choose_backend
+from segkern.failures import FAILURES, give_up
 from segkern.frames import blur_frames
 from segkern.grid import Grid
 from segkern.heads import by_head
-from segkern.plans import Plan, plan_attention, takes_points
+from segkern.plans import Plan, forget_plans, plan_attention, takes_points
 from segkern.tracing import autocast_inputs, differentiable_backend, is_plain, is_unseen
 
 
@@ -65,7 +66,7 @@ def gaussian_blur(
     check_boundary(boundary)
     check_backend(backend)
     backend = differentiable_backend(backend, x)
-    if is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "torch":
+    if is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "torch":
         return sdpa.gaussian_blur(x, grid, sigmas, boundary)
     return ops.gaussian_blur(x, grid.height, grid.width, grid.start, sigmas, boundary, backend)
 
@@ -110,7 +111,8 @@ def seg_attention(
             grows with the stride over sigma, with the logits' swing, and where a small grid clamps the taps.
             Sampling and interpolation are products of small matrices in PyTorch on every backend; see
             :mod:`segkern.coarse`.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason. Should
+            a kernel fail to compile or to launch, ``"auto"`` warns once and takes PyTorch's path from then on.
         return_lse: also return the rows' log-sum-exp (natural logarithm); minus it is the row's energy.
 
     Returns:
@@ -156,7 +158,7 @@ def seg_attention(
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
     asked = differentiable_backend(backend, query, key, value, *(() if mask is None else (mask,)))
     if asked != backend:
-        plan = replace(plan, backend=asked)
+        plan = replace(plan, backend=asked, asked=asked)
     attend = _coarse_attention if plan.coarse else _attention
     output, lse = attend(query, key, value, grid, plan, mask, boundary, return_lse)
     if not return_lse:
@@ -235,10 +237,16 @@ def _attention(
         if plan.backend == "torch":
             return sdpa.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
         if is_unseen(query, key, value, mask):
-            return ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
+            try:
+                return ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
+            except FAILURES as error:
+                give_up(error, plan.asked, "seg_attention", query)
+            forget_plans()
+            return sdpa.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
     where = (grid.height, grid.width, grid.start)
+    backend = plan.asked if plan.backend == "triton" else plan.backend
     output, lse = ops.seg_attention(
-        query, key, value, mask, *where, plan.sigmas, plan.scale, boundary, plan.backend, return_lse
+        query, key, value, mask, *where, plan.sigmas, plan.scale, boundary, backend, return_lse
     )
     return output, lse if return_lse else None
 

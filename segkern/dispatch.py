@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import torch
 
+from segkern.failures import in_words, why_failed
+
 BACKENDS = ("auto", "triton", "torch")
 
 MAX_HEAD_DIM = 256
@@ -21,9 +23,19 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@lru_cache(maxsize=1)
+def why_triton_is_broken() -> str | None:
+    """What ``import triton`` raises; None where it works."""
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # of a package of many parts, and native ones
+        return in_words(error)
+    return None
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before their first use)."""
-    if not triton_is_installed():
+    if not triton_is_installed() or why_triton_is_broken() is not None:
         return False
     import triton
 
@@ -51,6 +63,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int, valu
     if not triton_is_installed():
         return "the package triton is not installed (pip install triton)"
     if device.type == "cpu":
+        if why_triton_is_broken() is not None:
+            return f"the package triton cannot be imported: {why_triton_is_broken()}"
         if not interpreting():
             return "Triton has no CPU target (set TRITON_INTERPRET=1 to run kernels in its slow interpreter)"
         if dtype == torch.bfloat16:
@@ -77,6 +91,7 @@ def choose_backend(
     backend: str = "auto",
     value_dim: int | None = None,
     blurs: bool = True,
+    operation: str = "seg_attention",
 ) -> tuple[str, str]:
     """The backend that serves a call and the reason: ``("triton" | "torch", reason)``.
 
@@ -87,6 +102,7 @@ def choose_backend(
         backend: what the caller asked for.
         value_dim: of values, if it may differ.
         blurs: whether any sample has a sigma other than 0, or its rows are those of one at fewer points.
+        operation: whose kernels serve it; where they failed in this process, ``"auto"`` does not try them again.
 
     Raises:
         ValueError: when ``backend`` is unknown, or is ``"triton"`` and cannot serve the call; the message says why.
@@ -111,4 +127,7 @@ def choose_backend(
         return "torch", "Triton's interpreter is for tests"
     if dtype == torch.float32:
         return "torch", "float32 products at full precision gain nothing from the fused kernels"
+    failure = why_failed(device, operation, dtype, head_dim)
+    if failure is not None:
+        return "torch", f"the kernels failed: {failure}"
     return "triton", "fused kernels"

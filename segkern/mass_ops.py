@@ -11,6 +11,7 @@ import torch
 from segkern import scores
 from segkern.blur import check_boundary
 from segkern.dispatch import choose_backend
+from segkern.failures import FAILURES, give_up
 from segkern.grid import Grid
 from segkern.ops import TAGS, checked
 from segkern.sdpa import compute_dtype
@@ -19,8 +20,11 @@ from segkern.sdpa import compute_dtype
 @torch.library.custom_op("segkern::attention_mass", mutates_args=(), tags=TAGS)
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
     """See :func:`segkern.attention_mass`."""
-    if choose_backend(query.device, query.dtype, query.shape[3], backend)[0] == "triton":
-        return fused_mass(query, key, scale)
+    if choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_mass")[0] == "triton":
+        try:
+            return fused_mass(query, key, scale)
+        except FAILURES as error:
+            give_up(error, backend, "attention_mass", query)
     return scores.attention_mass(query, key, scale)
 
 
@@ -66,8 +70,11 @@ def attention_energy(
     """See :func:`segkern.attention_energy`."""
     grid, sigmas = checked(query, height, width, start, sigma)
     check_boundary(boundary)
-    if choose_backend(query.device, query.dtype, query.shape[3], backend)[0] == "triton":
-        return fused_energy(query, key, grid, sigmas, scale, boundary)
+    if choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_energy")[0] == "triton":
+        try:
+            return fused_energy(query, key, grid, sigmas, scale, boundary)
+        except FAILURES as error:
+            give_up(error, backend, "attention_energy", query)
     return scores.attention_energy(query, key, grid, sigmas, scale, boundary)
 
 

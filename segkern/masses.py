@@ -12,6 +12,7 @@ from segkern import mass_ops, scores
 from segkern.arguments import check_grid, check_qk, check_scale
 from segkern.blur import check_boundary, check_sigma
 from segkern.dispatch import check_backend, choose_backend
+from segkern.failures import FAILURES, give_up
 from segkern.grid import Grid
 from segkern.tracing import autocast_inputs, differentiable_backend, is_plain, is_transformed, is_unseen
 
@@ -47,12 +48,17 @@ def attention_mass(
     query, key = autocast_inputs(check_qk, query, key)
     check_qk(query, key)
     scale = _checked_scale(scale, query)
-    backend = _chosen(backend, query, key)
-    if backend == "torch" and is_transformed(query, key):
+    chosen = _chosen(backend, "attention_mass", query, key)
+    if chosen == "torch" and is_transformed(query, key):
         return scores.composed_mass(query, key, scale)
-    if is_plain(query, key) and is_unseen(query, key):
-        return (mass_ops.fused_mass if backend == "triton" else scores.attention_mass)(query, key, scale)
-    return mass_ops.attention_mass(query, key, scale, backend)
+    if not (is_plain(query, key) and is_unseen(query, key)):
+        return mass_ops.attention_mass(query, key, scale, backend if chosen == "triton" else chosen)
+    if chosen == "triton":
+        try:
+            return mass_ops.fused_mass(query, key, scale)
+        except FAILURES as error:
+            give_up(error, backend, "attention_mass", query)
+    return scores.attention_mass(query, key, scale)
 
 
 def attention_energy(
@@ -104,24 +110,29 @@ def attention_energy(
         check_grid(grid, query.shape[2])
     check_boundary(boundary)
     scale = _checked_scale(scale, query)
-    backend = _chosen(backend, query, key)
+    chosen = _chosen(backend, "attention_energy", query, key)
     if grid is None and query.shape[2] == 0:
         return scores.composed_energy(query, key, Grid(1, 1), sigmas, scale, boundary)
     grid = Grid(1, 1) if grid is None else grid
-    if backend == "torch" and is_transformed(query, key):
+    if chosen == "torch" and is_transformed(query, key):
         return scores.composed_energy(query, key, grid, sigmas, scale, boundary)
-    if is_plain(query, key) and is_unseen(query, key):
-        compute = mass_ops.fused_energy if backend == "triton" else scores.attention_energy
-        return compute(query, key, grid, sigmas, scale, boundary)
-    where = (grid.height, grid.width, grid.start)
-    return mass_ops.attention_energy(query, key, *where, sigmas, scale, boundary, backend)
+    if not (is_plain(query, key) and is_unseen(query, key)):
+        where = (grid.height, grid.width, grid.start)
+        asked = backend if chosen == "triton" else chosen
+        return mass_ops.attention_energy(query, key, *where, sigmas, scale, boundary, asked)
+    if chosen == "triton":
+        try:
+            return mass_ops.fused_energy(query, key, grid, sigmas, scale, boundary)
+        except FAILURES as error:
+            give_up(error, backend, "attention_energy", query)
+    return scores.attention_energy(query, key, grid, sigmas, scale, boundary)
 
 
 def _checked_scale(scale: float | None, query: torch.Tensor) -> float:
     return 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
 
 
-def _chosen(backend: str, query: torch.Tensor, key: torch.Tensor) -> str:
+def _chosen(backend: str, operation: str, query: torch.Tensor, key: torch.Tensor) -> str:
     """The backend that serves the call; as asked for where a tracer follows it."""
     check_backend(backend)
     backend = differentiable_backend(backend, query, key)
@@ -130,5 +141,5 @@ def _chosen(backend: str, query: torch.Tensor, key: torch.Tensor) -> str:
             raise ValueError("backend='triton' takes no part in torch.func's transforms; take backend='torch'")
         return "torch"
     if is_plain(query, key):
-        backend, _ = choose_backend(query.device, query.dtype, query.shape[3], backend)
+        backend, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, operation=operation)
     return backend

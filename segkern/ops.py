@@ -17,6 +17,7 @@ import torch
 from segkern import sdpa
 from segkern.blur import check_sigma
 from segkern.dispatch import choose_backend
+from segkern.failures import FAILURES, give_up
 from segkern.grid import Grid
 
 # Tables made inside an operator outlive it, which memory of a compiler's CUDA graph must not.
@@ -55,12 +56,15 @@ def gaussian_blur(
 ) -> torch.Tensor:
     """See :func:`segkern.gaussian_blur`; ``adjoint`` applies the transposed blur, which gradients need."""
     grid, sigmas = checked(x, height, width, start, sigma)
-    if choose_backend(x.device, x.dtype, x.shape[3], backend)[0] == "triton":
-        from segkern.kernels.gaussian_blur import launch_gaussian_blur
+    if choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "triton":
+        try:
+            from segkern.kernels.gaussian_blur import launch_gaussian_blur
 
-        out = _empty_output(x, x.shape[3])
-        launch_gaussian_blur(x, out, grid, sigmas, boundary, adjoint)
-        return out
+            out = _empty_output(x, x.shape[3])
+            launch_gaussian_blur(x, out, grid, sigmas, boundary, adjoint)
+            return out
+        except FAILURES as error:
+            give_up(error, backend, "gaussian_blur", x)
     return tokens_first(sdpa.gaussian_blur(x, grid, sigmas, boundary, adjoint))
 
 
@@ -157,8 +161,11 @@ def _attend(
     fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
     chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)
     if chosen == "triton":
-        out, row_lse = fused_attention(query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
-        return out, query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse
+        try:
+            out, row_lse = fused_attention(query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
+            return out, query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse
+        except FAILURES as error:
+            give_up(error, backend, "seg_attention", query)
     out, row_lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, attn_mask, boundary, return_lse)
     lse = query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse.contiguous()
     return tokens_first(out), lse

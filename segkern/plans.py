@@ -29,6 +29,7 @@ class Plan:
         stride: of the query rows, height and width.
         coarse: whether some sample leaves out rows.
         backend: ``"torch"`` or ``"triton"``, whichever serves the call; as asked for where a tracer follows it.
+        asked: the backend that the caller asked for.
     """
 
     sigmas: tuple[float, ...]
@@ -36,6 +37,7 @@ class Plan:
     stride: tuple[int, int]
     coarse: bool
     backend: str
+    asked: str
 
 
 _PLANS: dict[Any, Plan] = {}
@@ -77,15 +79,21 @@ def plan_attention(
     stride = check_query_stride(query_stride)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
     check_backend(backend)
+    asked = backend
     if plain:
         fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
         backend, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)
-    plan = Plan(sigmas, scale, stride, leaves_out_rows(grid, sigmas, boundary, stride), backend)
+    plan = Plan(sigmas, scale, stride, leaves_out_rows(grid, sigmas, boundary, stride), backend, asked)
     if kept is not None:
         if len(_PLANS) >= _MOST_PLANS:
             _PLANS.clear()
         _PLANS[kept] = plan
     return plan
+
+
+def forget_plans() -> None:
+    """Choose backends anew: kernels have failed."""
+    _PLANS.clear()
 
 
 def _is_kept(grid: object, sigma: object, scale: object, stride: object) -> bool:

@@ -22,6 +22,7 @@ MODULES = [
     "segkern.energy",
     "segkern.energy_report",
     "segkern.dispatch",
+    "segkern.failures",
     "segkern.environment",
     "segkern.explain",
     "segkern.evaluation.metrics",

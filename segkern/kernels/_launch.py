@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every launch does the same way: the right device, fixed compiler options, no autotuning."""
+"""What every launch does the same way: the right device, told failures, fixed compiler options, no autotuning."""
 
 from __future__ import annotations
 
@@ -12,16 +12,45 @@ from typing import Any
 import torch
 import triton
 
+from segkern.failures import KernelFailure, in_words, is_the_kernels
 from segkern.kernels._configs import Options, Tile, dot_precision, split_head_dim
 
 _NOTHING = contextlib.nullcontext()
 
 
-def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` the current one for a launch; costs nothing when it is already, or is the CPU."""
+class _Launching:
+    """What goes wrong inside is a KernelFailure, if it is the kernel's."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and is_the_kernels(error):
+            raise KernelFailure(f"a Triton kernel could not be compiled or launched: {in_words(error)}") from error
+
+
+class _LaunchingElsewhere(torch.cuda.device):
+    """The same on a device that is not the current one."""
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
+        super().__exit__(kind, error, trace)
+        return _HERE.__exit__(kind, error, trace)
+
+
+_HERE = _Launching()
+
+
+def launching(device: torch.device) -> AbstractContextManager[Any]:
+    """Around a launch: ``device`` is the current one, and failures are told apart from those of the device.
+
+    It costs nothing when the device is the current one already, or is the CPU.
+
+    Raises:
+        KernelFailure: on leaving, from whatever Triton raised.
+    """
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return _NOTHING
-    return torch.cuda.device(device)
+        return _HERE
+    return _LaunchingElsewhere(device)
 
 
 _LARGEST_TILE = 256  # rows, columns or channels that a program addresses from one pointer

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from segkern.grid import Grid
 from segkern.kernels._configs import key_splits, multiprocessors, scores_tile
-from segkern.kernels._launch import device_guard, strides_are_wide, tile_constants
+from segkern.kernels._launch import launching, strides_are_wide, tile_constants
 from segkern.kernels._primitives import LN2, LOG2E, load_tile, multiply_tiles
 from segkern.kernels._tables import index_tensor
 from segkern.kernels.gaussian_blur import blurred_image
@@ -253,7 +253,7 @@ def _launch(
     if maxima is None:
         splits, keys_per_split = key_splits(programs, keys, tile.block_n, multiprocessors(query.device))
     shares = out[:, :, None] if splits == 1 else out.new_empty(out.shape[0], heads, splits, rows)
-    with device_guard(query.device):
+    with launching(query.device):
         _attention_energy_kernel[(programs * splits,)](
             query,
             key,

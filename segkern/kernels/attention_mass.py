@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from segkern.kernels._configs import key_splits, multiprocessors, scores_tile
-from segkern.kernels._launch import device_guard, strides_are_wide, tile_constants
+from segkern.kernels._launch import launching, strides_are_wide, tile_constants
 from segkern.kernels._primitives import LOG2E, load_tile, multiply_tiles
 from segkern.kernels.attention_energy import launch_statistics, positive_scale
 
@@ -192,7 +192,7 @@ def launch_attention_mass(query: torch.Tensor, key: torch.Tensor, out: torch.Ten
     programs = -(-keys // tile.block_m) * heads * batch
     splits, queries_per_split = key_splits(programs, queries, tile.block_n, multiprocessors(query.device))
     shares = out[None] if splits == 1 else out.new_empty(splits, batch, heads, keys)
-    with device_guard(query.device):
+    with launching(query.device):
         _attention_mass_kernel[(programs * splits,)](
             query,
             key,

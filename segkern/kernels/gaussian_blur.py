@@ -20,7 +20,7 @@ import triton.language as tl
 from segkern.grid import Grid
 from segkern.kernels._blur_tiles import blur_block
 from segkern.kernels._configs import Options, blur_precision
-from segkern.kernels._launch import compile_options, device_guard, next_power_of_2, strides_are_wide
+from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide
 from segkern.kernels._primitives import load_tile, store_tile
 from segkern.kernels._tables import blur_tables, consecutive
 
@@ -133,7 +133,7 @@ def launch_gaussian_blur(
         (image, halfway, tables.columns, tables.reach[:, 1:], grid.height, grid.width, grid.width, 1),
         (halfway, out_image, tables.rows, tables.reach, grid.width, grid.height, 1, grid.width),
     )
-    with device_guard(x.device):
+    with launching(x.device):
         for source, target, weights, reach, lines, length, line_step, axis_step in axes:
             programs = -(-length // BLOCK_I) * lines * heads * batch
             _gaussian_blur_kernel[(programs,)](

@@ -33,7 +33,7 @@ from segkern.kernels._configs import (
     multiprocessors,
     split_tile,
 )
-from segkern.kernels._launch import compile_options, device_guard, next_power_of_2, strides_are_wide, tile_constants
+from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide, tile_constants
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, attend_keys, load_tile, store_tile
 from segkern.kernels._tables import consecutive, index_tensor
@@ -281,7 +281,7 @@ def _launch(
     strides, out_strides = (query.stride(), key.stride(), value.stride()), out.stride()
     partial = query.new_empty(len(samples) * heads, splits, rows, head_dim + 2, dtype=torch.float32)
     sample_index = index_tensor(samples, query.device)
-    with device_guard(query.device):
+    with launching(query.device):
         _split_attention_kernel[(programs * splits,)](
             query,
             key,

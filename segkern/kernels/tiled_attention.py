@@ -33,13 +33,7 @@ import triton.language as tl
 from segkern.grid import Grid
 from segkern.kernels._blur_tiles import query_tile
 from segkern.kernels._configs import Tile, attention_tile, blur_precision, dot_precision, split_head_dim
-from segkern.kernels._launch import (
-    can_be_described,
-    compile_options,
-    device_guard,
-    scratch_memory,
-    strides_are_wide,
-)
+from segkern.kernels._launch import can_be_described, compile_options, launching, scratch_memory, strides_are_wide
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, attend_keys, store_tile
 from segkern.kernels._producers import COUNTERS, NO_PRODUCERS, leave, produce, producers_for, wait_for
@@ -290,7 +284,7 @@ def launch_tiled_attention(
     elif route.before:
         blur = BEFORE
         work = replace(work, image=blurred_image(query, grid, sigmas, route.before, boundary))
-    with device_guard(query.device), scratch_memory(described):
+    with launching(query.device), scratch_memory(described):
         _tiled_attention_kernel[(programs + 2 * work.phase_programs,)](
             query,
             key,

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Triton that is missing or cannot compile: ``auto`` says so once and takes PyTorch's path, ``triton`` says why."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from reliability import survives
+
+import segkern
+from segkern import failures
+
+pytest.importorskip("triton", reason="kernels need triton")
+from failure_tools import BROKEN, CALLS, GRID, NOT_BROKEN, SIGMA, as_on_a_gpu, failing, tensors
+
+from segkern.kernels import attention_mass
+
+ROOT = Path(__file__).parents[1]
+AREA = "devices and compilers"
+
+Tried = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def gpu() -> Iterator[None]:
+    with as_on_a_gpu():
+        yield
+
+
+@survives(AREA, "kernels that cannot be compiled or launched")
+@pytest.mark.parametrize("make", BROKEN.values(), ids=BROKEN)
+def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], Exception], tried: Tried) -> None:
+    inputs = tensors()
+    for call in CALLS.values():
+        expected = call(*inputs, backend="torch")
+        with failing(make) as kernel:
+            failures.forget()
+            with pytest.warns(RuntimeWarning, match="PyTorch's path serves such calls from now on") as told:
+                assert torch.equal(call(*inputs), expected)
+            assert len(told) == 1
+            assert type(make()).__name__ in str(told[0].message)
+            assert kernel.launches == 1
+            for _ in range(3):  # neither told nor tried again
+                assert torch.equal(call(*inputs), expected)
+            assert kernel.launches == 1
+        assert torch.equal(call(*inputs), expected)
+        tried(5)
+
+
+@survives(AREA, "kernels that cannot be compiled or launched")
+@pytest.mark.parametrize("make", BROKEN.values(), ids=BROKEN)
+def test_an_explicit_choice_raises_the_reason_every_time(make: Callable[[], Exception], tried: Tried) -> None:
+    inputs = tensors()
+    for call in CALLS.values():
+        with failing(make) as kernel, warnings.catch_warnings():
+            for attempt in (1, 2):
+                with pytest.raises(failures.KernelFailure, match="could not be compiled or launched") as raised:
+                    call(*inputs, backend="triton")
+                assert type(raised.value.__cause__) is type(make())
+                assert kernel.launches == attempt
+                tried()
+        assert not failures._FAILED  # auto is not touched by it
+
+
+@survives(AREA, "errors that are not the kernel's")
+@pytest.mark.parametrize("make", NOT_BROKEN.values(), ids=NOT_BROKEN)
+def test_errors_of_the_device_and_the_user_pass(make: Callable[[], BaseException], tried: Tried) -> None:
+    inputs = tensors()
+    for call in CALLS.values():
+        with failing(make) as kernel:
+            for _ in range(2):
+                with pytest.raises(type(make())) as raised:
+                    call(*inputs)
+                assert not isinstance(raised.value, failures.KernelFailure)
+                tried()
+            assert kernel.launches == 2
+        assert not failures._FAILED
+
+
+@survives(AREA, "errors that are not the kernel's")
+def test_bad_arguments_are_refused_as_ever(tried: Tried) -> None:
+    q, k, v = tensors()
+    with failing(BROKEN["no driver"]) as kernel:
+        for bad in ({"sigma": -1.0}, {"boundary": "mirror"}, {"scale": float("nan")}, {"attn_mask": torch.ones(3)}):
+            with pytest.raises(ValueError, match=r"sigma|boundary|scale|attn_mask"):
+                segkern.seg_attention(q, k, v, GRID, **({"sigma": 1.0} | bad))
+            tried()
+    assert kernel.launches == 0
+
+
+@survives(AREA, "one kernel of several that cannot be compiled")
+def test_only_what_failed_is_given_up(tried: Tried) -> None:
+    inputs, wide = tensors(), tensors(dim=16)
+    with failing(BROKEN["out of resources"], attention_mass):
+        with pytest.warns(RuntimeWarning, match="attention_mass"):
+            CALLS["attention_mass"](*inputs)
+        with pytest.raises(failures.KernelFailure):
+            CALLS["attention_mass"](*wide, backend="triton")
+    with failing(BROKEN["out of resources"]) as kernel:
+        for name, call in CALLS.items():
+            before = kernel.launches
+            if name == "attention_mass":
+                call(*inputs)
+                assert kernel.launches == before
+            else:
+                with pytest.raises(failures.KernelFailure):
+                    call(*inputs, backend="triton")
+            tried()
+        before = kernel.launches
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            CALLS["attention_mass"](*wide)  # another head dimension is another kernel
+        assert kernel.launches == before + 1
+
+
+@survives(AREA, "one reason for all kernels")
+@pytest.mark.parametrize("reason", ["no C compiler", "C compiler fails"])
+def test_one_reason_is_told_once_for_all_kernels(reason: str, tried: Tried) -> None:
+    with failing(BROKEN[reason]), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for dim in (8, 16, 24):
+            for call in CALLS.values():
+                call(*tensors(dim=dim))
+                tried()
+    assert len([each for each in told if each.category is RuntimeWarning]) == 1
+
+
+@survives(AREA, "kernels that cannot be compiled or launched")
+def test_gradients_fall_back_and_an_explicit_choice_does_not(tried: Tried) -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    for call in CALLS.values():
+        expected = torch.autograd.grad(call(q, k, v, backend="torch").float().sum(), q)[0]
+        with failing(BROKEN["ptxas fails"]):
+            failures.forget()
+            with pytest.warns(RuntimeWarning):
+                found = torch.autograd.grad(call(q, k, v).float().sum(), q)[0]
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+            with pytest.raises(failures.KernelFailure):
+                call(q, k, v, backend="triton")
+        tried(2)
+
+
+@survives(AREA, "kernels that cannot be compiled or launched")
+def test_a_compiled_graph_falls_back_where_it_runs(tried: Tried) -> None:
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return segkern.seg_attention(q, k, segkern.gaussian_blur(v, GRID, SIGMA), GRID, SIGMA) * 2
+
+    inputs = tensors()
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    with failing(BROKEN["binary is refused"]) as kernel:
+        with pytest.warns(RuntimeWarning, match="device kernel image is invalid"):
+            found = compiled(*inputs)
+        assert kernel.launches == 2
+        assert torch.equal(compiled(*inputs), found)
+        assert kernel.launches == 2
+        assert torch.equal(step(*inputs), found)
+    assert torch.equal(found, 2 * segkern.seg_attention(
+        inputs[0], inputs[1], segkern.gaussian_blur(inputs[2], GRID, SIGMA, backend="torch"), GRID, SIGMA,
+        backend="torch"))  # fmt: skip
+    tried(3)
+
+
+@survives(AREA, "kernels that cannot be compiled or launched")
+def test_fake_tensors_try_no_kernel() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with failing(BROKEN["no driver"]) as kernel, FakeTensorMode():
+        q = torch.empty(2, 2, 14, 8, dtype=torch.float16)
+        assert segkern.seg_attention(q, q, q, GRID, SIGMA).shape == q.shape
+    assert kernel.launches == 0
+    assert not failures._FAILED
+
+
+@survives(AREA, "kernels that fail in several threads at once")
+def test_threads_that_fail_together_are_told_once(tried: Tried) -> None:
+    inputs, start, found = tensors(), threading.Barrier(8), []
+    expected = CALLS["seg_attention"](*inputs, backend="torch")
+
+    def work() -> None:
+        start.wait()
+        found.extend(CALLS["seg_attention"](*inputs) for _ in range(5))
+
+    with failing(BROKEN["no C compiler"]), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 40
+    assert all(torch.equal(each, expected) for each in found)
+    assert len(told) == 1
+    tried(40)
+
+
+def in_a_process(code: str, **variables: str) -> str:
+    """What a fresh Python prints; its errors are shown."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0"} | variables
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+ALL_CALLS = """
+import torch, segkern
+from segkern import Grid
+q, k, v = torch.randn(3, 2, 2, 12, 8).unbind()
+grid, sigma = Grid(3, 4), (1.5, float("inf"))
+for backend in ("auto", "torch"):
+    for call in (lambda: segkern.seg_attention(q, k, v, grid, sigma, backend=backend, return_lse=True)[0],
+                 lambda: segkern.seg_attention(q, k, v, grid, (1.5, 2.0), query_stride=2, backend=backend),
+                 lambda: segkern.gaussian_blur(q, grid, sigma, backend=backend),
+                 lambda: segkern.attention_mass(q, k, backend=backend),
+                 lambda: segkern.attention_energy(q, k, grid, sigma, backend=backend)):
+        assert call().isfinite().all()
+try:
+    segkern.seg_attention(q, k, v, grid, sigma, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+@survives(AREA, "no Triton, or one that cannot be imported")
+@pytest.mark.parametrize(
+    ("triton", "quoted"),
+    [(None, "not installed"), ("raise ImportError('libtriton.so: no such file')", "libtriton.so"), ("1 / 0", "Zero")],
+    ids=["missing", "a library is missing", "an error of its own"],
+)
+def test_without_triton_everything_else_works(triton: str | None, quoted: str, tmp_path: Path, tried: Tried) -> None:
+    before = "import sys, torch; sys.modules.pop('triton', None)\n"
+    if triton is None:
+        before += "sys.modules['triton'] = None\n"
+    else:
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text(triton + "\n")
+        before += f"sys.path.insert(0, {str(tmp_path)!r})\n"
+    assert quoted in in_a_process(before + ALL_CALLS)
+    tried(10)
+
+
+REAL = '''
+import os, warnings
+import torch, triton
+from types import SimpleNamespace
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime.driver import driver
+from failure_tools import CALLS, as_on_a_gpu, forget, tensors
+from segkern import failures
+
+def check(words):
+    """All calls without a GPU: a real launch, a real error, the same result."""
+    inputs = tensors()
+    for name, call in CALLS.items():
+        forget()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = call(*inputs)
+        told = [str(each.message) for each in told if each.category is RuntimeWarning]
+        assert len(told) == 1 and words in told[0], (name, words, told)
+        assert torch.equal(found, call(*inputs, backend="torch")), name
+        try:
+            call(*inputs, backend="triton")
+        except failures.KernelFailure as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(name)
+        print("told", told[0])
+
+class Driver:
+    """Of a Hopper that is not there."""
+    launcher_cls = lambda self, src, metadata: None
+    utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 1})
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def map_python_to_cpp_type(self, ty): return ty
+
+with as_on_a_gpu():
+    check("0 active drivers")
+    CudaDriver.is_active = staticmethod(lambda: True)
+    driver._active = driver._default = None
+    check("libcuda.so cannot found")
+    os.environ.update(TRITON_LIBCUDA_PATH="/nowhere", PATH="")
+    os.environ.pop("CC", None)
+    check("Failed to find C compiler")
+    os.environ["CC"] = "/bin/false"
+    check("/bin/false ended with 1")
+    driver.set_active(Driver())
+    os.environ["TRITON_PTXAS_PATH"] = os.environ["FAILING_PTXAS"]
+    check("`ptxas` failed with error code 3")
+    os.environ.pop("TRITON_PTXAS_PATH")
+    triton.backends.nvidia.compiler.get_ptxas_version.cache_clear()
+    check("out of resource: shared memory")
+'''
+
+
+@pytest.mark.robustness
+@survives(AREA, "kernels that cannot be compiled or launched")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fakes a device where there is none")
+def test_triton_really_fails(tmp_path: Path, tried: Tried) -> None:
+    """Without a driver, libcuda, a C compiler, ptxas or enough shared memory: Triton's own errors, nothing put in."""
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text("#!/bin/sh\ncase $* in *version*) echo release 12.8, V12.8.93;; *) exit 3;; esac\n")
+    ptxas.chmod(0o700)
+    printed = in_a_process(REAL, TRITON_CACHE_DIR=str(tmp_path / "cache"), FAILING_PTXAS=str(ptxas))
+    assert printed.count("told") == 6 * len(CALLS)
+    tried(6 * 3 * len(CALLS))
+
+
+def test_what_does_not_fail_is_launched() -> None:
+    """So that the tests above mean something."""
+    inputs = tensors()
+    for call in CALLS.values():
+        torch.testing.assert_close(call(*inputs), call(*inputs, backend="torch"), rtol=1e-2, atol=1e-2)
+        with failing(BROKEN["no driver"]) as kernel, pytest.raises(failures.KernelFailure):
+            call(*inputs, backend="triton")
+        assert kernel.launches == 1
+    assert not failures._FAILED
