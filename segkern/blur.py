@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from numbers import Real
 from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
+
+from segkern.keeping import kept
 
 T = TypeVar("T")
 Boundary = Literal["reflect", "symmetric", "circular"]
@@ -116,7 +117,7 @@ def blur_matrix(
     return matrix.to(device=device, dtype=dtype)
 
 
-@cache  # for good: a captured CUDA graph reads the same memory at every replay
+@kept(most=1024)
 def cached_blur_matrix(
     length: int, sigma: float, boundary: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:

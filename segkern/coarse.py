@@ -11,12 +11,12 @@ axis, like the blur itself, and linear over tokens, so they commute with project
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 
 from segkern.blur import blur_matrix, check_boundary, table_making
 from segkern.grid import Grid
+from segkern.keeping import kept
 
 
 def check_query_stride(query_stride: int | tuple[int, int]) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def interpolation_matrix(
     _check_count(count, length)
     check_boundary(boundary)
     if count == length:
-        return torch.eye(length, dtype=dtype, device=device)
+        return torch.eye(length, dtype=dtype, device="cpu").to(device)  # done when it returns: streams share it
     there = _waves(points(length, count, boundary), count, length, boundary)
     matrix = torch.linalg.solve(there.T, _tokens(length, count, boundary).T).T
     return matrix.to(device=device, dtype=dtype)
@@ -182,7 +182,7 @@ def _tokens(length: int, count: int, boundary: str) -> torch.Tensor:
     return _waves(torch.arange(length, dtype=torch.float64, device="cpu"), count, length, boundary)
 
 
-@cache  # for good, as blur matrices are: a captured CUDA graph reads the same memory at every replay
+@kept(most=1024)
 def cached_sampling_matrix(
     length: int, sigma: float, count: int, boundary: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
@@ -191,7 +191,7 @@ def cached_sampling_matrix(
         return sampling_matrix(length, sigma, count, boundary, dtype=dtype, device=device)
 
 
-@cache
+@kept(most=1024)
 def cached_interpolation_matrix(
     length: int, count: int, boundary: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:

@@ -9,7 +9,6 @@ for what is not smooth; and halfway where the output changes fastest, for an err
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 
@@ -17,6 +16,7 @@ from segkern import sdpa
 from segkern.blur import runs, table_making
 from segkern.coarse import coarse_grid, points
 from segkern.grid import Grid
+from segkern.keeping import kept
 
 TRUSTED = 0.1  # from here on the points do not describe the output, and rows between them say nothing of the others
 
@@ -109,7 +109,7 @@ def _steepest_rows(
     return tokens[best]
 
 
-@cache  # on the device, so that nothing is copied to it at every call; the caller must not write to them
+@kept(most=256)  # on the device, so that nothing is copied to it at every call
 def _halfway_tokens(grid: Grid, stride: tuple[int, int], boundary: str, device: torch.device) -> torch.Tensor:
     """Every token that is halfway between points on both axes, int64."""
     with table_making():
@@ -117,7 +117,7 @@ def _halfway_tokens(grid: Grid, stride: tuple[int, int], boundary: str, device: 
         return (rows[:, None] * grid.width + columns).flatten().to(device)
 
 
-@cache
+@kept(most=256)
 def _spread_rows(
     grid: Grid, stride: tuple[int, int], boundary: str, probes: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ MODULES = [
     "segkern.energy_report",
     "segkern.dispatch",
     "segkern.failures",
+    "segkern.keeping",
     "segkern.environment",
     "segkern.explain",
     "segkern.evaluation.metrics",

@@ -13,10 +13,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "segkern"
 
 # module -> what it may import from the package; everything may use these
-BASE = {"blur", "coarse", "grid", "version"}
+BASE = {"blur", "coarse", "grid", "keeping", "version"}
 ALLOWED = {
     "version": set(),
     "grid": set(),
+    "keeping": set(),
     "blur": set(),
     "coarse": set(),
     "reference": set(),

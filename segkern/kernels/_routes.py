@@ -22,6 +22,7 @@ import torch
 
 from segkern.blur import blur_reach
 from segkern.grid import Grid
+from segkern.keeping import kept
 from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, measured, multiprocessors
 from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
 
@@ -143,7 +144,7 @@ class Route:
     together: BlurTables | None = None
 
 
-@lru_cache(maxsize=1024)
+@kept(most=1024)
 def attention_route(
     device: torch.device,
     dtype: torch.dtype,
@@ -173,14 +174,15 @@ def attention_route(
     _, heads, tokens, head_dim = shape
     axes = grid.height, grid.width
     uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
+    only_outside = set(uniform)
     only_image = grid.tokens == tokens
-    rest = tuple(i for i in range(len(sigmas)) if not (only_image and i in uniform))
+    rest = tuple(i for i in range(len(sigmas)) if not (only_image and i in only_outside))
     tile = attention_tile(device, head_dim, dtype, masked)
     if not rest:
         return Route(uniform, (), False, (), None)
     if not any(sigmas[i] for i in rest) and _few_rows(device, tile, tokens, keys, heads * len(rest)):
         return Route(uniform, rest, True, (), None)
-    blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in uniform)
+    blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in only_outside)
     wanted = tuple(sigmas[i] for i in blurred)
     if not blurred:
         blur = HERE
@@ -194,10 +196,11 @@ def attention_route(
     together = None
     if blur == TOGETHER:
         together = blur_tables(blurred, wanted, *axes, boundary, device)
-        rest = tuple(sorted(rest, key=lambda i: i in blurred))  # what hides the blur comes first
+        rest = tuple(sorted(rest, key=set(blurred).__contains__))  # what hides the blur comes first
     # Only the codes of samples are needed.
     tables = blur_tables(rest, (0.0,) * len(rest), *axes, boundary, device, outside=True)
-    codes = tuple(blurred.index(i) if i in blurred else OUTSIDE if i in uniform else PLAIN for i in rest)
+    places = {i: place for place, i in enumerate(blurred)}
+    codes = tuple(places.get(i, OUTSIDE if i in only_outside else PLAIN) for i in rest)
     tables = replace(tables, tables=index_tensor(codes, device))
     return Route(uniform, rest, False, blurred, tables, together)
 

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kernels read about the blur of a batch: which samples, which matrices, how far they reach.
 
-Tables are made once per (sigmas, grid, boundary, device) and kept on the device, so that a call copies nothing from
-the host.
+Tables are made once per (sigmas, grid, boundary, device) and kept on the device (``keeping.py``), so that a call copies
+nothing from the host.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 
 from segkern.blur import blur_matrix, blur_reach, table_making
+from segkern.keeping import kept
 
 PLAIN = -1  # the sample's queries are taken as they are
 OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
@@ -40,7 +41,7 @@ class BlurTables:
     blurs: bool
 
 
-@cache  # for good: a captured CUDA graph reads the same memory at every replay
+@kept(most=1024)
 def blur_tables(
     samples: tuple[int, ...],
     sigmas: tuple[float, ...],
@@ -63,7 +64,7 @@ def blur_tables(
             f"being captured; run the same call once before capturing"
         )
     distinct = sorted({sigma for sigma in sigmas if sigma > 0.0 and not (outside and math.isinf(sigma))})
-    index = {0.0: PLAIN, math.inf: OUTSIDE} | {sigma: table for table, sigma in enumerate(distinct)}
+    index = {math.inf: OUTSIDE} | {sigma: table for table, sigma in enumerate(distinct)}
     with table_making():
         matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
         if adjoint:
@@ -73,7 +74,7 @@ def blur_tables(
             reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
         return BlurTables(
             samples=index_tensor(samples, device),
-            tables=index_tensor(tuple(index[sigma] for sigma in sigmas), device),
+            tables=index_tensor(tuple(index.get(sigma, PLAIN) for sigma in sigmas), device),
             rows=_stack(matrices[0], height).to(device),
             columns=_stack(matrices[1], width).to(device),
             reach=torch.tensor(reach, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device),
@@ -81,7 +82,7 @@ def blur_tables(
         )
 
 
-@cache
+@kept(most=4096)
 def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Integers as an int32 tensor on a device, made once.
 
@@ -97,7 +98,7 @@ def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def consecutive(samples: tuple[int, ...]) -> tuple[slice, ...]:
     """Rising sample indices as slices of the batch.
 
@@ -105,10 +106,15 @@ def consecutive(samples: tuple[int, ...]) -> tuple[slice, ...]:
         >>> consecutive((0, 1, 4))
         (slice(0, 2, None), slice(4, 5, None))
     """
-    firsts = [i for i in samples if i - 1 not in samples]
-    lasts = [i for i in samples if i + 1 not in samples]
+    some = set(samples)
+    firsts = [i for i in samples if i - 1 not in some]
+    lasts = [i for i in samples if i + 1 not in some]
     return tuple(slice(first, last + 1) for first, last in zip(firsts, lasts, strict=True))
 
 
 def _stack(matrices: list[torch.Tensor], length: int) -> torch.Tensor:
-    return torch.stack(matrices).contiguous() if matrices else torch.zeros(0, length, length, device="cpu")
+    return (
+        torch.stack(matrices).contiguous()
+        if matrices
+        else torch.zeros(0, length, length, dtype=torch.float32, device="cpu")
+    )

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls without end take memory with an end, and what a CUDA graph reads is not dropped."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tracemalloc
+from collections.abc import Callable, Iterator
+from functools import _lru_cache_wrapper
+from typing import Any
+
+import pytest
+import torch
+from reliability import survives
+
+import segkern
+from segkern import Grid, blur, coarse, estimate, keeping, plans
+from segkern.keeping import Kept, kept
+
+pytest.importorskip("triton", reason="kernels need triton")
+from segkern.kernels import _routes, _tables
+
+KEPT = [
+    blur.cached_blur_matrix,
+    coarse.cached_sampling_matrix,
+    coarse.cached_interpolation_matrix,
+    estimate._halfway_tokens,
+    estimate._spread_rows,
+    _tables.blur_tables,
+    _tables.index_tensor,
+    _routes.attention_route,
+]
+
+
+@pytest.fixture
+def few_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Every kind of table is kept 8 times, beginning with none."""
+    for table in KEPT:
+        table.cache_clear()
+        monkeypatch.setattr(table, "_most", 8)
+    monkeypatch.setattr(plans, "_MOST_PLANS", 8)
+    plans.forget_plans()
+    yield 8
+    for table in KEPT:
+        table.cache_clear()
+
+
+def call_everything(sigma: float, grid: Grid, backend: str = "torch") -> None:
+    q, k, v = torch.ones(3, 1, 1, grid.tokens, 4).unbind()
+    segkern.seg_attention(q, k, v, grid, sigma, backend=backend)
+    segkern.seg_attention(q, k, v, grid, sigma, query_stride=2, backend=backend)
+    segkern.gaussian_blur(q, grid, (sigma,), backend=backend)
+    segkern.attention_mass(q, k, backend=backend)
+    segkern.attention_energy(q, k, grid, sigma, backend=backend)
+    segkern.coarse_error(q, k, v, grid, sigma, 2, probes=4)
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+
+def every_cache() -> list[Any]:
+    """All caches of functions in segkern's own modules."""
+    import sys
+
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "segkern"]
+    found = [value for module in modules for value in vars(module).values()]
+    return [each for each in found if isinstance(each, (_lru_cache_wrapper, Kept))]
+
+
+def test_every_cache_has_a_bound() -> None:
+    """But that of counters, of which a stream has one; in CUDA's pool there are 32 streams."""
+    unbounded = {
+        each.__wrapped__.__qualname__
+        for each in every_cache()
+        if isinstance(each, _lru_cache_wrapper) and each.cache_parameters()["maxsize"] is None
+    }
+    assert unbounded <= {"_stream_counters"}
+    assert {id(each) for each in KEPT} <= {id(each) for each in every_cache()}
+
+
+@survives("long runs", "ever other sigmas and grids")
+def test_ever_other_sigmas_and_grids_keep_few_tables(few_kept: int, tried: Callable[..., None]) -> None:
+    for number in range(20):
+        call_everything(0.5 + 0.1 * number, Grid(3, 3 + number % 11))
+        tried(6)
+    before = live_tensors()
+    for number in range(20, 40):
+        call_everything(0.5 + 0.1 * number, Grid(3, 3 + number % 11))
+        tried(6)
+    assert all(len(table) <= few_kept for table in KEPT)
+    assert len(plans._PLANS) <= few_kept
+    assert live_tensors() <= before + 8 * len(KEPT)
+
+
+@survives("long runs", "ever other sigmas and grids")
+def test_routes_of_kernels_are_few_too(few_kept: int, tried: Callable[..., None]) -> None:
+    for number in range(60):
+        options = (torch.device("cpu"), torch.float32, torch.Size((2, 1, 12, 8)), 12)
+        _routes.attention_route(*options, Grid(3, 4), (0.0, 0.5 + number), "reflect", False, True)
+        tried()
+    assert len(_routes.attention_route) <= few_kept
+    assert len(_tables.blur_tables) <= few_kept
+
+
+@survives("long runs", "ever other sigmas and grids")
+def test_large_tables_are_fewer(monkeypatch: pytest.MonkeyPatch, tried: Callable[..., None]) -> None:
+    blur.cached_blur_matrix.cache_clear()
+    monkeypatch.setattr(keeping, "MOST_BYTES", 3 * 100 * 100 * 4)
+    for number in range(20):
+        matrix = blur.cached_blur_matrix(100, 1.0 + number, "reflect", torch.float32, torch.device("cpu"))
+        assert torch.equal(matrix, blur.blur_matrix(100, 1.0 + number))
+        assert len(blur.cached_blur_matrix) <= 3
+        tried()
+    blur.cached_blur_matrix.cache_clear()
+
+
+@survives("devices and compilers", "tables dropped while a CUDA graph reads them")
+def test_what_was_asked_for_while_capturing_stays(monkeypatch: pytest.MonkeyPatch, tried: Callable[..., None]) -> None:
+    made = []
+
+    @kept(most=4)
+    def table(number: int, device: torch.device) -> torch.Tensor:
+        made.append(number)
+        return torch.full((2,), float(number))
+
+    cpu = torch.device("cpu")
+    before = table(0, cpu)
+    monkeypatch.setattr(keeping, "capturing", lambda: True)
+    captured = table(0, cpu)
+    monkeypatch.setattr(keeping, "capturing", lambda: False)
+    assert captured is before
+    for turn in range(3):
+        for number in range(1, 10):
+            table(number, cpu)
+        assert table(0, cpu) is captured, turn
+        tried()
+    assert made.count(0) == 1
+    assert made.count(1) == 3
+    assert len(table) <= 4 + 1
+
+
+@survives("devices and compilers", "tables dropped while a CUDA graph reads them")
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_replays_after_its_tables_were_dropped(few_kept: int, tried: Callable[..., None]) -> None:
+    q, k, v = (torch.randn(2, 2, 12, 16, device="cuda", dtype=torch.float16) for _ in range(3))
+
+    def call() -> torch.Tensor:
+        return segkern.seg_attention(q, k, v, Grid(3, 4), (0.0, 1.5))
+
+    expected = call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for number in range(50):
+        segkern.seg_attention(q, k, v, Grid(3, 4), (0.0, 2.0 + number))
+        torch.full((4096,), math.nan, device="cuda")  # takes memory that was dropped
+        graph.replay()
+        assert torch.equal(out, expected)
+        tried()
+
+
+@pytest.mark.robustness
+@survives("long runs", "10,000 sigmas and grids")
+def test_ten_thousand_sigmas_and_grids(tried: Callable[..., None]) -> None:
+    """Python's own memory does not grow over the second half, and tables stay within their bounds."""
+    tracemalloc.start(1)
+    middle = 0
+    for number in range(10_000):
+        q = torch.ones(1, 1, 8 * (1 + number % 40), 4)
+        segkern.seg_attention(q, q, q, Grid(8, 1 + number % 40), 0.5 + number * 1e-3)
+        segkern.gaussian_blur(q, Grid(1 + number % 40, 8), (0.5 + number * 1e-3,))
+        tried(2)
+        if number in (5_999, 9_999):
+            gc.collect()
+            taken = tracemalloc.get_traced_memory()[0]
+            middle = middle or taken
+    tracemalloc.stop()
+    assert all(len(table) <= table._most for table in KEPT)
+    assert all(table._bytes <= keeping.MOST_BYTES for table in KEPT)
+    assert taken < middle + 2**21, f"{middle} bytes after 6,000 calls, {taken} after 10,000"
