@@ -183,10 +183,11 @@ def _combine_splits_kernel(
 ):
     if WIDE:
         stride_on, stride_od = tl.cast(stride_on, tl.int64), tl.cast(stride_od, tl.int64)
-    head_of_sample = tl.program_id(0)
+    pid = tl.program_id(0)  # of one axis: others hold 65,535 programs
     tiles = tl.cdiv(copies, BLOCK_T)
-    row = tl.program_id(1) // tiles
-    tile = tl.program_id(1) % tiles
+    tile = pid % tiles
+    row = (pid // tiles) % rows
+    head_of_sample = pid // (tiles * rows)
     sample = tl.load(samples_ptr + head_of_sample // heads).to(tl.int64)
     head = tl.cast(head_of_sample % heads, tl.int64)
     offs_s = tl.arange(0, BLOCK_S)
@@ -306,7 +307,7 @@ def _launch(
             **tile_constants(tile, head_dim, query.dtype),
         )
         block_t = 1 if copies == 1 else _EXPANDED_TOKENS
-        _combine_splits_kernel[(len(samples) * heads, rows * -(-copies // block_t))](
+        _combine_splits_kernel[(len(samples) * heads * rows * -(-copies // block_t),)](
             partial,
             out,
             out if lse is None else lse,

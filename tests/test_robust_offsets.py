@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of more than 2^31 elements: no offset of a kernel overflows, no shape function does.
+
+Memory is virtual: a storage of a few GB of which only the pages of some tokens are ever touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reliability import survives
+
+import segkern
+from segkern import Grid
+
+pytest.importorskip("triton", reason="kernels need triton")
+from failure_tools import KERNELS
+from kernel_tools import DEVICE
+
+from segkern.kernels import _routes
+
+Tried = Callable[..., None]
+
+STEP = 2**31 + 64  # elements: more than 32 bits of either sign
+GRID, SIGMA = Grid(2, 3), (1.2, math.inf)
+SHAPE = (2, 2, 6, 16)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def spread(shape: tuple[int, ...], dim: int, step: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Normal values whose neighbours along ``dim`` lie ``step`` elements apart; memory between is never touched."""
+    inner = [i for i in range(len(shape)) if i != dim]
+    strides = [0] * len(shape)
+    for place, i in enumerate(inner):
+        strides[i] = math.prod(shape[j] for j in inner[place + 1 :])
+    strides[dim] = step
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # which would fill all of it
+    base = torch.empty((shape[dim] - 1) * step + math.prod(shape[i] for i in inner), dtype=dtype, device=DEVICE)
+    torch.use_deterministic_algorithms(before)
+    return base.as_strided(shape, strides).normal_()
+
+
+CALLS: dict[str, Callable[..., Any]] = {
+    "seg_attention": lambda q, k, v: segkern.seg_attention(q, k, v, GRID, SIGMA, backend="triton"),
+    "few rows": lambda q, k, v: segkern.seg_attention(q[:, :, :1], k, v, Grid(1, 1), 0.0, backend="triton"),
+    "gaussian_blur": lambda q, k, v: segkern.gaussian_blur(q, GRID, SIGMA, backend="triton"),
+    "attention_mass": lambda q, k, v: segkern.attention_mass(q, k, backend="triton"),
+    "attention_energy": lambda q, k, v: segkern.attention_energy(q, k, GRID, SIGMA, backend="triton"),
+}
+READS = {"gaussian_blur": (0,), "attention_mass": (0, 1), "attention_energy": (0, 1)}
+
+
+@pytest.mark.robustness
+@survives("inputs", "strides of more than 2^31 elements")
+@pytest.mark.parametrize("route", [_routes.HERE, _routes.BEFORE, _routes.TOGETHER], ids=["here", "before", "together"])
+@pytest.mark.parametrize("dim", [0, 1], ids=["samples", "heads"])
+def test_samples_and_heads_far_apart(dim: int, route: int, tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each of query, key and value in turn the result is bit for bit that of dense tensors."""
+    monkeypatch.setattr(_routes, "choose_blur", lambda *_: route)
+    _routes.attention_route.cache_clear()
+    for far in range(3):
+        tensors = [torch.randn(SHAPE, device=DEVICE).half() for _ in range(3)]
+        tensors[far] = spread(SHAPE, dim, STEP)
+        dense = [x.contiguous() for x in tensors]
+        for name, call in CALLS.items():
+            if far in READS.get(name, (0, 1, 2)) and (route == _routes.HERE or name == "seg_attention"):
+                assert torch.equal(call(*tensors), call(*dense)), name
+                tried()
+        del tensors
+    _routes.attention_route.cache_clear()
+
+
+@survives("inputs", "strides of more than 2^31 elements")
+@pytest.mark.parametrize("dim", [0, pytest.param(1, marks=pytest.mark.robustness)], ids=["samples", "heads"])
+def test_masks_of_samples_and_heads_far_apart(dim: int, tried: Tried) -> None:
+    q, k, v = (torch.randn(SHAPE, device=DEVICE).half() for _ in range(3))
+    mask = spread((2, 2, 6, 6), dim, STEP)
+    found = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask, backend="triton")
+    dense = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask.contiguous(), backend="triton")
+    assert torch.equal(found, dense)
+    tried()
+
+
+@pytest.mark.robustness
+@survives("inputs", "strides of more than 2^31 elements")
+@pytest.mark.parametrize("name", ["attention_mass", "attention_energy"])
+@pytest.mark.parametrize("dim", [2, 3], ids=["tokens", "channels"])
+def test_tokens_and_channels_far_apart(name: str, dim: int, tried: Tried) -> None:
+    step = 2**31 // (SHAPE[dim] - 1) + 64
+    for far in (0, 1):
+        tensors = [torch.randn(1, 1, *SHAPE[2:], device=DEVICE).half() for _ in range(3)]
+        tensors[far] = spread((1, 1, *SHAPE[2:]), dim, step)
+        call = {
+            "attention_mass": lambda q, k: segkern.attention_mass(q, k, backend="triton"),
+            "attention_energy": lambda q, k: segkern.attention_energy(q, k, GRID, 1.2, backend="triton"),
+        }[name]
+        assert torch.equal(call(*tensors[:2]), call(*(x.contiguous() for x in tensors[:2])))
+        tried()
+        del tensors
+
+
+class Recorder:
+    """A kernel whose launches are noted, grid and all, and do nothing."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **__: self.grids.append(grid)
+
+
+@survives("inputs", "tensors of more than 2^31 elements")
+@pytest.mark.parametrize("sigma", [0.0, 2.0, math.inf], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "grid"),
+    [(1, 1, Grid(2048, 2048)), (2**12, 24, Grid(6, 8)), (4, 2**16, Grid(4, 4)), (2, 3, Grid(3000, 3000))],
+    ids=["many tokens", "many samples", "many heads", "very many tokens"],
+)
+def test_launches_fit_a_device(
+    batch: int, heads: int, grid: Grid, sigma: float, monkeypatch: pytest.MonkeyPatch, tried: Tried
+) -> None:
+    """A grid of programs has at most 2^31 - 1 along its first axis and 65,535 along the others."""
+    recorder = Recorder()
+    for module, names in KERNELS.items():
+        for name in names:
+            monkeypatch.setattr(module, name, recorder)
+    x = torch.zeros(1, 1, 1, 64).half().expand(batch, heads, grid.tokens, 64)
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda x, *size, dtype=None, device=None: huge(size, dtype or x.dtype)
+    )
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype=None, device=None: huge(size, dtype))
+    monkeypatch.setattr("segkern.kernels.split_attention._mean", lambda image: image[:, :, :1])
+    sigmas = (sigma,) * batch
+    segkern.ops.fused_attention(x, x, x, None, grid, sigmas, 1.0, "reflect", True)
+    if sigma < math.inf:  # which copies one result to all tokens, in memory that is not there
+        segkern.mass_ops.fused_energy(x, x, grid, sigmas, 1.0, "reflect")
+    for launched in recorder.grids:
+        assert 0 < launched[0] < 2**31, launched
+        assert all(0 < programs < 2**16 for programs in launched[1:]), launched
+        tried()
+    assert recorder.grids
+
+
+_EMPTY = torch.empty
+
+
+def huge(size: tuple[Any, ...], dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor of any size in memory of one element."""
+    shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+    return _EMPTY(1, dtype=dtype).expand(tuple(shape))
+
+
+@survives("inputs", "tensors of more than 2^31 elements")
+def test_shapes_of_huge_results(tried: Tried) -> None:
+    """Operators tell the shapes of results without making them."""
+    grid = Grid(1500, 1500, start=77)
+    q = torch.empty(4, 24, grid.stop, 128, device="meta", dtype=torch.bfloat16)
+    k = torch.empty(4, 24, 2**23, 128, device="meta", dtype=torch.bfloat16)
+    assert q.numel() > 2**31
+    output, lse = segkern.seg_attention(q, k, k, grid, (0.0, 1.0, 30.0, math.inf), return_lse=True)
+    assert (output.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert segkern.gaussian_blur(q, grid, 2.0).shape == q.shape
+    assert segkern.attention_mass(q, k).shape == k.shape[:3]
+    assert segkern.attention_energy(q, k, grid, 1.0).shape == q.shape[:3]
+    assert segkern.seg_attention(q, k, k, grid, 2.0, query_stride=3).shape == q.shape
+    assert segkern.coarse_error(q, k, k, grid, 2.0, 3).shape == (4,)
+    tried(6)
