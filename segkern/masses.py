@@ -136,10 +136,6 @@ def _chosen(backend: str, operation: str, query: torch.Tensor, key: torch.Tensor
     """The backend that serves the call; as asked for where a tracer follows it."""
     check_backend(backend)
     backend = differentiable_backend(backend, query, key)
-    if backend != "torch" and is_transformed(query, key):
-        if backend == "triton":
-            raise ValueError("backend='triton' takes no part in torch.func's transforms; take backend='torch'")
-        return "torch"
     if is_plain(query, key):
         backend, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, operation=operation)
     return backend

@@ -35,11 +35,17 @@ def is_transformed(*tensors: torch.Tensor) -> bool:
 
 
 def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
-    """The backend, or PyTorch's path where forward-mode derivatives are wanted, which operators do not have."""
-    if torch.compiler.is_compiling() or not _has_tangent(*tensors):
+    """The backend, or PyTorch's path where operators have no rules: forward-mode derivatives, ``torch.func``.
+
+    Raises:
+        ValueError: for ``"triton"`` there.
+    """
+    if not is_transformed(*tensors):
         return backend
     if backend == "triton":
-        raise ValueError("backend='triton' has no forward-mode derivatives; take backend='torch'")
+        if _has_tangent(*tensors):
+            raise ValueError("backend='triton' has no forward-mode derivatives; take backend='torch'")
+        raise ValueError("backend='triton' takes no part in torch.func's transforms; take backend='torch'")
     return "torch"
 
 

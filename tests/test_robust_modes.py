@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever mode the caller is in: autograd, inference, autocast, transforms, compilation, defaults, subclasses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reliability import survives
+
+import segkern
+from segkern import Grid, blur, reference
+from segkern.dispatch import triton_is_installed
+
+# The interpreter takes its time.
+BACKENDS = ["torch", *([pytest.param("triton", marks=pytest.mark.robustness)] if triton_is_installed() else [])]
+GRID, SIGMA = Grid(2, 5, start=1), (1.3, math.inf)
+SHAPE = (2, 2, 12, 8)
+
+Tried = Callable[..., None]
+
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "seg_attention": lambda q, k, v, **o: segkern.seg_attention(q, k, v, GRID, SIGMA, **o),
+    "gaussian_blur": lambda q, k, v, **o: segkern.gaussian_blur(q, GRID, SIGMA, **o),
+    "attention_mass": lambda q, k, v, **o: segkern.attention_mass(q, k, **o),
+    "attention_energy": lambda q, k, v, **o: segkern.attention_energy(q, k, GRID, SIGMA, **o),
+    "coarse queries": lambda q, k, v, **o: segkern.seg_attention(q, k, v, GRID, SIGMA, query_stride=2, **o),
+}
+PLAIN: dict[str, Callable[..., torch.Tensor]] = {
+    "seg_attention": lambda q, k, v: reference.seg_attention(q, k, v, GRID, SIGMA),
+    "gaussian_blur": lambda q, k, v: reference.gaussian_blur(q, GRID, SIGMA),
+    "attention_mass": lambda q, k, v: reference.attention_mass(q, k),
+    "attention_energy": lambda q, k, v: reference.attention_energy(q, k, GRID, SIGMA),
+    "coarse queries": lambda q, k, v: reference.seg_attention(q, k, v, GRID, SIGMA, query_stride=2),
+}
+
+# PyTorch says so of its own attention under vmap.
+slowly = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def tensors() -> list[torch.Tensor]:
+    return [torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+@survives("inputs", "gradients wanted, not wanted, not allowed")
+@every_backend
+@every_function
+def test_modes_of_autograd(name: str, backend: str, tried: Tried) -> None:
+    call, (q, k, v) = FUNCTIONS[name], tensors()
+    expected = call(q, k, v, backend=backend)
+    wanting = q.clone().requires_grad_()
+    with torch.no_grad():
+        found = call(wanting, k, v, backend=backend)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected)
+    found = call(torch.nn.Parameter(q), k, v, backend=backend)
+    assert type(found) is torch.Tensor
+    (grad,) = torch.autograd.grad(call(wanting, k, v, backend=backend).square().sum(), wanting)
+    double = [x.double() for x in (q, k, v)]
+    double[0].requires_grad_()
+    (oracle,) = torch.autograd.grad(PLAIN[name](*double).square().sum(), double[0])
+    torch.testing.assert_close(grad.double(), oracle, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        found = call(wanting, k, v, backend=backend)
+        assert found.is_inference()
+    torch.testing.assert_close(found.clone(), expected)
+    with torch.inference_mode():
+        inference = [x.clone() for x in (q, k, v)]
+    torch.testing.assert_close(call(*inference, backend=backend), expected)  # no gradient: nothing is saved
+    tried(6)
+
+
+@survives("inputs", "gradients wanted, not wanted, not allowed")
+@pytest.mark.parametrize("name", ["seg_attention", "attention_mass", "attention_energy"])
+@every_backend
+def test_inference_tensors_are_not_saved_for_a_gradient(name: str, backend: str) -> None:
+    q, k, v = tensors()
+    with torch.inference_mode():
+        key, value = k.clone(), v.clone()
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        FUNCTIONS[name](q.requires_grad_(), key, value, backend=backend)
+
+
+@survives("inputs", "autocast")
+@every_backend
+def test_autocast_casts_what_pytorchs_attention_casts(backend: str, tried: Tried) -> None:
+    q, k, v = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        if backend == "triton":
+            with pytest.raises(ValueError, match="wrong bfloat16 products"):
+                segkern.seg_attention(q, k, v, GRID, SIGMA, backend=backend)
+            return
+        found = segkern.seg_attention(q, k, v, GRID, SIGMA, backend=backend)
+        assert found.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        energy = segkern.attention_energy(q, k, GRID, SIGMA, backend=backend)
+        assert energy.dtype == torch.float32
+    cast = [x.bfloat16() for x in (q, k, v)]
+    assert torch.equal(found, segkern.seg_attention(*cast, GRID, SIGMA, backend=backend))
+    assert torch.equal(energy, segkern.attention_energy(*cast[:2], GRID, SIGMA, backend=backend))
+    tried(2)
+
+
+@slowly
+@survives("inputs", "transforms of torch.func")
+@every_function
+def test_transforms_are_right_on_pytorchs_path(name: str, tried: Tried) -> None:
+    call, plain, (q, k, v) = FUNCTIONS[name], PLAIN[name], tensors()
+    stacked = torch.randn(3, *SHAPE)
+    found = torch.vmap(lambda q: call(q, k, v))(stacked)
+    torch.testing.assert_close(found, torch.stack([call(q, k, v) for q in stacked]), rtol=1e-5, atol=1e-5)
+    for backend in ("auto", "torch"):
+        grad = torch.func.grad(lambda q: call(q, k, v, backend=backend).square().sum())  # noqa: B023
+        expected = torch.func.grad(lambda q: plain(q, k, v).square().sum())
+        torch.testing.assert_close(grad(q), expected(q), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.vmap(grad)(stacked[:2]), torch.stack(list(map(expected, stacked[:2]))),
+                                   rtol=1e-4, atol=1e-5)  # fmt: skip
+    tried(7)
+
+
+@pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
+@survives("inputs", "transforms of torch.func")
+@every_function
+def test_kernels_under_a_transform_are_refused_and_auto_takes_pytorch(name: str, tried: Tried) -> None:
+    from failure_tools import as_on_a_gpu
+
+    call, (q, k, v) = FUNCTIONS[name], tensors()
+    batched = torch.vmap(lambda q: call(q, k, v, backend="triton"))
+    for transform in (batched, torch.func.grad(lambda q: call(q, k, v, backend="triton").sum())):
+        with pytest.raises(ValueError, match=r"backend='triton' takes no part in torch\.func's transforms"):
+            transform(torch.stack([q, q]) if transform is batched else q)
+        tried()
+    half = [x.half() for x in (q, k, v)]
+    with as_on_a_gpu():
+        grad = torch.func.grad(lambda q: call(q, *half[1:]).float().square().sum())(half[0])
+    expected = torch.func.grad(lambda q: PLAIN[name](q, k, v).square().sum())(q)
+    assert (grad.float() - expected).norm() <= 2e-2 * expected.norm()
+    tried()
+
+
+@contextmanager
+def defaults(dtype: torch.dtype | None, device: str | None) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+
+@survives("inputs", "other default dtypes and devices")
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.float64, None), (torch.bfloat16, None), (None, "meta"), (torch.float64, "meta")]
+)
+@every_backend
+@every_function
+def test_defaults_do_not_matter(
+    name: str, backend: str, dtype: torch.dtype | None, device: str | None, tried: Tried
+) -> None:
+    """Nor do tables that were made under them."""
+    call, inputs = FUNCTIONS[name], tensors()
+    forget_tables()
+    expected = call(*inputs, backend=backend)
+    forget_tables()
+    with defaults(dtype, device):
+        found = call(*inputs, backend=backend)
+    assert torch.equal(found, expected)
+    assert found.dtype == expected.dtype
+    assert torch.equal(call(*inputs, backend=backend), expected)
+    tried(2)
+
+
+def forget_tables() -> None:
+    from segkern import coarse
+
+    tables: list[Any] = [blur.cached_blur_matrix, coarse.cached_sampling_matrix, coarse.cached_interpolation_matrix]
+    if triton_is_installed():
+        from segkern.kernels import _routes, _tables
+
+        tables += [_routes.attention_route, _tables.blur_tables, _tables.index_tensor]
+    for table in tables:
+        table.cache_clear()
+
+
+@survives("inputs", "numbers below the normal ones flushed to 0")
+@every_backend
+def test_flushed_numbers(backend: str, tried: Tried) -> None:
+    q, k, v = tensors()
+    assert torch.set_flush_denormal(True)
+    try:
+        for tiny in (5e-324, 1e-310, 1e-30):
+            found = segkern.seg_attention(q, k, v, GRID, (tiny, 0.8), backend=backend)
+            expected = reference.seg_attention(q, k, v, GRID, (0.0, 0.8))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            small = segkern.gaussian_blur(q * 1e-39, GRID, (tiny, 0.8), backend=backend)
+            assert small.isfinite().all()
+            tried(2)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+class Marked(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@survives("inputs", "subclasses of tensors")
+@every_backend
+@every_function
+def test_a_subclass_stays_one(name: str, backend: str, tried: Tried) -> None:
+    q, k, v = tensors()
+    found = FUNCTIONS[name](q.as_subclass(Marked), k, v, backend=backend)
+    assert type(found) is type(F.scaled_dot_product_attention(q.as_subclass(Marked), k, v)) is Marked
+    torch.testing.assert_close(found.as_subclass(torch.Tensor), FUNCTIONS[name](q, k, v, backend=backend))
+    tried()
+
+
+@survives("inputs", "tensors on different devices")
+@pytest.mark.parametrize("far", range(3))
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+def test_tensors_on_two_devices_are_refused(far: int, backend: str, tried: Tried) -> None:
+    inputs = tensors()
+    inputs[far] = inputs[far].to("meta")
+    for name in ("seg_attention", "coarse queries", *(("attention_mass", "attention_energy") if far < 2 else ())):
+        with pytest.raises(ValueError, match="must share a device, got"):
+            FUNCTIONS[name](*inputs, backend=backend)
+        tried()
+    with pytest.raises(ValueError, match="query's device"):
+        segkern.seg_attention(*tensors(), GRID, SIGMA, attn_mask=torch.ones(12, device="meta"), backend=backend)
+
+
+@survives("inputs", "graphs of any size")
+def test_one_graph_serves_many_sizes(tried: Tried) -> None:
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def step(image: torch.Tensor) -> torch.Tensor:
+        tokens = image.flatten(2).transpose(1, 2)[:, None]
+        grid = Grid(image.shape[2], image.shape[3])
+        return segkern.seg_attention(tokens, tokens, segkern.gaussian_blur(tokens, grid, 0.8), grid, 1.3)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
+    for height, width in ((3, 5), (4, 9), (8, 3), (7, 7), (2, 30)):
+        image = torch.randn(2, 8, height, width)
+        torch.testing.assert_close(compiled(image), step(image), rtol=1e-5, atol=1e-5)
+        tried()
+    assert len(graphs) == 1
