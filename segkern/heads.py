@@ -25,7 +25,7 @@ def by_head(
         sigmas: ``[batch][heads]``.
         mask: ``[1 or batch, 1 or heads, ...]``.
     """
-    columns = list(zip(*sigmas, strict=True))
+    columns = list(zip(*sigmas, strict=True)) or [(0.0,) * len(sigmas)]  # no heads at all are a run of none
     found = []
     for heads, sigma in runs(columns):
         options = {} if mask is None else {"attn_mask": mask if mask.shape[1] == 1 else mask[:, heads]}
