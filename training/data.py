@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from segkern.evaluation.shapes import PICTURE_SIZES, Scene, numbered
+from segkern.evaluation.shapes import PICTURE_SIZES, Scene, Thing, numbered
 from training.loop import save
 
 SEED = 20261123
@@ -55,7 +55,8 @@ def drawings(work: Path, count: int = COUNT) -> Drawings:
         work.mkdir(parents=True, exist_ok=True)
         stacked = {size: torch.stack(group) for size, group in pictures.items()}
         save({"pictures": stacked, "scenes": scenes}, path)
-    return Drawings(**torch.load(path, weights_only=False))
+    with torch.serialization.safe_globals([Scene, Thing]):
+        return Drawings(**torch.load(path, weights_only=True))
 
 
 def scaled(pictures: torch.Tensor) -> torch.Tensor:

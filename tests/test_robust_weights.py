@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing that is loaded can run code: no pickles, weights from safetensors alone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from reliability import survives
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("segkern", "integrations", "training", "benchmarks")
+PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def sources() -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def dangers(source: str) -> Iterator[str]:
+    """What could unpickle in a program's text."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+            yield from (f"imports {name}" for name in names if name.split(".")[0] in PICKLES)
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        options = {each.arg: ast.unparse(each.value) for each in node.keywords}
+        if called in ("torch.load", "torch.hub.load") and options.get("weights_only") != "True":
+            yield f"{called} without weights_only=True"
+        loads = called.endswith(".from_pretrained") and not called.partition(".")[0].endswith(("Tokenizer", "Config"))
+        if loads and options.get("use_safetensors") != "True":
+            yield f"{called} without use_safetensors=True"
+        if called in ("np.load", "numpy.load") and options.get("allow_pickle", "False") != "False":
+            yield f"{called} with allow_pickle"
+        if options.get("trust_remote_code", "False") != "False":
+            yield f"{called} with trust_remote_code"
+
+
+@survives("inputs", "weights that run code when they are unpickled")
+def test_no_source_unpickles(tried: Callable[..., None]) -> None:
+    files = sources()
+    assert len(files) > 100
+    for path in files:
+        found = list(dangers(path.read_text(encoding="utf-8")))
+        assert not found, f"{path.relative_to(ROOT)}: {found}"
+        tried()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "Pipeline.from_pretrained(x)",
+        "np.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(x, use_safetensors=True, trust_remote_code=True)",
+    ],
+)
+def test_each_danger_is_seen(source: str) -> None:
+    assert list(dangers(source))
+    assert not list(dangers("torch.load(p, weights_only=True); P.from_pretrained(x, use_safetensors=True)"))
