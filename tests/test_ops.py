@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from reliability import survives
 from torch._dynamo.testing import CompileCounter
 
 import segkern
@@ -126,6 +127,7 @@ def test_shapes_are_inferred_on_fake_tensors(backend: str) -> None:
     assert real.isfinite().all(), "tables made while tracing must not be kept"
 
 
+@survives("inputs", "gradients wanted, not wanted, not allowed")
 def test_inference_tensors_do_not_leak_into_training(backend: str, device: torch.device) -> None:
     grid = Grid(2, 7)  # tables of this grid are made in inference mode first
     x = torch.randn(1, 1, 14, 8, device=device)
@@ -137,6 +139,7 @@ def test_inference_tensors_do_not_leak_into_training(backend: str, device: torch
     assert y.grad.isfinite().all()
 
 
+@survives("inputs", "graphs of any size")
 def test_compiles_once_for_all_grids(backend: str, device: torch.device) -> None:
     frames = []
 
@@ -156,6 +159,7 @@ def test_compiles_once_for_all_grids(backend: str, device: torch.device) -> None
     assert len(frames) == 1, "sizes do not share what was compiled"
 
 
+@survives("inputs", "arguments that do not fit")
 @pytest.mark.parametrize("changes", [{"width": 60}, {"start": 20}, {"sigma": [1.0]}, {"height": 0}], ids=str)
 def test_operators_called_directly_check_their_arguments(backend: str, changes: dict, device: torch.device) -> None:
     x = torch.randn(2, 3, 30, 16, device=device)
@@ -166,6 +170,7 @@ def test_operators_called_directly_check_their_arguments(backend: str, changes: 
         torch.ops.segkern.seg_attention(x, x, x, None, *grid.values(), 0.25, "reflect", backend, False)
 
 
+@survives("inputs", "other default dtypes and devices")
 def test_tables_made_under_a_callers_mode_are_ordinary_tensors(backend: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -180,6 +185,7 @@ def test_tables_made_under_a_callers_mode_are_ordinary_tensors(backend: str) -> 
     assert found.isfinite().all()
 
 
+@survives("inputs", "transforms of torch.func")
 def test_forward_derivatives_are_right_or_refused(backend: str) -> None:
     x, direction = torch.randn(2, 1, 1, 14, 8).unbind()
     blur = lambda y: segkern.gaussian_blur(y, GRID, 1.5, backend=backend)  # noqa: E731
