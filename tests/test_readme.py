@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import energy, energy_page, host, performance, plots, results, trust  # noqa: E402
+from benchmarks import energy, energy_page, host, performance, plots, reliability, reliability_page, results, trust  # noqa: E402
 from benchmarks.readme import readme_with_tables, rendered  # noqa: E402
 
 
@@ -54,3 +54,10 @@ def test_the_energy_page_is_what_the_result_files_give() -> None:
         assert (ROOT / "docs" / picture).exists(), "run python -m benchmarks.readme"
     assert (energy.FOLDER / "picture.png").exists()
     assert energy.committed_run()["model"] == energy.committed()["model"]
+
+
+def test_the_reliability_page_is_what_the_result_files_give() -> None:
+    files = reliability.committed()
+    assert files, "no result file is committed"
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert page == reliability_page.page(files), "run python -m benchmarks.readme"

@@ -25,9 +25,9 @@ from segkern.kernels import _routes
 
 Tried = Callable[..., None]
 
-STEP = 2**31 + 64  # elements: more than 32 bits of either sign
-GRID, SIGMA = Grid(2, 3), (1.2, math.inf)
-SHAPE = (2, 2, 6, 16)
+STEP = 2**30 + 64  # elements: fits 32 bits, and twice as many do not
+GRID, SIGMA = Grid(2, 3), (0.0, math.inf, 1.2)
+SHAPE = (3, 3, 6, 16)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -80,7 +80,7 @@ def test_samples_and_heads_far_apart(dim: int, route: int, tried: Tried, monkeyp
 @pytest.mark.parametrize("dim", [0, pytest.param(1, marks=pytest.mark.robustness)], ids=["samples", "heads"])
 def test_masks_of_samples_and_heads_far_apart(dim: int, tried: Tried) -> None:
     q, k, v = (torch.randn(SHAPE, device=DEVICE).half() for _ in range(3))
-    mask = spread((2, 2, 6, 6), dim, STEP)
+    mask = spread((3, 3, 6, 6), dim, STEP)
     found = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask, backend="triton")
     dense = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask.contiguous(), backend="triton")
     assert torch.equal(found, dense)
