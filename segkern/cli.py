@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the console script ``segkern``: starts the commands, or says what to install for them."""
+"""Entry point of the console script ``segkern``: starts the commands, or says what to install for them.
+
+``segkern info --report`` works with nothing installed but the package: a report of a fault may be about just that.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,11 @@ def main() -> None:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRAS:
             raise
+        if sys.argv[1:] == ["info", "--report"]:
+            from segkern.diagnosis import report
+
+            print(report())
+            return
         print(f'segkern: {package} is not installed; pip install "segkern[cli]"', file=sys.stderr)
         sys.exit(2)
     app()

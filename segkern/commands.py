@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.table import Table
 
-from segkern import batches, loading
+from segkern import batches, diagnosis, loading
 from segkern.dispatch import choose_backend
 from segkern.drawing import Job, Specs, check_layers, describe, draw_all, label, report_table
 from segkern.energy_command import energy
@@ -32,15 +32,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Smoothed Energy Guidance for diffusion models.",
-)
-
-# Label, head dimension, of self-attention calls that occur in real models.
-CALLS = (
-    ("SDXL mid, 32x32 tokens, 20 heads", 64),
-    ("SDXL, 64x64 tokens, 10 heads", 64),
-    ("SD 1.5, 64x64 tokens, 8 heads", 40),
-    ("SD 1.5, 32x32 tokens, 8 heads", 80),
-    ("SD 1.5, 16x16 tokens, 8 heads", 160),
 )
 
 
@@ -208,8 +199,12 @@ def info(
     dtype: Annotated[str, typer.Option(help="With --shape: auto, fp32, fp16 or bf16.")] = "auto",
     device: Annotated[str, typer.Option(help="With --shape: auto, cpu, cuda, cuda:1 and so on.")] = "auto",
     arch: Annotated[str | None, typer.Option(help="With --shape: as if on sm_90, gfx942 and so on.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="All that a report of a fault needs, to be copied.")] = False,
 ) -> None:
     """Versions, devices, and which backend serves the attention of common models; or, with --shape, one of them."""
+    if report:
+        typer.echo(diagnosis.report())
+        return
     if shape is not None:
         with refusing():
             where = loading.find_device(device)
@@ -226,15 +221,11 @@ def info(
     versions.add_row("python", platform.python_version())
     for name in ("torch", "triton", "diffusers", "transformers"):
         versions.add_row(name, version_of(name))
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    devices = diagnosis.devices()
     served = Table("device", "call", "head dim", "dtype", "backend", "why", title="who serves seg_attention")
     for here in devices:
-        for layer, width in CALLS:
-            answers: dict[tuple[str, str], list[str]] = {}
-            for name, known in loading.DTYPES.items():
-                answers.setdefault(choose_backend(here, known, width), []).append(name)
-            for (backend, reason), names in answers.items():
-                served.add_row(str(here), layer, str(width), ", ".join(names), backend, reason)
+        for layer, width, dtypes, backend, reason in diagnosis.served(here):
+            served.add_row(str(here), layer, str(width), dtypes, backend, reason)
     console = wide(versions, served)
     console.print(versions)
     typer.echo(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads")
@@ -243,6 +234,7 @@ def info(
     console.print(served)
     if len(devices) == 1:
         typer.echo("There is no CUDA device here, so what one would use is not shown.")
+    typer.echo("segkern info --report prints all that a report of a fault needs, to be copied.")
 
 
 @app.command()
