@@ -1,11 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps the folder ``integrations/`` to the package ``segkern.integrations``; everything else is in pyproject.toml."""
+"""What pyproject.toml cannot say: ``integrations/`` is installed as ``segkern.integrations``, and the package index shows
+a README whose links to files of the repository, which lead nowhere there, are plain words.
+"""
+
+import re
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
+_ROOT = Path(__file__).parent
+_PICTURE = re.compile(r"^!\[[^\]]*\]\((?!https?:)[^)]*\)\n+", re.MULTILINE)
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|#)[^)]*\)")
+
 integrations = ["segkern.integrations", *(f"segkern.integrations.{name}" for name in find_packages("integrations"))]
+
+
+def description() -> str:
+    """The README without links and pictures that need the repository around it."""
+    return _LINK.sub(r"\1", _PICTURE.sub("", (_ROOT / "README.md").read_text(encoding="utf-8")))
+
 
 setup(
     packages=[*find_packages(include=["segkern", "segkern.*"]), *integrations],
     package_dir={"segkern.integrations": "integrations"},
+    long_description=description(),
+    long_description_content_type="text/markdown",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-_EXTRAS = ("typer", "rich", "PIL")
+_EXTRAS = {"typer": "typer", "rich": "rich", "PIL": "pillow"}  # what is imported, and its name for pip
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
 
             print(report())
             return
-        print(f'segkern: {package} is not installed; pip install "segkern[cli]"', file=sys.stderr)
+        print(f'segkern: {_EXTRAS[package]} is not installed; pip install "segkern[cli]"', file=sys.stderr)
         sys.exit(2)
     app()
 

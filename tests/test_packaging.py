@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import email
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 import segkern
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "outputs", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(
+    "__pycache__", ".git", ".venv", ".*_*", ".h*", "build", "dist", "outputs", "*.egg-info"
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +72,36 @@ def test_wheel_says_what_it_is_and_needs(installed: Path) -> None:
     assert metadata["Name"] == "segkern"
     assert metadata["Version"] == segkern.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    pythons = [line.rpartition(" ")[2] for line in metadata.get_all("Classifier", []) if ":: 3." in line]
+    assert pythons == ["3.10", "3.11", "3.12", "3.13"]
     always = [need for need in metadata.get_all("Requires-Dist", []) if "extra ==" not in need]
     assert len(always) == 1, always
     assert always[0].startswith("torch>=")
     assert "segkern = segkern.cli:main" in (info / "entry_points.txt").read_text(encoding="utf-8")
 
 
+def test_the_index_shows_a_readme_without_links_that_lead_nowhere_there(installed: Path) -> None:
+    (info,) = installed.glob("*.dist-info")
+    metadata = email.message_from_string((info / "METADATA").read_text(encoding="utf-8"))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    page, readme = metadata.get_payload(), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\((?!https?:)", readme), "the README has links to files"
+    assert not re.findall(r"\]\((?!https?:)", page)
+    assert re.findall(r"\]\(https?:[^)]*\)", page) == re.findall(r"\]\(https?:[^)]*\)", readme)
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        line for line in readme.splitlines() if line.startswith("#")
+    ]
+    assert "    make demo" in page
+    assert page.count("```") == readme.count("```")
+
+
 def test_source_archive_holds_what_testing_it_needs(distributions: Path) -> None:
     (archive,) = distributions.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
-    assert {"Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md"} <= names
+    assert {"Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
+    assert {"SECURITY.md", "RELEASING.md", ".github/ISSUE_TEMPLATE/bug.yml"} <= names
     assert {
         "tests/test_packaging.py",
         "training/denoiser.py",

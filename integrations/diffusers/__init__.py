@@ -12,6 +12,13 @@
 ``record_energy`` records the energy of a pipeline's self-attention; see :mod:`segkern.energy`.
 """
 
+from importlib.util import find_spec
+
+if find_spec("diffusers") is None:
+    raise ModuleNotFoundError(
+        'segkern.integrations.diffusers needs diffusers; pip install "segkern[diffusers]"', name="diffusers"
+    )
+
 from segkern.integrations.diffusers.energy import EnergyRecorder, LayerEnergy, record_energy
 from segkern.integrations.diffusers.guidance import Guidance, guide
 from segkern.integrations.diffusers.guiders import PAGGuider, SAGGuider, SEGGuider

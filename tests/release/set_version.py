@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put a version and a date into every file that names them: ``python tests/release/set_version.py 0.2.0``."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)((a|b|rc)\d+)?")
+# Where it stands: a pattern whose match is replaced, once, by the version and the day.
+PLACES = {
+    "segkern/version.py": (r'^__version__ = ".*"$', '__version__ = "{version}"'),
+    "CITATION.cff": (r"^version: .*\n(date-released: .*\n)?", "version: {version}\ndate-released: {day}\n"),
+    "CHANGELOG.md": (r"^## \S+ - unreleased$", "## {version} - {day}"),
+}
+
+
+def release(root: Path, version: str, day: datetime.date) -> None:
+    """Make the checkout in ``root`` the release of that version and day; nothing is written if a file does not fit.
+
+    Raises:
+        ValueError: for what is no version, or a file that does not name one where it should.
+    """
+    if not VERSION.fullmatch(version):
+        raise ValueError(f"{version!r} is no version; 0.2.0 and 0.2.0rc1 are")
+    texts = {}
+    for name, (pattern, replacement) in PLACES.items():
+        text = (root / name).read_text(encoding="utf-8")
+        text, count = re.subn(pattern, replacement.format(version=version, day=day), text, count=1, flags=re.MULTILINE)
+        if count == 0:
+            raise ValueError(f"{name} has no line that fits {pattern!r}; was this version released already?")
+        texts[name] = text
+    for name, text in texts.items():
+        (root / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("set_version.py takes one version, such as 0.2.0")
+    try:
+        release(ROOT, sys.argv[1], datetime.date.today())
+    except ValueError as error:
+        sys.exit(f"set_version.py: {error}")
