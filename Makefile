@@ -11,7 +11,7 @@ JOBS ?= auto
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-browser robustness docs lint format typecheck pytest compatibility benchmark evaluate train wheel clean
+.PHONY: help install demo test test-slow test-browser robustness docs lint format typecheck pytest compatibility benchmark evaluate train wheel extras release clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -80,6 +80,18 @@ train: $(INSTALLED) ## the bundled model again from nothing; well over an hour o
 wheel: $(INSTALLED) ## dist/*.whl and dist/*.tar.gz
 	rm -rf build/lib dist
 	$(BIN)/python -m build --no-isolation
+
+extras: wheel ## the wheel with each extra in an environment of its own; pip downloads what it has not cached
+	$(BIN)/python tests/release/extras.py --out build/extras.json
+
+release: $(INSTALLED) ## VERSION=1.2.3: version and date everywhere, dist/ built and checked; nothing is committed or sent
+	$(BIN)/python tests/release/set_version.py $(VERSION)
+	$(BIN)/python -m pytest -q tests/test_release.py tests/test_packaging.py
+	rm -rf build/lib dist build/twine
+	$(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/twine
+	build/twine/bin/python -m pip install --disable-pip-version-check --quiet twine
+	build/twine/bin/twine check --strict dist/*
 
 clean: ## everything that the targets above made
 	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

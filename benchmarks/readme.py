@@ -20,6 +20,8 @@ from benchmarks import (
     models_page,
     performance,
     plots,
+    releases,
+    releases_page,
     reliability,
     reliability_page,
     results,
@@ -137,6 +139,8 @@ def main() -> None:
     (docs / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
     (docs / "models.md").write_text(models_page.page(compatibility.committed()), encoding="utf-8")
     (docs / "reliability.md").write_text(reliability_page.page(reliability.committed()), encoding="utf-8")
+    tested = releases_page.page(releases.committed(), releases.committed_extras())
+    (docs / "releases.md").write_text(tested, encoding="utf-8")
     (docs / "energy.md").write_text(energy_page.page(energy.committed()), encoding="utf-8")
     energy_page.pictures(energy.committed_run(), energy.FOLDER / "picture.png", docs)
     if not EVALUATION.exists():

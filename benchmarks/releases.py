@@ -77,7 +77,8 @@ def run(python: Path, tests: str = "all", folder: Path | None = None, jobs: str 
     surroundings["PYTHONPATH"] = os.pathsep.join([*paths, str(_ROOT)])
     asked = subprocess.run([python, "-c", _ASK], cwd=_ROOT, env=surroundings, capture_output=True, text=True)
     if asked.returncode != 0:
-        raise ValueError(f"{str(python)!r} cannot import segkern and torch: {asked.stderr.strip().splitlines()[-1]}")
+        reason = asked.stderr.strip().rpartition("\n")[2] or f"exit code {asked.returncode}"
+        raise ValueError(f"{str(python)!r} cannot import segkern and torch: {reason}")
     environment = json.loads(asked.stdout)
     if not Path(environment.pop("segkern_file")).is_relative_to(_ROOT):
         raise ValueError(f"{str(python)!r} imports a segkern that is not this checkout's")
@@ -126,18 +127,36 @@ def outcomes(path: Path) -> dict[str, Any]:
 
 
 def committed() -> list[dict[str, Any]]:
-    """Every committed file, by Python, torch and triton.
+    """Every committed file of tests, by Python, torch and triton.
 
     Raises:
         ValueError: for a file of another schema.
     """
-    found = []
-    for path in FOLDER.glob("python-*.json"):
-        each = json.loads(path.read_text(encoding="utf-8"))
-        if each.get("schema") != SCHEMA:
-            raise ValueError(f"{str(path)!r} has schema {each.get('schema')!r}, and this reads {SCHEMA}")
-        found.append(each)
-    return sorted(found, key=lambda each: [_numbers(each["environment"][n]) for n in ("python", "torch", "triton")])
+    return sorted(
+        map(read, FOLDER.glob("python-*.json")),
+        key=lambda each: [_numbers(each["environment"][name]) for name in ("python", "torch", "triton")],
+    )
+
+
+def committed_extras() -> list[dict[str, Any]]:
+    """Every committed file of ``tests/release/extras.py``, by Python.
+
+    Raises:
+        ValueError: for a file of another schema.
+    """
+    return sorted(map(read, FOLDER.glob("extras-*.json")), key=lambda each: _numbers(each["environment"]["python"]))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of outcomes.
+
+    Raises:
+        ValueError: for a file of another schema.
+    """
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("schema") != SCHEMA:
+        raise ValueError(f"{str(path)!r} has schema {found.get('schema')!r}, and this reads {SCHEMA}")
+    return found
 
 
 def _numbers(version: str) -> tuple[int, ...]:

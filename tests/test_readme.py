@@ -11,7 +11,19 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import energy, energy_page, host, performance, plots, reliability, reliability_page, results, trust  # noqa: E402
+from benchmarks import (  # noqa: E402
+    energy,
+    energy_page,
+    host,
+    performance,
+    plots,
+    releases,
+    releases_page,
+    reliability,
+    reliability_page,
+    results,
+    trust,
+)
 from benchmarks.readme import readme_with_tables, rendered  # noqa: E402
 
 
@@ -61,3 +73,9 @@ def test_the_reliability_page_is_what_the_result_files_give() -> None:
     assert files, "no result file is committed"
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     assert page == reliability_page.page(files), "run python -m benchmarks.readme"
+
+
+def test_the_page_of_releases_is_what_the_result_files_give() -> None:
+    page = (ROOT / "docs" / "releases.md").read_text(encoding="utf-8")
+    wanted = releases_page.page(releases.committed(), releases.committed_extras())
+    assert page == wanted, "run python -m benchmarks.readme"
