@@ -324,7 +324,7 @@ def test_hub_names_are_recognised_without_asking_the_hub() -> None:
     assert find_device("auto").type in ("cpu", "cuda")
 
 
-@pytest.mark.parametrize("package", ["typer", "rich", "diffusers"])
+@pytest.mark.parametrize("package", ["typer", "rich", "PIL", "diffusers"])
 def test_missing_package_is_one_line(package: str) -> None:
     """In a process of its own, where the package cannot be found."""
     code = f"""
@@ -342,4 +342,5 @@ main()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr == f'segkern: {package} is not installed; pip install "segkern[cli]"\n'
+    told = {"PIL": "pillow"}.get(package, package)
+    assert result.stderr == f'segkern: {told} is not installed; pip install "segkern[cli]"\n'

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import email
+import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -108,6 +110,13 @@ def test_source_archive_holds_what_testing_it_needs(distributions: Path) -> None
         "integrations/__init__.py",
         "docs/evaluation.md",
     } <= names
+
+
+def test_the_adapter_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "segkern\[diffusers\]"') as raised:
+        runpy.run_path(str(ROOT / "integrations" / "diffusers" / "__init__.py"))
+    assert raised.value.name == "diffusers"
 
 
 @pytest.mark.parametrize(

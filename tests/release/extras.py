@@ -53,16 +53,17 @@ class Environments:
         else:
             self._run([self.python, "-m", "venv", here])
         if stage.without:
-            self.pip(stage, "uninstall", "--yes", stage.without)
+            self.pip(stage, "uninstall", "--quiet", "--yes", stage.without)
         else:
             extra = f"[{stage.extra}]" if stage.extra else ""
-            self.pip(stage, "install", "-c", ROOT / "constraints.txt", f"segkern{extra} @ {self.wheel.as_uri()}")
+            wanted = f"segkern{extra} @ {self.wheel.as_uri()}"
+            self.pip(stage, "install", "--quiet", "-c", ROOT / "constraints.txt", wanted)
             self.pip(stage, "check")
 
     def pip(self, stage: Stage, *arguments: object) -> str:
         """What pip prints in the environment of a stage."""
         python = self.folder / stage.name / "bin" / "python"
-        return self._run([python, "-m", "pip", "--quiet", *arguments]).stdout
+        return self._run([python, "-m", "pip", *arguments]).stdout
 
     def versions(self, stage: Stage) -> dict[str, str]:
         """Every package there and its version."""
