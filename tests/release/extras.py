@@ -57,7 +57,8 @@ class Environments:
         else:
             extra = f"[{stage.extra}]" if stage.extra else ""
             wanted = f"segkern{extra} @ {self.wheel.as_uri()}"
-            self.pip(stage, "install", "--quiet", "-c", ROOT / "constraints.txt", wanted)
+            # What is used is compiled when it is imported; all that lies there would take longer than the rest.
+            self.pip(stage, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", wanted)
             self.pip(stage, "check")
 
     def pip(self, stage: Stage, *arguments: object) -> str:
