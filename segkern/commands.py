@@ -219,7 +219,8 @@ def info(
     versions = Table("package", "version", title="versions")
     versions.add_row("segkern", __version__)
     versions.add_row("python", platform.python_version())
-    for name in ("torch", "triton", "diffusers", "transformers"):
+    versions.add_row("torch", torch.__version__)  # with its build, which the package index's metadata leave out
+    for name in ("triton", "diffusers", "transformers"):
         versions.add_row(name, version_of(name))
     devices = diagnosis.devices()
     served = Table("device", "call", "head dim", "dtype", "backend", "why", title="who serves seg_attention")

@@ -50,6 +50,13 @@ def test_it_names_versions_machine_and_backends() -> None:
     assert not [answers for answers in found.values() if any("not known" in answer for answer in answers)]
 
 
+def test_torch_is_named_with_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package index's CUDA build has no word of it in its metadata."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0+build")
+    assert told()["torch"][0].startswith("2.13.0+build, ")
+    assert "2.13.0+build" in done("info")
+
+
 def test_a_device_is_named_with_its_capability_memory_and_driver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ pipe.set_progress_bar_config(disable=True)
 words, pooled = torch.randn(2, 1, 5, 16), torch.randn(2, 1, 16)
 def draw():
     return pipe(prompt_embeds=words[:1].squeeze(0), negative_prompt_embeds=words[1:].squeeze(0),
-        pooled_prompt_embeds=pooled[0], negative_pooled_prompt_embeds=pooled[1], width=12, height=16,
+        pooled_prompt_embeds=pooled[0], negative_pooled_prompt_embeds=pooled[1], width=24, height=16,
         num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="latent").images
 plain = draw()
 with guide(pipe, SEG(scale=3.0, sigma=math.inf), PAG(scale=1.0)) as guidance:
