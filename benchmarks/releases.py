@@ -36,7 +36,9 @@ KERNELS = (
     "tests/test_diffusers_compile.py",
     "tests/test_benchmarks*.py",
 )
-SETS = {"all": ("tests",), "kernels": KERNELS}
+# Operators, gradients and torch.compile with both backends, and the kernels' choices: in a few minutes.
+OPERATORS = ("tests/test_ops.py", "tests/test_compile.py", "tests/test_kernel_choices.py", "tests/test_frames.py")
+SETS = {"all": ("tests",), "kernels": KERNELS, "operators": OPERATORS}
 _ROOT = Path(__file__).parents[1]
 # Asked of the interpreter that runs the tests; versions are those it imports, not what metadata lies about.
 _ASK = f"""
@@ -60,7 +62,7 @@ def run(python: Path, tests: str = "all", folder: Path | None = None, jobs: str 
 
     Args:
         python: an interpreter that has what ``segkern[all]`` needs.
-        tests: ``"all"`` or ``"kernels"``, what the kernels and the compiler can break.
+        tests: ``"all"``, ``"kernels"``, what kernels and the compiler can break, or ``"operators"``, a part of that.
         folder: with packages that go before the interpreter's own, by ``pip install --target``.
         jobs: processes, as pytest-xdist takes them.
 
@@ -167,7 +169,7 @@ def main(
     python: Annotated[
         Path, typer.Option(help="Interpreter with what segkern[all] needs; this one if not given.")
     ] = Path(sys.executable),
-    tests: Annotated[str, typer.Option(help="all, or kernels: what kernels and the compiler can break.")] = "all",
+    tests: Annotated[str, typer.Option(help="all, kernels or operators; see SETS in this file.")] = "all",
     folder: Annotated[
         Path | None, typer.Option(help="Packages that go before its own, by pip install --no-deps --target.")
     ] = None,

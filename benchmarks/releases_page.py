@@ -22,8 +22,8 @@ _TESTS = """\
 
 The unmarked tests of a commit, with the interpreter and packages of a row. There was no GPU: kernels ran in Triton's
 interpreter and were compiled for real targets without running there. A torch with `+cu` is the CUDA build of the
-package index, on the CPU. **kernels** in the column of tests means {kernels}; the others do not depend on
-torch's or Triton's compiler."""
+package index, on the CPU. In the column of tests, *kernels* means {kernels}: what kernels and the compiler can break;
+*operators* means {operators} alone."""
 
 _EXTRAS = """\
 ## Extras
@@ -39,7 +39,8 @@ def page(files: Sequence[Mapping[str, Any]], extras: Sequence[Mapping[str, Any]]
         files: of ``benchmarks.releases``, in their order.
         extras: of ``tests/release/extras.py``, by Python.
     """
-    parts = [_INTRODUCTION, _TESTS.format(kernels=", ".join(f"`{name}`" for name in SETS["kernels"]))]
+    sets = {name: ", ".join(f"`{pattern}`" for pattern in patterns) for name, patterns in SETS.items()}
+    parts = [_INTRODUCTION, _TESTS.format(**sets)]
     if files:
         headings = ("Python", "torch", "triton", "numpy", "diffusers", "transformers", "tests", "passed", "failed")
         parts.append(markdown((*headings, "skipped", "commit"), [_line(each) for each in files], "---"))
