@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pyproject.toml cannot say: ``integrations/`` is installed as ``segkern.integrations``, and the package index shows
-a README whose links to files of the repository, which lead nowhere there, are plain words.
+"""What pyproject.toml cannot say: ``integrations/`` is installed as ``segkern.integrations``, and the package index
+shows a README whose links to files of the repository, which lead nowhere there, are plain words.
 """
 
 import re
