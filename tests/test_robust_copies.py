@@ -173,7 +173,7 @@ SPECS = [
 
 
 @survives("pipelines", "a pickle of a guidance's description")
-@pytest.mark.parametrize("given", SPECS, ids=str)
+@pytest.mark.parametrize("given", SPECS, ids=[f"{type(each).__name__}-{i}" for i, each in enumerate(SPECS)])
 @pytest.mark.parametrize("way", [copy.copy, *WAYS.values()], ids=["copy.copy", *WAYS])
 def test_descriptions_of_guidances_are_pickled(given: Any, way: Callable[[Any], Any], tried: Tried) -> None:
     found = way(given)
