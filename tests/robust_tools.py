@@ -211,5 +211,6 @@ def check_scores(call: Call, backend: str) -> None:
     options = {"scale": call.scale, "boundary": call.boundary}
     energy = segkern.attention_energy(q, k, call.grid, sigma, backend=backend, **options)
     oracle = reference.attention_energy(q.double(), k.double(), call.grid, sigma, **options)
-    assert (energy.double() - oracle).abs().max() <= 8 * torch.finfo(q.dtype).eps * largest_logit(call)
+    few = 64 if q.dtype == torch.float64 else 8  # roundings; the oracle has its own
+    assert (energy.double() - oracle).abs().max() <= few * torch.finfo(q.dtype).eps * largest_logit(call)
     assert energy.dtype == mass.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
