@@ -78,10 +78,13 @@ class Environments:
         work.mkdir(parents=True, exist_ok=True)
         for name in use.files:
             self._lay_out(name, work)
-        # Scripts of a copied environment name the original's interpreter, so they are run by this one.
-        program = [use.program] if use.program else use.command[1:]
-        start = ["-c"] if use.program else [bin_ / use.command[0]]
-        ran = self._run([bin_ / "python", *start, *program], work, check=False, **use.environment)
+        if use.program:
+            command = [bin_ / "python", "-c", use.program]
+        else:  # scripts of a copied environment name the original's interpreter, so they are run by this one
+            script = bin_ / use.command[0]
+            is_script = script.exists() and script.read_bytes()[:2] == b"#!"
+            command = [*([bin_ / "python"] if is_script else []), script, *use.command[1:]]
+        ran = self._run(command, work, check=False, **use.environment)
         output = ran.stdout + ran.stderr
         words = " ".join(output.split())
         if ran.returncode != use.code:
