@@ -252,6 +252,20 @@ def test_stop_ends_a_run_and_the_next_is_the_same(visit: Visit) -> None:
     assert all(map(same, before, visit.draw()))
 
 
+def test_draw_pressed_twice_draws_once(visit: Visit) -> None:
+    visit.few_steps(20)
+    visit.page.evaluate(
+        """() => {
+            const draw = [...document.querySelectorAll("button")].find(each => each.innerText.trim() == "Draw")
+            draw.click()
+            draw.click()
+        }"""
+    )
+    visit.drawn()
+    visit.page.wait_for_timeout(1000)
+    assert re.fullmatch(r"Drawn in \d+\.\d s\.", visit.message().strip())
+
+
 def test_two_pages_get_their_own_pictures(visit: Visit, browser: Any, address: str) -> None:
     other = Visit(browser, address)
     for each, seed in ((visit, 1), (other, 2)):

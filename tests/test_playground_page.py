@@ -92,6 +92,15 @@ def test_a_refusal_changes_the_message_alone(playground: Any, changes: dict[str,
     assert not playground._runs
 
 
+def test_draw_pressed_again_before_the_run_ends_changes_nothing(playground: Any) -> None:
+    ticket, *_ = take(playground)
+    assert all(map(skipped, take(playground, seed=2)))
+    assert list(playground._runs) == [ticket]
+    assert "Drawn in" in shown(playground, list(playground._run(ticket))[-1])["message"]
+    assert not skipped(take(playground)[0])
+    playground._runs.clear()
+
+
 def test_two_pages_get_their_own_pictures(playground: Any) -> None:
     tickets = [take(playground, name, seed=seed)[0] for name, seed in (("one", 1), ("two", 2))]
     found = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,8 @@ class Playground:
     def __init__(self, models: Models, named: Named, folder: Path) -> None:
         self._models = models
         self._folder = folder
-        self._runs: dict[str, Run] = {}  # under way or waiting, by their tickets
+        self._runs: dict[str, Run] = {}  # under way or waiting, by their tickets; one of each page
+        self._taking = threading.Lock()
         self._done: deque[Path] = deque()  # folders of runs
         self._build(named)
 
@@ -111,8 +113,11 @@ class Playground:
             settings = read(Form(*values), described.outline, self._models.device, self._models.dtype)
         except (ValueError, OSError) as error:
             return [gr.skip(), refused(words(error)), gr.skip(), gr.skip()]
-        ticket = secrets.token_hex(8)
-        self._runs[ticket] = Run(named, settings, request.session_hash or "")
+        ticket, owner = secrets.token_hex(8), request.session_hash or ""
+        with self._taking:
+            if any(run.owner == owner for run in self._runs.values()):  # Draw was pressed twice
+                return [gr.skip()] * 4
+            self._runs[ticket] = Run(named, settings, owner)
         return [ticket, told("Waiting for its turn."), gr.update(interactive=False), gr.update(interactive=True)]
 
     def _run(self, ticket: str) -> Iterator[dict[Any, Any]]:
