@@ -96,7 +96,12 @@ def test_draw_pressed_again_before_the_run_ends_changes_nothing(playground: Any)
     ticket, *_ = take(playground)
     assert all(map(skipped, take(playground, seed=2)))
     assert list(playground._runs) == [ticket]
+    request = SimpleNamespace(session_hash="one")
+    assert [each["interactive"] for each in playground._buttons(request)] == [False, True]
     assert "Drawn in" in shown(playground, list(playground._run(ticket))[-1])["message"]
+    (again,) = playground._run(ticket)  # the page may send it twice
+    assert all(map(skipped, again.values()))
+    assert [each["interactive"] for each in playground._buttons(request)] == [True, False]
     assert not skipped(take(playground)[0])
     playground._runs.clear()
 

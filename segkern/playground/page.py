@@ -80,7 +80,7 @@ class Playground:
         )
         results = [at.message, *vars(shown).values()]
         ticket.change(self._run, ticket, results, show_progress="hidden", **_ONE_AT_A_TIME).then(
-            lambda: [gr.update(interactive=True), gr.update(interactive=False)], None, buttons, **_AT_ONCE
+            self._buttons, None, buttons, **_AT_ONCE
         )
         at.halt.click(self._stop, ticket, at.message, **_AT_ONCE)
         self.blocks.unload(self._leave)
@@ -115,15 +115,18 @@ class Playground:
             return [gr.skip(), refused(words(error)), gr.skip(), gr.skip()]
         ticket, owner = secrets.token_hex(8), request.session_hash or ""
         with self._taking:
-            if any(run.owner == owner for run in self._runs.values()):  # Draw was pressed twice
+            if self._busy(owner):  # Draw was pressed twice
                 return [gr.skip()] * 4
             self._runs[ticket] = Run(named, settings, owner)
         return [ticket, told("Waiting for its turn."), gr.update(interactive=False), gr.update(interactive=True)]
 
     def _run(self, ticket: str) -> Iterator[dict[Any, Any]]:
         """Its turn has come: tell every step, then show what was drawn."""
-        run = self._runs[ticket]
         message = self._controls.message
+        run = self._runs.get(ticket)
+        if run is None:  # done: after two presses of Draw the page sends a ticket twice
+            yield {message: gr.skip()}  # without anything gradio would empty the page
+            return
         news: SimpleQueue[tuple[int, int, str] | None] = SimpleQueue()
         with ThreadPoolExecutor(1, "segkern-draw") as pool:
             drawing = pool.submit(carry_out, run, self._models, self._folder, lambda *each: news.put(each))
@@ -165,6 +168,15 @@ class Playground:
             shown.maps: None if result.maps is None else str(result.maps),
             shown.snippet: result.snippet,
         }
+
+    def _busy(self, owner: str) -> bool:
+        """Whether a page has a run under way or waiting."""
+        return any(run.owner == owner for run in list(self._runs.values()))
+
+    def _buttons(self, request: gr.Request) -> list[Any]:
+        """Draw and Stop after a run."""
+        busy = self._busy(request.session_hash or "")
+        return [gr.update(interactive=not busy), gr.update(interactive=busy)]
 
     def _stop(self, ticket: str) -> Any:
         """Stop was pressed."""
