@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from segkern.loading import Outline
 
 _LARGEST_SEED = 2**32 - 1
+_MOST_STEPS = 1000  # the noise levels that models are trained with; the scheduler's tables grow with the number
 _SIZE = re.compile(r"\s*(-?\d+)\s*[x×*]\s*(-?\d+)\s*", re.IGNORECASE)
 # Words of the checks that the command line and Python share with the page, which has neither dashes nor functions.
 _FOR_PYTHON = "; list_layers(pipe) lists every layer"
@@ -97,7 +98,7 @@ def read(form: Form, outline: Outline, device: torch.device, dtype: torch.dtype)
     from segkern.integrations.diffusers.layers import list_layers, select_layers
 
     seed = _whole("seed", form.seed, 0, _LARGEST_SEED)
-    steps = _whole("steps", form.steps, 1)
+    steps = _whole("steps", form.steps, 1, _MOST_STEPS)
     width, height = _size(form.size)
     size = loading.image_size(outline, width, height)
     guidance_scale = _number("text guidance (CFG)", form.guidance_scale)
