@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +190,16 @@ def test_a_bad_model_leaves_the_old_one(playground: Any, tmp_path: Path) -> None
         assert words in message
         assert 'role="alert"' in message
         assert all(map(skipped, [named, *others]))
+
+
+def test_a_model_with_a_damaged_configuration_is_said(playground: Any, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(loading.DEMO, copied)
+    (copied / "vae" / "config.json").write_text("{}", encoding="utf-8")
+    named, message, *others = playground._load(str(copied), "")
+    assert "copied&#x27; cannot be loaded: KeyError" in message
+    assert "block_out_channels" in message
+    assert all(map(skipped, [named, *others]))
 
 
 def test_slider_and_field_follow_one_another() -> None:

@@ -200,6 +200,9 @@ class Playground:
             self._models.load(named)
         except (ValueError, OSError) as error:
             return [gr.skip(), refused(words(error)), gr.skip(), gr.skip(), gr.skip()]
+        except Exception as error:  # whatever diffusers meets in a configuration
+            said = f"{named.model!r} cannot be loaded: {type(error).__name__} {words(error)}"
+            return [gr.skip(), refused(said), gr.skip(), gr.skip(), gr.skip()]
         offered = [choices.named(size) for size in choices.sizes(described.outline)]
         examples = layout.example_prompts(described)
         return [
