@@ -20,10 +20,10 @@ kernels are compiled for."""
 _TESTS = """\
 ## Versions
 
-The unmarked tests of a commit, with the interpreter and packages of a row. There was no GPU: kernels ran in Triton's
-interpreter and were compiled for real targets without running there. A torch with `+cu` is the CUDA build of the
-package index, on the CPU. In the column of tests, *kernels* means {kernels}: what kernels and the compiler can break;
-*operators* means {operators} alone."""
+The unmarked tests of a commit, with the interpreter and packages of a row; a row says nothing of tests that it does not
+name. There was no GPU: kernels ran in Triton's interpreter. A torch with `+cu` is the CUDA build of the package index,
+on the CPU. In the column of tests, *all* are those that `make test` runs, *operators* {operators}, and *kernels*
+{kernels}."""
 
 _EXTRAS = """\
 ## Extras
