@@ -21,7 +21,12 @@ def is_plain(*tensors: torch.Tensor) -> bool:
 
 
 def is_unseen(*tensors: torch.Tensor | None) -> bool:
-    """Whether nobody follows a call: no gradient, no transform, no mode. Then the operator's own function is called."""
+    """Whether nobody follows a call: no gradient, no transform, no mode. Then the operator's own function is called.
+
+    Tensors without data are followed: of them the operator tells shapes, which its function would go through blocks for.
+    """
+    if any(x is not None and x.is_meta for x in tensors):
+        return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False
     return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
