@@ -11,7 +11,7 @@ JOBS ?= auto
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-browser robustness docs lint format typecheck pytest compatibility benchmark evaluate train wheel extras release clean
+.PHONY: help install demo ui test test-slow test-browser robustness docs lint format typecheck pytest compatibility benchmark evaluate train wheel extras release clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -26,6 +26,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 
 demo: $(INSTALLED) ## the bundled model with and without guidance; writes outputs/demo.png and outputs/demo-unconditional.png
 	$(BIN)/segkern demo --out outputs --overwrite
+
+ui: $(INSTALLED) ## the playground in the browser; Ctrl-C ends it
+	$(BIN)/segkern ui
 
 test: lint typecheck pytest ## all checks, and all tests but the slow ones
 

@@ -125,7 +125,7 @@ def test_two_pages_get_their_own_pictures(playground: Any) -> None:
 def test_everything_of_a_run_is_shown(playground: Any) -> None:
     last = shown(playground, list(playground._run(take(playground, energy=True, kinds=["SEG", "PAG"])[0]))[-1])
     assert last.keys() == {*vars(playground._shown), "message"}
-    assert last["guided"]["label"] == "With guidance: SEG sigma infinity + PAG 3"
+    assert last["guided"]["label"] == "With guidance: SEG + PAG"
     assert last["plain"]["value"] == last["plain_file"]["value"] != last["guided"]["value"]
     assert Path(last["maps"]).exists()
     assert "m0" in last["report"]
@@ -135,7 +135,7 @@ def test_everything_of_a_run_is_shown(playground: Any) -> None:
 
 def test_stop_and_a_closed_page_end_their_own_run_only(playground: Any) -> None:
     mine, other, closed = (take(playground, name)[0] for name in ("one", "two", "three"))
-    assert "Stopping" in playground._stop(mine)
+    assert "will not be drawn" in playground._stop(mine)
     playground._leave(SimpleNamespace(session_hash="three"))
     assert [playground._runs[ticket].stopping for ticket in (mine, other, closed)] == [True, False, True]
     for ticket, words in ((mine, "Stopped"), (other, "Drawn in"), (closed, "Stopped")):
@@ -146,11 +146,16 @@ def test_stop_and_a_closed_page_end_their_own_run_only(playground: Any) -> None:
 
 
 def test_a_page_closed_in_the_middle_frees_the_pipeline(playground: Any) -> None:
-    steps = playground._run(take(playground, steps=50)[0])
+    ticket = take(playground, steps=50)[0]
+    steps = playground._run(ticket)
     next(steps)
+    next(steps)
+    assert "Stopping after this step" in playground._stop(ticket)
     steps.close()
     assert not playground._runs
-    assert "Drawn in" in shown(playground, list(playground._run(take(playground)[0]))[-1])["message"]
+    last = shown(playground, list(playground._run(take(playground)[0]))[-1])
+    assert "Drawn in" in last["message"]
+    assert last["guided"]["label"] == "With guidance: SEG sigma infinity"
 
 
 def test_files_of_runs_long_past_are_removed(playground: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _LARGEST_SEED = 2**32 - 1
 _MOST_STEPS = 1000  # the noise levels that models are trained with; the scheduler's tables grow with the number
+_LARGEST = 16  # times the model's own number of pixels, so that a slip does not fill the machine's memory
 _SIZE = re.compile(r"\s*(-?\d+)\s*[x×*]\s*(-?\d+)\s*", re.IGNORECASE)
 # Words of the checks that the command line and Python share with the page, which has neither dashes nor functions.
 _FOR_PYTHON = "; list_layers(pipe) lists every layer"
@@ -101,6 +102,12 @@ def read(form: Form, outline: Outline, device: torch.device, dtype: torch.dtype)
     steps = _whole("steps", form.steps, 1, _MOST_STEPS)
     width, height = _size(form.size)
     size = loading.image_size(outline, width, height)
+    own_width, own_height = loading.image_size(outline, None, None)
+    if width * height > _LARGEST * own_width * own_height:
+        raise ValueError(
+            f"size {width} x {height} is more than {_LARGEST} times the model's own {own_width} x {own_height}; "
+            f"take a smaller one"
+        )
     guidance_scale = _number("text guidance (CFG)", form.guidance_scale)
     if not math.isfinite(guidance_scale):
         raise ValueError(f"text guidance (CFG) must be a finite number, got {_quoted(form.guidance_scale)}")
@@ -133,7 +140,10 @@ def words(error: BaseException) -> str:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value).strip()
+    text = "" if value is None else str(value).strip()
+    if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{text!r} holds half of a character, which is no text; type it anew")
+    return text
 
 
 def _quoted(value: Any) -> str:
@@ -142,9 +152,12 @@ def _quoted(value: Any) -> str:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(_text(value).replace("∞", "inf"))
+        number = float(_text(value).replace("∞", "inf"))
     except ValueError:
-        raise ValueError(f"{name} must be a number, got {_quoted(value)}") from None
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number, got {_quoted(value)}")
+    return number
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 
-from segkern.drawing import label
+from segkern.drawing import Specs, label
 from segkern.playground import choices, layout
 from segkern.playground.form import Form, read, words
 from segkern.playground.markup import STYLE, refused, table, told, under_way
@@ -156,7 +156,7 @@ class Playground:
         self._done.append(result.plain.parent)
         while len(self._done) > _KEPT_RUNS:  # gradio has copied what it serves
             shutil.rmtree(self._done.popleft())
-        name = f"With guidance: {' + '.join(map(_caption, specs))}"
+        name = f"With guidance: {_caption(specs)}"
         return {
             self._controls.message: message,
             shown.plain: gr.update(value=str(result.plain), elem_classes=enlarged),
@@ -184,7 +184,7 @@ class Playground:
         if run is None:
             return gr.skip()
         run.stop()
-        return told("Stopping after this step.")
+        return told("Stopping after this step." if run.begun else "It will not be drawn; its turn had not come.")
 
     def _leave(self, request: gr.Request) -> None:
         """A page was closed or loaded again: nobody waits for its runs."""
@@ -258,10 +258,12 @@ def _no_proxy() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _caption(spec: Any) -> str:
-    """A guidance in a few words, such as ``SEG sigma 4`` or ``PAG 3``."""
-    kind = type(spec).__name__
-    return f"{kind} {label((spec,)).removeprefix(kind).strip()}"
+def _caption(specs: Specs) -> str:
+    """One guidance in a few words, such as ``SEG sigma 4`` or ``PAG 3``, several by name: there is little room."""
+    kinds = [type(spec).__name__ for spec in specs]
+    if len(kinds) > 1:
+        return " + ".join(kinds)
+    return f"{kinds[0]} {label(specs).removeprefix(kinds[0]).strip()}"
 
 
 def _theme() -> Any:

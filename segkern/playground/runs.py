@@ -36,12 +36,14 @@ class Run:
         named: the model.
         settings: what to draw.
         owner: the page that asked.
+        begun: whether its turn has come.
     """
 
     def __init__(self, named: Named, settings: Settings, owner: str = "") -> None:
         self.named = named
         self.settings = settings
         self.owner = owner
+        self.begun = False
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -109,6 +111,7 @@ def carry_out(run: Run, models: Models, folder: Path, tell: Tell) -> Result:
 
     with models.lock:
         run.check()
+        run.begun = True
         begun = time.perf_counter()
         settings, pipe = run.settings, models.load(run.named)
         job, specs = settings.job, settings.specs

@@ -177,7 +177,10 @@ STAGES = (
     ),
     Stage(
         "ui",
-        (Use("gradio beside the commands", program="import gradio, matplotlib, segkern.commands; print('both')"),),
+        (
+            Use("the page of `segkern ui`", program="import segkern.playground.page, matplotlib; print('both')"),
+            Use("`segkern ui --help`", command=("segkern", "ui", "--help"), says=("--port",)),
+        ),
         base="cli",
         extra="ui",
     ),
