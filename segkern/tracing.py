@@ -23,7 +23,7 @@ def is_plain(*tensors: torch.Tensor) -> bool:
 def is_unseen(*tensors: torch.Tensor | None) -> bool:
     """Whether nobody follows a call: no gradient, no transform, no mode. Then the operator's own function is called.
 
-    Tensors without data are followed: of them the operator tells shapes, which its function would go through blocks for.
+    Tensors without data are seen: the operator tells shapes of results, where its function would go through blocks.
     """
     if any(x is not None and x.is_meta for x in tensors):
         return False
