@@ -39,6 +39,11 @@ _WORDS_OF_OTHERS = (
     "device-side assert",
     "launch timed out",
     "uncorrectable",
+    "invalid program counter",
+    "hardware stack error",
+    "address space",
+    "context is destroyed",
+    "unknown error",
     "captur",  # capturing, captured: a CUDA graph does not allow it now
 )
 

@@ -51,7 +51,8 @@ class Kept(Generic[P, T]):
 
     def _keep(self, key: Any, made: T) -> T:
         size = _size(made)
-        if len(self._found) >= self._most or self._bytes + size > MOST_BYTES:
+        # A graph that is being captured takes no waiting for the device.
+        if (len(self._found) >= self._most or self._bytes + size > MOST_BYTES) and not capturing():
             self._drop()
         self._bytes += size
         self._found[key] = made

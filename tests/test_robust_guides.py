@@ -270,24 +270,6 @@ def test_threads_with_pipelines_of_their_own(tried: Tried) -> None:
         guidance.remove()
 
 
-@survives("pipelines", "threads whose pipelines share a guided denoiser")
-@pytest.mark.parametrize("subject", every(SD1, QWEN))
-def test_threads_that_share_a_denoiser(subject: Subject, tried: Tried) -> None:
-    with left_as_it_was(subject, subject.seg(reuse=2)) as (pipe, _):
-        others = [subject.beside(pipe) for _ in range(2)]
-        guided, plain = subject.run(pipe), subject.run(others[0])
-        together = threading.Barrier(3)
-
-        def draw(index: int) -> list[torch.Tensor]:
-            together.wait(SECONDS)
-            return [subject.run([pipe, *others][index]) for _ in range(2)]
-
-        with ThreadPoolExecutor(3) as threads:
-            for index, found in enumerate(threads.map(draw, range(3), timeout=SECONDS)):
-                assert all(torch.equal(each, plain if index else guided) for each in found)
-                tried(len(found))
-
-
 @survives("pipelines", "guide while another thread runs the denoiser")
 def test_guide_while_another_thread_is_in_the_denoiser(tried: Tried) -> None:
     pipe = SD1.build()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,9 +22,6 @@ from segkern.integrations.diffusers.support import REPEATED
 class Degradations:
     """Those of a pipeline's guidances.
 
-    Attributes:
-        running: whether a second forward is under way, which is a plain one.
-
     Raises:
         ValueError: for a scheduler whose images cannot be noised again.
     """
@@ -32,9 +30,14 @@ class Degradations:
         self._pipe = pipe
         self._model = model
         self._specs = specs
-        self.running = False
+        self._within: int | None = None  # the thread whose second forward is under way
         if any(isinstance(spec, SAG) for spec in specs):
             check_scheduler(pipe.scheduler)
+
+    @property
+    def running(self) -> bool:
+        """Whether this thread is in a second forward, which is a plain one."""
+        return self._within == threading.get_ident()
 
     def difference(
         self,
@@ -68,12 +71,12 @@ class Degradations:
         prediction = scheduler.config.get("prediction_type", "epsilon")
         again = degrade(x, output, mask, at, prediction, (spec.sigma, spec.kernel_size))
         args, kwargs = arguments.put(*given, sample=again)
-        self.running = True
+        self._within = threading.get_ident()
         REPEATED.add(self._model)
         try:
             degraded = denoiser(*args, **kwargs)[0]
         finally:
-            self.running = False
+            self._within = None
             REPEATED.discard(self._model)
         compute = torch.promote_types(output.dtype, torch.float32)
         return output.to(compute) - degraded.to(compute), torch.stack([norms(again - x), norms(x)])

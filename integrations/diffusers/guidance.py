@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -116,7 +117,7 @@ class Guidance:
         )
 
     def __enter__(self) -> Guidance:
-        if not self._handles:
+        if not self._handles or self._leaving:
             raise RuntimeError("this guidance has been removed; call guide again")
         self._entered += 1
         return self
@@ -148,6 +149,7 @@ class Guidance:
             GUIDED.add(self._kind.model)
             self._acting.attach()  # says now what would not do
             self._acting.detach()
+            self._turns = Turns(self._denoiser)  # who is in it as the hooks come
             self._handles.append(self._denoiser.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
             after = Outer(self._after)
@@ -164,12 +166,12 @@ class Guidance:
         self._leaving = True
         if any(each._turns.inside() for each in (self, *self._others)):
             return
-        self._turns.begin()
-        try:
+        with ExitStack() as turns:
+            for each in (self, *self._others):
+                each._turns.begin()
+                turns.callback(each._turns.end)
             if self._installed and not self._owes():  # another thread's forward may have taken it off, or owe the rest
                 self._take_off(warn)
-        finally:
-            self._turns.end()
 
     def _owes(self) -> bool:
         """Whether a run that is under way has made one of two calls that belong together."""
@@ -178,7 +180,8 @@ class Guidance:
     def _take_off(self, warn: bool) -> None:
         self._installed = False
         for other in self._others:
-            other._remove(warn=False)
+            if other._installed:
+                other._take_off(warn=False)
         GUIDED.discard(self._kind.model)
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
@@ -225,11 +228,15 @@ class Guidance:
         if module is not self._denoiser or self._degradations.running:  # a copy is not guided
             return None
         self._turns.begin()
+        if not self._installed:  # taken off while this thread waited
+            self._turns.end()
+            return None
         self._forward = None
         caller = self._run.caller()
         self._part = "foreign" if caller is None else self._kind.part(caller, args, kwargs)
         if self._first_of_run._leaving and self._part not in ("foreign", "unconditional"):
             self._first_of_run._take_off(warn=True)  # the forward that it waited for did not come to its end
+            self._turns.end()  # no hook will
             return None
         if caller is None or self._part in ("other", "unconditional"):
             self._acting.detach()

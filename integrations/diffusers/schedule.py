@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
 from segkern.integrations.diffusers.branches import Batch
+from segkern.integrations.diffusers.stacks import Call, frames
 
 _PROPERTY = "do_classifier_free_guidance"
 _LOCAL_ANSWERS = ("apply_cfg", "do_true_cfg")  # of pipelines whose property, if there is one, does not know
@@ -49,6 +50,7 @@ class Run:
         self._pipe = pipe
         self._timesteps: torch.Tensor | None = None  # held, so that a new run's tensor cannot take its identity
         self._call = 0
+        self._method: Call | None = None  # of the pipeline, which called the denoiser last
         self.count = 0  # runs that have begun
 
     def caller(self) -> Mapping[str, Any] | None:
@@ -60,14 +62,19 @@ class Run:
         Returns:
             None when another pipeline, which shares the denoiser, is calling it.
         """
-        for pipe, known in _pipelines(sys._getframe(1)):
-            return known if pipe is self._pipe else None
+        self._method = None
+        for frame in frames(sys._getframe(1)):
+            names = frame.f_code.co_varnames
+            if names and names[0] == "self" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+                if frame.f_locals["self"] is not self._pipe:
+                    return None
+                self._method = Call(threading.get_ident(), id(frame))
+                return frame.f_locals
         return {}
 
     def is_under_way(self) -> bool:
-        """Whether any thread is in a method of the pipeline."""
-        stacks = sys._current_frames().values()
-        return any(pipe is self._pipe for frame in stacks for pipe, _ in _pipelines(frame))
+        """Whether the pipeline's method that called the denoiser last has not come to its end."""
+        return self._method is not None and self._method.is_under_way()
 
     def next_step(self) -> Step:
         """Where this call of the denoiser stands; counts the call.
@@ -138,15 +145,6 @@ class Run:
                 f"the denoiser of a guided pipeline was called outside a run of it: "
                 f"{type(self._pipe).__name__}.{name} is not known before the pipeline's first run"
             ) from error
-
-
-def _pipelines(frame: FrameType | None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
-    """Pipelines whose methods are on a call stack, the nearest first, and the local variables of those methods."""
-    while frame is not None:
-        names = frame.f_code.co_varnames
-        if names and names[0] == "self" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            yield frame.f_locals["self"], frame.f_locals
-        frame = frame.f_back
 
 
 def number(timestep: Any) -> float:

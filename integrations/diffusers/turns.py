@@ -5,18 +5,18 @@ Pipelines that share a denoiser may run in threads of their own. A guided forwar
 is over, so that one forward comes after the other, whoever asked for it.
 
 An interrupt (``KeyboardInterrupt``, anything that is no ``Exception``) ends a forward without a word to its hooks.
-Whether one is under way is therefore read from the call stack, which cannot be wrong.
+Whether one is under way is therefore read from the call stack.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from types import FrameType
 
 from torch import nn
 
-_CALL = nn.Module._call_impl.__code__
+from segkern.integrations.diffusers.stacks import Call, first_call, module_call, outermost_module_calls
+
 _SECONDS = 0.02  # until a turn is looked at again whose holder may have been interrupted
 
 
@@ -28,50 +28,41 @@ class Turns:
     """
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self._denoiser = denoiser
+        self._is_forward = module_call(denoiser)
         self._change = threading.Condition()
-        self._holder: int | None = None
-        # Threads that were in a forward before there was anybody to ask for a turn.
-        here = threading.get_ident()
-        self._earlier = {each for each, frame in sys._current_frames().items() if each != here and self._in(frame)}
+        self._holder: Call | None = None
+        # What was in a module, perhaps the denoiser, before there was anybody to ask for a turn.
+        self._earlier = outermost_module_calls()
 
     def begin(self) -> None:
         """Take the turn; wait while another thread has it."""
-        here = threading.get_ident()
+        frame = sys._getframe(1)
+        call = first_call(frame, self._is_forward) or Call(threading.get_ident(), id(frame))
         with self._change:
-            while self._others(here):
+            while self._others(call.thread):
                 self._change.wait(_SECONDS)
-            self._holder = here
+            self._holder = call
 
     def end(self) -> None:
         """Give it back; nothing happens where this thread has none."""
         with self._change:
-            if self._holder == threading.get_ident():
+            if self._holder is not None and self._holder.thread == threading.get_ident():
                 self._holder = None
                 self._change.notify_all()
 
     def inside(self) -> bool:
         """Whether this thread is in a forward of the denoiser."""
-        return self._in(sys._getframe(1))
+        return first_call(sys._getframe(1), self._is_forward) is not None
 
     def interrupted(self) -> bool:
         """Whether the last turn was never given back, and its forward is over."""
         with self._change:
-            return self._holder is not None and not self._in(sys._current_frames().get(self._holder))
+            return self._holder is not None and not self._holder.is_under_way()
 
     def _others(self, here: int) -> bool:
         """Whether another thread is in a forward."""
-        suspects = {each for each in (self._holder, *self._earlier) if each is not None and each != here}
-        if not suspects:
-            return False
-        frames = sys._current_frames()
-        found = {each for each in suspects if self._in(frames.get(each))}
-        self._earlier &= found
-        return bool(found)
-
-    def _in(self, frame: FrameType | None) -> bool:
-        while frame is not None:
-            if frame.f_code is _CALL and frame.f_locals.get("self") is self._denoiser:
-                return True
-            frame = frame.f_back
-        return False
+        if self._earlier:
+            self._earlier = [call for call in self._earlier if call.thread != here and call.is_under_way()]
+        holder = self._holder
+        held = holder is not None and holder.thread != here and holder.is_under_way()
+        return held or bool(self._earlier)
