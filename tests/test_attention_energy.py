@@ -108,7 +108,8 @@ def test_head_dimensions(dim: int, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tokens", "keys"), [(300, 9), (9, 300), (1, 1), (1, 400), (40, 1)], ids=str)
 def test_few_of_one_and_many_of_the_other(tokens: int, keys: int, backend: str) -> None:
-    check_energy((1, 1, tokens, 24), keys, None, 0.0, torch.float32, backend)
+    heads = 32 if tokens * keys == 1 else 1  # one number alone is compared with luck
+    check_energy((1, heads, tokens, 24), keys, None, 0.0, torch.float32, backend)
 
 
 @pytest.mark.skipif(not CUDA, reason="takes minutes in the interpreter")

@@ -199,6 +199,7 @@ def test_demo(tmp_path: Path) -> None:
     assert "exists" in refusal("demo", "--steps", "1", "--out", out)
 
 
+@pytest.mark.slow
 def test_demo_shows_the_committed_evaluation(tmp_path: Path) -> None:
     output = done("demo", "--steps", "1", "--out", tmp_path)
     found = report.read(DEMO / "evaluation.json")

@@ -218,7 +218,7 @@ def test_no_blur_and_the_mean_query_take_no_notice(sigma: float, tried: list[tup
     assert tried == []
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0], ids=["without_cfg", "cfg"])
+@pytest.mark.parametrize("guidance_scale", [pytest.param(1.0, marks=pytest.mark.slow), 5.0], ids=["without_cfg", "cfg"])
 def test_several_guidances_share_a_layer_each_with_rows_of_its_own(guidance_scale: float) -> None:
     pipe, latents = tiny_pipeline(), noise(*LARGE)
     arguments = {"latents": latents, "num_inference_steps": 4, "guidance_scale": guidance_scale}

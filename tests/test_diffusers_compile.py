@@ -106,6 +106,7 @@ def test_a_compiled_denoiser_is_guided_at_every_size() -> None:
     assert counter.frame_count < len(sizes), "sizes do not share what was compiled"
 
 
+@pytest.mark.slow
 def test_other_sigmas_and_scales_need_no_compilation() -> None:
     pipe, latents = smaller_pipeline(), noise()
     specs = [SEG(9.0, 2.0, "m0"), SEG(30.0, 2.0, "m0"), SEG(30.0, 0.7, "m0"), SEG(-20.0, 0.6, "m0")]
@@ -124,7 +125,8 @@ def test_other_sigmas_and_scales_need_no_compilation() -> None:
     assert relative(expected[2], expected[1]) > 1e-4, "the sigma would not be noticed"
 
 
-@pytest.mark.parametrize("sigma", [pytest.param(2.0, marks=pytest.mark.slow), math.inf], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
 def test_guidance_costs_one_compilation_besides_the_plain_one(sigma: float) -> None:
     pipe, latents, counter = smaller_pipeline(), noise(), CompileCounter()
     wrapped(pipe, counter)

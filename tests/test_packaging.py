@@ -119,6 +119,7 @@ def test_the_adapter_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) 
     assert raised.value.name == "diffusers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, absent",
     [

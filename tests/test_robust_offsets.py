@@ -156,6 +156,7 @@ def huge(size: tuple[Any, ...], dtype: torch.dtype | None) -> torch.Tensor:
     return _EMPTY(1, dtype=dtype).expand(tuple(shape))
 
 
+@pytest.mark.robustness
 @survives("inputs", "tensors of more than 2^31 elements")
 def test_shapes_of_huge_results(tried: Tried) -> None:
     """Operators tell the shapes of results without making them."""

@@ -214,7 +214,7 @@ def test_a_sigma_for_each_image_and_each_layer(name: str) -> None:
     ("name", "compilations", "compile_first"),
     [
         ("sd3", 1, True),
-        ("z-image", 1, False),
+        pytest.param("z-image", 1, False, marks=pytest.mark.slow),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in [("flux", 2, False), ("wan", 2, True)]),
     ],
 )
