@@ -17,6 +17,8 @@ import torch
 import typer
 
 from benchmarks import machine
+from benchmarks.outcomes import read as read_outcomes
+from benchmarks.refusals import refusing
 from benchmarks.results import RESULTS
 
 FOLDER = RESULTS / "releases"
@@ -155,10 +157,7 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file of another schema.
     """
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("schema") != SCHEMA:
-        raise ValueError(f"{str(path)!r} has schema {found.get('schema')!r}, and this reads {SCHEMA}")
-    return found
+    return read_outcomes(path, SCHEMA)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -176,11 +175,8 @@ def main(
     jobs: Annotated[str, typer.Option(help="Processes: a number or auto.")] = "1",
 ) -> None:
     """Run the tests with an interpreter and write what became of them; a failure is exit code 1."""
-    try:
+    with refusing():
         path, found = run(python, tests, folder, jobs)
-    except ValueError as error:
-        typer.echo(f"benchmarks.releases: {error}", err=True)
-        raise typer.Exit(2) from None
     typer.echo(", ".join(f"{count} {outcome}" for outcome, count in found["counts"].items()))
     typer.echo(f"wrote {path}")
     if found["failures"]:

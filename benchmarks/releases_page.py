@@ -22,7 +22,8 @@ _TESTS = """\
 
 The unmarked tests of a commit, with the interpreter and packages of a row; a row says nothing of tests that it does not
 name. There was no GPU: kernels ran in Triton's interpreter. A torch with `+cu` is the CUDA build of the package index,
-on the CPU. In the column of tests, *all* are those that `make test` runs, *operators* {operators}, and *kernels*
+on the CPU. A commit that this history does not have was rebased later. In the column of tests, *all* are those that
+`make test` runs, *operators* {operators}, and *kernels*
 {kernels}."""
 
 _EXTRAS = """\

@@ -21,8 +21,9 @@ the same tests, and so does CI.
 Each test puts one kind of fault, or many inputs, to the package: functions and kernels, guided pipelines, commands. An
 input is one call, or one run of a pipeline, whose result the test has checked. Results are held to the reference in
 float64 under the numerics contract (an error of at most twice that of plain PyTorch at the input's dtype, plus one unit
-of rounding; of random float32 inputs, a few roundings of the largest logit will do too), or must equal, bit for bit,
-those of a run without the fault; where an input cannot be served, the error must name what is wrong with it."""
+of rounding; of random inputs in float32 and float64, a few roundings of the largest logit will do too), or must equal,
+bit for bit, those of a run without the fault; where an input cannot be served, the error must name
+what is wrong with it."""
 
 _ON_A_CPU = """\
 Not tried there, for want of a CUDA device: kernels as compiled code (here they run in Triton's interpreter, and

@@ -20,6 +20,7 @@ import torch
 
 from segkern.dispatch import choose_backend
 from segkern.environment import commit, processor, version_of
+from segkern.loading import DTYPES
 from segkern.version import __version__
 
 PACKAGES = (
@@ -54,7 +55,6 @@ CALLS = (
     ("SD 1.5, 32x32 tokens, 8 heads", 80),
     ("SD 1.5, 16x16 tokens, 8 heads", 160),
 )
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NEED = re.compile(r"\s*([A-Za-z0-9._-]+)\s*(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*['\"]([\w-]+)['\"]")
 _FOR_LINUX = re.compile(r"platform_system\s*==\s*['\"]Linux['\"]")
 
@@ -74,7 +74,7 @@ def served(device: torch.device) -> Iterator[tuple[str, int, str, str, str]]:
     """Who serves real models' self-attention on a device: call, head dimension, dtypes, backend and why."""
     for layer, width in CALLS:
         answers: dict[tuple[str, str], list[str]] = {}
-        for name, dtype in _DTYPES.items():
+        for name, dtype in DTYPES.items():
             answers.setdefault(choose_backend(device, dtype, width), []).append(name)
         for (backend, reason), names in answers.items():
             yield layer, width, ", ".join(names), backend, reason

@@ -25,19 +25,19 @@ Width = Annotated[int | None, typer.Option(help="Pixels; the model's own width i
 Height = Annotated[int | None, typer.Option(help="Pixels; the model's own height if not given.")]
 
 
-def fail(message: object) -> NoReturn:
+def fail(message: object, program: str = "segkern") -> NoReturn:
     """End with exit code 2 and one line on standard error."""
-    typer.echo(f"segkern: {' '.join(str(message).split())}", err=True)
+    typer.echo(f"{program}: {' '.join(str(message).split())}", err=True)
     raise typer.Exit(2)
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
+def refusing(program: str = "segkern") -> Iterator[None]:
     """Turn what is wrong with a user's words and files into one line; only checks and loading stand in here."""
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(error)
+        fail(error, program)
 
 
 def need_diffusers(*others: str, extra: str = "cli") -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--compatibility")
-    if path is not None and not hasattr(config, "workerinput"):  # with xdist the process that starts the others writes
-        config.pluginmanager.register(Outcomes(Path(path)))
+    note(config, "--compatibility", Outcomes)
+
+
+def note(config: pytest.Config, option: str, kind: Callable[[Path], object]) -> None:
+    """Have outcomes noted, if the option names a file; with xdist the process that starts the others does."""
+    path = config.getoption(option)
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(kind(Path(path)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compatibility import reason_of, write
+from compatibility import note, reason_of, write
 
 AREAS = ("inputs", "devices and compilers", "pipelines", "interruptions", "long runs")
 SCHEMA = 1
@@ -103,9 +103,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--reliability")
-    if path is not None and not hasattr(config, "workerinput"):  # with xdist the process that starts the others writes
-        config.pluginmanager.register(Outcomes(Path(path)))
+    note(config, "--reliability", Outcomes)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -95,7 +95,7 @@ ALLOWED = {
     "batches": {"loading", "drawing", "pictures", "integrations"},
     "drawing": {"loading", "dispatch", "environment", "tables", "integrations"},
     "environment": set(),
-    "diagnosis": {"dispatch", "environment"},
+    "diagnosis": {"dispatch", "environment", "loading"},
     "explain": {"dispatch", "kernels"},
     "evaluation": {"evaluation", "loading", "environment", "options", "integrations"},
     "options": set(),

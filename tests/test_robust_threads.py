@@ -23,16 +23,7 @@ SECONDS = 60  # after which a thread that waits is taken to wait forever
 @survives("pipelines", "threads whose pipelines share a guided denoiser")
 @pytest.mark.parametrize("subject", every(SD1, QWEN))
 def test_threads_that_share_a_denoiser(subject: Subject, tried: Tried) -> None:
-    _draw_together(subject, subject.seg(reuse=2), tried)
-
-
-@survives("pipelines", "threads whose pipelines share a denoiser that runs twice in a step")
-def test_threads_beside_self_attention_guidance(tried: Tried) -> None:
-    _draw_together(SD1, SAG(), tried)
-
-
-def _draw_together(subject: Subject, spec: Any, tried: Tried) -> None:
-    with left_as_it_was(subject, spec) as (pipe, _):
+    with left_as_it_was(subject, subject.seg(reuse=2)) as (pipe, _):
         others = [subject.beside(pipe) for _ in range(2)]
         guided, plain = subject.run(pipe), subject.run(others[0])
         together = threading.Barrier(3)
@@ -45,6 +36,47 @@ def _draw_together(subject: Subject, spec: Any, tried: Tried) -> None:
             for index, found in enumerate(threads.map(draw, range(3), timeout=SECONDS)):
                 assert all(torch.equal(each, plain if index else guided) for each in found)
                 tried(len(found))
+
+
+@survives("pipelines", "another thread's forward during the second one of a step")
+def test_a_second_forward_lets_nobody_else_in(tried: Tried) -> None:
+    """Two threads that could only both be in the denoiser if one of them had taken no turn."""
+    with left_as_it_was(SD1, SAG()) as (pipe, guidance):
+        other = SD1.beside(pipe)
+        guided, plain = SD1.run(pipe), SD1.run(other)
+        again, entered, changed, passed = (threading.Event() for _ in range(4))
+        drawing: dict[str, int] = {}
+
+        def before(*_: Any) -> None:
+            here = threading.get_ident()
+            if here == drawing["guided"] and guidance._degradations.running and not again.is_set():
+                again.set()
+                entered.wait(0.5)  # the other one comes in now, if it may
+            elif here == drawing.get("plain") and not entered.is_set():
+                entered.set()
+                changed.wait(0.5)  # and is still in when the next step has changed the layers
+
+        def after(*_: Any) -> None:
+            if threading.get_ident() == drawing.get("plain"):
+                passed.set()
+            elif entered.is_set() and not guidance._degradations.running:
+                changed.set()
+                passed.wait(0.5)
+
+        def draw(name: str, one: Any) -> torch.Tensor:
+            drawing[name] = threading.get_ident()
+            assert name == "guided" or again.wait(SECONDS)
+            return SD1.run(one)
+
+        middle = pipe.unet.mid_block
+        handles = middle.register_forward_pre_hook(before), middle.register_forward_hook(after)
+        with ThreadPoolExecutor(2) as threads:
+            found = [threads.submit(draw, "guided", pipe), threads.submit(draw, "plain", other)]
+            assert torch.equal(found[0].result(SECONDS), guided)
+            assert torch.equal(found[1].result(SECONDS), plain)
+        for handle in handles:
+            handle.remove()
+    tried(2)
 
 
 @survives("pipelines", "a removal inside the second of two denoisers")

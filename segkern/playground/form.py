@@ -108,7 +108,7 @@ def read(form: Form, outline: Outline, device: torch.device, dtype: torch.dtype)
             f"size {width} x {height} is more than {_LARGEST} times the model's own {own_width} x {own_height}; "
             f"take a smaller one"
         )
-    guidance_scale = _number("text guidance (CFG)", form.guidance_scale)
+    guidance_scale = number("text guidance (CFG)", form.guidance_scale)
     if not math.isfinite(guidance_scale):
         raise ValueError(f"text guidance (CFG) must be a finite number, got {_quoted(form.guidance_scale)}")
     job = Job(_text(form.prompt), _text(form.negative_prompt), *size, seed, steps, guidance_scale)
@@ -118,10 +118,10 @@ def read(form: Form, outline: Outline, device: torch.device, dtype: torch.dtype)
         raise ValueError("choose at least one kind of guidance: SEG, PAG or SAG")
     names = names_of(",".join(kinds))
     given = {"seg": form.seg_scale, "pag": form.pag_scale, "sag": form.sag_scale}
-    scales = {name: _number(f"scale of {name.upper()}", given[name]) for name in names}
+    scales = {name: number(f"scale of {name.upper()}", given[name]) for name in names}
     chosen = _layers(form.layers) if {"seg", "pag"} & set(names) else []
-    blur = {"sigma": _number("sigma", form.sigma)} if "seg" in names else {}
-    common = {"start": _number("from", form.start), "stop": _number("until", form.stop)}
+    blur = {"sigma": number("sigma", form.sigma)} if "seg" in names else {}
+    common = {"start": number("from", form.start), "stop": number("until", form.stop)}
     specs = specs_of(names, scales_of(names, {**dict.fromkeys(given), **scales}), chosen, common, blur)
     check_layers(outline, specs, device, dtype)
     where = [*chosen, *(spec.layer for spec in specs if hasattr(spec, "layer"))]
@@ -150,22 +150,27 @@ def _quoted(value: Any) -> str:
     return repr(_text(value))
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """The number in a field, ``inf`` and ``∞`` among them.
+
+    Raises:
+        ValueError: for anything else, NaN included; the message quotes it.
+    """
     try:
-        number = float(_text(value).replace("∞", "inf"))
+        found = float(_text(value).replace("∞", "inf"))
     except ValueError:
-        number = math.nan
-    if math.isnan(number):
+        found = math.nan
+    if math.isnan(found):
         raise ValueError(f"{name} must be a number, got {_quoted(value)}")
-    return number
+    return found
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    number = _number(name, value)
-    if not (math.isfinite(number) and number.is_integer() and least <= number and (most is None or number <= most)):
+    found = number(name, value)
+    if not (math.isfinite(found) and found.is_integer() and least <= found and (most is None or found <= most)):
         limit = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {limit}, got {_quoted(value)}")
-    return int(number)
+    return int(found)
 
 
 def _size(value: Any) -> tuple[int, int]:

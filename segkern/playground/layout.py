@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,12 +11,13 @@ from typing import Any
 import gradio as gr
 
 from segkern.demo import PROMPTED
+from segkern.guidance_options import NAMES
 from segkern.playground import choices
-from segkern.playground.form import Form
+from segkern.playground.form import Form, number
 from segkern.playground.markup import told
 from segkern.playground.models import Described, Named
 
-KINDS = ("SEG", "PAG", "SAG")
+KINDS = tuple(name.upper() for name in NAMES)
 _FIRST = PROMPTED[1]  # the bundled model draws a star too few of it without guidance
 _HINT = "Press Draw: the same noise becomes a picture without and one with guidance."
 _ENERGY = (
@@ -243,10 +243,10 @@ def follow_slider() -> str:
 def follow_sigma(text: Any) -> Any:
     """The slider at the place of a sigma that was typed; where it was for anything else."""
     try:
-        sigma = float(str(text).replace("∞", "inf"))
+        sigma = number("sigma", text)
     except ValueError:
         return gr.skip()
-    return choices.position_of(sigma) if sigma > 0 and not math.isnan(sigma) else gr.skip()
+    return choices.position_of(sigma) if sigma > 0 else gr.skip()
 
 
 def shown_kinds(kinds: Sequence[str]) -> list[Any]:
