@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := segkern integrations training tests benchmarks setup.py
+SOURCES := segkern integrations studies tests benchmarks setup.py
 JOBS ?= auto
 # The oldest diffusers that is supported: the one that Python 3.10 is tested with.
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
@@ -78,18 +78,18 @@ evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU
 	$(BIN)/segkern evaluate
 
 train: $(INSTALLED) ## the bundled model again from nothing; well over an hour on a CPU
-	$(BIN)/python -m training
+	$(BIN)/python -m studies.training
 
 wheel: $(INSTALLED) ## dist/*.whl and dist/*.tar.gz
 	rm -rf build/lib dist
 	$(BIN)/python -m build --no-isolation
 
 extras: wheel ## the wheel with each extra in an environment of its own; pip downloads what it has not cached
-	$(BIN)/python tests/release/extras.py --out build/extras.json
+	$(BIN)/python tests/project/release/extras.py --out build/extras.json
 
 release: $(INSTALLED) ## VERSION=1.2.3: version and date everywhere, dist/ built and checked; nothing is committed or sent
-	$(BIN)/python tests/release/set_version.py $(VERSION)
-	$(BIN)/python -m pytest -q tests/test_release.py tests/test_packaging.py
+	$(BIN)/python tests/project/release/set_version.py $(VERSION)
+	$(BIN)/python -m pytest -q tests/project/test_release.py tests/project/test_packaging.py
 	rm -rf build/lib dist build/twine
 	$(BIN)/python -m build --no-isolation
 	$(PYTHON) -m venv build/twine
@@ -98,4 +98,4 @@ release: $(INSTALLED) ## VERSION=1.2.3: version and date everywhere, dist/ built
 
 clean: ## everything that the targets above made
 	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
-	find segkern integrations training tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find segkern integrations studies tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -22,9 +22,9 @@ from benchmarks.measure import measure, usual_rounds
 from benchmarks.proving import compatibility, reliability
 from benchmarks.refusals import fail, refusing
 from benchmarks.suites import STEP, SUITES, find_providers, find_suite, usual_cases, usual_dtypes
-from segkern.loading import DTYPES, find_device
-from segkern.options import listed
-from segkern.tables import wide
+from segkern.generation.loading import DTYPES, find_device
+from segkern.generation.options import listed
+from segkern.generation.tables import wide
 
 app = typer.Typer(
     no_args_is_help=True,

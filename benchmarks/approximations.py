@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.results import RESULTS
 from benchmarks.tables import markdown
-from segkern.environment import environment
-from segkern.evaluation import report
-from segkern.evaluation.judge import load_judge
-from segkern.evaluation.study import Setting, Study
-from segkern.loading import DEMO, find_model, load_pipeline
+from segkern.core.environment import environment
+from segkern.generation.loading import DEMO, find_model, load_pipeline
+from studies.evaluation import report
+from studies.evaluation.judge import load_judge
+from studies.evaluation.study import Setting, Study
 
 RESULT = RESULTS / "approximations" / "demo.json"
 SEEDS = (1, 2, 3)

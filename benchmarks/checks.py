@@ -12,7 +12,7 @@ import torch
 from benchmarks.cases import Case, Inputs
 from benchmarks.providers import Provider
 from segkern import Grid, reference
-from tests.contract import assert_contract, plain_attention, plain_blur, plain_mass
+from tests.core.contract import assert_contract, plain_attention, plain_blur, plain_mass
 
 _HEADS = 4
 _ROWS = 256

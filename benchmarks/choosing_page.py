@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.tables import markdown
-from segkern.evaluation import report
-from segkern.evaluation.study import Setting
+from studies.evaluation import report
+from studies.evaluation.study import Setting
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 

@@ -21,7 +21,7 @@ import typer
 
 from benchmarks.compiling import TARGETS, TYPES, Compiled, compile_kernel
 from benchmarks.faults import faults
-from segkern.environment import commit, processor
+from segkern.core.environment import commit, processor
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
 from segkern.kernels._routes import BEFORE, HERE, TOGETHER, blurs_together

@@ -30,7 +30,7 @@ def page(found: Mapping[str, Any]) -> str:
         "# What the compiled kernels use",
         f"Compiled ahead of time without a GPU: triton {made['triton']}, commit `{made['commit']}`, by `python -m "
         "benchmarks.compiled --save`. No kernel spills registers or uses local memory on any target, which "
-        "`tests/test_compile.py` holds them to on every run.",
+        "`tests/kernels/test_compile.py` holds them to on every run.",
         "The bound counts one pass of the loop over keys in the compiled code (`benchmarks/estimate.py`): products at "
         "the matrix units' data-sheet rate, exponentials, issued instructions, bytes from L2. It ranks tiles; it is no "
         "measurement, and nothing here has been timed on a GPU. Latencies, barriers and the blur are not in it. "

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from segkern import loading
-from segkern.demo import SQUARE, UNPROMPTED
-from segkern.drawing import Job, draw
+from segkern.generation import loading
+from segkern.generation.demo import SQUARE, UNPROMPTED
+from segkern.generation.drawing import Job, draw
+from segkern.generation.pictures import Row, Tile, contact_sheet
 from segkern.integrations.diffusers import SEG
-from segkern.pictures import Row, Tile, contact_sheet
 
 FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 STEPS = 20

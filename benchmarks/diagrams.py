@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from segkern.blur import blur_reach
-from segkern.coarse import points
+from segkern.core.coarse_queries import points
+from segkern.core.gaussian import blur_reach
 
 FOLDER = Path(__file__).parents[1] / "docs" / "diagrams"
 

@@ -18,12 +18,12 @@ import torch
 
 from benchmarks import machine
 from benchmarks.results import RESULTS
-from segkern import energy_report
-from segkern.drawing import Job, describe, draw
-from segkern.energy import OverSigma
-from segkern.energy_report import read
-from segkern.loading import find_model, load_pipeline, quiet_libraries
-from segkern.pictures import save
+from segkern.analysis import report
+from segkern.analysis.energy import OverSigma
+from segkern.analysis.report import read
+from segkern.generation.drawing import Job, describe, draw
+from segkern.generation.loading import find_model, load_pipeline, quiet_libraries
+from segkern.generation.pictures import save
 
 FOLDER = RESULTS / "energy"
 BOUNDARIES = ("reflect", "symmetric", "circular")
@@ -60,9 +60,9 @@ def measure(tell: Callable[[str], None] = lambda name: None, folder: Path = FOLD
         picture = draw(pipe, job, None).image
     details = describe(source, job, None, torch.float32)
     folder.mkdir(parents=True, exist_ok=True)
-    energy_report.write(folder / "energy.json", energy_report.summary(recorder, details, "reflect"))
+    report.write(folder / "energy.json", report.summary(recorder, details, "reflect"))
     save(picture, folder / "picture.png", details)
-    text = json.dumps(energy_report.in_words(found), indent=1, ensure_ascii=False)
+    text = json.dumps(report.in_words(found), indent=1, ensure_ascii=False)
     (folder / "statements.json").write_text(text + "\n", encoding="utf-8")
     return found
 
@@ -118,7 +118,7 @@ def _largest(values: torch.Tensor) -> list[float]:
 
 def committed() -> dict[str, Any]:
     """The committed counts."""
-    found = energy_report.in_numbers(json.loads((FOLDER / "statements.json").read_text(encoding="utf-8")))
+    found = report.in_numbers(json.loads((FOLDER / "statements.json").read_text(encoding="utf-8")))
     assert isinstance(found, dict)
     return found
 

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from benchmarks.tables import markdown
-from segkern import Grid, energy, energy_plots
-from segkern.blur import blur_matrix
-from segkern.curvature import log_determinant, log_diagonal
-from segkern.energy_report import named
+from segkern import Grid
+from segkern.analysis import energy, plots
+from segkern.analysis.curvature import log_determinant, log_diagonal
+from segkern.analysis.report import named
+from segkern.core.gaussian import blur_matrix
 
 PICTURES = ("energy-maps.png", "energy-over-sigma.png", "energy-over-steps.png")
 
@@ -51,7 +52,8 @@ _STATEMENTS = """\
 ## What the paper states, and what holds
 
 Each is tested on random and structured logits in float64, beside cases in which it fails
-([tests/test_theory.py](../tests/test_theory.py), [tests/test_theory_curvature.py](../tests/test_theory_curvature.py)).
+([tests/core/test_theory.py](../tests/core/test_theory.py),
+[tests/core/test_theory_curvature.py](../tests/core/test_theory_curvature.py)).
 A boundary **keeps the mean** when the columns of `B` add up to 1, as its rows always do: `symmetric` and `circular` do.
 The official `reflect` does not."""
 
@@ -272,7 +274,7 @@ def page(found: dict[str, Any]) -> str:
 def pictures(run: dict[str, Any], picture: Path, folder: Path) -> None:
     """Draw the committed run."""
     with Image.open(picture) as drawn:
-        (sheet,) = energy_plots.plot_maps(run, folder, drawn)
+        (sheet,) = plots.plot_maps(run, folder, drawn)
     sheet.replace(folder / PICTURES[0])
-    energy_plots.plot_over_sigma(run, folder / PICTURES[1])
-    energy_plots.plot_over_steps(run, folder / PICTURES[2])
+    plots.plot_over_sigma(run, folder / PICTURES[1])
+    plots.plot_over_steps(run, folder / PICTURES[2])

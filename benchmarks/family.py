@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from benchmarks.results import RESULTS
-from segkern.environment import environment
-from segkern.evaluation import report
-from segkern.evaluation.judge import load_judge
-from segkern.evaluation.study import MODES, Setting, Study, family
-from segkern.loading import find_model, load_pipeline
+from segkern.core.environment import environment
+from segkern.generation.loading import find_model, load_pipeline
+from studies.evaluation import report
+from studies.evaluation.judge import load_judge
+from studies.evaluation.study import MODES, Setting, Study, family
 
 RESULT = RESULTS / "family" / "demo.json"
 SEEDS = (1, 2, 3)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from segkern.environment import environment
+from segkern.core.environment import environment
 
 _ROOT = Path(__file__).parents[1]
 _CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")

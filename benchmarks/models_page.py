@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from benchmarks.tables import markdown
-from segkern.integrations.diffusers import architectures, support
+from segkern.integrations.diffusers.models import architectures
+from segkern.integrations.diffusers.runtime import support
 
 Cell = tuple[str, str, str, str]  # group, model, task, guidance
 _Files = Mapping[str, Mapping[str, Any]]  # by version, the oldest first

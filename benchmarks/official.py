@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from segkern import Grid
-from segkern.blur import gaussian_taps
+from segkern.core.gaussian import gaussian_taps
 
 
 def official_blur(image: torch.Tensor, grid: Grid, sigma: float) -> torch.Tensor:

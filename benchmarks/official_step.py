@@ -18,7 +18,7 @@ from benchmarks.official import official_blur
 from benchmarks.sdxl import Size
 from segkern import Grid
 from segkern.integrations.diffusers import list_layers
-from segkern.integrations.diffusers.layers import find_unet
+from segkern.integrations.diffusers.models.layers import find_unet
 
 
 class OfficialProcessor:

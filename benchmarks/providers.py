@@ -21,9 +21,9 @@ from benchmarks import work
 from benchmarks.cases import Case, Inputs
 from benchmarks.official import official_blur
 from benchmarks.work import Work
-from segkern.blur import blur_matrix
-from segkern.dispatch import why_not_triton
-from segkern.ops import fused_attention
+from segkern.core.dispatch import why_not_triton
+from segkern.core.gaussian import blur_matrix
+from segkern.ops.attention import fused_attention
 
 Call = Callable[[], torch.Tensor]
 Blur = Callable[[torch.Tensor], torch.Tensor]  # image tokens of the blurred samples [third, heads, tokens, dim]

@@ -30,8 +30,8 @@ from benchmarks import (
     trust,
 )
 from benchmarks.results import Result, Row
-from segkern.evaluation import report
-from segkern.evaluation.plots import plot
+from studies.evaluation import report
+from studies.evaluation.plots import plot
 
 ROOT = Path(__file__).parents[1]
 EVALUATION = ROOT / "segkern" / "checkpoints" / "demo" / "evaluation.json"

@@ -3,7 +3,7 @@
 
 from functools import partial
 
-from segkern import terminal
+from segkern.cli import terminal
 
 fail = partial(terminal.fail, program="benchmarks")
 refusing = partial(terminal.refusing, program="benchmarks")

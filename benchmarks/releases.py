@@ -26,20 +26,25 @@ SCHEMA = 1
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "transformers", "accelerate", "safetensors", "pillow", "gradio")
 # The tests that kernels, operators and the compiler can break; the others are about pipelines, commands and pages.
 KERNELS = (
-    "tests/test_kernels.py",
-    "tests/test_kernel_choices.py",
-    "tests/test_ops.py",
-    "tests/test_compile.py",
-    "tests/test_seg_attention.py",
+    "tests/kernels/test_kernels.py",
+    "tests/kernels/test_kernel_choices.py",
+    "tests/core/test_ops.py",
+    "tests/kernels/test_compile.py",
+    "tests/core/test_seg_attention.py",
     "tests/test_attention_*.py",
-    "tests/test_blur.py",
-    "tests/test_coarse.py",
-    "tests/test_frames.py",
-    "tests/test_diffusers_compile.py",
+    "tests/core/test_gaussian.py",
+    "tests/core/test_coarse_queries.py",
+    "tests/core/test_frames.py",
+    "tests/diffusers/test_compile.py",
     "tests/test_benchmarks*.py",
 )
 # Operators, gradients and torch.compile with both backends, and the kernels' choices: in a few minutes.
-OPERATORS = ("tests/test_ops.py", "tests/test_compile.py", "tests/test_kernel_choices.py", "tests/test_frames.py")
+OPERATORS = (
+    "tests/core/test_ops.py",
+    "tests/kernels/test_compile.py",
+    "tests/kernels/test_kernel_choices.py",
+    "tests/core/test_frames.py",
+)
 SETS = {"all": ("tests",), "kernels": KERNELS, "operators": OPERATORS}
 _ROOT = Path(__file__).parents[1]
 # Asked of the interpreter that runs the tests; versions are those it imports, not what metadata lies about.
@@ -143,7 +148,7 @@ def committed() -> list[dict[str, Any]]:
 
 
 def committed_extras() -> list[dict[str, Any]]:
-    """Every committed file of ``tests/release/extras.py``, by Python.
+    """Every committed file of ``tests/project/release/extras.py``, by Python.
 
     Raises:
         ValueError: for a file of another schema.

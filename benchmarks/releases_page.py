@@ -13,7 +13,7 @@ _INTRODUCTION = """\
 # Tested with
 
 `python -m benchmarks.readme` writes this page from `benchmarks/results/releases/`, which
-`python -m benchmarks.releases` and `tests/release/extras.py` write from what ran; no cell is typed by hand.
+`python -m benchmarks.releases` and `tests/project/release/extras.py` write from what ran; no cell is typed by hand.
 [docs/models.md](models.md) has models and versions of diffusers, [docs/compiled.md](compiled.md) the targets that
 kernels are compiled for."""
 
@@ -38,7 +38,7 @@ def page(files: Sequence[Mapping[str, Any]], extras: Sequence[Mapping[str, Any]]
 
     Args:
         files: of ``benchmarks.releases``, in their order.
-        extras: of ``tests/release/extras.py``, by Python.
+        extras: of ``tests/project/release/extras.py``, by Python.
     """
     sets = {name: ", ".join(f"`{pattern}`" for pattern in patterns) for name, patterns in SETS.items()}
     parts = [_INTRODUCTION, _TESTS.format(**sets)]

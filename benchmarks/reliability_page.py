@@ -27,7 +27,8 @@ what is wrong with it."""
 
 _ON_A_CPU = """\
 Not tried there, for want of a CUDA device: kernels as compiled code (here they run in Triton's interpreter, and
-`tests/test_compile.py` compiles them without running them), bfloat16 in the kernels, several CUDA streams at once, CUDA
+`tests/kernels/test_compile.py` compiles them without running them), bfloat16 in the kernels, several CUDA streams at
+once, CUDA
 graphs beside each other, and a device that is really out of memory; running out of memory and failures of Triton's
 compiler are put in by raising what PyTorch and Triton raise."""
 

@@ -28,7 +28,8 @@ A guided run has a time only if its latents are the official algorithm's, or for
 
 _COUNTED = """\
 On Stable Diffusion XL's own configuration at 1024 x 1024, one step of a guided run has so many times the floating-point
-operations of the plain one (`tests/test_flops.py` holds them to the bound: everything after the inputs of the first
+operations of the plain one (`tests/diffusers/test_flops.py` holds them to the bound: everything after the inputs of
+the first
 perturbed attention, and nothing before it):"""
 
 _NO_GPU = "**GPU: not measured.** No result file comes from a GPU."

@@ -29,8 +29,8 @@ from benchmarks.official_step import official_run
 from benchmarks.results import RESULTS
 from benchmarks.sdxl import REDUCED, SDXL, Size
 from benchmarks.timing import shuffled, spread
-from segkern import flops  # noqa: F401  the counter knows our operators by it
 from segkern.integrations.diffusers import PAG, SEG, guide
+from segkern.ops import flops  # noqa: F401  the counter knows our operators by it
 
 FOLDER = RESULTS / "step"
 GUIDANCE_SCALE = 5.0

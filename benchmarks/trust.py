@@ -2,7 +2,7 @@
 """What the estimate of coarse queries' error is worth: beside the true error, on drawn inputs and on a real model.
 
 ``python -m benchmarks trust`` writes ``benchmarks/results/coarse/estimate.json``. Drawn inputs are float32 on a 64 x 64
-grid, an equal number of every kind (``tests/drawn_inputs.py``), sigma from 4 to 16 tokens, spectra from white to
+grid, an equal number of every kind (``tests/core/drawn_inputs.py``), sigma from 4 to 16 tokens, spectra from white to
 1/f^2, logits of standard deviation 1 to 6. The model is the bundled one: every self-attention that its sampling runs,
 on grids of its own. True errors are of float64.
 """
@@ -23,8 +23,8 @@ import torch
 from benchmarks import machine
 from benchmarks.results import RESULTS
 from segkern import Grid, coarse_error, reference
-from segkern.loading import find_model, load_pipeline
-from tests.drawn_inputs import KINDS, inputs, uniform
+from segkern.generation.loading import find_model, load_pipeline
+from tests.core.drawn_inputs import KINDS, inputs, uniform
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,12 +66,13 @@ def drawn(count: int, grid: Grid = _GRID) -> Iterator[Layer]:
 
 def of_model(steps: int = _STEPS) -> Iterator[Layer]:
     """Every perturbed self-attention of the bundled model in one run for each sigma."""
-    from segkern.integrations.diffusers import SEG, guide, rows
+    from segkern.integrations.diffusers import SEG, guide
+    from segkern.integrations.diffusers.runtime import query_rows
 
     pipe = load_pipeline(find_model("demo"), torch.float32, torch.device("cpu"))
     pipe.set_progress_bar_config(disable=True)
     seen: list[Layer] = []
-    real = rows.seg_attention
+    real = query_rows.seg_attention
 
     def kept(*arguments: Any, **options: Any) -> Any:
         query, key, value, grid, sigmas = arguments
@@ -83,7 +84,7 @@ def of_model(steps: int = _STEPS) -> Iterator[Layer]:
 
     for sigma in _SIGMAS_OF_MODEL:
         with (
-            mock.patch.object(rows, "seg_attention", kept),
+            mock.patch.object(query_rows, "seg_attention", kept),
             guide(pipe, SEG(scale=3.0, sigma=sigma, layers=["down", "mid", "up"])),
         ):
             generator = torch.Generator().manual_seed(1)

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.cases import Case
-from segkern.blur import tap_count
-from segkern.coarse import coarse_grid
+from segkern.core.coarse_queries import coarse_grid
+from segkern.core.gaussian import tap_count
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ Importing this package imports neither Triton nor diffusers; kernels are loaded 
 diffusers adapter lives in :mod:`segkern.integrations.diffusers`.
 """
 
-from segkern import energy, reference
+from segkern import reference
+from segkern.analysis import energy
 from segkern.api import coarse_error, gaussian_blur, seg_attention
+from segkern.core import moved_modules
 from segkern.grid import Grid
 from segkern.masses import attention_energy, attention_mass
 from segkern.version import __version__
@@ -22,3 +24,5 @@ __all__ = [
     "reference",
     "seg_attention",
 ]
+
+moved_modules.install()

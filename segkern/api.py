@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from segkern import coarse_ops, ops, sdpa
-from segkern.arguments import check_grid, check_mask, check_qkv, check_tensor
-from segkern.blur import check_boundary, check_sigma, head_sigmas, is_by_head, runs
-from segkern.dispatch import check_backend, choose_backend
-from segkern.failures import FAILURES, give_up
-from segkern.frames import blur_frames
+from segkern.core.arguments import check_grid, check_mask, check_qkv, check_tensor
+from segkern.core.call_cache import Plan, forget_plans, plan_attention, takes_points
+from segkern.core.dispatch import check_backend, choose_backend
+from segkern.core.fallback import FAILURES, give_up
+from segkern.core.frames import blur_frames
+from segkern.core.gaussian import check_boundary, check_sigma, head_sigmas, is_by_head, runs
+from segkern.core.heads import by_head
+from segkern.core.tracing import autocast_inputs, differentiable_backend, is_plain, is_unseen
 from segkern.grid import Grid
-from segkern.heads import by_head
-from segkern.plans import Plan, forget_plans, plan_attention, takes_points
-from segkern.tracing import autocast_inputs, differentiable_backend, is_plain, is_unseen
+from segkern.ops import attention, coarse, torch_attention
 
 
 def gaussian_blur(
@@ -67,8 +67,8 @@ def gaussian_blur(
     check_backend(backend)
     backend = differentiable_backend(backend, x)
     if is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "torch":
-        return sdpa.gaussian_blur(x, grid, sigmas, boundary)
-    return ops.gaussian_blur(x, grid.height, grid.width, grid.start, sigmas, boundary, backend)
+        return torch_attention.gaussian_blur(x, grid, sigmas, boundary)
+    return attention.gaussian_blur(x, grid.height, grid.width, grid.start, sigmas, boundary, backend)
 
 
 def seg_attention(
@@ -110,7 +110,7 @@ def seg_attention(
             included: a blurred query changes slowly. It is an approximation whose error depends on the data: it
             grows with the stride over sigma, with the logits' swing, and where a small grid clamps the taps.
             Sampling and interpolation are products of small matrices in PyTorch on every backend; see
-            :mod:`segkern.coarse`.
+            :mod:`segkern.core.coarse_queries`.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason. Should
             a kernel fail to compile or to launch, ``"auto"`` warns once and takes PyTorch's path from then on.
         return_lse: also return the rows' log-sum-exp (natural logarithm); minus it is the row's energy.
@@ -218,7 +218,7 @@ def coarse_error(
     q, k, v = query.detach(), key.detach(), value.detach()
     mask = None if mask is None else mask.detach()
     where = (grid.height, grid.width, grid.start)
-    return coarse_ops.coarse_error(q, k, v, mask, *where, plan.sigmas, plan.scale, boundary, plan.stride, probes)
+    return coarse.coarse_error(q, k, v, mask, *where, plan.sigmas, plan.scale, boundary, plan.stride, probes)
 
 
 def _attention(
@@ -235,17 +235,17 @@ def _attention(
     if is_plain(query, key, value) and (mask is None or is_plain(mask)):
         arguments = (grid, plan.sigmas, plan.scale)
         if plan.backend == "torch":
-            return sdpa.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
+            return torch_attention.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
         if is_unseen(query, key, value, mask):
             try:
-                return ops.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
+                return attention.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
             except FAILURES as error:
                 give_up(error, plan.asked, "seg_attention", query)
             forget_plans()
-            return sdpa.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
+            return torch_attention.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
     where = (grid.height, grid.width, grid.start)
     backend = plan.asked if plan.backend == "triton" else plan.backend
-    output, lse = ops.seg_attention(
+    output, lse = attention.seg_attention(
         query, key, value, mask, *where, plan.sigmas, plan.scale, boundary, backend, return_lse
     )
     return output, lse if return_lse else None
@@ -271,7 +271,7 @@ def _attention_at(
     plan = plan_attention(query, key, value, grid, 0.0, scale, boundary, 1, backend, plain=False)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
     where = (grid.height, grid.width, grid.start)
-    return ops.seg_attention_at(query, key, value, mask, *where, sigma, plan.scale, boundary, plan.backend)
+    return attention.seg_attention_at(query, key, value, mask, *where, sigma, plan.scale, boundary, plan.backend)
 
 
 def _check_one_row(mask: torch.Tensor | None, stride: tuple[int, int]) -> None:
@@ -296,10 +296,10 @@ def _coarse_attention(
     stride = plan.stride
     _check_one_row(mask, stride)
     outputs, lses = [], []
-    for samples, coarse in runs([takes_points(sigma) for sigma in plan.sigmas]):
+    for samples, at_points in runs([takes_points(sigma) for sigma in plan.sigmas]):
         q, k, v, sigmas = query[samples], key[samples], value[samples], plan.sigmas[samples]
         m = mask[samples] if mask is not None and mask.shape[0] != 1 else mask
-        if coarse:
+        if at_points:
             q = coarse_queries(q, grid, sigmas, stride, boundary)
             unblurred = replace(plan, sigmas=(0.0,) * len(sigmas))
             output, lse = _attention(q, k, v, Grid(1, 1), unblurred, m, boundary, return_lse)
@@ -311,7 +311,9 @@ def _coarse_attention(
         lses.append(lse)
     if len(outputs) == 1:
         return outputs[0], lses[0]
-    return sdpa.join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None
+    return torch_attention.join(outputs, dim=0), torch.cat(
+        [lse for lse in lses if lse is not None]
+    ) if return_lse else None
 
 
 def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
@@ -324,14 +326,14 @@ def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary
 def coarse_queries(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], stride: tuple[int, int], boundary: str
 ) -> torch.Tensor:
-    """The blurred image at the points of its coarse grid; see :func:`segkern.sdpa.coarse_queries`."""
+    """The blurred image at the points of its coarse grid; see :func:`segkern.ops.torch_attention.coarse_queries`."""
     if is_plain(x):
-        return sdpa.coarse_queries(x, grid, sigmas, stride, boundary)
-    return coarse_ops.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
+        return torch_attention.coarse_queries(x, grid, sigmas, stride, boundary)
+    return coarse.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
 
 
 def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
-    """From the points of the coarse grid to all tokens; see :func:`segkern.sdpa.coarse_outputs`."""
+    """From the points of the coarse grid to all tokens; see :func:`segkern.ops.torch_attention.coarse_outputs`."""
     if is_plain(x):
-        return sdpa.coarse_outputs(x, grid, stride, boundary)
-    return coarse_ops.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
+        return torch_attention.coarse_outputs(x, grid, stride, boundary)
+    return coarse.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)

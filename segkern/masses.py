@@ -8,13 +8,13 @@ from collections.abc import Iterable
 
 import torch
 
-from segkern import mass_ops, scores
-from segkern.arguments import check_grid, check_qk, check_scale
-from segkern.blur import check_boundary, check_sigma
-from segkern.dispatch import check_backend, choose_backend
-from segkern.failures import FAILURES, give_up
+from segkern.core.arguments import check_grid, check_qk, check_scale
+from segkern.core.dispatch import check_backend, choose_backend
+from segkern.core.fallback import FAILURES, give_up
+from segkern.core.gaussian import check_boundary, check_sigma
+from segkern.core.tracing import autocast_inputs, differentiable_backend, is_plain, is_transformed, is_unseen
 from segkern.grid import Grid
-from segkern.tracing import autocast_inputs, differentiable_backend, is_plain, is_transformed, is_unseen
+from segkern.ops import masses, torch_masses
 
 
 def attention_mass(
@@ -50,15 +50,15 @@ def attention_mass(
     scale = _checked_scale(scale, query)
     chosen = _chosen(backend, "attention_mass", query, key)
     if chosen == "torch" and is_transformed(query, key):
-        return scores.composed_mass(query, key, scale)
+        return torch_masses.composed_mass(query, key, scale)
     if not (is_plain(query, key) and is_unseen(query, key)):
-        return mass_ops.attention_mass(query, key, scale, backend if chosen == "triton" else chosen)
+        return masses.attention_mass(query, key, scale, backend if chosen == "triton" else chosen)
     if chosen == "triton":
         try:
-            return mass_ops.fused_mass(query, key, scale)
+            return masses.fused_mass(query, key, scale)
         except FAILURES as error:
             give_up(error, backend, "attention_mass", query)
-    return scores.attention_mass(query, key, scale)
+    return torch_masses.attention_mass(query, key, scale)
 
 
 def attention_energy(
@@ -112,20 +112,20 @@ def attention_energy(
     scale = _checked_scale(scale, query)
     chosen = _chosen(backend, "attention_energy", query, key)
     if grid is None and query.shape[2] == 0:
-        return scores.composed_energy(query, key, Grid(1, 1), sigmas, scale, boundary)
+        return torch_masses.composed_energy(query, key, Grid(1, 1), sigmas, scale, boundary)
     grid = Grid(1, 1) if grid is None else grid
     if chosen == "torch" and is_transformed(query, key):
-        return scores.composed_energy(query, key, grid, sigmas, scale, boundary)
+        return torch_masses.composed_energy(query, key, grid, sigmas, scale, boundary)
     if not (is_plain(query, key) and is_unseen(query, key)):
         where = (grid.height, grid.width, grid.start)
         asked = backend if chosen == "triton" else chosen
-        return mass_ops.attention_energy(query, key, *where, sigmas, scale, boundary, asked)
+        return masses.attention_energy(query, key, *where, sigmas, scale, boundary, asked)
     if chosen == "triton":
         try:
-            return mass_ops.fused_energy(query, key, grid, sigmas, scale, boundary)
+            return masses.fused_energy(query, key, grid, sigmas, scale, boundary)
         except FAILURES as error:
             give_up(error, backend, "attention_energy", query)
-    return scores.attention_energy(query, key, grid, sigmas, scale, boundary)
+    return torch_masses.attention_energy(query, key, grid, sigmas, scale, boundary)
 
 
 def _checked_scale(scale: float | None, query: torch.Tensor) -> float:

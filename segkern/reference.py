@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from segkern.blur import blur_matrix, check_boundary, check_sigma, head_sigmas, is_by_head
-from segkern.coarse import check_query_stride, coarse_grid, interpolation_matrix, sampling_matrix
+from segkern.core.coarse_queries import check_query_stride, coarse_grid, interpolation_matrix, sampling_matrix
+from segkern.core.gaussian import blur_matrix, check_boundary, check_sigma, head_sigmas, is_by_head
 from segkern.grid import Grid
 
 

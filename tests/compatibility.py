@@ -125,7 +125,7 @@ class Outcomes:
         """Write them, with versions and commit."""
         import torch
 
-        from segkern.environment import environment, version_of
+        from segkern.core.environment import environment, version_of
 
         found = environment(torch.device("cpu"), "transformers", "accelerate")
         found = {key: value for key, value in found.items() if key not in ("device", "threads")}

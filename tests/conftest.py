@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import compatibility
 import pytest
-import reliability
 import torch
 from hypothesis import HealthCheck, settings
-from reliability import tried  # noqa: F401  a fixture
+
+from tests import compatibility, reliability
+from tests.reliability import tried  # noqa: F401  a fixture
 
 # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
 if not torch.cuda.is_available():

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compatibility import note, reason_of, write
+
+from tests.compatibility import note, reason_of, write
 
 AREAS = ("inputs", "devices and compilers", "pipelines", "interruptions", "long runs")
 SCHEMA = 1
@@ -86,7 +87,7 @@ class Outcomes:
         """Write them, with device, versions and commit."""
         import torch
 
-        from segkern.environment import environment
+        from segkern.core.environment import environment
 
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         packages = "triton", "numpy", "diffusers", "transformers", "hypothesis"

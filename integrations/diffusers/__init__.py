@@ -19,14 +19,14 @@ if find_spec("diffusers") is None:
         'segkern.integrations.diffusers needs diffusers; pip install "segkern[diffusers]"', name="diffusers"
     )
 
-from segkern.integrations.diffusers.energy import EnergyRecorder, LayerEnergy, record_energy
-from segkern.integrations.diffusers.guidance import Guidance, guide
-from segkern.integrations.diffusers.guiders import PAGGuider, SAGGuider, SEGGuider
-from segkern.integrations.diffusers.layers import LayerInfo, list_layers
+from segkern.integrations.diffusers.guiders.components import PAGGuider, SAGGuider, SEGGuider
+from segkern.integrations.diffusers.models.layers import LayerInfo, list_layers
 from segkern.integrations.diffusers.pipelines import StableDiffusionXLSEGPipeline
-from segkern.integrations.diffusers.processor import SEGAttnProcessor
-from segkern.integrations.diffusers.report import LayerReport, Report
-from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
+from segkern.integrations.diffusers.runtime.energy_recorder import EnergyRecorder, LayerEnergy, record_energy
+from segkern.integrations.diffusers.runtime.guidance import Guidance, guide
+from segkern.integrations.diffusers.runtime.processor import SEGAttnProcessor
+from segkern.integrations.diffusers.runtime.report import LayerReport, Report
+from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG, SEG
 
 __all__ = [
     "CFG",

@@ -10,8 +10,8 @@ from typing import Any
 
 from diffusers import StableDiffusionXLPipeline
 
-from segkern.integrations.diffusers.guidance import guide
-from segkern.integrations.diffusers.specs import SEG
+from segkern.integrations.diffusers.runtime.guidance import guide
+from segkern.integrations.diffusers.specs.guidances import SEG
 
 _LARGEST_FINITE_SIGMA = 9999.0  # the official implementation takes any larger sigma for infinity
 

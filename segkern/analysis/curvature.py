@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 import torch
 
-from segkern.blur import blur_matrix
+from segkern.analysis.logits import Over, blurred_image, checked
+from segkern.core.gaussian import blur_matrix
 from segkern.grid import Grid
-from segkern.logits import Over, blurred_image, checked
 
 EXACT_LIMIT = 1024  # side of the largest Hessian that is formed
 

@@ -30,8 +30,8 @@ for both cuts and exactly:
   vectors rise, on average, by less than minus the logarithm of that factor for each logit: not for peaked logits.
 - At any logits, and for any boundary, what falls is a bound on the curvature: :func:`largest_curvature`.
 
-``tests/test_theory.py`` and ``tests/test_theory_curvature.py`` test each of these, beside cases in which it fails
-without its assumption.
+``tests/core/test_theory.py`` and ``tests/core/test_theory_curvature.py`` test each of these, beside cases in which it
+fails without its assumption.
 
 Source: SEG, arXiv 2408.00760: Definition 2.1 (equation 5), section 3, appendices A and B.
 """
@@ -44,10 +44,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from segkern.blur import check_sigma
-from segkern.curvature import curvature_spectrum, largest_curvature, log_determinant, log_diagonal
+from segkern.analysis.curvature import curvature_spectrum, largest_curvature, log_determinant, log_diagonal
+from segkern.analysis.logits import Moments, Over, blurred_image, checked, logit_moments, row_lse
+from segkern.core.gaussian import check_sigma
 from segkern.grid import Grid
-from segkern.logits import Moments, Over, blurred_image, checked, logit_moments, row_lse
 
 __all__ = [
     "Moments",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkern.energy_report import chosen_steps, named
+from segkern.analysis.report import chosen_steps, named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def plot_maps(found: dict[str, Any], folder: Path, picture: Image | None = None)
     """Energy of each query over the grid: a row for each layer, with a scale of its own, a column for each chosen step.
 
     Args:
-        found: what :func:`segkern.energy_report.summary` made.
+        found: what :func:`segkern.analysis.report.summary` made.
         folder: where the sheets go.
         picture: what the run drew, shown on the left.
     """

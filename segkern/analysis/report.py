@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segkern.energy import OverSigma
+from segkern.analysis.energy import OverSigma
 
 if TYPE_CHECKING:
     from segkern.integrations.diffusers import EnergyRecorder, LayerEnergy

@@ -14,13 +14,13 @@ _EXTRAS = {"typer": "typer", "rich": "rich", "PIL": "pillow"}  # what is importe
 def main() -> None:
     """Run the command line."""
     try:
-        from segkern.commands import app
+        from segkern.cli.commands import app
     except ImportError as error:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRAS:
             raise
         if sys.argv[1:] == ["info", "--report"]:
-            from segkern.diagnosis import report
+            from segkern.cli.diagnosis import report
 
             print(report())
             return

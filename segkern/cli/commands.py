@@ -12,19 +12,20 @@ import torch
 import typer
 from rich.table import Table
 
-from segkern import batches, diagnosis, loading
-from segkern.dispatch import choose_backend
-from segkern.drawing import Job, Specs, check_layers, describe, draw_all, label, report_table
-from segkern.energy_command import energy
-from segkern.environment import version_of
-from segkern.explain import Call, explain
-from segkern.guidance_options import names_of, refuse_blur, scales_of, specs_of
-from segkern.layers_command import layers as list_model_layers
-from segkern.options import listed, size_of, stride
-from segkern.pictures import Row, Tile, check_target, contact_sheet, save
-from segkern.tables import wide
-from segkern.terminal import NUMBERS, SIGMAS, Config, Height, Model, Width, need_diffusers, refusing
-from segkern.ui_command import ui
+from segkern.cli import diagnosis
+from segkern.cli.energy import energy
+from segkern.cli.explain import Call, explain
+from segkern.cli.layers import layers as list_model_layers
+from segkern.cli.terminal import NUMBERS, SIGMAS, Config, Height, Model, Width, need_diffusers, refusing
+from segkern.cli.ui import ui
+from segkern.core.dispatch import choose_backend
+from segkern.core.environment import version_of
+from segkern.generation import loading, prompt_batches
+from segkern.generation.drawing import Job, Specs, check_layers, describe, draw_all, label, report_table
+from segkern.generation.guidance_options import names_of, refuse_blur, scales_of, specs_of
+from segkern.generation.options import listed, size_of, stride
+from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, save
+from segkern.generation.tables import wide
 from segkern.version import __version__
 
 app = typer.Typer(
@@ -109,7 +110,7 @@ def generate(
                 raise ValueError(f"--images {images} needs --prompts")
         elif compare:
             raise ValueError("--compare draws one prompt, so it does not go with --prompts")
-        lines = [] if prompts is None else batches.read_prompts(prompts)
+        lines = [] if prompts is None else prompt_batches.read_prompts(prompts)
         chosen = names_of(guidance)
         scales = scales_of(chosen, {"seg": scale, "pag": pag_scale, "sag": sag_scale})
         if "seg" not in chosen:
@@ -126,7 +127,7 @@ def generate(
             values = listed("--sigma", "inf" if sigma is None else sigma, float, NUMBERS)
         if len(values) > 1 and not compare:
             raise ValueError(f"--sigma takes one number, got {sigma!r}; several are for --compare --sigmas")
-        workers = batches.Workers(device, many=prompts is not None)
+        workers = prompt_batches.Workers(device, many=prompts is not None)
         where = workers.device
         kind = loading.find_dtype(dtype, where)
     need_diffusers()
@@ -152,9 +153,9 @@ def generate(
             return describe(source, one, specs, kind)
 
         with refusing():
-            wanted = batches.pieces(lines, job, images)
-            mine = workers.share(lambda: batches.missing(folder, wanted, settings, overwrite))
-        problems = batches.draw_missing(pipe, mine, specs, workers, folder, settings)
+            wanted = prompt_batches.pieces(lines, job, images)
+            mine = workers.share(lambda: prompt_batches.missing(folder, wanted, settings, overwrite))
+        problems = prompt_batches.draw_missing(pipe, mine, specs, workers, folder, settings)
         for problem in problems:
             typer.echo(f"warning: {problem}", err=True)
         return
@@ -246,7 +247,7 @@ def demo(
 ) -> None:
     """Draw two sheets with the bundled checkpoint, with prompts and without, by sigma; and say what was measured."""
     need_diffusers()
-    from segkern import demo as shown
+    from segkern.generation import demo as shown
     from segkern.integrations.diffusers import SEG, list_layers
 
     with refusing():
@@ -295,7 +296,7 @@ def evaluate(
 ) -> None:
     """Measure what guidance does to samples: fidelity, diversity, captions. What was cut off goes on."""
     need_diffusers("torchmetrics", "matplotlib", extra="evaluate")
-    from segkern.evaluation import command
+    from studies.evaluation import command
 
     with refusing():
         design = command.design(modes, scales, sigmas, cfg_scales, layers, seeds, selection_seeds)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from segkern.dispatch import choose_backend
-from segkern.environment import commit, processor, version_of
-from segkern.loading import DTYPES
+from segkern.core.dispatch import choose_backend
+from segkern.core.environment import commit, processor, version_of
+from segkern.generation.loading import DTYPES
 from segkern.version import __version__
 
 PACKAGES = (

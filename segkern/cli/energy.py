@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from segkern import energy_plots, energy_report, loading
-from segkern.blur import check_boundary
-from segkern.drawing import Job, calls_of, describe, draw_all
-from segkern.options import listed
-from segkern.pictures import check_target, save
-from segkern.tables import wide
-from segkern.terminal import NUMBERS, Config, Height, Model, Width, need_diffusers, refusing
+from segkern.analysis import plots, report
+from segkern.cli.terminal import NUMBERS, Config, Height, Model, Width, need_diffusers, refusing
+from segkern.core.gaussian import check_boundary
+from segkern.generation import loading
+from segkern.generation.drawing import Job, calls_of, describe, draw_all
+from segkern.generation.options import listed
+from segkern.generation.pictures import check_target, save
+from segkern.generation.tables import wide
 
 SIGMAS = "0.5,1,2,4,8,16,inf"
 _PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS = "picture.png", "energy.json", "over-sigma.png", "over-steps.png"
@@ -54,7 +55,7 @@ def energy(
         kind = loading.find_dtype(dtype, where)
     need_diffusers("matplotlib", extra="evaluate")
     from segkern.integrations.diffusers import list_layers, record_energy
-    from segkern.integrations.diffusers.layers import select_layers
+    from segkern.integrations.diffusers.models.layers import select_layers
 
     names = None if layers.strip() == "all" else [name.strip() for name in layers.split(",")]
     with refusing():
@@ -64,7 +65,7 @@ def energy(
         size = loading.image_size(outline, width, height)
         available = list_layers(outline)
         count = len(available if names is None else select_layers(available, names))
-        files = (_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS, *energy_plots.map_files(count))
+        files = (_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS, *plots.map_files(count))
         for name in files:
             if (out / name).exists() and not overwrite:
                 raise ValueError(f"{str(out / name)!r} exists; give --overwrite or another --out")
@@ -80,18 +81,18 @@ def energy(
         picture = draw_all(pipe, job, [()])[0].image
 
     details = describe(source, job, (), kind)
-    found = energy_report.summary(recorder, details, boundary)
+    found = report.summary(recorder, details, boundary)
     save(picture, out / _PICTURE, details)
-    energy_report.write(out / _JSON, found)
-    sheets = energy_plots.plot_maps(found, out, picture)
-    energy_plots.plot_over_sigma(found, out / _OVER_SIGMA)
-    energy_plots.plot_over_steps(found, out / _OVER_STEPS)
+    report.write(out / _JSON, found)
+    sheets = plots.plot_maps(found, out, picture)
+    plots.plot_over_sigma(found, out / _OVER_SIGMA)
+    plots.plot_over_steps(found, out / _OVER_STEPS)
 
-    shown = energy_report.chosen_steps(found)[-1]
-    blurred = [f"σ {name}" for name in energy_report.labels(found["sigmas"][1:])]
+    shown = report.chosen_steps(found)[-1]
+    blurred = [f"σ {name}" for name in report.labels(found["sigmas"][1:])]
     title = f"mean energy of a query in nats, step {shown}: without a blur, and how far each lifts it"
     table = Table("layer", "tokens", "energy", *blurred, title=title)
-    for row in energy_report.table_rows(found, shown):
+    for row in report.table_rows(found, shown):
         table.add_row(*row)
     wide(table).print(table)
     for path in (out / _PICTURE, out / _JSON, *sheets, out / _OVER_SIGMA, out / _OVER_STEPS):

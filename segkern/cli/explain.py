@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from segkern.blur import check_sigma, tap_count
-from segkern.coarse import check_query_stride, coarse_grid
-from segkern.dispatch import choose_backend, triton_is_installed
+from segkern.core.coarse_queries import check_query_stride, coarse_grid
+from segkern.core.dispatch import choose_backend, triton_is_installed
+from segkern.core.gaussian import check_sigma, tap_count
 from segkern.grid import Grid
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from segkern import loading, outlines
-from segkern.tables import percent, wide
-from segkern.terminal import Config, Height, Model, Width, need_diffusers, refusing
+from segkern.cli.terminal import Config, Height, Model, Width, need_diffusers, refusing
+from segkern.generation import loading, outlines
+from segkern.generation.tables import percent, wide
 
 
 def layers(
@@ -29,8 +29,8 @@ def layers(
     pipeline takes at most, or 77.
     """
     need_diffusers()
-    from segkern.integrations.diffusers.costs import flop_shares
-    from segkern.integrations.diffusers.layers import default_layers_of, list_layers, select_layers
+    from segkern.integrations.diffusers.models.costs import flop_shares
+    from segkern.integrations.diffusers.models.layers import default_layers_of, list_layers, select_layers
 
     with refusing():
         source = loading.find_model(model, config)

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from segkern import loading
+from segkern.generation import loading
 
 SIGMAS = "1,2,5,10,inf"
 NUMBERS = "numbers such as 4 or inf"

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from segkern import loading
-from segkern.terminal import Config, need_diffusers, refusing
+from segkern.cli.terminal import Config, need_diffusers, refusing
+from segkern.generation import loading
 
 
 def ui(

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from segkern.arguments import check_grid, check_qkv, check_scale
-from segkern.blur import check_boundary, check_sigma
-from segkern.coarse import check_query_stride, coarse_grid
-from segkern.dispatch import check_backend, choose_backend
+from segkern.core.arguments import check_grid, check_qkv, check_scale
+from segkern.core.coarse_queries import check_query_stride, coarse_grid
+from segkern.core.dispatch import check_backend, choose_backend
+from segkern.core.gaussian import check_boundary, check_sigma
 from segkern.grid import Grid
 
 _MOST_PLANS = 1024  # kept; a run has a few dozen

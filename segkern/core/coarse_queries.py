@@ -14,9 +14,9 @@ import math
 
 import torch
 
-from segkern.blur import blur_matrix, check_boundary, table_making
+from segkern.core.bounded_cache import kept
+from segkern.core.gaussian import blur_matrix, check_boundary, table_making
 from segkern.grid import Grid
-from segkern.keeping import kept
 
 
 def check_query_stride(query_stride: int | tuple[int, int]) -> tuple[int, int]:
@@ -109,7 +109,7 @@ def sampling_matrix(
 
     Args:
         length: tokens on the axis.
-        sigma: of the blur, in tokens, as in :func:`segkern.blur.blur_matrix`.
+        sigma: of the blur, in tokens, as in :func:`segkern.core.gaussian.blur_matrix`.
         count: of points, 1 to ``length``; with ``length`` it is the blur.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
         dtype: of the result; made in float64 and rounded once.

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from segkern.failures import in_words, why_failed
+from segkern.core.fallback import in_words, why_failed
 
 BACKENDS = ("auto", "triton", "torch")
 

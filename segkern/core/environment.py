@@ -44,7 +44,7 @@ def processor() -> str:
 
 def commit() -> str:
     """The commit of segkern's own checkout, marked where files differ from it; empty outside one."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""  # installed, perhaps below the checkout of something else
     ask = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

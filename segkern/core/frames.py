@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from segkern.blur import is_by_head
+from segkern.core.gaussian import is_by_head
 from segkern.grid import Grid
 
 

@@ -17,7 +17,7 @@ import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from segkern.keeping import kept
+from segkern.core.bounded_cache import kept
 
 T = TypeVar("T")
 Boundary = Literal["reflect", "symmetric", "circular"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from segkern.blur import runs
+from segkern.core.gaussian import runs
 
 
 def by_head(

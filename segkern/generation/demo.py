@@ -12,11 +12,11 @@ import torch
 import typer
 from rich.table import Table
 
-from segkern.drawing import Drawn, Job, Specs, describe, draw_all, label
-from segkern.evaluation import report
-from segkern.loading import DEMO, Source
-from segkern.pictures import Row, Tile, contact_sheet, difference, save
-from segkern.tables import percent, wide
+from segkern.generation.drawing import Drawn, Job, Specs, describe, draw_all, label
+from segkern.generation.loading import DEMO, Source
+from segkern.generation.pictures import Row, Tile, contact_sheet, difference, save
+from segkern.generation.tables import percent, wide
+from studies.evaluation import report
 
 if TYPE_CHECKING:
     pass

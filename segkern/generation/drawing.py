@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from segkern.dispatch import choose_backend
-from segkern.environment import version_of
-from segkern.loading import Outline, Source
-from segkern.tables import percent
+from segkern.core.dispatch import choose_backend
+from segkern.core.environment import version_of
+from segkern.generation.loading import Outline, Source
+from segkern.generation.tables import percent
 from segkern.version import __version__
 
 if TYPE_CHECKING:
     from segkern.integrations.diffusers import Report
-    from segkern.integrations.diffusers.spec import Spec
+    from segkern.integrations.diffusers.specs.base import Spec
 
 Specs = tuple["Spec", ...]  # of one picture; none is no guidance
 
@@ -75,8 +75,8 @@ def check_layers(outline: Outline, specs: Specs, device: torch.device, dtype: to
     Raises:
         ValueError: for unknown layers, and for a backend that cannot serve them.
     """
-    from segkern.integrations.diffusers.layers import list_layers, select_layers
-    from segkern.integrations.diffusers.spec import AttentionSpec
+    from segkern.integrations.diffusers.models.layers import list_layers, select_layers
+    from segkern.integrations.diffusers.specs.base import AttentionSpec
 
     for spec in specs:
         if isinstance(spec, AttentionSpec):

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from segkern.drawing import Specs
-from segkern.options import listed
+from segkern.generation.drawing import Specs
+from segkern.generation.options import listed
 
 NAMES = ("seg", "pag", "sag")
 _USUAL = {"seg": 3.0, "pag": 3.0, "sag": 0.75}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-DEMO = Path(__file__).parent / "checkpoints" / "demo"
+DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # What describes a single file when the user names nothing: the configuration of the model it was made from.

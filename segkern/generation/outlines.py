@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from segkern import loading
-from segkern.loading import Source
+from segkern.generation import loading
+from segkern.generation.loading import Source
 
 # Of pipelines that neither say a size nor have a model that does.
 _PIXELS = 1024
@@ -53,7 +53,7 @@ def image_size(pipe: Any, width: int | None, height: int | None) -> tuple[int, i
     """
     if getattr(pipe, "unet", None) is not None:
         return loading.image_size(pipe, width, height)
-    from segkern.integrations.diffusers.layers import pixels
+    from segkern.integrations.diffusers.models.layers import pixels
 
     latent, side = pixels(pipe)
     for name, value in (("width", width), ("height", height)):

@@ -23,8 +23,8 @@ import torch
 import typer
 from PIL import Image, UnidentifiedImageError
 
-from segkern import loading, pictures
-from segkern.drawing import Drawn, Job, Specs, draw_all
+from segkern.generation import loading, pictures
+from segkern.generation.drawing import Drawn, Job, Specs, draw_all
 
 if TYPE_CHECKING:
     from accelerate import PartialState

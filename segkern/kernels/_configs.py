@@ -2,8 +2,8 @@
 """Tile shapes per architecture, head dimension and dtype, and the precision of products.
 
 The tables below are safe defaults, chosen from compiled code: no spills, shared memory within the target's limit,
-matrix instructions that are not serialised, which ``tests/test_compile.py`` checks for every target. Where a device was
-measured, ``tuned.json`` beside this file has what was faster there; ``python -m benchmarks tune --install`` fills it.
+matrix instructions that are not serialised, which ``tests/kernels/test_compile.py`` checks for every target. Where a
+device was measured, ``tuned.json`` beside this file has what was faster there; ``python -m benchmarks tune --install`` fills it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
-from segkern.dispatch import interpreting
+from segkern.core.dispatch import interpreting
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from segkern.failures import KernelFailure, in_words, is_the_kernels
+from segkern.core.fallback import KernelFailure, in_words, is_the_kernels
 from segkern.kernels._configs import Options, Tile, dot_precision, split_head_dim
 
 _NOTHING = contextlib.nullcontext()

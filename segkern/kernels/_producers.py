@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from segkern.blur import table_making
+from segkern.core.gaussian import table_making
 from segkern.grid import Grid
 from segkern.kernels._blur_tiles import blur_block
 from segkern.kernels._configs import multiprocessors

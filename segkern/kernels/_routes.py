@@ -20,9 +20,9 @@ from functools import lru_cache
 
 import torch
 
-from segkern.blur import blur_reach
+from segkern.core.bounded_cache import kept
+from segkern.core.gaussian import blur_reach
 from segkern.grid import Grid
-from segkern.keeping import kept
 from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, measured, multiprocessors
 from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
 

@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import torch
 
-from segkern.blur import blur_matrix, blur_reach, table_making
-from segkern.keeping import kept
+from segkern.core.bounded_cache import kept
+from segkern.core.gaussian import blur_matrix, blur_reach, table_making
 
 PLAIN = -1  # the sample's queries are taken as they are
 OUTSIDE = -2  # only the sample's tokens outside the grid are wanted

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from segkern import sdpa
-from segkern.blur import check_sigma
-from segkern.dispatch import choose_backend
-from segkern.failures import FAILURES, give_up
+from segkern.core.dispatch import choose_backend
+from segkern.core.fallback import FAILURES, give_up
+from segkern.core.gaussian import check_sigma
 from segkern.grid import Grid
+from segkern.ops import torch_attention
 
 # Tables made inside an operator outlive it, which memory of a compiler's CUDA graph must not.
 TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -65,7 +65,7 @@ def gaussian_blur(
             return out
         except FAILURES as error:
             give_up(error, backend, "gaussian_blur", x)
-    return tokens_first(sdpa.gaussian_blur(x, grid, sigmas, boundary, adjoint))
+    return tokens_first(torch_attention.gaussian_blur(x, grid, sigmas, boundary, adjoint))
 
 
 @gaussian_blur.register_fake
@@ -118,7 +118,7 @@ def fused_attention(
 
         blurred = _empty_output(query, query.shape[3])
         launch_gaussian_blur(query, blurred, grid, sigmas, boundary)
-        out, _ = sdpa.attend(blurred, key, value, scale, None, False)
+        out, _ = torch_attention.attend(blurred, key, value, scale, None, False)
         return tokens_first(out), None
     out = _empty_output(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
@@ -166,7 +166,9 @@ def _attend(
             return out, query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse
         except FAILURES as error:
             give_up(error, backend, "seg_attention", query)
-    out, row_lse = sdpa.seg_attention(query, key, value, grid, sigmas, scale, attn_mask, boundary, return_lse)
+    out, row_lse = torch_attention.seg_attention(
+        query, key, value, grid, sigmas, scale, attn_mask, boundary, return_lse
+    )
     lse = query.new_empty(0, dtype=torch.float32) if row_lse is None else row_lse.contiguous()
     return tokens_first(out), lse
 
@@ -235,7 +237,9 @@ def seg_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and an additive mask (empty without one)."""
     grid, sigmas = checked(query, height, width, start, sigma)
-    return sdpa.seg_attention_backward(grad_out, grad_lse, query, key, value, attn_mask, grid, sigmas, scale, boundary)
+    return torch_attention.seg_attention_backward(
+        grad_out, grad_lse, query, key, value, attn_mask, grid, sigmas, scale, boundary
+    )
 
 
 @seg_attention_backward.register_fake

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from segkern import estimate, sdpa
-from segkern.blur import check_boundary, check_sigma
-from segkern.coarse import coarse_grid, point_count
+from segkern.core.coarse_queries import coarse_grid, point_count
+from segkern.core.gaussian import check_boundary, check_sigma
 from segkern.grid import Grid
-from segkern.ops import TAGS, checked, linear_context, tokens_first
+from segkern.ops import estimate, torch_attention
+from segkern.ops.attention import TAGS, checked, linear_context, tokens_first
 
 
 @torch.library.custom_op("segkern::coarse_queries", mutates_args=(), tags=TAGS)
@@ -26,11 +26,13 @@ def coarse_queries(
     boundary: str,
     adjoint: bool = False,
 ) -> torch.Tensor:
-    """See :func:`segkern.sdpa.coarse_queries`."""
+    """See :func:`segkern.ops.torch_attention.coarse_queries`."""
     check_boundary(boundary)
     grid, pair = Grid(height, width, start), (stride[0], stride[1])
     (coarse_grid(grid, pair, boundary) if adjoint else grid).check(x.shape[2])
-    return tokens_first(sdpa.coarse_queries(x, grid, check_sigma(sigma, x.shape[0]), pair, boundary, adjoint))
+    return tokens_first(
+        torch_attention.coarse_queries(x, grid, check_sigma(sigma, x.shape[0]), pair, boundary, adjoint)
+    )
 
 
 @coarse_queries.register_fake
@@ -61,11 +63,11 @@ def coarse_outputs(
     boundary: str,
     adjoint: bool = False,
 ) -> torch.Tensor:
-    """See :func:`segkern.sdpa.coarse_outputs`."""
+    """See :func:`segkern.ops.torch_attention.coarse_outputs`."""
     check_boundary(boundary)
     grid, pair = Grid(height, width, start), (stride[0], stride[1])
     (grid if adjoint else coarse_grid(grid, pair, boundary)).check(x.shape[2])
-    return tokens_first(sdpa.coarse_outputs(x, grid, pair, boundary, adjoint))
+    return tokens_first(torch_attention.coarse_outputs(x, grid, pair, boundary, adjoint))
 
 
 @coarse_outputs.register_fake

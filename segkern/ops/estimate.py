@@ -12,11 +12,11 @@ import math
 
 import torch
 
-from segkern import sdpa
-from segkern.blur import runs, table_making
-from segkern.coarse import coarse_grid, points
+from segkern.core.bounded_cache import kept
+from segkern.core.coarse_queries import coarse_grid, points
+from segkern.core.gaussian import runs, table_making
 from segkern.grid import Grid
-from segkern.keeping import kept
+from segkern.ops import torch_attention
 
 TRUSTED = 0.1  # from here on the points do not describe the output, and rows between them say nothing of the others
 
@@ -48,7 +48,7 @@ def coarse_error(
             kv = key[samples].to(compute), value[samples].to(compute)
             m = mask[samples] if mask is not None and mask.shape[0] != 1 else mask
             m = m if m is None or m.dtype == torch.bool else m.to(compute)
-            with sdpa.full_precision(query.device):
+            with torch_attention.full_precision(query.device):
                 errors[samples] = _estimate(q, *kv, image, sigmas[samples], scale, m, boundary, stride, probes)
     return errors
 
@@ -66,16 +66,16 @@ def _estimate(
     probes: int,
 ) -> torch.Tensor:
     """Of samples of finite sigma whose tokens are the grid: float32 ``[batch]``."""
-    at_points = sdpa.coarse_queries(query, grid, sigmas, stride, boundary)
-    output, _ = sdpa.attend(at_points, key, value, scale, mask, False)
-    output = sdpa.coarse_outputs(output, grid, stride, boundary)
+    at_points = torch_attention.coarse_queries(query, grid, sigmas, stride, boundary)
+    output, _ = torch_attention.attend(at_points, key, value, scale, mask, False)
+    output = torch_attention.coarse_outputs(output, grid, stride, boundary)
     halfway, elsewhere = (
         rows.expand(len(sigmas), -1) for rows in _spread_rows(grid, stride, boundary, probes, query.device)
     )
     steep = _steepest_rows(output, grid, stride, boundary, probes // 4)
     rows = torch.cat([halfway, elsewhere, steep], dim=1)
-    blurred = sdpa.gaussian_blur(query, grid, sigmas, boundary)
-    exact, _ = sdpa.attend(_take(blurred, rows), key, value, scale, mask, False)
+    blurred = torch_attention.gaussian_blur(query, grid, sigmas, boundary)
+    exact, _ = torch_attention.attend(_take(blurred, rows), key, value, scale, mask, False)
     squares = (_take(output, rows) - exact).square().mean(dim=(1, 3))  # [batch, rows]
     spread = halfway.shape[1] + elsewhere.shape[1]
     largest = torch.stack([_upper_mean(squares[:, :n]) for n in (halfway.shape[1], spread, rows.shape[1])]).amax(dim=0)

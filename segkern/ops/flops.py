@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from segkern import coarse_ops, mass_ops, ops  # noqa: F401  they are defined there
-from segkern.coarse import coarse_grid
+from segkern.core.coarse_queries import coarse_grid
 from segkern.grid import Grid
+from segkern.ops import attention, masses  # noqa: F401  their operators are defined there
+from segkern.ops import coarse as coarse_ops  # noqa: F401
 
 Shape = Sequence[int]
 

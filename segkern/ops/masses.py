@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from segkern import scores
-from segkern.blur import check_boundary
-from segkern.dispatch import choose_backend
-from segkern.failures import FAILURES, give_up
+from segkern.core.dispatch import choose_backend
+from segkern.core.fallback import FAILURES, give_up
+from segkern.core.gaussian import check_boundary
 from segkern.grid import Grid
-from segkern.ops import TAGS, checked
-from segkern.sdpa import compute_dtype
+from segkern.ops import torch_masses
+from segkern.ops.attention import TAGS, checked
+from segkern.ops.torch_attention import compute_dtype
 
 
 @torch.library.custom_op("segkern::attention_mass", mutates_args=(), tags=TAGS)
@@ -25,7 +25,7 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float, backend
             return fused_mass(query, key, scale)
         except FAILURES as error:
             give_up(error, backend, "attention_mass", query)
-    return scores.attention_mass(query, key, scale)
+    return torch_masses.attention_mass(query, key, scale)
 
 
 def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
@@ -47,7 +47,7 @@ def attention_mass_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of query and key."""
-    return scores.attention_mass_backward(grad, query, key, scale)
+    return torch_masses.attention_mass_backward(grad, query, key, scale)
 
 
 @attention_mass_backward.register_fake
@@ -75,7 +75,7 @@ def attention_energy(
             return fused_energy(query, key, grid, sigmas, scale, boundary)
         except FAILURES as error:
             give_up(error, backend, "attention_energy", query)
-    return scores.attention_energy(query, key, grid, sigmas, scale, boundary)
+    return torch_masses.attention_energy(query, key, grid, sigmas, scale, boundary)
 
 
 def fused_energy(
@@ -108,7 +108,7 @@ def attention_energy_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of query and key."""
     grid, sigmas = checked(query, height, width, start, sigma)
-    return scores.attention_energy_backward(grad, query, key, grid, sigmas, scale, boundary)
+    return torch_masses.attention_energy_backward(grad, query, key, grid, sigmas, scale, boundary)
 
 
 @attention_energy_backward.register_fake

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 
-from segkern.blur import cached_blur_matrix, runs
-from segkern.coarse import cached_interpolation_matrix, cached_sampling_matrix, coarse_grid
+from segkern.core.coarse_queries import cached_interpolation_matrix, cached_sampling_matrix, coarse_grid
+from segkern.core.gaussian import cached_blur_matrix, runs
 from segkern.grid import Grid
 
 _PLAIN, _BLURRED, _UNIFORM = range(3)

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import torch
 
-from segkern.blur import runs
+from segkern.core.gaussian import runs
 from segkern.grid import Grid
-from segkern.sdpa import compute_dtype, full_precision, gaussian_blur, grid_mean
+from segkern.ops.torch_attention import compute_dtype, full_precision, gaussian_blur, grid_mean
 
 # Rows of a block, and its logits of all heads, at most. A CPU is fastest where they fit its cache, but its threads wait
 # for each other after every operation on a block, which smaller ones would have more of; others fill a GPU.

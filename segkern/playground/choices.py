@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from segkern import loading
+from segkern.generation import loading
 
 # Width and height of the sizes that Stable Diffusion XL was trained for, of which its own is the first.
 _BUCKETS = (
@@ -97,7 +97,7 @@ def layers(outline: Any) -> list[tuple[str, str]]:
 
 def usual_layers(outline: Any) -> list[str]:
     """Where guidance acts unless somebody says otherwise: the middle as in the paper, all parts where there is none."""
-    from segkern.integrations.diffusers.names import PARTS
+    from segkern.integrations.diffusers.models.names import PARTS
 
     parts = [name for _, name in layers(outline) if name in PARTS]
     return ["mid"] if "mid" in parts else parts

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segkern import loading
-from segkern.drawing import Job, Specs, check_layers
-from segkern.guidance_options import names_of, scales_of, specs_of
+from segkern.generation import loading
+from segkern.generation.drawing import Job, Specs, check_layers
+from segkern.generation.guidance_options import names_of, scales_of, specs_of
 
 if TYPE_CHECKING:
-    from segkern.loading import Outline
+    from segkern.generation.loading import Outline
 
 _LARGEST_SEED = 2**32 - 1
 _MOST_STEPS = 1000  # the noise levels that models are trained with; the scheduler's tables grow with the number
@@ -96,7 +96,7 @@ def read(form: Form, outline: Outline, device: torch.device, dtype: torch.dtype)
     Raises:
         ValueError: for the first field that does not fit; the message quotes it.
     """
-    from segkern.integrations.diffusers.layers import list_layers, select_layers
+    from segkern.integrations.diffusers.models.layers import list_layers, select_layers
 
     seed = _whole("seed", form.seed, 0, _LARGEST_SEED)
     steps = _whole("steps", form.steps, 1, _MOST_STEPS)

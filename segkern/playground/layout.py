@@ -10,8 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from segkern.demo import PROMPTED
-from segkern.guidance_options import NAMES
+from segkern.generation.demo import PROMPTED
+from segkern.generation.guidance_options import NAMES
 from segkern.playground import choices
 from segkern.playground.form import Form, number
 from segkern.playground.markup import told

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from segkern import loading
-from segkern.loading import Outline, Source
+from segkern.generation import loading
+from segkern.generation.loading import Outline, Source
 
 KEPT = 2  # so that going back to the model before loads nothing
 

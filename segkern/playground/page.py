@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 
-from segkern.drawing import Specs, label
+from segkern.generation.drawing import Specs, label
 from segkern.playground import choices, layout
 from segkern.playground.form import Form, read, words
 from segkern.playground.markup import STYLE, refused, table, told, under_way

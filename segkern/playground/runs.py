@@ -13,9 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from segkern import energy_plots, energy_report
-from segkern.drawing import Drawn, calls_of, describe, draw, report_rows
-from segkern.pictures import save
+from segkern.analysis import plots, report
+from segkern.generation.drawing import Drawn, calls_of, describe, draw, report_rows
+from segkern.generation.pictures import save
 from segkern.playground.form import Settings
 from segkern.playground.models import Models, Named
 from segkern.playground.snippet import snippet
@@ -134,8 +134,8 @@ def carry_out(run: Run, models: Models, folder: Path, tell: Tell) -> Result:
         save(one.image, names[-1], describe(source, job, guidance, models.dtype))
     maps = None
     if recorder is not None:
-        found = energy_report.summary(recorder, describe(source, job, (), models.dtype), _BOUNDARY)
-        maps = _one_below_another(energy_plots.plot_maps(found, files, plain.image))
+        found = report.summary(recorder, describe(source, job, (), models.dtype), _BOUNDARY)
+        maps = _one_below_another(plots.plot_maps(found, files, plain.image))
     columns, rows, problems = report_rows([specs], [guided])
     return Result(
         plain=names[0],

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segkern.drawing import Job, Specs
-from segkern.loading import DEMO, Source
+from segkern.generation.drawing import Job, Specs
+from segkern.generation.loading import DEMO, Source
 
 if TYPE_CHECKING:
-    from segkern.integrations.diffusers.spec import Spec
+    from segkern.integrations.diffusers.specs.base import Spec
 
 _ALWAYS_TOLD = ("scale", "sigma", "layers", "layer")
 
@@ -31,7 +31,7 @@ def snippet(source: Source, job: Job, specs: Specs, dtype: torch.dtype, device: 
 
     Example:
         >>> from segkern.integrations.diffusers import SEG
-        >>> from segkern.loading import find_model
+        >>> from segkern.generation.loading import find_model
         >>> job = Job("a red ring", "", 64, 64, 1, 20, 3.0)
         >>> text = snippet(find_model("demo"), job, (SEG(),), torch.float32, torch.device("cpu"))
         >>> [line for line in text.splitlines() if "guide(" in line]
@@ -46,7 +46,7 @@ def snippet(source: Source, job: Job, specs: Specs, dtype: torch.dtype, device: 
         "import torch",
         "",
         f"from segkern.integrations.diffusers import {kinds}, guide",
-        "from segkern.loading import find_model, load_pipeline",
+        "from segkern.generation.loading import find_model, load_pipeline",
         "",
         f"pipe = {loaded}",
         *_with(guides),

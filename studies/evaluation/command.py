@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from segkern.environment import environment
-from segkern.evaluation import report
-from segkern.evaluation.judge import load_judge
-from segkern.evaluation.plots import plot
-from segkern.evaluation.run import Design, carry_out
-from segkern.evaluation.study import MODES, Study, check_images
-from segkern.loading import Source, load_pipeline, outline
-from segkern.options import listed
+from segkern.core.environment import environment
+from segkern.generation.loading import Source, load_pipeline, outline
+from segkern.generation.options import listed
+from studies.evaluation import report
+from studies.evaluation.judge import load_judge
+from studies.evaluation.plots import plot
+from studies.evaluation.run import Design, carry_out
+from studies.evaluation.study import MODES, Study, check_images
 
 
 def design(
@@ -74,7 +74,7 @@ def prepare(
         ValueError: for layers that the model lacks, and when ``out`` holds measurements of another model.
         OSError: when files are missing.
     """
-    from segkern.integrations.diffusers.layers import list_layers, select_layers
+    from segkern.integrations.diffusers.models.layers import list_layers, select_layers
 
     select_layers(list_layers(outline(source)), wanted.layers.split(","))
     check_images(images)

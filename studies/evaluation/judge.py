@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from segkern.evaluation.shapes import ATTRIBUTES
+from studies.evaluation.shapes import ATTRIBUTES
 
-WEIGHTS = Path(__file__).parents[1] / "checkpoints" / "judge" / "model.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "segkern" / "checkpoints" / "judge" / "model.safetensors"
 FEATURES = 64
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from segkern.evaluation.judge import FEATURES, Judge
-from segkern.evaluation.shapes import ATTRIBUTES, Scene
+from studies.evaluation.judge import FEATURES, Judge
+from studies.evaluation.shapes import ATTRIBUTES, Scene
 
 NEIGHBOURS = 3
 KERNEL_SUBSETS = 20

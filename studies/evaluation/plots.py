@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkern.evaluation.report import describe, is_papers, modes, setting_of
-from segkern.evaluation.study import Setting
+from studies.evaluation.report import describe, is_papers, modes, setting_of
+from studies.evaluation.study import Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segkern.evaluation.study import MODES, Setting
+from studies.evaluation.study import MODES, Setting
 
 # Measure, heading, digits; the arrow says which way is better.
 Column = tuple[str, str, int]

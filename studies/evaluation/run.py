@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from segkern.evaluation import report
-from segkern.evaluation.study import REFERENCE_COUNT, REFERENCE_SEED, Setting, Study, grid, variants
+from studies.evaluation import report
+from studies.evaluation.study import REFERENCE_COUNT, REFERENCE_SEED, Setting, Study, grid, variants
 
 
 @dataclass(frozen=True)

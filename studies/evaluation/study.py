@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segkern.environment import fingerprint
-from segkern.evaluation import metrics
-from segkern.evaluation.judge import Judge
-from segkern.evaluation.shapes import PICTURE_SIZES, Scene, draw, numbered, random_scene
+from segkern.core.environment import fingerprint
+from studies.evaluation import metrics
+from studies.evaluation.judge import Judge
+from studies.evaluation.shapes import PICTURE_SIZES, Scene, draw, numbered, random_scene
 
 if TYPE_CHECKING:
-    from segkern.integrations.diffusers.spec import Spec
+    from segkern.integrations.diffusers.specs.base import Spec
 
 MODES = ("unconditional", "prompts")
 REFERENCE_SEED = 777  # of the series of real drawings; the training series has another

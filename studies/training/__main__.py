@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from training import denoiser, export, judge, text, vae
-from training.data import COUNT
-from training.loop import Plan
+from studies.training import denoiser, export, judge, text, vae
+from studies.training.data import COUNT
+from studies.training.loop import Plan
 
 
 def main(

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from segkern.evaluation.shapes import PICTURE_SIZES, Scene, Thing, numbered
-from training.loop import save
+from studies.evaluation.shapes import PICTURE_SIZES, Scene, Thing, numbered
+from studies.training.loop import save
 
 SEED = 20261123
 COUNT = 32_000

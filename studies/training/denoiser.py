@@ -12,10 +12,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from rich.progress import track
 from torch.nn import functional as F
 
-from segkern.environment import fingerprint
-from training.data import COUNT, Size, drawings, scaled
-from training.loop import DEVICE, Plan, half_precision, save, train
-from training.text import WIDTHS, Texts
+from segkern.core.environment import fingerprint
+from studies.training.data import COUNT, Size, drawings, scaled
+from studies.training.loop import DEVICE, Plan, half_precision, save, train
+from studies.training.text import WIDTHS, Texts
 
 PLAN = Plan(steps=10_000, rate=8e-4, warmup=200, average=0.999, seed=3, muon=2e-3)
 BATCH = 16

@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
-from segkern.environment import environment
-from segkern.evaluation.judge import Judge
-from training.denoiser import scheduler
-from training.loop import DEVICE
-from training.text import Texts
+from segkern.core.environment import environment
+from studies.evaluation.judge import Judge
+from studies.training.denoiser import scheduler
+from studies.training.loop import DEVICE
+from studies.training.text import Texts
 
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "segkern" / "checkpoints"
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "segkern" / "checkpoints"
 
 
 def pipeline(folder: Path, work: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditionModel) -> None:

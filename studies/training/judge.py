@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from segkern.evaluation.judge import Judge
-from segkern.evaluation.shapes import PICTURE_SIZES, numbered
-from training.data import SEED, scaled
-from training.denoiser import batches
-from training.loop import DEVICE, Plan, half_precision, train
+from studies.evaluation.judge import Judge
+from studies.evaluation.shapes import PICTURE_SIZES, numbered
+from studies.training.data import SEED, scaled
+from studies.training.denoiser import batches
+from studies.training.loop import DEVICE, Plan, half_precision, train
 
 PLAN = Plan(steps=6000, rate=2e-3, average=0.998, seed=4)
 BATCH = 64

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from training.optimisers import Optimisers
+from studies.training.optimisers import Optimisers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

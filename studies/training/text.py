@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from segkern.evaluation.shapes import ATTRIBUTES, random_scene
-from training.loop import DEVICE, Plan, train
+from studies.evaluation.shapes import ATTRIBUTES, random_scene
+from studies.training.loop import DEVICE, Plan, train
 
 PLAN = Plan(steps=900, rate=2e-3, seed=2)
 BATCH = 128

@@ -12,8 +12,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional as F
 
-from training.data import COUNT, drawings, scaled
-from training.loop import DEVICE, Plan, half_precision, train
+from studies.training.data import COUNT, drawings, scaled
+from studies.training.loop import DEVICE, Plan, half_precision, train
 
 PLAN = Plan(steps=2600, rate=2.5e-4, average=0.995, seed=1)
 SHARPEN = Plan(steps=2400, rate=2.5e-4, average=0.995, seed=5)

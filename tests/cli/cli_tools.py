@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from segkern.commands import app
+from segkern.cli.commands import app
 
 
 def segkern(*arguments: object) -> Result:

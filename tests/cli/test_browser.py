@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 import pytest
 from PIL import Image
 from playwright.sync_api import expect
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.playground import PATIENCE, SIZE, chromium, serving
 

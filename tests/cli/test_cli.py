@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_tools import done, picture, refusal, segkern
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from single_file import write_single_file
 
-from segkern.evaluation import report
-from segkern.loading import DEMO, find_device, find_model
-from segkern.pictures import difference
+from segkern.generation.loading import DEMO, find_device, find_model
+from segkern.generation.pictures import difference
 from segkern.version import __version__
+from studies.evaluation import report
+from tests.cli.cli_tools import done, picture, refusal, segkern
+from tests.diffusers.single_file import write_single_file
 
 PROMPT = "a large red ring"
 SMALL = ("--width", "64", "--height", "48", "--steps", "2", "--device", "cpu")
@@ -284,7 +284,7 @@ def test_real_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(*arguments: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("segkern.commands.draw_all", broken)
+    monkeypatch.setattr("segkern.cli.commands.draw_all", broken)
     result = segkern("generate", "demo", PROMPT, *SMALL, "--out", tmp_path / "a.png")
     assert isinstance(result.exception, ValueError)
 

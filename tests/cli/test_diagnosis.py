@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_tools import done
 
-from segkern import diagnosis, dispatch
+from segkern.cli import diagnosis
+from segkern.core import dispatch
 from segkern.version import __version__
+from tests.cli.cli_tools import done
 
 
 def told() -> dict[str, list[str]]:

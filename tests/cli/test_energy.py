@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from cli_tools import done, picture, refusal
 from diffusers import HeunDiscreteScheduler, PNDMScheduler
 
-from segkern import energy_plots, energy_report
-from segkern.energy_command import _steps
-from segkern.loading import find_model, load_pipeline
-from segkern.pictures import difference
+from segkern.analysis import plots, report
+from segkern.cli.energy import _steps
+from segkern.generation.loading import find_model, load_pipeline
+from segkern.generation.pictures import difference
+from tests.cli.cli_tools import done, picture, refusal
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
@@ -48,11 +48,11 @@ def test_the_picture_is_the_stock_pipelines(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_json_holds_what_was_recorded(folder: Path) -> None:
-    found = energy_report.read(folder / "energy.json")
+    found = report.read(folder / "energy.json")
     assert (found["model"], found["width"], found["height"], found["seed"]) == ("demo", 64, 48, 1)
     assert found["sigmas"] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf]
     assert [layer["name"] for layer in found["layers"]] == ["d0", "m0", "u0", "u1"]
-    assert energy_report.chosen_steps(found) == [0, 1, 2]
+    assert report.chosen_steps(found) == [0, 1, 2]
     for layer in found["layers"]:
         assert layer["grid"] == [12, 16]
         assert len(layer["energy"]) == 3
@@ -82,11 +82,11 @@ def test_the_json_is_json(folder: Path) -> None:
 def test_options_reach_the_record(tmp_path: Path) -> None:
     options = ("--layers", "mid", "--sigmas", "inf,2,0", "--at", "last,2", "--boundary", "circular", "--seed", "7")
     done("energy", "demo", *SMALL, *options, "--guidance-scale", "1", "--out", tmp_path)
-    found = energy_report.read(tmp_path / "energy.json")
+    found = report.read(tmp_path / "energy.json")
     assert (found["boundary"], found["seed"], found["guidance_scale"], found["prompt"]) == ("circular", 7, 1.0, "")
     assert found["sigmas"] == [0.0, math.inf, 2.0]
     assert [layer["name"] for layer in found["layers"]] == ["m0"]
-    assert energy_report.chosen_steps(found) == [2]
+    assert report.chosen_steps(found) == [2]
     energy = found["layers"][0]["at"]["2"]["by_query"]["energy"]
     assert energy[0] < energy[2] < energy[1]  # a circular boundary keeps the mean
 
@@ -145,14 +145,14 @@ def test_the_last_step_is_the_last_call_of_the_denoiser(scheduler: Any, last: in
     small = ("--width", "64", "--height", "48", "--steps", "3", "--device", "cpu")
     options = ("--layers", "mid", "--sigmas", "1", "--at", "first,last", "--out", tmp_path / "out")
     done("energy", tmp_path / "model", "for $5 \\frac and $10", *small, *options)
-    found = energy_report.read(tmp_path / "out" / "energy.json")
-    assert energy_report.chosen_steps(found) == [0, last]
+    found = report.read(tmp_path / "out" / "energy.json")
+    assert report.chosen_steps(found) == [0, last]
     assert found["prompt"] == "for $5 \\frac and $10"
 
 
 def test_words_that_look_like_numbers_stay_words(tmp_path: Path) -> None:
-    energy_report.write(tmp_path / "a.json", {"prompt": "inf", "model": "nan", "sigmas": [math.inf], "layers": []})
-    found = energy_report.read(tmp_path / "a.json")
+    report.write(tmp_path / "a.json", {"prompt": "inf", "model": "nan", "sigmas": [math.inf], "layers": []})
+    found = report.read(tmp_path / "a.json")
     assert found == {"prompt": "inf", "model": "nan", "sigmas": [math.inf], "layers": []}
 
 
@@ -162,13 +162,13 @@ def test_steps_in_words() -> None:
 
 
 def test_zero_and_infinity_stand_beside_the_finite_sigmas() -> None:
-    assert energy_plots._places([0.0, 0.5, 4.0, math.inf]) == [-2.0, -1.0, 2.0, 3.0]
-    assert energy_plots._places([0.0, math.inf]) == [-1.0, 1.0]
+    assert plots._places([0.0, 0.5, 4.0, math.inf]) == [-2.0, -1.0, 2.0, 3.0]
+    assert plots._places([0.0, math.inf]) == [-1.0, 1.0]
 
 
 def test_sheets_of_many_layers() -> None:
-    assert energy_plots.map_files(6) == ["maps.png"]
-    assert energy_plots.map_files(7) == ["maps-1.png", "maps-2.png"]
+    assert plots.map_files(6) == ["maps.png"]
+    assert plots.map_files(7) == ["maps-1.png", "maps-2.png"]
 
 
 def fake(layers: int, sigmas: list[float]) -> dict[str, Any]:
@@ -184,8 +184,8 @@ def fake(layers: int, sigmas: list[float]) -> dict[str, Any]:
 @pytest.mark.parametrize(("layers", "sigmas"), [(1, [0.0]), (11, [0.0, math.inf]), (11, [0.0, 1.0, math.inf])], ids=str)
 def test_every_number_of_layers_and_sigmas_can_be_drawn(layers: int, sigmas: list[float], tmp_path: Path) -> None:
     found = fake(layers, sigmas)
-    assert len(energy_plots.plot_maps(found, tmp_path)) == (1 if layers == 1 else 2)
-    energy_plots.plot_over_sigma(found, tmp_path / "sigma.png")
-    energy_plots.plot_over_steps(found, tmp_path / "steps.png")
-    energy_report.write(tmp_path / "a.json", found)
-    assert energy_report.read(tmp_path / "a.json") == found
+    assert len(plots.plot_maps(found, tmp_path)) == (1 if layers == 1 else 2)
+    plots.plot_over_sigma(found, tmp_path / "sigma.png")
+    plots.plot_over_steps(found, tmp_path / "steps.png")
+    report.write(tmp_path / "a.json", found)
+    assert report.read(tmp_path / "a.json") == found

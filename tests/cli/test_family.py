@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli_tools import done, picture, refusal
 from PIL import Image
 
-from segkern.pictures import difference
+from segkern.generation.pictures import difference
+from tests.cli.cli_tools import done, picture, refusal
 
 PROMPT = "a large red ring"
 SMALL = ("--width", "64", "--height", "48", "--device", "cpu")

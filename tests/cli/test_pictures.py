@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from segkern.pictures import Row, Tile, contact_sheet, drawable
+from segkern.generation.pictures import Row, Tile, contact_sheet, drawable
 
 
 def test_sheet_enlarges_small_pictures_alike_and_wraps_its_caption() -> None:

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from cli_tools import done, picture
 
-from segkern import loading
-from segkern.drawing import Job, describe, draw
+from segkern.generation import loading
+from segkern.generation.drawing import Job, describe, draw
+from segkern.generation.pictures import difference
 from segkern.integrations.diffusers import PAG, SAG, SEG, list_layers
-from segkern.pictures import difference
 from segkern.playground import choices
 from segkern.playground.form import Form, Settings, read, words
 from segkern.playground.models import KEPT, Models, Named
 from segkern.playground.runs import Result, Run, Stopped, carry_out
 from segkern.playground.snippet import snippet
+from tests.cli.cli_tools import done, picture
 
 CPU = torch.device("cpu")
 DEMO = Named("demo")

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from cli_tools import picture
 
-from segkern import loading
-from segkern.pictures import difference
+from segkern.generation import loading
+from segkern.generation.pictures import difference
 from segkern.playground.models import Models, Named
+from tests.cli.cli_tools import picture
 
 DEMO = Named("demo")
 

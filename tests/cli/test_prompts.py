@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_tools import done, picture, refusal
 from PIL import Image
 
-from segkern import batches
-from segkern.drawing import Drawn, Job
-from segkern.pictures import difference
+from segkern.generation import prompt_batches
+from segkern.generation.drawing import Drawn, Job
+from segkern.generation.pictures import difference
+from tests.cli.cli_tools import done, picture, refusal
 
 PROMPTS = "a large red ring\n\n  a small blue cross  \n"
 NAMES = ["00001-seed-5", "00001-seed-6", "00003-seed-5", "00003-seed-6"]
@@ -172,10 +172,10 @@ def test_a_picture_that_could_not_be_written_has_no_name(tmp_path: Path, monkeyp
         path.write_bytes(b"half a picture")
         raise OSError("no space left")
 
-    monkeypatch.setattr(batches.pictures, "save", half)
-    piece = batches.Piece("00001-seed-1", Job("a", "", 8, 8, 1, 1, 1.0))
+    monkeypatch.setattr(prompt_batches.pictures, "save", half)
+    piece = prompt_batches.Piece("00001-seed-1", Job("a", "", 8, 8, 1, 1, 1.0))
     with pytest.raises(OSError, match="no space left"):
-        batches.write(tmp_path, piece, Drawn(Image.new("RGB", (8, 8)), None, 1.0), {})
+        prompt_batches.write(tmp_path, piece, Drawn(Image.new("RGB", (8, 8)), None, 1.0), {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,10 +192,10 @@ class Group:
 def test_whatever_goes_wrong_in_the_first_process_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", told.extend)
-    workers = batches.Workers("cpu", many=True)
+    workers = prompt_batches.Workers("cpu", many=True)
     workers._state = group = Group()
 
-    def decide() -> list[batches.Piece]:
+    def decide() -> list[prompt_batches.Piece]:
         raise PermissionError("not yours")
 
     with pytest.raises(ValueError, match="not yours"):

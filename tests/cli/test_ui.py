@@ -9,9 +9,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from cli_tools import done, refusal
 
-from segkern import loading
+from segkern.generation import loading
+from tests.cli.cli_tools import done, refusal
 
 
 def test_help_names_every_option() -> None:

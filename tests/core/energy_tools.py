@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from segkern import Grid
-from segkern.blur import blur_matrix
+from segkern.core.gaussian import blur_matrix
 
 MEAN_KEEPING = ("symmetric", "circular")
 BOUNDARIES = ("reflect", *MEAN_KEEPING)

@@ -15,8 +15,11 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import segkern
-from segkern import Grid, api, dispatch, failures, mass_ops, masses, ops, plans
+from segkern import Grid, api
+from segkern import masses as public_masses
+from segkern.core import call_cache, dispatch, fallback
 from segkern.kernels import attention_energy, attention_mass, gaussian_blur, split_attention, tiled_attention
+from segkern.ops import attention, masses
 
 CPU = torch.device("cpu")
 GRID, SIGMA = Grid(3, 4, start=1), (0.0, 1.5)
@@ -81,12 +84,12 @@ def as_on_a_gpu() -> Iterator[None]:
         return real(torch.device("cuda", 0) if device.type == "cpu" else device, *arguments, **options)
 
     def why_failed(device: torch.device, *kind: Any) -> str | None:
-        return failures.why_failed(CPU, *kind)
+        return fallback.why_failed(CPU, *kind)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "_compute_capability", return_value=(9, 0)))
         stack.enter_context(mock.patch.object(dispatch, "why_failed", why_failed))
-        for module in (api, ops, mass_ops, masses, plans):
+        for module in (api, attention, masses, public_masses, call_cache):
             stack.enter_context(mock.patch.object(module, "choose_backend", choose))
         forget()
         yield
@@ -94,8 +97,8 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def forget() -> None:
-    failures.forget()
-    plans.forget_plans()
+    fallback.forget()
+    call_cache.forget_plans()
 
 
 class Failing:

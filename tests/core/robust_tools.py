@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contract import assert_contract, plain_attention, plain_mass
 
 import segkern
 from segkern import Grid, reference
-from segkern.blur import BOUNDARIES
+from segkern.core.gaussian import BOUNDARIES
+from tests.core.contract import assert_contract, plain_attention, plain_mass
 
 HEAD_DIMS = (1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 40, 64, 65, 80, 96, 127, 128, 160, 255, 256)
 SIGMAS = (0.0, 5e-324, 1e-310, 1e-30, 0.02, 0.3, 0.7, 1.0, 1.6, 3.0, 9.0, 1e4, 1e30, 1.7e308, math.inf)

@@ -8,14 +8,15 @@ import math
 
 import pytest
 import torch
-from contract import LAYOUTS, assert_contract, draw, plain_blur
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import segkern
-from segkern import Grid, reference, scores
-from segkern.blur import BOUNDARIES, check_sigma
-from segkern.dispatch import triton_is_installed
+from segkern import Grid, reference
+from segkern.core.dispatch import triton_is_installed
+from segkern.core.gaussian import BOUNDARIES, check_sigma
+from segkern.ops import torch_masses
+from tests.core.contract import LAYOUTS, assert_contract, draw, plain_blur
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -139,8 +140,8 @@ def test_rows_of_infinite_sigma_share_their_keys_among_programs(monkeypatch: pyt
 
 @pytest.mark.parametrize("block", [(1, 1), (7, 50), (16, 2**20)], ids=str)
 def test_pytorchs_path_in_blocks_of_any_size(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "_CPU_BLOCK", block)
-    monkeypatch.setattr(scores, "_OTHER_BLOCK", block)
+    monkeypatch.setattr(torch_masses, "_CPU_BLOCK", block)
+    monkeypatch.setattr(torch_masses, "_OTHER_BLOCK", block)
     check_energy((3, 3, 33, 8), 21, Grid(4, 7, start=2), SIGMA, torch.float32, "torch")
 
 
@@ -148,8 +149,10 @@ def test_pytorchs_path_in_blocks_of_any_size(block: tuple[int, int], monkeypatch
 def test_infinite_samples_form_one_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     if backend == "torch":
-        original = scores._write_energy
-        monkeypatch.setattr(scores, "_write_energy", lambda q, *rest: (shapes.append(q.shape[2]), original(q, *rest)))
+        original = torch_masses._write_energy
+        monkeypatch.setattr(
+            torch_masses, "_write_energy", lambda q, *rest: (shapes.append(q.shape[2]), original(q, *rest))
+        )
     else:
         from segkern.kernels import attention_energy as kernels
 

@@ -8,13 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-from contract import LAYOUTS, assert_contract, draw, plain_mass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import segkern
-from segkern import masses, reference, scores
-from segkern.dispatch import triton_is_installed
+from segkern import masses, reference
+from segkern.core.dispatch import triton_is_installed
+from segkern.ops import torch_masses
+from tests.core.contract import LAYOUTS, assert_contract, draw, plain_mass
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
@@ -107,8 +108,8 @@ def test_sdxl_shapes(tokens: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block", [(1, 1), (7, 50), (16, 2**20)], ids=str)
 def test_pytorchs_path_in_blocks_of_any_size(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "_CPU_BLOCK", block)
-    monkeypatch.setattr(scores, "_OTHER_BLOCK", block)
+    monkeypatch.setattr(torch_masses, "_CPU_BLOCK", block)
+    monkeypatch.setattr(torch_masses, "_OTHER_BLOCK", block)
     check_mass((2, 3, 33, 8), 21, torch.float32, "torch")
 
 

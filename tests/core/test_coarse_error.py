@@ -7,14 +7,15 @@ import math
 
 import pytest
 import torch
-from drawn_inputs import DIM, KINDS, inputs, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import segkern
-from segkern import Grid, coarse_ops, estimate, reference
-from segkern.blur import BOUNDARIES
-from segkern.coarse import coarse_grid, points
+from segkern import Grid, reference
+from segkern.core.coarse_queries import coarse_grid, points
+from segkern.core.gaussian import BOUNDARIES
+from segkern.ops import coarse, estimate
+from tests.core.drawn_inputs import DIM, KINDS, inputs, uniform
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +110,7 @@ def test_probes_lie_between_the_points_and_no_two_in_one_place(
 def test_it_is_an_operator_that_compiles() -> None:
     query = torch.randn(3, 2, 30, 8)
     arguments = (query, query, query, None, 5, 6, 0, (0.0, 2.0, math.inf), 0.3, "reflect", (2, 2), 8)
-    torch.library.opcheck(coarse_ops.coarse_error, arguments)
+    torch.library.opcheck(coarse.coarse_error, arguments)
 
     def error(x: torch.Tensor, grid: Grid, stride: int) -> torch.Tensor:
         return segkern.coarse_error(x, x, x, grid, (0.0, 2.0, 3.0), stride)

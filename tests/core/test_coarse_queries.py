@@ -7,15 +7,23 @@ import math
 
 import pytest
 import torch
-from contract import assert_contract
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import segkern
-from segkern import Grid, coarse_ops, reference
-from segkern.blur import BOUNDARIES, blur_matrix
-from segkern.coarse import check_query_stride, coarse_grid, interpolation_matrix, point_count, points, sampling_matrix
-from segkern.dispatch import why_not_triton
+from segkern import Grid, reference
+from segkern.core.coarse_queries import (
+    check_query_stride,
+    coarse_grid,
+    interpolation_matrix,
+    point_count,
+    points,
+    sampling_matrix,
+)
+from segkern.core.dispatch import why_not_triton
+from segkern.core.gaussian import BOUNDARIES, blur_matrix
+from segkern.ops import coarse
+from tests.core.contract import assert_contract
 
 axes = st.tuples(st.integers(1, 40), st.integers(1, 45))
 boundaries = st.sampled_from(BOUNDARIES)
@@ -197,9 +205,9 @@ def test_operators(adjoint: bool) -> None:
     coarse, full = randn(2, 3, 3 * 3 + 3, 4).requires_grad_(), randn(2, 3, 4 * 5 + 3, 4).requires_grad_()
     queries = (coarse if adjoint else full, 4, 5, 1, (0.7, 3.0), (2, 2), "reflect", adjoint)
     outputs = (full if adjoint else coarse, 4, 5, 1, (2, 2), "reflect", adjoint)
-    torch.library.opcheck(coarse_ops.coarse_queries, queries)
-    torch.library.opcheck(coarse_ops.coarse_outputs, outputs)
-    for operator, arguments in ((coarse_ops.coarse_queries, queries), (coarse_ops.coarse_outputs, outputs)):
+    torch.library.opcheck(coarse.coarse_queries, queries)
+    torch.library.opcheck(coarse.coarse_outputs, outputs)
+    for operator, arguments in ((coarse.coarse_queries, queries), (coarse.coarse_outputs, outputs)):
         torch.autograd.gradcheck(lambda x, f=operator, a=arguments: f(x, *a[1:]), (arguments[0],))
 
 
@@ -229,7 +237,7 @@ def test_only_the_points_have_query_rows(monkeypatch: pytest.MonkeyPatch) -> Non
         rows.append((query.shape[0], query.shape[2]))
         return attend(query, *rest, **options)
 
-    monkeypatch.setattr("segkern.sdpa.F.scaled_dot_product_attention", spied)
+    monkeypatch.setattr("segkern.ops.torch_attention.F.scaled_dot_product_attention", spied)
     x = randn(4, 1, 9 * 13 + 2, 8)
     segkern.seg_attention(x, x, x, Grid(9, 13, 1), (0.0, 2.0, 3.0, math.inf), query_stride=(4, 3), backend="torch")
     assert rows[:2] == [(1, 9 * 13 + 2), (2, 3 * 5 + 2)]
@@ -251,7 +259,7 @@ def test_results_are_the_callers_own_and_empty_batches_stay_empty() -> None:
     assert torch.equal(x, kept)
     for attend in (segkern.seg_attention, reference.seg_attention):
         assert attend(x[:0], x[:0], x[:0], Grid(2, 3), 1.0, query_stride=2).shape == (0, 1, 6, 2)
-    assert coarse_ops.coarse_queries(x[:0], 2, 3, 0, (), (1, 2), "reflect").shape == (0, 1, 4, 2)
+    assert coarse.coarse_queries(x[:0], 2, 3, 0, (), (1, 2), "reflect").shape == (0, 1, 4, 2)
 
 
 def test_a_grid_too_small_to_leave_out_rows_is_exact() -> None:
@@ -269,9 +277,9 @@ def test_matrices_and_operators_refuse_what_does_not_fit() -> None:
         interpolation_matrix(5, 3, "reflekt")
     x = randn(1, 1, 6, 2)
     with pytest.raises(ValueError, match="'reflekt'"):
-        coarse_ops.coarse_outputs(x, 4, 5, 0, (2, 2), "reflekt")
+        coarse.coarse_outputs(x, 4, 5, 0, (2, 2), "reflekt")
     with pytest.raises(ValueError, match="has only 6 tokens"):
-        coarse_ops.coarse_queries(x, 4, 5, 0, (1.0,), (2, 2), "reflect")
+        coarse.coarse_queries(x, 4, 5, 0, (1.0,), (2, 2), "reflect")
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, (2,), (2, 0), (2, 2, 2), "2", None], ids=str)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reliability import survives
 
 import segkern
-from segkern import Grid, dispatch
-from segkern.dispatch import choose_backend, why_not_triton
+from segkern import Grid
+from segkern.core import dispatch
+from segkern.core.dispatch import choose_backend, why_not_triton
+from tests.reliability import survives
 
 CPU = torch.device("cpu")
 

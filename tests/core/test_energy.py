@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from energy_tools import BOUNDARIES, dense, lse
 
-from segkern import Grid, energy
+from segkern import Grid
+from segkern.analysis import energy
+from tests.core.energy_tools import BOUNDARIES, dense, lse
 
 GRID = Grid(3, 5, start=2)
 TOKENS, KEYS, DIM = 19, 7, 8

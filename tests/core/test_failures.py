@@ -13,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from reliability import survives
 
 import segkern
-from segkern import failures
+from segkern.core import fallback
+from tests.reliability import survives
 
 pytest.importorskip("triton", reason="kernels need triton")
-from failure_tools import BROKEN, CALLS, GRID, NOT_BROKEN, SIGMA, as_on_a_gpu, failing, tensors
-
 from segkern.kernels import attention_mass
+from tests.core.failure_tools import BROKEN, CALLS, GRID, NOT_BROKEN, SIGMA, as_on_a_gpu, failing, tensors
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AREA = "devices and compilers"
 
 Tried = Callable[..., None]
@@ -42,7 +41,7 @@ def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], E
     for call in CALLS.values():
         expected = call(*inputs, backend="torch")
         with failing(make) as kernel:
-            failures.forget()
+            fallback.forget()
             with pytest.warns(RuntimeWarning, match="PyTorch's path serves such calls from now on") as told:
                 assert torch.equal(call(*inputs), expected)
             assert len(told) == 1
@@ -62,12 +61,12 @@ def test_an_explicit_choice_raises_the_reason_every_time(make: Callable[[], Exce
     for call in CALLS.values():
         with failing(make) as kernel, warnings.catch_warnings():
             for attempt in (1, 2):
-                with pytest.raises(failures.KernelFailure, match="could not be compiled or launched") as raised:
+                with pytest.raises(fallback.KernelFailure, match="could not be compiled or launched") as raised:
                     call(*inputs, backend="triton")
                 assert type(raised.value.__cause__) is type(make())
                 assert kernel.launches == attempt
                 tried()
-        assert not failures._FAILED  # auto is not touched by it
+        assert not fallback._FAILED  # auto is not touched by it
 
 
 @survives(AREA, "errors that are not the kernel's")
@@ -79,10 +78,10 @@ def test_errors_of_the_device_and_the_user_pass(make: Callable[[], BaseException
             for _ in range(2):
                 with pytest.raises(type(make())) as raised:
                     call(*inputs)
-                assert not isinstance(raised.value, failures.KernelFailure)
+                assert not isinstance(raised.value, fallback.KernelFailure)
                 tried()
             assert kernel.launches == 2
-        assert not failures._FAILED
+        assert not fallback._FAILED
 
 
 @survives(AREA, "errors that are not the kernel's")
@@ -102,7 +101,7 @@ def test_only_what_failed_is_given_up(tried: Tried) -> None:
     with failing(BROKEN["out of resources"], attention_mass):
         with pytest.warns(RuntimeWarning, match="attention_mass"):
             CALLS["attention_mass"](*inputs)
-        with pytest.raises(failures.KernelFailure):
+        with pytest.raises(fallback.KernelFailure):
             CALLS["attention_mass"](*wide, backend="triton")
     with failing(BROKEN["out of resources"]) as kernel:
         for name, call in CALLS.items():
@@ -111,7 +110,7 @@ def test_only_what_failed_is_given_up(tried: Tried) -> None:
                 call(*inputs)
                 assert kernel.launches == before
             else:
-                with pytest.raises(failures.KernelFailure):
+                with pytest.raises(fallback.KernelFailure):
                     call(*inputs, backend="triton")
             tried()
         before = kernel.launches
@@ -139,11 +138,11 @@ def test_gradients_fall_back_and_an_explicit_choice_does_not(tried: Tried) -> No
     for call in CALLS.values():
         expected = torch.autograd.grad(call(q, k, v, backend="torch").float().sum(), q)[0]
         with failing(BROKEN["ptxas fails"]):
-            failures.forget()
+            fallback.forget()
             with pytest.warns(RuntimeWarning):
                 found = torch.autograd.grad(call(q, k, v).float().sum(), q)[0]
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-            with pytest.raises(failures.KernelFailure):
+            with pytest.raises(fallback.KernelFailure):
                 call(q, k, v, backend="triton")
         tried(2)
 
@@ -176,7 +175,7 @@ def test_fake_tensors_try_no_kernel() -> None:
         q = torch.empty(2, 2, 14, 8, dtype=torch.float16)
         assert segkern.seg_attention(q, q, q, GRID, SIGMA).shape == q.shape
     assert kernel.launches == 0
-    assert not failures._FAILED
+    assert not fallback._FAILED
 
 
 @survives(AREA, "kernels that fail in several threads at once")
@@ -254,8 +253,8 @@ from types import SimpleNamespace
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.driver import driver
-from failure_tools import CALLS, as_on_a_gpu, forget, tensors
-from segkern import failures
+from tests.core.failure_tools import CALLS, as_on_a_gpu, forget, tensors
+from segkern.core import fallback
 
 def check(words):
     """All calls without a GPU: a real launch, a real error, the same result."""
@@ -270,7 +269,7 @@ def check(words):
         assert torch.equal(found, call(*inputs, backend="torch")), name
         try:
             call(*inputs, backend="triton")
-        except failures.KernelFailure as error:
+        except fallback.KernelFailure as error:
             assert words in str(error), error
         else:
             raise AssertionError(name)
@@ -322,7 +321,7 @@ def test_what_does_not_fail_is_launched() -> None:
     inputs = tensors()
     for call in CALLS.values():
         torch.testing.assert_close(call(*inputs), call(*inputs, backend="torch"), rtol=1e-2, atol=1e-2)
-        with failing(BROKEN["no driver"]) as kernel, pytest.raises(failures.KernelFailure):
+        with failing(BROKEN["no driver"]) as kernel, pytest.raises(fallback.KernelFailure):
             call(*inputs, backend="triton")
         assert kernel.launches == 1
-    assert not failures._FAILED
+    assert not fallback._FAILED

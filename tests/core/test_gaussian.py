@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import segkern
 from segkern import Grid, reference
-from segkern.blur import (
+from segkern.core.gaussian import (
     BOUNDARIES,
     blur_matrix,
     blur_reach,
@@ -28,7 +28,7 @@ from segkern.blur import (
     tap_count,
 )
 
-GOLDEN = load_file(Path(__file__).parent / "data" / "golden" / "official_blur.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "data" / "golden" / "official_blur.safetensors")
 GOLDEN_CASES = sorted({name.split(".")[0] for name in GOLDEN}, key=int)
 
 lengths = st.integers(1, 40)

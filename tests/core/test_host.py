@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from contract import assert_contract, oracle_attention, plain_attention
-from reliability import survives
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import segkern
-from segkern import Grid, plans
+from segkern import Grid
+from segkern.core import call_cache
+from tests.core.contract import assert_contract, oracle_attention, plain_attention
+from tests.reliability import survives
 
 pytest.importorskip("triton", reason="kernels need triton")
-import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 from typer.testing import CliRunner
 
 from benchmarks import host, tables
 from segkern.kernels import _routes
+from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 
 GRID = Grid(3, 5)
 
@@ -76,18 +77,20 @@ def test_sigmas_that_can_change_are_read_at_every_call() -> None:
 
 @survives("long runs", "ever other sigmas and grids")
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "_MOST_PLANS", 4)
+    monkeypatch.setattr(call_cache, "_MOST_PLANS", 4)
     for number in range(10):
         segkern.seg_attention(*draw(), GRID, 0.5 + number)
-    assert len(plans._PLANS) <= 4
+    assert len(call_cache._PLANS) <= 4
 
 
 @pytest.mark.parametrize("sigma", [(0.0, 1.0), (0.0, math.inf), (0.0, 0.0)], ids=str)
 def test_the_way_around_the_operator_gives_the_same(sigma: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw()
     calls = []
-    real = segkern.ops.fused_attention
-    monkeypatch.setattr(segkern.ops, "fused_attention", lambda *a: calls.append(torch.is_grad_enabled()) or real(*a))
+    real = segkern.ops.attention.fused_attention
+    monkeypatch.setattr(
+        segkern.ops.attention, "fused_attention", lambda *a: calls.append(torch.is_grad_enabled()) or real(*a)
+    )
     straight = segkern.seg_attention(q, k, v, GRID, sigma, backend="triton")
     assert len(calls) == 1
     operator = torch.ops.segkern.seg_attention.default
@@ -133,7 +136,7 @@ def test_a_known_call_makes_nothing_on_the_host(
     with torch.no_grad(), host.without_launches():
         segkern.seg_attention(q, k, v, GRID, sigma, backend="triton")
         with Recorded() as seen:
-            segkern.ops.fused_attention(q, k, v, None, GRID, sigma, 0.25, "reflect", False)
+            segkern.ops.attention.fused_attention(q, k, v, None, GRID, sigma, 0.25, "reflect", False)
     _routes.attention_route.cache_clear()
     allowed = {"empty", "new_empty", "transpose", "slice", "select", "mean", "_to_copy", "view", "clone", "alias"}
     assert {name.split(".")[1] for name in seen.names} <= allowed

@@ -12,13 +12,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reliability import survives
-from robust_tools import Call, check_attention, check_blur, check_scores, draw_call, grid_for, sigma_for, tensor
 
 import segkern
 from segkern import Grid, reference
-from segkern.blur import BOUNDARIES
-from segkern.dispatch import triton_is_installed
+from segkern.core.dispatch import triton_is_installed
+from segkern.core.gaussian import BOUNDARIES
+from tests.core.robust_tools import (
+    Call,
+    check_attention,
+    check_blur,
+    check_scores,
+    draw_call,
+    grid_for,
+    sigma_for,
+    tensor,
+)
+from tests.reliability import survives
 
 # The interpreter takes its time.
 BACKENDS = ["torch", *([pytest.param("triton", marks=pytest.mark.robustness)] if triton_is_installed() else [])]

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from reliability import survives
 
 import segkern
 from segkern import Grid, reference
-from segkern.dispatch import triton_is_installed
+from segkern.core.dispatch import triton_is_installed
+from tests.reliability import survives
 
 # The interpreter takes its time.
 BACKENDS = ["torch", *([pytest.param("triton", marks=pytest.mark.robustness)] if triton_is_installed() else [])]

@@ -12,19 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from reliability import survives
 
 import segkern
-from segkern import Grid, blur, coarse, estimate, keeping, plans
-from segkern.keeping import Kept, kept
+from segkern import Grid
+from segkern.core import bounded_cache, call_cache, coarse_queries, gaussian
+from segkern.core.bounded_cache import Kept, kept
+from segkern.ops import estimate
+from tests.reliability import survives
 
 pytest.importorskip("triton", reason="kernels need triton")
 from segkern.kernels import _routes, _tables
 
 KEPT = [
-    blur.cached_blur_matrix,
-    coarse.cached_sampling_matrix,
-    coarse.cached_interpolation_matrix,
+    gaussian.cached_blur_matrix,
+    coarse_queries.cached_sampling_matrix,
+    coarse_queries.cached_interpolation_matrix,
     estimate._halfway_tokens,
     estimate._spread_rows,
     _tables.blur_tables,
@@ -39,8 +41,8 @@ def few_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     for table in KEPT:
         table.cache_clear()
         monkeypatch.setattr(table, "_most", 8)
-    monkeypatch.setattr(plans, "_MOST_PLANS", 8)
-    plans.forget_plans()
+    monkeypatch.setattr(call_cache, "_MOST_PLANS", 8)
+    call_cache.forget_plans()
     yield 8
     for table in KEPT:
         table.cache_clear()
@@ -91,7 +93,7 @@ def test_ever_other_sigmas_and_grids_keep_few_tables(few_kept: int, tried: Calla
         call_everything(0.5 + 0.1 * number, Grid(3, 3 + number % 11))
         tried(6)
     assert all(len(table) <= few_kept for table in KEPT)
-    assert len(plans._PLANS) <= few_kept
+    assert len(call_cache._PLANS) <= few_kept
     assert live_tensors() <= before + 8 * len(KEPT)
 
 
@@ -107,14 +109,14 @@ def test_routes_of_kernels_are_few_too(few_kept: int, tried: Callable[..., None]
 
 @survives("long runs", "ever other sigmas and grids")
 def test_large_tables_are_fewer(monkeypatch: pytest.MonkeyPatch, tried: Callable[..., None]) -> None:
-    blur.cached_blur_matrix.cache_clear()
-    monkeypatch.setattr(keeping, "MOST_BYTES", 3 * 100 * 100 * 4)
+    gaussian.cached_blur_matrix.cache_clear()
+    monkeypatch.setattr(bounded_cache, "MOST_BYTES", 3 * 100 * 100 * 4)
     for number in range(20):
-        matrix = blur.cached_blur_matrix(100, 1.0 + number, "reflect", torch.float32, torch.device("cpu"))
-        assert torch.equal(matrix, blur.blur_matrix(100, 1.0 + number))
-        assert len(blur.cached_blur_matrix) <= 3
+        matrix = gaussian.cached_blur_matrix(100, 1.0 + number, "reflect", torch.float32, torch.device("cpu"))
+        assert torch.equal(matrix, gaussian.blur_matrix(100, 1.0 + number))
+        assert len(gaussian.cached_blur_matrix) <= 3
         tried()
-    blur.cached_blur_matrix.cache_clear()
+    gaussian.cached_blur_matrix.cache_clear()
 
 
 @survives("devices and compilers", "tables dropped while a CUDA graph reads them")
@@ -128,9 +130,9 @@ def test_what_was_asked_for_while_capturing_stays(monkeypatch: pytest.MonkeyPatc
 
     cpu = torch.device("cpu")
     before = table(0, cpu)
-    monkeypatch.setattr(keeping, "capturing", lambda: True)
+    monkeypatch.setattr(bounded_cache, "capturing", lambda: True)
     captured = table(0, cpu)
-    monkeypatch.setattr(keeping, "capturing", lambda: False)
+    monkeypatch.setattr(bounded_cache, "capturing", lambda: False)
     assert captured is before
     for turn in range(3):
         for number in range(1, 10):
@@ -181,5 +183,5 @@ def test_ten_thousand_sigmas_and_grids(tried: Callable[..., None]) -> None:
             middle = middle or taken
     tracemalloc.stop()
     assert all(len(table) <= table._most for table in KEPT)
-    assert all(table._bytes <= keeping.MOST_BYTES for table in KEPT)
+    assert all(table._bytes <= bounded_cache.MOST_BYTES for table in KEPT)
     assert taken < middle + 2**21, f"{middle} bytes after 6,000 calls, {taken} after 10,000"

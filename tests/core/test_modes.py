@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from reliability import survives
 
 import segkern
-from segkern import Grid, blur, reference
-from segkern.dispatch import triton_is_installed
+from segkern import Grid, reference
+from segkern.core import gaussian
+from segkern.core.dispatch import triton_is_installed
+from tests.reliability import survives
 
 # The interpreter takes its time.
 BACKENDS = ["torch", *([pytest.param("triton", marks=pytest.mark.robustness)] if triton_is_installed() else [])]
@@ -128,7 +129,7 @@ def test_transforms_are_right_on_pytorchs_path(name: str, tried: Tried) -> None:
 @survives("inputs", "transforms of torch.func")
 @every_function
 def test_kernels_under_a_transform_are_refused_and_auto_takes_pytorch(name: str, tried: Tried) -> None:
-    from failure_tools import as_on_a_gpu
+    from tests.core.failure_tools import as_on_a_gpu
 
     call, (q, k, v) = FUNCTIONS[name], tensors()
     batched = torch.vmap(lambda q: call(q, k, v, backend="triton"))
@@ -179,9 +180,13 @@ def test_defaults_do_not_matter(
 
 
 def forget_tables() -> None:
-    from segkern import coarse
+    from segkern.core import coarse_queries
 
-    tables: list[Any] = [blur.cached_blur_matrix, coarse.cached_sampling_matrix, coarse.cached_interpolation_matrix]
+    tables: list[Any] = [
+        gaussian.cached_blur_matrix,
+        coarse_queries.cached_sampling_matrix,
+        coarse_queries.cached_interpolation_matrix,
+    ]
     if triton_is_installed():
         from segkern.kernels import _routes, _tables
 

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from reliability import survives
 from torch._dynamo.testing import CompileCounter
 
 import segkern
 from segkern import Grid
-from segkern.dispatch import triton_is_installed
+from segkern.core.dispatch import triton_is_installed
+from tests.reliability import survives
 
 BACKENDS = ["torch"] + (["triton"] if triton_is_installed() else [])
 GRID, SIGMA = Grid(3, 4, start=1), (0.0, 1.5, math.inf)

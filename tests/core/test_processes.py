@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from reliability import survives
 
 import segkern
-from segkern import Grid, blur, coarse
+from segkern import Grid
+from segkern.core import coarse_queries, gaussian
+from tests.reliability import survives
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 AREA = "devices and compilers"
 
 Tried = Callable[..., None]
@@ -90,7 +91,11 @@ def test_threads_share_tables_and_plans(tried: Tried) -> None:
     grid, start, wrong = Grid(3, 4), threading.Barrier(8), []
     expected = [segkern.seg_attention(q, k, v, grid, sigma) for sigma in sigmas]
     points = [segkern.seg_attention(q, k, v, grid, sigma, query_stride=2) for sigma in sigmas]
-    tables = (blur.cached_blur_matrix, coarse.cached_sampling_matrix, coarse.cached_interpolation_matrix)
+    tables = (
+        gaussian.cached_blur_matrix,
+        coarse_queries.cached_sampling_matrix,
+        coarse_queries.cached_interpolation_matrix,
+    )
 
     def work(number: int) -> None:
         start.wait()

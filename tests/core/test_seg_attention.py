@@ -9,12 +9,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import LAYOUTS, assert_contract, draw, oracle_attention, plain_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import segkern
-from segkern import Grid, reference, sdpa
+from segkern import Grid, reference
+from segkern.ops import torch_attention
+from tests.core.contract import LAYOUTS, assert_contract, draw, oracle_attention, plain_attention
 
 sigmas = st.one_of(st.just(0.0), st.floats(0.1, 50.0), st.just(math.inf))
 
@@ -122,7 +123,7 @@ def test_infinite_samples_form_one_query_row(monkeypatch: pytest.MonkeyPatch) ->
         seen.append((query.shape[0], query.shape[2]))
         return original(query, *args, **kwargs)
 
-    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch_attention.F, "scaled_dot_product_attention", spy)
     query, key, value = (randn(3, 2, 30, 8) for _ in range(3))
     segkern.seg_attention(query, key, value, Grid(5, 6), (0.0, 0.0, math.inf))
     assert seen == [(2, 30), (1, 1)]
@@ -136,7 +137,7 @@ def test_unblurred_queries_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> No
         pointers.append(query.data_ptr())
         return original(query, *args, **kwargs)
 
-    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(torch_attention.F, "scaled_dot_product_attention", spy)
     query, key, value = (randn(3, 2, 30, 8) for _ in range(3))
     segkern.seg_attention(query, key, value, Grid(5, 6), (0.0, 0.0, 2.0))
     assert pointers[0] == query.data_ptr()

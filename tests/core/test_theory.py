@@ -13,11 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from energy_tools import BOUNDARIES, MEAN_KEEPING, SIGMAS, dense, fields, grids, kinds, lse, seeds, sigmas, slack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segkern import Grid, energy, gaussian_blur
+from segkern import Grid, gaussian_blur
+from segkern.analysis import energy
+from tests.core.energy_tools import (
+    BOUNDARIES,
+    MEAN_KEEPING,
+    SIGMAS,
+    dense,
+    fields,
+    grids,
+    kinds,
+    lse,
+    seeds,
+    sigmas,
+    slack,
+)
 
 mean_keeping = st.sampled_from(MEAN_KEEPING)
 boundaries = st.sampled_from(BOUNDARIES)

@@ -11,12 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from energy_tools import BOUNDARIES, MEAN_KEEPING, SIGMAS, dense, fields, grids, kinds, lse, seeds, sigmas, slack
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from segkern import Grid, energy
-from segkern.curvature import log_determinant, log_diagonal
+from segkern import Grid
+from segkern.analysis import energy
+from segkern.analysis.curvature import log_determinant, log_diagonal
+from tests.core.energy_tools import (
+    BOUNDARIES,
+    MEAN_KEEPING,
+    SIGMAS,
+    dense,
+    fields,
+    grids,
+    kinds,
+    lse,
+    seeds,
+    sigmas,
+    slack,
+)
 
 mean_keeping = st.sampled_from(MEAN_KEEPING)
 boundaries = st.sampled_from(BOUNDARIES)

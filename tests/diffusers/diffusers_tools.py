@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from segkern.integrations.diffusers import SEG, list_layers
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 PIPELINE_TOLERANCE = 2e-5  # relative norm of latents after a whole run in float32
 
 # Many small operations and several test processes: more threads only wait for each other.

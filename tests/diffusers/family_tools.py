@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from tests.diffusers_tools import dense_blur, tiny_pipeline
+from tests.diffusers.diffusers_tools import dense_blur, tiny_pipeline
 
 Entry = float | tuple[float, ...] | str
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from compatibility import proves
+
+from tests.compatibility import proves
 
 TRANSFORMERS = {
     "sd3": "Stable Diffusion 3",

@@ -17,7 +17,8 @@ from diffusers.modular_pipelines.stable_diffusion_xl.denoise import StableDiffus
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
 from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageCoreDenoiseStep
 from diffusers.utils import logging
-from transformer_models import MODELS
+
+from tests.diffusers.transformer_models import MODELS
 
 # Guiders say that they are experimental, components that they were made by hand, and blocks tell what is raised anyway.
 for each in ("guiders.guider_utils", "modular_pipelines.modular_pipeline", "modular_pipelines.modular_pipeline_utils"):

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from diffusers import MotionAdapter, SparseControlNetModel, UNetMotionModel
-from diffusers_tools import tiny_pipeline
-from unet_cases import CHANNELS, Case, built_of, changed, unet, unet_xl, with_options
-from unet_parts import controlnet, image, image_embeds, ip_adapter, seen
+
+from tests.diffusers.diffusers_tools import tiny_pipeline
+from tests.diffusers.unet_cases import CHANNELS, Case, built_of, changed, unet, unet_xl, with_options
+from tests.diffusers.unet_parts import controlnet, image, image_embeds, ip_adapter, seen
 
 FRAMES = 3
 

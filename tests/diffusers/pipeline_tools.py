@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformer_models
-import unet_cases
-from transformer_models import MODELS
-from unet_models import IMAGES
 
 from segkern.integrations.diffusers import PAG, SAG, SEG, Guidance, guide
-from segkern.integrations.diffusers.processor import GuidedProcessor
+from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
+from tests.diffusers import transformer_models, unet_cases
+from tests.diffusers.transformer_models import MODELS
+from tests.diffusers.unet_models import IMAGES
 
 STEPS = 4  # of a run
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers_tools import DenseProcessor, tiny_pipeline
 
 from segkern.integrations.diffusers import SEG, list_layers
+from tests.diffusers.diffusers_tools import DenseProcessor, tiny_pipeline
 
 PROMPT = "a red fox"
 CALLS_PER_STEP = {"HeunDiscreteScheduler": 2, "KDPM2DiscreteScheduler": 2, "KDPM2AncestralDiscreteScheduler": 2}

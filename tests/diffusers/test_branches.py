@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segkern.integrations.diffusers.branches import Batch, Join, difference, fold, summed
+from segkern.integrations.diffusers.runtime.branches import Batch, Join, difference, fold, summed
 
 batches = st.builds(lambda samples, cfg: Batch(samples * (1 + cfg), samples * cfg), st.integers(1, 4), st.booleans())
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from compatibility import proves
 
 from segkern.integrations.diffusers import CFG, PAG, SEG, guide
-from tests.diffusers_tools import PIPELINE_TOLERANCE, batches_seen, noise, relative, run, tiny_pipeline
-from tests.family_tools import tiny_sd
+from tests.compatibility import proves
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, batches_seen, noise, relative, run, tiny_pipeline
+from tests.diffusers.family_tools import tiny_sd
 
 MODELS = {"SDXL": tiny_pipeline, "SD 1": tiny_sd}
 

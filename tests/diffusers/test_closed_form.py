@@ -14,7 +14,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from closed_form_tools import (
+
+from segkern.integrations.diffusers import SEG, guide
+from tests.diffusers.closed_form_tools import (
     GaussianBlock,
     Line,
     MixtureBlock,
@@ -26,9 +28,7 @@ from closed_form_tools import (
     mixture_score,
     record_steps,
 )
-from diffusers_tools import dense_blur, relative
-
-from segkern.integrations.diffusers import SEG, guide
+from tests.diffusers.diffusers_tools import dense_blur, relative
 
 SIZE = (3, 5)
 MIXED = ([0.3, -0.2, 0.05], [-0.1, 0.0, 0.3])  # shifts and variance of the conditional and unconditional mixture

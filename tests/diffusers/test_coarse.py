@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_diffusers_compile import smaller_pipeline, wrapped
 from test_diffusers_lifecycle import State
 from test_diffusers_processor import LAYERS, make, spied
 from test_diffusers_report import problems_warned
@@ -22,9 +20,11 @@ from torch._dynamo.testing import CompileCounter
 
 import segkern
 from segkern import Grid
-from segkern.blur import BOUNDARIES
+from segkern.core.gaussian import BOUNDARIES
 from segkern.integrations.diffusers import SEG, SEGAttnProcessor, guide
-from segkern.integrations.diffusers.calibration import FORWARDS, MARGIN
+from segkern.integrations.diffusers.runtime.calibration import FORWARDS, MARGIN
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from tests.diffusers.test_compile import smaller_pipeline, wrapped
 
 LARGE = (1, 64, 64)  # latents whose first layer, d0, has 32x32 tokens
 
@@ -119,7 +119,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         strides.append(stride)
         return real(query, key, value, grid, sigma, stride, **options)
 
-    monkeypatch.setattr("segkern.integrations.diffusers.rows.coarse_error", spy)
+    monkeypatch.setattr("segkern.integrations.diffusers.runtime.query_rows.coarse_error", spy)
     return strides
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline
-from reliability import survives
 from torch._dynamo.testing import CompileCounter
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline
+from tests.reliability import survives
 
 
 def wrapped(pipe: Any, backend: Any) -> None:

@@ -8,10 +8,10 @@ import copy
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
-from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
-from reliability import survives
 
 from segkern.integrations.diffusers import SEG, guide
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
+from tests.reliability import survives
 
 
 @survives("pipelines", "a pipeline that shares the denoiser")

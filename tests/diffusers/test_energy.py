@@ -14,18 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPAGPipeline
-from diffusers_tools import hooks_of, noise, run, tiny_pipeline
 
-from segkern import energy
-from segkern.integrations.diffusers import (
-    SAG,
-    SEG,
-    EnergyRecorder,
-    SEGAttnProcessor,
-    guide,
-    list_layers,
-    record_energy,
-)
+from segkern.analysis import energy
+from segkern.integrations.diffusers import SAG, SEG, EnergyRecorder, SEGAttnProcessor, guide, list_layers, record_energy
+from tests.diffusers.diffusers_tools import hooks_of, noise, run, tiny_pipeline
 
 MID0 = "mid_block.attentions.0.transformer_blocks.0.attn1"
 SIGMAS = (1.0, math.inf)

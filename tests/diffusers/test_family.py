@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import CFG, PAG, SEG, guide, list_layers
-from segkern.integrations.diffusers.spec import AttentionSpec
-from tests.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run
-from tests.family_tools import SlowProcessor, tiny_sd
+from segkern.integrations.diffusers.specs.base import AttentionSpec
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run
+from tests.diffusers.family_tools import SlowProcessor, tiny_sd
 
 STEPS = 3
 GUIDANCE_SCALE = 4.0

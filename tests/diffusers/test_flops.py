@@ -7,7 +7,6 @@ import functools
 import math
 from typing import Any
 
-import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,8 +15,10 @@ import segkern
 from benchmarks import sdxl, steps
 from benchmarks.sdxl import SDXL
 from benchmarks.steps import Way
-from segkern import Grid, flops  # noqa: F401  the counter knows our operators by it
+from segkern import Grid
 from segkern.integrations.diffusers import list_layers
+from segkern.ops import flops  # noqa: F401  the counter knows our operators by it
+from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 
 CFG, PLAIN = Way("", "plain", True), Way("", "plain", False)
 
@@ -150,7 +151,7 @@ def test_operators_count_as_the_path_that_is_open(sigma: tuple[float, ...]) -> N
     query, key, value = (torch.empty(2, 3, 30, 16, device="meta") for _ in range(3))
     grid = Grid(5, 6)
     with FlopCounterMode(display=False) as counter:
-        segkern.sdpa.seg_attention(query, key, value, grid, sigma, 0.25, None, "reflect", False)
+        segkern.ops.torch_attention.seg_attention(query, key, value, grid, sigma, 0.25, None, "reflect", False)
     operator = torch.ops.segkern.seg_attention
     with FlopCounterMode(display=False) as behind:
         operator(query, key, value, None, 5, 6, 0, list(sigma), 0.25, "reflect", "torch", False)
@@ -161,8 +162,8 @@ def test_operators_count_as_the_path_that_is_open(sigma: tuple[float, ...]) -> N
 def test_coarse_operators_count_too(stride: tuple[int, int]) -> None:
     x = torch.empty(2, 3, 9 * 11, 16, device="meta")
     with FlopCounterMode(display=False) as counter:
-        coarse = segkern.sdpa.coarse_queries(x, Grid(9, 11), (2.0, 3.0), stride, "reflect")
-        segkern.sdpa.coarse_outputs(coarse, Grid(9, 11), stride, "reflect")
+        coarse = segkern.ops.torch_attention.coarse_queries(x, Grid(9, 11), (2.0, 3.0), stride, "reflect")
+        segkern.ops.torch_attention.coarse_outputs(coarse, Grid(9, 11), stride, "reflect")
     with FlopCounterMode(display=False) as behind:
         torch.ops.segkern.coarse_queries(x, 9, 11, 0, [2.0, 3.0], list(stride), "reflect")
         torch.ops.segkern.coarse_outputs(coarse, 9, 11, 0, list(stride), "reflect")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from segkern import flops  # noqa: F401  the counter knows our operators by it
 from segkern.integrations.diffusers import PAG, SEG, guide
+from segkern.ops import flops  # noqa: F401  the counter knows our operators by it
 
 BLOCKS = 24
 MODEL = "SD3Transformer2DModel"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from compatibility import proves
 from diffusers.models.attention_processor import Attention
-from diffusers_tools import GOLDEN, PIPELINE_TOLERANCE, golden_cases, relative, tiny_pipeline
 from safetensors import safe_open
 
 from segkern import Grid
 from segkern.integrations.diffusers import SEG, SEGAttnProcessor, StableDiffusionXLSEGPipeline, guide
+from tests.compatibility import proves
+from tests.diffusers.diffusers_tools import GOLDEN, PIPELINE_TOLERANCE, golden_cases, relative, tiny_pipeline
 
 CASES = golden_cases()
 IDS = [

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
-from diffusers_tools import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkern.integrations.diffusers import SEG, guide
+from tests.diffusers.diffusers_tools import (
     PIPELINE_TOLERANCE,
     batches_seen,
     noise,
@@ -19,10 +23,6 @@ from diffusers_tools import (
     run,
     tiny_pipeline,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from segkern.integrations.diffusers import SEG, guide
 
 both_ways = pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
 

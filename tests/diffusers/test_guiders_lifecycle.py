@@ -19,11 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import (
     StableDiffusionXLAutoBlocks,
 )
-from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, smaller_pipeline, tiny_pipeline
-from modular_tools import modular_sdxl, modular_transformer, run_sdxl
-from reliability import survives
 from torch._dynamo.testing import CompileCounter
-from transformer_models import MODELS
 
 from segkern.integrations.diffusers import (
     PAG,
@@ -36,6 +32,18 @@ from segkern.integrations.diffusers import (
     guide,
     list_layers,
 )
+from tests.diffusers.diffusers_tools import (
+    PIPELINE_TOLERANCE,
+    hooks_of,
+    noise,
+    relative,
+    run,
+    smaller_pipeline,
+    tiny_pipeline,
+)
+from tests.diffusers.modular_tools import modular_sdxl, modular_transformer, run_sdxl
+from tests.diffusers.transformer_models import MODELS
+from tests.reliability import survives
 
 LATENTS = noise(1, 8, 12)
 
@@ -326,7 +334,7 @@ def test_a_denoiser_in_the_wrapper_of_a_compiler() -> None:
 
 
 def test_the_page_has_an_example_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "guiders.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guiders.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     stock = tiny_pipeline()
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()

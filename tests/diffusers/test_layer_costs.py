@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-import unet_cases
-from cli_tools import done, refusal
 from diffusers import AutoencoderKL
-from diffusers_tools import noise, tiny_pipeline
-from diffusers_tools import run as run_unet
-from family_tools import tiny_sd
-from motion_models import MOTION
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformer_models import MODELS, TEXT, run
 
 from segkern.integrations.diffusers import list_layers
-from segkern.integrations.diffusers.costs import flop_shares
-from segkern.integrations.diffusers.layers import default_layers_of
+from segkern.integrations.diffusers.models.costs import flop_shares
+from segkern.integrations.diffusers.models.layers import default_layers_of
+from tests.cli.cli_tools import done, refusal
+from tests.diffusers import unet_cases
+from tests.diffusers.diffusers_tools import noise, tiny_pipeline
+from tests.diffusers.diffusers_tools import run as run_unet
+from tests.diffusers.family_tools import tiny_sd
+from tests.diffusers.motion_models import MOTION
+from tests.diffusers.transformer_models import MODELS, TEXT, run
 
 COUNTED = ("sd3", "sd3.5", "flux", "qwen-image", "z-image", "pixart-sigma", "hunyuan-dit", "wan", "ltx-video")
 FRAMES = {"wan": 9, "ltx-video": 17}

@@ -8,13 +8,13 @@ import re
 from functools import lru_cache
 
 import pytest
-from diffusers_tools import tiny_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformer_models import MODELS
 
 from segkern.integrations.diffusers import LayerInfo, list_layers
-from segkern.integrations.diffusers.names import select_layers
+from segkern.integrations.diffusers.models.names import select_layers
+from tests.diffusers.diffusers_tools import tiny_pipeline
+from tests.diffusers.transformer_models import MODELS
 
 BUILD = {"unet": tiny_pipeline, **{name: model.build for name, model in MODELS.items()}}
 

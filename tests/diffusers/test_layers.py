@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers_tools import noise, run, tiny_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkern import Grid
 from segkern.integrations.diffusers import SEG, LayerInfo, list_layers
-from segkern.integrations.diffusers.layers import select_layers
+from segkern.integrations.diffusers.models.layers import select_layers
+from tests.diffusers.diffusers_tools import noise, run, tiny_pipeline
 
 MID = "mid_block.attentions.0.transformer_blocks"
 

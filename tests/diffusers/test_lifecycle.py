@@ -19,12 +19,20 @@ from diffusers.models.attention_processor import (
     PAGIdentitySelfAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from diffusers_tools import PIPELINE_TOLERANCE, batches_seen, hooks_of, noise, relative, run, tiny_pipeline
-from reliability import survives
 
 from segkern import Grid
 from segkern.integrations.diffusers import SEG, Guidance, SEGAttnProcessor, guide
-from segkern.integrations.diffusers.processor import GuidedProcessor
+from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
+from tests.diffusers.diffusers_tools import (
+    PIPELINE_TOLERANCE,
+    batches_seen,
+    hooks_of,
+    noise,
+    relative,
+    run,
+    tiny_pipeline,
+)
+from tests.reliability import survives
 
 MID0 = "mid_block.attentions.0.transformer_blocks.0.attn1"
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from compatibility import proves
 from diffusers import EulerDiscreteScheduler, StableDiffusionPAGPipeline, StableDiffusionXLPAGPipeline
 
 from segkern.integrations.diffusers import PAG, guide
-from tests.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
-from tests.family_tools import tiny_sd
+from tests.compatibility import proves
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from tests.diffusers.family_tools import tiny_sd
 
 MODELS = {"SDXL": (tiny_pipeline, StableDiffusionXLPAGPipeline), "SD 1": (tiny_sd, StableDiffusionPAGPipeline)}
 

@@ -12,15 +12,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import transformer_models
-import unet_cases
-from compatibility import proves
-from diffusers_tools import PIPELINE_TOLERANCE, relative
-from model_words import of_transformer, of_unet
-from motion_models import MOTION
-from unet_models import IMAGES
 
 from segkern.integrations.diffusers import PAG, guide
+from tests.compatibility import proves
+from tests.diffusers import transformer_models, unet_cases
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
+from tests.diffusers.model_words import of_transformer, of_unet
+from tests.diffusers.motion_models import MOTION
+from tests.diffusers.unet_models import IMAGES
 
 UNETS = {
     "sd1-image": "StableDiffusionPAGImg2ImgPipeline",

@@ -10,7 +10,6 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from compatibility import proves
 from diffusers import (
     ControlNetModel,
     StableDiffusionXLAdapterPipeline,
@@ -20,10 +19,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     T2IAdapter,
 )
-from diffusers_tools import PIPELINE_TOLERANCE, batches_seen, noise, relative, run, tiny_pipeline
-from unet_parts import ip_adapter_weights
 
 from segkern.integrations.diffusers import SEG, StableDiffusionXLSEGPipeline, guide
+from tests.compatibility import proves
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, batches_seen, noise, relative, run, tiny_pipeline
+from tests.diffusers.unet_parts import ip_adapter_weights
 
 SIZE = 64  # pixels; the latents are 32 x 32
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers_tools import dense_blur, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import segkern
 from segkern import Grid
 from segkern.integrations.diffusers import SEGAttnProcessor
+from tests.diffusers.diffusers_tools import dense_blur, relative
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -195,7 +195,7 @@ def test_blurred_and_plain_samples_go_in_one_call(monkeypatch: pytest.MonkeyPatc
         assert query.untyped_storage().nbytes() == query.numel() * 4, "a view of the projection, not a copy of parts"
         return real(query, *args, **kwargs)
 
-    monkeypatch.setattr("segkern.integrations.diffusers.rows.seg_attention", spy)
+    monkeypatch.setattr("segkern.integrations.diffusers.runtime.query_rows.seg_attention", spy)
     attn(x)
     assert calls == [(3, 2, 63, 16)]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import noise, run, tiny_pipeline
 
 from segkern.integrations.diffusers import SEG, guide
+from tests.diffusers.diffusers_tools import noise, run, tiny_pipeline
 
 
 @contextmanager

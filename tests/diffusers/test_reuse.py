@@ -7,10 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, reference_run, relative, run, tiny_pipeline
 
 from segkern.integrations.diffusers import SEG, guide
-from segkern.integrations.diffusers.denoisers import UNet
+from segkern.integrations.diffusers.models.denoisers import UNet
+from tests.diffusers.diffusers_tools import (
+    PIPELINE_TOLERANCE,
+    hooks_of,
+    noise,
+    reference_run,
+    relative,
+    run,
+    tiny_pipeline,
+)
 
 
 def batches(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:

@@ -20,13 +20,25 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
-from diffusers_tools import PIPELINE_TOLERANCE, relative
-from pipeline_tools import FLUX, QWEN, SD1, SD3, SDXL, Picture, Subject, every, kinds, left_as_it_was, stand_ins
-from reliability import survives
-from unet_models import IMAGES
-from unet_parts import image_embeds, ip_adapter
 
 from segkern.integrations.diffusers import guide, record_energy
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
+from tests.diffusers.pipeline_tools import (
+    FLUX,
+    QWEN,
+    SD1,
+    SD3,
+    SDXL,
+    Picture,
+    Subject,
+    every,
+    kinds,
+    left_as_it_was,
+    stand_ins,
+)
+from tests.diffusers.unet_models import IMAGES
+from tests.diffusers.unet_parts import image_embeds, ip_adapter
+from tests.reliability import survives
 
 Tried = Callable[[int], None]
 UNETS = [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)]

@@ -16,10 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import hooks_of, noise, smaller_pipeline
-from modular_tools import modular_sdxl, run_sdxl
-from pipeline_tools import SD1, SD3, Subject, every, left_as_it_was, stand_ins
-from reliability import survives
 
 from segkern import Grid
 from segkern.integrations.diffusers import (
@@ -34,6 +30,10 @@ from segkern.integrations.diffusers import (
     guide,
     record_energy,
 )
+from tests.diffusers.diffusers_tools import hooks_of, noise, smaller_pipeline
+from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
+from tests.diffusers.pipeline_tools import SD1, SD3, Subject, every, left_as_it_was, stand_ins
+from tests.reliability import survives
 
 Tried = Callable[[int], None]
 
@@ -134,7 +134,7 @@ def test_what_is_saved_while_guided_is_what_is_saved_without(subject: Subject, t
 
 def _drawn(subject: str, pipe: Any) -> list[torch.Tensor]:
     """In a process of its own: latents without guidance, and with it."""
-    from pipeline_tools import SUBJECTS
+    from tests.diffusers.pipeline_tools import SUBJECTS
 
     torch.set_num_threads(1)
     pipe.set_progress_bar_config(disable=True)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_tools import (
+
+from segkern.integrations.diffusers import guide, record_energy
+from tests.diffusers.pipeline_tools import (
     FLUX,
     QWEN,
     SD1,
@@ -25,9 +27,7 @@ from pipeline_tools import (
     left_as_it_was,
     stand_ins,
 )
-from reliability import survives
-
-from segkern.integrations.diffusers import guide, record_energy
+from tests.reliability import survives
 
 Tried = Callable[[int], None]
 SECONDS = 60  # after which a thread that waits is taken to wait forever

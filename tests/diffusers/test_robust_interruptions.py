@@ -14,24 +14,25 @@ from unittest import mock
 
 import pytest
 import torch
-from diffusers_tools import hooks_of, noise, smaller_pipeline
-from modular_tools import modular_sdxl, run_sdxl
-from pipeline_tools import QWEN, SD1, SD3, SDXL, STEPS, Picture, Subject, every, failing, left_as_it_was, stand_ins
-from reliability import survives
 
-from segkern.integrations.diffusers import (
-    CFG,
-    PAG,
-    SAG,
-    SEG,
-    SEGGuider,
-    branches,
-    guidance,
-    guide,
-    interception,
-    processor,
-    record_energy,
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, SEGGuider, guide, record_energy
+from segkern.integrations.diffusers.runtime import branches, guidance, interception, processor
+from tests.diffusers.diffusers_tools import hooks_of, noise, smaller_pipeline
+from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
+from tests.diffusers.pipeline_tools import (
+    QWEN,
+    SD1,
+    SD3,
+    SDXL,
+    STEPS,
+    Picture,
+    Subject,
+    every,
+    failing,
+    left_as_it_was,
+    stand_ins,
 )
+from tests.reliability import survives
 
 Tried = Callable[[int], None]
 

@@ -22,14 +22,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import noise, smaller_pipeline
-from modular_tools import modular_sdxl, run_sdxl
-from pipeline_tools import QWEN, SD1, SD3, Subject, kinds
-from reliability import survives
-from unet_cases import built_of, unet
-from unet_models import IMAGES
 
 from segkern.integrations.diffusers import CFG, PAGGuider, SAGGuider, SEGGuider, guide, record_energy
+from tests.diffusers.diffusers_tools import noise, smaller_pipeline
+from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
+from tests.diffusers.pipeline_tools import QWEN, SD1, SD3, Subject, kinds
+from tests.diffusers.unet_cases import built_of, unet
+from tests.diffusers.unet_models import IMAGES
+from tests.reliability import survives
 
 Tried = Callable[[int], None]
 STEPS = 1000

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import PIPELINE_TOLERANCE, relative
-from pipeline_tools import QWEN, SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
-from reliability import survives
 
 from segkern.integrations.diffusers import guide
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
+from tests.diffusers.pipeline_tools import QWEN, SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
+from tests.reliability import survives
 
 Tried = Callable[[int], None]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_tools import QWEN, SD1, Subject, every, left_as_it_was
-from reliability import survives
-from transformer_models import MODELS, run
 
 from segkern.integrations.diffusers import SAG, SEG, guide
+from tests.diffusers.pipeline_tools import QWEN, SD1, Subject, every, left_as_it_was
+from tests.diffusers.transformer_models import MODELS, run
+from tests.reliability import survives
 
 Tried = Callable[[int], None]
 SECONDS = 60  # after which a thread that waits is taken to wait forever

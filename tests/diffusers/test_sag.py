@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compatibility import proves
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -22,9 +21,10 @@ from diffusers import (
 )
 
 from segkern.integrations.diffusers import CFG, SAG, SEG, guide
-from segkern.integrations.diffusers.degrading import attended, blurred, clean_and_noise, levels
-from tests.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
-from tests.family_tools import tiny_sd
+from segkern.integrations.diffusers.runtime.sag_blur import attended, blurred, clean_and_noise, levels
+from tests.compatibility import proves
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
+from tests.diffusers.family_tools import tiny_sd
 
 
 def theirs(pipe: Any, scale: float, **arguments: Any) -> torch.Tensor:

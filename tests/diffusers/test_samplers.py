@@ -10,10 +10,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run
-from sampler_tools import PROMPT, sampled_pipeline, slow_run
 
 from segkern.integrations.diffusers import SEG, guide
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run
+from tests.diffusers.sampler_tools import PROMPT, sampled_pipeline, slow_run
 
 # KDPM2's set_timesteps makes NumPy warn about torch's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")

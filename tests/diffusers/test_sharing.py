@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, UNet2DConditionModel
-from diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkern.integrations.diffusers import SEG, guide, list_layers
-from segkern.integrations.diffusers.sharing import Places
+from segkern.integrations.diffusers.models.sharing import Places
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 
 
 def deep_unet() -> Any:

@@ -9,11 +9,11 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from diffusers_tools import PIPELINE_TOLERANCE, relative
-from transformer_models import MODELS, run
 
 from segkern.integrations.diffusers import SEG, guide
-from segkern.integrations.diffusers.branches import Batch
+from segkern.integrations.diffusers.runtime.branches import Batch
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
+from tests.diffusers.transformer_models import MODELS, run
 
 
 def predictions(pipe: Any, draw: Any) -> list[torch.Tensor]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from compatibility import proves
-from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
-from transformer_models import run
-from transformer_tasks import DISTILLED, TASKS
-from transformer_tools import Perturbed, slow_run
 
 from segkern.integrations.diffusers import PAG, SEG, guide
+from tests.compatibility import proves
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from tests.diffusers.transformer_models import run
+from tests.diffusers.transformer_tasks import DISTILLED, TASKS
+from tests.diffusers.transformer_tools import Perturbed, slow_run
 
 PROVED = {  # model and task in words
     "sd3 img2img": ("Stable Diffusion 3", "image to image"),

@@ -11,14 +11,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from compatibility import proves
-from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
-from model_words import of_transformer
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformer_models import MODELS, run
-from transformer_tools import Perturbed, slow_run
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
+from tests.compatibility import proves
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from tests.diffusers.model_words import of_transformer
+from tests.diffusers.transformer_models import MODELS, run
+from tests.diffusers.transformer_tools import Perturbed, slow_run
 
 GUIDANCES = {
     "seg": (SEG(scale=2.0, sigma=1.5), 1.5),

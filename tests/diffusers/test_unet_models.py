@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
-from model_words import of_unet
-from motion_models import MOTION
-from transformer_tools import Perturbed
-from unet_cases import run
-from unet_models import IMAGES
-from unet_tools import self_attentions, slow_run
 
 from segkern.integrations.diffusers import PAG, SEG, guide
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from tests.diffusers.model_words import of_unet
+from tests.diffusers.motion_models import MOTION
+from tests.diffusers.transformer_tools import Perturbed
+from tests.diffusers.unet_cases import run
+from tests.diffusers.unet_models import IMAGES
+from tests.diffusers.unet_tools import self_attentions, slow_run
 
 CASES = {**IMAGES, **MOTION}
 

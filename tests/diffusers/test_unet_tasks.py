@@ -13,14 +13,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-from diffusers_tools import PIPELINE_TOLERANCE, batches_seen, hooks_of, relative
-from motion_models import FRAMES, MOTION
-from transformer_tools import Perturbed
-from unet_cases import Case, run, unet
-from unet_models import IMAGES
-from unet_tools import self_attentions, slow_run
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, batches_seen, hooks_of, relative
+from tests.diffusers.motion_models import FRAMES, MOTION
+from tests.diffusers.transformer_tools import Perturbed
+from tests.diffusers.unet_cases import Case, run, unet
+from tests.diffusers.unet_models import IMAGES
+from tests.diffusers.unet_tools import self_attentions, slow_run
 
 
 @lru_cache(maxsize=8)

@@ -9,7 +9,8 @@ from typing import Any
 
 import diffusers
 import torch
-from transformer_models import HEAD_DIM, HEADS, MODELS, WIDTH, Model
+
+from tests.diffusers.transformer_models import HEAD_DIM, HEADS, MODELS, WIDTH, Model
 
 
 def _vae(channels: int = 4) -> Any:

@@ -16,8 +16,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from diffusers_tools import dense_blur
-from transformer_models import Model
+
+from tests.diffusers.diffusers_tools import dense_blur
+from tests.diffusers.transformer_models import Model
 
 _SDPA = F.scaled_dot_product_attention
 

@@ -12,7 +12,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers_tools import tiny_pipeline
+
+from tests.diffusers.diffusers_tools import tiny_pipeline
 
 TEXT = 5  # tokens of a prompt
 CHANNELS, POOLED = 24, 8  # of its embeddings

@@ -7,9 +7,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers_tools import tiny_pipeline
-from unet_cases import CHANNELS, POOLED, Case, built_of, changed, scheduler, unet, unet_xl, with_options
-from unet_parts import (
+
+from tests.diffusers.diffusers_tools import tiny_pipeline
+from tests.diffusers.unet_cases import CHANNELS, POOLED, Case, built_of, changed, scheduler, unet, unet_xl, with_options
+from tests.diffusers.unet_parts import (
     adapter,
     adapter_xl,
     controlnet,

@@ -16,7 +16,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from transformer_tools import Dense, Perturbed, copied
+
+from tests.diffusers.transformer_tools import Dense, Perturbed, copied
 
 _SDPA = F.scaled_dot_product_attention
 

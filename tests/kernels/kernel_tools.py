@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import torch
-from contract import assert_contract, draw, oracle_attention, plain_attention
 
 import segkern
 from segkern import Grid
+from tests.core.contract import assert_contract, draw, oracle_attention, plain_attention
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from segkern.dispatch import triton_is_installed
+from segkern.core.dispatch import triton_is_installed
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_90", "sm_120", "gfx942")
 LOOPING = ("_tiled_attention_kernel", "_split_attention_kernel", "_attention_energy_kernel", "_attention_mass_kernel")
 

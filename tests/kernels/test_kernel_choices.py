@@ -8,15 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract import assert_contract, draw, oracle_attention, plain_attention
 
 import segkern
 from segkern import Grid
+from tests.core.contract import assert_contract, draw, oracle_attention, plain_attention
 
 pytest.importorskip("triton", reason="kernels need triton")
-from kernel_tools import CUDA, DEVICE, check_attention
-
 from segkern.kernels import _configs, _launch, _producers, _routes
+from tests.kernels.kernel_tools import CUDA, DEVICE, check_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -36,7 +35,7 @@ def test_the_blur_inside_attentions_launch_leaves_its_counters_at_zero(monkeypat
     oracle, _ = oracle_attention(query, key, value, grid, sigmas)
     for _ in range(2):
         arguments = query, key, value, None, grid, sigmas, 0.25, "reflect", False, _routes.TOGETHER
-        output, _ = segkern.ops.fused_attention(*arguments)
+        output, _ = segkern.ops.attention.fused_attention(*arguments)
         assert_contract(output, oracle, plain_attention(query, key, value, grid, sigmas))
     for found in kept:
         assert found.numel() >= 2 * 2 * _producers.COUNTERS
@@ -104,12 +103,12 @@ def test_the_blur_inside_attentions_launch_in_graphs_and_on_streams() -> None:
     grid, sigmas = Grid(32, 32), (0.0, 0.0, 10.0)
     query, key, value = (draw((3, 20, 1024, 64), torch.float16, DEVICE) for _ in range(3))
     arguments = query, key, value, None, grid, sigmas, 0.125, "reflect", False
-    wanted = segkern.ops.fused_attention(*arguments, _routes.BEFORE)[0]
+    wanted = segkern.ops.attention.fused_attention(*arguments, _routes.BEFORE)[0]
     for _ in range(20):
-        torch.testing.assert_close(segkern.ops.fused_attention(*arguments, _routes.TOGETHER)[0], wanted)
+        torch.testing.assert_close(segkern.ops.attention.fused_attention(*arguments, _routes.TOGETHER)[0], wanted)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = segkern.ops.fused_attention(*arguments, _routes.TOGETHER)[0]
+        captured = segkern.ops.attention.fused_attention(*arguments, _routes.TOGETHER)[0]
     streams = [torch.cuda.Stream() for _ in range(3)]
     torch.cuda.synchronize()
     beside = []
@@ -117,7 +116,7 @@ def test_the_blur_inside_attentions_launch_in_graphs_and_on_streams() -> None:
         graph.replay()
         for stream in streams:
             with torch.cuda.stream(stream):
-                beside.append(segkern.ops.fused_attention(*arguments, _routes.TOGETHER)[0])
+                beside.append(segkern.ops.attention.fused_attention(*arguments, _routes.TOGETHER)[0])
     torch.cuda.synchronize()
     for found in (captured, *beside):
         torch.testing.assert_close(found, wanted)

@@ -12,19 +12,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from contract import LAYOUTS, assert_contract, draw, oracle_attention, plain_attention, plain_blur
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reliability import survives
 
 import segkern
 from segkern import Grid, reference
-from segkern.blur import BOUNDARIES
+from segkern.core.gaussian import BOUNDARIES
+from tests.core.contract import LAYOUTS, assert_contract, draw, oracle_attention, plain_attention, plain_blur
+from tests.reliability import survives
 
 pytest.importorskip("triton", reason="kernels need triton")
-from kernel_tools import CUDA, DEVICE, DTYPES, check_attention
-
 from segkern.kernels import _routes
+from tests.kernels.kernel_tools import CUDA, DEVICE, DTYPES, check_attention
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),

@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from reliability import survives
 
 import segkern
 from segkern import Grid
+from tests.reliability import survives
 
 pytest.importorskip("triton", reason="kernels need triton")
-from failure_tools import KERNELS
-from kernel_tools import DEVICE
-
 from segkern.kernels import _routes
+from tests.core.failure_tools import KERNELS
+from tests.kernels.kernel_tools import DEVICE
 
 Tried = Callable[..., None]
 
@@ -137,9 +136,9 @@ def test_launches_fit_a_device(
     monkeypatch.setattr(torch, "empty", lambda *size, dtype=None, device=None: huge(size, dtype))
     monkeypatch.setattr("segkern.kernels.split_attention._mean", lambda image: image[:, :, :1])
     sigmas = (sigma,) * batch
-    segkern.ops.fused_attention(x, x, x, None, grid, sigmas, 1.0, "reflect", True)
+    segkern.ops.attention.fused_attention(x, x, x, None, grid, sigmas, 1.0, "reflect", True)
     if sigma < math.inf:  # which copies one result to all tokens, in memory that is not there
-        segkern.mass_ops.fused_energy(x, x, grid, sigmas, 1.0, "reflect")
+        segkern.ops.masses.fused_energy(x, x, grid, sigmas, 1.0, "reflect")
     for launched in recorder.grids:
         assert 0 < launched[0] < 2**31, launched
         assert all(0 < programs < 2**16 for programs in launched[1:]), launched

@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from typer.testing import CliRunner, Result
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is no installed package
 
 from benchmarks.__main__ import app
 

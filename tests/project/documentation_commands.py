@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import click
 import typer
-from cli_tools import done, refusal
 
-from segkern.commands import app
+from segkern.cli.commands import app
+from tests.cli.cli_tools import done, refusal
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).parents[2]
 
 from benchmarks.__main__ import app as benchmarks  # noqa: E402
 

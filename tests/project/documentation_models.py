@@ -13,12 +13,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import transformer_models
-from diffusers_tools import noise, tiny_pipeline
-from modular_tools import modular_sdxl, run_sdxl
 
+from segkern.generation.loading import DEMO
 from segkern.integrations.diffusers import StableDiffusionXLSEGPipeline
-from segkern.loading import DEMO
+from tests.diffusers import transformer_models
+from tests.diffusers.diffusers_tools import noise, tiny_pipeline
+from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
 
 _FROM_PRETRAINED = diffusers.DiffusionPipeline.from_pretrained.__func__  # before any test replaces it
 _STEPS = 3

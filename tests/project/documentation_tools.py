@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from documentation_commands import refused, run_shell
 from sybil import Document, Example, Region, Sybil
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
-ROOT = Path(__file__).parents[1]
+from tests.project.documentation_commands import refused, run_shell
+
+ROOT = Path(__file__).parents[2]
 CARD = ROOT / "segkern" / "checkpoints" / "demo" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark_tools import command, quick_run
 
 from benchmarks import checks, machine, results, tables, timing, tune, work
 from benchmarks.cases import CASES, REAL, TINY, Case, Inputs
 from benchmarks.measure import measure
 from benchmarks.providers import BLURS, PROVIDERS, Call, Provider
 from benchmarks.suites import SIGMAS, SUITES
-from segkern import Grid, explain
+from segkern import Grid
+from segkern.cli import explain
 from segkern.kernels._configs import Tile
+from tests.project.benchmark_tools import command, quick_run
 
 CPU = torch.device("cpu")
 TEXT = CASES["tiny-text-5x7"]

@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from benchmarks import energy, energy_page
 from segkern import Grid
-from segkern.energy import OverSigma, over_sigma
+from segkern.analysis.energy import OverSigma, over_sigma
 
 SIGMAS = (0.0, 1.0, math.inf)
 

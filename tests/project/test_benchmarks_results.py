@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmark_tools import command, quick_run
 
 from benchmarks import performance, plots, results
 from benchmarks.compare import compare, regressed
 from benchmarks.providers import PROVIDERS
 from benchmarks.suites import SUITES
+from tests.project.benchmark_tools import command, quick_run
 
 COMMITTED = sorted(results.RESULTS.glob("*.json"))[0]
 

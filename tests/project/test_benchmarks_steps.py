@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark_tools import command
-from diffusers_tools import PIPELINE_TOLERANCE, relative
 
 from benchmarks import approximations, sdxl, step_page, steps
 from benchmarks.steps import Bench, Way
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
+from tests.project.benchmark_tools import command
 
 CPU = torch.device("cpu")
 
@@ -136,7 +136,7 @@ def test_unknown_ways_are_refused() -> None:
 
 
 def test_the_committed_page_is_made_from_the_committed_files() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     page = (root / "docs" / "pipelines.md").read_text()
     assert page == step_page.page(steps.committed(), approximations.committed()), "run python -m benchmarks.readme"
 

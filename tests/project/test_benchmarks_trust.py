@@ -6,12 +6,12 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import benchmark_tools
 import pytest
-from drawn_inputs import KINDS
 
 from benchmarks import trust
 from segkern import Grid, reference
+from tests.core.drawn_inputs import KINDS
+from tests.project import benchmark_tools
 
 
 def test_drawn_inputs_and_the_models_are_compared(tmp_path: Path) -> None:

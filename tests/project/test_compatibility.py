@@ -12,19 +12,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 import pytest
-from compatibility import cell_of, proves, write
 
 from benchmarks import compatibility, models_page
 from segkern.integrations.diffusers import SEG
-from segkern.integrations.diffusers.architectures import ARCHITECTURES, LINEAR, UNET_DEFAULT
+from segkern.integrations.diffusers.models.architectures import ARCHITECTURES, LINEAR, UNET_DEFAULT
+from tests.compatibility import cell_of, proves, write
+from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = '''
 import pytest
-from compatibility import proves
+from tests.compatibility import proves
 
 @proves(model="A", task="text to image")
 @pytest.mark.parametrize("fails", [pytest.param(False, marks=proves(guidance="SEG")),

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from documentation_models import Modular, replace_models, small
-from documentation_tools import PAGES, ROOT, parsed, run_page, strange
 
-sys.path.insert(0, str(ROOT))
+from tests.project.documentation_models import Modular, replace_models, small
+from tests.project.documentation_tools import PAGES, ROOT, parsed, run_page, strange
 
 ELSEWHERE = "docs/moving.md"  # its Python runs in test_documentation_moving.py
 NOT_RUN: set[tuple[str, str]] = set()

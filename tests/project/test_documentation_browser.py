@@ -11,7 +11,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from site_tools import build
+
+from tests.project.site_tools import build
 
 pytestmark = pytest.mark.browser
 

@@ -4,22 +4,18 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from documentation_models import replace_models
-from documentation_tools import ROOT, pairs, parsed
-
-from segkern.integrations.diffusers import LayerInfo, list_layers
-from segkern.integrations.diffusers.names import select_layers
-
-sys.path.insert(0, str(ROOT))
 
 from benchmarks.sdxl import SDXL
+from segkern.integrations.diffusers import LayerInfo, list_layers
+from segkern.integrations.diffusers.models.names import select_layers
+from tests.project.documentation_models import replace_models
+from tests.project.documentation_tools import ROOT, pairs, parsed
 
 PAGE = ROOT / "docs" / "moving.md"
 PAIRS = pairs(PAGE)

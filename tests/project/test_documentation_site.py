@@ -5,25 +5,23 @@ from __future__ import annotations
 
 import doctest
 import re
-import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from site_tools import Page, build, pages
 
 import segkern
 import segkern.integrations.diffusers as adapter
+from tests.project.site_tools import Page, build, pages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-sys.path.insert(0, str(ROOT))
 
 pytest.importorskip("mkdocs", reason="the site is built by mkdocs")
 
 from benchmarks import choosing_page, demo_pictures, diagrams, docstrings, site  # noqa: E402
 from benchmarks.readme import EVALUATION  # noqa: E402
-from segkern.evaluation import report  # noqa: E402
+from studies.evaluation import report  # noqa: E402
 
 
 @pytest.fixture(scope="module")

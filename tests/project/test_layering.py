@@ -1,154 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dependencies point one way; importing the package is light."""
+"""Imports point one way between the folders of the package, in no circle and over few levels."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "segkern"
+from segkern.core.moved_modules import MOVED
 
-# module -> what it may import from the package; everything may use these
-BASE = {"blur", "coarse", "grid", "keeping", "version"}
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "segkern"
+MOST_LEVELS = 9
+
+# A folder or module of segkern/ -> those it may import, anywhere in its files. All may import the first three.
+BASE = {"core", "grid", "version"}
 ALLOWED = {
-    "version": set(),
+    "core": set(),
     "grid": set(),
-    "keeping": set(),
-    "blur": set(),
-    "coarse": set(),
+    "version": set(),
     "reference": set(),
-    "sdpa": set(),
-    "failures": set(),
-    "dispatch": {"failures"},
-    "estimate": {"sdpa"},
-    "ops": {"sdpa", "dispatch", "failures", "kernels"},
-    "coarse_ops": {"ops", "sdpa", "estimate"},
-    "scores": {"sdpa"},
-    "mass_ops": {"ops", "sdpa", "scores", "dispatch", "failures", "kernels"},
-    "arguments": set(),
-    "heads": set(),
-    "frames": set(),
-    "tracing": set(),
-    "flops": {"ops", "coarse_ops", "mass_ops"},
-    "plans": {"arguments", "dispatch"},
-    "api": {"arguments", "failures", "frames", "heads", "plans", "ops", "coarse_ops", "sdpa", "dispatch", "tracing"},
-    "masses": {"arguments", "mass_ops", "scores", "dispatch", "failures", "tracing"},
-    "logits": {"api", "arguments", "masses", "sdpa"},
-    "curvature": {"logits"},
-    "energy": {"logits", "curvature"},
-    "__init__": {"api", "energy", "masses", "reference"},
-    "kernels": {"kernels", "dispatch", "failures"},
-    "cli": {"commands", "diagnosis"},
-    "commands": {
-        "batches",
-        "diagnosis",
-        "loading",
-        "drawing",
-        "guidance_options",
-        "options",
-        "pictures",
-        "tables",
-        "environment",
-        "dispatch",
-        "explain",
-        "integrations",
-        "demo",
-        "evaluation",
-        "terminal",
-        "energy_command",
-        "layers_command",
-        "ui_command",
-    },
-    "ui_command": {"loading", "terminal", "playground"},
-    "playground": {
-        "playground",
-        "loading",
-        "drawing",
-        "demo",
-        "guidance_options",
-        "pictures",
-        "energy_report",
-        "energy_plots",
-        "integrations",
-    },
-    "layers_command": {"loading", "outlines", "tables", "terminal", "integrations"},
-    "outlines": {"loading", "integrations"},
-    "terminal": {"loading"},
-    "energy_command": {
-        "loading",
-        "drawing",
-        "options",
-        "pictures",
-        "tables",
-        "terminal",
-        "energy_report",
-        "energy_plots",
-        "integrations",
-    },
-    "energy_report": {"energy", "integrations"},
-    "energy_plots": {"energy_report"},
-    "demo": {"loading", "drawing", "pictures", "tables", "evaluation", "integrations"},
-    "batches": {"loading", "drawing", "pictures", "integrations"},
-    "drawing": {"loading", "dispatch", "environment", "tables", "integrations"},
-    "environment": set(),
-    "diagnosis": {"dispatch", "environment", "loading"},
-    "explain": {"dispatch", "kernels"},
-    "evaluation": {"evaluation", "loading", "environment", "options", "integrations"},
-    "options": set(),
-    "guidance_options": {"drawing", "options", "integrations"},
-    "tables": set(),
-    "loading": set(),
-    "pictures": set(),
+    "kernels": set(),
+    "ops": {"kernels"},
+    "api": {"ops"},
+    "analysis": {"api", "masses", "ops"},
+    "__init__": {"api", "analysis", "masses", "reference"},
+    "masses": {"ops"},
+    "generation": {"integrations"},
+    "cli": {"analysis", "generation", "integrations", "kernels", "playground"},
+    "playground": {"analysis", "generation", "integrations"},
+    "integrations": {"api", "ops", "analysis", "__init__"},
 }
 
 
-def imports(path: Path) -> set[str]:
-    """Names of the package's modules that a file imports, ``kernels`` for any of its modules."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "segkern":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("segkern.")}
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name, the integrations under the name they are installed with."""
+    found = {}
+    for folder, prefix in ((PACKAGE, "segkern"), (ROOT / "integrations", "segkern.integrations")):
+        for path in folder.rglob("*.py"):
+            parts = [prefix, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-@pytest.mark.parametrize("module", ALLOWED)
-def test_dependencies_point_one_way(module: str) -> None:
-    folder = PACKAGE / module
-    files = sorted(folder.glob("*.py")) if folder.is_dir() else [PACKAGE / f"{module}.py"]
-    assert files
-    for path in files:
-        assert imports(path) <= ALLOWED[module] | BASE, path.name
+def is_for_types(node: ast.AST) -> bool:
+    """Whether it is an ``if TYPE_CHECKING:``."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-@pytest.mark.parametrize("operators", ["ops.py", "mass_ops.py"])
-def test_kernels_are_imported_only_when_an_operator_launches_one(operators: str) -> None:
-    tree = ast.parse((PACKAGE / operators).read_text())
-    at_top = [n.module for n in tree.body if isinstance(n, ast.ImportFrom) and n.module]
-    assert not [name for name in at_top if "kernels" in name]
+@cache
+def imports(name: str, *, lazy: bool) -> frozenset[str]:
+    """Modules of the package that a module imports; with ``lazy`` those that its functions import too."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if is_for_types(child) or (not lazy and isinstance(child, (ast.FunctionDef, ast.Lambda))):
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                submodules = {f"{child.module}.{alias.name}" for alias in child.names} & modules().keys()
+                found.update(submodules or {child.module})
+            visit(child)
+
+    visit(ast.parse(modules()[name].read_text(encoding="utf-8")))
+    return frozenset(found & modules().keys() - {name})
 
 
-@pytest.mark.parametrize("heavy", ["triton", "diffusers", "transformers"])
-def test_import_is_light(heavy: str) -> None:
+def room(name: str) -> str:
+    """The folder or module of ``segkern/`` that a dotted name lies in."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_dependencies_point_one_way(name: str) -> None:
+    allowed = ALLOWED[room(name)] | BASE | {room(name)}
+    assert {target for target in imports(name, lazy=True) if room(target) not in allowed} == set()
+
+
+def test_there_is_no_import_circle_and_few_levels() -> None:
+    levels: dict[str, int] = {}
+
+    def level(name: str, path: tuple[str, ...] = ()) -> int:
+        assert name not in path, f"import circle: {' -> '.join((*path, name))}"
+        if name not in levels:
+            levels[name] = 1 + max((level(target, (*path, name)) for target in imports(name, lazy=False)), default=0)
+        return levels[name]
+
+    for name in modules():
+        level(name)
+    deep = {name: depth for name, depth in levels.items() if room(name) != "integrations" and depth > MOST_LEVELS}
+    assert deep == {}
+
+
+def test_few_files_stand_at_the_top() -> None:
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 8
+
+
+@pytest.mark.parametrize("name", sorted(name for name in modules() if room(name) == "ops"))
+def test_kernels_are_imported_only_when_an_operator_launches_one(name: str) -> None:
+    assert not [target for target in imports(name, lazy=False) if room(target) == "kernels"]
+
+
+def test_import_is_light() -> None:
     # torch itself may import triton where it finds one, so what counts is what segkern adds to torch.
-    code = f"import sys, torch; before = set(sys.modules); import segkern; added = set(sys.modules) - before; \
-sys.exit(any(name.split('.')[0] == {heavy!r} for name in added))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys, torch; before = set(sys.modules); import segkern; print(*set(sys.modules) - before)"
+    added = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {name.split(".")[0] for name in added} & {"triton", "diffusers", "transformers"}
 
 
-def test_every_file_is_short_and_licensed() -> None:
-    root = PACKAGE.parent
-    files = [
-        p for d in ("segkern", "integrations", "training", "benchmarks", "tests") for p in (root / d).rglob("*.py")
-    ]
+@pytest.mark.parametrize("old", MOVED)
+def test_old_import_paths_name_the_new_ones(old: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=f"{old} has moved; import {MOVED[old]} instead"):
+        importlib.import_module(old)
+    importlib.import_module(MOVED[old])
+
+
+def test_every_file_is_licensed() -> None:
+    folders = ("segkern", "integrations", "studies", "benchmarks", "tests")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert files
     for path in files:
-        text = path.read_text()
-        assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
-        assert text.count("\n") <= 360, f"{path} has {text.count(chr(10))} lines: it answers more than one question"
+        assert path.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0\n"), path

@@ -18,7 +18,7 @@ import pytest
 
 import segkern
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = shutil.ignore_patterns(
     "__pycache__", ".git", ".venv", ".*_*", ".h*", "build", "dist", "outputs", "*.egg-info"
 )
@@ -105,7 +105,7 @@ def test_source_archive_holds_what_testing_it_needs(distributions: Path) -> None
     assert {"Makefile", "constraints.txt", "LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"} <= names
     assert {"SECURITY.md", "RELEASING.md", ".github/ISSUE_TEMPLATE/bug.yml"} <= names
     assert {
-        "tests/test_packaging.py",
+        "tests/project/test_packaging.py",
         "training/denoiser.py",
         "integrations/__init__.py",
         "docs/evaluation.md",

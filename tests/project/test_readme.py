@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
     energy,

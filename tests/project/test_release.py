@@ -15,9 +15,9 @@ import yaml
 
 import segkern
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
-sys.path.insert(0, str(ROOT / "tests" / "release"))
+sys.path.insert(0, str(ROOT / "tests" / "project" / "release"))
 
 from set_version import PLACES, VERSION, release  # noqa: E402  a script beside the package
 

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 import pytest
 
 from benchmarks import releases, releases_page
+from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "release"))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "project" / "release"))
 
 from extras import chosen  # noqa: E402  a script beside the package
 from uses import STAGES  # noqa: E402

@@ -11,18 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import benchmark_tools
 import pytest
-from reliability import AREAS, fault_of, survives
 
 from benchmarks import outcomes, reliability, reliability_page
+from tests.project import benchmark_tools
+from tests.reliability import AREAS, fault_of, survives
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import pytest
 from hypothesis import given, settings, strategies as st
-from reliability import survives, tried
+from tests.reliability import survives, tried
 
 pytestmark = survives("inputs", "anything")
 

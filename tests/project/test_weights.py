@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from reliability import survives
 
-ROOT = Path(__file__).parents[1]
+from tests.reliability import survives
+
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("segkern", "integrations", "training", "benchmarks")
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 

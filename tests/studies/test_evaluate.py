@@ -6,16 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cli_tools import done, picture, refusal
 
-from segkern.evaluation import report
+from studies.evaluation import report
+from tests.cli.cli_tools import done, picture, refusal
 
 FEW = ("--images", "8", "--steps", "1", "--scales", "1", "--sigmas", "inf", "--cfg-scales", "2", "--device", "cpu")
 
 
 @pytest.mark.slow
 def test_evaluate_writes_everything_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkern.evaluation.study.reference.__defaults__", (64, (64, 64)))
+    monkeypatch.setattr("studies.evaluation.study.reference.__defaults__", (64, (64, 64)))
     output = done("evaluate", *FEW, "--seeds", "1", "--selection-seeds", "", "--out", tmp_path)
     found = report.read(tmp_path / "evaluation.json")
     assert (tmp_path / "evaluation.md").read_text(encoding="utf-8") == report.markdown(found)

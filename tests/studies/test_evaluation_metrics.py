@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from segkern.evaluation.judge import FEATURES, Judge, load_judge
-from segkern.evaluation.metrics import (
+from studies.evaluation.judge import FEATURES, Judge, load_judge
+from studies.evaluation.metrics import (
     caption_accuracy,
     frechet_distance,
     judged,
@@ -18,7 +18,7 @@ from segkern.evaluation.metrics import (
     precision_recall,
     unit,
 )
-from segkern.evaluation.shapes import ATTRIBUTES, PICTURE_SIZES, Scene, Thing, numbered
+from studies.evaluation.shapes import ATTRIBUTES, PICTURE_SIZES, Scene, Thing, numbered
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segkern.evaluation import shapes
-from segkern.evaluation.shapes import ATTRIBUTES, COLOURS, PAIRS, PICTURE_SIZES, draw, numbered, random_scene
+from studies.evaluation import shapes
+from studies.evaluation.shapes import ATTRIBUTES, COLOURS, PAIRS, PICTURE_SIZES, draw, numbered, random_scene
 
 SEEDS = st.integers(0, 2**32)
 

@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_tools import hooks_of
 
 from benchmarks import family as family_benchmark
 from benchmarks.readme import evaluation_page
-from segkern.evaluation import report
-from segkern.evaluation.judge import Judge, load_judge
-from segkern.evaluation.plots import curves, plot
-from segkern.evaluation.run import Design, carry_out, choose, verdict
-from segkern.evaluation.study import Setting, Study, family, grid, prompts, sample, variants
-from segkern.loading import DEMO, find_model, load_pipeline
+from segkern.generation.loading import DEMO, find_model, load_pipeline
+from studies.evaluation import report
+from studies.evaluation.judge import Judge, load_judge
+from studies.evaluation.plots import curves, plot
+from studies.evaluation.run import Design, carry_out, choose, verdict
+from studies.evaluation.study import Setting, Study, family, grid, prompts, sample, variants
+from tests.diffusers.diffusers_tools import hooks_of
 
 STEPS = 2
 
@@ -38,7 +38,7 @@ def judge() -> Judge:
 
 @pytest.fixture(autouse=True)
 def few_real_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkern.evaluation.study.reference.__defaults__", (64, (64, 64)))
+    monkeypatch.setattr("studies.evaluation.study.reference.__defaults__", (64, (64, 64)))
 
 
 def pictures(pipe: Any, setting: Setting, count: int = 3, batch: int = 64) -> torch.Tensor:
@@ -135,7 +135,7 @@ def test_a_study_goes_on_where_it_was_cut_off(
     assert made["measures"]["distance_to_unguided"] > 0
 
     again = Study(pipe, judge, path, 8, STEPS)
-    monkeypatch.setattr("segkern.evaluation.study.sample", None)  # whoever samples now fails
+    monkeypatch.setattr("studies.evaluation.study.sample", None)  # whoever samples now fails
     assert again.measure(guided, 1, seen.append) == made
     assert again.find(guided, 2) is None
     assert Study(pipe, judge, path, 16, STEPS).find(guided, 1) is None
@@ -219,7 +219,7 @@ def test_committed_evaluation_belongs_to_the_bundled_weights(judge: Judge, tmp_p
 
 def test_committed_pages_are_made_from_the_committed_evaluation() -> None:
     found = report.read(DEMO / "evaluation.json")
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     assert (docs / "evaluation.md").read_text(encoding="utf-8") == evaluation_page(found)
     assert (docs / "evaluation.png").stat().st_size > 10_000
 

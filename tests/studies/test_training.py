@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from segkern.evaluation.judge import load_judge
-from training import denoiser, vae
-from training.data import scaled
-from training.loop import Plan, train
-from training.optimisers import Optimisers
-from training.text import Texts
+from studies.evaluation.judge import load_judge
+from studies.training import denoiser, vae
+from studies.training.data import scaled
+from studies.training.loop import Plan, train
+from studies.training.optimisers import Optimisers
+from studies.training.text import Texts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Interrupted(Exception):
@@ -111,7 +111,7 @@ def test_times_cover_the_schedule() -> None:
 
 
 def test_texts_encode_as_the_pipeline_does(tmp_path: Path) -> None:
-    from segkern.loading import find_model, load_pipeline
+    from segkern.generation.loading import find_model, load_pipeline
 
     pipe = load_pipeline(find_model("demo"), torch.float32, torch.device("cpu"))
     texts = Texts(tmp_path)

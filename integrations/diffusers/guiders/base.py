@@ -15,13 +15,13 @@ from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from torch import nn
 
-from segkern.integrations.diffusers.branches import shifted
-from segkern.integrations.diffusers.guider_calls import GuiderCalls, Step, running_pipeline
-from segkern.integrations.diffusers.report import Report
-from segkern.integrations.diffusers.schedule import number
-from segkern.integrations.diffusers.spec import DefaultLayers, Spec
-from segkern.integrations.diffusers.specs import PAG, SAG
-from segkern.integrations.diffusers.strength import is_number
+from segkern.integrations.diffusers.guiders.calls import GuiderCalls, Step, running_pipeline
+from segkern.integrations.diffusers.runtime.branches import shifted
+from segkern.integrations.diffusers.runtime.report import Report
+from segkern.integrations.diffusers.runtime.run_context import number
+from segkern.integrations.diffusers.specs.base import DefaultLayers, Spec
+from segkern.integrations.diffusers.specs.guidances import PAG, SAG
+from segkern.integrations.diffusers.specs.schedules import is_number
 
 _INFINITY = "inf"  # JSON has no number for it
 

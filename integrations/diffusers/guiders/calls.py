@@ -13,19 +13,19 @@ from diffusers.modular_pipelines import ModularPipeline
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.acting import Acting
-from segkern.integrations.diffusers.architectures import batch_of
-from segkern.integrations.diffusers.branches import Arguments, Batch
-from segkern.integrations.diffusers.degradations import Degradations
-from segkern.integrations.diffusers.denoisers import Denoiser, find_denoisers
-from segkern.integrations.diffusers.guided_layers import Forward
-from segkern.integrations.diffusers.hooks import Outer
-from segkern.integrations.diffusers.layers import find_model
-from segkern.integrations.diffusers.report import Recorder
-from segkern.integrations.diffusers.reuse import Differences
-from segkern.integrations.diffusers.spec import Spec
-from segkern.integrations.diffusers.specs import SAG
-from segkern.integrations.diffusers.support import GUIDED, choose_layers
+from segkern.integrations.diffusers.models.architectures import batch_of
+from segkern.integrations.diffusers.models.denoisers import Denoiser, find_denoisers
+from segkern.integrations.diffusers.models.layers import find_model
+from segkern.integrations.diffusers.runtime.branches import Arguments, Batch
+from segkern.integrations.diffusers.runtime.denoiser_guidance import Acting
+from segkern.integrations.diffusers.runtime.guided_layers import Forward
+from segkern.integrations.diffusers.runtime.hooks import Outer
+from segkern.integrations.diffusers.runtime.report import Recorder
+from segkern.integrations.diffusers.runtime.reuse import Differences
+from segkern.integrations.diffusers.runtime.sag_forward import Degradations
+from segkern.integrations.diffusers.runtime.support import GUIDED, choose_layers
+from segkern.integrations.diffusers.specs.base import Spec
+from segkern.integrations.diffusers.specs.guidances import SAG
 
 
 @dataclass

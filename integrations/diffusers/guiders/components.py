@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from segkern.integrations.diffusers.guider_base import SpecGuider
-from segkern.integrations.diffusers.sigmas import GivenSigmas
-from segkern.integrations.diffusers.spec import Layers
-from segkern.integrations.diffusers.specs import PAG, SAG, SEG
-from segkern.integrations.diffusers.strength import Schedule
+from segkern.integrations.diffusers.guiders.base import SpecGuider
+from segkern.integrations.diffusers.specs.base import Layers
+from segkern.integrations.diffusers.specs.guidances import PAG, SAG, SEG
+from segkern.integrations.diffusers.specs.schedules import Schedule
+from segkern.integrations.diffusers.specs.sigmas import GivenSigmas
 
 
 class SEGGuider(SpecGuider):

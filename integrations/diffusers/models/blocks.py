@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.architectures import Architecture
-from segkern.integrations.diffusers.branches import Batch, Join
+from segkern.integrations.diffusers.models.architectures import Architecture
+from segkern.integrations.diffusers.runtime.branches import Batch, Join
 
 
 class BlockPlaces:

@@ -13,7 +13,7 @@ from diffusers import UNetMotionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.layers import UNETS, find_model, latent_size, list_layers
+from segkern.integrations.diffusers.models.layers import UNETS, find_model, latent_size, list_layers
 
 _CLIP = 77  # tokens of a prompt where nothing else is known
 

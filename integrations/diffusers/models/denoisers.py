@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.architectures import ARCHITECTURES, Architecture, batch_of
-from segkern.integrations.diffusers.blocks import BlockPlaces
-from segkern.integrations.diffusers.branches import DENOISER_ARGUMENTS, Arguments, Batch, DenoiserArguments
-from segkern.integrations.diffusers.guided_layers import Forward, GuidedLayer, hook_grids
-from segkern.integrations.diffusers.interception import intercepting
-from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, GuidedProcessor
-from segkern.integrations.diffusers.schedule import Run
-from segkern.integrations.diffusers.sharing import Places
+from segkern.integrations.diffusers.models.architectures import ARCHITECTURES, Architecture, batch_of
+from segkern.integrations.diffusers.models.blocks import BlockPlaces
+from segkern.integrations.diffusers.models.sharing import Places
+from segkern.integrations.diffusers.runtime.branches import DENOISER_ARGUMENTS, Arguments, Batch, DenoiserArguments
+from segkern.integrations.diffusers.runtime.guided_layers import Forward, GuidedLayer, hook_grids
+from segkern.integrations.diffusers.runtime.interception import intercepting
+from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, GuidedProcessor
+from segkern.integrations.diffusers.runtime.run_context import Run
 
 
 class Denoiser(ABC):

@@ -10,14 +10,14 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.architectures import (
+from segkern.integrations.diffusers.models.architectures import (
     ARCHITECTURES,
     LINEAR,
     UNET_DEFAULT,
     Architecture,
     advised_layers,
 )
-from segkern.integrations.diffusers.names import PARTS, LayerInfo, select_layers
+from segkern.integrations.diffusers.models.names import PARTS, LayerInfo, select_layers
 
 __all__ = ["PARTS", "UNETS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
 

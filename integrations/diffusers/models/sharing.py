@@ -29,8 +29,8 @@ from diffusers.models.unets.unet_2d_blocks import (
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.branches import Batch, Join, JoinSkips
-from segkern.integrations.diffusers.layers import execution_order
+from segkern.integrations.diffusers.models.layers import execution_order
+from segkern.integrations.diffusers.runtime.branches import Batch, Join, JoinSkips
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.rows import EVERY_ROW, NO_ROW, LayerRows, Stride
-from segkern.integrations.diffusers.sigmas import Sigma
+from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, NO_ROW, LayerRows, Stride
+from segkern.integrations.diffusers.specs.sigmas import Sigma
 
 
 def self_attention(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from segkern.integrations.diffusers.hooks import Hook
+from segkern.integrations.diffusers.runtime.hooks import Hook
 
 # Arguments of a UNet and of its blocks that hold one entry per sample. Others (cross_attention_kwargs, upsample_size)
 # pass through untouched.

@@ -12,11 +12,11 @@ from typing import cast
 
 import torch
 
-from segkern.coarse import check_query_stride, coarse_grid
+from segkern.core.coarse_queries import check_query_stride, coarse_grid
 from segkern.grid import Grid
-from segkern.integrations.diffusers.rows import EVERY_ROW, Stride
-from segkern.integrations.diffusers.spec import Spec
-from segkern.integrations.diffusers.specs import SEG
+from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, Stride
+from segkern.integrations.diffusers.specs.base import Spec
+from segkern.integrations.diffusers.specs.guidances import SEG
 
 FORWARDS = 3  # with estimates, before the choice
 MARGIN = 4.0  # times the estimate must hold the tolerance: 2 for the estimate itself, 2 for what comes later

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.denoisers import Denoiser
-from segkern.integrations.diffusers.guided_layers import Forward, GuidedLayers
-from segkern.integrations.diffusers.report import Recorder
-from segkern.integrations.diffusers.spec import AttentionSpec, Chosen
+from segkern.integrations.diffusers.models.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.calibration import Calibration
+from segkern.integrations.diffusers.runtime.guided_layers import Forward, GuidedLayers
+from segkern.integrations.diffusers.runtime.report import Recorder
+from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
 
 
 class Acting:

@@ -16,14 +16,14 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.blur import check_boundary, check_sigma
-from segkern.energy import OverSigma, over_sigma
+from segkern.analysis.energy import OverSigma, over_sigma
+from segkern.core.gaussian import check_boundary, check_sigma
 from segkern.grid import Grid
-from segkern.integrations.diffusers.branches import DenoiserArguments
-from segkern.integrations.diffusers.hooks import Hook
-from segkern.integrations.diffusers.layers import LayerInfo, find_unet, list_layers, select_layers
-from segkern.integrations.diffusers.schedule import Run
-from segkern.integrations.diffusers.support import REPEATED, check_batches, check_layer
+from segkern.integrations.diffusers.models.layers import LayerInfo, find_unet, list_layers, select_layers
+from segkern.integrations.diffusers.runtime.branches import DenoiserArguments
+from segkern.integrations.diffusers.runtime.hooks import Hook
+from segkern.integrations.diffusers.runtime.run_context import Run
+from segkern.integrations.diffusers.runtime.support import REPEATED, check_batches, check_layer
 
 
 @dataclass(frozen=True)

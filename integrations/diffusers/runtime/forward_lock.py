@@ -15,7 +15,7 @@ import threading
 
 from torch import nn
 
-from segkern.integrations.diffusers.stacks import Call, first_call, module_call, outermost_module_calls
+from segkern.integrations.diffusers.runtime.call_stack import Call, first_call, module_call, outermost_module_calls
 
 _SECONDS = 0.02  # until a turn is looked at again whose holder may have been interrupted
 

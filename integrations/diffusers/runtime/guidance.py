@@ -12,20 +12,20 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.acting import Acting
-from segkern.integrations.diffusers.architectures import batch_of
-from segkern.integrations.diffusers.branches import Arguments, difference, fold, shifted, summed
-from segkern.integrations.diffusers.degradations import Degradations
-from segkern.integrations.diffusers.denoisers import Denoiser
-from segkern.integrations.diffusers.guided_layers import Forward
-from segkern.integrations.diffusers.hooks import Outer
-from segkern.integrations.diffusers.planning import Plans
-from segkern.integrations.diffusers.processor import norms, unwrap
-from segkern.integrations.diffusers.report import Recorder, Report
-from segkern.integrations.diffusers.schedule import Run
-from segkern.integrations.diffusers.spec import Chosen, Spec
-from segkern.integrations.diffusers.support import GUIDED, check_model, check_pipeline, choose_layers
-from segkern.integrations.diffusers.turns import Turns
+from segkern.integrations.diffusers.models.architectures import batch_of
+from segkern.integrations.diffusers.models.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.branches import Arguments, difference, fold, shifted, summed
+from segkern.integrations.diffusers.runtime.denoiser_guidance import Acting
+from segkern.integrations.diffusers.runtime.forward_lock import Turns
+from segkern.integrations.diffusers.runtime.guided_layers import Forward
+from segkern.integrations.diffusers.runtime.hooks import Outer
+from segkern.integrations.diffusers.runtime.processor import norms, unwrap
+from segkern.integrations.diffusers.runtime.report import Recorder, Report
+from segkern.integrations.diffusers.runtime.run_context import Run
+from segkern.integrations.diffusers.runtime.sag_forward import Degradations
+from segkern.integrations.diffusers.runtime.step_planner import Plans
+from segkern.integrations.diffusers.runtime.support import GUIDED, check_model, check_pipeline, choose_layers
+from segkern.integrations.diffusers.specs.base import Chosen, Spec
 
 # What the next call for a negative prompt adds, with the guidance scale where it alone may change.
 Owed = tuple[torch.Tensor | None, float | None]

@@ -12,17 +12,17 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.branches import Batch
-from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.hooks import Hook
-from segkern.integrations.diffusers.names import LayerInfo
-from segkern.integrations.diffusers.processor import GuidedProcessor, unwrap
-from segkern.integrations.diffusers.rows import EVERY_ROW, Stride
-from segkern.integrations.diffusers.sigmas import Sigma, per_sample
-from segkern.integrations.diffusers.spec import AttentionSpec, Chosen
+from segkern.integrations.diffusers.models.names import LayerInfo
+from segkern.integrations.diffusers.runtime.branches import Batch
+from segkern.integrations.diffusers.runtime.calibration import Calibration
+from segkern.integrations.diffusers.runtime.hooks import Hook
+from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
+from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, Stride
+from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
+from segkern.integrations.diffusers.specs.sigmas import Sigma, per_sample
 
 if TYPE_CHECKING:
-    from segkern.integrations.diffusers.denoisers import Denoiser
+    from segkern.integrations.diffusers.models.denoisers import Denoiser
 
 
 @dataclass(frozen=True)

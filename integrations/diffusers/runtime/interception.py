@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from segkern.api import gaussian_blur, seg_attention
-from segkern.blur import runs
+from segkern.core.gaussian import runs
 from segkern.grid import Grid
-from segkern.integrations.diffusers.processor import GuidedProcessor, norms
-from segkern.integrations.diffusers.rows import IDENTITY
+from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, norms
+from segkern.integrations.diffusers.runtime.query_rows import IDENTITY
 
 
 class InterceptingProcessor(GuidedProcessor):

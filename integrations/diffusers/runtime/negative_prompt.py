@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from segkern.integrations.diffusers.branches import Arguments, DenoiserArguments
-from segkern.integrations.diffusers.specs import CFG
+from segkern.integrations.diffusers.runtime.branches import Arguments, DenoiserArguments
+from segkern.integrations.diffusers.specs.guidances import CFG
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
-from segkern.blur import check_boundary, check_sigma, table_making
-from segkern.coarse import check_query_stride
-from segkern.dispatch import check_backend
+from segkern.core.coarse_queries import check_query_stride
+from segkern.core.dispatch import check_backend
+from segkern.core.gaussian import check_boundary, check_sigma, table_making
 from segkern.grid import Grid
-from segkern.integrations.diffusers.attention import self_attention, tokens_of
-from segkern.integrations.diffusers.projections import Projections
-from segkern.integrations.diffusers.rows import EVERY_ROW, Stride, is_finite
-from segkern.integrations.diffusers.sigmas import Sigma
+from segkern.integrations.diffusers.runtime.attention import self_attention, tokens_of
+from segkern.integrations.diffusers.runtime.projections import Projections
+from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, Stride, is_finite
+from segkern.integrations.diffusers.specs.sigmas import Sigma
 from segkern.masses import attention_mass
 
 STANDARD_PROCESSORS = (

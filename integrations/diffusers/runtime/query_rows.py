@@ -23,12 +23,12 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from segkern.api import coarse_error, coarse_outputs, coarse_queries, seg_attention
-from segkern.blur import runs
-from segkern.coarse import coarse_grid
+from segkern.core.call_cache import takes_points
+from segkern.core.coarse_queries import coarse_grid
+from segkern.core.gaussian import runs
 from segkern.grid import Grid
-from segkern.integrations.diffusers.projections import Projections
-from segkern.integrations.diffusers.sigmas import Sigma
-from segkern.plans import takes_points
+from segkern.integrations.diffusers.runtime.projections import Projections
+from segkern.integrations.diffusers.specs.sigmas import Sigma
 
 Stride = tuple[int, int]
 

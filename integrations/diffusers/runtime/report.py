@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from segkern.integrations.diffusers.calibration import Calibration
-from segkern.integrations.diffusers.spec import Chosen, Spec
-from segkern.integrations.diffusers.specs import CFG, SAG
+from segkern.integrations.diffusers.runtime.calibration import Calibration
+from segkern.integrations.diffusers.specs.base import Chosen, Spec
+from segkern.integrations.diffusers.specs.guidances import CFG, SAG
 
 _ROUNDING = 1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from segkern.integrations.diffusers.branches import Batch
-from segkern.integrations.diffusers.stacks import Call, frames
+from segkern.integrations.diffusers.runtime.branches import Batch
+from segkern.integrations.diffusers.runtime.call_stack import Call, frames
 
 _PROPERTY = "do_classifier_free_guidance"
 _LOCAL_ANSWERS = ("apply_cfg", "do_true_cfg")  # of pipelines whose property, if there is one, does not know

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkern.blur import blur_matrix, table_making
-from segkern.integrations.diffusers.schedule import number
+from segkern.core.gaussian import blur_matrix, table_making
+from segkern.integrations.diffusers.runtime.run_context import number
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 

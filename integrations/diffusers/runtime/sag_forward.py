@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from segkern.integrations.diffusers.branches import Arguments, DenoiserArguments
-from segkern.integrations.diffusers.degrading import attended, check_scheduler, degrade, levels
-from segkern.integrations.diffusers.guided_layers import GuidedLayer
-from segkern.integrations.diffusers.processor import norms
-from segkern.integrations.diffusers.spec import Spec
-from segkern.integrations.diffusers.specs import SAG
-from segkern.integrations.diffusers.support import REPEATED
+from segkern.integrations.diffusers.runtime.branches import Arguments, DenoiserArguments
+from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer
+from segkern.integrations.diffusers.runtime.processor import norms
+from segkern.integrations.diffusers.runtime.sag_blur import attended, check_scheduler, degrade, levels
+from segkern.integrations.diffusers.runtime.support import REPEATED
+from segkern.integrations.diffusers.specs.base import Spec
+from segkern.integrations.diffusers.specs.guidances import SAG
 
 
 class Degradations:

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from segkern.integrations.diffusers.branches import Arguments
-from segkern.integrations.diffusers.denoisers import Denoiser
-from segkern.integrations.diffusers.guided_layers import Forward
-from segkern.integrations.diffusers.negative import negative_text
-from segkern.integrations.diffusers.reuse import Differences
-from segkern.integrations.diffusers.schedule import Run, Step, number
-from segkern.integrations.diffusers.spec import Spec
-from segkern.integrations.diffusers.specs import CFG, PAG, SAG
+from segkern.integrations.diffusers.models.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.branches import Arguments
+from segkern.integrations.diffusers.runtime.guided_layers import Forward
+from segkern.integrations.diffusers.runtime.negative_prompt import negative_text
+from segkern.integrations.diffusers.runtime.reuse import Differences
+from segkern.integrations.diffusers.runtime.run_context import Run, Step, number
+from segkern.integrations.diffusers.specs.base import Spec
+from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG
 
 
 class Plans:

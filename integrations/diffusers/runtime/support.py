@@ -13,15 +13,15 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from segkern.integrations.diffusers.architectures import default_layers
-from segkern.integrations.diffusers.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
-from segkern.integrations.diffusers.layers import LayerInfo, find_model, find_unet, list_layers, select_layers
-from segkern.integrations.diffusers.processor import STANDARD_PROCESSORS, unwrap
-from segkern.integrations.diffusers.rows import IDENTITY
-from segkern.integrations.diffusers.schedule import ANSWERS
-from segkern.integrations.diffusers.sigmas import LayerSigmas, Sigmas, check_heads
-from segkern.integrations.diffusers.spec import AttentionSpec, Chosen, DefaultLayers, Spec
-from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
+from segkern.integrations.diffusers.models.architectures import default_layers
+from segkern.integrations.diffusers.models.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
+from segkern.integrations.diffusers.models.layers import LayerInfo, find_model, find_unet, list_layers, select_layers
+from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
+from segkern.integrations.diffusers.runtime.query_rows import IDENTITY
+from segkern.integrations.diffusers.runtime.run_context import ANSWERS
+from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen, DefaultLayers, Spec
+from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG, SEG
+from segkern.integrations.diffusers.specs.sigmas import LayerSigmas, Sigmas, check_heads
 
 # Denoisers with a guidance on them; a copy of one is another denoiser.
 GUIDED: WeakSet[nn.Module] = WeakSet()

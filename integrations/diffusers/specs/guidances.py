@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from segkern.blur import check_boundary
-from segkern.coarse import check_query_stride
-from segkern.dispatch import check_backend
-from segkern.integrations.diffusers.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
-from segkern.integrations.diffusers.spec import AttentionSpec, Default, DefaultLayers, Layers, Spec
-from segkern.integrations.diffusers.strength import Schedule, is_number
+from segkern.core.coarse_queries import check_query_stride
+from segkern.core.dispatch import check_backend
+from segkern.core.gaussian import check_boundary
+from segkern.integrations.diffusers.specs.base import AttentionSpec, Default, DefaultLayers, Layers, Spec
+from segkern.integrations.diffusers.specs.schedules import Schedule, is_number
+from segkern.integrations.diffusers.specs.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
 
 if TYPE_CHECKING:
     import torch

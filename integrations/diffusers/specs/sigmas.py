@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeGuard
 
-from segkern.integrations.diffusers.names import layer_name
-from segkern.integrations.diffusers.strength import is_number
+from segkern.integrations.diffusers.models.names import layer_name
+from segkern.integrations.diffusers.specs.schedules import is_number
 
 Sigma = float | tuple[float, ...]  # of one sample: one number, or one per head
 Sigmas = float | tuple[Sigma, ...]  # of a layer: one number, or one entry per sample

@@ -24,7 +24,7 @@ from typing import Any
 
 from uses import STAGES, Stage, Use
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCHEMA = 1
 
 
@@ -177,7 +177,7 @@ def main() -> int:
                            capture_output=True, text=True, check=True)  # fmt: skip
     if arguments.out is not None:
         sys.path.insert(0, str(ROOT))
-        from segkern.environment import commit
+        from segkern.core.environment import commit
 
         environment = {"python": asked.stdout.strip(), "platform": f"{platform.system()} {platform.machine()}"}
         environment |= {"segkern": importlib.metadata.version("segkern"), "commit": commit()}

@@ -208,8 +208,8 @@ STAGES = (
         "test",
         (
             Use(
-                "the tests of `tests/test_blur.py`",
-                command=("pytest", "-q", "-p", "no:cacheprovider", "tests/test_blur.py"),
+                "the tests of `tests/core/test_gaussian.py`",
+                command=("pytest", "-q", "-p", "no:cacheprovider", "tests/core/test_gaussian.py"),
                 says=(" passed",),
                 files=TESTS,
             ),

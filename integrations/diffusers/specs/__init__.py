@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidance specs: what a user asks for, without importing diffusers."""
