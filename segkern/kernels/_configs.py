@@ -3,7 +3,8 @@
 
 The tables below are safe defaults, chosen from compiled code: no spills, shared memory within the target's limit,
 matrix instructions that are not serialised, which ``tests/kernels/test_compile.py`` checks for every target. Where a
-device was measured, ``tuned.json`` beside this file has what was faster there; ``python -m benchmarks tune --install`` fills it.
+device was measured, ``tuned.json`` beside this file has what was faster there; ``python -m benchmarks tune --install``
+fills it.
 """
 
 from __future__ import annotations
