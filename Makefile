@@ -38,8 +38,8 @@ test-slow: $(INSTALLED) ## the tests that make test leaves out because they take
 test-browser: $(INSTALLED) ## the playground in a real Chromium, which has to be installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
-robustness: $(INSTALLED) ## what docs/reliability.md counts: many inputs, faults put in on purpose, long runs
-	$(BIN)/python -m benchmarks reliability --jobs $(JOBS) --out build/reliability.json
+robustness: $(INSTALLED) ## the long tests: very many inputs, a thousand steps, copies and threads over and over
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m robustness -n $(JOBS) --dist worksteal
 
 docs: $(INSTALLED) ## the documentation site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run|plot|compare|tune|host|trust|compatibility|reliability``, from a checkout."""
+"""``python -m benchmarks run|plot|compare|tune|host|trust|compatibility``, from a checkout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks import machine, plots, results, tables
 from benchmarks import trust as trusting
 from benchmarks.cases import CASES, TINY, Case, find_cases
 from benchmarks.measure import measure, usual_rounds
-from benchmarks.proving import compatibility, reliability
+from benchmarks.proving import compatibility
 from benchmarks.refusals import fail, refusing
 from benchmarks.suites import STEP, SUITES, find_providers, find_suite, usual_cases, usual_dtypes
 from segkern.generation.loading import DTYPES, find_device
@@ -34,7 +34,6 @@ app = typer.Typer(
 )
 
 app.command()(compatibility)
-app.command()(reliability)
 
 _QUICK_ROUNDS = 2
 

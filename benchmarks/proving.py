@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that run tests of a mark and keep what became of them."""
+"""The command that runs the tests of a mark and keeps what became of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from benchmarks import compatibility as compatible
-from benchmarks import reliability as reliable
 from benchmarks.refusals import refusing
 
 Jobs = Annotated[str, typer.Option(help="Processes: a number or auto.")]
@@ -29,21 +28,6 @@ def compatibility(
         path, found, code = compatible.run(diffusers, out, jobs)
     passed = sum(test["outcome"] == "passed" for test in found["tests"])
     typer.echo(f"diffusers {found['environment']['diffusers']}: {passed} of {len(found['tests'])} tests passed")
-    typer.echo(f"wrote {path}")
-    if code:
-        raise typer.Exit(1)
-
-
-def reliability(
-    jobs: Jobs = "0",
-    out: Annotated[
-        Path | None, typer.Option(help="The JSON file; benchmarks/results/reliability/<processor>.json.")
-    ] = None,
-) -> None:
-    """Run the tests that put in faults and many inputs and write what became of them; a failure is exit code 1."""
-    with refusing():
-        path, found, code = reliable.run(out, jobs)
-    typer.echo(reliable.summary(found))
     typer.echo(f"wrote {path}")
     if code:
         raise typer.Exit(1)

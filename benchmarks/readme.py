@@ -22,8 +22,6 @@ from benchmarks import (
     plots,
     releases,
     releases_page,
-    reliability,
-    reliability_page,
     results,
     step_page,
     steps,
@@ -138,7 +136,6 @@ def main() -> None:
     compiled = json.loads(COMPILED.read_text(encoding="utf-8"))
     (docs / "compiled.md").write_text(compiled_page.page(compiled), encoding="utf-8")
     (docs / "models.md").write_text(models_page.page(compatibility.committed()), encoding="utf-8")
-    (docs / "reliability.md").write_text(reliability_page.page(reliability.committed()), encoding="utf-8")
     tested = releases_page.page(releases.committed(), releases.committed_extras())
     (docs / "releases.md").write_text(tested, encoding="utf-8")
     (docs / "energy.md").write_text(energy_page.page(energy.committed()), encoding="utf-8")

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import compatibility, reliability
-from tests.reliability import tried  # noqa: F401  a fixture
+from tests import compatibility
 
 # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
 if not torch.cuda.is_available():
@@ -23,29 +22,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Tensors here are tiny: more threads than cores, in parallel test runs, only wait for each other.
 torch.set_num_threads(1)
 
-# Fixtures of a test are there for all its examples: `tried` counts them.
 _SUPPRESSED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("segkern", deadline=None, print_blob=True, suppress_health_check=_SUPPRESSED)
 settings.load_profile("segkern")
 
 
-# What becomes of tests that prove or survive something can be written to files.
-_KEPT = compatibility, reliability
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    for each in _KEPT:
-        each.pytest_addoption(parser)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for each in _KEPT:
-        each.pytest_configure(config)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for each in _KEPT:
-        each.pytest_collection_modifyitems(items)
+pytest_addoption = compatibility.pytest_addoption
+pytest_configure = compatibility.pytest_configure
+pytest_collection_modifyitems = compatibility.pytest_collection_modifyitems
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import segkern
 from segkern import Grid
 from segkern.core import dispatch
 from segkern.core.dispatch import choose_backend, why_not_triton
-from tests.reliability import survives
 
 CPU = torch.device("cpu")
 
@@ -33,7 +32,6 @@ REFUSED = {
 }
 
 
-@survives("devices and compilers", "calls that the kernels cannot serve")
 @pytest.mark.parametrize(("changes", "quoted"), REFUSED.values(), ids=REFUSED)
 def test_a_refused_call_says_why_and_auto_takes_pytorch(
     changes: dict, quoted: str, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -49,14 +47,12 @@ def test_a_refused_call_says_why_and_auto_takes_pytorch(
     assert reason in str(error.value)
 
 
-@survives("devices and compilers", "calls that the kernels cannot serve")
 def test_old_devices_are_refused(hopper: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_compute_capability", lambda device: (7, 5))
     if torch.version.hip is None:
         assert "cuda:0 has 7.5" in str(why_not_triton(hopper, torch.float16, 64))
 
 
-@survives("devices and compilers", "no Triton, or one that cannot be imported")
 def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "triton_is_installed", lambda: False)
     assert "pip install triton" in str(why_not_triton(torch.device("cuda", 0), torch.float16, 64))

@@ -16,16 +16,12 @@ import torch
 
 import segkern
 from segkern.core import fallback
-from tests.reliability import survives
 
 pytest.importorskip("triton", reason="kernels need triton")
 from segkern.kernels import attention_mass
 from tests.core.failure_tools import BROKEN, CALLS, GRID, NOT_BROKEN, SIGMA, as_on_a_gpu, failing, tensors
 
 ROOT = Path(__file__).parents[2]
-AREA = "devices and compilers"
-
-Tried = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +30,8 @@ def gpu() -> Iterator[None]:
         yield
 
 
-@survives(AREA, "kernels that cannot be compiled or launched")
 @pytest.mark.parametrize("make", BROKEN.values(), ids=BROKEN)
-def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], Exception], tried: Tried) -> None:
+def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], Exception]) -> None:
     inputs = tensors()
     for call in CALLS.values():
         expected = call(*inputs, backend="torch")
@@ -51,12 +46,10 @@ def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], E
                 assert torch.equal(call(*inputs), expected)
             assert kernel.launches == 1
         assert torch.equal(call(*inputs), expected)
-        tried(5)
 
 
-@survives(AREA, "kernels that cannot be compiled or launched")
 @pytest.mark.parametrize("make", BROKEN.values(), ids=BROKEN)
-def test_an_explicit_choice_raises_the_reason_every_time(make: Callable[[], Exception], tried: Tried) -> None:
+def test_an_explicit_choice_raises_the_reason_every_time(make: Callable[[], Exception]) -> None:
     inputs = tensors()
     for call in CALLS.values():
         with failing(make) as kernel, warnings.catch_warnings():
@@ -65,13 +58,11 @@ def test_an_explicit_choice_raises_the_reason_every_time(make: Callable[[], Exce
                     call(*inputs, backend="triton")
                 assert type(raised.value.__cause__) is type(make())
                 assert kernel.launches == attempt
-                tried()
         assert not fallback._FAILED  # auto is not touched by it
 
 
-@survives(AREA, "errors that are not the kernel's")
 @pytest.mark.parametrize("make", NOT_BROKEN.values(), ids=NOT_BROKEN)
-def test_errors_of_the_device_and_the_user_pass(make: Callable[[], BaseException], tried: Tried) -> None:
+def test_errors_of_the_device_and_the_user_pass(make: Callable[[], BaseException]) -> None:
     inputs = tensors()
     for call in CALLS.values():
         with failing(make) as kernel:
@@ -79,24 +70,20 @@ def test_errors_of_the_device_and_the_user_pass(make: Callable[[], BaseException
                 with pytest.raises(type(make())) as raised:
                     call(*inputs)
                 assert not isinstance(raised.value, fallback.KernelFailure)
-                tried()
             assert kernel.launches == 2
         assert not fallback._FAILED
 
 
-@survives(AREA, "errors that are not the kernel's")
-def test_bad_arguments_are_refused_as_ever(tried: Tried) -> None:
+def test_bad_arguments_are_refused_as_ever() -> None:
     q, k, v = tensors()
     with failing(BROKEN["no driver"]) as kernel:
         for bad in ({"sigma": -1.0}, {"boundary": "mirror"}, {"scale": float("nan")}, {"attn_mask": torch.ones(3)}):
             with pytest.raises(ValueError, match=r"sigma|boundary|scale|attn_mask"):
                 segkern.seg_attention(q, k, v, GRID, **({"sigma": 1.0} | bad))
-            tried()
     assert kernel.launches == 0
 
 
-@survives(AREA, "one kernel of several that cannot be compiled")
-def test_only_what_failed_is_given_up(tried: Tried) -> None:
+def test_only_what_failed_is_given_up() -> None:
     inputs, wide = tensors(), tensors(dim=16)
     with failing(BROKEN["out of resources"], attention_mass):
         with pytest.warns(RuntimeWarning, match="attention_mass"):
@@ -112,7 +99,6 @@ def test_only_what_failed_is_given_up(tried: Tried) -> None:
             else:
                 with pytest.raises(fallback.KernelFailure):
                     call(*inputs, backend="triton")
-            tried()
         before = kernel.launches
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
@@ -120,20 +106,17 @@ def test_only_what_failed_is_given_up(tried: Tried) -> None:
         assert kernel.launches == before + 1
 
 
-@survives(AREA, "one reason for all kernels")
 @pytest.mark.parametrize("reason", ["no C compiler", "C compiler fails"])
-def test_one_reason_is_told_once_for_all_kernels(reason: str, tried: Tried) -> None:
+def test_one_reason_is_told_once_for_all_kernels(reason: str) -> None:
     with failing(BROKEN[reason]), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for dim in (8, 16, 24):
             for call in CALLS.values():
                 call(*tensors(dim=dim))
-                tried()
     assert len([each for each in told if each.category is RuntimeWarning]) == 1
 
 
-@survives(AREA, "kernels that cannot be compiled or launched")
-def test_gradients_fall_back_and_an_explicit_choice_does_not(tried: Tried) -> None:
+def test_gradients_fall_back_and_an_explicit_choice_does_not() -> None:
     q, k, v = (x.requires_grad_() for x in tensors())
     for call in CALLS.values():
         expected = torch.autograd.grad(call(q, k, v, backend="torch").float().sum(), q)[0]
@@ -144,11 +127,9 @@ def test_gradients_fall_back_and_an_explicit_choice_does_not(tried: Tried) -> No
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
             with pytest.raises(fallback.KernelFailure):
                 call(q, k, v, backend="triton")
-        tried(2)
 
 
-@survives(AREA, "kernels that cannot be compiled or launched")
-def test_a_compiled_graph_falls_back_where_it_runs(tried: Tried) -> None:
+def test_a_compiled_graph_falls_back_where_it_runs() -> None:
     def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return segkern.seg_attention(q, k, segkern.gaussian_blur(v, GRID, SIGMA), GRID, SIGMA) * 2
 
@@ -164,10 +145,8 @@ def test_a_compiled_graph_falls_back_where_it_runs(tried: Tried) -> None:
     assert torch.equal(found, 2 * segkern.seg_attention(
         inputs[0], inputs[1], segkern.gaussian_blur(inputs[2], GRID, SIGMA, backend="torch"), GRID, SIGMA,
         backend="torch"))  # fmt: skip
-    tried(3)
 
 
-@survives(AREA, "kernels that cannot be compiled or launched")
 def test_fake_tensors_try_no_kernel() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -178,8 +157,7 @@ def test_fake_tensors_try_no_kernel() -> None:
     assert not fallback._FAILED
 
 
-@survives(AREA, "kernels that fail in several threads at once")
-def test_threads_that_fail_together_are_told_once(tried: Tried) -> None:
+def test_threads_that_fail_together_are_told_once() -> None:
     inputs, start, found = tensors(), threading.Barrier(8), []
     expected = CALLS["seg_attention"](*inputs, backend="torch")
 
@@ -197,7 +175,6 @@ def test_threads_that_fail_together_are_told_once(tried: Tried) -> None:
     assert len(found) == 40
     assert all(torch.equal(each, expected) for each in found)
     assert len(told) == 1
-    tried(40)
 
 
 def in_a_process(code: str, **variables: str) -> str:
@@ -228,13 +205,12 @@ except ValueError as error:
 """
 
 
-@survives(AREA, "no Triton, or one that cannot be imported")
 @pytest.mark.parametrize(
     ("triton", "quoted"),
     [(None, "not installed"), ("raise ImportError('libtriton.so: no such file')", "libtriton.so"), ("1 / 0", "Zero")],
     ids=["missing", "a library is missing", "an error of its own"],
 )
-def test_without_triton_everything_else_works(triton: str | None, quoted: str, tmp_path: Path, tried: Tried) -> None:
+def test_without_triton_everything_else_works(triton: str | None, quoted: str, tmp_path: Path) -> None:
     before = "import sys, torch; sys.modules.pop('triton', None)\n"
     if triton is None:
         before += "sys.modules['triton'] = None\n"
@@ -243,7 +219,6 @@ def test_without_triton_everything_else_works(triton: str | None, quoted: str, t
         (tmp_path / "triton" / "__init__.py").write_text(triton + "\n")
         before += f"sys.path.insert(0, {str(tmp_path)!r})\n"
     assert quoted in in_a_process(before + ALL_CALLS)
-    tried(10)
 
 
 REAL = '''
@@ -304,16 +279,14 @@ with as_on_a_gpu():
 
 
 @pytest.mark.robustness
-@survives(AREA, "kernels that cannot be compiled or launched")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fakes a device where there is none")
-def test_triton_really_fails(tmp_path: Path, tried: Tried) -> None:
+def test_triton_really_fails(tmp_path: Path) -> None:
     """Without a driver, libcuda, a C compiler, ptxas or enough shared memory: Triton's own errors, nothing put in."""
     ptxas = tmp_path / "ptxas"
     ptxas.write_text("#!/bin/sh\ncase $* in *version*) echo release 12.8, V12.8.93;; *) exit 3;; esac\n")
     ptxas.chmod(0o700)
     printed = in_a_process(REAL, TRITON_CACHE_DIR=str(tmp_path / "cache"), FAILING_PTXAS=str(ptxas))
     assert printed.count("told") == 6 * len(CALLS)
-    tried(6 * 3 * len(CALLS))
 
 
 def test_what_does_not_fail_is_launched() -> None:

@@ -14,7 +14,6 @@ import segkern
 from segkern import Grid
 from segkern.core import call_cache
 from tests.core.contract import assert_contract, oracle_attention, plain_attention
-from tests.reliability import survives
 
 pytest.importorskip("triton", reason="kernels need triton")
 from typer.testing import CliRunner
@@ -30,7 +29,6 @@ def draw(batch: int = 2, tokens: int = 15, dtype: torch.dtype = torch.float32) -
     return [torch.randn(batch, 2, tokens, 16).to(dtype) for _ in range(3)]
 
 
-@survives("inputs", "arguments that do not fit")
 @pytest.mark.parametrize(
     ("good", "bad", "quoted"),
     [
@@ -75,7 +73,6 @@ def test_sigmas_that_can_change_are_read_at_every_call() -> None:
     assert torch.equal(segkern.seg_attention(q, k, v, GRID, (s for s in (0.0, 1.0))), before)
 
 
-@survives("long runs", "ever other sigmas and grids")
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_cache, "_MOST_PLANS", 4)
     for number in range(10):

@@ -27,7 +27,6 @@ from tests.core.robust_tools import (
     sigma_for,
     tensor,
 )
-from tests.reliability import survives
 
 # The interpreter takes its time.
 BACKENDS = ["torch", *([pytest.param("triton", marks=pytest.mark.robustness)] if triton_is_installed() else [])]
@@ -37,8 +36,6 @@ DTYPES = {
     "triton": (torch.float32, torch.float16),
 }
 CHECKS = {"attention": check_attention, "blur": check_blur, "masses and energies": check_scores}
-
-Tried = Callable[..., None]
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -63,40 +60,35 @@ def every_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("every_route")
-@survives("inputs", "random shapes, strides, dtypes, grids, sigmas and masks")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-def test_any_call(check: Callable[[Call, str], None], backend: str, tried: Tried) -> None:
+def test_any_call(check: Callable[[Call, str], None], backend: str) -> None:
     """Drawn by hypothesis, which looks for the smallest call that fails."""
 
     @settings(max_examples=2 if backend == "triton" else 25, derandomize=True, database=None)
     @given(rng=st.randoms(use_true_random=False))
     def draw(rng: random.Random) -> None:
         check(draw_call(rng, DTYPES[backend], 5 if backend == "triton" else 9), backend)
-        tried()
 
     draw()
 
 
 @pytest.mark.robustness
 @pytest.mark.usefixtures("every_route")
-@survives("inputs", "random shapes, strides, dtypes, grids, sigmas and masks")
 @pytest.mark.parametrize("part", range(4))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-def test_very_many_calls(check: Callable[[Call, str], None], backend: str, part: int, tried: Tried) -> None:
+def test_very_many_calls(check: Callable[[Call, str], None], backend: str, part: int) -> None:
     for seed in range(8 if backend == "triton" else 600):
         call = draw_call(random.Random(f"{part}, {seed}"), DTYPES[backend], 6 if backend == "triton" else 14)
         try:
             check(call, backend)
         except Exception as error:
             raise AssertionError(f"random.Random('{part}, {seed}'): {error}") from error
-        tried()
 
 
-@survives("inputs", "queries at few points, and the estimate of their error")
 @pytest.mark.parametrize("count", [20, pytest.param(400, marks=pytest.mark.robustness)])
-def test_coarse_queries(count: int, tried: Tried) -> None:
+def test_coarse_queries(count: int) -> None:
     for seed in range(count):
         rng = random.Random(f"coarse {seed}")
         call = draw_call(rng, (torch.float64,), 12, by_head=False, per_key=True)
@@ -110,12 +102,10 @@ def test_coarse_queries(count: int, tried: Tried) -> None:
         error = segkern.coarse_error(*arguments, **options)
         assert error.shape == call.query.shape[:1]
         assert (error >= 0).all()
-        tried(2)
 
 
-@survives("inputs", "energies and moments of logits")
 @pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.robustness)])
-def test_energies(count: int, tried: Tried) -> None:
+def test_energies(count: int) -> None:
     for seed in range(count):
         rng = random.Random(f"energy {seed}")
         call = draw_call(rng, (torch.float64, torch.float32), 9, by_head=False)
@@ -134,7 +124,6 @@ def test_energies(count: int, tried: Tried) -> None:
         flat = logits.flatten(2)
         torch.testing.assert_close(moments.mean, flat.mean(-1), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(moments.variance, flat.var(-1, correction=0), rtol=1e-8, atol=1e-9)
-        tried(3)
 
 
 def settled(logits: torch.Tensor) -> torch.Tensor:
@@ -145,10 +134,9 @@ def settled(logits: torch.Tensor) -> torch.Tensor:
     return best[..., 0] - best[..., 1] > 200 + 1e-4 * logits.abs().amax(dim=-1)
 
 
-@survives("inputs", "huge, tiny and equal logits")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("factor", [0.0, 1e-38, 1e-30, 1e4, 1e15], ids=str)
-def test_logits_of_any_size(factor: float, backend: str, tried: Tried) -> None:
+def test_logits_of_any_size(factor: float, backend: str) -> None:
     """Tiny and equal logits give the mean value, huge ones the value of the largest."""
     for seed in range(1 if backend == "triton" else 12):
         rng = random.Random(f"{factor} {seed}")
@@ -171,7 +159,6 @@ def test_logits_of_any_size(factor: float, backend: str, tried: Tried) -> None:
             sure = settled(logits)
             best = v.gather(2, logits.argmax(-1)[..., None].expand(*logits.shape[:-1], shape[3]))
             torch.testing.assert_close(found[sure], best[sure], rtol=1e-6, atol=1e-6)
-        tried(3)
 
 
 REFUSED: dict[str, tuple[dict, str]] = {
@@ -200,9 +187,8 @@ REFUSED: dict[str, tuple[dict, str]] = {
 }
 
 
-@survives("inputs", "arguments that do not fit")
 @pytest.mark.parametrize(("changes", "quoted"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_quoted(changes: dict, quoted: str, tried: Tried) -> None:
+def test_what_does_not_fit_is_quoted(changes: dict, quoted: str) -> None:
     usual = {"grid": Grid(3, 4), "sigma": 1.0, "shape": (2, 2, 12, 8), "dtype": torch.float32}
     given = usual | {"boundary": "reflect", "backend": "auto"} | changes
     x = torch.ones(given["shape"]).to(given["dtype"])
@@ -219,10 +205,8 @@ def test_what_does_not_fit_is_quoted(changes: dict, quoted: str, tried: Tried) -
     for call in calls:
         with pytest.raises(ValueError, match=quoted):
             call()
-        tried()
 
 
-@survives("inputs", "arguments that do not fit")
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, "3", None, math.nan], ids=str)
 @pytest.mark.parametrize("name", ["height", "width", "start", "frames"])
 def test_grids_are_of_whole_numbers(name: str, number: object) -> None:
@@ -232,7 +216,6 @@ def test_grids_are_of_whole_numbers(name: str, number: object) -> None:
         Grid(**({"height": 2, "width": 2} | {name: number}))
 
 
-@survives("inputs", "arguments that do not fit")
 @pytest.mark.parametrize(
     "mask",
     [torch.ones(3), torch.ones(2, 2, 12, 13), torch.ones(1, 1, 1, 1, 12), torch.ones(12, dtype=torch.int32), [1.0]],
@@ -245,13 +228,10 @@ def test_masks_that_do_not_fit_are_refused(mask: object) -> None:
             segkern.seg_attention(x, x, x, Grid(3, 4), 1.0, attn_mask=mask, backend=backend)  # type: ignore[arg-type]
 
 
-@survives("inputs", "no samples, no heads, no queries")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sigma", [0.0, 1.5, math.inf, "by head"], ids=str)
 @pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0), (0, 0)])
-def test_nothing_to_compute_gives_nothing(
-    batch: int, heads: int, sigma: float | str, backend: str, tried: Tried
-) -> None:
+def test_nothing_to_compute_gives_nothing(batch: int, heads: int, sigma: float | str, backend: str) -> None:
     q, k, v = (torch.ones(batch, heads, 12, 8) for _ in range(3))
     given = [[1.0] * heads for _ in range(batch)] if isinstance(sigma, str) else sigma
     for boundary in BOUNDARIES:
@@ -265,12 +245,10 @@ def test_nothing_to_compute_gives_nothing(
             coarse = segkern.seg_attention(q, k, v, Grid(3, 4), given, query_stride=2, **options)
             assert coarse.shape == q.shape
         assert segkern.attention_mass(q, k, backend=backend).shape == q.shape[:3]
-        tried(5)
 
 
-@survives("inputs", "no samples, no heads, no queries")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_keys_are_refused_and_no_queries_have_no_grid(backend: str, tried: Tried) -> None:
+def test_no_keys_are_refused_and_no_queries_have_no_grid(backend: str) -> None:
     some, none = torch.ones(1, 2, 12, 8), torch.ones(1, 2, 0, 8)
     with pytest.raises(ValueError, match="at least one key"):
         segkern.seg_attention(some, none, none, Grid(3, 4), 1.0, backend=backend)
@@ -281,4 +259,3 @@ def test_no_keys_are_refused_and_no_queries_have_no_grid(backend: str, tried: Tr
     with pytest.raises(ValueError, match="at least one channel"):
         segkern.seg_attention(some, some, some[..., :0], Grid(3, 4), 1.0, backend=backend)
     assert segkern.attention_energy(none, some, backend=backend).shape == (1, 2, 0)
-    tried(5)

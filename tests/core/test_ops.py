@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounter
 import segkern
 from segkern import Grid
 from segkern.core.dispatch import triton_is_installed
-from tests.reliability import survives
 
 BACKENDS = ["torch"] + (["triton"] if triton_is_installed() else [])
 GRID, SIGMA = Grid(3, 4, start=1), (0.0, 1.5, math.inf)
@@ -127,7 +126,6 @@ def test_shapes_are_inferred_on_fake_tensors(backend: str) -> None:
     assert real.isfinite().all(), "tables made while tracing must not be kept"
 
 
-@survives("inputs", "gradients wanted, not wanted, not allowed")
 def test_inference_tensors_do_not_leak_into_training(backend: str, device: torch.device) -> None:
     grid = Grid(2, 7)  # tables of this grid are made in inference mode first
     x = torch.randn(1, 1, 14, 8, device=device)
@@ -139,7 +137,6 @@ def test_inference_tensors_do_not_leak_into_training(backend: str, device: torch
     assert y.grad.isfinite().all()
 
 
-@survives("inputs", "graphs of any size")
 def test_compiles_once_for_all_grids(backend: str, device: torch.device) -> None:
     frames = []
 
@@ -159,7 +156,6 @@ def test_compiles_once_for_all_grids(backend: str, device: torch.device) -> None
     assert len(frames) == 1, "sizes do not share what was compiled"
 
 
-@survives("inputs", "arguments that do not fit")
 @pytest.mark.parametrize("changes", [{"width": 60}, {"start": 20}, {"sigma": [1.0]}, {"height": 0}], ids=str)
 def test_operators_called_directly_check_their_arguments(backend: str, changes: dict, device: torch.device) -> None:
     x = torch.randn(2, 3, 30, 16, device=device)
@@ -170,7 +166,6 @@ def test_operators_called_directly_check_their_arguments(backend: str, changes: 
         torch.ops.segkern.seg_attention(x, x, x, None, *grid.values(), 0.25, "reflect", backend, False)
 
 
-@survives("inputs", "other default dtypes and devices")
 def test_tables_made_under_a_callers_mode_are_ordinary_tensors(backend: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -185,7 +180,6 @@ def test_tables_made_under_a_callers_mode_are_ordinary_tensors(backend: str) -> 
     assert found.isfinite().all()
 
 
-@survives("inputs", "transforms of torch.func")
 def test_forward_derivatives_are_right_or_refused(backend: str) -> None:
     x, direction = torch.randn(2, 1, 1, 14, 8).unbind()
     blur = lambda y: segkern.gaussian_blur(y, GRID, 1.5, backend=backend)  # noqa: E731

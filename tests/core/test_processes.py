@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,8 @@ import torch
 import segkern
 from segkern import Grid
 from segkern.core import coarse_queries, gaussian
-from tests.reliability import survives
 
 ROOT = Path(__file__).parents[2]
-AREA = "devices and compilers"
-
-Tried = Callable[..., None]
 
 
 def python(code: str) -> subprocess.Popen[str]:
@@ -83,8 +78,7 @@ print("same", len(found))
 """
 
 
-@survives(AREA, "eight threads at once")
-def test_threads_share_tables_and_plans(tried: Tried) -> None:
+def test_threads_share_tables_and_plans() -> None:
     """Their tables are made while others look for them, and are dropped again and again."""
     q, k, v = (torch.randn(2, 2, 12, 8) for _ in range(3))
     sigmas = [(0.4 + 0.1 * i, math.inf) for i in range(24)]
@@ -117,20 +111,16 @@ def test_threads_share_tables_and_plans(tried: Tried) -> None:
         thread.join()
     sys.setswitchinterval(before)
     assert not wrong
-    tried(8 * 24 * 2)
 
 
 @pytest.mark.robustness
-@survives(AREA, "imports and first calls that race")
-def test_eight_threads_import_and_call_at_once(tried: Tried) -> None:
+def test_eight_threads_import_and_call_at_once() -> None:
     for _ in range(3):
         assert "same 80" in printed(python(CALLS + THREADS.replace("TURNS", "10")))
-        tried(8 * 10 * 6)
 
 
 @pytest.mark.robustness
-@survives(AREA, "a fork after use")
-def test_a_forked_process_goes_on(tried: Tried) -> None:
+def test_a_forked_process_goes_on() -> None:
     code = (
         CALLS
         + """
@@ -147,22 +137,18 @@ print("forked")
 """
     )
     assert "forked" in printed(python(code))
-    tried(3 * 6 * 6)
 
 
 @pytest.mark.robustness
-@survives(AREA, "two processes at once")
-def test_two_processes_give_the_same(tried: Tried) -> None:
+def test_two_processes_give_the_same() -> None:
     code = CALLS + "print(float(sum(calls(seed).double().sum() for seed in range(30))))"
     both = [python(code) for _ in range(2)]
     assert len({printed(each) for each in both}) == 1
-    tried(2 * 30 * 6)
 
 
-@survives(AREA, "several CUDA streams at once")
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_streams_do_not_disturb_each_other(tried: Tried) -> None:
+def test_streams_do_not_disturb_each_other() -> None:
     """Tables are made on one stream and read on others at once, dropped, and made again; memory is taken meanwhile."""
     device = torch.device("cuda", 0)
     grid, sigmas = Grid(8, 9, 1), [(0.0, 0.5 + i, math.inf) for i in range(8)]
@@ -186,13 +172,11 @@ def test_streams_do_not_disturb_each_other(tried: Tried) -> None:
         torch.cuda.synchronize()
         for i, one in enumerate(found):
             assert torch.equal(one, expected[(i + turn) % 8]), (turn, i)
-            tried()
 
 
-@survives(AREA, "eight threads at once")
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_threads_with_streams_of_their_own_on_a_device(tried: Tried) -> None:
+def test_threads_with_streams_of_their_own_on_a_device() -> None:
     device, wrong = torch.device("cuda", 0), []
     q, k, v = (torch.randn(2, 4, 72, 64, device=device, dtype=torch.float16) for _ in range(3))
     sigmas = [(0.5 + i, math.inf) for i in range(8)]
@@ -215,4 +199,3 @@ def test_threads_with_streams_of_their_own_on_a_device(tried: Tried) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    tried(8 * 50)

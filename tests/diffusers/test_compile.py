@@ -13,7 +13,6 @@ from torch._dynamo.testing import CompileCounter
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
 from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline
-from tests.reliability import survives
 
 
 def wrapped(pipe: Any, backend: Any) -> None:
@@ -35,7 +34,6 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@survives("pipelines", "a compiled denoiser")
 @pytest.mark.parametrize(
     "compile_, spec",
     [
@@ -79,7 +77,6 @@ def test_another_guidance_does_not_run_what_was_compiled_for_the_last_one() -> N
 
 
 @pytest.mark.slow
-@survives("pipelines", "the denoiser compiled inside the context")
 def test_compiling_inside_the_context() -> None:
     pipe, latents = smaller_pipeline(), noise()
     denoiser = pipe.unet
@@ -90,7 +87,6 @@ def test_compiling_inside_the_context() -> None:
     assert not denoiser._forward_hooks
 
 
-@survives("pipelines", "a compiled denoiser at changing sizes")
 @pytest.mark.slow
 def test_a_compiled_denoiser_is_guided_at_every_size() -> None:
     pipe = smaller_pipeline()

@@ -11,10 +11,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from segkern.integrations.diffusers import SEG, guide
 from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, noise, relative, run, tiny_pipeline
-from tests.reliability import survives
 
 
-@survives("pipelines", "a pipeline that shares the denoiser")
 @pytest.mark.parametrize("ran_before", [False, True], ids=["before any run", "after a run"])
 def test_another_pipeline_with_the_same_denoiser_runs_unguided(ran_before: bool) -> None:
     guided, other = tiny_pipeline(), tiny_pipeline()
@@ -30,7 +28,6 @@ def test_another_pipeline_with_the_same_denoiser_runs_unguided(ran_before: bool)
     assert relative(with_guidance, plain) > 1e-3
 
 
-@survives("pipelines", "from_pipe on a guided pipeline")
 def test_a_pipeline_made_from_a_guided_one_can_be_guided_itself() -> None:
     pipe = tiny_pipeline()
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -51,7 +48,6 @@ def test_a_pipeline_made_from_a_guided_one_can_be_guided_itself() -> None:
         assert relative(draw(img2img), plain) > 1e-3
 
 
-@survives("pipelines", "copy.deepcopy of a guided denoiser")
 def test_a_copy_of_a_guided_denoiser_is_plain_and_can_be_guided() -> None:
     pipe = tiny_pipeline(own_unet=True)
     plain = run(pipe, latents=noise())
@@ -66,7 +62,6 @@ def test_a_copy_of_a_guided_denoiser_is_plain_and_can_be_guided() -> None:
     assert not hooks_of(pipe.unet)
 
 
-@survives("pipelines", "the denoiser replaced while guided")
 def test_a_denoiser_replaced_while_guided_is_reported() -> None:
     pipe = tiny_pipeline(own_unet=True)
     guidance = guide(pipe, SEG())
@@ -78,7 +73,6 @@ def test_a_denoiser_replaced_while_guided_is_reported() -> None:
     assert not hooks_of(mine)
 
 
-@survives("long runs", "gradients through a guided denoiser")
 def test_reports_keep_no_autograd_graph() -> None:
     pipe = tiny_pipeline(own_unet=True)
     with guide(pipe, SEG()) as guidance:

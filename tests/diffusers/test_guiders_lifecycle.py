@@ -43,7 +43,6 @@ from tests.diffusers.diffusers_tools import (
 )
 from tests.diffusers.modular_tools import modular_sdxl, modular_transformer, run_sdxl
 from tests.diffusers.transformer_models import MODELS
-from tests.reliability import survives
 
 LATENTS = noise(1, 8, 12)
 
@@ -61,7 +60,6 @@ def is_untouched(pipe: Any, processors: dict[str, Any]) -> bool:
     return hooks_of(pipe.unet) == 0 and all(now[name] is each for name, each in processors.items())
 
 
-@survives("interruptions", "an exception in the denoiser under a guider")
 @pytest.mark.parametrize("guider", [SEGGuider(guidance_scale=5.0), SAGGuider(guidance_scale=5.0)], ids=["SEG", "SAG"])
 def test_an_exception_in_the_denoiser_leaves_it_as_it_was(guider: Any) -> None:
     pipe = tiny_pipeline()
@@ -76,7 +74,6 @@ def test_an_exception_in_the_denoiser_leaves_it_as_it_was(guider: Any) -> None:
     assert torch.equal(run_sdxl(modular, pipe, latents=LATENTS), expected)
 
 
-@survives("interruptions", "an interrupt in the denoiser under a guider")
 def test_an_interrupted_denoiser_is_as_it_was_when_the_next_run_begins() -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -93,7 +90,6 @@ def test_an_interrupted_denoiser_is_as_it_was_when_the_next_run_begins() -> None
     assert is_untouched(pipe, processors)
 
 
-@survives("interruptions", "an exception between a guider's preparation and the denoiser")
 def test_hooks_whose_call_never_came_do_nothing_in_another_run() -> None:
     class Failing(SEGGuider):
         def prepare_models(self, denoiser: Any) -> None:
@@ -198,7 +194,6 @@ def test_errors_quote_what_does_not_fit(kind: type, given: dict[str, Any], messa
         kind(**given)
 
 
-@survives("pipelines", "guiders on denoisers, layers and schedulers that do not fit")
 def test_denoisers_and_layers_that_do_not_fit() -> None:
     pipe = tiny_pipeline()
     processors = dict(pipe.unet.attn_processors)
@@ -232,7 +227,6 @@ def test_denoisers_and_layers_that_do_not_fit() -> None:
         SEGGuider().report()
 
 
-@survives("pipelines", "a guider saved, loaded and copied")
 @pytest.mark.parametrize(
     "guider",
     [

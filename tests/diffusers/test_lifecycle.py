@@ -32,7 +32,6 @@ from tests.diffusers.diffusers_tools import (
     run,
     tiny_pipeline,
 )
-from tests.reliability import survives
 
 MID0 = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
@@ -77,7 +76,6 @@ def test_leaving_the_context_puts_back_the_very_objects() -> None:
     assert torch.equal(run(pipe, latents=noise()), plain)
 
 
-@survives("interruptions", "exceptions and interrupts in a callback, the denoiser and the context")
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("place", ["callback", "denoiser", "context"])
 def test_an_exception_puts_back_the_very_objects(place: str, error: type[BaseException]) -> None:
@@ -102,7 +100,6 @@ def test_an_exception_puts_back_the_very_objects(place: str, error: type[BaseExc
     assert torch.equal(run(pipe, latents=noise()), plain)
 
 
-@survives("interruptions", "an exception inside a forward")
 def test_an_exception_inside_a_forward_leaves_the_guidance_working() -> None:
     pipe, latents = tiny_pipeline(), noise()
 
@@ -132,7 +129,6 @@ def test_guidance_works_without_a_context_until_it_is_removed() -> None:
         pass
 
 
-@survives("interruptions", "an interrupt while hooks are set")
 def test_guidance_that_could_not_be_installed_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline()
     _, state = run_once(pipe)
@@ -147,7 +143,6 @@ def test_guidance_that_could_not_be_installed_leaves_nothing(monkeypatch: pytest
     state.assert_same(pipe)
 
 
-@survives("pipelines", "processors kept from inside the context")
 def test_processors_that_were_kept_are_harmless_after_removal() -> None:
     pipe = tiny_pipeline()
     plain, _ = run_once(pipe)
@@ -163,7 +158,6 @@ def test_processors_that_were_kept_are_harmless_after_removal() -> None:
     assert all(pipe.unet.attn_processors[name] is before[name] for name in before)
 
 
-@survives("pipelines", "projections fused before and inside the context")
 @pytest.mark.parametrize("sigma", [2.0, float("inf")], ids=str)
 @pytest.mark.parametrize("unfuse", [False, True], ids=["stays_fused", "unfused_again"])
 @pytest.mark.parametrize("inside", [False, True], ids=["fused_before", "fused_inside"])
@@ -203,7 +197,6 @@ def test_other_standard_processors_are_guided_alike(processor: Any) -> None:
     assert pipe.unet.get_submodule(MID0).processor is processor
 
 
-@survives("pipelines", "a processor set on one layer inside the context")
 def test_a_processor_set_while_guided_is_the_one_put_back() -> None:
     pipe, latents = tiny_pipeline(own_unet=True), noise()
     new, late = AttnProcessor(), AttnProcessor()
@@ -216,7 +209,6 @@ def test_a_processor_set_while_guided_is_the_one_put_back() -> None:
     assert pipe.unet.get_submodule(MID0.replace("blocks.0", "blocks.1")).processor is late
 
 
-@survives("pipelines", "a processor that guide does not know, set inside the context")
 def test_an_unknown_processor_set_while_guided_is_refused() -> None:
     pipe = tiny_pipeline(own_unet=True)
     with guide(pipe, SEG()):
@@ -247,7 +239,6 @@ class UnknownBatch(NoDenoiser):
     unet = tiny_pipeline().unet
 
 
-@survives("pipelines", "pipelines, layers and processors that do not fit")
 @pytest.mark.parametrize(
     "pipe, specs, quoted",
     [
@@ -298,7 +289,6 @@ def test_a_layer_that_attends_to_text_cannot_be_guided() -> None:
         run(pipe, latents=noise())
 
 
-@survives("pipelines", "a second guidance on a guided pipeline")
 def test_a_second_guidance_is_refused_and_the_first_goes_on() -> None:
     pipe, latents = tiny_pipeline(), noise()
     with guide(pipe, SEG()):
@@ -310,7 +300,6 @@ def test_a_second_guidance_is_refused_and_the_first_goes_on() -> None:
         assert relative(run(pipe, latents=latents), expected) > 1e-3
 
 
-@survives("pipelines", "a guided denoiser called outside of a run")
 def test_a_denoiser_called_outside_a_run_says_so() -> None:
     pipe = tiny_pipeline()
     arguments = {
@@ -327,7 +316,6 @@ def test_a_denoiser_called_outside_a_run_says_so() -> None:
             pipe.unet(**{**arguments, "sample": noise(3)})
 
 
-@survives("pipelines", "hooks of others on the guided denoiser")
 def test_other_hooks_of_the_denoiser_see_the_pipelines_batch() -> None:
     pipe, seen = tiny_pipeline(), []
     first = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -349,7 +337,6 @@ def test_subclasses_of_the_stock_pipeline_are_guided() -> None:
     assert guidance.report().layers[0].fired == 3
 
 
-@survives("pipelines", "processors that diffusers renews by their class")
 def test_set_processors_are_new_standard_ones_after_diffusers_renews_them_by_class() -> None:
     pipe, latents = tiny_pipeline(own_unet=True), noise()
     with guide(pipe, SEG()):

@@ -7,7 +7,7 @@ import functools
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -32,9 +32,6 @@ from tests.diffusers.pipeline_tools import (
     left_as_it_was,
     stand_ins,
 )
-from tests.reliability import survives
-
-Tried = Callable[[int], None]
 
 
 @contextmanager
@@ -121,10 +118,9 @@ BREAKS = [
 ]
 
 
-@survives("interruptions", "memory that runs out, and interrupts, anywhere in a step")
 @pytest.mark.parametrize("place, error", BREAKS)
 @pytest.mark.parametrize("subject", every(SD3))
-def test_a_run_that_breaks_off(subject: Subject, place: str, error: type[BaseException], tried: Tried) -> None:
+def test_a_run_that_breaks_off(subject: Subject, place: str, error: type[BaseException]) -> None:
     with left_as_it_was(subject, subject.seg(reuse=1), PAG(scale=0.5, layers=subject.layers)) as (pipe, guided):
         expected = subject.run(pipe)
         model = subject.denoiser(pipe)
@@ -134,27 +130,21 @@ def test_a_run_that_breaks_off(subject: Subject, place: str, error: type[BaseExc
             assert guided.report().forwards > STEPS
             assert stand_ins(subject, pipe) == 0
         assert torch.equal(subject.run(pipe), expected)
-    tried(1)
 
 
-@survives("interruptions", "memory that runs out while an image is decoded")
 @pytest.mark.parametrize("subject", [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)], ids=lambda s: s.name)
-def test_a_run_that_breaks_off_in_the_vae(subject: Subject, tried: Tried) -> None:
+def test_a_run_that_breaks_off_in_the_vae(subject: Subject) -> None:
     with left_as_it_was(subject) as (pipe, _):
         expected = subject.run(pipe)
         with in_place("the VAE", subject, pipe, torch.OutOfMemoryError) as options, pytest.raises(RuntimeError):
             subject.run(pipe, **options)
         assert torch.equal(subject.run(pipe), expected)
-    tried(1)
 
 
-@survives("interruptions", "memory that runs out, and interrupts, in the second forward of SAG")
 @pytest.mark.robustness
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
 @pytest.mark.parametrize("subject", [SD1, SDXL], ids=["sd1", "sdxl"])
-def test_a_run_that_breaks_off_in_the_second_forward(
-    subject: Subject, error: type[BaseException], tried: Tried
-) -> None:
+def test_a_run_that_breaks_off_in_the_second_forward(subject: Subject, error: type[BaseException]) -> None:
     with left_as_it_was(subject, SAG(), SEG(sigma=2.0, reuse=2)) as (pipe, guided):
         expected = subject.run(pipe)
         for after in (0, 3):  # the first forward of the first step, the second of the second
@@ -164,15 +154,13 @@ def test_a_run_that_breaks_off_in_the_second_forward(
                 guided.report()
                 assert guided._given == ((), {})
                 assert stand_ins(subject, pipe) == 0
-            tried(1)
         with record_energy(pipe, "m0") as recorder:  # the first forward is not taken for a second one
             assert torch.equal(subject.run(pipe), expected)
         assert len(recorder.records) == STEPS
 
 
-@survives("interruptions", "an exception in a schedule, and a schedule that is not a number")
 @pytest.mark.parametrize("subject", every(SD3))
-def test_a_schedule_that_fails(subject: Subject, tried: Tried) -> None:
+def test_a_schedule_that_fails(subject: Subject) -> None:
     broken: list[Any] = []
 
     def schedule(fraction: float) -> float:
@@ -192,12 +180,10 @@ def test_a_schedule_that_fails(subject: Subject, tried: Tried) -> None:
             assert guided.report().forwards > 0
             broken.clear()
             assert torch.equal(subject.run(pipe), expected)
-            tried(1)
 
 
-@survives("interruptions", "a prediction of NaN")
 @pytest.mark.parametrize("subject", every(SD3))
-def test_a_prediction_that_is_not_a_number(subject: Subject, tried: Tried) -> None:
+def test_a_prediction_that_is_not_a_number(subject: Subject) -> None:
     pipe = subject.build()
     plain = subject.run(pipe)
     picture = Picture(pipe)
@@ -213,13 +199,11 @@ def test_a_prediction_that_is_not_a_number(subject: Subject, tried: Tried) -> No
     assert len(told) == 1
     picture.assert_same(pipe)
     assert torch.equal(subject.run(pipe), plain)
-    tried(1)
 
 
-@survives("interruptions", "pipe._interrupt in a callback")
 @pytest.mark.parametrize("at", [0, 1, STEPS - 1])
 @pytest.mark.parametrize("subject", every(SD3))
-def test_a_cancelled_run(subject: Subject, at: int, tried: Tried) -> None:
+def test_a_cancelled_run(subject: Subject, at: int) -> None:
     def cancel(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         pipe._interrupt = step >= at
         return given
@@ -230,12 +214,10 @@ def test_a_cancelled_run(subject: Subject, at: int, tried: Tried) -> None:
             cancelled = subject.run(pipe, callback_on_step_end=cancel)
             assert torch.equal(cancelled, expected) == (at == STEPS - 1)
         assert torch.equal(subject.run(pipe), expected)
-    tried(2)
 
 
-@survives("interruptions", "a run that breaks off before the first step")
 @pytest.mark.parametrize("subject", every(SD3))
-def test_a_run_that_breaks_off_before_the_first_step(subject: Subject, tried: Tried) -> None:
+def test_a_run_that_breaks_off_before_the_first_step(subject: Subject) -> None:
     with left_as_it_was(subject) as (pipe, guided):
         error = torch.OutOfMemoryError
         with patched(pipe.scheduler, "set_timesteps", error, 0), pytest.raises(error):
@@ -246,11 +228,9 @@ def test_a_run_that_breaks_off_before_the_first_step(subject: Subject, tried: Tr
         with failing(subject.denoiser(pipe), ZeroDivisionError), pytest.raises(ZeroDivisionError):
             subject.run(pipe)  # a hook of the user's, after the guidance's
         assert torch.equal(subject.run(pipe), expected)
-    tried(2)
 
 
-@survives("interruptions", "an exception under a guidance with a negative prompt of its own")
-def test_a_run_without_the_pipelines_own_guidance_that_breaks_off(tried: Tried) -> None:
+def test_a_run_without_the_pipelines_own_guidance_that_breaks_off() -> None:
     embeds = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(3))
     negative = CFG(negative_prompt_embeds=embeds)
     pipe = SD1.build()
@@ -263,13 +243,11 @@ def test_a_run_without_the_pipelines_own_guidance_that_breaks_off(tried: Tried) 
             with pytest.raises(ValueError, match="runs classifier-free guidance itself"):
                 SD1.run(pipe)
             assert torch.equal(SD1.run(pipe, **given), expected)
-            tried(2)
         assert guided.report().layers[0].fired > 0
 
 
-@survives("interruptions", "memory that runs out under a guider, where others have hooks on the denoiser")
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
-def test_a_run_with_a_guider_that_breaks_off(error: type[BaseException], tried: Tried) -> None:
+def test_a_run_with_a_guider_that_breaks_off(error: type[BaseException]) -> None:
     pipe = smaller_pipeline()
     guider = SEGGuider(guidance_scale=5.0, sigma=2.0, layers="m0")
     modular = modular_sdxl(pipe, guider)
@@ -287,4 +265,3 @@ def test_a_run_with_a_guider_that_breaks_off(error: type[BaseException], tried: 
     guider.cleanup_models(pipe.unet)
     assert hooks_of(pipe.unet) == 0
     assert torch.equal(run_sdxl(modular, pipe, latents=noise(1, 8, 12)), expected)
-    tried(1)

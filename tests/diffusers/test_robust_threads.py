@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,15 +13,12 @@ import torch
 from segkern.integrations.diffusers import SAG, SEG, guide
 from tests.diffusers.pipeline_tools import QWEN, SD1, Subject, every, left_as_it_was
 from tests.diffusers.transformer_models import MODELS, run
-from tests.reliability import survives
 
-Tried = Callable[[int], None]
 SECONDS = 60  # after which a thread that waits is taken to wait forever
 
 
-@survives("pipelines", "threads whose pipelines share a guided denoiser")
 @pytest.mark.parametrize("subject", every(SD1, QWEN))
-def test_threads_that_share_a_denoiser(subject: Subject, tried: Tried) -> None:
+def test_threads_that_share_a_denoiser(subject: Subject) -> None:
     with left_as_it_was(subject, subject.seg(reuse=2)) as (pipe, _):
         others = [subject.beside(pipe) for _ in range(2)]
         guided, plain = subject.run(pipe), subject.run(others[0])
@@ -35,11 +31,9 @@ def test_threads_that_share_a_denoiser(subject: Subject, tried: Tried) -> None:
         with ThreadPoolExecutor(3) as threads:
             for index, found in enumerate(threads.map(draw, range(3), timeout=SECONDS)):
                 assert all(torch.equal(each, plain if index else guided) for each in found)
-                tried(len(found))
 
 
-@survives("pipelines", "another thread's forward during the second one of a step")
-def test_a_second_forward_lets_nobody_else_in(tried: Tried) -> None:
+def test_a_second_forward_lets_nobody_else_in() -> None:
     """Two threads that could only both be in the denoiser if one of them had taken no turn."""
     with left_as_it_was(SD1, SAG()) as (pipe, guidance):
         other = SD1.beside(pipe)
@@ -76,11 +70,9 @@ def test_a_second_forward_lets_nobody_else_in(tried: Tried) -> None:
             assert torch.equal(found[1].result(SECONDS), plain)
         for handle in handles:
             handle.remove()
-    tried(2)
 
 
-@survives("pipelines", "a removal inside the second of two denoisers")
-def test_a_removal_in_the_second_of_two_denoisers_takes_all_off(tried: Tried) -> None:
+def test_a_removal_in_the_second_of_two_denoisers_takes_all_off() -> None:
     """Wan 2.2: one for steps of much noise, one for the rest."""
     model = MODELS["wan"]
     first, second = model.build(), model.build()
@@ -97,4 +89,3 @@ def test_a_removal_in_the_second_of_two_denoisers_takes_all_off(tried: Tried) ->
     assert not pipe.transformer_2._forward_hooks
     assert torch.equal(run(model, pipe), plain)
     guide(pipe, SEG(layers=model.layers)).remove()
-    tried(2)

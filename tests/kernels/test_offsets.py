@@ -15,14 +15,11 @@ import torch
 
 import segkern
 from segkern import Grid
-from tests.reliability import survives
 
 pytest.importorskip("triton", reason="kernels need triton")
 from segkern.kernels import _routes
 from tests.core.failure_tools import KERNELS
 from tests.kernels.kernel_tools import DEVICE
-
-Tried = Callable[..., None]
 
 STEP = 2**30 + 64  # elements: fits 32 bits, and twice as many do not
 GRID, SIGMA = Grid(2, 3), (0.0, math.inf, 1.2)
@@ -56,10 +53,9 @@ READS = {"gaussian_blur": (0,), "attention_mass": (0, 1), "attention_energy": (0
 
 
 @pytest.mark.robustness
-@survives("inputs", "strides of more than 2^31 elements")
 @pytest.mark.parametrize("route", [_routes.HERE, _routes.BEFORE, _routes.TOGETHER], ids=["here", "before", "together"])
 @pytest.mark.parametrize("dim", [0, 1], ids=["samples", "heads"])
-def test_samples_and_heads_far_apart(dim: int, route: int, tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_and_heads_far_apart(dim: int, route: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With each of query, key and value in turn the result is bit for bit that of dense tensors."""
     monkeypatch.setattr(_routes, "choose_blur", lambda *_: route)
     _routes.attention_route.cache_clear()
@@ -70,27 +66,23 @@ def test_samples_and_heads_far_apart(dim: int, route: int, tried: Tried, monkeyp
         for name, call in CALLS.items():
             if far in READS.get(name, (0, 1, 2)) and (route == _routes.HERE or name == "seg_attention"):
                 assert torch.equal(call(*tensors), call(*dense)), name
-                tried()
         del tensors
     _routes.attention_route.cache_clear()
 
 
-@survives("inputs", "strides of more than 2^31 elements")
 @pytest.mark.parametrize("dim", [0, pytest.param(1, marks=pytest.mark.robustness)], ids=["samples", "heads"])
-def test_masks_of_samples_and_heads_far_apart(dim: int, tried: Tried) -> None:
+def test_masks_of_samples_and_heads_far_apart(dim: int) -> None:
     q, k, v = (torch.randn(SHAPE, device=DEVICE).half() for _ in range(3))
     mask = spread((3, 3, 6, 6), dim, STEP)
     found = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask, backend="triton")
     dense = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask.contiguous(), backend="triton")
     assert torch.equal(found, dense)
-    tried()
 
 
 @pytest.mark.robustness
-@survives("inputs", "strides of more than 2^31 elements")
 @pytest.mark.parametrize("name", ["attention_mass", "attention_energy"])
 @pytest.mark.parametrize("dim", [2, 3], ids=["tokens", "channels"])
-def test_tokens_and_channels_far_apart(name: str, dim: int, tried: Tried) -> None:
+def test_tokens_and_channels_far_apart(name: str, dim: int) -> None:
     step = 2**31 // (SHAPE[dim] - 1) + 64
     for far in (0, 1):
         tensors = [torch.randn(1, 1, *SHAPE[2:], device=DEVICE).half() for _ in range(3)]
@@ -100,7 +92,6 @@ def test_tokens_and_channels_far_apart(name: str, dim: int, tried: Tried) -> Non
             "attention_energy": lambda q, k: segkern.attention_energy(q, k, GRID, 1.2, backend="triton"),
         }[name]
         assert torch.equal(call(*tensors[:2]), call(*(x.contiguous() for x in tensors[:2])))
-        tried()
         del tensors
 
 
@@ -114,7 +105,6 @@ class Recorder:
         return lambda *_, **__: self.grids.append(grid)
 
 
-@survives("inputs", "tensors of more than 2^31 elements")
 @pytest.mark.parametrize("sigma", [0.0, 2.0, math.inf], ids=str)
 @pytest.mark.parametrize(
     ("batch", "heads", "grid"),
@@ -122,7 +112,7 @@ class Recorder:
     ids=["many tokens", "many samples", "many heads", "very many tokens"],
 )
 def test_launches_fit_a_device(
-    batch: int, heads: int, grid: Grid, sigma: float, monkeypatch: pytest.MonkeyPatch, tried: Tried
+    batch: int, heads: int, grid: Grid, sigma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A grid of programs has at most 2^31 - 1 along its first axis and 65,535 along the others."""
     recorder = Recorder()
@@ -142,7 +132,6 @@ def test_launches_fit_a_device(
     for launched in recorder.grids:
         assert 0 < launched[0] < 2**31, launched
         assert all(0 < programs < 2**16 for programs in launched[1:]), launched
-        tried()
     assert recorder.grids
 
 
@@ -156,8 +145,7 @@ def huge(size: tuple[Any, ...], dtype: torch.dtype | None) -> torch.Tensor:
 
 
 @pytest.mark.robustness
-@survives("inputs", "tensors of more than 2^31 elements")
-def test_shapes_of_huge_results(tried: Tried) -> None:
+def test_shapes_of_huge_results() -> None:
     """Operators tell the shapes of results without making them."""
     grid = Grid(1500, 1500, start=77)
     q = torch.empty(4, 24, grid.stop, 128, device="meta", dtype=torch.bfloat16)
@@ -170,4 +158,3 @@ def test_shapes_of_huge_results(tried: Tried) -> None:
     assert segkern.attention_energy(q, k, grid, 1.0).shape == q.shape[:3]
     assert segkern.seg_attention(q, k, k, grid, 2.0, query_stride=3).shape == q.shape
     assert segkern.coarse_error(q, k, k, grid, 2.0, 3).shape == (4,)
-    tried(6)

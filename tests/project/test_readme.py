@@ -17,8 +17,6 @@ from benchmarks import (  # noqa: E402
     plots,
     releases,
     releases_page,
-    reliability,
-    reliability_page,
     results,
     trust,
 )
@@ -64,13 +62,6 @@ def test_the_energy_page_is_what_the_result_files_give() -> None:
         assert (ROOT / "docs" / picture).exists(), "run python -m benchmarks.readme"
     assert (energy.FOLDER / "picture.png").exists()
     assert energy.committed_run()["model"] == energy.committed()["model"]
-
-
-def test_the_reliability_page_is_what_the_result_files_give() -> None:
-    files = reliability.committed()
-    assert files, "no result file is committed"
-    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-    assert page == reliability_page.page(files), "run python -m benchmarks.readme"
 
 
 def test_the_page_of_releases_is_what_the_result_files_give() -> None:

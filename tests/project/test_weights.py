@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from tests.reliability import survives
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("segkern", "integrations", "training", "benchmarks")
@@ -41,14 +39,12 @@ def dangers(source: str) -> Iterator[str]:
             yield f"{called} with trust_remote_code"
 
 
-@survives("inputs", "weights that run code when they are unpickled")
-def test_no_source_unpickles(tried: Callable[..., None]) -> None:
+def test_no_source_unpickles() -> None:
     files = sources()
     assert len(files) > 100
     for path in files:
         found = list(dangers(path.read_text(encoding="utf-8")))
         assert not found, f"{path.relative_to(ROOT)}: {found}"
-        tried()
 
 
 @pytest.mark.parametrize(
