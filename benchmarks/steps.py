@@ -29,6 +29,7 @@ from benchmarks.official_step import official_run
 from benchmarks.results import RESULTS
 from benchmarks.sdxl import REDUCED, SDXL, Size
 from benchmarks.timing import shuffled, spread
+from segkern.core.private_apis import dynamo_settings
 from segkern.integrations.diffusers import PAG, SEG, guide
 from segkern.ops import flops  # noqa: F401  the counter knows our operators by it
 
@@ -319,7 +320,7 @@ def run_steps(
     }
     # Every way compiles the same denoiser; past a limit it would run as it is written, and be called compiled.
     limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(limits):
+    with dynamo_settings(**limits):
         found["rows"] = measure(bench, chosen, steps, rounds, progress)
     path = out or FOLDER / f"{machine.slug(environment['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

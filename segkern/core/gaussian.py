@@ -14,10 +14,9 @@ from numbers import Real
 from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
 from segkern.core.bounded_cache import kept
+from segkern.core.private_apis import no_modes_or_transforms
 
 T = TypeVar("T")
 Boundary = Literal["reflect", "symmetric", "circular"]
@@ -129,8 +128,7 @@ def cached_blur_matrix(
 @contextmanager
 def table_making() -> Iterator[None]:
     """Inside, tensors are ordinary ones whatever the caller's modes: they are kept and serve later calls too."""
-    without_transforms = temporarily_clear_interpreter_stack()  # of torch.func, which would wrap them
-    with without_transforms, _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with no_modes_or_transforms(), torch.inference_mode(False), torch.no_grad():
         yield
 
 

@@ -30,4 +30,4 @@ class MovedModuleFinder:
 def install() -> None:
     """Append the finder to ``sys.meta_path``, once."""
     if MovedModuleFinder not in sys.meta_path:
-        sys.meta_path.append(MovedModuleFinder)  # type: ignore[arg-type]
+        sys.meta_path.append(MovedModuleFinder)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from segkern.core.private_apis import dispatch_mode_is_active, forward_mode_is_active, transform_is_active
+
 
 def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are real tensors in an eager run, none that a tracer follows.
@@ -29,14 +31,14 @@ def is_unseen(*tensors: torch.Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+    return not dispatch_mode_is_active() and not transform_is_active()
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:
     """Whether only PyTorch's own operations will do: under ``torch.func`` or with forward-mode derivatives."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or _has_tangent(*tensors)
+    return transform_is_active() or _has_tangent(*tensors)
 
 
 def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
@@ -55,9 +57,7 @@ def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
 
 
 def _has_tangent(*tensors: torch.Tensor) -> bool:
-    if forward_ad._current_level < 0:  # outside of any forward-mode level
-        return False
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return forward_mode_is_active() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def autocast_inputs(check: Callable[..., None], *tensors: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from segkern.core.fallback import KernelFailure, in_words, is_the_kernels
+from segkern.core.private_apis import triton_allocator
 from segkern.kernels._configs import Options, Tile, dot_precision, split_head_dim
 
 _NOTHING = contextlib.nullcontext()
@@ -86,9 +87,7 @@ def scratch_memory(wanted: bool) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _allocating() -> Iterator[None]:
-    from triton.runtime._allocation import _allocator
-
-    before = _allocator.get()
+    before = triton_allocator()
     triton.set_allocator(_scratch)
     try:
         yield

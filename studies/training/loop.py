@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from studies.training.optimisers import Optimisers
 
@@ -108,8 +109,8 @@ def train(
             optimisers.step(rise * (0.5 + 0.5 * math.cos(math.pi * step / plan.steps)))
             if plan.average is not None:
                 decay = min(plan.average, (step + 1) / (step + 10))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(averaged.parameters()), list(module.parameters()), 1 - decay)
+                average = get_ema_multi_avg_fn(decay)
+                average(list(averaged.parameters()), list(module.parameters()), step)
             recent += float(loss.detach())
             if (step + 1) % interval == 0:
                 seconds = spent + time.perf_counter() - began

@@ -11,6 +11,7 @@ import torch
 
 import segkern
 from segkern import Grid
+from segkern.core.private_apis import triton_allocator
 from tests.core.contract import assert_contract, draw, oracle_attention, plain_attention
 
 pytest.importorskip("triton", reason="kernels need triton")
@@ -90,12 +91,10 @@ def test_masks_and_descriptors_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tritons_allocator_is_given_back() -> None:
-    from triton.runtime._allocation import _allocator
-
-    before = _allocator.get()
+    before = triton_allocator()
     with _launch.scratch_memory(True):
-        assert _allocator.get() is not before
-    assert _allocator.get() is before
+        assert triton_allocator() is not before
+    assert triton_allocator() is before
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")

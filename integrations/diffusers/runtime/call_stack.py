@@ -15,7 +15,9 @@ from types import FrameType
 
 from torch import nn
 
-_CALL = nn.Module._call_impl.__code__
+from segkern.core.private_apis import module_call_code
+
+_CALL = module_call_code()
 
 
 @dataclass(frozen=True)

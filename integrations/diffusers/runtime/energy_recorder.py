@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.analysis.energy import OverSigma, over_sigma
 from segkern.core.gaussian import check_boundary, check_sigma
+from segkern.core.private_apis import is_compiled_in_place
 from segkern.grid import Grid
 from segkern.integrations.diffusers.models.layers import LayerInfo, find_unet, list_layers, select_layers
 from segkern.integrations.diffusers.runtime.branches import DenoiserArguments
@@ -108,7 +109,7 @@ def record_energy(
         >>> recorder.records[0].map(math.inf).shape  # doctest: +SKIP
     """
     unet = check_batches(pipe, "record_energy")
-    if any(module._compiled_call_impl is not None for module in unet.modules()) or pipe.unet is not unet:
+    if any(map(is_compiled_in_place, unet.modules())) or pipe.unet is not unet:
         raise ValueError("record_energy needs a denoiser that is not compiled: hooks in a compiled one may be ignored")
     available = list_layers(unet)
     chosen = available if layers is None else select_layers(available, layers)

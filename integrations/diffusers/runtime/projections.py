@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from segkern.core.private_apis import has_forward_hooks
+
 
 class Projections:
     """Into queries, keys and values ``[samples, heads, rows, head_dim]``, and out of them.
@@ -75,4 +77,4 @@ class Projections:
 
 def _is_plain_linear(linear: nn.Module) -> bool:
     """Whether it is ``F.linear`` on its weight and nothing else, so that rows can be used alone."""
-    return type(linear) is nn.Linear and "forward" not in vars(linear) and not linear._forward_hooks
+    return type(linear) is nn.Linear and "forward" not in vars(linear) and not has_forward_hooks(linear)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only module that touches private APIs of torch and triton; each function names the versions it was seen in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import CodeType
+from typing import Any
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def dispatch_mode_is_active() -> bool:
+    """Whether a ``TorchDispatchMode`` (fake tensors, a FLOP counter) sees operations; torch 2.11 to 2.13."""
+    return torch._C._len_torch_dispatch_stack() != 0
+
+
+def transform_is_active() -> bool:
+    """Whether a ``torch.func`` transform (``vmap``, ``grad``, ``jvp``) runs; torch 2.11 to 2.13."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def forward_mode_is_active() -> bool:
+    """Whether a ``forward_ad.dual_level`` is open; torch 2.11 to 2.13."""
+    return forward_ad._current_level >= 0
+
+
+@contextmanager
+def no_modes_or_transforms() -> Iterator[None]:
+    """Inside, no ``torch.func`` transform wraps new tensors and no dispatch mode sees them; torch 2.11 to 2.13."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
+
+
+def dynamo_settings(**settings: Any) -> AbstractContextManager[Any]:
+    """``torch._dynamo.config`` with other values inside, by name; torch 2.11 to 2.13."""
+    return torch._dynamo.config.patch(settings)
+
+
+def module_call_code() -> CodeType:
+    """The code object of the function that runs a module's hooks and its forward; torch 2.11 to 2.13."""
+    return torch.nn.Module._call_impl.__code__
+
+
+def is_compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, rather than ``torch.compile(module)``; torch 2.11 to 2.13."""
+    return module._compiled_call_impl is not None
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether any forward hook is registered on the module itself; torch 2.11 to 2.13."""
+    return bool(module._forward_hooks)
+
+
+def triton_allocator() -> Callable[[int, int, int | None], Any]:
+    """The function that ``triton.set_allocator`` has set in this context; Triton 3.6 to 3.9."""
+    from triton.runtime._allocation import _allocator
+
+    return _allocator.get()
