@@ -68,7 +68,6 @@ compatibility: $(INSTALLED) ## the tests that prove docs/models.md, with the old
 benchmark: $(INSTALLED) ## speed against everything one could pick instead, into benchmarks/results; long on a CPU
 	for suite in attention infinite coarse blur mass step; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done
 	$(BIN)/python -m benchmarks host
-	$(BIN)/python -m benchmarks trust
 	$(BIN)/python -m benchmarks approximations
 	$(BIN)/python -m benchmarks family
 	$(BIN)/python -m benchmarks energy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run|plot|compare|tune|host|trust|compatibility``, from a checkout."""
+"""``python -m benchmarks run|plot|compare|tune|host|compatibility``, from a checkout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import compare as comparing
 from benchmarks import host as hosting
 from benchmarks import machine, plots, results, tables
-from benchmarks import trust as trusting
 from benchmarks.cases import CASES, TINY, Case, find_cases
 from benchmarks.measure import measure, usual_rounds
 from benchmarks.proving import compatibility
@@ -289,26 +288,6 @@ def energy() -> None:
         task = progress.add_task("energy", total=None)
         counting.measure(lambda name: progress.update(task, description=f"energy: {name}"))
     typer.echo(f"wrote {counting.FOLDER}")
-
-
-@app.command()
-def trust(
-    count: Annotated[int, typer.Option(min=1, help="Drawn inputs of every kind.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/coarse/estimate.json.")] = None,
-) -> None:
-    """Hold the estimate of coarse queries' error against the true one, on drawn inputs and the bundled model."""
-    layers = [*trusting.drawn(count), *trusting.of_model()]
-    rows = []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("inputs", total=len(layers))
-        for found in trusting.compare(iter(layers)):
-            rows += found
-            progress.advance(task)
-    trusting.write(rows, out or trusting.FILE)
-    shown = tables.of_lines(trusting.KIND_HEADINGS, trusting.kinds(rows))
-    wide(shown).print(shown)
-    typer.echo(f"wrote {out or trusting.FILE}")
 
 
 if __name__ == "__main__":

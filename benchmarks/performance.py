@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import host, plots, trust
+from benchmarks import host, plots
 from benchmarks.checks import share_of_allowed
 from benchmarks.measure import summary
 from benchmarks.providers import PROVIDERS
@@ -52,27 +52,15 @@ the two. `triton, without launches` is segkern's share of a call on a GPU: check
 outputs and arguments, each kernel replaced by nothing. What Triton takes to launch one comes on top."""
 
 
-_TRUST = """\
-`query_stride` leaves out rows, and how wrong that is depends on the data. `segkern.coarse_error` estimates it from a
-few exact rows; here the estimate stands beside the true error, root mean square over the output's. Inputs are drawn:
-fields on a 64 x 64 grid with spectra from white to 1/f^2, sigma 4 to 16, logits of standard deviation 1 to 6; as they
-are, or made hard by an edge, large channels, single rows, keys or values that stand out. The bundled model's are the
-perturbed self-attentions of its own sampling. An estimate of 0.1 or more is not believed: every row is computed. `auto`
-in the second table asks for four times the estimate under bfloat16's rounding, as `SEG(query_stride="auto")` does, from
-this one estimate."""
-
-
 def page(
     files: Mapping[str, Result],
     hosts: Mapping[str, dict[str, Any]] | None = None,
-    trusted: dict[str, Any] | None = None,
 ) -> str:
     """The whole page from result files by their stems; those of quick runs are left out.
 
     Args:
         files: of the suites.
         hosts: what a call costs the host (:mod:`benchmarks.host`).
-        trusted: what the estimate of coarse queries' error is worth (:mod:`benchmarks.trust`).
     """
     files = {stem: result for stem, result in files.items() if not result["quick"]}
     parts = [_INTRODUCTION, "## What was measured where", _where(files)]
@@ -82,7 +70,6 @@ def page(
         parts += [f"## {name.capitalize()}", suite.asks]
         here = {stem: result for stem, result in files.items() if result["suite"] == name}
         parts += [text for stem, result in here.items() for text in _file(stem, result)] or ["Not measured."]
-    parts += ["## Coarse queries' error, estimated and true", _TRUST, *_trust(trusted)]
     parts += ["## Host", _HOST, *(_host(stem, found) for stem, found in (hosts or {}).items())]
     parts += ["## What limits each way to compute", _LIMITS]
     parts += [
@@ -201,25 +188,6 @@ def _errors(rows: Sequence[Row]) -> list[str]:
     where = f"{row['provider']}, `{row['case']}`, {row['dtype']}, sigma {row['sigma']}"
     text = "The largest root-mean-square error of a blurred sample that is exact and timed"
     return [f"{text} is {share:.0%} of what the contract allows ({where})."]
-
-
-def _trust(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
-        return ["Not measured."]
-    environment, rows = found["environment"], found["rows"]
-    count = len({row["input"] for row in rows})
-    told = [row for row in rows if row["estimated"]]
-    worst = max(row["true"] / row["estimated"] for row in told)
-    summed = (
-        f"{count} inputs, {len(rows)} pairs, of which {len(told)} have an estimate (torch {environment['torch']}, "
-        f"commit `{environment['commit']}`); the true error is at most {worst:.2f} times the estimate."
-    )
-    return [
-        summed,
-        markdown(trust.KIND_HEADINGS, trust.kinds(rows)),
-        markdown(trust.CHOICE_HEADINGS, trust.choices(rows), "---"),
-        "![estimated against true error](../benchmarks/results/coarse/estimate.png)",
-    ]
 
 
 def _host(stem: str, found: dict[str, Any]) -> str:

@@ -25,7 +25,6 @@ from benchmarks import (
     results,
     step_page,
     steps,
-    trust,
 )
 from benchmarks.results import Result, Row
 from studies.evaluation import report
@@ -123,10 +122,7 @@ def main() -> None:
     docs = ROOT / "docs"
     docs.mkdir(exist_ok=True)
     files = results.committed()
-    trusted = trust.committed()
-    (docs / "performance.md").write_text(performance.page(files, host.committed(), trusted), encoding="utf-8")
-    if trusted is not None:
-        trust.picture(trusted["rows"])
+    (docs / "performance.md").write_text(performance.page(files, host.committed()), encoding="utf-8")
     for stem, result in files.items():
         plots.write(stem, result, results.RESULTS)
     guided = steps.committed()

@@ -18,7 +18,6 @@ from benchmarks import (  # noqa: E402
     releases,
     releases_page,
     results,
-    trust,
 )
 from benchmarks.readme import readme_with_tables, rendered  # noqa: E402
 
@@ -31,7 +30,7 @@ def test_measurements_are_those_of_the_result_files() -> None:
 def test_the_performance_page_is_what_the_result_files_give() -> None:
     files = results.committed()
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert page == performance.page(files, host.committed(), trust.committed()), "run python -m benchmarks.readme"
+    assert page == performance.page(files, host.committed()), "run python -m benchmarks.readme"
     for stem, result in files.items():
         for picture in plots.pictures(stem, result)[0]:
             assert (results.RESULTS / picture.name).exists(), "run python -m benchmarks.readme"
