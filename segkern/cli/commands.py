@@ -79,7 +79,7 @@ def generate(
     boundary: Annotated[str, typer.Option(help="reflect, symmetric or circular.")] = "reflect",
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
     query_stride: Annotated[
-        str, typer.Option(help="Of a finite sigma: 1, every row; 4 or 2,3, rows so far apart; auto, what holds.")
+        str, typer.Option(help="Of a finite sigma: 1, every row; 4 or 2,3, rows so far apart.")
     ] = "1",
     reuse: Annotated[
         int, typer.Option(min=1, help="Steps for which a perturbed branch serves: 1 is exact, more an approximation.")

@@ -156,17 +156,14 @@ def report_table(plan: Sequence[Specs], drawn: Sequence[Drawn]) -> tuple[Table, 
 def report_rows(plan: Sequence[Specs], drawn: Sequence[Drawn]) -> tuple[list[str], list[list[str]], list[str]]:
     """The same in words: headings, a row for each run, guidance and layer, and what went wrong."""
     reports = [(label(specs), one.report) for specs, one in zip(plan, drawn, strict=True) if one.report is not None]
-    strided = any(row.query_stride is not None for _, report in reports for row in report.layers)
-    coarse = ["stride", "error"] if strided else []
     several = any(len(report.specs) > 1 for _, report in reports)
-    columns = ["run", *["guidance"] * several, "layer", "fired", "moved", *coarse, "module"]
+    columns = ["run", *["guidance"] * several, "layer", "fired", "moved", "module"]
     rows = []
     for name, report in reports:
         for row in report.layers:
             fired = f"{row.fired} of {report.forwards}"
-            words = row.coarse() if strided else ()
             of = [type(report.specs[row.spec]).__name__] if several else []
-            rows.append([name, *of, row.layer, fired, percent(row.moved), *words, row.module])
+            rows.append([name, *of, row.layer, fired, percent(row.moved), row.module])
     return columns, rows, [problem for _, report in reports for problem in report.problems]
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from segkern.grid import Grid
 
@@ -60,22 +60,20 @@ def size_of(option: str, text: str) -> Grid:
     return Grid(int(parts[0]), int(parts[1]))
 
 
-def stride(option: str, text: str) -> int | tuple[int, int] | Literal["auto"]:
-    """The stride in ``4``, ``2,3`` or ``auto``.
+def stride(option: str, text: str) -> int | tuple[int, int]:
+    """The stride in ``4`` or ``2,3``.
 
     Args:
         option: such as ``--query-stride``, for messages.
         text: the user's words.
 
     Raises:
-        ValueError: for words that are none of these. Whether the numbers fit is asked elsewhere.
+        ValueError: for words that are neither. Whether the numbers fit is asked elsewhere.
 
     Example:
-        >>> [stride("--query-stride", text) for text in ("4", "2,3", "auto")]
-        [4, (2, 3), 'auto']
+        >>> [stride("--query-stride", text) for text in ("4", "2,3")]
+        [4, (2, 3)]
     """
-    if text.strip() == "auto":
-        return "auto"
     try:
         numbers = tuple(int(word) for word in text.split(","))
     except ValueError:
@@ -84,4 +82,4 @@ def stride(option: str, text: str) -> int | tuple[int, int] | Literal["auto"]:
         return numbers[0]
     if len(numbers) == 2:
         return numbers[0], numbers[1]
-    raise ValueError(f"{option} takes auto, one number such as 4, or height and width such as 2,3; got {text!r}")
+    raise ValueError(f"{option} takes one number such as 4, or height and width such as 2,3; got {text!r}")

@@ -124,7 +124,7 @@ def kinds(subject: Subject) -> dict[str, tuple[Any, ...]]:
     }
     if subject.part == "unet":
         found |= {
-            "SEG, strides": (subject.seg(query_stride="auto", sigma=4.0),),
+            "SEG, strides": (subject.seg(query_stride=2, sigma=4.0),),
             "SAG": (SAG(),),
             "SEG, PAG, SAG": (subject.seg(), PAG(layers="u0"), SAG(reuse=2)),
         }

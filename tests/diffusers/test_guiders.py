@@ -192,7 +192,7 @@ def test_guidance_rescale_measures_the_unmodified_conditional_prediction(spec: A
         SEG(stop=0.5),
         SEG(start=0.3, schedule="linear"),
         SEG(reuse=2),
-        SEG(sigma=2.0, query_stride="auto"),
+        SEG(sigma=2.0, query_stride=2),
         SEG(sigma=[1.0, math.inf], blend=0.5),
         SEG(sigma={"d0": [[1.0, 2.0]], "mid": 2.0}, boundary="symmetric"),
         PAG(adaptive_scale=0.004),

@@ -70,9 +70,9 @@ def test_the_report_prints_as_a_table_and_turns_into_a_dictionary() -> None:
     lines = str(report).splitlines()
     assert lines[0] == "3 forwards of the denoiser"
     assert lines[2].startswith("SEG(scale=3.0, sigma=inf, layers='mid'")
-    assert lines[3].split() == ["layer", "fired", "moved", "stride", "error", "module"]
+    assert lines[3].split() == ["layer", "fired", "moved", "module"]
     assert [line.split()[0] for line in lines[4:]] == ["m0", "m1"]
-    assert lines[4].split()[1:] == ["3", f"{report.layers[0].moved:.2%}", "-", "-", f"{MID}.0.attn1"]
+    assert lines[4].split()[1:] == ["3", f"{report.layers[0].moved:.2%}", f"{MID}.0.attn1"]
     values = report.to_dict()
     assert values["layers"][1]["moved"] == report.layers[1].moved
     assert values["specs"][0]["layers"] == "mid"

@@ -150,7 +150,7 @@ def halving(fraction: float) -> float:
 SPECS = [
     SEG(),
     SEG(scale=2.0, sigma={"mid": math.inf, "u0-1": [1.0, (2.0, 3.0)]}, schedule=halving, stop=0.7),
-    SEG(sigma=4.0, layers=range(2, 4), query_stride="auto", reuse=2),
+    SEG(sigma=4.0, layers=range(2, 4), query_stride=2, reuse=2),
     PAG(layers=["d0", "mid"], adaptive_scale=0.01, schedule="cosine"),
     SAG(schedule=halving, threshold=0.5),
     CFG(gamma=5.0, negative_prompt="blurry", schedule=halving),

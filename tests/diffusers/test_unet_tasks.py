@@ -130,7 +130,7 @@ def test_each_video_has_its_sigma() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [SEG(2.0, 1.5, "up", query_stride=2), SEG(query_stride="auto", sigma=3.0), SEG(2.0, 1.5, reuse=2, stop=0.9)],
+    [SEG(2.0, 1.5, "up", query_stride=2), SEG(2.0, 1.5, reuse=2, stop=0.9)],
     ids=str,
 )
 def test_other_options_for_videos(spec: Any) -> None:

@@ -10,7 +10,7 @@ prompt, and it joins the call for the prompt at its first perturbed layer instea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from segkern.integrations.diffusers.guiders.base import SpecGuider
 from segkern.integrations.diffusers.specs.base import Layers
@@ -68,8 +68,7 @@ class SEGGuider(SpecGuider):
         stop: float | None = None,
         boundary: str | None = None,
         backend: str | None = None,
-        query_stride: int | tuple[int, int] | Literal["auto"] | None = None,
-        tolerance: float | None = None,
+        query_stride: int | tuple[int, int] | None = None,
         reuse: int | None = None,
         schedule: Schedule | None = None,
         blend: float | None = None,
@@ -90,7 +89,6 @@ class SEGGuider(SpecGuider):
             "boundary": boundary,
             "backend": backend,
             "query_stride": query_stride,
-            "tolerance": tolerance,
             "reuse": reuse,
             "schedule": schedule,
             "blend": blend,

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from diffusers.models.attention_processor import Attention
 
@@ -29,8 +27,7 @@ def self_attention(
     own: int | None = None,
     source: slice = slice(0, 0),
     values: torch.Tensor | None = None,
-    probed: Sequence[tuple[slice, Sequence[Stride]]] = (),
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+) -> torch.Tensor:
     """diffusers' standard self-attention, sample ``i`` with queries blurred by ``sigmas[i]``.
 
     Args:
@@ -53,11 +50,9 @@ def self_attention(
         source: samples before ``own``, of the plain layer.
         values: the sigmas, in a CPU tensor to be read when a graph runs; those of ``sigmas`` only say then which are
             0, infinite or neither. Not with strides.
-        probed: samples of finite sigma, and the strides whose error to estimate there.
 
     Returns:
-        The layer's output in the shape of ``hidden_states``; and for each of ``probed`` the estimates
-        :func:`segkern.coarse_error`, ``[strides, samples]``, infinite under a mask with rows of its own.
+        The layer's output in the shape of ``hidden_states``.
 
     Raises:
         ValueError: when the grid is missing or does not fit the tokens.
@@ -81,22 +76,20 @@ def self_attention(
     layer = LayerRows(attn, grid, boundary, backend, fused, values)
     ways = layer.ways(sigmas, strides, attention_mask)
     blends = (1.0,) * batch if blends is None else blends
-    errors: tuple[torch.Tensor, ...] = ()
     own = batch if own is None else own
     few_rows = any(way not in (EVERY_ROW, NO_ROW) for way in ways)
     alone = layer.projects_rows(tokens, attention_mask) if few_rows else layer.projections.apart
-    if not probed and alone and (few_rows or own < batch or NO_ROW in ways):
+    if alone and (few_rows or own < batch or NO_ROW in ways):
         output = layer.attend_by_kind(hidden_states, sigmas, ways, blends, attention_mask, own, source)
     else:
         qkv = layer.projections.all(hidden_states)
         output = layer.projections.out(layer.attend_by_stride(qkv, sigmas, ways, blends, attention_mask))
-        errors = tuple(layer.estimate(qkv, sigmas, attention_mask, *each) for each in probed)
 
     if image_shape is not None:
         output = output.transpose(1, 2).unflatten(2, image_shape[2:])
     if attn.residual_connection:
         output = output + residual
-    return (output if attn.rescale_output_factor == 1.0 else output / attn.rescale_output_factor), errors
+    return output if attn.rescale_output_factor == 1.0 else output / attn.rescale_output_factor
 
 
 def tokens_of(attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.models.denoisers import Denoiser
-from segkern.integrations.diffusers.runtime.calibration import Calibration
 from segkern.integrations.diffusers.runtime.guided_layers import Forward, GuidedLayers
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
@@ -23,7 +22,6 @@ class Acting:
     Attributes:
         layers: those that are perturbed or read.
         first: for every guidance the place at which its branch joins.
-        calibration: of strides of query rows.
         recorder: of what the layers report.
     """
 
@@ -31,8 +29,7 @@ class Acting:
         self._kind = kind
         self._places = kind.places
         self._inner: list[RemovableHandle] = []  # hooks on the parts, from attach to detach
-        self.calibration = Calibration(tuple(one.spec for one in chosen))
-        self.recorder = Recorder(chosen, self.calibration)
+        self.recorder = Recorder(chosen)
         self.layers = GuidedLayers(kind, chosen)
         self.first = [self._place(one) for one in chosen]
 
@@ -58,26 +55,19 @@ class Acting:
 
     def tell(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What each part does in the coming forward, which gets these arguments."""
-        sample = self._kind.sample(args, kwargs)
-        self.calibration.size = (sample.shape[-2], sample.shape[-1])
         self._kind.tell_grids(list(self.layers), args, kwargs)
         counts = [forward.joined(place) for place in range(len(self._places))]
         self._places.tell(forward.inside if forward.share and forward.branches else None, counts)
-        self.layers.tell(forward, self.calibration)
+        self.layers.tell(forward)
 
     def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
-        """How far each layer moved, for each guidance that acted there; and errors, for the calibration."""
+        """How far each layer moved, for each guidance that acted there."""
         moved: dict[tuple[int, str], torch.Tensor] = {}
         for layer in self.layers:
             processor, name = layer.processor, layer.info.module
             acting = [index for index in forward.branches if index in layer.specs]
             for index, distance in zip(acting, processor.moved or (), strict=False):
                 moved[index, name] = distance
-            estimated = [index for index in acting if self.calibration.candidates(index, name)]
-            for index, errors in zip(estimated, processor.errors, strict=False):
-                assert processor.grid is not None
-                self.calibration.add(index, name, processor.grid, errors)
-        self.calibration.settle()
         return moved
 
     @contextmanager

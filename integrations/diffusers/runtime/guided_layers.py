@@ -11,10 +11,10 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from segkern.core.coarse_queries import check_query_stride
 from segkern.grid import Grid
 from segkern.integrations.diffusers.models.names import LayerInfo
 from segkern.integrations.diffusers.runtime.branches import Batch
-from segkern.integrations.diffusers.runtime.calibration import Calibration
 from segkern.integrations.diffusers.runtime.hooks import Hook
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, Stride
@@ -155,14 +155,14 @@ class GuidedLayers:
     def forget(self) -> None:
         """Free what the last forward left."""
         for layer in self._layers:
-            layer.processor.moved, layer.processor.errors, layer.processor.mass = None, (), None
+            layer.processor.moved, layer.processor.mass = None, None
 
-    def tell(self, forward: Forward, calibration: Calibration) -> None:
+    def tell(self, forward: Forward) -> None:
         """What each layer does in the coming forward."""
         for layer in self._layers:
-            self._tell(layer, forward, calibration)
+            self._tell(layer, forward)
 
-    def _tell(self, layer: GuidedLayer, forward: Forward, calibration: Calibration) -> None:
+    def _tell(self, layer: GuidedLayer, forward: Forward) -> None:
         batch, module, processor = forward.inside, layer.info.module, layer.processor
         place = self._places.of(module)
         joined = forward.joined(place)
@@ -183,19 +183,16 @@ class GuidedLayers:
             assert isinstance(spec, AttentionSpec)
             given = per_sample(type(spec).__name__, self._chosen[index].sigmas[module], forward.batch.samples)
             sigmas += [sigma for sigma in given for _ in range(forward.frames)]
-            strides += [calibration.stride(index, module)] * samples
+            strides += [check_query_stride(spec.query_stride)] * samples
             blends += [float(spec.blend)] * samples
             over_frames += [float(spec.sigma_frames)] * samples
-        acting = [(i, index) for i, index in enumerate(forward.branches) if index in layer.specs]
         processor.tell(tuple(sigmas))
         processor.strides = tuple(strides)
         processor.blends = tuple(blends)
         processor.over_frames = tuple(over_frames)
         processor.conditional = batch.conditional
         processor.own = batch.with_branches(joined - new)
-        processor.perturbed = tuple(batch.branch(i) for i, _ in acting)
-        processor.candidates = tuple(calibration.candidates(index, module) for _, index in acting)
-        processor.errors = ()
+        processor.perturbed = tuple(batch.branch(i) for i, index in enumerate(forward.branches) if index in layer.specs)
         processor.read = forward.reference if any(index in forward.degrading for index in layer.readers) else None
 
 

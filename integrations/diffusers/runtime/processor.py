@@ -106,7 +106,7 @@ class SEGAttnProcessor:
                 f"encoder_hidden_states of shape {tuple(encoder_hidden_states.shape)}"
             )
         sigmas = check_sigma(self.sigma, hidden_states.shape[0])
-        output, _ = self_attention(
+        return self_attention(
             attn,
             hidden_states,
             sigmas,
@@ -118,7 +118,6 @@ class SEGAttnProcessor:
             fused=attn.fused_projections,
             strides=(self.query_stride,) * len(sigmas),
         )
-        return output
 
 
 class GuidedProcessor:
@@ -140,13 +139,10 @@ class GuidedProcessor:
         blends: one per sample; less than 1 mixes in the sample's own attention. None mixes nowhere.
         over_frames: one per sample: sigma of the blur over the frames of a video.
         read: samples of which to tell how much attention each token receives; None for none.
-        candidates: for each of ``perturbed``, the strides whose error this forward estimates, none by default.
         grid: of the layer's tokens in this forward.
         mass: after a forward, that of the samples ``read``, ``[samples, heads, tokens]``.
         moved: after a forward, for each of ``perturbed``, the norms ``[2, samples]`` of the difference
             between its output and the conditional one, and of the conditional one.
-        errors: after a forward, for each of ``perturbed`` that has candidates, their estimated errors
-            ``[candidates, samples]``.
     """
 
     def __init__(self, original: Any = None, boundary: str = "reflect", backend: str = "auto") -> None:
@@ -166,9 +162,7 @@ class GuidedProcessor:
         self.over_frames: tuple[float, ...] = ()
         self.read: slice | None = None
         self.mass: torch.Tensor | None = None
-        self.candidates: tuple[tuple[Stride, ...], ...] = ()
         self.grid: Grid | None = None
-        self.errors: tuple[torch.Tensor, ...] = ()
         self.moved: tuple[torch.Tensor, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -197,7 +191,7 @@ class GuidedProcessor:
                 **known,
             )
         sigmas, values = self._sigmas()
-        output, self.errors = self_attention(
+        output = self_attention(
             attn,
             hidden_states,
             sigmas,
@@ -212,7 +206,6 @@ class GuidedProcessor:
             blends=self.blends,
             own=self.own,
             source=self.conditional,
-            probed=[each for each in zip(self.perturbed, self.candidates, strict=False) if each[1]],
         )
         conditional = output[self.conditional]
         reference = norms(conditional)
@@ -240,8 +233,7 @@ class GuidedProcessor:
         Points between tokens, heads with sigmas of their own, and gradients are made for certain numbers.
         """
         rows = self.strides is None or all(stride == EVERY_ROW for stride in self.strides)
-        told = self.values is not None
-        if torch.compiler.is_compiling() and told and rows and not any(self.candidates) and not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() and self.values is not None and rows and not torch.is_grad_enabled():
             return self.kinds, self.values
         assert self.sigmas is not None
         return self.sigmas, None

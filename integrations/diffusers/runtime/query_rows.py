@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
-from segkern.api import coarse_error, coarse_outputs, coarse_queries, seg_attention
+from segkern.api import coarse_outputs, coarse_queries, seg_attention
 from segkern.core.call_cache import takes_points
 from segkern.core.coarse_queries import coarse_grid
 from segkern.core.gaussian import runs
@@ -236,23 +236,6 @@ class LayerRows:
         """Of some samples: numbers, or the tensor's where it has any to tell."""
         some = known[samples]
         return some if self.values is None or not any(map(is_finite, some)) else self.values[samples]
-
-    def estimate(
-        self,
-        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        sigmas: tuple[Sigma, ...],
-        attention_mask: torch.Tensor | None,
-        samples: slice,
-        strides: Sequence[Stride],
-    ) -> torch.Tensor:
-        """The error of each stride for some samples, ``[strides, samples]``."""
-        query, key, value = (x[samples] for x in qkv)
-        mask = None if attention_mask is None else attention_mask[samples]
-        if mask is not None and mask.shape[2] != 1:
-            return query.new_full((len(strides), query.shape[0]), math.inf, dtype=torch.float32)
-        options: Any = {"scale": self.attn.scale, "attn_mask": mask, "boundary": self.boundary}
-        some: Any = sigmas[samples]  # numbers: points between tokens are for one sigma
-        return torch.stack([coarse_error(query, key, value, self.grid, some, stride, **options) for stride in strides])
 
     def _attend(
         self,

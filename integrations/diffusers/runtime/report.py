@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from segkern.integrations.diffusers.runtime.calibration import Calibration
 from segkern.integrations.diffusers.specs.base import Chosen, Spec
 from segkern.integrations.diffusers.specs.guidances import CFG, SAG
 
@@ -33,10 +32,6 @@ class LayerReport:
         moved: mean over those forwards and the samples of ``|perturbed - conditional| / |conditional|``, L2
             norms of the layer's output; for ``SAG`` of the denoiser's input, for ``CFG`` of its prediction; None when
             it never fired.
-        query_stride: of the rows computed at the latest image size, height first, (1, 1) where ``"auto"`` found that
-            no wider one holds its tolerance; None where no stride was asked for, and until it is chosen.
-        error: the estimate of :func:`segkern.coarse_error` for it, the largest of those made before the choice;
-            infinite where the rows between the points cannot be told from them; None where every row is computed.
     """
 
     spec: int
@@ -44,13 +39,6 @@ class LayerReport:
     module: str
     fired: int
     moved: float | None
-    query_stride: tuple[int, int] | None = None
-    error: float | None = None
-
-    def coarse(self) -> tuple[str, str]:
-        """Stride and error in words, ``-`` where there is none."""
-        stride = "-" if self.query_stride is None else "x".join(map(str, self.query_stride))
-        return stride, "-" if self.error is None else f"{self.error:.1e}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class Report:
         forwards: of the denoiser, guided or not.
         specs: the guidances.
         layers: one entry for each guidance and layer.
-        problems: one sentence for each guidance that fired never, moved nothing or left out rows that it needs.
+        problems: one sentence for each guidance that fired never or moved nothing.
     """
 
     forwards: int
@@ -70,7 +58,7 @@ class Report:
     problems: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dictionaries and lists, ready for JSON but for infinite sigmas and errors.
+        """The same as plain dictionaries and lists, ready for JSON but for infinite sigmas.
 
         A guidance's functions are told by name, its tensors not at all.
         """
@@ -86,13 +74,10 @@ class Report:
         for index, spec in enumerate(self.specs):
             rows = [row for row in self.layers if row.spec == index]
             width = max(len("layer"), *(len(row.layer) for row in rows))
-            titles = f"{'fired':>5}  {'moved':>8}  {'stride':>6}  {'error':>7}"
-            lines = [str(spec), f"  {'layer':<{width}}  {titles}  module"]
+            lines = [str(spec), f"  {'layer':<{width}}  {'fired':>5}  {'moved':>8}  module"]
             for row in rows:
                 moved = "-" if row.moved is None else f"{row.moved:.2%}"
-                stride, error = row.coarse()
-                numbers = f"{row.fired:>5}  {moved:>8}  {stride:>6}  {error:>7}"
-                lines.append(f"  {row.layer:<{width}}  {numbers}  {row.module}")
+                lines.append(f"  {row.layer:<{width}}  {row.fired:>5}  {moved:>8}  {row.module}")
             blocks.append("\n".join(lines))
         return "\n\n".join([*blocks, *(f"warning: {problem}" for problem in self.problems)])
 
@@ -114,12 +99,10 @@ class Recorder:
 
     Attributes:
         chosen: the guidances and their layers.
-        calibration: what their strides are.
         forwards: of the denoiser so far.
     """
 
     chosen: tuple[Chosen, ...]
-    calibration: Calibration
     forwards: int = 0
     # Which (guidance, module) pairs fired together -> in how many forwards, and the sum of their relative
     # distances.
@@ -154,9 +137,7 @@ class Recorder:
                 pair = (index, module)
                 count = fired.get(pair, 0)
                 moved = totals[pair] / count if pair in totals else None
-                choice = self.calibration.report(index, module)
-                stride, error = (None, None) if choice is None else (choice.stride, choice.error)
-                rows.append(LayerReport(index, name, module, count, moved, stride, error))
+                rows.append(LayerReport(index, name, module, count, moved))
         return Report(self.forwards, tuple(one.spec for one in self.chosen), tuple(rows), self._problems(rows))
 
     def warn(self, report: Report, stacklevel: int) -> None:
@@ -176,9 +157,4 @@ class Recorder:
                 problems.append(f"{spec} met NaN: the outputs of {subject} are not numbers")
             elif moves and not any(moved > max(_ROUNDING, rounding) for moved in moves):
                 problems.append(f"{spec} changed nothing: {subject} moved by {max(moves):.1e} at most")
-            lost = [row.layer for row in rows if row.spec == index and row.error == math.inf]
-            if lost:
-                problems.append(
-                    f"{spec} does not tell the rows it leaves out at {', '.join(lost)}: its stride is too wide"
-                )
         return tuple(problems)

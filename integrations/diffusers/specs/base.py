@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from segkern.integrations.diffusers.models.names import LayerInfo, layer_name
 from segkern.integrations.diffusers.specs.schedules import Schedule, check_schedule, factor, is_number
@@ -115,7 +115,7 @@ class AttentionSpec(Spec):
     # Of a blur; a guidance without one takes what others ask for in a layer they share.
     boundary: str | None = None
     backend: str | None = None
-    query_stride: int | tuple[int, int] | Literal["auto"] = 1
+    query_stride: int | tuple[int, int] = 1
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -129,10 +129,6 @@ class AttentionSpec(Spec):
     def strength(self, fraction: float, timestep: float | None = None) -> float:
         """The scale at a fraction of the run; 0 too where the layers would stay what they are."""
         return super().strength(fraction, timestep) if self.perturbs() and self.blend else 0.0
-
-    def leaves_out_rows(self) -> bool:
-        """Whether a stride of query rows is asked for and means something."""
-        return False
 
     def _check_attention(self) -> None:
         owner = type(self).__name__

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from segkern.core.coarse_queries import check_query_stride
 from segkern.core.dispatch import check_backend
@@ -55,14 +55,8 @@ class SEG(AttentionSpec):
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`segkern.seg_attention`.
         query_stride: 1 computes every query row. With more, or a pair for height and width, layers compute a finite
             sigma's rows at points so many tokens apart at most and interpolate between them; see
-            :func:`segkern.seg_attention`. ``"auto"`` lets each layer try strides of 2 to 8, none above three quarters
-            of sigma, in the first three guided forwards at an image size, in which it computes every row, and keep the
-            widest that holds the tolerance, or every row. The choice stays, with a margin for logits that swing more
-            later in a run. The report gives strides and their errors, which those forwards estimate. No blur and the
-            mean query take no notice. It needs one number as sigma.
-        tolerance: of ``"auto"``: the error that a layer's attention output may have, relative to it, as root mean
-            square; 4 times the estimate must not be above it. By default it is bfloat16's rounding, 2^-8 or 4e-3, so
-            that leaving out rows costs no more than that type does; float16 rounds to 5e-4.
+            :func:`segkern.seg_attention`. An approximation, which says nothing where sigma is 0 or infinite; it needs
+            one number as sigma.
         reuse: 1 computes the perturbed branch in every step. With more, an approximation, it is computed in every
             ``reuse``-th step in which the guidance acts, and the others, which cost what a plain step costs, take
             its last difference ``c - p``. A run begins with a computed one. A step in which the scheduler calls the
@@ -94,8 +88,7 @@ class SEG(AttentionSpec):
     stop: float = 1.0
     boundary: str = "reflect"
     backend: str = "auto"
-    query_stride: int | tuple[int, int] | Literal["auto"] = 1
-    tolerance: float = 2.0**-8
+    query_stride: int | tuple[int, int] = 1
     reuse: int = 1
     schedule: Schedule = "constant"
     blend: float = 1.0
@@ -118,20 +111,13 @@ class SEG(AttentionSpec):
             raise ValueError(
                 f"SEG.sigma_frames={self.sigma_frames!r} is a further blur and needs a sigma above 0, got 0"
             )
-        if self.query_stride != "auto":
-            object.__setattr__(self, "query_stride", _stride(self.query_stride))
+        object.__setattr__(self, "query_stride", _stride(self.query_stride))
         if self.query_stride not in (1, (1, 1)) and not isinstance(sigma, float):
             raise ValueError(f"SEG.query_stride={self.query_stride!r} needs one number as sigma, got {self.sigma!r}")
-        if not (is_number(self.tolerance) and 0.0 < self.tolerance < math.inf):
-            raise ValueError(f"SEG.tolerance must be a positive number, got {self.tolerance!r}")
 
     def perturbs(self) -> bool:
         """Whether any sigma blurs."""
         return largest(self.sigma) > 0.0  # type: ignore[arg-type]
-
-    def leaves_out_rows(self) -> bool:
-        """Whether a stride of query rows is asked for and means something: sigma is neither 0 nor infinite."""
-        return self.query_stride not in (1, (1, 1)) and 0.0 < cast(float, self.sigma) < math.inf
 
 
 @dataclass(frozen=True, repr=False)
@@ -318,10 +304,10 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _stride(value: int | tuple[int, int] | str) -> int | tuple[int, int]:
+def _stride(value: int | tuple[int, int]) -> int | tuple[int, int]:
     """The stride as it was given, a list of two as a pair."""
     try:
-        pair = check_query_stride(value)  # type: ignore[arg-type]
+        pair = check_query_stride(value)
     except ValueError as error:
-        raise ValueError(f"SEG.query_stride must be 'auto' or a stride: {error}") from None
+        raise ValueError(f"SEG.{error}") from None
     return pair if isinstance(value, (list, tuple)) else pair[0]
