@@ -74,7 +74,7 @@ benchmark: $(INSTALLED) ## speed against everything one could pick instead, into
 	$(BIN)/python -m benchmarks.readme
 
 evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU
-	$(BIN)/segkern evaluate
+	$(BIN)/python -m studies.evaluation
 
 train: $(INSTALLED) ## the bundled model again from nothing; well over an hour on a CPU
 	$(BIN)/python -m studies.training

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What approximations of a guided run cost in quality, on the bundled model, without prompts.
 
-The exact run is the setting that the committed evaluation chose (``segkern evaluate``, on other seeds). Beside it: a
+The exact run is the setting that the committed evaluation chose (``studies.evaluation``, on other seeds). Beside it: a
 perturbed branch that serves several steps (``SEG(reuse=...)``), and guidance in part of the run (``start``, ``stop``).
 Samples begin from the same noise whatever the setting.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the console script ``segkern``: starts the commands, or says what to install for them.
+"""Entry point of the console script ``segkern``: runs the commands, or says what to install for them.
 
 ``segkern info --report`` works with nothing installed but the package: a report of a fault may be about just that.
 """
@@ -14,7 +14,7 @@ _EXTRAS = {"typer": "typer", "rich": "rich", "PIL": "pillow"}  # what is importe
 def main() -> None:
     """Run the command line."""
     try:
-        from segkern.cli.commands import app
+        from segkern.cli.app import app
     except ImportError as error:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRAS:
@@ -27,7 +27,3 @@ def main() -> None:
         print(f'segkern: {_EXTRAS[package]} is not installed; pip install "segkern[cli]"', file=sys.stderr)
         sys.exit(2)
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``segkern demo`` draws with the bundled checkpoint and what it says about it."""
+"""The sheets of pictures that ``segkern demo`` draws with the bundled checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import typer
-from rich.table import Table
 
 from segkern.generation.drawing import Drawn, Job, Specs, describe, draw_all, label
-from segkern.generation.loading import DEMO, Source
-from segkern.generation.pictures import Row, Tile, contact_sheet, difference, save
-from segkern.generation.tables import percent, wide
-from studies.evaluation import report
-
-if TYPE_CHECKING:
-    pass
+from segkern.generation.loading import Source
+from segkern.generation.pictures import Row, Tile, contact_sheet, save
 
 SQUARE, WIDE = (64, 64), (96, 64)
 SCALE = 3.0
@@ -89,41 +82,3 @@ def sheets(
             "seg_sigma": ", ".join(str(each["seg_sigma"]) for each in settings),
         }
         save(contact_sheet(rows, f"segkern: guidance {what}", fine_print), folder / name, details)
-
-
-def run_table() -> Table:
-    """An empty table for ``add_runs``."""
-    return Table("picture", "run", "attention served by", "seconds", "attention moved", "picture changed")
-
-
-def add_runs(table: Table, subject: Subject, plan: Sequence[Specs], drawn: Sequence[Drawn], backend: str) -> None:
-    """A line for each picture of a subject."""
-    for specs, one in zip(plan, drawn, strict=True):
-        served = backend if specs else "pipeline's own"
-        changed = f"{difference(one.image, drawn[0].image):.1f} / 255" if specs else "-"
-        table.add_row(subject.heading, label(specs), served, f"{one.seconds:.1f}", farthest(one), changed)
-
-
-def farthest(drawn: Drawn) -> str:
-    """How far guidance moved the outputs of the guided layers, by layer."""
-    if drawn.report is None:
-        return "-"
-    rows = drawn.report.to_dict()["layers"]
-    return ", ".join(f"{row['layer']} {percent(row['moved'])}" for row in rows)
-
-
-def print_evaluation(path: Path = DEMO / "evaluation.json") -> None:
-    """The checkpoint's own evaluation in short: no guidance, CFG, the paper's and the chosen settings."""
-    if not path.exists():
-        typer.echo("This checkpoint has not been evaluated yet; segkern evaluate does that.")
-        return
-    found = report.read(path)
-    for mode in report.modes(found["rows"]):
-        rows = [row for row in report.short(found) if row["setting"]["mode"] == mode]
-        shown = report.columns(rows)
-        table = Table("guidance", *(heading for _, heading, _ in shown), title=f"measured before, {mode}")
-        for row in rows:
-            table.add_row(report.describe(report.setting_of(row)), *(report.cell(row, column) for column in shown))
-        wide(table).print(table)
-    typer.echo(f"{found['images_per_seed']} images for each of {len(found['seeds'])} seeds; ★ as the paper recommends")
-    typer.echo(found["verdict"])

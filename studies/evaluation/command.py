@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern evaluate``: from a user's words to a study, with progress, to JSON, a table and a plot."""
+"""``python -m studies.evaluation``: from a user's words to a study, with progress, to JSON, a table and a plot."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def short(found: dict[str, Any]) -> list[dict[str, Any]]:
 def title(found: dict[str, Any]) -> str:
     """One line on what was measured with."""
     return (
-        f"segkern evaluate, model {found['model']}: {found['images_per_seed']} images for each of "
+        f"python -m studies.evaluation, model {found['model']}: {found['images_per_seed']} images for each of "
         f"{len(found['seeds'])} seeds, {found['steps']} steps; bars are standard deviations over seeds, ★ as the paper "
         "recommends"
     )

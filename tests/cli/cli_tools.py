@@ -6,18 +6,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from PIL import Image
+from typer import Typer
 from typer.testing import CliRunner, Result
 
-from segkern.cli.commands import app
+from segkern.cli.app import app
 
 
-def segkern(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def segkern(*arguments: object, program: Typer = app) -> Result:
+    return CliRunner().invoke(program, [str(argument) for argument in arguments])
 
 
-def done(*arguments: object) -> str:
+def done(*arguments: object, program: Typer = app) -> str:
     """Output of a command that must succeed."""
-    result = segkern(*arguments)
+    result = segkern(*arguments, program=program)
     assert result.exit_code == 0, (result.output, result.exception)
     return result.output
 
@@ -29,9 +30,9 @@ def picture(path: Path) -> Image.Image:
     return image
 
 
-def refusal(*arguments: object) -> str:
+def refusal(*arguments: object, program: Typer = app) -> str:
     """The one line with which a command refuses."""
-    result = segkern(*arguments)
+    result = segkern(*arguments, program=program)
     assert result.exit_code == 2, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.startswith("segkern: ")

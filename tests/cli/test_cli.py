@@ -282,7 +282,7 @@ def test_real_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.Mo
     def broken(*arguments: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("segkern.cli.commands.draw_all", broken)
+    monkeypatch.setattr("segkern.cli.generate.draw_all", broken)
     result = segkern("generate", "demo", PROMPT, *SMALL, "--out", tmp_path / "a.png")
     assert isinstance(result.exception, ValueError)
 

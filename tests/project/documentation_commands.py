@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import typer
 
-from segkern.cli.commands import app
+from segkern.cli.app import app
 from tests.cli.cli_tools import done, refusal
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,6 @@ _LESS = {
     "generate": {"--steps": "1", "--width": "64", "--height": "96", "--images": "1"},
     "energy": {"--steps": "1"},
     "demo": {"--steps": "1"},
-    "evaluate": {"--steps": "1", "--images": "8", "--scales": "3", "--sigmas": "inf", "--selection-seeds": ""},
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _STAY = ("ui",)  # until they are stopped
@@ -80,8 +79,8 @@ def _segkern(words: list[str], folder: Path) -> str:
     if "--out" in words:
         at = words.index("--out") + 1
         words[at] = str(folder / words[at])
-        words += ["--overwrite"] if words[0] != "evaluate" else []
-    elif words[0] in ("generate", "demo", "evaluate", "energy"):
+        words.append("--overwrite")
+    elif words[0] in ("generate", "demo", "energy"):
         words += ["--out", str(folder / f"out-{len(list(folder.iterdir()))}.png")]
     return done(*words)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern evaluate``: what it writes, how it goes on, what it refuses."""
+"""``python -m studies.evaluation``: what it writes, how it goes on, what it refuses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from studies.evaluation import report
+from studies.evaluation.__main__ import app
 from tests.cli.cli_tools import done, picture, refusal
 
 FEW = ("--images", "8", "--steps", "1", "--scales", "1", "--sigmas", "inf", "--cfg-scales", "2", "--device", "cpu")
@@ -16,7 +17,7 @@ FEW = ("--images", "8", "--steps", "1", "--scales", "1", "--sigmas", "inf", "--c
 @pytest.mark.slow
 def test_evaluate_writes_everything_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("studies.evaluation.study.reference.__defaults__", (64, (64, 64)))
-    output = done("evaluate", *FEW, "--seeds", "1", "--selection-seeds", "", "--out", tmp_path)
+    output = done(*FEW, "--seeds", "1", "--selection-seeds", "", "--out", tmp_path, program=app)
     found = report.read(tmp_path / "evaluation.json")
     assert (tmp_path / "evaluation.md").read_text(encoding="utf-8") == report.markdown(found)
     assert picture(tmp_path / "evaluation.png").width > 1000
@@ -26,7 +27,7 @@ def test_evaluate_writes_everything_and_goes_on(tmp_path: Path, monkeypatch: pyt
     assert "| SEG σ=∞ scale 1 |" in output
 
     before = (tmp_path / "cells.jsonl").read_text(encoding="utf-8")
-    done("evaluate", *FEW, "--seeds", "1,2", "--selection-seeds", "", "--modes", "unconditional", "--out", tmp_path)
+    done(*FEW, "--seeds", "1,2", "--selection-seeds", "", "--modes", "unconditional", "--out", tmp_path, program=app)
     after = (tmp_path / "cells.jsonl").read_text(encoding="utf-8")
     assert after.startswith(before)
     assert after.count("\n") == before.count("\n") + 2
@@ -57,7 +58,7 @@ def test_wrong_evaluation_is_one_line(
     arguments: tuple[str, ...], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    message = refusal("evaluate", *arguments)
+    message = refusal(*arguments, program=app)
     for word in words:
         assert word in message
     assert not (tmp_path / "outputs").exists()

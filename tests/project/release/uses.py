@@ -104,7 +104,6 @@ with Image.open("a.png") as image:
 TESTS = ("tests", "pyproject.toml")
 INTERPRETER = {"TRITON_INTERPRET": "1"}
 GENERATE = ("segkern", "generate", "demo", "a large red ring", "--width", "64", "--height", "48", "--steps", "2")
-EVALUATE = ("segkern", "evaluate", "--images", "8", "--seeds", "1", "--selection-seeds", "", "--modes", "unconditional")
 
 
 def refused(what: str, command: tuple[str, ...], package: str, extra: str) -> Use:
@@ -159,7 +158,6 @@ STAGES = (
             Use("`segkern generate`", command=(*GENERATE, "--sigma", "2", "--out", "a.png"), says=("wrote a.png",)),
             Use("the picture and its settings", program=PICTURE, says=("a large red ring 2",), files=("a.png",)),
             Use("`segkern layers`", command=("segkern", "layers", "demo"), says=("m0", "mid_block")),
-            refused("`evaluate` asks for torchmetrics", (*EVALUATE, "--out", "e"), "torchmetrics", "evaluate"),
             refused("`energy` asks for matplotlib", ("segkern", "energy", "demo", "a"), "matplotlib", "evaluate"),
             report("evaluate lacks torchmetrics"),
         ),
@@ -188,9 +186,9 @@ STAGES = (
         "evaluate",
         (
             Use(
-                "`segkern evaluate`, 8 images",
-                command=(*EVALUATE, "--scales", "1", "--sigmas", "inf", "--steps", "1", "--batch", "8", "--out", "e"),
-                says=("e/",),
+                "`segkern energy`",
+                command=("segkern", "energy", "demo", "a large red ring", "--steps", "2", "--out", "e"),
+                says=("e/energy.json",),
             ),
         ),
         base="cli",

@@ -1,57 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the console script: what each one takes, runs and prints."""
+"""``segkern generate``: a picture with guidance, a comparison on one sheet, or many pictures into a folder."""
 
 from __future__ import annotations
 
-import math
-import platform
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.table import Table
 
-from segkern.cli import diagnosis
-from segkern.cli.energy import energy
-from segkern.cli.explain import Call, explain
-from segkern.cli.layers import layers as list_model_layers
 from segkern.cli.terminal import NUMBERS, SIGMAS, Config, Height, Model, Width, need_diffusers, refusing
-from segkern.cli.ui import ui
-from segkern.core.dispatch import choose_backend
-from segkern.core.environment import version_of
 from segkern.generation import loading, prompt_batches
 from segkern.generation.drawing import Job, Specs, check_layers, describe, draw_all, label, report_table
 from segkern.generation.guidance_options import names_of, refuse_blur, scales_of, specs_of
-from segkern.generation.options import listed, size_of, stride
+from segkern.generation.options import listed, stride
 from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.generation.tables import wide
-from segkern.version import __version__
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Smoothed Energy Guidance for diffusion models.",
-)
 
 
-def print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"segkern {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Smoothed Energy Guidance for diffusion models."""
-
-
-@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows; or give --prompts.")] = None,
@@ -183,125 +148,3 @@ def generate(
         for problem in problems:
             typer.echo(f"warning: {problem}", err=True)
     typer.echo(f"wrote {out}" + ("" if kept else " (only PNG keeps the settings as text)"))
-
-
-app.command("layers")(list_model_layers)
-app.command()(energy)
-app.command()(ui)
-
-
-@app.command()
-def info(
-    shape: Annotated[str | None, typer.Option(help="Explain one attention instead: its grid, such as 64x64.")] = None,
-    heads: Annotated[int, typer.Option(help="With --shape.")] = 10,
-    head_dim: Annotated[int, typer.Option(help="With --shape.")] = 64,
-    sigma: Annotated[float, typer.Option(help="With --shape: of the perturbed samples, or inf.")] = math.inf,
-    query_stride: Annotated[int, typer.Option(help="With --shape: of coarse queries; 1 is every row.")] = 1,
-    dtype: Annotated[str, typer.Option(help="With --shape: auto, fp32, fp16 or bf16.")] = "auto",
-    device: Annotated[str, typer.Option(help="With --shape: auto, cpu, cuda, cuda:1 and so on.")] = "auto",
-    arch: Annotated[str | None, typer.Option(help="With --shape: as if on sm_90, gfx942 and so on.")] = None,
-    report: Annotated[bool, typer.Option("--report", help="All that a report of a fault needs, to be copied.")] = False,
-) -> None:
-    """Versions, devices, and which backend serves the attention of common models; or, with --shape, one of them."""
-    if report:
-        typer.echo(diagnosis.report())
-        return
-    if shape is not None:
-        with refusing():
-            where = loading.find_device(device)
-            kind = torch.float16 if arch and dtype == "auto" else loading.find_dtype(dtype, where)
-            call = Call(size_of("--shape", shape), heads, head_dim, sigma, kind, query_stride)
-            rows = explain(call, where, arch)
-        table = Table("", "", title=f"{shape} tokens, {heads} heads of {head_dim}, sigma {sigma:g}", show_header=False)
-        for topic, answer in rows:
-            table.add_row(topic, answer)
-        wide(table).print(table)
-        return
-    versions = Table("package", "version", title="versions")
-    versions.add_row("segkern", __version__)
-    versions.add_row("python", platform.python_version())
-    versions.add_row("torch", torch.__version__)  # with its build, which the package index's metadata leave out
-    for name in ("triton", "diffusers", "transformers"):
-        versions.add_row(name, version_of(name))
-    devices = diagnosis.devices()
-    served = Table("device", "call", "head dim", "dtype", "backend", "why", title="who serves seg_attention")
-    for here in devices:
-        for layer, width, dtypes, backend, reason in diagnosis.served(here):
-            served.add_row(str(here), layer, str(width), dtypes, backend, reason)
-    console = wide(versions, served)
-    console.print(versions)
-    typer.echo(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads")
-    for here in devices[1:]:
-        typer.echo(f"{here}: {torch.cuda.get_device_name(here)}")
-    console.print(served)
-    if len(devices) == 1:
-        typer.echo("There is no CUDA device here, so what one would use is not shown.")
-    typer.echo("segkern info --report prints all that a report of a fault needs, to be copied.")
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures; it is made.")] = Path("outputs"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the pictures.")] = False,
-    steps: Annotated[int, typer.Option(min=1, hidden=True)] = 20,
-) -> None:
-    """Draw two sheets with the bundled checkpoint, with prompts and without, by sigma; and say what was measured."""
-    need_diffusers()
-    from segkern.generation import demo as shown
-    from segkern.integrations.diffusers import SEG, list_layers
-
-    with refusing():
-        out.mkdir(parents=True, exist_ok=True)
-        for name in shown.FILES:
-            check_target(out / name, overwrite)
-        device = loading.find_device("auto")
-        dtype = loading.find_dtype("auto", device)
-        source = loading.find_model("demo")
-        pipe = loading.load_pipeline(source, dtype, device)
-    plan: list[Specs] = [(), *((SEG(shown.SCALE, value),) for value in listed("--sigmas", SIGMAS, float, NUMBERS))]
-    head_dim = next(layer.head_dim for layer in list_layers(pipe) if layer.part == "mid")
-    backend, reason = choose_backend(device, dtype, head_dim)
-
-    table = shown.run_table()
-    for subject, drawn in shown.sheets(pipe, source, dtype, plan, steps, out):
-        shown.add_runs(table, subject, plan, drawn, backend)
-    wide(table).print(table)
-    typer.echo(f"seg_attention on {device}, {str(dtype).removeprefix('torch.')}: {backend}, because: {reason}")
-    typer.echo("attention moved: |perturbed - conditional| / |conditional| of the guided layers' output")
-    shown.print_evaluation()
-    for name in shown.FILES:
-        typer.echo(f"wrote {out / name}")
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A model of the drawings: 'demo' or a checkpoint folder.")] = "demo",
-    images: Annotated[int, typer.Option(min=8, help="Per setting and seed.")] = 256,
-    seeds: Annotated[str, typer.Option(help="Reported: mean and spread are over these.")] = "1,2,3",
-    selection_seeds: Annotated[
-        str, typer.Option(help="On which a setting is chosen to be reported too; empty for none.")
-    ] = "101",
-    modes: Annotated[str, typer.Option(help="unconditional, prompts, or both.")] = "unconditional,prompts",
-    scales: Annotated[str, typer.Option(help="Of SEG.")] = "0.25,0.5,1,2,3,4",
-    sigmas: Annotated[str, typer.Option(help="Of SEG, in tokens of the model's own grid.")] = SIGMAS,
-    cfg_scales: Annotated[str, typer.Option(help="Of classifier-free guidance, with prompts.")] = "1.5,2,3,5",
-    layers: Annotated[str, typer.Option(help="That SEG guides.")] = "mid",
-    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 10,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
-    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for JSON, table, plot and what is measured on the way.")] = Path(
-        "outputs/evaluation"
-    ),
-) -> None:
-    """Measure what guidance does to samples: fidelity, diversity, captions. What was cut off goes on."""
-    need_diffusers("torchmetrics", "matplotlib", extra="evaluate")
-    from studies.evaluation import command
-
-    with refusing():
-        design = command.design(modes, scales, sigmas, cfg_scales, layers, seeds, selection_seeds)
-        where = loading.find_device(device)
-        kind = loading.find_dtype(dtype, where)
-        source = loading.find_model(model)
-        study = command.prepare(source, design, kind, where, out, images, steps, batch)
-    command.run(study, design, source, out)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script's commands, each from its own module."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from segkern.cli.demo import demo
+from segkern.cli.energy import energy
+from segkern.cli.generate import generate
+from segkern.cli.info import info
+from segkern.cli.layers import layers
+from segkern.cli.ui import ui
+from segkern.version import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"segkern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Smoothed Energy Guidance for diffusion models."""
+
+
+for command in (generate, layers, energy, info, demo, ui):
+    app.command()(command)
