@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := segkern integrations studies tests benchmarks setup.py
 JOBS ?= auto
+SECONDS ?= 600
 # The oldest diffusers that is supported: the one that Python 3.10 is tested with.
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow test-browser robustness docs lint format typecheck pytest compatibility benchmark evaluate train wheel extras release clean
+.PHONY: help install demo ui test test-slow test-browser robustness fuzz docs lint format typecheck pytest compatibility benchmark evaluate train wheel extras release clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -40,6 +41,9 @@ test-browser: $(INSTALLED) ## the playground in a real Chromium, which has to be
 
 robustness: $(INSTALLED) ## the long tests: very many inputs, a thousand steps, copies and threads over and over
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m robustness -n $(JOBS) --dist worksteal
+
+fuzz: $(INSTALLED) ## property tests on fresh random examples; SECONDS=600
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 docs: $(INSTALLED) ## the documentation site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

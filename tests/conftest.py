@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test set-up: the interpreter where there is no GPU, fresh seeds, poisoned memory."""
+"""Test set-up: the interpreter where there is no GPU, seeds, poisoned memory."""
 
 from __future__ import annotations
 
 import os
+import random
+import zlib
 from collections.abc import Iterator
 
+import numpy
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, register_random, settings
 
 from tests import compatibility
 
@@ -23,13 +26,53 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
 
 _SUPPRESSED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-settings.register_profile("segkern", deadline=None, print_blob=True, suppress_health_check=_SUPPRESSED)
-settings.load_profile("segkern")
+settings.register_profile("fuzz", deadline=None, database=None, print_blob=True, suppress_health_check=_SUPPRESSED)
+settings.register_profile("fixed", settings.get_profile("fuzz"), derandomize=True)
+settings.load_profile("fixed")  # `make fuzz` says --hypothesis-profile=fuzz
+
+
+class _TorchRandom:
+    """PyTorch's generator as hypothesis wants to seed it before every example."""
+
+    offset = 0
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(self.offset + seed)
+
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = _TorchRandom()
+register_random(_TORCH_RANDOM)
+
+
+def _seed(name: str) -> None:
+    seed = zlib.crc32(name.encode()) ^ _TORCH_RANDOM.offset
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 pytest_addoption = compatibility.pytest_addoption
-pytest_configure = compatibility.pytest_configure
 pytest_collection_modifyitems = compatibility.pytest_collection_modifyitems
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    compatibility.pytest_configure(config)
+    _TORCH_RANDOM.offset = int(config.getoption("--hypothesis-seed") or 0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """Fixtures that several tests share draw the same whichever test is the first."""
+    if fixturedef.scope != "function":
+        _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed(request: pytest.FixtureRequest) -> None:
+    _seed(request.node.nodeid)
 
 
 @pytest.fixture
