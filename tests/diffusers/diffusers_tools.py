@@ -7,7 +7,7 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,6 @@ def golden_cases() -> list[dict[str, Any]]:
             case.pop("seed")
             case.update({name: file.get_tensor(f"{index}.{name}") for name in ("latents", "output", "unguided")})
     return cases
-
-
-def hooks_of(unet: torch.nn.Module) -> int:
-    """How many hooks sit on a denoiser and its parts."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules())
 
 
 # The independent way: every branch runs in full, logits are blurred by an N x N matrix in float64.
@@ -209,23 +204,3 @@ def _modules(pipe: Any, spec: SEG) -> list[str]:
     """Module names of a spec that names its layers by part or by single official indices."""
     names = [spec.layers] if isinstance(spec.layers, str) else spec.layers
     return [layer.module for layer in list_layers(pipe) if layer.part in names or layer.name in names]
-
-
-def batches_seen(pipe: Any, act: Callable[[], Any]) -> dict[str, set[int]]:
-    """Batch sizes with which each block of the denoiser ran during ``act``."""
-    seen: dict[str, set[int]] = {}
-    handles = []
-    for name, module in pipe.unet.named_modules():
-        if name.count(".") <= 1 and name.startswith(("conv_", "down_blocks.", "mid_block", "up_blocks.")):
-
-            def note(module: Any, args: Any, output: Any, name: str = name) -> None:
-                out = output[0] if isinstance(output, tuple) else output
-                seen.setdefault(name, set()).add(len(out))
-
-            handles.append(module.register_forward_hook(note))
-    try:
-        act()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen

@@ -14,15 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkern.integrations.diffusers import SEG, guide
-from tests.diffusers.diffusers_tools import (
-    PIPELINE_TOLERANCE,
-    batches_seen,
-    noise,
-    reference_run,
-    relative,
-    run,
-    tiny_pipeline,
-)
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
+from tests.diffusers.probes import batches_seen
 
 both_ways = pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
 

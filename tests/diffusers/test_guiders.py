@@ -15,17 +15,10 @@ from diffusers.guiders import ClassifierFreeGuidance, PerturbedAttentionGuidance
 from segkern.integrations.diffusers import PAG, SAG, SEG, PAGGuider, SAGGuider, SEGGuider, guide
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import (
-    PIPELINE_TOLERANCE,
-    hooks_of,
-    noise,
-    reference_run,
-    relative,
-    run,
-    tiny_pipeline,
-)
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
 from tests.diffusers.model_words import of_transformer
 from tests.diffusers.modular_tools import TRANSFORMERS, modular_sdxl, modular_transformer, run_sdxl, run_transformer
+from tests.diffusers.probes import hooks_of
 from tests.diffusers.transformer_models import MODELS
 from tests.diffusers.transformer_models import run as run_stock
 from tests.diffusers.transformer_tools import Perturbed, slow_run

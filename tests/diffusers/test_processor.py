@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,8 +15,10 @@ from hypothesis import strategies as st
 
 import segkern
 from segkern import Grid
+from segkern.core.gaussian import BOUNDARIES
 from segkern.integrations.diffusers import SEGAttnProcessor
 from tests.diffusers.diffusers_tools import dense_blur, relative
+from tests.diffusers.probes import shapes_seen
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -59,34 +59,6 @@ class Spelled:
         if len(shape) == 4:
             x = x.transpose(1, 2).reshape(shape)
         return (x + residual if attn.residual_connection else x) / attn.rescale_output_factor
-
-
-@contextmanager
-def spied(attn: Attention) -> Iterator[dict[str, list[tuple[int, ...]]]]:
-    """Shapes that reach the layer's projections and PyTorch's attention, in calls."""
-    seen: dict[str, list[tuple[int, ...]]] = {"attention": [], "keys": []}
-    handles = []
-    for name in ("to_q", "to_k", "to_v", "to_out.0"):
-        seen[name] = []
-        module = attn.get_submodule(name)
-        handles.append(
-            module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(tuple(args[0].shape)))
-        )
-    real = F.scaled_dot_product_attention
-
-    def spy(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen["attention"].append(tuple(query.shape))
-        seen["keys"].append(tuple(key.shape))
-        return real(query, key, *args, **kwargs)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(F, "scaled_dot_product_attention", spy)
-    try:
-        yield seen
-    finally:
-        patch.undo()
-        for handle in handles:
-            handle.remove()
 
 
 sigmas = st.sampled_from([0.0, 0.6, 2.0, 9.0, math.inf])
@@ -143,7 +115,7 @@ def test_at_infinity_perturbed_samples_spend_one_query_row(fused: bool) -> None:
     if fused:
         attn.fuse_projections()
     attn.set_processor(SEGAttnProcessor((0, 0, 0, math.inf, math.inf), Grid(7, 9)))
-    with spied(attn) as seen:
+    with shapes_seen(attn) as seen:
         attn(x)
     assert seen["attention"] == [(3, 2, 63, 16), (2, 2, 1, 16)]
     assert seen["keys"] == [(3, 2, 63, 16), (2, 2, 63, 16)]
@@ -232,6 +204,87 @@ def test_gradients_flow_through_the_mean_token() -> None:
     (grad,) = torch.autograd.grad(attn(x).square().sum(), x)
     (expected,) = torch.autograd.grad(Spelled([0.0, math.inf], 3, 5)(attn, x).square().sum(), x)
     assert relative(grad, expected) < 1e-5
+
+
+def projected_first(attn: Any, x: torch.Tensor, sigmas: list[float], grid: Grid, **options: Any) -> torch.Tensor:
+    """The layer with its projections done first, on every row, and coarse attention after them."""
+    residual = x
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
+    if attn.norm_q is not None:
+        q, k = attn.norm_q(q), attn.norm_k(k)
+    output = segkern.seg_attention(q, k, v, grid, sigmas, scale=attn.scale, **options)
+    output = attn.to_out[0](output.transpose(1, 2).flatten(2))
+    return (output + residual if attn.residual_connection else output) / attn.rescale_output_factor
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(list(LAYERS)),
+    st.lists(sigmas, min_size=1, max_size=4),
+    st.tuples(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0, 0, 0, 1])),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.sampled_from(BOUNDARIES),
+    st.booleans(),
+    st.booleans(),
+)
+@torch.no_grad()
+def test_projecting_the_points_is_projecting_first_and_sampling_then(
+    kind: str,
+    sigmas: list[float],
+    grid: tuple[int, int, int],
+    stride: tuple[int, int],
+    boundary: str,
+    fused: bool,
+    masked: bool,
+) -> None:
+    attn, where = make(kind).double(), Grid(*grid)
+    x = torch.randn(len(sigmas), where.stop, 32, dtype=torch.float64)
+    bias = torch.randn(len(sigmas), 1, where.stop, dtype=torch.float64) if masked else None
+    mask = None if bias is None else bias[:, None]
+    expected = projected_first(attn, x, sigmas, where, attn_mask=mask, boundary=boundary, query_stride=stride)
+    if fused:
+        attn.fuse_projections()
+    attn.set_processor(SEGAttnProcessor(sigmas, where, boundary, query_stride=stride))
+    assert relative(attn(x, attention_mask=bias), expected) < 1e-12
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["projections", "fused"])
+@torch.no_grad()
+def test_perturbed_samples_spend_the_rows_of_their_points(fused: bool) -> None:
+    attn, x = make(), torch.randn(5, 9 * 13, 32)
+    if fused:
+        attn.fuse_projections()
+    attn.set_processor(SEGAttnProcessor((0, 0, 2.0, 3.0, math.inf), Grid(9, 13), query_stride=(4, 3)))
+    with shapes_seen(attn) as seen:
+        attn(x)
+    assert seen["attention"] == [(2, 2, 117, 16), (2, 2, 3 * 5, 16), (1, 2, 1, 16)]
+    assert {shape[2] for shape in seen["keys"]} == {117}
+    assert seen["to_out.0"] == [(2, 117, 32), (2, 15, 32), (1, 1, 32)]
+    if not fused:
+        assert seen["to_q"] == seen["to_out.0"]
+        assert seen["to_k"] == seen["to_v"] == [(5, 117, 32)]
+
+
+@torch.no_grad()
+def test_normed_queries_are_projected_before_they_are_sampled() -> None:
+    attn, x = make("qk_rms_norm"), torch.randn(2, 63, 32)
+    attn.set_processor(SEGAttnProcessor((0, 2.0), Grid(7, 9), query_stride=2))
+    with shapes_seen(attn) as seen:
+        attn(x)
+    assert seen["to_q"] == [(2, 63, 32)]
+    assert seen["attention"] == [(1, 2, 63, 16), (1, 2, 4 * 5, 16)]
+
+
+@torch.no_grad()
+def test_masks_with_rows_of_their_own_take_every_row() -> None:
+    attn, x, bias = make(), torch.randn(3, 63, 32), torch.randn(3, 63, 63)
+    outputs = []
+    for stride in (1, 2):
+        attn.set_processor(SEGAttnProcessor((0, 2.0, math.inf), Grid(7, 9), query_stride=stride))
+        outputs.append(attn(x, attention_mask=bias))
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,16 +12,7 @@ import torch
 
 from segkern.integrations.diffusers import SEG, guide
 from tests.diffusers.diffusers_tools import noise, run, tiny_pipeline
-
-
-@contextmanager
-def problems_warned() -> Iterator[list[warnings.WarningMessage]]:
-    """The adapter's own warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", message=r"SEG\(", category=UserWarning)
-        yield caught
-
+from tests.diffusers.probes import problems_warned
 
 MID = "mid_block.attentions.0.transformer_blocks"
 

@@ -10,15 +10,8 @@ import torch
 
 from segkern.integrations.diffusers import SEG, guide
 from segkern.integrations.diffusers.models.denoisers import UNet
-from tests.diffusers.diffusers_tools import (
-    PIPELINE_TOLERANCE,
-    hooks_of,
-    noise,
-    reference_run,
-    relative,
-    run,
-    tiny_pipeline,
-)
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
+from tests.diffusers.probes import hooks_of
 
 
 def batches(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:

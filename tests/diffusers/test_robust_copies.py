@@ -30,9 +30,10 @@ from segkern.integrations.diffusers import (
     guide,
     record_energy,
 )
-from tests.diffusers.diffusers_tools import hooks_of, noise, smaller_pipeline
+from tests.diffusers.diffusers_tools import noise, smaller_pipeline
 from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
 from tests.diffusers.pipeline_tools import SD1, SD3, Subject, every, left_as_it_was, stand_ins
+from tests.diffusers.probes import hooks_of
 
 
 def _pickled(x: Any) -> Any:

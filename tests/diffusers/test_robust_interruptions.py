@@ -17,7 +17,7 @@ import torch
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, SEGGuider, guide, record_energy
 from segkern.integrations.diffusers.runtime import branches, guidance, interception, processor
-from tests.diffusers.diffusers_tools import hooks_of, noise, smaller_pipeline
+from tests.diffusers.diffusers_tools import noise, smaller_pipeline
 from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
 from tests.diffusers.pipeline_tools import (
     QWEN,
@@ -32,6 +32,7 @@ from tests.diffusers.pipeline_tools import (
     left_as_it_was,
     stand_ins,
 )
+from tests.diffusers.probes import hooks_of
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import torch
 
 from segkern.integrations.diffusers import PAG, SEG, guide
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
+from tests.diffusers.probes import hooks_of
 from tests.diffusers.transformer_models import run
 from tests.diffusers.transformer_tasks import DISTILLED, TASKS
 from tests.diffusers.transformer_tools import Perturbed, slow_run

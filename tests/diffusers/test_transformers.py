@@ -15,8 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
 from tests.diffusers.model_words import of_transformer
+from tests.diffusers.probes import hooks_of
 from tests.diffusers.transformer_models import MODELS, run
 from tests.diffusers.transformer_tools import Perturbed, slow_run
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import PAG, SEG, guide
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, hooks_of, relative
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
 from tests.diffusers.model_words import of_unet
 from tests.diffusers.motion_models import MOTION
+from tests.diffusers.probes import hooks_of
 from tests.diffusers.transformer_tools import Perturbed
 from tests.diffusers.unet_cases import run
 from tests.diffusers.unet_models import IMAGES

@@ -15,8 +15,9 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, batches_seen, hooks_of, relative
+from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
 from tests.diffusers.motion_models import FRAMES, MOTION
+from tests.diffusers.probes import batches_seen, hooks_of
 from tests.diffusers.transformer_tools import Perturbed
 from tests.diffusers.unet_cases import Case, run, unet
 from tests.diffusers.unet_models import IMAGES

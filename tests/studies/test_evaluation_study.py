@@ -21,7 +21,7 @@ from studies.evaluation.judge import Judge, load_judge
 from studies.evaluation.plots import curves, plot
 from studies.evaluation.run import Design, carry_out, choose, verdict
 from studies.evaluation.study import Setting, Study, family, grid, prompts, sample, variants
-from tests.diffusers.diffusers_tools import hooks_of
+from tests.diffusers.probes import hooks_of
 
 STEPS = 2
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probes: what reaches the parts of a denoiser, what is left on it, and what is warned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+def hooks_of(model: torch.nn.Module) -> int:
+    """How many hooks sit on a denoiser and its parts."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def batches_seen(pipe: Any, act: Callable[[], Any]) -> dict[str, set[int]]:
+    """Batch sizes with which each block of a UNet ran during ``act``."""
+    seen: dict[str, set[int]] = {}
+    handles = []
+    for name, module in pipe.unet.named_modules():
+        if name.count(".") <= 1 and name.startswith(("conv_", "down_blocks.", "mid_block", "up_blocks.")):
+
+            def note(module: Any, args: Any, output: Any, name: str = name) -> None:
+                out = output[0] if isinstance(output, tuple) else output
+                seen.setdefault(name, set()).add(len(out))
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        act()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@contextmanager
+def shapes_seen(attn: torch.nn.Module) -> Iterator[dict[str, list[tuple[int, ...]]]]:
+    """Shapes that reach a layer's projections and PyTorch's attention inside, in calls."""
+    seen: dict[str, list[tuple[int, ...]]] = {"attention": [], "keys": []}
+    handles = []
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        seen[name] = []
+        module = attn.get_submodule(name)
+        handles.append(
+            module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(tuple(args[0].shape)))
+        )
+    real = F.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen["attention"].append(tuple(query.shape))
+        seen["keys"].append(tuple(key.shape))
+        return real(query, key, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def problems_warned() -> Iterator[list[warnings.WarningMessage]]:
+    """The adapter's own warnings inside."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", message=r"SEG\(", category=UserWarning)
+        yield caught
