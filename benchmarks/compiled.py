@@ -24,7 +24,7 @@ from benchmarks.faults import faults
 from segkern.core.environment import commit, processor
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
-from segkern.kernels._routes import BEFORE, HERE, TOGETHER, blurs_together
+from segkern.kernels._routes import BEFORE, HERE
 from segkern.kernels.attention_energy import _attention_energy_kernel
 from segkern.kernels.attention_mass import _attention_mass_kernel
 from segkern.kernels.gaussian_blur import BLOCK_I, BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
@@ -37,7 +37,7 @@ from segkern.kernels.split_attention import (
 from segkern.kernels.tiled_attention import _tiled_attention_kernel
 
 RESULT = Path(__file__).parent / "results" / "compiled" / "kernels.json"
-_BLURS = HERE, BEFORE, TOGETHER
+_BLURS = HERE, BEFORE
 
 
 def compile_attention(
@@ -60,9 +60,6 @@ def compile_attention(
         "BLOCK_C": tile.block_c,
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
-        "BLOCK_I": BLOCK_I,
-        "BLOCK_J": BLOCK_J,
-        "BLOCK_L": blur_block_d(head_dim),
         "BLUR": blur,
         "MASK": mask,
         "EVEN_KEYS": False,
@@ -80,15 +77,10 @@ def compile_attention(
         "row_weights_ptr": "*fp32",
         "column_weights_ptr": "*fp32",
         "reach_ptr": "*i32",
-        "halfway_ptr": "*fp32",
-        "counters_ptr": "*i32",
-        "blurred_samples_ptr": "*i32",
-        "blurred_tables_ptr": "*i32",
         "scale": "fp32",
     }
-    unused = {HERE: ("blurred_ptr",), BEFORE: ()}.get(blur)
-    if unused is not None:  # given as None
-        constants |= dict.fromkeys((*unused, "halfway_ptr", "counters_ptr"))
+    if blur == HERE:
+        constants["blurred_ptr"] = None
     options = compile_options(tile, hip)
     return compile_kernel(_tiled_attention_kernel, target, head_dim, dtype, types, constants, options)
 
@@ -198,11 +190,7 @@ def compile_all(target: str) -> list[Compiled]:
     found.append(compile_attention(target, 64, torch.bfloat16))
     if _configs.has_descriptors(target):
         found += [compile_described(target, head_dim, blur) for head_dim in (64, 80, 128) for blur in _BLURS]
-    for blur in _BLURS[1:] if blurs_together(target, 64) else (BEFORE,):
-        found += [compile_attention(target, head_dim, torch.bfloat16, blur=blur) for head_dim in (64, 80, 128)]
-    if blurs_together(target, 64):
-        found += [compile_attention(target, head_dim, torch.float16, blur=TOGETHER) for head_dim in (40, 96)]
-        found.append(compile_attention(target, 64, torch.float32, blur=TOGETHER))
+    found += [compile_attention(target, head_dim, torch.bfloat16, blur=BEFORE) for head_dim in (64, 80, 128)]
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
         found += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
     for rows, head_dim, dtype in (
@@ -229,11 +217,7 @@ def compile_few(target: str) -> list[Compiled]:
     found = [compile_attention(target, head_dim, torch.float16) for head_dim in (40, 64, 80, 128)]
     found.append(compile_attention(target, 64, torch.float32))
     found.append(compile_attention(target, 64, torch.float16, mask=1))
-    found += [
-        compile_attention(target, 64, torch.bfloat16, blur=blur)
-        for blur in _BLURS[1:]
-        if blur != TOGETHER or blurs_together(target, 64)
-    ]
+    found.append(compile_attention(target, 64, torch.bfloat16, blur=BEFORE))
     if _configs.has_descriptors(target):
         found.append(compile_described(target, 80))
     found.append(compile_blur(target, 64, torch.bfloat16))

@@ -86,7 +86,7 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    blur = {"before": ", blurred before", "together": ", blurred in the launch"}.get(record["blur"], "")
+    blur = {"before": ", blurred before"}.get(record["blur"], "")
     notes = ", mask" * record["masked"] + blur
     return f"| {record['target']} | {record['head_dim']} | {record['dtype']}{notes}"
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.disassembly import read_amdgcn, read_cubin
-from segkern.kernels._routes import BEFORE, HERE, TOGETHER
+from segkern.kernels._routes import BEFORE, HERE
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +36,7 @@ class Compiled:
     head_dim: int
     dtype: str
     masked: bool
-    blur: str  # "prologue", "before", "together", or "" of other kernels
+    blur: str  # "prologue", "before", or "" of other kernels
     registers: int
     spilled_bytes: int
     local_bytes: int
@@ -103,7 +103,7 @@ def compile_kernel(
         head_dim=head_dim,
         dtype=TYPES[dtype],
         masked=constants.get("MASK", 0) != 0,
-        blur={HERE: "prologue", BEFORE: "before", TOGETHER: "together"}.get(constants.get("BLUR"), ""),
+        blur={HERE: "prologue", BEFORE: "before"}.get(constants.get("BLUR"), ""),
         shared_bytes=compiled.metadata.shared,
         tile=tile,
         compile_seconds=round(seconds, 3),

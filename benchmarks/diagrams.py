@@ -108,39 +108,32 @@ def prologue() -> Figure:
 
 
 def separable() -> Figure:
-    """The three places where queries are blurred."""
-    figure, axes = canvas(8.6, 3.3)
-    together = (
-        ("producers:\nwidth", BLURRED, 1.9),
-        ("producers:\nheight", BLURRED, 1.9),
-        ("tiles that are\nnot blurred", PLAIN, 2.4),
-        ("tiles that\nwait", OTHER, 2.2),
-    )
+    """The two places where queries are blurred."""
+    figure, axes = canvas(8.6, 2.4)
     before = (
         ("blur along\nthe width", BLURRED, 2.4),
         ("blur along\nthe height", BLURRED, 2.4),
         ("attention", OTHER, 3.6),
     )
     here = (("attention: every tile blurs its own queries", BLURRED, 9.0),)
-    ways = (("in the prologue", here), ("before", before), ("in the same launch", together))
+    ways = (("in the prologue", here), ("before", before))
     for index, (name, launches) in enumerate(ways):
-        y = 4.0 - index * 1.5
+        y = 2.5 - index * 1.5
         axes.text(0.0, y, name, va="center", fontsize=9)
         x = 3.1
-        joined = name == "in the same launch"
         for text, fill, width in launches:
             box(axes, x + width / 2, y, width, 1.0, text, fill)
-            x += width + (0.05 if joined else 0.3)
+            x += width + 0.3
     text = "programs of a launch from left to right; a gap is a launch that waits for the one before"
     axes.text(3.1, 0.15, text, fontsize=8, color=FAINT)
     axes.set_xlim(0, 12.4)
-    axes.set_ylim(0, 4.7)
+    axes.set_ylim(0, 3.2)
     return figure
 
 
 def routes() -> Figure:
     """Which kernels serve which samples."""
-    figure, axes = canvas(9.0, 4.6)
+    figure, axes = canvas(9.0, 4.0)
     box(axes, 5.6, 6.2, 4.4, 0.7, "samples of a batch, a sigma each")
     tests = (
         (
@@ -155,25 +148,19 @@ def routes() -> Figure:
             "narrower than 8 tokens, or the separable\nblur estimated to be cheaper?",
             "blurred in the prologue\nof attention",
         ),
-        (
-            "measured to be faster in one launch,\nno mask, head dimension 32 to 128?",
-            "separable blur, then\nattention of its result",
-        ),
     )
     arrow(axes, (5.6, 5.85), (5.6, 5.35))
     for index, (question, answer) in enumerate(tests):
         y = 4.9 - 1.4 * index
         box(axes, 5.6, y, 5.4, 0.9, question)
-        last = index >= 2
+        last = index == 2
         word = "no" if last else "yes"
         arrow(axes, (8.3, y), (9.5, y), word)
         box(axes, 11.6, y, 4.2, 0.9, answer, BLURRED if last else OTHER)
-        if index < 3:
-            arrow(axes, (5.6, y - 0.45), (5.6, y - 0.95), "yes" if index == 2 else "no")
-    arrow(axes, (5.6, 0.25), (5.6, -0.25), "yes")
-    box(axes, 5.6, -0.7, 5.4, 0.9, "producers blur in attention's own launch", BLURRED)
+        arrow(axes, (5.6, y - 0.45), (5.6, y - 0.95), "yes" if last else "no")
+    box(axes, 5.6, 0.7, 5.4, 0.9, "separable blur, then\nattention of its result", BLURRED)
     axes.set_xlim(2.6, 13.9)
-    axes.set_ylim(-1.3, 6.7)
+    axes.set_ylim(0.1, 6.7)
     return figure
 
 

@@ -106,16 +106,10 @@ def _naive_mass(inputs: Inputs, sigma: float) -> Call:
     return lambda: torch.softmax(torch.matmul(query, key.transpose(-2, -1)) * scale, dim=-1).sum(dim=-2).float()
 
 
-def _no_blurring(how: str, inputs: Inputs, sigma: float) -> str | None:
+def _no_blurring(inputs: Inputs, sigma: float) -> str | None:
     reason = _no_triton(inputs, sigma)
     if reason is None and math.isinf(sigma):
         return "the mean has kernels of its own"
-    if reason is None and how == "TOGETHER":
-        from segkern.kernels import _configs, _routes
-
-        arch = _configs.architecture(inputs.device)
-        if not _routes.blurs_together(arch, inputs.case.head_dim):
-            return f"not for heads of {inputs.case.head_dim} on {arch}"
     return reason
 
 
@@ -235,7 +229,6 @@ _OTHERS = (
 BLURS = {
     "triton prologue": ("HERE", "in the prologue of each tile", False),
     "triton before": ("BEFORE", "in launches before", True),
-    "triton together": ("TOGETHER", "by the first programs of the same launch", True),
 }
 _OURS = (
     Provider("auto", "segkern, its own choice", _ours, _count_ours, (*_GUIDED, "coarse")),
@@ -244,7 +237,7 @@ _OURS = (
              partial(_count_ours, moves=False), _GUIDED, why_not=_no_triton),
     *(
         Provider(name, f"the same, queries blurred {where}", partial(_blurring, how), partial(_count_ours, moves=moves),
-                 ("attention",), why_not=partial(_no_blurring, how))
+                 ("attention",), why_not=_no_blurring)
         for name, (how, where, moves) in BLURS.items()
     ),
     Provider("blur + sdpa", "segkern's blur, then PyTorch's attention", partial(_then_sdpa, _our_blur),

@@ -32,7 +32,7 @@ _WORTH = 0.02  # of the time: less is noise
 
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 _SDPA = "blur + sdpa"
-_PROLOGUE, _BEFORE, _TOGETHER = BLURS
+_PROLOGUE, _BEFORE = BLURS
 
 Record = dict[str, Any]
 
@@ -187,69 +187,58 @@ def write(path: Path, screened: Sequence[Record], confirmed: Sequence[Record]) -
 def install(confirmed: Sequence[Record], path: Path = _configs.TUNED) -> list[str]:
     """Put what was faster into the table that segkern reads; says what it did, a line per head dimension and dtype.
 
-    What can win is the present tile or the best one, either with its blur before attention or inside its launch, or
-    PyTorch's attention after our blur: whatever has the lowest geometric mean of its times over the present tile's, by
-    ``_WORTH`` at least. A tile that errs with any way to blur is out, whichever way was timed.
+    What can win is the present tile, the best one, or PyTorch's attention after our blur: whatever has the lowest
+    geometric mean of its times over the present tile's, by ``_WORTH`` at least. A tile that errs with either way to
+    blur is out, whichever way was timed.
     """
     table = json.loads(path.read_text(encoding="utf-8"))
     said = []
     for (arch, dtype, head_dim), cases in groups(confirmed).items():
         what = f"{arch}, {dtype}, head dimension {head_dim}"
-        times = _options(arch, head_dim, cases)
-        present = times.get(("now", False))
+        times = _options(cases)
+        present = times.get("now")
         if present is None:
             said.append(f"{what}: nothing is changed, the present tile errs or does not run")
             continue
         gains = {option: 1 - _mean(a / b for a, b in zip(ms, present, strict=True)) for option, ms in times.items()}
         winner = max(gains, key=lambda option: gains[option])
         if gains[winner] < _WORTH:
-            winner = ("now", False)
-        which, together = winner
-        tile = Tile(**cases[0]["best" if which == "best" else "now"])
-        entry = {"tile": asdict(tile), "sdpa": which == "sdpa", "together": together}
+            winner = "now"
+        tile = Tile(**cases[0]["best" if winner == "best" else "now"])
+        entry = {"tile": asdict(tile), "sdpa": winner == "sdpa"}
         entry |= {"gain": round(gains[winner], 4), "cases": [one["case"] for one in cases]}
         entry |= {name: cases[0]["environment"][name] for name in ("device", "torch", "triton", "commit")}
         default = _configs.default_tile(arch, head_dim, getattr(torch, dtype))
         entries = table.setdefault(arch, {}).setdefault(dtype, {})
-        if winner == ("now", False) and tile == default:
+        if winner == "now" and tile == default:
             entries.pop(str(head_dim), None)
         else:
             entries[str(head_dim)] = entry
-        said.append(f"{what}: {_words(which, together, tile, gains[winner])}")
+        said.append(f"{what}: {_words(winner, tile, gains[winner])}")
     table = {arch: {dtype: by_dim for dtype, by_dim in dtypes.items() if by_dim} for arch, dtypes in table.items()}
     table = {arch: dtypes for arch, dtypes in table.items() if dtypes}
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return said
 
 
-def _options(arch: str, head_dim: int, cases: Sequence[Record]) -> dict[tuple[str, bool], list[float]]:
-    """Times of all cases by what computes them: ``now``, ``best`` or ``sdpa``, and whether the blur is in its launch.
-
-    Only those that are right in every case.
-    """
-    found: dict[tuple[str, bool], list[float]] = {}
-    for which, together in itertools.product(("now", "best"), (False, True)):
-        if together and not _routes.blurs_together(arch, head_dim):
-            continue
-        ways = [*BLURS] if together else [_PROLOGUE, _BEFORE]
-        if any(one["calls"][f"{which}, {way}"]["reason"] is not None for one in cases for way in ways):
-            continue
-        taken = [_TOGETHER if together and one["blur"][which] == _BEFORE else one["blur"][which] for one in cases]
-        if not together or _TOGETHER in taken:
-            calls = [one["calls"][f"{which}, {way}"] for one, way in zip(cases, taken, strict=True)]
-            found[which, together] = [call["ms"]["median"] for call in calls]
-    if all(one["calls"]["sdpa"]["reason"] is None for one in cases):
-        found["sdpa", False] = [one["calls"]["sdpa"]["ms"]["median"] for one in cases]
-    return found
+def _options(cases: Sequence[Record]) -> dict[str, list[float]]:
+    """Times of all cases by what computes them, ``now``, ``best`` or ``sdpa``; only what is right in every case."""
+    times: dict[str, list[float]] = {}
+    for which in ("now", "best"):
+        if all(case["calls"][f"{which}, {blur}"]["reason"] is None for case in cases for blur in BLURS):
+            chosen = [case["calls"][f"{which}, {case['blur'][which]}"] for case in cases]
+            times[which] = [call["ms"]["median"] for call in chosen]
+    if all(case["calls"]["sdpa"]["reason"] is None for case in cases):
+        times["sdpa"] = [case["calls"]["sdpa"]["ms"]["median"] for case in cases]
+    return times
 
 
-def _words(which: str, together: bool, tile: Tile, gain: float) -> str:
-    if which == "sdpa":
+def _words(winner: str, tile: Tile, gain: float) -> str:
+    if winner == "sdpa":
         return f"blurring first and PyTorch's attention are {gain:.1%} faster than the present tile"
-    blur = " with the blur inside its launch" if together else ""
-    if which == "now" and not together:
+    if winner == "now":
         return f"{tile} stays, nothing is faster by {_WORTH:.0%}"
-    return f"{tile}{blur} is {gain:.1%} faster than the present tile"
+    return f"{tile} is {gain:.1%} faster than the present tile"
 
 
 def _mean(ratios: Iterable[float]) -> float:

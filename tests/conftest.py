@@ -93,12 +93,12 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-@pytest.fixture(params=["in the prologue", "before", "together"])
+@pytest.fixture(params=["in the prologue", "before"])
 def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All ways to blur queries, whatever the estimated costs say."""
+    """Both ways to blur queries, whatever the estimated costs say."""
     from segkern.kernels import _routes
 
-    ways = {"in the prologue": _routes.HERE, "before": _routes.BEFORE, "together": _routes.TOGETHER}
+    ways = {"in the prologue": _routes.HERE, "before": _routes.BEFORE}
     monkeypatch.setattr(_routes, "choose_blur", lambda *_: ways[request.param])
     _routes.attention_route.cache_clear()
     yield

@@ -112,8 +112,6 @@ def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[s
             arch, call.grid, (call.sigma,), "reflect", call.heads, call.head_dim, call.dtype.itemsize, tile.block_m
         )
         where = "by the separable kernel, before" if route.before else "in the prologue of the attention"
-        if route.before and _routes.together_is_faster(arch, call.head_dim, call.dtype):
-            where = "by the separable blur, in attention's own launch: measured to be faster than before"
         costs = f"estimated {route.before_microseconds:.1f} us before, {route.here_microseconds:.1f} us in the prologue"
         found.append(("queries are blurred", f"{where} ({'a narrow grid' if route.narrow else costs})"))
     elif call.sigma > 0:

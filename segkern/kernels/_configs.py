@@ -174,12 +174,10 @@ class Tuned:
     Attributes:
         tile: of the attention kernel.
         sdpa: whether blurring first and PyTorch's attention were faster than it.
-        together: whether the separable blur was faster inside its launch than in launches before it.
     """
 
     tile: Tile
     sdpa: bool
-    together: bool
 
 
 @lru_cache(maxsize=1)
@@ -187,7 +185,7 @@ def tuned() -> dict[tuple[str, str, int], Tuned]:
     """By architecture, dtype and head dimension, such as ``("sm_90", "bfloat16", 64)``."""
     found = json.loads(TUNED.read_text(encoding="utf-8"))
     return {
-        (arch, dtype, int(head_dim)): Tuned(Tile(**entry["tile"]), entry["sdpa"], entry["together"])
+        (arch, dtype, int(head_dim)): Tuned(Tile(**entry["tile"]), entry["sdpa"])
         for arch, dtypes in found.items()
         for dtype, entries in dtypes.items()
         for head_dim, entry in entries.items()

@@ -6,10 +6,6 @@ queries reads, from L2, the source rows within reach of its own grid rows: cheap
 attention's own work and more when every row is in reach. The separable kernel moves each query a few times whatever
 the reach, but is two launches. The cost of either is bytes over the bandwidth of L2, plus launches. The rates are
 rounded from published microbenchmarks of the devices; no timing of these kernels is in them yet.
-
-The same separable blur can be part of attention's own launch (``_producers.py``). That saves two launches and hides
-the blur behind samples that are not blurred, but its programs have attention's registers and wait for each other. No
-model of that is worth much: it is taken where ``python -m benchmarks tune`` measured it to be faster.
 """
 
 from __future__ import annotations
@@ -26,10 +22,9 @@ from segkern.grid import Grid
 from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, measured, multiprocessors
 from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
 
-HERE, BEFORE, TOGETHER = 1, 2, 3
+HERE, BEFORE = 1, 2
 
 _MIN_WIDTH_HERE = 8  # narrower grids waste most of a column block in the prologue
-_HEAD_DIMS_TOGETHER = range(32, 129)  # others, and masks, spill with producers in the same kernel on some target
 _LAUNCH_MICROSECONDS = 2.0  # of a kernel that waits for the one before it
 _L2_BYTES_PER_MICROSECOND = {"sm_80": 4.0e6, "sm_90": 5.5e6, "sm_100": 9.0e6, "gfx942": 1.0e7}
 _DEFAULT_BYTES_PER_MICROSECOND = 3.0e6
@@ -105,24 +100,6 @@ def sdpa_is_faster(device: torch.device, head_dim: int, dtype: torch.dtype) -> b
     return known is not None and known.sdpa
 
 
-def blurs_together(arch: str, head_dim: int) -> bool:
-    """Whether the separable blur may be inside attention's launch.
-
-    Not on AMD: its compiler's code for waiting and for announcing was read and not trusted, and never run.
-
-    Example:
-        >>> blurs_together("sm_90", 64), blurs_together("sm_90", 160), blurs_together("gfx942", 64)
-        (True, False, False)
-    """
-    return not arch.startswith("gfx") and head_dim in _HEAD_DIMS_TOGETHER
-
-
-def together_is_faster(arch: str, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the separable blur was measured to be faster inside attention's launch than in launches before it."""
-    known = measured(arch, head_dim, dtype)
-    return known is not None and known.together and blurs_together(arch, head_dim)
-
-
 @dataclass(frozen=True)
 class Route:
     """Which kernels compute which samples of a batch.
@@ -131,9 +108,8 @@ class Route:
         uniform: samples of infinite sigma, whose image tokens get one row's result.
         rest: samples of which any tokens are left to compute.
         few: whether the rest are few rows, which are not blurred: their keys are split over programs.
-        before: those of the rest that the separable blur serves, in launches of its own or in attention's.
+        before: those of the rest that the separable blur serves.
         tables: of the rest, for the tiles of attention; None with ``few`` or without a rest.
-        together: of those in ``before`` where attention's launch blurs them, else None.
     """
 
     uniform: tuple[int, ...]
@@ -141,7 +117,6 @@ class Route:
     few: bool
     before: tuple[int, ...]
     tables: BlurTables | None
-    together: BlurTables | None = None
 
 
 @kept(most=1024)
@@ -169,7 +144,7 @@ def attention_route(
         boundary: of the blur.
         masked: whether there is a mask.
         rows_alike: whether the mask, if any, is the same for all queries: else equal queries have unequal results.
-        blur: HERE, BEFORE or TOGETHER where that is settled; chosen by cost if not.
+        blur: HERE or BEFORE where that is settled; chosen by cost if not.
     """
     _, heads, tokens, head_dim = shape
     axes = grid.height, grid.width
@@ -189,38 +164,32 @@ def attention_route(
     elif math.inf in wanted:
         blur = BEFORE  # tables hold no matrix of the mean
     elif blur is None:
-        blur = choose_blur(device, dtype, heads, head_dim, grid, wanted, boundary, masked)
+        sizes = heads, head_dim, dtype.itemsize, tile.block_m
+        blur = choose_blur(architecture(device), grid, wanted, boundary, *sizes)
     if blur == HERE:
         tables = blur_tables(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, outside=True)
         return Route(uniform, rest, False, (), tables)
-    together = None
-    if blur == TOGETHER:
-        together = blur_tables(blurred, wanted, *axes, boundary, device)
-        rest = tuple(sorted(rest, key=set(blurred).__contains__))  # what hides the blur comes first
     # Only the codes of samples are needed.
     tables = blur_tables(rest, (0.0,) * len(rest), *axes, boundary, device, outside=True)
     places = {i: place for place, i in enumerate(blurred)}
     codes = tuple(places.get(i, OUTSIDE if i in only_outside else PLAIN) for i in rest)
     tables = replace(tables, tables=index_tensor(codes, device))
-    return Route(uniform, rest, False, blurred, tables, together)
+    return Route(uniform, rest, False, blurred, tables)
 
 
 def choose_blur(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    head_dim: int,
+    arch: str,
     grid: Grid,
     sigmas: tuple[float, ...],
     boundary: str,
-    masked: bool,
+    heads: int,
+    head_dim: int,
+    itemsize: int,
+    block_m: int,
 ) -> int:
-    """HERE, BEFORE or TOGETHER for blurred samples of these sigmas."""
-    tile = attention_tile(device, head_dim, dtype, masked)
-    sizes = heads, head_dim, dtype.itemsize, tile.block_m
-    if not blur_route(architecture(device), grid, sigmas, boundary, *sizes).before:
-        return HERE
-    return TOGETHER if not masked and together_is_faster(architecture(device), head_dim, dtype) else BEFORE
+    """HERE or BEFORE, whichever is estimated to cost less; arguments are those of :func:`blur_route`."""
+    route = blur_route(arch, grid, sigmas, boundary, heads, head_dim, itemsize, block_m)
+    return BEFORE if route.before else HERE
 
 
 def _few_rows(device: torch.device, tile: Tile, tokens: int, keys: int, heads: int) -> bool:

@@ -10,8 +10,7 @@ Mathematics, for the tokens of one sample and head with axis matrices ``B_h`` an
 Launch grid: one program per (sample, head, tile of BLOCK_M queries), tiles of a head next to each other so that they
 share its keys and values in L2. A program blurs its queries in registers (they are rounded once to the input's
 dtype and never written), then walks over the keys with an online softmax. Where ``_routes.py`` finds it cheaper, the
-queries of blurred samples are blurred by the separable kernel first, and a program reads its tile of those instead;
-or by programs of the same launch, see ``_producers.py``.
+queries of blurred samples are blurred by the separable kernel first, and a program reads its tile of those instead.
 
 Memory traffic per head: Q once for plain samples; for blurred ones every tile reads the source rows within reach, from
 L2, or the blurred queries once; K and V once per tile, from L2; out once.
@@ -22,7 +21,6 @@ than to 16.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,16 +34,13 @@ from segkern.kernels._configs import Tile, attention_tile, blur_precision, dot_p
 from segkern.kernels._launch import can_be_described, compile_options, launching, scratch_memory, strides_are_wide
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, attend_keys, store_tile
-from segkern.kernels._producers import COUNTERS, NO_PRODUCERS, leave, produce, producers_for, wait_for
-from segkern.kernels._routes import BEFORE, HERE, TOGETHER, Route
+from segkern.kernels._routes import BEFORE, HERE, Route
 from segkern.kernels._tables import OUTSIDE, BlurTables
-from segkern.kernels.gaussian_blur import BLOCK_I, BLOCK_J, blur_block_d, blurred_image
+from segkern.kernels.gaussian_blur import blurred_image
 
 _OUTSIDE = tl.constexpr(OUTSIDE)
 _HERE = tl.constexpr(HERE)
 _BEFORE = tl.constexpr(BEFORE)
-_TOGETHER = tl.constexpr(TOGETHER)
-_COUNTERS = tl.constexpr(COUNTERS)
 
 
 @triton.jit
@@ -62,10 +57,6 @@ def _tiled_attention_kernel(
     column_weights_ptr,  # float32 [T, width, width]
     reach_ptr,  # int32 [T, 2]
     blurred_ptr,  # [B, height * width, heads, HEAD_DIM], contiguous
-    halfway_ptr,  # float32, the same; this and the next three for producers
-    counters_ptr,  # int32 [B, heads, 3]
-    blurred_samples_ptr,  # int32 [B]
-    blurred_tables_ptr,  # int32 [B]
     stride_qb,
     stride_qh,
     stride_qn,
@@ -93,18 +84,13 @@ def _tiled_attention_kernel(
     width,
     grid_start,
     scale,  # of the logits, times log2(e); not negative
-    producers,  # of a head, in each of two phases
-    phase_programs,  # B * heads * producers
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_I: tl.constexpr,  # this and the next two of producers
-    BLOCK_J: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLUR: tl.constexpr,  # 0, or _HERE: tables are matrices, or _BEFORE and _TOGETHER: tables are blurred samples
+    BLUR: tl.constexpr,  # 0, or _HERE: tables are matrices, or _BEFORE: tables are blurred samples
     MASK: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,  # keys and values are copied in blocks; without a mask
@@ -120,37 +106,6 @@ def _tiled_attention_kernel(
         stride_on, stride_od = tl.cast(stride_on, tl.int64), tl.cast(stride_od, tl.int64)
         stride_mm, stride_mn = tl.cast(stride_mm, tl.int64), tl.cast(stride_mn, tl.int64)
     pid = tl.program_id(0)
-    if BLUR == _TOGETHER:
-        if pid < 2 * phase_programs:
-            produce(
-                pid,
-                q_ptr,
-                blurred_samples_ptr,
-                blurred_tables_ptr,
-                row_weights_ptr,
-                column_weights_ptr,
-                reach_ptr,
-                halfway_ptr,
-                blurred_ptr,
-                counters_ptr,
-                stride_qb,
-                stride_qh,
-                stride_qn,
-                stride_qd,
-                heads,
-                height,
-                width,
-                grid_start,
-                producers,
-                phase_programs,
-                HEAD_DIM,
-                BLOCK_I,
-                BLOCK_J,
-                BLOCK_L,
-                BLUR_PRECISION,
-            )
-            return
-        pid -= 2 * phase_programs
     tiles = tl.cdiv(tokens, BLOCK_M)
     tile = pid % tiles
     head = tl.cast((pid // tiles) % heads, tl.int64)
@@ -174,12 +129,6 @@ def _tiled_attention_kernel(
     if MASK != 0:
         mask_ptr += sample * stride_mb + head * stride_mh + tl.cast(start_m, tl.int64) * stride_mm
 
-    if BLUR == _TOGETHER:
-        if (table >= 0) & (start_m + BLOCK_M > grid_start) & (start_m < grid_start + height * width):
-            head_counters = counters_ptr + (tl.cast(table, tl.int64) * heads + head) * _COUNTERS
-            wait_for(head_counters + 1, producers)
-            waiting = (grid_start + height * width - 1) // BLOCK_M - grid_start // BLOCK_M + 1
-            leave(head_counters, waiting)
     q, q_rest = query_tile(
         q_ptr,
         blurred_ptr,
@@ -202,7 +151,7 @@ def _tiled_attention_kernel(
         BLOCK_D,
         BLOCK_R,
         BLUR == _HERE,
-        BLUR >= _BEFORE,
+        BLUR == _BEFORE,
         BLUR_PRECISION,
     )
 
@@ -276,16 +225,11 @@ def launch_tiled_attention(
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
     strides = query.stride(), key.stride(), value.stride(), out.stride()
     programs = -(-tokens // tile.block_m) * heads * tables.samples.numel()
-    blur = HERE if tables.blurs else 0
-    work, matrices = NO_PRODUCERS, tables
-    if route.together is not None:
-        blur, matrices = TOGETHER, route.together
-        work = producers_for(query, grid, len(route.before))
-    elif route.before:
-        blur = BEFORE
-        work = replace(work, image=blurred_image(query, grid, sigmas, route.before, boundary))
+    blur, blurred = HERE if tables.blurs else 0, None
+    if route.before:
+        blur, blurred = BEFORE, blurred_image(query, grid, sigmas, route.before, boundary)
     with launching(query.device), scratch_memory(described):
-        _tiled_attention_kernel[(programs + 2 * work.phase_programs,)](
+        _tiled_attention_kernel[(programs,)](
             query,
             key,
             value,
@@ -294,14 +238,10 @@ def launch_tiled_attention(
             mask,
             tables.samples,
             tables.tables,
-            matrices.rows,
-            matrices.columns,
-            matrices.reach,
-            work.image,
-            work.halfway,
-            work.counters,
-            matrices.samples,
-            matrices.tables,
+            tables.rows,
+            tables.columns,
+            tables.reach,
+            blurred,
             *strides[0],
             *strides[1],
             *strides[2],
@@ -314,8 +254,6 @@ def launch_tiled_attention(
             grid.width,
             grid.start,
             scale * LOG2E.value,
-            work.of_head,
-            work.phase_programs,
             BLUR=blur,
             MASK=mask_kind,
             EVEN_KEYS=keys % tile.block_n == 0,
@@ -337,9 +275,6 @@ def _constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
         "BLOCK_C": tile.block_c,
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
-        "BLOCK_I": BLOCK_I,
-        "BLOCK_J": BLOCK_J,
-        "BLOCK_L": blur_block_d(head_dim),
         "PRECISION": dot_precision(dtype),
         "BLUR_PRECISION": blur_precision(dtype),
         **compile_options(tile),

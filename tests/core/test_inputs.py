@@ -46,13 +46,13 @@ pytestmark = [
 
 @pytest.fixture
 def every_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels blur queries in each of their ways in turn, whatever the estimated costs say."""
+    """Kernels blur queries in both of their ways in turn, whatever the estimated costs say."""
     if not triton_is_installed():
         yield
         return
     from segkern.kernels import _routes
 
-    ways = itertools.cycle((_routes.HERE, _routes.BEFORE, _routes.TOGETHER))
+    ways = itertools.cycle((_routes.HERE, _routes.BEFORE))
     monkeypatch.setattr(_routes, "choose_blur", lambda *_: next(ways))
     _routes.attention_route.cache_clear()
     yield

@@ -225,7 +225,7 @@ def test_what_won_is_timed_again_with_every_way_to_blur(device: torch.device, mo
     # What was installed before must not stand in for the kernel that is timed.
     monkeypatch.setattr(tune._routes, "sdpa_is_faster", lambda *_: True)
     found = tune.confirm(case, 1.0, Tile(48, 32, 16, 4, 1), device, rounds=2)
-    blurs = ["triton prologue", "triton before", "triton together"]
+    blurs = ["triton prologue", "triton before"]
     assert list(found["calls"]) == [*(f"{which}, {blur}" for which in ("now", "best") for blur in blurs), "sdpa"]
     for name, call in found["calls"].items():
         assert (call["ms"] is None) == name.startswith("best"), name
@@ -237,7 +237,7 @@ def confirmed(
     case: str, sdpa: float | None = 1.0, *, chosen: str = "before", best: Tile | None = None, **ms: float | None
 ) -> dict[str, Any]:
     """As ``confirm`` gives it: every call takes 1 ms but for those given, and errs where None is given."""
-    calls = {f"{which}, triton {blur}": 1.0 for which in ("now", "best") for blur in ("prologue", "before", "together")}
+    calls = {f"{which}, triton {blur}": 1.0 for which in ("now", "best") for blur in ("prologue", "before")}
     calls |= {name.replace("_", ", triton "): value for name, value in ms.items()} | {"sdpa": sdpa}
     now = tune._configs.default_tile("sm_90", 64, torch.bfloat16)
     return {
@@ -257,24 +257,20 @@ def confirmed(
 
 
 @pytest.mark.parametrize(
-    ("cases", "said", "sdpa", "together", "which"),
+    ("cases", "said", "sdpa", "which"),
     [
-        ([confirmed("a", best_before=0.99)], "stays", None, None, None),
-        ([confirmed("a", best_before=0.8), confirmed("b", best_before=0.9)], "15.1% faster", False, False, "best"),
-        ([confirmed("a", best_before=0.8), confirmed("b", best_before=None)], "stays", None, None, None),
-        ([confirmed("a", best_before=0.8, best_prologue=None)], "stays", None, None, None),
-        ([confirmed("a", chosen="prologue", best_before=0.5)], "stays", None, None, None),
-        ([confirmed("a", best_before=0.8, best_together=0.7)], "inside its launch is 30.0%", False, True, "best"),
-        ([confirmed("a", now_together=0.9), confirmed("b", now_together=None)], "stays", None, None, None),
-        ([confirmed("a", now_together=0.9)], "inside its launch is 10.0%", False, True, "now"),
-        ([confirmed("a", chosen="prologue", now_together=0.5)], "stays", None, None, None),
-        ([confirmed("a", 0.95, now_together=0.9)], "inside its launch is 10.0%", False, True, "now"),
-        ([confirmed("a", 0.85, now_together=0.9)], "PyTorch's attention are 15.0% faster", True, False, "now"),
-        ([confirmed("a", None, now_before=None, best_before=0.1)], "nothing is changed", None, None, None),
+        ([confirmed("a", best_before=0.99)], "stays", None, None),
+        ([confirmed("a", best_before=0.8), confirmed("b", best_before=0.9)], "15.1% faster", False, "best"),
+        ([confirmed("a", best_before=0.8), confirmed("b", best_before=None)], "stays", None, None),
+        ([confirmed("a", best_before=0.8, best_prologue=None)], "stays", None, None),
+        ([confirmed("a", chosen="prologue", best_before=0.5)], "stays", None, None),
+        ([confirmed("a", 0.95, best_before=0.9)], "is 10.0% faster", False, "best"),
+        ([confirmed("a", 0.85, best_before=0.9)], "PyTorch's attention are 15.0% faster", True, "now"),
+        ([confirmed("a", None, now_before=None, best_before=0.1)], "nothing is changed", None, None),
     ],
 )
 def test_the_fastest_that_is_right_everywhere_is_installed(
-    cases: list[dict[str, Any]], said: str, sdpa: bool | None, together: bool | None, which: str | None, tmp_path: Path
+    cases: list[dict[str, Any]], said: str, sdpa: bool | None, which: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "tuned.json"
     path.write_text("{}")
@@ -285,7 +281,7 @@ def test_the_fastest_that_is_right_everywhere_is_installed(
         assert table == {}
         return
     entry = table["sm_90"]["bfloat16"]["64"]
-    assert (entry["sdpa"], entry["together"], entry["tile"]) == (sdpa, together, cases[0][which])
+    assert (entry["sdpa"], entry["tile"]) == (sdpa, cases[0][which])
     assert (entry["device"], entry["commit"], entry["cases"]) == ("a GPU", "abc", [case["case"] for case in cases])
     (line,) = tune.install([confirmed("a")], path)
     assert "stays" in line
@@ -305,9 +301,9 @@ def test_what_is_installed_is_read_and_explained(tmp_path: Path, monkeypatch: py
         return dict(explain.explain(call, CPU, "sm_90"))
 
     try:
-        tune.install([confirmed("a", best_together=0.9)], path)
-        assert "in attention's own launch: measured to be faster" in explained(10.0)["queries are blurred"]
-        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(other, False, True)
+        tune.install([confirmed("a", best_before=0.9)], path)
+        assert "by the separable kernel, before" in explained(10.0)["queries are blurred"]
+        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(other, False)
         assert tune._configs.tile_for("sm_90", 64, torch.bfloat16) == other
         assert tune._configs.tile_for("sm_90", 64, torch.bfloat16, masked=True) != other
         assert tune._configs.tile_for("sm_90", 64, torch.float16) == usual

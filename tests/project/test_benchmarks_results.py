@@ -157,7 +157,7 @@ def test_the_page_tells_where_no_gpu_was(quick: Path) -> None:
     page = performance.page({"here": found})
     assert "GPU: not measured" in page
     assert "`here.json`" in page
-    assert "- triton, triton before, triton prologue, triton together: Triton has no CPU target" in page
+    assert "- triton, triton before, triton prologue: Triton has no CPU target" in page
     assert page.count("Not measured.") == len(SUITES) - 1  # the other suites
     gpu = copy.deepcopy(found)
     gpu["environment"] |= {"device": "NVIDIA H200", "device_type": "cuda"}
