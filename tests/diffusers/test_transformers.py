@@ -177,17 +177,6 @@ def test_cfg_truncation_of_z_image() -> None:
         assert relative(truncated, run(model, pipe)) > PIPELINE_TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["wan", "ltx-video"])
-def test_frames_are_blurred_apart_and_together(name: str) -> None:
-    model, pipe = MODELS[name], built(name)
-    results = []
-    for sigma_frames in (0.0, 1.0, math.inf):
-        with guide(pipe, SEG(sigma=1.0, sigma_frames=sigma_frames, layers=model.layers)):
-            results.append(run(model, pipe))
-    assert relative(results[1], results[0]) > PIPELINE_TOLERANCE
-    assert relative(results[2], results[1]) > PIPELINE_TOLERANCE
-
-
 @pytest.mark.parametrize("name", ["sd3.5", "flux", "z-image", "wan"])
 def test_a_sigma_for_each_image_and_each_layer(name: str) -> None:
     model, pipe = MODELS[name], built(name)
@@ -270,10 +259,6 @@ def test_attention_that_is_not_met_is_an_error() -> None:
         (SEG(layers="mid"), "unknown layer 'mid'; valid are 'transformer_blocks' .b0 to b3., block numbers 0 to 3"),
         (SEG(layers=[1, 7]), "unknown layer '7'"),
         (SEG(layers=range(2, 9)), "unknown layer '2-8'"),
-        (
-            SEG(layers=1, sigma_frames=2.0),
-            r"sigma_frames=2.0 needs .* those of a SD3Transformer2DModel see one image each",
-        ),
         (SEG(layers=1, query_stride=2), "query_stride=2 needs a UNet2DConditionModel"),
         (SAG(), "SAG needs a UNet2DConditionModel; a SD3Transformer2DModel takes"),
         (CFG(), "CFG needs a UNet2DConditionModel"),

@@ -165,10 +165,9 @@ def test_free_init_runs_the_loop_several_times() -> None:
     [
         (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel takes SEG\(...\) and PAG\(...\)"),
         (CFG(), "CFG needs a UNet2DConditionModel"),
-        (SEG(sigma_frames=1.0), "SEG.sigma_frames=1.0 needs layers that attend over the frames"),
         (PAG(layers="d7"), "unknown layer 'd7'; valid are 'down' .d0., 'mid' .m0., 'up' .u0 to u1."),
     ],
-    ids=["sag", "cfg", "sigma_frames", "layer"],
+    ids=["sag", "cfg", "layer"],
 )
 def test_what_a_video_cannot_have_is_refused(spec: Any, quoted: str) -> None:
     _, pipe = built("animatediff")

@@ -72,7 +72,6 @@ class SEGGuider(SpecGuider):
         reuse: int | None = None,
         schedule: Schedule | None = None,
         blend: float | None = None,
-        sigma_frames: float | None = None,
         gamma: float | None = None,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
@@ -92,7 +91,6 @@ class SEGGuider(SpecGuider):
             "reuse": reuse,
             "schedule": schedule,
             "blend": blend,
-            "sigma_frames": sigma_frames,
             "gamma": gamma,
         }
         own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled

@@ -55,7 +55,6 @@ class Architecture:
         apart: whether pipelines call it once for the prompt and once for the negative prompt.
         conditional_first: whether a batch begins with the conditional samples.
         shift: whether the pipeline's guidance scale is one less than usual, ``c + g (c - u)``.
-        video: whether its image is the frames of a video.
         rescales: the pipeline's local variable that is true where it measures the conditional prediction.
         default: layers where none are named, and whose advice that is.
     """
@@ -75,7 +74,6 @@ class Architecture:
     conditional_first: bool = False
     shift: bool = False
     rescales: bool = False
-    video: bool = False
     default: tuple[str, str] | None = None
 
 
@@ -242,7 +240,6 @@ _ALL = (
         _video,
         lambda model: int(model.config.patch_size[1]),
         apart=True,
-        video=True,
     ),
     Architecture(
         "LTXVideoTransformer3DModel",
@@ -252,7 +249,6 @@ _ALL = (
         _SAMPLES | {"encoder_attention_mask", "video_coords"},
         _told,
         lambda model: int(model.config.patch_size),
-        video=True,
     ),
 )
 

@@ -32,7 +32,6 @@ class Denoiser(ABC):
         places: where branches can join.
         arguments: of its forward.
         sample_name: the argument with the noisy images.
-        attends_over_frames: whether its layers have the tokens of all frames of a video.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Denoiser(ABC):
     places: Places | BlockPlaces
     arguments: DenoiserArguments
     sample_name: str
-    attends_over_frames: bool = False
 
     def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The noisy images that a forward gets."""
@@ -177,7 +175,6 @@ class Transformer(Denoiser):
         self.model = model
         self.architecture = architecture
         self.sample_name = architecture.sample
-        self.attends_over_frames = architecture.video
         self.places: BlockPlaces = BlockPlaces(model, architecture)
         self.arguments = DenoiserArguments(model, architecture.batched, architecture.listed)
         self._ids: tuple[torch.Tensor, tuple[int, int, int]] | None = None  # the last position ids and their size

@@ -171,25 +171,21 @@ class GuidedLayers:
         sigmas: list[Sigma] = [0.0] * batch.size
         strides: list[Stride] = [EVERY_ROW] * batch.size
         blends = [1.0] * batch.size
-        over_frames = [0.0] * batch.size
         for index in forward.branches[:joined]:
             spec = self._chosen[index].spec
             if index not in layer.specs:
                 sigmas += [0.0] * samples
                 strides += [EVERY_ROW] * samples
                 blends += [1.0] * samples
-                over_frames += [0.0] * samples
                 continue
             assert isinstance(spec, AttentionSpec)
             given = per_sample(type(spec).__name__, self._chosen[index].sigmas[module], forward.batch.samples)
             sigmas += [sigma for sigma in given for _ in range(forward.frames)]
             strides += [check_query_stride(spec.query_stride)] * samples
             blends += [float(spec.blend)] * samples
-            over_frames += [float(spec.sigma_frames)] * samples
         processor.tell(tuple(sigmas))
         processor.strides = tuple(strides)
         processor.blends = tuple(blends)
-        processor.over_frames = tuple(over_frames)
         processor.conditional = batch.conditional
         processor.own = batch.with_branches(joined - new)
         processor.perturbed = tuple(batch.branch(i) for i, index in enumerate(forward.branches) if index in layer.specs)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from segkern.api import gaussian_blur, seg_attention
+from segkern.api import seg_attention
 from segkern.core.gaussian import runs
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, norms
@@ -101,7 +101,6 @@ class InterceptingProcessor(GuidedProcessor):
         if attn_mask is not None and by_sample:
             attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
         blends = self.blends or (1.0,) * len(self.kinds)
-        over_frames = self.over_frames or (0.0,) * len(self.kinds)
         kinds = [(kind == IDENTITY, blend) for kind, blend in zip(self.kinds, blends, strict=True)]
         sigmas, values = self._sigmas()
         # Frames are blurred before the attention, which takes numbers.
@@ -114,9 +113,8 @@ class InterceptingProcessor(GuidedProcessor):
             if identity:
                 output = _identity(*qkv, grid, mask, scale, self.backend)
             else:
-                q = _over_frames(qkv[0], grid, over_frames[samples], self.boundary)
                 options: Any = {"scale": scale, "attn_mask": mask, "boundary": self.boundary, "backend": self.backend}
-                output = seg_attention(q, *qkv[1:], grid, given[samples], **options)
+                output = seg_attention(*qkv, grid, given[samples], **options)
             if blend != 1.0:
                 own = F.scaled_dot_product_attention(*qkv, mask, scale=scale)
                 output = torch.lerp(own, output, blend)
@@ -195,13 +193,3 @@ def _identity(
     mask = None if attn_mask is None else others(attn_mask)
     of_others = F.scaled_dot_product_attention(others(query), key, value, mask, scale=scale)
     return torch.cat([of_others[:, :, : grid.start], of_image, of_others[:, :, grid.start :]], dim=2)
-
-
-def _over_frames(query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str) -> torch.Tensor:
-    """Queries blurred along the frames of a video, token by token."""
-    if grid.frames == 1 or not any(sigmas):
-        return query
-    image = query[:, :, grid.start : grid.stop].unflatten(2, (grid.frames, -1))
-    blurred = gaussian_blur(image.flatten(3), Grid(grid.frames, 1), sigmas, boundary=boundary, backend="torch")
-    blurred = blurred.unflatten(3, image.shape[3:]).flatten(2, 3)
-    return torch.cat([query[:, :, : grid.start], blurred, query[:, :, grid.stop :]], dim=2)

@@ -137,7 +137,6 @@ class GuidedProcessor:
         perturbed: for each guidance that acts on this layer, the samples of its branch.
         strides: of the query rows, one per sample like ``sigmas``; None computes every row.
         blends: one per sample; less than 1 mixes in the sample's own attention. None mixes nowhere.
-        over_frames: one per sample: sigma of the blur over the frames of a video.
         read: samples of which to tell how much attention each token receives; None for none.
         grid: of the layer's tokens in this forward.
         mass: after a forward, that of the samples ``read``, ``[samples, heads, tokens]``.
@@ -159,7 +158,6 @@ class GuidedProcessor:
         self.perturbed: tuple[slice, ...] = ()
         self.strides: tuple[Stride, ...] | None = None
         self.blends: tuple[float, ...] | None = None
-        self.over_frames: tuple[float, ...] = ()
         self.read: slice | None = None
         self.mass: torch.Tensor | None = None
         self.grid: Grid | None = None

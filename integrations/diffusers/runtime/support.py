@@ -162,12 +162,6 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, 
         specs = tuple(_for_transformer(denoiser, spec, available) for spec in specs)
     if isinstance(denoiser, MotionUNet):
         _check_for_motion(specs)
-    for spec in specs:
-        if isinstance(spec, AttentionSpec) and spec.sigma_frames and not denoiser.attends_over_frames:
-            raise ValueError(
-                f"SEG.sigma_frames={spec.sigma_frames} needs layers that attend over the frames of a video; those of a "
-                f"{type(denoiser.model).__name__} see one image each"
-            )
     chosen = tuple(_choose(available, spec) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
     for one in chosen:

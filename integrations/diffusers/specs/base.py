@@ -111,7 +111,6 @@ class AttentionSpec(Spec):
 
     layers: Layers
     blend: float
-    sigma_frames: float = 0.0  # of a blur over the frames of a video
     # Of a blur; a guidance without one takes what others ask for in a layer they share.
     boundary: str | None = None
     backend: str | None = None

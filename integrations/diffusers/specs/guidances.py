@@ -65,8 +65,6 @@ class SEG(AttentionSpec):
             ``stop``; or a function from the fraction of the run done to a factor. Where that is 0 a step is plain.
         blend: 1 is attention with blurred queries; less mixes the layer's output with that of its own attention,
             ``blend * blurred + (1 - blend) * own``. 0 turns the guidance off.
-        sigma_frames: of a video, standard deviation of a further blur in frames of latents; 0, no such blur, unless
-            given. A video's queries are blurred within each frame, and with this across frames.
         gamma: the method's own name for the strength, ``scale + 1``; instead of ``scale``, as an argument only.
 
     Raises:
@@ -92,7 +90,6 @@ class SEG(AttentionSpec):
     reuse: int = 1
     schedule: Schedule = "constant"
     blend: float = 1.0
-    sigma_frames: float = 0.0
     gamma: InitVar[float | None] = None
 
     def __post_init__(self, gamma: float | None) -> None:
@@ -105,12 +102,6 @@ class SEG(AttentionSpec):
         self._check_attention()
         check_boundary(self.boundary)
         check_backend(self.backend)
-        if not (is_number(self.sigma_frames) and self.sigma_frames >= 0.0):
-            raise ValueError(f"SEG.sigma_frames must be 0 or a positive number of frames, got {self.sigma_frames!r}")
-        if self.sigma_frames and not self.perturbs():
-            raise ValueError(
-                f"SEG.sigma_frames={self.sigma_frames!r} is a further blur and needs a sigma above 0, got 0"
-            )
         object.__setattr__(self, "query_stride", _stride(self.query_stride))
         if self.query_stride not in (1, (1, 1)) and not isinstance(sigma, float):
             raise ValueError(f"SEG.query_stride={self.query_stride!r} needs one number as sigma, got {self.sigma!r}")
