@@ -32,7 +32,7 @@ def test_it_is_the_pipelines_own(model: str, negative: str, others: tuple[Any, .
     """Latents of the pipeline's own classifier-free guidance."""
     pipe = MODELS[model]()
     arguments = {"latents": noise(2, 8, 12), "num_images_per_prompt": 2}
-    with guide(pipe, *others, CFG(gamma=5.0, negative_prompt=negative)) as guidance:
+    with guide(pipe, *others, CFG(scale=4.0, negative_prompt=negative)) as guidance:
         ours = run(pipe, guidance_scale=1.0, **arguments)
     assert guidance.report().layers[-1].layer == "text"
     negatives = {"negative_prompt": negative} if negative else {}
@@ -47,7 +47,7 @@ def test_embeddings_serve_as_a_negative_prompt() -> None:
     _, embeds, _, pooled = pipe.encode_prompt(
         "x", num_images_per_prompt=1, do_classifier_free_guidance=True, negative_prompt="grey"
     )
-    spec = CFG(gamma=4.0, negative_prompt_embeds=embeds, negative_pooled_prompt_embeds=pooled)
+    spec = CFG(scale=3.0, negative_prompt_embeds=embeds, negative_pooled_prompt_embeds=pooled)
     with guide(pipe, spec):
         ours = run(pipe, latents=noise(1, 8, 12), guidance_scale=1.0)
     expected = run(pipe, latents=noise(1, 8, 12), guidance_scale=4.0, negative_prompt="grey")
@@ -95,7 +95,7 @@ def test_a_part_of_the_run() -> None:
         return values
 
     options = {"num_inference_steps": 4, "guidance_scale": 1.0, "callback_on_step_end": keep}
-    with guide(pipe, CFG(gamma=5.0, stop=0.5)):
+    with guide(pipe, CFG(scale=4.0, stop=0.5)):
         run(pipe, latents=noise(1, 8, 12), **options)
     ours, middle = middle, []
     run(pipe, latents=noise(1, 8, 12), **(options | {"guidance_scale": 5.0}))

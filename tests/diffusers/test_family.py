@@ -197,7 +197,7 @@ def test_a_number_of_sigmas_that_is_not_the_batchs_is_refused() -> None:
         ({"sigma": []}, r"got \[\]"),
         ({"sigma": (1.0, 2.0), "query_stride": 2}, "SEG.query_stride=2 needs one number as sigma"),
         ({"blend": -0.1}, "SEG.blend must lie between 0"),
-        ({"gamma": "much"}, r"SEG.gamma must be a finite number, scale \+ 1, got 'much'"),
+        ({"scale": "much"}, "SEG.scale must be a finite number, got 'much'"),
         ({"schedule": 3}, "SEG.schedule must be one of.*got 3"),
     ],
 )
@@ -229,11 +229,7 @@ def test_specs_are_values() -> None:
     assert SEG() == SEG(layers="mid")
     assert replace(SEG(sigma={"m0": 1.0}), sigma={"u0": 2.0}).layers == ("u0",)
     assert replace(SEG(scale=2.0), sigma=1.0) == SEG(scale=2.0, sigma=1.0)
-    assert SEG(scale=0.3, gamma=1.3).scale == 0.3
     assert SEG(schedule=lambda done: np.float32(0.5)).strength(0.1) == 1.5
-    for arguments in ({"scale": 3.0, "gamma": 10.0}, {"scale": 2.0, "gamma": 4.0}):
-        with pytest.raises(ValueError, match="SEG takes scale or gamma"):
-            SEG(**arguments)
     with pytest.raises(ValueError, match=r"SEG.sigma has an entry 'u0' for layers that are not in SEG.layers='mid'"):
         guide(tiny_sd(), SEG(sigma={"mid": 1.0, "u0": 2.0}, layers="mid"))
     embeds = torch.zeros(1, 77, 4)
@@ -251,11 +247,3 @@ def test_a_report_is_plain() -> None:
     assert [sorted(spec)[0] for spec in found["specs"]] == ["negative_prompt", "backend"]
     assert found["specs"][1]["sigma"] == {"m0": 1.0}
     assert "lambda" in found["specs"][1]["schedule"]
-
-
-def test_gamma_is_the_scale_and_one() -> None:
-    pipe = tiny_sd()
-    with guide(pipe, SEG(gamma=3.0, sigma=2.0)):
-        named = run(pipe, latents=noise(1, 8, 12))
-    with guide(pipe, SEG(scale=2.0, sigma=2.0)):
-        assert torch.equal(run(pipe, latents=noise(1, 8, 12)), named)

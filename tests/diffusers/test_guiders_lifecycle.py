@@ -224,7 +224,7 @@ def test_denoisers_and_layers_that_do_not_fit() -> None:
     "guider",
     [
         SEGGuider(),
-        SEGGuider(guidance_scale=5.0, gamma=3.0, sigma=2.5, layers=range(3, 6), stop=0.5, boundary="circular"),
+        SEGGuider(guidance_scale=5.0, scale=2.0, sigma=2.5, layers=range(3, 6), stop=0.5, boundary="circular"),
         SEGGuider(sigma={"mid": math.inf, "u0-1": [1.0, 2.0]}, schedule="cosine", query_stride=1, guidance_stop=0.7),
         SEGGuider(sigma=[[1.0, math.inf]], layers=["d0", 4], use_original_formulation=True, enabled=False),
         PAGGuider(adaptive_scale=0.01, reuse=2, guidance_rescale=0.7),
@@ -254,7 +254,7 @@ def test_a_configuration_is_saved_and_loaded(guider: Any, tmp_path: Any) -> None
 
 def test_a_new_guider_differs_in_what_is_given() -> None:
     guider = SEGGuider(guidance_scale=5.0, scale=3.0, sigma=2.0, layers="d0", guidance_rescale=0.5)
-    other = guider.new(gamma=2.0, layers="mid")
+    other = guider.new(scale=1.0, layers="mid")
     assert other.spec == SEG(scale=1.0, sigma=2.0, layers="mid")
     assert (other.guidance_scale, other.guidance_rescale) == (5.0, 0.5)
     assert guider.new(spec=SEG(stop=0.5), guidance_scale=1.0).spec == SEG(stop=0.5)

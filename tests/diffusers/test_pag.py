@@ -89,12 +89,6 @@ def test_a_scheduler_that_scales_its_latents() -> None:
             pipe.unet.set_attn_processor(original)
 
 
-def test_gamma_is_the_scale_and_one() -> None:
-    assert PAG(gamma=4.0) == PAG(scale=3.0)
-    with pytest.raises(ValueError, match="scale or gamma"):
-        PAG(scale=1.0, gamma=4.0)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -154,7 +154,7 @@ SPECS = [
     SEG(sigma=4.0, layers=range(2, 4), query_stride=2, reuse=2),
     PAG(layers=["d0", "mid"], adaptive_scale=0.01, schedule="cosine"),
     SAG(schedule=halving, threshold=0.5),
-    CFG(gamma=5.0, negative_prompt="blurry", schedule=halving),
+    CFG(scale=4.0, negative_prompt="blurry", schedule=halving),
     CFG(negative_prompt_embeds=torch.arange(6.0).view(1, 2, 3), negative_pooled_prompt_embeds=torch.ones(1, 4)),
     Grid(3, 4),
     Grid(3, 4, start=2, frames=5),

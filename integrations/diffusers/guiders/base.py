@@ -87,8 +87,7 @@ class SpecGuider(ClassifierFreeGuidance):
             TypeError: for an argument that there is not.
             ValueError: for a value that does not fit.
         """
-        replaced = {"spec": set(self.spec.told()), "gamma": {"scale"}}
-        dropped = {name for change in changes for name in replaced.get(change, ())}
+        dropped = set(self.spec.told()) if "spec" in changes else ()
         return type(self)(**{**self._kept(dropped), **changes})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -72,7 +72,6 @@ class SEGGuider(SpecGuider):
         reuse: int | None = None,
         schedule: Schedule | None = None,
         blend: float | None = None,
-        gamma: float | None = None,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
         guidance_start: float = 0.0,
@@ -91,7 +90,6 @@ class SEGGuider(SpecGuider):
             "reuse": reuse,
             "schedule": schedule,
             "blend": blend,
-            "gamma": gamma,
         }
         own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
         super().__init__(spec, values, *own)
@@ -133,7 +131,6 @@ class PAGGuider(SpecGuider):
         reuse: int | None = None,
         schedule: Schedule | None = None,
         blend: float | None = None,
-        gamma: float | None = None,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
         guidance_start: float = 0.0,
@@ -149,7 +146,6 @@ class PAGGuider(SpecGuider):
             "reuse": reuse,
             "schedule": schedule,
             "blend": blend,
-            "gamma": gamma,
         }
         own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
         super().__init__(spec, values, *own)
@@ -195,7 +191,6 @@ class SAGGuider(SpecGuider):
         kernel_size: int | None = None,
         reuse: int | None = None,
         schedule: Schedule | None = None,
-        gamma: float | None = None,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
         guidance_start: float = 0.0,
@@ -212,7 +207,6 @@ class SAGGuider(SpecGuider):
             "kernel_size": kernel_size,
             "reuse": reuse,
             "schedule": schedule,
-            "gamma": gamma,
         }
         own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
         super().__init__(spec, values, *own)

@@ -189,7 +189,7 @@ def _for_transformer(denoiser: Transformer, spec: Spec, available: Sequence[Laye
     if not isinstance(spec.layers, DefaultLayers):
         return spec
     blocks = len({layer.block for layer in available})
-    return replace(spec, layers=default_layers(denoiser.architecture, blocks), gamma=None)
+    return replace(spec, layers=default_layers(denoiser.architecture, blocks))
 
 
 def _check_for_motion(specs: Sequence[Spec]) -> None:

@@ -25,13 +25,6 @@ class DefaultLayers(str):
     """Layers that nobody gave: a model's own default."""
 
 
-class Default(float):
-    """A number that nobody gave."""
-
-    def __repr__(self) -> str:
-        return repr(float(self))
-
-
 class Spec(ABC):
     """What all guidances have.
 
@@ -76,17 +69,8 @@ class Spec(ABC):
         """Whether it acts at this fraction of the run."""
         return self.strength(fraction) != 0.0
 
-    def _check_common(self, gamma: float | None) -> None:
+    def _check_common(self) -> None:
         owner = type(self).__name__
-        if gamma is not None:
-            if not (is_number(gamma) and math.isfinite(gamma)):
-                raise ValueError(f"{owner}.gamma must be a finite number, scale + 1, got {gamma!r}")
-            if not (isinstance(self.scale, Default) or math.isclose(self.scale, gamma - 1.0, abs_tol=1e-9)):
-                raise ValueError(f"{owner} takes scale or gamma, which is scale + 1, got {self.scale!r} and {gamma!r}")
-            if isinstance(self.scale, Default):
-                object.__setattr__(self, "scale", float(gamma) - 1.0)
-        if isinstance(self.scale, Default):
-            object.__setattr__(self, "scale", float(self.scale))
         if not (is_number(self.scale) and math.isfinite(self.scale)):
             raise ValueError(f"{owner}.scale must be a finite number, got {self.scale!r}")
         if not (is_number(self.start) and is_number(self.stop) and 0.0 <= self.start < self.stop <= 1.0):

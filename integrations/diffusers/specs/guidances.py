@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from segkern.core.coarse_queries import check_query_stride
 from segkern.core.dispatch import check_backend
 from segkern.core.gaussian import check_boundary
-from segkern.integrations.diffusers.specs.base import AttentionSpec, Default, DefaultLayers, Layers, Spec
+from segkern.integrations.diffusers.specs.base import AttentionSpec, DefaultLayers, Layers, Spec
 from segkern.integrations.diffusers.specs.schedules import Schedule, is_number
 from segkern.integrations.diffusers.specs.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
 
@@ -65,7 +65,6 @@ class SEG(AttentionSpec):
             ``stop``; or a function from the fraction of the run done to a factor. Where that is 0 a step is plain.
         blend: 1 is attention with blurred queries; less mixes the layer's output with that of its own attention,
             ``blend * blurred + (1 - blend) * own``. 0 turns the guidance off.
-        gamma: the method's own name for the strength, ``scale + 1``; instead of ``scale``, as an argument only.
 
     Raises:
         ValueError: when a value does not fit; the message quotes it.
@@ -75,11 +74,11 @@ class SEG(AttentionSpec):
     Example:
         >>> SEG(sigma=4.0, layers=["mid", "u0-5"], stop=0.6).active(fraction=0.7)
         False
-        >>> SEG(gamma=4.0, schedule="linear").strength(fraction=0.5)
+        >>> SEG(schedule="linear").strength(fraction=0.5)
         1.5
     """
 
-    scale: float = Default(3.0)
+    scale: float = 3.0
     sigma: GivenSigmas | Mapping[str, GivenSigmas] = math.inf
     layers: Layers = _DEFAULT_LAYERS
     start: float = 0.0
@@ -90,10 +89,9 @@ class SEG(AttentionSpec):
     reuse: int = 1
     schedule: Schedule = "constant"
     blend: float = 1.0
-    gamma: InitVar[float | None] = None
 
-    def __post_init__(self, gamma: float | None) -> None:
-        self._check_common(gamma)
+    def __post_init__(self) -> None:
+        self._check_common()
         sigma = checked_sigma("SEG", self.sigma)
         object.__setattr__(self, "sigma", sigma)
         if isinstance(self.layers, (DefaultLayers, _LayersOfSigma)):
@@ -128,7 +126,6 @@ class PAG(AttentionSpec):
         reuse: as :class:`SEG` takes it.
         schedule: as :class:`SEG` takes it; multiplies what ``adaptive_scale`` left.
         blend: 1 is identity attention; less mixes in the layer's own, 0 turns the guidance off.
-        gamma: ``scale + 1``, instead of ``scale``.
 
     Raises:
         ValueError: when a value does not fit; the message quotes it.
@@ -140,7 +137,7 @@ class PAG(AttentionSpec):
         0.5
     """
 
-    scale: float = Default(3.0)
+    scale: float = 3.0
     layers: Layers = _DEFAULT_LAYERS
     start: float = 0.0
     stop: float = 1.0
@@ -148,10 +145,9 @@ class PAG(AttentionSpec):
     reuse: int = 1
     schedule: Schedule = "constant"
     blend: float = 1.0
-    gamma: InitVar[float | None] = None
 
-    def __post_init__(self, gamma: float | None) -> None:
-        self._check_common(gamma)
+    def __post_init__(self) -> None:
+        self._check_common()
         self._check_attention()
         if not (is_number(self.adaptive_scale) and 0.0 <= self.adaptive_scale < math.inf):
             raise ValueError(f"PAG.adaptive_scale must be 0 or a positive number, got {self.adaptive_scale!r}")
@@ -189,7 +185,6 @@ class SAG(Spec):
         kernel_size: taps of that blur, odd.
         reuse: as :class:`SEG` takes it.
         schedule: as :class:`SEG` takes it.
-        gamma: ``scale + 1``, instead of ``scale``.
 
     Raises:
         ValueError: when a value does not fit; the message quotes it.
@@ -201,7 +196,7 @@ class SAG(Spec):
         True
     """
 
-    scale: float = Default(0.75)
+    scale: float = 0.75
     layer: str = "m0"
     start: float = 0.0
     stop: float = 1.0
@@ -210,10 +205,9 @@ class SAG(Spec):
     kernel_size: int = 9
     reuse: int = 1
     schedule: Schedule = "constant"
-    gamma: InitVar[float | None] = None
 
-    def __post_init__(self, gamma: float | None) -> None:
-        self._check_common(gamma)
+    def __post_init__(self) -> None:
+        self._check_common()
         if not isinstance(self.layer, str):
             raise ValueError(f"SAG.layer must be the name of one layer, such as 'm0', got {self.layer!r}")
         if not (is_number(self.threshold) and math.isfinite(self.threshold)):
@@ -244,7 +238,6 @@ class CFG(Spec):
         stop: fraction of the run's steps from which it no longer acts.
         reuse: as :class:`SEG` takes it.
         schedule: as :class:`SEG` takes it.
-        gamma: ``scale + 1``, which is the usual ``guidance_scale``; instead of ``scale``.
 
     Raises:
         ValueError: when a value does not fit; the message quotes it.
@@ -252,11 +245,11 @@ class CFG(Spec):
     Source: classifier-free guidance (arXiv 2207.12598), equation 6.
 
     Example:
-        >>> CFG(gamma=5.0, negative_prompt="blurry").scale
+        >>> CFG(scale=4.0, negative_prompt="blurry").strength(fraction=0.5)
         4.0
     """
 
-    scale: float = Default(4.0)
+    scale: float = 4.0
     negative_prompt: str = ""
     negative_prompt_embeds: torch.Tensor | None = field(default=None, repr=False)
     negative_pooled_prompt_embeds: torch.Tensor | None = field(default=None, repr=False)
@@ -264,10 +257,9 @@ class CFG(Spec):
     stop: float = 1.0
     reuse: int = 1
     schedule: Schedule = "constant"
-    gamma: InitVar[float | None] = None
 
-    def __post_init__(self, gamma: float | None) -> None:
-        self._check_common(gamma)
+    def __post_init__(self) -> None:
+        self._check_common()
         if not isinstance(self.negative_prompt, str):
             raise ValueError(f"CFG.negative_prompt must be a text, got {self.negative_prompt!r}")
         for name, dims in (("negative_prompt_embeds", 3), ("negative_pooled_prompt_embeds", 2)):
