@@ -17,6 +17,7 @@ from segkern.generation import loading
 from segkern.generation.drawing import Job, calls_of, describe, draw_all
 from segkern.generation.options import listed
 from segkern.generation.pictures import check_target, save
+from segkern.generation.sizes import image_size
 from segkern.generation.tables import wide
 
 SIGMAS = "0.5,1,2,4,8,16,inf"
@@ -61,9 +62,9 @@ def energy(
     with refusing():
         _steps(at, sys.maxsize)  # words; whether the run has such steps only its scheduler knows
         source = loading.find_model(model, config)
-        outline = loading.outline(source)
-        size = loading.image_size(outline, width, height)
-        available = list_layers(outline)
+        description = loading.describe_unet_pipeline(source)
+        size = image_size(description, width, height)
+        available = list_layers(description)
         count = len(available if names is None else select_layers(available, names))
         files = (_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS, *plots.map_files(count))
         for name in files:

@@ -14,6 +14,7 @@ from segkern.generation.drawing import Job, Specs, check_layers, describe, draw_
 from segkern.generation.guidance_options import names_of, refuse_blur, scales_of, specs_of
 from segkern.generation.options import listed, stride
 from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, save
+from segkern.generation.sizes import image_size
 from segkern.generation.tables import wide
 
 
@@ -105,9 +106,9 @@ def generate(
         blur = {"boundary": boundary, "backend": backend, "query_stride": rows}
         sets = [specs_of(chosen, scales, names, common, blur | {"sigma": value}) for value in values]
         source = loading.find_model(model, config)
-        outline = loading.outline(source)
-        size = loading.image_size(outline, width, height)
-        check_layers(outline, sets[0], where, kind)
+        description = loading.describe_unet_pipeline(source)
+        size = image_size(description, width, height)
+        check_layers(description, sets[0], where, kind)
         pipe = loading.load_pipeline(source, kind, where)
         guide(pipe, *sets[0]).remove()  # refuses pipelines that cannot be guided
     job = Job(prompt or "", negative_prompt, *size, seed, steps, guidance_scale)

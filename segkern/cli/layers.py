@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from segkern.cli.terminal import Config, Height, Model, Width, need_diffusers, refusing
-from segkern.generation import loading, outlines
+from segkern.generation import loading
+from segkern.generation.sizes import image_size, video_frames
 from segkern.generation.tables import percent, wide
 
 
@@ -34,16 +35,16 @@ def layers(
 
     with refusing():
         source = loading.find_model(model, config)
-        outline = outlines.outline(source)
-        size = outlines.image_size(outline, width, height)
-        pictures = outlines.video_frames(outline, frames)
-        found = list_layers(outline, size[1], size[0], pictures)
+        pipe = loading.describe_pipeline(source)
+        size = image_size(pipe, width, height)
+        frames_drawn = video_frames(pipe, frames)
+        available = list_layers(pipe, size[1], size[0], frames_drawn)
     try:
-        shares, unknown = flop_shares(outline, size[1], size[0], pictures) or {}, "its other inputs are not known"
+        shares, unknown = flop_shares(pipe, size[1], size[0], frames_drawn) or {}, "its other inputs are not known"
     except RuntimeError as error:
         shares, unknown = {}, f"a forward at this size fails ({str(error).splitlines()[0]})"
-    of_unet = any(layer.comfyui for layer in found)
-    video = "" if pictures is None else f", {pictures} frames"
+    of_unet = any(layer.comfyui for layer in available)
+    video = "" if frames_drawn is None else f", {frames_drawn} frames"
     table = Table(
         "layer",
         "part",
@@ -55,7 +56,7 @@ def layers(
         "module",
         title=f"{source.name}, {size[0]} x {size[1]}{video}",
     )
-    for layer in found:
+    for layer in available:
         grid = f"{layer.grid.height}x{layer.grid.width}" if layer.grid else "?"
         if layer.grid and layer.grid.frames > 1:
             grid = f"{layer.grid.frames}x{grid}"
@@ -65,8 +66,8 @@ def layers(
     wide(table).print(table)
     if not shares:
         typer.echo(f"FLOPs of this denoiser cannot be counted: {unknown}")
-    names, advice = default_layers_of(outline)
-    chosen = select_layers(found, names)
+    names, advice = default_layers_of(pipe)
+    chosen = select_layers(available, names)
     share = f", {percent(sum(shares[layer.module] for layer in chosen))} of the FLOPs" if shares else ""
     count = f"{len(chosen)} layer{'s' if len(chosen) > 1 else ''}"
     typer.echo(f"where no layers are named, SEG and PAG act in {names} ({count}{share}); {advice}")

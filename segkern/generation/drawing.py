@@ -17,7 +17,7 @@ from rich.table import Table
 
 from segkern.core.dispatch import choose_backend
 from segkern.core.environment import version_of
-from segkern.generation.loading import Outline, Source
+from segkern.generation.loading import Source
 from segkern.generation.tables import percent
 from segkern.version import __version__
 
@@ -69,7 +69,7 @@ class Drawn:
     seconds: float
 
 
-def check_layers(outline: Outline, specs: Specs, device: torch.device, dtype: torch.dtype) -> None:
+def check_layers(pipe: Any, specs: Specs, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what can be refused before weights are loaded.
 
     Raises:
@@ -80,7 +80,7 @@ def check_layers(outline: Outline, specs: Specs, device: torch.device, dtype: to
 
     for spec in specs:
         if isinstance(spec, AttentionSpec):
-            for layer in select_layers(list_layers(outline), spec.layer_names):
+            for layer in select_layers(list_layers(pipe), spec.layer_names):
                 choose_backend(device, dtype, layer.head_dim, spec.backend or "auto")
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a user names (``demo``, a folder, a hub name, a single file) to a pipeline on a device."""
+"""Find and load the pipeline that a user names: ``demo``, a folder, a hub name or a single file."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import re
 from dataclasses import dataclass
@@ -45,19 +46,6 @@ class Source:
     config: str
 
 
-@dataclass(frozen=True)
-class Outline:
-    """What is known of a pipeline without its weights; ``list_layers`` takes it like a pipeline.
-
-    Attributes:
-        unet: the denoiser, on PyTorch's meta device.
-        vae_scale_factor: pixels per latent, along each side.
-    """
-
-    unet: Any
-    vae_scale_factor: int
-
-
 def missing_packages(*others: str) -> list[str]:
     """The packages that loading a pipeline needs, and others, that are not installed."""
     needed = ("diffusers", "transformers", "accelerate", "safetensors", *others)
@@ -83,13 +71,13 @@ def find_model(model: str, config: str | None = None) -> Source:
         _check_single_file(path)
         return Source(path.name, "file", str(path), _find_config(config))
     if config is not None:
-        raise ValueError(f"--config describes a single .safetensors file, and {model!r} is not a file")
+        raise ValueError(f"config {config!r} describes a single .safetensors file, and {model!r} is not a file")
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ValueError(f"folder {model!r} holds no model_index.json, so it is no diffusers checkpoint")
         return Source("demo" if model == "demo" else path.resolve().name, "folder", str(path), str(path))
     if model == "demo":
-        raise ValueError("the demo checkpoint is not installed; python -m training makes it")
+        raise ValueError("the demo checkpoint is not installed; python -m studies.training makes it")
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin") or not _HUB_NAME.fullmatch(model):
         raise ValueError(
             f"there is no file or folder {model!r}; a model is 'demo', a checkpoint folder, a .safetensors file, "
@@ -118,56 +106,73 @@ def load_pipeline(source: Source, dtype: torch.dtype, device: torch.device) -> A
     return pipe.to(device)
 
 
-def outline(source: Source) -> Outline:
-    """The denoiser without weights and the autoencoder's scale factor, from configuration files alone.
+def describe_pipeline(source: Source) -> Any:
+    """The pipeline without weights, from configuration files alone: denoiser and autoencoder on PyTorch's meta device.
+
+    Its other parts are None; ``list_layers`` takes it like a loaded one.
 
     Raises:
-        OSError: when they are missing or cannot be fetched.
-        ValueError: when the model has no ``UNet2DConditionModel``.
+        OSError: when configuration files are missing or cannot be fetched.
+        ValueError: when diffusers does not have a class that they name.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import DiffusionPipeline
 
     try:
-        config = UNet2DConditionModel.load_config(source.config, subfolder="unet")
+        index = DiffusionPipeline.load_config(source.config)
+        if not any(_class_name(index, name) for name in ("unet", "transformer")):
+            raise OSError("model_index.json names no unet and no transformer")
+        pipeline_class = _diffusers_class(source, index["_class_name"])
+        parameters = inspect.signature(pipeline_class.__init__).parameters
+        parts: dict[str, Any] = {
+            name: None for name in list(parameters)[1:] if parameters[name].default is inspect.Parameter.empty
+        }
+        for name in ("unet", "transformer", "vae"):
+            class_name = _class_name(index, name)
+            if name in parameters and class_name is not None:
+                model_class = _diffusers_class(source, class_name)
+                config = model_class.load_config(source.config, subfolder=name)
+                with torch.device("meta"):
+                    parts[name] = model_class.from_config(config)
     except OSError as error:
-        if (Path(source.config) / "transformer").is_dir():
-            raise ValueError(
-                f"{source.name!r} has a transformer and no UNet2DConditionModel, which this command needs; "
-                f"segkern layers and, in Python, guide take it"
-            ) from None
         remote = not Path(source.config).is_dir()
         advice = "; a hub name needs a connection, or a copy in the cache" if remote else ""
         raise OSError(f"no denoiser's configuration found in {source.config!r}{advice} ({error})") from error
-    if config.get("_class_name") != "UNet2DConditionModel":
-        raise ValueError(f"the unet of {source.name!r} is a {config.get('_class_name')}, not a UNet2DConditionModel")
-    vae = AutoencoderKL.load_config(source.config, subfolder="vae")
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-    return Outline(unet, 2 ** (len(vae["block_out_channels"]) - 1))
+    if "requires_safety_checker" in parameters:
+        parts["requires_safety_checker"] = False
+    return pipeline_class(**parts)
 
 
-def image_size(pipe: Any, width: int | None, height: int | None) -> tuple[int, int]:
-    """Width and height in pixels: the ones asked for, else the model's own.
-
-    Args:
-        pipe: a pipeline, or its outline.
-        width: asked for.
-        height: asked for.
+def describe_unet_pipeline(source: Source) -> Any:
+    """The same of a pipeline around a ``UNet2DConditionModel``, the only ones that the command line draws with.
 
     Raises:
-        ValueError: for a size that the pipeline cannot draw; the message quotes it.
+        OSError: as :func:`describe_pipeline`.
+        ValueError: as :func:`describe_pipeline`, and for a pipeline around another denoiser.
     """
-    own = pipe.unet.config.sample_size
-    if own is None:
-        own = 64
-    own_height, own_width = (own, own) if isinstance(own, int) else own
-    factor = pipe.vae_scale_factor
-    multiple = max(8, factor)  # diffusers takes no other size
-    for name, value in (("width", width), ("height", height)):
-        if value is not None and (value <= 0 or value % multiple):
-            below = max(multiple, value // multiple * multiple)
-            raise ValueError(f"--{name} must be a positive multiple of {multiple}, such as {below}, got {value}")
-    return width or own_width * factor, height or own_height * factor
+    from diffusers import UNet2DConditionModel
+
+    pipe = describe_pipeline(source)
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if not isinstance(denoiser, UNet2DConditionModel):
+        raise ValueError(
+            f"the denoiser of {source.name!r} is a {type(denoiser).__name__}, and this command needs a "
+            f"UNet2DConditionModel; segkern layers and, in Python, guide take others too"
+        )
+    return pipe
+
+
+def _class_name(index: dict[str, Any], part: str) -> str | None:
+    """The class of a component, as ``model_index.json`` names it."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, (list, tuple)) else None
+
+
+def _diffusers_class(source: Source, name: str) -> Any:
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        raise ValueError(f"{source.name!r} has a {name}, which diffusers {diffusers.__version__} does not have")
+    return getattr(diffusers, name)
 
 
 def find_device(name: str) -> torch.device:
@@ -183,7 +188,7 @@ def find_device(name: str) -> torch.device:
         torch.empty(1, device=device).cpu()  # also what only pretends to be a device fails here
     except (RuntimeError, AssertionError, NotImplementedError):
         fit = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ValueError(f"--device {name!r} cannot be used here; {', '.join(fit)} can") from None
+        raise ValueError(f"device {name!r} cannot be used here; {', '.join(fit)} can") from None
     return device
 
 
@@ -196,7 +201,7 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise ValueError(f"--dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
 
 
@@ -220,13 +225,13 @@ def _find_config(config: str | None) -> str:
     path = Path(config).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ValueError(f"--config folder {config!r} holds no model_index.json")
+            raise ValueError(f"config folder {config!r} holds no model_index.json")
         name = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
         if name != "StableDiffusionXLPipeline":
-            raise ValueError(f"--config {config!r} describes a {name}; single files are loaded as SDXL only")
+            raise ValueError(f"config {config!r} describes a {name}; single files are loaded as SDXL only")
         return str(path)
     if path.exists() or not _HUB_NAME.fullmatch(config):
-        raise ValueError(f"--config must be a checkpoint folder or a hub name, got {config!r}")
+        raise ValueError(f"config must be a checkpoint folder or a hub name, got {config!r}")
     return config
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from segkern.generation import loading
+from segkern.generation.sizes import image_size
 
 # Width and height of the sizes that Stable Diffusion XL was trained for, of which its own is the first.
 _BUCKETS = (
@@ -52,15 +52,15 @@ def position_of(sigma: float) -> int:
     return min(max(place, 0), LAST - 1)
 
 
-def sizes(outline: Any) -> list[tuple[int, int]]:
+def sizes(pipe: Any) -> list[tuple[int, int]]:
     """Width and height in pixels: the model's own first, then about as many pixels in the shapes of SDXL's buckets.
 
     Args:
-        outline: a pipeline, or its outline.
+        pipe: with or without weights.
     """
-    own = loading.image_size(outline, None, None)
+    own = image_size(pipe, None, None)
     side = math.sqrt(own[0] * own[1])
-    multiple = max(8, outline.vae_scale_factor)
+    multiple = max(8, pipe.vae_scale_factor)
     unit = max(1, round(side * _BUCKET_STEP / _BUCKETS[0][0] / multiple)) * multiple
     found = [own]
     for bucket in _BUCKETS:
@@ -80,11 +80,11 @@ def named(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def layers(outline: Any) -> list[tuple[str, str]]:
+def layers(pipe: Any) -> list[tuple[str, str]]:
     """What to show and what it stands for: the model's parts, then every layer."""
     from segkern.integrations.diffusers import list_layers
 
-    found = list_layers(outline)
+    found = list_layers(pipe)
     parts: dict[str, list[str]] = {}
     for layer in found:
         parts.setdefault(layer.part, []).append(layer.name)
@@ -95,9 +95,9 @@ def layers(outline: Any) -> list[tuple[str, str]]:
     return [*shown, *((layer.name, layer.name) for layer in found)]
 
 
-def usual_layers(outline: Any) -> list[str]:
+def usual_layers(pipe: Any) -> list[str]:
     """Where guidance acts unless somebody says otherwise: the middle as in the paper, all parts where there is none."""
     from segkern.integrations.diffusers.models.names import PARTS
 
-    parts = [name for _, name in layers(outline) if name in PARTS]
+    parts = [name for _, name in layers(pipe) if name in PARTS]
     return ["mid"] if "mid" in parts else parts

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segkern.generation import loading
 from segkern.generation.drawing import Job, Specs, check_layers
 from segkern.generation.guidance_options import names_of, scales_of, specs_of
+from segkern.generation.sizes import image_size
 
 if TYPE_CHECKING:
-    from segkern.generation.loading import Outline
+    pass
 
 _LARGEST_SEED = 2**32 - 1
 _MOST_STEPS = 1000  # the noise levels that models are trained with; the scheduler's tables grow with the number
@@ -84,12 +84,12 @@ class Settings:
     unshared: bool
 
 
-def read(form: Form, outline: Outline, device: torch.device, dtype: torch.dtype) -> Settings:
+def read(form: Form, pipe: Any, device: torch.device, dtype: torch.dtype) -> Settings:
     """Check every field.
 
     Args:
         form: the fields.
-        outline: of the model that draws.
+        pipe: that draws, with or without weights.
         device: that it is on.
         dtype: of its weights.
 
@@ -101,8 +101,8 @@ def read(form: Form, outline: Outline, device: torch.device, dtype: torch.dtype)
     seed = _whole("seed", form.seed, 0, _LARGEST_SEED)
     steps = _whole("steps", form.steps, 1, _MOST_STEPS)
     width, height = _size(form.size)
-    size = loading.image_size(outline, width, height)
-    own_width, own_height = loading.image_size(outline, None, None)
+    size = image_size(pipe, width, height)
+    own_width, own_height = image_size(pipe, None, None)
     if width * height > _LARGEST * own_width * own_height:
         raise ValueError(
             f"size {width} x {height} is more than {_LARGEST} times the model's own {own_width} x {own_height}; "
@@ -123,9 +123,9 @@ def read(form: Form, outline: Outline, device: torch.device, dtype: torch.dtype)
     blur = {"sigma": number("sigma", form.sigma)} if "seg" in names else {}
     common = {"start": number("from", form.start), "stop": number("until", form.stop)}
     specs = specs_of(names, scales_of(names, {**dict.fromkeys(given), **scales}), chosen, common, blur)
-    check_layers(outline, specs, device, dtype)
+    check_layers(pipe, specs, device, dtype)
     where = [*chosen, *(spec.layer for spec in specs if hasattr(spec, "layer"))]
-    guided = select_layers(list_layers(outline), where)
+    guided = select_layers(list_layers(pipe), where)
     return Settings(job, specs, tuple(layer.name for layer in guided) if form.energy else (), bool(form.unshared))
 
 

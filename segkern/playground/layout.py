@@ -135,8 +135,8 @@ def _guidance(described: Described) -> dict[str, Any]:
         pag = _number("3", "PAG: scale", "How strong.", visible=False)
         sag = _number("0.75", "SAG: scale", "How strong.", visible=False)
     layers = gr.Dropdown(
-        choices.layers(described.outline),
-        value=choices.usual_layers(described.outline),
+        choices.layers(described.pipe),
+        value=choices.usual_layers(described.pipe),
         multiselect=True,
         allow_custom_value=True,
         label="Layers of SEG and PAG",
@@ -151,7 +151,7 @@ def _guidance(described: Described) -> dict[str, Any]:
 
 
 def _size_and_noise(described: Described) -> dict[str, Any]:
-    sizes = [choices.named(each) for each in choices.sizes(described.outline)]
+    sizes = [choices.named(each) for each in choices.sizes(described.pipe)]
     with gr.Row():
         size = gr.Dropdown(
             sizes,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from segkern.generation import loading
-from segkern.generation.loading import Outline, Source
+from segkern.generation.loading import Source
 
 KEPT = 2  # so that going back to the model before loads nothing
 
@@ -35,11 +35,11 @@ class Described:
 
     Attributes:
         source: where it is.
-        outline: its denoiser without weights.
+        pipe: the pipeline without weights.
     """
 
     source: Source
-    outline: Outline
+    pipe: Any
 
 
 class Models:
@@ -68,7 +68,7 @@ class Models:
         found = self._described.get(named)
         if found is None:
             source = loading.find_model(named.model, named.config or None)
-            found = self._described[named] = Described(source, loading.outline(source))
+            found = self._described[named] = Described(source, loading.describe_unet_pipeline(source))
         return found
 
     def load(self, named: Named) -> Any:

@@ -110,7 +110,7 @@ class Playground:
                     f"the model {model.strip()!r} is not loaded yet: press Load, or Draw with {named.model!r}"
                 )
             described = self._models.describe(named)
-            settings = read(Form(*values), described.outline, self._models.device, self._models.dtype)
+            settings = read(Form(*values), described.pipe, self._models.device, self._models.dtype)
         except (ValueError, OSError) as error:
             return [gr.skip(), refused(words(error)), gr.skip(), gr.skip()]
         ticket, owner = secrets.token_hex(8), request.session_hash or ""
@@ -203,13 +203,13 @@ class Playground:
         except Exception as error:  # whatever diffusers meets in a configuration
             said = f"{named.model!r} cannot be loaded: {type(error).__name__} {words(error)}"
             return [gr.skip(), refused(said), gr.skip(), gr.skip(), gr.skip()]
-        offered = [choices.named(size) for size in choices.sizes(described.outline)]
+        offered = [choices.named(size) for size in choices.sizes(described.pipe)]
         examples = layout.example_prompts(described)
         return [
             named,
             told(f"{named.model} is loaded."),
             gr.update(choices=offered, value=offered[0]),
-            gr.update(choices=choices.layers(described.outline), value=choices.usual_layers(described.outline)),
+            gr.update(choices=choices.layers(described.pipe), value=choices.usual_layers(described.pipe)),
             gr.update(samples=examples, visible=bool(examples)),
         ]
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from segkern.core.environment import environment
-from segkern.generation.loading import Source, load_pipeline, outline
+from segkern.generation.loading import Source, describe_unet_pipeline, load_pipeline
 from segkern.generation.options import listed
 from studies.evaluation import report
 from studies.evaluation.judge import load_judge
@@ -76,7 +76,7 @@ def prepare(
     """
     from segkern.integrations.diffusers.models.layers import list_layers, select_layers
 
-    select_layers(list_layers(outline(source)), wanted.layers.split(","))
+    select_layers(list_layers(describe_unet_pipeline(source)), wanted.layers.split(","))
     check_images(images)
     out.mkdir(parents=True, exist_ok=True)
     judge = load_judge().to(device)

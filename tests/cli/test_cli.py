@@ -236,7 +236,7 @@ def test_demo_shows_the_committed_evaluation(tmp_path: Path) -> None:
         (("--out", "a.docx"), ["'.docx'", ".png"]),
         (("--out", "a"), ["no suffix", ".png"]),
         (("--out", "no/such/a.png"), ["no/such/a.png", "does not exist"]),
-        (("--config", "demo"), ["--config", "'demo' is not a file"]),
+        (("--config", "demo"), ["config 'demo'", "'demo' is not a file"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -111,7 +111,7 @@ def test_files_are_not_replaced_unasked(folder: Path, tmp_path: Path) -> None:
         (("--at", "soon"), ["--at", "'soon'"]),
         (("--at", "3"), ["--at 3", "run of 3"]),
         (("--boundary", "zero"), ["'zero'"]),
-        (("--width", "63"), ["--width", "63"]),
+        (("--width", "63"), ["width", "63"]),
         (("--dtype", "fp8"), ["'fp8'"]),
         (("--device", "abacus"), ["'abacus'"]),
     ],

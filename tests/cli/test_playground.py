@@ -17,6 +17,7 @@ import torch
 from segkern.generation import loading
 from segkern.generation.drawing import Job, describe, draw
 from segkern.generation.pictures import difference
+from segkern.generation.sizes import image_size
 from segkern.integrations.diffusers import PAG, SAG, SEG, list_layers
 from segkern.playground import choices
 from segkern.playground.form import Form, Settings, read, words
@@ -56,7 +57,7 @@ def models() -> Models:
 
 
 def settings(models: Models, **fields: Any) -> Settings:
-    return read(replace(FORM, **fields), models.describe(DEMO).outline, CPU, torch.float32)
+    return read(replace(FORM, **fields), models.describe(DEMO).pipe, CPU, torch.float32)
 
 
 def ignore(*told: Any) -> None:
@@ -91,32 +92,32 @@ def test_slider_is_logarithmic_and_ends_at_infinity() -> None:
     assert choices.position_of(1e9) == choices.LAST - 1
 
 
-def outline_of(sample_size: int | tuple[int, int], factor: int) -> Any:
+def pipe_of(sample_size: int | tuple[int, int], factor: int) -> Any:
     unet = SimpleNamespace(config=SimpleNamespace(sample_size=sample_size))
     return SimpleNamespace(unet=unet, vae_scale_factor=factor)
 
 
 def test_sizes_of_sdxl_are_its_buckets() -> None:
-    found = choices.sizes(outline_of(128, 8))
+    found = choices.sizes(pipe_of(128, 8))
     assert found[:3] == [(1024, 1024), (1152, 896), (896, 1152)]
     assert {(1216, 832), (832, 1216), (1344, 768), (1536, 640), (640, 1536)} < set(found)
 
 
 @pytest.mark.parametrize("sample_size, factor", [(16, 4), (64, 8), (96, 8), ((8, 12), 8)], ids=str)
 def test_sizes_of_other_models_have_about_the_same_shapes(sample_size: Any, factor: int) -> None:
-    outline = outline_of(sample_size, factor)
-    found = choices.sizes(outline)
-    own = loading.image_size(outline, None, None)
+    pipe = pipe_of(sample_size, factor)
+    found = choices.sizes(pipe)
+    own = image_size(pipe, None, None)
     assert found[0] == own
     assert len(set(found)) == len(found) >= 5
     for width, height in found:
-        assert loading.image_size(outline, width, height) == (width, height)
+        assert image_size(pipe, width, height) == (width, height)
         assert 0.6 < width * height / (own[0] * own[1]) < 1.25
         assert 0.35 < width / height < 2.8
 
 
 def test_layers_are_those_of_the_model(models: Models) -> None:
-    offered = [value for _, value in choices.layers(models.describe(DEMO).outline)]
+    offered = [value for _, value in choices.layers(models.describe(DEMO).pipe)]
     assert offered == ["down", "mid", "up", *(layer.name for layer in list_layers(models.load(DEMO)))]
 
 
@@ -317,7 +318,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return f"pipeline of {source.name}"
 
     monkeypatch.setattr(loading, "load_pipeline", load)
-    monkeypatch.setattr(loading, "outline", lambda source: SimpleNamespace(source=source))
+    monkeypatch.setattr(loading, "describe_unet_pipeline", lambda source: SimpleNamespace(source=source))
     return loaded
 
 

@@ -6,11 +6,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import socket
-from pathlib import Path
 
 import pytest
 
-from segkern.generation import loading
 from tests.cli.cli_tools import done, refusal
 
 
@@ -35,7 +33,7 @@ def test_a_port_in_use_is_one_line() -> None:
         (("--device", "toaster"), "'toaster'"),
         (("--dtype", "int8"), "'int8'"),
         (("--host", "no such host"), "'no such host'"),
-        (("--config", "demo"), "--config"),
+        (("--config", "demo"), "config 'demo'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -47,15 +45,3 @@ def test_missing_gradio_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else found(name))
     assert refusal("ui") == 'segkern: gradio is not installed; pip install "segkern[ui]"\n'
-
-
-def test_only_the_page_imports_gradio_and_only_the_command_the_page() -> None:
-    package = Path(loading.__file__).parent
-    texts = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
-    assert {name for name, text in texts.items() if "gradio as" in text} == {
-        "playground/layout.py",
-        "playground/page.py",
-    }
-    users = {name for name, text in texts.items() if "playground.page" in text or "import choices, layout" in text}
-    assert users == {"ui_command.py", "playground/page.py"}
-    assert not [line for line in texts["ui_command.py"].splitlines() if line.startswith("from segkern.playground")]

@@ -120,9 +120,9 @@ def test_the_command_says_which_advice_it_follows(tmp_path: Path) -> None:
 
 def test_sizes_and_models_that_the_command_refuses(tmp_path: Path) -> None:
     MODELS["sd3"].build().save_pretrained(tmp_path)
-    assert "--width must be a positive multiple of 16, such as 48, got 50" in refusal("layers", tmp_path, "--width", 50)
-    assert "has a transformer and no UNet2DConditionModel" in refusal("generate", tmp_path, "a red fox")
-    assert "--frames needs a pipeline for videos" in refusal("layers", tmp_path, "--frames", 5)
+    assert "width must be a positive multiple of 16, such as 48, got 50" in refusal("layers", tmp_path, "--width", 50)
+    assert "is a SD3Transformer2DModel, and this command needs a UNet" in refusal("generate", tmp_path, "a red fox")
+    assert "frames are of pipelines for videos, got 5" in refusal("layers", tmp_path, "--frames", 5)
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace("SD3Transformer2DModel", "NoTransformer"))
     assert "has a NoTransformer, which diffusers" in refusal("layers", tmp_path)
