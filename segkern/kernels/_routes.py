@@ -19,8 +19,8 @@ import torch
 from segkern.core.bounded_cache import kept
 from segkern.core.gaussian import blur_reach
 from segkern.grid import Grid
+from segkern.kernels._blur_matrices import OUTSIDE, PLAIN, BlurMatrices, blur_matrices, index_tensor
 from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, measured, multiprocessors
-from segkern.kernels._tables import OUTSIDE, PLAIN, BlurTables, blur_tables, index_tensor
 
 HERE, BEFORE = 1, 2
 
@@ -116,7 +116,7 @@ class Route:
     rest: tuple[int, ...]
     few: bool
     before: tuple[int, ...]
-    tables: BlurTables | None
+    tables: BlurMatrices | None
 
 
 @kept(most=1024)
@@ -167,10 +167,10 @@ def attention_route(
         sizes = heads, head_dim, dtype.itemsize, tile.block_m
         blur = choose_blur(architecture(device), grid, wanted, boundary, *sizes)
     if blur == HERE:
-        tables = blur_tables(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, outside=True)
+        tables = blur_matrices(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, outside=True)
         return Route(uniform, rest, False, (), tables)
     # Only the codes of samples are needed.
-    tables = blur_tables(rest, (0.0,) * len(rest), *axes, boundary, device, outside=True)
+    tables = blur_matrices(rest, (0.0,) * len(rest), *axes, boundary, device, outside=True)
     places = {i: place for place, i in enumerate(blurred)}
     codes = tuple(places.get(i, OUTSIDE if i in only_outside else PLAIN) for i in rest)
     tables = replace(tables, tables=index_tensor(codes, device))

@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 
 from segkern.grid import Grid
+from segkern.kernels._blur_matrices import index_tensor
 from segkern.kernels._configs import key_splits, multiprocessors, scores_tile
 from segkern.kernels._launch import launching, strides_are_wide, tile_constants
 from segkern.kernels._primitives import LN2, LOG2E, load_tile, multiply_tiles
-from segkern.kernels._tables import index_tensor
 from segkern.kernels.gaussian_blur import blurred_image
 from segkern.kernels.split_attention import mean_query
 

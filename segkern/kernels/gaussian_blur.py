@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 
 from segkern.grid import Grid
+from segkern.kernels._blur_matrices import blur_matrices, consecutive
 from segkern.kernels._blur_tiles import blur_block
 from segkern.kernels._configs import Options, blur_precision
 from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide
 from segkern.kernels._primitives import load_tile, store_tile
-from segkern.kernels._tables import blur_tables, consecutive
 
 BLOCK_I = 32
 BLOCK_J = 32
@@ -123,7 +123,7 @@ def launch_gaussian_blur(
     if x.numel() == 0:
         return
     batch, heads, tokens, head_dim = x.shape
-    tables = blur_tables(tuple(range(batch)), sigmas, grid.height, grid.width, boundary, x.device, adjoint)
+    tables = blur_matrices(tuple(range(batch)), sigmas, grid.height, grid.width, boundary, x.device, adjoint)
     for outside in (slice(0, grid.start), slice(grid.stop, tokens)):
         if outside.start < outside.stop:
             out[:, :, outside] = x[:, :, outside]

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from segkern.grid import Grid
+from segkern.kernels._blur_matrices import consecutive, index_tensor
 from segkern.kernels._configs import (
     Options,
     key_splits,
@@ -36,7 +37,6 @@ from segkern.kernels._configs import (
 from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide, tile_constants
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, attend_keys, load_tile, store_tile
-from segkern.kernels._tables import consecutive, index_tensor
 
 _EXPANDED_TOKENS = 32  # tokens a program of the second kernel writes where a row stands for many
 COMBINE_OPTIONS = Options(num_warps=4, num_stages=1)

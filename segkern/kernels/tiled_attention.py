@@ -29,13 +29,13 @@ import triton
 import triton.language as tl
 
 from segkern.grid import Grid
+from segkern.kernels._blur_matrices import OUTSIDE, BlurMatrices
 from segkern.kernels._blur_tiles import query_tile
 from segkern.kernels._configs import Tile, attention_tile, blur_precision, dot_precision, split_head_dim
 from segkern.kernels._launch import can_be_described, compile_options, launching, scratch_memory, strides_are_wide
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, LOG2E, attend_keys, store_tile
 from segkern.kernels._routes import BEFORE, HERE, Route
-from segkern.kernels._tables import OUTSIDE, BlurTables
 from segkern.kernels.gaussian_blur import blurred_image
 
 _OUTSIDE = tl.constexpr(OUTSIDE)
@@ -212,7 +212,7 @@ def launch_tiled_attention(
     grid: Grid,
     sigmas: tuple[float, ...],
     route: Route,
-    tables: BlurTables,
+    tables: BlurMatrices,
     scale: float,
     attn_mask: torch.Tensor | None,
     boundary: str,

@@ -20,7 +20,7 @@ from segkern.core.bounded_cache import Kept, kept
 from segkern.ops import estimate
 
 pytest.importorskip("triton", reason="kernels need triton")
-from segkern.kernels import _routes, _tables
+from segkern.kernels import _blur_matrices, _routes
 
 KEPT = [
     gaussian.cached_blur_matrix,
@@ -28,8 +28,8 @@ KEPT = [
     coarse_queries.cached_interpolation_matrix,
     estimate._halfway_tokens,
     estimate._spread_rows,
-    _tables.blur_tables,
-    _tables.index_tensor,
+    _blur_matrices.blur_matrices,
+    _blur_matrices.index_tensor,
     _routes.attention_route,
 ]
 
@@ -98,7 +98,7 @@ def test_routes_of_kernels_are_few_too(few_kept: int) -> None:
         options = (torch.device("cpu"), torch.float32, torch.Size((2, 1, 12, 8)), 12)
         _routes.attention_route(*options, Grid(3, 4), (0.0, 0.5 + number), "reflect", False, True)
     assert len(_routes.attention_route) <= few_kept
-    assert len(_tables.blur_tables) <= few_kept
+    assert len(_blur_matrices.blur_matrices) <= few_kept
 
 
 def test_large_tables_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,9 +171,9 @@ def forget_tables() -> None:
         coarse_queries.cached_interpolation_matrix,
     ]
     if triton_is_installed():
-        from segkern.kernels import _routes, _tables
+        from segkern.kernels import _blur_matrices, _routes
 
-        tables += [_routes.attention_route, _tables.blur_tables, _tables.index_tensor]
+        tables += [_routes.attention_route, _blur_matrices.blur_matrices, _blur_matrices.index_tensor]
     for table in tables:
         table.cache_clear()
 

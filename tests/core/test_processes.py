@@ -158,10 +158,10 @@ def test_streams_do_not_disturb_each_other() -> None:
     streams = [torch.cuda.Stream(device) for _ in range(8)]
     for turn in range(50):
         if turn % 10 == 0:
-            from segkern.kernels import _routes, _tables
+            from segkern.kernels import _blur_matrices, _routes
 
             torch.cuda.synchronize()
-            for table in (_routes.attention_route, _tables.blur_tables, _tables.index_tensor):
+            for table in (_routes.attention_route, _blur_matrices.blur_matrices, _blur_matrices.index_tensor):
                 table.cache_clear()
         found = []
         for i, stream in enumerate(streams):

@@ -31,7 +31,7 @@ MODULES = [
     "studies.evaluation.study",
     "segkern.kernels._configs",
     "segkern.kernels._routes",
-    "segkern.kernels._tables",
+    "segkern.kernels._blur_matrices",
     "segkern.generation.loading",
     "segkern.masses",
     "segkern.generation.options",

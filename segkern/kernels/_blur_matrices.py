@@ -21,7 +21,7 @@ OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
 
 
 @dataclass(frozen=True)
-class BlurTables:
+class BlurMatrices:
     """Blur tables of some samples of a batch; all tensors on one device.
 
     Attributes:
@@ -42,7 +42,7 @@ class BlurTables:
 
 
 @kept(most=1024)
-def blur_tables(
+def blur_matrices(
     samples: tuple[int, ...],
     sigmas: tuple[float, ...],
     height: int,
@@ -51,7 +51,7 @@ def blur_tables(
     device: torch.device,
     adjoint: bool = False,
     outside: bool = False,
-) -> BlurTables:
+) -> BlurMatrices:
     """Tables for ``samples``, whose sigmas are given in the same order.
 
     Args:
@@ -72,7 +72,7 @@ def blur_tables(
             reach = [[height, width] for _ in distinct]  # the edge row of a transposed reflection looks further
         else:
             reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
-        return BlurTables(
+        return BlurMatrices(
             samples=index_tensor(samples, device),
             tables=index_tensor(tuple(index.get(sigma, PLAIN) for sigma in sigmas), device),
             rows=_stack(matrices[0], height).to(device),
