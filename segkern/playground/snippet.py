@@ -35,7 +35,7 @@ def snippet(source: Source, job: Job, specs: Specs, dtype: torch.dtype, device: 
         >>> job = Job("a red ring", "", 64, 64, 1, 20, 3.0)
         >>> text = snippet(find_model("demo"), job, (SEG(),), torch.float32, torch.device("cpu"))
         >>> [line for line in text.splitlines() if "guide(" in line]
-        ['with guide(pipe, SEG(scale=3.0, sigma=math.inf, layers="mid")) as guidance:']
+        ['with guide(pipe, SEG(scale=3.0, sigma=math.inf)) as guidance:']
     """
     guides = [_call(spec) for spec in specs]
     kinds = ", ".join(sorted({type(spec).__name__ for spec in specs}))

@@ -226,8 +226,7 @@ def test_a_step_of_no_strength_is_plain() -> None:
 def test_specs_are_values() -> None:
     assert SEG(sigma={"m0": 1.0}) == SEG(sigma={"m0": 1})
     assert hash(SEG(sigma={"m0": 1.0})) == hash(SEG(sigma={"m0": 1.0}))
-    assert SEG() == SEG(layers="mid")
-    assert replace(SEG(sigma={"m0": 1.0}), sigma={"u0": 2.0}).layers == ("u0",)
+    assert replace(SEG(sigma={"m0": 1.0}), sigma={"u0": 2.0}).layer_names == ("u0",)
     assert replace(SEG(scale=2.0), sigma=1.0) == SEG(scale=2.0, sigma=1.0)
     assert SEG(schedule=lambda done: np.float32(0.5)).strength(0.1) == 1.5
     with pytest.raises(ValueError, match=r"SEG.sigma has an entry 'u0' for layers that are not in SEG.layers='mid'"):

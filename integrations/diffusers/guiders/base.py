@@ -19,7 +19,7 @@ from segkern.integrations.diffusers.guiders.calls import GuiderCalls, Step, runn
 from segkern.integrations.diffusers.runtime.branches import shifted
 from segkern.integrations.diffusers.runtime.report import Report
 from segkern.integrations.diffusers.runtime.run_context import number
-from segkern.integrations.diffusers.specs.base import DefaultLayers, Spec
+from segkern.integrations.diffusers.specs.base import Spec
 from segkern.integrations.diffusers.specs.guidances import PAG, SAG
 from segkern.integrations.diffusers.specs.schedules import is_number
 
@@ -61,8 +61,7 @@ class SpecGuider(ClassifierFreeGuidance):
         own: dict[str, Any] = {"use_original_formulation": use_original_formulation, "enabled": enabled}
         own |= {"guidance_scale": float(guidance_scale), "guidance_rescale": float(guidance_rescale)}
         super().__init__(start=guidance_start, stop=guidance_stop, **own)
-        told = {name: None if isinstance(value, DefaultLayers) else value for name, value in self.spec.told().items()}
-        self.register_to_config(**own, guidance_start=guidance_start, guidance_stop=guidance_stop, **told)
+        self.register_to_config(**own, guidance_start=guidance_start, guidance_stop=guidance_stop, **self.spec.told())
         self._fraction = 0.0
         self._last_step: int | None = None
         self._now = Step(0, self.spec.strength(0.0))

@@ -266,13 +266,8 @@ UNET_DEFAULT = ("mid", "the method's paper (arXiv 2408.00760) and its official i
 NO_ADVICE = "no advice is known: the block in the middle"
 
 
-def default_layers(architecture: Architecture, blocks: int) -> str:
-    """Where a guidance acts whose layers nobody named: somebody's advice, or the block in the middle."""
-    return advised_layers(architecture, blocks)[0]
-
-
 def advised_layers(architecture: Architecture, blocks: int) -> tuple[str, str]:
-    """The same, and whose advice it is."""
+    """Where a guidance acts whose layers nobody named, and whose advice that is, or the block in the middle."""
     if architecture.default is not None and int(architecture.default[0].split("-")[-1]) < blocks:
         return architecture.default
     return str(blocks // 2), NO_ADVICE

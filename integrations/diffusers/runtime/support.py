@@ -13,13 +13,19 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from segkern.integrations.diffusers.models.architectures import default_layers
 from segkern.integrations.diffusers.models.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
-from segkern.integrations.diffusers.models.layers import LayerInfo, find_model, find_unet, list_layers, select_layers
+from segkern.integrations.diffusers.models.layers import (
+    LayerInfo,
+    default_layers_of,
+    find_model,
+    find_unet,
+    list_layers,
+    select_layers,
+)
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.runtime.query_rows import IDENTITY
 from segkern.integrations.diffusers.runtime.run_context import ANSWERS
-from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen, DefaultLayers, Spec
+from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen, Spec
 from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG, SEG
 from segkern.integrations.diffusers.specs.sigmas import LayerSigmas, Sigmas, check_heads
 
@@ -159,10 +165,11 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, 
             f"image alone"
         )
     if isinstance(denoiser, Transformer):
-        specs = tuple(_for_transformer(denoiser, spec, available) for spec in specs)
+        _check_for_transformer(denoiser, specs)
     if isinstance(denoiser, MotionUNet):
         _check_for_motion(specs)
-    chosen = tuple(_choose(available, spec) for spec in specs)
+    default = default_layers_of(denoiser.model)[0] if available else ""
+    chosen = tuple(_choose(available, spec, default) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
     for one in chosen:
         for layer in one.layers:
@@ -179,17 +186,16 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, 
     return chosen
 
 
-def _for_transformer(denoiser: Transformer, spec: Spec, available: Sequence[LayerInfo]) -> Spec:
-    """The spec as this transformer takes it."""
+def _check_for_transformer(denoiser: Transformer, specs: Sequence[Spec]) -> None:
+    """Raise a ValueError for a spec that cannot act on a transformer."""
     name = type(denoiser.model).__name__
-    if not isinstance(spec, (SEG, PAG)):
-        raise ValueError(f"{type(spec).__name__} needs a UNet2DConditionModel; a {name} takes SEG(...) and PAG(...)")
-    if isinstance(spec, SEG) and spec.query_stride not in (1, (1, 1)):
-        raise ValueError(f"SEG.query_stride={spec.query_stride!r} needs a UNet2DConditionModel; a {name} takes 1")
-    if not isinstance(spec.layers, DefaultLayers):
-        return spec
-    blocks = len({layer.block for layer in available})
-    return replace(spec, layers=default_layers(denoiser.architecture, blocks))
+    for spec in specs:
+        if not isinstance(spec, (SEG, PAG)):
+            raise ValueError(
+                f"{type(spec).__name__} needs a UNet2DConditionModel; a {name} takes SEG(...) and PAG(...)"
+            )
+        if isinstance(spec, SEG) and spec.query_stride not in (1, (1, 1)):
+            raise ValueError(f"SEG.query_stride={spec.query_stride!r} needs a UNet2DConditionModel; a {name} takes 1")
 
 
 def _check_for_motion(specs: Sequence[Spec]) -> None:
@@ -201,7 +207,7 @@ def _check_for_motion(specs: Sequence[Spec]) -> None:
             )
 
 
-def _choose(available: Sequence[LayerInfo], spec: Spec) -> Chosen:
+def _choose(available: Sequence[LayerInfo], spec: Spec, default: str) -> Chosen:
     if isinstance(spec, CFG):
         return Chosen(spec)
     if isinstance(spec, SAG):
@@ -210,6 +216,8 @@ def _choose(available: Sequence[LayerInfo], spec: Spec) -> Chosen:
             raise ValueError(f"SAG.layer={spec.layer!r} must name one layer, it names {len(layers)}")
         return Chosen(spec, tuple(layers))
     assert isinstance(spec, AttentionSpec)
+    if not spec.layer_names:
+        spec = replace(spec, layers=default)  # type: ignore[type-var]
     layers = select_layers(available, spec.layer_names)
     if not isinstance(spec, SEG):
         return Chosen(spec, tuple(layers), dict.fromkeys((layer.module for layer in layers), IDENTITY))

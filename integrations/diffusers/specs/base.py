@@ -21,10 +21,6 @@ Layers = str | int | range | Sequence[str | int | range]
 _ALWAYS_SHOWN = ("scale", "sigma", "layers", "layer")
 
 
-class DefaultLayers(str):
-    """Layers that nobody gave: a model's own default."""
-
-
 class Spec(ABC):
     """What all guidances have.
 
@@ -61,7 +57,7 @@ class Spec(ABC):
         for each in fields(self):  # type: ignore[arg-type]  # every guidance is a dataclass
             if each.repr:
                 value = getattr(self, each.name)
-                if always is None or each.name in always or value != each.default:
+                if always is None or (each.name in always and value is not None) or value != each.default:
                     found[each.name] = value
         return found
 
@@ -89,11 +85,11 @@ class AttentionSpec(Spec):
     """A guidance whose degraded prediction comes from another attention in some self-attention layers.
 
     Attributes:
-        layers: where it acts.
+        layers: where it acts; None for the model's own default.
         blend: 1 is the other attention alone, less mixes it with the layer's own.
     """
 
-    layers: Layers
+    layers: Layers | None
     blend: float
     # Of a blur; a guidance without one takes what others ask for in a layer they share.
     boundary: str | None = None
@@ -102,7 +98,9 @@ class AttentionSpec(Spec):
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Where it acts, one name after the other."""
+        """Where it acts, one name after the other; none where that is the model's own default."""
+        if self.layers is None:
+            return ()
         return _names(type(self).__name__, (self.layers,) if isinstance(self.layers, str) else self.layers)
 
     @abstractmethod
@@ -121,7 +119,7 @@ class AttentionSpec(Spec):
                 f"{self.blend!r}"
             )
         names = self.layer_names
-        if not isinstance(self.layers, str) and names != self.layers:
+        if self.layers is not None and not isinstance(self.layers, str):
             object.__setattr__(self, "layers", names)
 
 

@@ -11,19 +11,12 @@ from typing import TYPE_CHECKING, Any
 from segkern.core.coarse_queries import check_query_stride
 from segkern.core.dispatch import check_backend
 from segkern.core.gaussian import check_boundary
-from segkern.integrations.diffusers.specs.base import AttentionSpec, DefaultLayers, Layers, Spec
+from segkern.integrations.diffusers.specs.base import AttentionSpec, Layers, Spec
 from segkern.integrations.diffusers.specs.schedules import Schedule, is_number
 from segkern.integrations.diffusers.specs.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
 
 if TYPE_CHECKING:
     import torch
-
-
-_DEFAULT_LAYERS = DefaultLayers("mid")
-
-
-class _LayersOfSigma(tuple[str, ...]):
-    """Layers that a mapping of sigmas names."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,9 +37,8 @@ class SEG(AttentionSpec):
             a range ``"u0-29"``, or a name of ComfyUI's nodes such as ``"u0.4"``; of a transformer a block's number,
             ``7``, ``"4-9"`` or ``range(4, 10)``, or its short name such as ``"s3"``; of both a module name or a dotted
             prefix of one; a glob; or several of those. See
-            :func:`~segkern.integrations.diffusers.list_layers`. Not given, it is ``"mid"`` or a transformer's own
-            default, which ``segkern layers`` tells. With a mapping of sigmas its names are the layers,
-            unless others are given.
+            :func:`~segkern.integrations.diffusers.list_layers`. None stands for the names in a mapping of sigmas, else
+            for a UNet's ``"mid"`` or a transformer's own default, which ``segkern layers`` tells.
         start: fraction of the run's steps at which it begins to act.
         stop: fraction of the run's steps from which it no longer acts. A step outside ``[start, stop)`` is
             the plain step and costs nothing extra. Where a scheduler calls the denoiser twice in a step (Heun),
@@ -80,7 +72,7 @@ class SEG(AttentionSpec):
 
     scale: float = 3.0
     sigma: GivenSigmas | Mapping[str, GivenSigmas] = math.inf
-    layers: Layers = _DEFAULT_LAYERS
+    layers: Layers | None = None
     start: float = 0.0
     stop: float = 1.0
     boundary: str = "reflect"
@@ -94,15 +86,19 @@ class SEG(AttentionSpec):
         self._check_common()
         sigma = checked_sigma("SEG", self.sigma)
         object.__setattr__(self, "sigma", sigma)
-        if isinstance(self.layers, (DefaultLayers, _LayersOfSigma)):
-            named = _LayersOfSigma(sigma) if isinstance(sigma, LayerSigmas) else _DEFAULT_LAYERS
-            object.__setattr__(self, "layers", named)
         self._check_attention()
         check_boundary(self.boundary)
         check_backend(self.backend)
         object.__setattr__(self, "query_stride", _stride(self.query_stride))
         if self.query_stride not in (1, (1, 1)) and not isinstance(sigma, float):
             raise ValueError(f"SEG.query_stride={self.query_stride!r} needs one number as sigma, got {self.sigma!r}")
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Where it acts, one name after the other; those of a mapping of sigmas where no others are given."""
+        if self.layers is None and isinstance(self.sigma, LayerSigmas):
+            return tuple(self.sigma)
+        return super().layer_names
 
     def perturbs(self) -> bool:
         """Whether any sigma blurs."""
@@ -138,7 +134,7 @@ class PAG(AttentionSpec):
     """
 
     scale: float = 3.0
-    layers: Layers = _DEFAULT_LAYERS
+    layers: Layers | None = None
     start: float = 0.0
     stop: float = 1.0
     adaptive_scale: float = 0.0
