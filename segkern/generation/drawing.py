@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Specs = tuple["Spec", ...]  # of one picture; none is no guidance
 
 # Of a guidance, in a picture's settings; others where they are not the default.
-_ALWAYS_TOLD = ("scale", "sigma", "layers", "layer", "start", "stop", "boundary", "query_stride", "reuse")
+_RECORDED_FIELDS = ("scale", "sigma", "layers", "layer", "start", "stop", "boundary", "query_stride", "reuse")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def describe(source: Source, job: Job, specs: Specs, dtype: torch.dtype) -> dict
     }
     for spec in specs:
         name = type(spec).__name__.lower()
-        for each, value in spec.told(_ALWAYS_TOLD).items():
+        for each, value in spec.main_values(_RECORDED_FIELDS).items():
             details[f"{name}_{each}"] = f"{value:g}" if each == "sigma" else _listed(value)
     return details | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
 

@@ -16,8 +16,6 @@ from segkern.generation.loading import DEMO, Source
 if TYPE_CHECKING:
     from segkern.integrations.diffusers.specs.base import Spec
 
-_ALWAYS_TOLD = ("scale", "sigma", "layers", "layer")
-
 
 def snippet(source: Source, job: Job, specs: Specs, dtype: torch.dtype, device: torch.device) -> str:
     """A program that leaves the picture in ``image``, the same one bit for bit where it was drawn.
@@ -74,8 +72,8 @@ def _with(guides: list[str]) -> list[str]:
 
 def _call(spec: Spec) -> str:
     """A guidance as the call that makes it."""
-    told = ", ".join(f"{name}={_literal(value)}" for name, value in spec.told(_ALWAYS_TOLD).items())
-    return f"{type(spec).__name__}({told})"
+    arguments = ", ".join(f"{name}={_literal(value)}" for name, value in spec.main_values().items())
+    return f"{type(spec).__name__}({arguments})"
 
 
 def _literal(value: Any) -> str:

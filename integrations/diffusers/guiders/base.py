@@ -61,7 +61,9 @@ class SpecGuider(ClassifierFreeGuidance):
         own: dict[str, Any] = {"use_original_formulation": use_original_formulation, "enabled": enabled}
         own |= {"guidance_scale": float(guidance_scale), "guidance_rescale": float(guidance_rescale)}
         super().__init__(start=guidance_start, stop=guidance_stop, **own)
-        self.register_to_config(**own, guidance_start=guidance_start, guidance_stop=guidance_stop, **self.spec.told())
+        self.register_to_config(
+            **own, guidance_start=guidance_start, guidance_stop=guidance_stop, **self.spec.to_dict()
+        )
         self._fraction = 0.0
         self._last_step: int | None = None
         self._now = Step(0, self.spec.strength(0.0))
@@ -86,7 +88,7 @@ class SpecGuider(ClassifierFreeGuidance):
             TypeError: for an argument that there is not.
             ValueError: for a value that does not fit.
         """
-        dropped = set(self.spec.told()) if "spec" in changes else ()
+        dropped = set(self.spec.to_dict()) if "spec" in changes else ()
         return type(self)(**{**self._kept(dropped), **changes})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

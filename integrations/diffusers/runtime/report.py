@@ -64,7 +64,7 @@ class Report:
         """
         return {
             "forwards": self.forwards,
-            "specs": [_plain(spec.told()) for spec in self.specs],
+            "specs": [_plain(spec.to_dict()) for spec in self.specs],
             "layers": [asdict(row) for row in self.layers],
             "problems": list(self.problems),
         }

@@ -18,7 +18,7 @@ from segkern.integrations.diffusers.specs.sigmas import Sigmas
 
 Layers = str | int | range | Sequence[str | int | range]
 
-_ALWAYS_SHOWN = ("scale", "sigma", "layers", "layer")
+MAIN_FIELDS = ("scale", "sigma", "layers", "layer")  # which a repr always shows
 
 
 class Spec(ABC):
@@ -48,18 +48,21 @@ class Spec(ABC):
         return self.scale * factor(type(self).__name__, self.schedule, fraction, self.start, self.stop)
 
     def __repr__(self) -> str:
-        """Its main numbers, and what else differs from the defaults."""
-        return f"{type(self).__name__}({', '.join(f'{n}={value!r}' for n, value in self.told(_ALWAYS_SHOWN).items())})"
+        """Its main values, and what else differs from the defaults."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.main_values().items())})"
 
-    def told(self, always: Container[str] | None = None) -> dict[str, Any]:
-        """Its values by name, but for tensors; if names are given, beside those only what differs from the default."""
-        found = {}
-        for each in fields(self):  # type: ignore[arg-type]  # every guidance is a dataclass
-            if each.repr:
-                value = getattr(self, each.name)
-                if always is None or (each.name in always and value is not None) or value != each.default:
-                    found[each.name] = value
-        return found
+    def to_dict(self) -> dict[str, Any]:
+        """Its values by name, but for tensors."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
+
+    def main_values(self, always: Container[str] = MAIN_FIELDS) -> dict[str, Any]:
+        """The values of some fields, where they have one, and whatever else differs from the defaults."""
+        defaults = {f.name: f.default for f in fields(self)}  # type: ignore[arg-type]
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if value != defaults[name] or (name in always and value is not None)
+        }
 
     def active(self, fraction: float) -> bool:
         """Whether it acts at this fraction of the run."""

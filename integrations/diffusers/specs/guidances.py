@@ -274,7 +274,7 @@ class CFG(Spec):
         return all(_same(*pair) for pair in pairs)
 
     def __hash__(self) -> int:
-        return hash(tuple(self.told().values()))
+        return hash(tuple(self.to_dict().values()))
 
 
 def _same(a: Any, b: Any) -> bool:
