@@ -252,6 +252,11 @@ def test_a_configuration_is_saved_and_loaded(guider: Any, tmp_path: Any) -> None
         assert repr(copied) == repr(guider)
 
 
+def test_a_configuration_with_fields_of_an_earlier_version_loads() -> None:
+    config = {**SEGGuider(scale=2.0).config, "tolerance": 2.0**-8, "sigma_frames": 0.0}
+    assert SEGGuider.from_config(config).spec == SEG(scale=2.0)
+
+
 def test_a_new_guider_differs_in_what_is_given() -> None:
     guider = SEGGuider(guidance_scale=5.0, scale=3.0, sigma=2.0, layers="d0", guidance_rescale=0.5)
     other = guider.new(scale=1.0, layers="mid")

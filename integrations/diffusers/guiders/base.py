@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -29,26 +30,45 @@ _INFINITY = "inf"  # JSON has no number for it
 class SpecGuider(ClassifierFreeGuidance):
     """Classifier-free guidance and one of the package's guidances beside it.
 
+    A subclass names its ``spec_class``. Its arguments are those below and the fields of that spec, by name.
+
     Attributes:
-        kind: of the guidance.
-        spec: it.
+        spec: the guidance beside classifier-free guidance.
     """
 
-    kind: ClassVar[type[Spec]]
+    spec_class: ClassVar[type[Spec]]
+
+    def __init_subclass__(cls) -> None:
+        """Name the spec's fields in the signature of ``__init__``, which diffusers reads to load a configuration."""
+        super().__init_subclass__()
+        if "spec_class" not in vars(cls):
+            return
+
+        def __init__(self: SpecGuider, spec: Spec | None = None, **arguments: Any) -> None:
+            SpecGuider.__init__(self, spec, **arguments)
+
+        *own, _ = inspect.signature(SpecGuider.__init__).parameters.values()
+        of_spec = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in inspect.signature(cls.spec_class).parameters
+        ]
+        __init__.__signature__ = inspect.Signature([*own, *of_spec])  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[method-assign]
 
     def __init__(
         self,
-        spec: Spec | None,
-        values: Mapping[str, Any],
-        guidance_scale: float,
-        guidance_rescale: float,
-        use_original_formulation: bool,
-        guidance_start: float,
-        guidance_stop: float,
-        enabled: bool,
+        spec: Spec | None = None,
+        *,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        use_original_formulation: bool = False,
+        guidance_start: float = 0.0,
+        guidance_stop: float = 1.0,
+        enabled: bool = True,
+        **of_spec: Any,
     ) -> None:
         owner = type(self).__name__
-        self.spec = self._spec(spec, values)
+        self.spec = self._spec(spec, of_spec)
         for name, value in (("guidance_scale", guidance_scale), ("guidance_rescale", guidance_rescale)):
             if not (is_number(value) and math.isfinite(value)):
                 raise ValueError(f"{owner}.{name} must be a finite number, got {value!r}")
@@ -74,9 +94,9 @@ class SpecGuider(ClassifierFreeGuidance):
         owner = type(self).__name__
         given = {name: value for name, value in values.items() if value is not None}
         if spec is None:
-            return self.kind(**{**given, **({"sigma": _numbers(given["sigma"])} if "sigma" in given else {})})
-        if type(spec) is not self.kind:
-            raise ValueError(f"{owner} takes a {self.kind.__name__}(...) spec or its arguments, got {spec!r}")
+            return self.spec_class(**{**given, **({"sigma": _numbers(given["sigma"])} if "sigma" in given else {})})
+        if type(spec) is not self.spec_class:
+            raise ValueError(f"{owner} takes a {self.spec_class.__name__}(...) spec or its arguments, got {spec!r}")
         if given:
             raise ValueError(f"{owner} takes a spec or its arguments, got {spec!r} and {', '.join(sorted(given))}")
         return spec

@@ -9,14 +9,8 @@ prompt, and it joins the call for the prompt at its first perturbed layer instea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from segkern.integrations.diffusers.guiders.base import SpecGuider
-from segkern.integrations.diffusers.specs.base import Layers
 from segkern.integrations.diffusers.specs.guidances import PAG, SAG, SEG
-from segkern.integrations.diffusers.specs.schedules import Schedule
-from segkern.integrations.diffusers.specs.sigmas import GivenSigmas
 
 
 class SEGGuider(SpecGuider):
@@ -54,45 +48,7 @@ class SEGGuider(SpecGuider):
         >>> print(guider.report())  # doctest: +SKIP
     """
 
-    kind = SEG
-
-    def __init__(
-        self,
-        spec: SEG | None = None,
-        *,
-        guidance_scale: float = 7.5,
-        scale: float | None = None,
-        sigma: GivenSigmas | Mapping[str, GivenSigmas] | str | None = None,
-        layers: Layers | None = None,
-        start: float | None = None,
-        stop: float | None = None,
-        boundary: str | None = None,
-        backend: str | None = None,
-        query_stride: int | tuple[int, int] | None = None,
-        reuse: int | None = None,
-        schedule: Schedule | None = None,
-        blend: float | None = None,
-        guidance_rescale: float = 0.0,
-        use_original_formulation: bool = False,
-        guidance_start: float = 0.0,
-        guidance_stop: float = 1.0,
-        enabled: bool = True,
-    ) -> None:
-        values: dict[str, Any] = {
-            "scale": scale,
-            "sigma": sigma,
-            "layers": layers,
-            "start": start,
-            "stop": stop,
-            "boundary": boundary,
-            "backend": backend,
-            "query_stride": query_stride,
-            "reuse": reuse,
-            "schedule": schedule,
-            "blend": blend,
-        }
-        own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
-        super().__init__(spec, values, *own)
+    spec_class = SEG
 
 
 class PAGGuider(SpecGuider):
@@ -116,39 +72,7 @@ class PAGGuider(SpecGuider):
         2.0
     """
 
-    kind = PAG
-
-    def __init__(
-        self,
-        spec: PAG | None = None,
-        *,
-        guidance_scale: float = 7.5,
-        scale: float | None = None,
-        layers: Layers | None = None,
-        start: float | None = None,
-        stop: float | None = None,
-        adaptive_scale: float | None = None,
-        reuse: int | None = None,
-        schedule: Schedule | None = None,
-        blend: float | None = None,
-        guidance_rescale: float = 0.0,
-        use_original_formulation: bool = False,
-        guidance_start: float = 0.0,
-        guidance_stop: float = 1.0,
-        enabled: bool = True,
-    ) -> None:
-        values: dict[str, Any] = {
-            "scale": scale,
-            "layers": layers,
-            "start": start,
-            "stop": stop,
-            "adaptive_scale": adaptive_scale,
-            "reuse": reuse,
-            "schedule": schedule,
-            "blend": blend,
-        }
-        own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
-        super().__init__(spec, values, *own)
+    spec_class = PAG
 
 
 class SAGGuider(SpecGuider):
@@ -175,38 +99,4 @@ class SAGGuider(SpecGuider):
         SAG(scale=0.75, layer='m0', sigma=1.0)
     """
 
-    kind = SAG
-
-    def __init__(
-        self,
-        spec: SAG | None = None,
-        *,
-        guidance_scale: float = 7.5,
-        scale: float | None = None,
-        layer: str | None = None,
-        start: float | None = None,
-        stop: float | None = None,
-        threshold: float | None = None,
-        sigma: float | None = None,
-        kernel_size: int | None = None,
-        reuse: int | None = None,
-        schedule: Schedule | None = None,
-        guidance_rescale: float = 0.0,
-        use_original_formulation: bool = False,
-        guidance_start: float = 0.0,
-        guidance_stop: float = 1.0,
-        enabled: bool = True,
-    ) -> None:
-        values: dict[str, Any] = {
-            "scale": scale,
-            "layer": layer,
-            "start": start,
-            "stop": stop,
-            "threshold": threshold,
-            "sigma": sigma,
-            "kernel_size": kernel_size,
-            "reuse": reuse,
-            "schedule": schedule,
-        }
-        own = guidance_scale, guidance_rescale, use_original_formulation, guidance_start, guidance_stop, enabled
-        super().__init__(spec, values, *own)
+    spec_class = SAG
