@@ -12,7 +12,7 @@ SECONDS ?= 600
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow test-browser robustness fuzz docs lint format typecheck pytest compatibility benchmark evaluate train wheel extras release clean
+.PHONY: help install demo ui test test-slow test-browser robustness fuzz docs lint format typecheck pytest compatibility benchmark evaluate train wheel release clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -87,11 +87,8 @@ wheel: $(INSTALLED) ## dist/*.whl and dist/*.tar.gz
 	rm -rf build/lib dist
 	$(BIN)/python -m build --no-isolation
 
-extras: wheel ## the wheel with each extra in an environment of its own; pip downloads what it has not cached
-	$(BIN)/python tests/project/release/extras.py --out build/extras.json
-
 release: $(INSTALLED) ## VERSION=1.2.3: version and date everywhere, dist/ built and checked; nothing is committed or sent
-	$(BIN)/python tests/project/release/set_version.py $(VERSION)
+	$(BIN)/python -m tests.project.set_version $(VERSION)
 	$(BIN)/python -m pytest -q tests/project/test_release.py tests/project/test_packaging.py
 	rm -rf build/lib dist build/twine
 	$(BIN)/python -m build --no-isolation

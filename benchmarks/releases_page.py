@@ -13,7 +13,7 @@ _INTRODUCTION = """\
 # Tested with
 
 `python -m benchmarks.readme` writes this page from `benchmarks/results/releases/`, which
-`python -m benchmarks.releases` and `tests/project/release/extras.py` write from what ran; no cell is typed by hand.
+`python -m benchmarks.releases` writes from what ran; no cell is typed by hand.
 [docs/models.md](models.md) has models and versions of diffusers, [docs/compiled.md](compiled.md) the targets that
 kernels are compiled for."""
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import datetime
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,10 @@ import pytest
 import yaml
 
 import segkern
+from tests.project.set_version import PLACES, VERSION, release
 
 ROOT = Path(__file__).parents[2]
 FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
-sys.path.insert(0, str(ROOT / "tests" / "project" / "release"))
-
-from set_version import PLACES, VERSION, release  # noqa: E402  a script beside the package
 
 
 def versions(root: Path) -> dict[str, str]:

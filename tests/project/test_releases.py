@@ -15,11 +15,6 @@ from benchmarks import releases, releases_page
 from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "project" / "release"))
-
-from extras import chosen  # noqa: E402  a script beside the package
-from uses import STAGES  # noqa: E402
-
 PROGRAM = """
 import pytest
 
@@ -103,21 +98,6 @@ def test_files_of_the_kernels_exist() -> None:
 def test_what_cannot_run_is_refused(python: Path, tests: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         releases.run(python, tests)
-
-
-def test_every_extra_has_an_environment_and_each_starts_as_an_earlier_one() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    extras = [line.partition(" =")[0] for line in section.splitlines() if " = [" in line]
-    assert [stage.extra for stage in STAGES if stage.extra] == extras
-    names = [stage.name for stage in STAGES]
-    for number, stage in enumerate(STAGES):
-        assert stage.uses
-        assert stage.base in ["", *names[:number]]
-        assert all(use.program or use.command for use in stage.uses)
-    assert [stage.name for stage in chosen(["evaluate"])] == ["none", "diffusers", "cli", "evaluate"]
-    with pytest.raises(ValueError, match="'uii'"):
-        chosen(["uii"])
 
 
 def test_a_page_says_what_an_environment_could_not_do() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put a version and a date into every file that names them: ``python tests/project/release/set_version.py 0.2.0``."""
+"""Put a version and a date into every file that names them: ``python -m tests.project.set_version 0.2.0``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)((a|b|rc)\d+)?")
 # Where it stands: a pattern whose match is replaced, once, by the version and the day.
 PLACES = {
