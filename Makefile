@@ -56,9 +56,10 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
 	$(BIN)/ruff format $(wildcard $(SOURCES))
 
-typecheck: $(INSTALLED) ## mypy over the packages as they are installed
+typecheck: $(INSTALLED) ## mypy; links show it integrations/ as segkern.integrations, as which it is installed
 	rm -rf build/typecheck
-	$(BIN)/python setup.py --quiet build_py --build-lib build/typecheck
+	mkdir -p build/typecheck/segkern
+	ln -s $(CURDIR)/segkern/* $(CURDIR)/integrations build/typecheck/segkern
 	$(BIN)/mypy
 
 pytest: $(INSTALLED) ## the tests alone, on all cores

@@ -60,7 +60,7 @@ def layers() -> tuple[str, list[list[Setting]]]:
 
 def parts_of_the_run() -> tuple[str, list[list[Setting]]]:
     """The same guidance at other times."""
-    base = {"scale": 6.0, "sigma": math.inf}
+    base: dict[str, Any] = {"scale": 6.0, "sigma": math.inf}
     row: list[Setting] = [
         ("no guidance", None),
         ("whole run", SEG(**base)),

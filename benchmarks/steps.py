@@ -126,7 +126,7 @@ class Bench:
         unet = sdxl.denoiser(size, device, dtype)
         compiled = torch.compile(unet, dynamic=False, backend=backend)
         self.pipes = {False: sdxl.pipeline(unet), True: sdxl.pipeline(compiled)}
-        options = {"kind": StableDiffusionXLPAGPipeline, "pag_applied_layers": ["mid"]}
+        options: dict[str, Any] = {"kind": StableDiffusionXLPAGPipeline, "pag_applied_layers": ["mid"]}
         self.pags = {False: sdxl.pipeline(unet, **options), True: sdxl.pipeline(compiled, **options)}
         self.pipe = self.pipes[False]
         self.given = sdxl.inputs(size, device, dtype)
@@ -147,7 +147,7 @@ class Bench:
     def runner(self, way: Way, steps: int, after_step: Callable[[], None]) -> Callable[[], torch.Tensor]:
         """A whole run, denoising only."""
         if way.kind == "official":
-            options = {"sigma": way.sigma, "layers": way.layers, "scale": SEG_SCALE, "steps": steps}
+            options: dict[str, Any] = {"sigma": way.sigma, "layers": way.layers, "scale": SEG_SCALE, "steps": steps}
             options |= {"guidance_scale": way.guidance_scale, "after_step": after_step}
             return lambda: official_run(self.pipes[way.compiled], self.size, self.given, **options)
 

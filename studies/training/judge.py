@@ -21,7 +21,7 @@ BATCH = 64
 def fit(work: Path, plan: Plan = PLAN) -> Judge:
     """Train on ever new drawings; noise and changes of contrast keep it from counting on exact levels."""
     torch.manual_seed(plan.seed)
-    judge = Judge().to(DEVICE, memory_format=torch.channels_last)
+    judge = Judge().to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     order = batches(PICTURE_SIZES)
 
     def loss_of(step: int, rng: torch.Generator) -> torch.Tensor:

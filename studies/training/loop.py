@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from studies.training.optimisers import Optimisers
+
+Trained = TypeVar("Trained", bound=torch.nn.Module)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -57,12 +60,12 @@ class Plan:
 
 def train(
     name: str,
-    module: torch.nn.Module,
+    module: Trained,
     loss_of: Callable[[int, torch.Generator], torch.Tensor],
     plan: Plan,
     work: Path,
     save_every: int = 250,
-) -> torch.nn.Module:
+) -> Trained:
     """Train ``module`` in place and return it, or its moving average, in evaluation mode.
 
     Goes on from ``work/name.pt`` where a run was cut off. The losses are written to ``work/name.jsonl``.

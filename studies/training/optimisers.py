@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -51,11 +53,11 @@ class Optimisers:
             optimiser.param_groups[0]["lr"] = rate * share
             optimiser.step()
 
-    def state_dict(self) -> list[dict[str, object]]:
+    def state_dict(self) -> list[dict[str, Any]]:
         """What ``load_state_dict`` takes up."""
         return [optimiser.state_dict() for optimiser in self._each]
 
-    def load_state_dict(self, states: list[dict[str, object]]) -> None:
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Go on from the states of ``state_dict``."""
         for optimiser, state in zip(self._each, states, strict=True):
             optimiser.load_state_dict(state)

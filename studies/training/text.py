@@ -38,8 +38,7 @@ def merges_of(words: str) -> list[tuple[str, str]]:
     """Merges that make each word one token: those of the words before it, then its own for what these leave apart."""
     merges: list[tuple[str, str]] = []
     for word in words.split():
-        *body, last = word
-        symbols = [*body, last + "</w>"]
+        symbols = [*word[:-1], word[-1] + "</w>"]
         for left, right in merges:
             symbols = _merged(symbols, left, right)
         while len(symbols) > 1:

@@ -74,6 +74,7 @@ def lead_colours_through(vae: AutoencoderKL) -> None:
 
 def _put(layer: torch.nn.Conv2d, mixing: torch.Tensor) -> None:
     """Give the layer's first channels this mixing at the middle tap and nothing else."""
+    assert layer.bias is not None
     out, into = mixing.shape
     middle = layer.kernel_size[0] // 2
     layer.weight[:out] = 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from typer import Typer
@@ -23,8 +24,8 @@ def done(*arguments: object, program: Typer = app) -> str:
     return result.output
 
 
-def picture(path: Path) -> Image.Image:
-    """A picture from disk, its file closed."""
+def picture(path: Path) -> Any:
+    """A picture from disk, its file closed; of a PNG its ``text`` too."""
     with Image.open(path) as image:
         image.load()
     return image

@@ -202,9 +202,9 @@ def test_gradients_are_those_of_the_reference(through_operators: bool, monkeypat
 
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_operators(adjoint: bool) -> None:
-    coarse, full = randn(2, 3, 3 * 3 + 3, 4).requires_grad_(), randn(2, 3, 4 * 5 + 3, 4).requires_grad_()
-    queries = (coarse if adjoint else full, 4, 5, 1, (0.7, 3.0), (2, 2), "reflect", adjoint)
-    outputs = (full if adjoint else coarse, 4, 5, 1, (2, 2), "reflect", adjoint)
+    few, full = randn(2, 3, 3 * 3 + 3, 4).requires_grad_(), randn(2, 3, 4 * 5 + 3, 4).requires_grad_()
+    queries = (few if adjoint else full, 4, 5, 1, (0.7, 3.0), (2, 2), "reflect", adjoint)
+    outputs = (full if adjoint else few, 4, 5, 1, (2, 2), "reflect", adjoint)
     torch.library.opcheck(coarse.coarse_queries, queries)
     torch.library.opcheck(coarse.coarse_outputs, outputs)
     for operator, arguments in ((coarse.coarse_queries, queries), (coarse.coarse_outputs, outputs)):

@@ -22,7 +22,7 @@ from segkern.ops import estimate
 pytest.importorskip("triton", reason="kernels need triton")
 from segkern.kernels import _blur_matrices, _routes
 
-KEPT = [
+KEPT: list[Any] = [
     gaussian.cached_blur_matrix,
     coarse_queries.cached_sampling_matrix,
     coarse_queries.cached_interpolation_matrix,

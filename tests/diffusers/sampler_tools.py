@@ -45,9 +45,7 @@ def _networks(model: str, dtype: torch.dtype) -> dict[str, Any]:
     return {name: copy.deepcopy(network).to(dtype) for name, network in networks.items()}
 
 
-def sampled_pipeline(
-    model: str, kind: type, prediction: str, dtype: torch.dtype = torch.float32, **options: Any
-) -> Any:
+def sampled_pipeline(model: str, kind: Any, prediction: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A tiny pipeline, ``"sd"`` or ``"sdxl"``, whose scheduler takes its denoiser's output for ``prediction``."""
     networks = _networks(model, dtype)
     if model == "sdxl":

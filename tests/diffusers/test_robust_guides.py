@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -152,7 +152,7 @@ def test_a_generator_that_holds_the_context(how: str) -> None:
     plain = SD3.run(pipe)
     picture = Picture(pipe)
 
-    def images() -> Iterator[torch.Tensor]:
+    def images() -> Generator[torch.Tensor, None, None]:
         with guide(pipe, SD3.seg()):
             while True:
                 yield SD3.run(pipe)

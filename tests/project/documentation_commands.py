@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 import typer
@@ -87,7 +88,7 @@ def _segkern(words: list[str], folder: Path) -> str:
 
 def _parse(words: list[str], app: typer.Typer = app) -> None:
     """Parse without running: an option that does not exist is an error."""
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     with click.Context(group) as context:
         command = group.get_command(context, words[0])
         assert command is not None, words

@@ -109,7 +109,7 @@ def test_every_kind_of_guidance_acts(pipe: Any) -> None:
 
 def test_guidance_is_removed_when_sampling_stops(pipe: Any) -> None:
     before, hooks = dict(pipe.unet.attn_processors), hooks_of(pipe.unet)
-    running = sample(pipe, Setting("prompts", seg=2.0, sigma=1.0, layers="mid"), 5, 4, STEPS, 2)
+    running: Any = sample(pipe, Setting("prompts", seg=2.0, sigma=1.0, layers="mid"), 5, 4, STEPS, 2)
     next(running)
     assert hooks_of(pipe.unet) > hooks
     running.close()
