@@ -7,7 +7,7 @@ diffusers adapter lives in :mod:`segkern.integrations.diffusers`.
 
 from segkern import reference
 from segkern.analysis import energy
-from segkern.api import coarse_error, gaussian_blur, seg_attention
+from segkern.api import gaussian_blur, seg_attention
 from segkern.core import moved_modules
 from segkern.grid import Grid
 from segkern.masses import attention_energy, attention_mass
@@ -18,7 +18,6 @@ __all__ = [
     "__version__",
     "attention_energy",
     "attention_mass",
-    "coarse_error",
     "energy",
     "gaussian_blur",
     "reference",

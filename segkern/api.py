@@ -167,60 +167,6 @@ def seg_attention(
     return output, lse
 
 
-def coarse_error(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grid: Grid,
-    sigma: float | Iterable[float],
-    query_stride: int | tuple[int, int],
-    *,
-    scale: float | None = None,
-    attn_mask: torch.Tensor | None = None,
-    boundary: str = "reflect",
-    probes: int = 64,
-) -> torch.Tensor:
-    """Estimate what ``seg_attention(..., query_stride=...)`` would be off by, from few exact rows.
-
-    Estimated is, for each sample, the root mean square of ``coarse - exact`` over heads, image tokens and channels,
-    divided by that of the output. The estimate is the root of the probe rows' mean square plus two deviations of that
-    mean, and rows halfway between points err most, so it is on the high side: the true error is practically never
-    above twice the estimate. Where the estimate reaches 0.1, or is no number, it is infinite instead: there the points
-    do not resolve the output, the probes say nothing of the rows between them, and every row should be computed. What
-    no probe can see is an output that changes and changes back between neighbouring points.
-
-    Args:
-        query, key, value, grid, sigma, scale, attn_mask, boundary: as for :func:`seg_attention`.
-        query_stride: 1 or more, or a pair for height and width.
-        probes: rows computed exactly, at least 4: a half of them spread over the grid halfway between points, a
-            quarter on any tokens that are no points, a quarter halfway where the coarse output changes fastest. They
-            are chosen without drawing; small grids have fewer.
-
-    Returns:
-        float32 ``[batch]``, without gradient: 0 for samples that take every row as it is (sigma 0 or infinite, or a
-        grid too small to leave out rows). Half-precision inputs are taken to float32 first, so that the estimate is
-        of the approximation and not of rounding.
-
-    Raises:
-        ValueError: when an argument does not fit; the message quotes it.
-
-    Example:
-        >>> q, k, v = torch.randn(3, 2, 8, 26 * 38, 64)
-        >>> bool((coarse_error(q, k, v, Grid(26, 38), sigma=4.0, query_stride=3) < 0.01).all())
-        True
-    """
-    plan = plan_attention(query, key, value, grid, sigma, scale, boundary, query_stride, "auto", plain=False)
-    mask = check_mask(attn_mask, query, key)
-    if not isinstance(probes, int) or isinstance(probes, bool) or probes < 4:
-        raise ValueError(f"probes must be an integer of at least 4, got {probes!r}")
-    if plan.coarse:
-        _check_one_row(mask, plan.stride)
-    q, k, v = query.detach(), key.detach(), value.detach()
-    mask = None if mask is None else mask.detach()
-    where = (grid.height, grid.width, grid.start)
-    return coarse.coarse_error(q, k, v, mask, *where, plan.sigmas, plan.scale, boundary, plan.stride, probes)
-
-
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -166,37 +166,6 @@ def _coarse_attention(
     return torch.cat(outputs), torch.cat(lses)
 
 
-def coarse_error(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grid: Grid,
-    sigma: float | Iterable[float],
-    query_stride: int | tuple[int, int],
-    *,
-    scale: float | None = None,
-    attn_mask: torch.Tensor | None = None,
-    boundary: str = "reflect",
-) -> torch.Tensor:
-    """What :func:`segkern.coarse_error` estimates, from every row: ``[batch]`` in float64.
-
-    The root mean square of ``coarse - exact`` over heads, image tokens and channels, over that of ``exact``.
-    """
-    query, key, value = query.double(), key.double(), value.double()
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        attn_mask = attn_mask.double()
-    sizes = []
-    for stride in (1, query_stride):
-        output = seg_attention(
-            query, key, value, grid, sigma, scale=scale, attn_mask=attn_mask, boundary=boundary, query_stride=stride
-        )
-        assert isinstance(output, torch.Tensor)
-        sizes.append(output[:, :, grid.start : grid.stop].flatten(1))
-    exact, coarse = sizes
-    error = (coarse - exact).norm(dim=1)
-    return torch.where(error == 0, 0.0, error / exact.norm(dim=1))
-
-
 def _along_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """A matrix on each axis of the grid's tokens in ``[batch, heads, tokens, dim]``, the others left as they are."""
     compute = _compute_dtype(x.dtype)

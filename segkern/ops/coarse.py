@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators ``segkern::coarse_*``: queries and outputs at points between tokens, and what leaving out rows errs."""
+"""The operators ``segkern::coarse_*``: queries and outputs at points between tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from segkern.core.coarse_queries import coarse_grid, point_count
 from segkern.core.gaussian import check_boundary, check_sigma
 from segkern.grid import Grid
-from segkern.ops import estimate, torch_attention
-from segkern.ops.attention import TAGS, checked, linear_context, tokens_first
+from segkern.ops import torch_attention
+from segkern.ops.attention import TAGS, linear_context, tokens_first
 
 
 @torch.library.custom_op("segkern::coarse_queries", mutates_args=(), tags=TAGS)
@@ -98,29 +98,3 @@ def _resized(
 
 coarse_queries.register_autograd(_coarse_queries_gradient, setup_context=linear_context)
 coarse_outputs.register_autograd(_coarse_outputs_gradient, setup_context=linear_context)
-
-
-@torch.library.custom_op("segkern::coarse_error", mutates_args=(), tags=TAGS)
-def coarse_error(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    height: int,
-    width: int,
-    start: int,
-    sigma: Sequence[float],
-    scale: float,
-    boundary: str,
-    stride: Sequence[int],
-    probes: int,
-) -> torch.Tensor:
-    """See :func:`segkern.coarse_error`; it has no gradient."""
-    grid, sigmas = checked(query, height, width, start, sigma)
-    pair = stride[0], stride[1]
-    return estimate.coarse_error(query, key, value, grid, sigmas, scale, attn_mask, boundary, pair, probes)
-
-
-@coarse_error.register_fake
-def _(query: torch.Tensor, *arguments: object) -> torch.Tensor:
-    return query.new_empty(query.shape[0], dtype=torch.float32)

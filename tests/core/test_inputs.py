@@ -99,9 +99,6 @@ def test_coarse_queries(count: int) -> None:
         expected = reference.seg_attention(*arguments, return_lse=True, **options)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-8, atol=1e-8, msg=f"seed {seed}")
         torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-5, msg=f"seed {seed}")
-        error = segkern.coarse_error(*arguments, **options)
-        assert error.shape == call.query.shape[:1]
-        assert (error >= 0).all()
 
 
 @pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.robustness)])

@@ -17,7 +17,6 @@ import segkern
 from segkern import Grid
 from segkern.core import bounded_cache, call_cache, coarse_queries, gaussian
 from segkern.core.bounded_cache import Kept, kept
-from segkern.ops import estimate
 
 pytest.importorskip("triton", reason="kernels need triton")
 from segkern.kernels import _blur_matrices, _routes
@@ -26,8 +25,6 @@ KEPT: list[Any] = [
     gaussian.cached_blur_matrix,
     coarse_queries.cached_sampling_matrix,
     coarse_queries.cached_interpolation_matrix,
-    estimate._halfway_tokens,
-    estimate._spread_rows,
     _blur_matrices.blur_matrices,
     _blur_matrices.index_tensor,
     _routes.attention_route,
@@ -54,7 +51,6 @@ def call_everything(sigma: float, grid: Grid, backend: str = "torch") -> None:
     segkern.gaussian_blur(q, grid, (sigma,), backend=backend)
     segkern.attention_mass(q, k, backend=backend)
     segkern.attention_energy(q, k, grid, sigma, backend=backend)
-    segkern.coarse_error(q, k, v, grid, sigma, 2, probes=4)
 
 
 def live_tensors() -> int:

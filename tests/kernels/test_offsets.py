@@ -157,4 +157,3 @@ def test_shapes_of_huge_results() -> None:
     assert segkern.attention_mass(q, k).shape == k.shape[:3]
     assert segkern.attention_energy(q, k, grid, 1.0).shape == q.shape[:3]
     assert segkern.seg_attention(q, k, k, grid, 2.0, query_stride=3).shape == q.shape
-    assert segkern.coarse_error(q, k, k, grid, 2.0, 3).shape == (4,)
