@@ -7,10 +7,9 @@ diffusers adapter lives in :mod:`segkern.integrations.diffusers`.
 
 from segkern import reference
 from segkern.analysis import energy
-from segkern.api import gaussian_blur, seg_attention
+from segkern.api import attention_energy, attention_mass, gaussian_blur, seg_attention
 from segkern.core import moved_modules
 from segkern.grid import Grid
-from segkern.masses import attention_energy, attention_mass
 from segkern.version import __version__
 
 __all__ = [

@@ -11,16 +11,22 @@ from typing import Any
 
 import torch
 
-from segkern.core.arguments import check_grid, check_mask, check_qkv, check_tensor
-from segkern.core.call_cache import Plan, forget_plans, plan_attention, takes_points
+from segkern.core.arguments import check_grid, check_mask, check_qk, check_qkv, check_scale, check_tensor
+from segkern.core.call_cache import CheckedCall, check_attention_call
 from segkern.core.dispatch import check_backend, choose_backend
-from segkern.core.fallback import FAILURES, give_up
-from segkern.core.frames import blur_frames
-from segkern.core.gaussian import check_boundary, check_sigma, head_sigmas, is_by_head, runs
-from segkern.core.heads import by_head
-from segkern.core.tracing import autocast_inputs, differentiable_backend, is_plain, is_unseen
+from segkern.core.fallback import run_with_fallback
+from segkern.core.gaussian import (
+    check_boundary,
+    check_sigma,
+    equal_runs,
+    has_head_sigmas,
+    head_sigmas,
+    is_finite_blur,
+)
+from segkern.core.parts import blur_by_frame, call_by_head
+from segkern.core.tracing import autocast_inputs, can_skip_operator, differentiable_backend, is_plain, is_transformed
 from segkern.grid import Grid
-from segkern.ops import attention, coarse, torch_attention
+from segkern.ops import attention, coarse, masses, torch_attention, torch_masses
 
 
 def gaussian_blur(
@@ -58,10 +64,10 @@ def gaussian_blur(
     check_tensor("x", x)
     grid = check_grid(grid, x.shape[2], video=True)
     if grid.frames > 1:
-        return blur_frames(partial(gaussian_blur, boundary=boundary, backend=backend), x, grid, sigma)
-    if is_by_head(sigma):
-        some = partial(gaussian_blur, grid=grid, boundary=boundary, backend=backend)
-        return by_head(some, (x,), head_sigmas(sigma, *x.shape[:2]))
+        return blur_by_frame(partial(gaussian_blur, boundary=boundary, backend=backend), x, grid, sigma)
+    if has_head_sigmas(sigma):
+        blur_heads = partial(gaussian_blur, grid=grid, boundary=boundary, backend=backend)
+        return call_by_head(blur_heads, (x,), head_sigmas(sigma, *x.shape[:2]))
     sigmas = check_sigma(sigma, x.shape[0])  # type: ignore[arg-type]
     check_boundary(boundary)
     check_backend(backend)
@@ -136,15 +142,14 @@ def seg_attention(
             raise ValueError(f"query_stride={query_stride} takes a grid of one frame, got {grid}")
         query = gaussian_blur(query, grid, sigma, boundary=boundary, backend=backend)
         grid, sigma = Grid(1, 1), 0.0
-    if is_by_head(sigma):
+    if has_head_sigmas(sigma):
         if query_stride not in (1, (1, 1)):
             raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
         check_qkv(query, key, value)
         options: Any = {"scale": scale, "boundary": boundary, "backend": backend, "return_lse": return_lse}
-        some = partial(seg_attention, grid=grid, **options)
-        return by_head(
-            some, (query, key, value), head_sigmas(sigma, *query.shape[:2]), check_mask(attn_mask, query, key)
-        )
+        attend_heads = partial(seg_attention, grid=grid, **options)
+        sigmas, mask = head_sigmas(sigma, *query.shape[:2]), check_mask(attn_mask, query, key)
+        return call_by_head(attend_heads, (query, key, value), sigmas, mask)
     if isinstance(sigma, torch.Tensor) and torch.compiler.is_compiling():
         if return_lse or query_stride not in (1, (1, 1)):
             raise ValueError(
@@ -154,17 +159,118 @@ def seg_attention(
         return _attention_at(query, key, value, grid, sigma, scale, attn_mask, boundary, backend)
     plain = is_plain(query, key, value)
     arguments: Any = (grid, sigma, scale, boundary, query_stride, backend)
-    plan = plan_attention(query, key, value, *arguments, plain=plain)
+    call = check_attention_call(query, key, value, *arguments, plain=plain)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
     asked = differentiable_backend(backend, query, key, value, *(() if mask is None else (mask,)))
     if asked != backend:
-        plan = replace(plan, backend=asked, asked=asked)
-    attend = _coarse_attention if plan.coarse else _attention
-    output, lse = attend(query, key, value, grid, plan, mask, boundary, return_lse)
+        call = replace(call, backend=asked, asked=asked)
+    attend = _coarse_attention if call.coarse else _attention
+    output, lse = attend(query, key, value, grid, call, mask, boundary, return_lse)
     if not return_lse:
         return output
     assert lse is not None
     return output, lse
+
+
+def attention_mass(
+    query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """How much attention each key receives: ``mass[k] = sum over queries of softmax(scale * query key^T)[:, k]``.
+
+    Every query gives away a mass of 1, so that the masses of a head sum to the number of queries, and a key that
+    receives as much as all others has ``queries / keys``. The matrix of probabilities is never formed.
+
+    Args:
+        query: ``[batch, heads, tokens, head_dim]``, any strides; float16, bfloat16, float32 or float64.
+        key: ``[batch, heads, keys, head_dim]`` of the query's dtype; there may be more or fewer keys than queries.
+        scale: of the logits; ``1 / sqrt(head_dim)`` by default.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
+
+    Returns:
+        float32 ``[batch, heads, keys]``, float64 for float64: products and sums are never rounded to half precision.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Source: Self-Attention Guidance (arXiv 2210.00939), whose mask is where the masses exceed 1.
+
+    Example:
+        >>> q, k = torch.randn(2, 2, 8, 26 * 38, 64)
+        >>> mass = attention_mass(q, k)
+        >>> mass.shape, bool((mass.sum(dim=-1) - 988).abs().max() < 0.01)
+        (torch.Size([2, 8, 988]), True)
+    """
+    query, key = autocast_inputs(check_qk, query, key)
+    check_qk(query, key)
+    scale = _checked_scale(scale, query)
+    chosen = _chosen(backend, "attention_mass", query, key)
+    if chosen == "torch" and is_transformed(query, key):
+        return torch_masses.composed_mass(query, key, scale)
+    if not (is_plain(query, key) and can_skip_operator(query, key)):
+        return masses.attention_mass(query, key, scale, backend if chosen == "triton" else chosen)
+    return masses.run_mass(chosen, backend, query, key, scale)
+
+
+def attention_energy(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    grid: Grid | None = None,
+    sigma: float | Iterable[float] = 0.0,
+    *,
+    scale: float | None = None,
+    boundary: str = "reflect",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The energy of each query's row of logits, ``-logsumexp(scale * blur(query) key^T)``, natural logarithm.
+
+    A blur of the queries raises the sum of the energies over the grid, where its boundary keeps the mean: that is what
+    Smoothed Energy Guidance is named after; :mod:`segkern.energy` has more of it. It is minus what
+    ``seg_attention(..., return_lse=True)`` gives, without values and the work on them.
+
+    Args:
+        query: ``[batch, heads, tokens, head_dim]``, any strides; float16, bfloat16, float32 or float64.
+        key: ``[batch, heads, keys, head_dim]`` of the query's dtype.
+        grid: where the image lies in the query tokens; it may be left out where every sigma is 0.
+        sigma: of the blur in tokens, one number or one per sample; 0 is no blur, ``math.inf`` gives every image token
+            the energy of the mean query, of which one row is computed.
+        scale: of the logits; ``1 / sqrt(head_dim)`` by default.
+        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`segkern.gaussian_blur`.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
+
+    Returns:
+        float32 ``[batch, heads, tokens]``, float64 for float64. Blurred queries are rounded to their dtype.
+
+    Raises:
+        ValueError: when an argument does not fit; the message quotes it.
+
+    Source: SEG (arXiv 2408.00760), section 3: the energy of modern Hopfield networks.
+
+    Example:
+        >>> q, k = torch.randn(2, 2, 8, 26 * 38, 64)
+        >>> plain, blurred = (attention_energy(q, k, Grid(26, 38), s, boundary="symmetric") for s in (0.0, 2.0))
+        >>> plain.shape, bool((blurred.sum(dim=-1) > plain.sum(dim=-1)).all())
+        (torch.Size([2, 8, 988]), True)
+    """
+    query, key = autocast_inputs(check_qk, query, key)
+    check_qk(query, key)
+    sigmas = check_sigma(sigma, query.shape[0])
+    if grid is None and any(sigmas):
+        raise ValueError(f"a sigma other than 0 needs a grid, segkern.Grid(height, width), got grid=None, {sigma=}")
+    if grid is not None:
+        check_grid(grid, query.shape[2])
+    check_boundary(boundary)
+    scale = _checked_scale(scale, query)
+    chosen = _chosen(backend, "attention_energy", query, key)
+    if grid is None and query.shape[2] == 0:
+        return torch_masses.composed_energy(query, key, Grid(1, 1), sigmas, scale, boundary)
+    grid = Grid(1, 1) if grid is None else grid
+    if chosen == "torch" and is_transformed(query, key):
+        return torch_masses.composed_energy(query, key, grid, sigmas, scale, boundary)
+    if not (is_plain(query, key) and can_skip_operator(query, key)):
+        where = (grid.height, grid.width, grid.start)
+        asked = backend if chosen == "triton" else chosen
+        return masses.attention_energy(query, key, *where, sigmas, scale, boundary, asked)
+    return masses.run_energy(chosen, backend, query, key, grid, sigmas, scale, boundary)
 
 
 def _attention(
@@ -172,27 +278,23 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: Grid,
-    plan: Plan,
+    call: CheckedCall,
     mask: torch.Tensor | None,
     boundary: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Every query row."""
     if is_plain(query, key, value) and (mask is None or is_plain(mask)):
-        arguments = (grid, plan.sigmas, plan.scale)
-        if plan.backend == "torch":
-            return torch_attention.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
-        if is_unseen(query, key, value, mask):
-            try:
-                return attention.fused_attention(query, key, value, mask, *arguments, boundary, return_lse)
-            except FAILURES as error:
-                give_up(error, plan.asked, "seg_attention", query)
-            forget_plans()
-            return torch_attention.seg_attention(query, key, value, *arguments, mask, boundary, return_lse)
+        arguments = (query, key, value, mask, grid, call.sigmas, call.scale, boundary, return_lse)
+        pytorch = torch_attention.seg_attention
+        if call.backend == "torch":
+            return pytorch(*arguments)
+        if can_skip_operator(query, key, value, mask):
+            return run_with_fallback("seg_attention", call.asked, attention.fused_attention, pytorch, *arguments)
     where = (grid.height, grid.width, grid.start)
-    backend = plan.asked if plan.backend == "triton" else plan.backend
+    backend = call.asked if call.backend == "triton" else call.backend
     output, lse = attention.seg_attention(
-        query, key, value, mask, *where, plan.sigmas, plan.scale, boundary, backend, return_lse
+        query, key, value, mask, *where, call.sigmas, call.scale, boundary, backend, return_lse
     )
     return output, lse if return_lse else None
 
@@ -214,10 +316,10 @@ def _attention_at(
             f"a tensor of sigmas lies on the CPU and has one number per sample under torch.compile, got shape "
             f"{tuple(sigma.shape)} on {sigma.device} for a batch of {query.shape[0]}"
         )
-    plan = plan_attention(query, key, value, grid, 0.0, scale, boundary, 1, backend, plain=False)
+    call = check_attention_call(query, key, value, grid, 0.0, scale, boundary, 1, backend, plain=False)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
     where = (grid.height, grid.width, grid.start)
-    return attention.seg_attention_at(query, key, value, mask, *where, sigma, plan.scale, boundary, plan.backend)
+    return attention.seg_attention_at(query, key, value, mask, *where, sigma, call.scale, boundary, call.backend)
 
 
 def _check_one_row(mask: torch.Tensor | None, stride: tuple[int, int]) -> None:
@@ -233,26 +335,26 @@ def _coarse_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     grid: Grid,
-    plan: Plan,
+    call: CheckedCall,
     mask: torch.Tensor | None,
     boundary: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Samples of finite sigma at the points of the coarse grid, the others as ever."""
-    stride = plan.stride
+    stride = call.stride
     _check_one_row(mask, stride)
     outputs, lses = [], []
-    for samples, at_points in runs([takes_points(sigma) for sigma in plan.sigmas]):
-        q, k, v, sigmas = query[samples], key[samples], value[samples], plan.sigmas[samples]
+    for samples, at_points in equal_runs([is_finite_blur(sigma) for sigma in call.sigmas]):
+        q, k, v, sigmas = query[samples], key[samples], value[samples], call.sigmas[samples]
         m = mask[samples] if mask is not None and mask.shape[0] != 1 else mask
         if at_points:
             q = coarse_queries(q, grid, sigmas, stride, boundary)
-            unblurred = replace(plan, sigmas=(0.0,) * len(sigmas))
+            unblurred = replace(call, sigmas=(0.0,) * len(sigmas))
             output, lse = _attention(q, k, v, Grid(1, 1), unblurred, m, boundary, return_lse)
             output = coarse_outputs(output, grid, stride, boundary)
             lse = None if lse is None else _coarse_lse(lse, grid, stride, boundary)
         else:
-            output, lse = _attention(q, k, v, grid, replace(plan, sigmas=sigmas), m, boundary, return_lse)
+            output, lse = _attention(q, k, v, grid, replace(call, sigmas=sigmas), m, boundary, return_lse)
         outputs.append(output)
         lses.append(lse)
     if len(outputs) == 1:
@@ -283,3 +385,16 @@ def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundar
     if is_plain(x):
         return torch_attention.coarse_outputs(x, grid, stride, boundary)
     return coarse.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
+
+
+def _checked_scale(scale: float | None, query: torch.Tensor) -> float:
+    return 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
+
+
+def _chosen(backend: str, operation: str, query: torch.Tensor, key: torch.Tensor) -> str:
+    """The backend that serves the call; as asked for where a tracer follows it."""
+    check_backend(backend)
+    backend = differentiable_backend(backend, query, key)
+    if is_plain(query, key):
+        backend, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, operation=operation)
+    return backend

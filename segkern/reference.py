@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from segkern.core.coarse_queries import check_query_stride, coarse_grid, interpolation_matrix, sampling_matrix
-from segkern.core.gaussian import blur_matrix, check_boundary, check_sigma, head_sigmas, is_by_head
+from segkern.core.gaussian import blur_matrix, check_boundary, check_sigma, has_head_sigmas, head_sigmas
 from segkern.grid import Grid
 
 
@@ -27,7 +27,7 @@ def gaussian_blur(
     """Blur ``x`` ``[batch, heads, tokens, dim]`` over its token grid; see :func:`segkern.gaussian_blur`."""
     check_boundary(boundary)
     grid.check(x.shape[2])
-    if is_by_head(sigma):
+    if has_head_sigmas(sigma):
         by_head = zip(*head_sigmas(sigma, *x.shape[:2]), strict=True)
         heads = [gaussian_blur(x[:, [h]], grid, sigmas, boundary=boundary) for h, sigmas in enumerate(by_head)]
         return torch.cat(heads, dim=1)
@@ -116,7 +116,7 @@ def seg_attention(
     """Attention of blurred queries; see :func:`segkern.seg_attention`. The log-sum-exp keeps float64 for float64."""
     stride = check_query_stride(query_stride)
     if stride != (1, 1):
-        if is_by_head(sigma):
+        if has_head_sigmas(sigma):
             raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
         output, lse = _coarse_attention(query, key, value, grid, sigma, scale, attn_mask, boundary, stride)  # type: ignore[arg-type]
         return (output, lse) if return_lse else output

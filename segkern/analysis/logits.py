@@ -9,11 +9,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from segkern.api import gaussian_blur
+from segkern.api import attention_energy, gaussian_blur
 from segkern.core.arguments import check_grid, check_scale, check_tensor
 from segkern.core.gaussian import check_boundary, check_sigma
 from segkern.grid import Grid
-from segkern.masses import attention_energy
 from segkern.ops.torch_attention import full_precision
 
 Over = Literal["keys", "queries"]

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables that are made once and kept: how many, and how long."""
+"""A bounded cache of tables made on a device, safe beside CUDA graphs, other streams and the caller's modes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
+from segkern.core.private_apis import no_modes_or_transforms
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
-MOST_BYTES = 2**28  # of one kind of table
+MOST_BYTES = 2**28  # of the tables of one cache
 
 
 def capturing() -> bool:
@@ -21,70 +24,79 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class Kept(Generic[P, T]):
-    """A function whose results are kept, by its arguments; nobody may write to them.
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Make tensors that later calls can use too, whatever the caller's modes: no fake, inference or tracked ones."""
+    with no_modes_or_transforms(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class BoundedCache(Generic[P, T]):
+    """A function that remembers its results by its arguments; callers must not write to them.
 
     When there are too many they are all dropped, once no kernel reads them any more. Only those that were asked for
     while a CUDA graph was captured stay for good: the graph reads the same memory at every replay.
 
     Args:
-        make: the function; a device is an argument of its own.
-        most: results that are kept.
+        make: the function, which runs under :func:`ordinary_tensors`; a device is an argument of its own.
+        most: results that are remembered.
     """
 
     def __init__(self, make: Callable[P, T], most: int) -> None:
         self._make, self._most = make, most
-        self._found: dict[Any, T] = {}
-        self._for_good: dict[Any, T] = {}
+        self._results: dict[Any, T] = {}
+        self._captured: dict[Any, T] = {}
         self._bytes = 0
         update_wrapper(self, make)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         key = (args, *kwargs.items()) if kwargs else args
-        found = self._found.get(key)
-        if found is None:
-            found = self._for_good.get(key)
-            found = self._keep(key, self._make(*args, **kwargs)) if found is None else found
+        result = self._results.get(key)
+        if result is None:
+            result = self._captured.get(key)
+            if result is None:
+                with ordinary_tensors():
+                    result = self._make(*args, **kwargs)
+                self._store(key, result)
         if capturing():
-            found = self._for_good.setdefault(key, found)
-        return found
+            result = self._captured.setdefault(key, result)
+        return result
 
-    def _keep(self, key: Any, made: T) -> T:
-        size = _size(made)
+    def _store(self, key: Any, result: T) -> None:
+        size = _size(result)
         # A graph that is being captured takes no waiting for the device.
-        if (len(self._found) >= self._most or self._bytes + size > MOST_BYTES) and not capturing():
+        if (len(self._results) >= self._most or self._bytes + size > MOST_BYTES) and not capturing():
             self._drop()
         self._bytes += size
-        self._found[key] = made
-        return made
+        self._results[key] = result
 
     def _drop(self) -> None:
-        dropped, self._found, self._bytes = self._found, {}, 0
+        dropped, self._results, self._bytes = self._results, {}, 0
         for device in {part for key in dropped for part in _parts(key) if isinstance(part, torch.device)}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # kernels of other streams than the one that made a table
 
     def __len__(self) -> int:
-        return len(self._found) + len(self._for_good)
+        return len(self._results) + len(self._captured)
 
     def cache_clear(self) -> None:
         """Forget all, also what captured graphs read."""
-        self._found, self._for_good, self._bytes = {}, {}, 0
+        self._results, self._captured, self._bytes = {}, {}, 0
 
 
-def kept(most: int) -> Callable[[Callable[P, T]], Kept[P, T]]:
-    """A decorator; see :class:`Kept`.
+def bounded_cache(most: int) -> Callable[[Callable[P, T]], BoundedCache[P, T]]:
+    """A decorator; see :class:`BoundedCache`.
 
     Example:
         >>> calls = []
-        >>> @kept(most=2)
+        >>> @bounded_cache(most=2)
         ... def square(n):
         ...     calls.append(n)
         ...     return n * n
         >>> [square(n) for n in (3, 3, 4, 5, 3)], calls
         ([9, 9, 16, 25, 9], [3, 4, 5, 3])
     """
-    return lambda make: Kept(make, most)
+    return lambda make: BoundedCache(make, most)
 
 
 def _parts(key: Any) -> list[Any]:

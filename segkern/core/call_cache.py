@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the arguments of an attention come down to. The same call comes thousands of times: it is checked once."""
+"""A cache of checked calls of attention: the same call comes thousands of times and is checked once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 from segkern.core.arguments import check_grid, check_qkv, check_scale
 from segkern.core.coarse_queries import check_query_stride, coarse_grid
 from segkern.core.dispatch import check_backend, choose_backend
-from segkern.core.gaussian import check_boundary, check_sigma
+from segkern.core.fallback import failure_count
+from segkern.core.gaussian import check_boundary, check_sigma, is_finite_blur
 from segkern.grid import Grid
 
-_MOST_PLANS = 1024  # kept; a run has a few dozen
+MOST_CALLS = 1024  # remembered; a run has a few dozen
 
 
 @dataclass(frozen=True)
-class Plan:
+class CheckedCall:
     """Checked arguments of one kind of call.
 
     Attributes:
@@ -40,10 +41,11 @@ class Plan:
     asked: str
 
 
-_PLANS: dict[Any, Plan] = {}
+_CALLS: dict[Any, CheckedCall] = {}
+_NUMBERS = {float, int}
 
 
-def plan_attention(
+def check_attention_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -55,23 +57,23 @@ def plan_attention(
     backend: str,
     *,
     plain: bool,
-) -> Plan:
+) -> CheckedCall:
     """Check all arguments but the mask against each other.
 
     Args:
-        plain: the three are real tensors in an eager run: the backend is chosen, and the plan kept.
+        plain: the three are real tensors in an eager run: the backend is chosen, and the call remembered.
 
     Raises:
         ValueError: when one does not fit; the message quotes it.
     """
-    kept = None
-    if plain and _is_kept(grid, sigma, scale, query_stride):
-        # type() beside a value: True equals 1 but is no number here.
+    cache_key = None
+    if plain and _is_hashable(grid, sigma, scale, query_stride):
+        # Backends are chosen anew after kernels have failed.
         tensors = tuple((x.shape, x.dtype, x.device) for x in (query, key, value))
-        kept = tensors, grid, sigma, scale, boundary, query_stride, backend
-        found = _PLANS.get(kept)
-        if found is not None:
-            return found
+        cache_key = tensors, grid, sigma, scale, boundary, query_stride, backend, failure_count()
+        known = _CALLS.get(cache_key)
+        if known is not None:
+            return known
     check_qkv(query, key, value)
     grid = check_grid(grid, query.shape[2])
     sigmas = check_sigma(sigma, query.shape[0])
@@ -83,21 +85,22 @@ def plan_attention(
     if plain:
         fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
         backend, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)
-    plan = Plan(sigmas, scale, stride, leaves_out_rows(grid, sigmas, boundary, stride), backend, asked)
-    if kept is not None:
-        if len(_PLANS) >= _MOST_PLANS:
-            _PLANS.clear()
-        _PLANS[kept] = plan
-    return plan
+    coarse = any(map(is_finite_blur, sigmas)) and coarse_grid(grid, stride, boundary).tokens != grid.tokens
+    call = CheckedCall(sigmas, scale, stride, coarse, backend, asked)
+    if cache_key is not None:
+        if len(_CALLS) >= MOST_CALLS:
+            _CALLS.clear()
+        _CALLS[cache_key] = call
+    return call
 
 
-def forget_plans() -> None:
-    """Choose backends anew: kernels have failed."""
-    _PLANS.clear()
+def forget_calls() -> None:
+    """Empty the cache."""
+    _CALLS.clear()
 
 
-def _is_kept(grid: object, sigma: object, scale: object, stride: object) -> bool:
-    """Whether a plan can be found by these: numbers as such, not tensors, generators or NumPy's."""
+def _is_hashable(grid: object, sigma: object, scale: object, stride: object) -> bool:
+    """Whether these are numbers as such, not tensors, generators or NumPy's; True equals 1 but is no number here."""
     sigmas = sigma if type(sigma) is tuple else (sigma,)
     strides = stride if type(stride) is tuple else (stride,)
     return (
@@ -106,16 +109,3 @@ def _is_kept(grid: object, sigma: object, scale: object, stride: object) -> bool
         and (scale is None or type(scale) in _NUMBERS)
         and {int}.issuperset(map(type, strides))
     )
-
-
-_NUMBERS = {float, int}
-
-
-def takes_points(sigma: float) -> bool:
-    """Whether a sample's queries are smooth without being all the same."""
-    return 0.0 < sigma < math.inf
-
-
-def leaves_out_rows(grid: Grid, sigmas: tuple[float, ...], boundary: str, stride: tuple[int, int]) -> bool:
-    """Whether some sample is computed at fewer points than its grid has tokens."""
-    return any(map(takes_points, sigmas)) and coarse_grid(grid, stride, boundary).tokens != grid.tokens

@@ -14,8 +14,8 @@ import math
 
 import torch
 
-from segkern.core.bounded_cache import kept
-from segkern.core.gaussian import blur_matrix, check_boundary, table_making
+from segkern.core.bounded_cache import bounded_cache
+from segkern.core.gaussian import blur_matrix, check_boundary
 from segkern.grid import Grid
 
 
@@ -182,19 +182,5 @@ def _tokens(length: int, count: int, boundary: str) -> torch.Tensor:
     return _waves(torch.arange(length, dtype=torch.float64, device="cpu"), count, length, boundary)
 
 
-@kept(most=1024)
-def cached_sampling_matrix(
-    length: int, sigma: float, count: int, boundary: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """:func:`sampling_matrix`, kept per argument; the caller must not write to it."""
-    with table_making():
-        return sampling_matrix(length, sigma, count, boundary, dtype=dtype, device=device)
-
-
-@kept(most=1024)
-def cached_interpolation_matrix(
-    length: int, count: int, boundary: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """:func:`interpolation_matrix`, kept per argument; the caller must not write to it."""
-    with table_making():
-        return interpolation_matrix(length, count, boundary, dtype=dtype, device=device)
+cached_sampling_matrix = bounded_cache(most=1024)(sampling_matrix)
+cached_interpolation_matrix = bounded_cache(most=1024)(interpolation_matrix)

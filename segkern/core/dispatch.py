@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from segkern.core.fallback import in_words, why_failed
+from segkern.core.fallback import describe_error, failure_reason
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -29,7 +29,7 @@ def why_triton_is_broken() -> str | None:
     try:
         import triton  # noqa: F401
     except Exception as error:  # of a package of many parts, and native ones
-        return in_words(error)
+        return describe_error(error)
     return None
 
 
@@ -127,7 +127,7 @@ def choose_backend(
         return "torch", "Triton's interpreter is for tests"
     if dtype == torch.float32:
         return "torch", "float32 products at full precision gain nothing from the fused kernels"
-    failure = why_failed(device, operation, dtype, head_dim)
+    failure = failure_reason(device, operation, dtype, head_dim)
     if failure is not None:
         return "torch", f"the kernels failed: {failure}"
     return "triton", "fused kernels"

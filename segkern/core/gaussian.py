@@ -8,15 +8,13 @@ and ``B_w`` from :func:`blur_matrix`, ``blurred[i, j] = sum_{k, l} B_h[i, k] B_w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import torch
 
-from segkern.core.bounded_cache import kept
-from segkern.core.private_apis import no_modes_or_transforms
+from segkern.core.bounded_cache import bounded_cache
 
 T = TypeVar("T")
 Boundary = Literal["reflect", "symmetric", "circular"]
@@ -49,6 +47,11 @@ def gaussian_taps(sigma: float, length: int, count: int | None = None) -> torch.
     scaled = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu") / sigma
     weights = torch.exp(-0.5 * scaled * scaled)
     return weights / weights.sum()
+
+
+def is_finite_blur(sigma: float) -> bool:
+    """Whether sigma is neither 0 (no blur) nor infinite (the mean)."""
+    return 0.0 < sigma < math.inf
 
 
 def blur_reach(sigma: float, length: int, boundary: str) -> int:
@@ -116,20 +119,7 @@ def blur_matrix(
     return matrix.to(device=device, dtype=dtype)
 
 
-@kept(most=1024)
-def cached_blur_matrix(
-    length: int, sigma: float, boundary: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """:func:`blur_matrix`, kept per argument; the caller must not write to it."""
-    with table_making():
-        return blur_matrix(length, sigma, boundary, dtype=dtype, device=device)
-
-
-@contextmanager
-def table_making() -> Iterator[None]:
-    """Inside, tensors are ordinary ones whatever the caller's modes: they are kept and serve later calls too."""
-    with no_modes_or_transforms(), torch.inference_mode(False), torch.no_grad():
-        yield
+cached_blur_matrix = bounded_cache(most=1024)(blur_matrix)
 
 
 def check_boundary(boundary: str) -> None:
@@ -169,7 +159,7 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
     return sigmas
 
 
-def is_by_head(sigma: object) -> bool:
+def has_head_sigmas(sigma: object) -> bool:
     """Whether any sample has a sequence of sigmas, one for each head."""
     dimensions = getattr(sigma, "ndim", None)  # of a tensor or a NumPy array
     if dimensions is not None:
@@ -184,7 +174,7 @@ def _is_sequence(entry: Any) -> bool:
 
 
 def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], ...]:
-    """One checked float per sample and head; see :func:`is_by_head`.
+    """One checked float per sample and head; see :func:`has_head_sigmas`.
 
     Raises:
         ValueError: for another number of samples (a single one serves all) or heads, and as :func:`check_sigma` does.
@@ -207,11 +197,11 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float, torch.SymFloat, Real)) and not isinstance(value, bool)
 
 
-def runs(sigmas: Sequence[T]) -> list[tuple[slice, T]]:
+def equal_runs(sigmas: Sequence[T]) -> list[tuple[slice, T]]:
     """Consecutive samples of equal sigma, or of whatever one value per sample says, as slices of the batch.
 
     Example:
-        >>> runs((0.0, 0.0, 3.0))
+        >>> equal_runs((0.0, 0.0, 3.0))
         [(slice(0, 2, None), 0.0), (slice(2, 3, None), 3.0)]
     """
     found: list[tuple[slice, T]] = []

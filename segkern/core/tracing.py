@@ -22,7 +22,7 @@ def is_plain(*tensors: torch.Tensor) -> bool:
     return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
 
 
-def is_unseen(*tensors: torch.Tensor | None) -> bool:
+def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
     """Whether nobody follows a call: no gradient, no transform, no mode. Then the operator's own function is called.
 
     Tensors without data are seen: the operator tells shapes of results, where its function would go through blocks.

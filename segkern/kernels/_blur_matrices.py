@@ -13,8 +13,8 @@ from functools import lru_cache
 
 import torch
 
-from segkern.core.bounded_cache import kept
-from segkern.core.gaussian import blur_matrix, blur_reach, table_making
+from segkern.core.bounded_cache import bounded_cache
+from segkern.core.gaussian import blur_matrix, blur_reach
 
 PLAIN = -1  # the sample's queries are taken as they are
 OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
@@ -41,7 +41,7 @@ class BlurMatrices:
     blurs: bool
 
 
-@kept(most=1024)
+@bounded_cache(most=1024)
 def blur_matrices(
     samples: tuple[int, ...],
     sigmas: tuple[float, ...],
@@ -65,24 +65,23 @@ def blur_matrices(
         )
     distinct = sorted({sigma for sigma in sigmas if sigma > 0.0 and not (outside and math.isinf(sigma))})
     index = {math.inf: OUTSIDE} | {sigma: table for table, sigma in enumerate(distinct)}
-    with table_making():
-        matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
-        if adjoint:
-            matrices = [[matrix.T for matrix in axis] for axis in matrices]
-            reach = [[height, width] for _ in distinct]  # the edge row of a transposed reflection looks further
-        else:
-            reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
-        return BlurMatrices(
-            samples=index_tensor(samples, device),
-            tables=index_tensor(tuple(index.get(sigma, PLAIN) for sigma in sigmas), device),
-            rows=_stack(matrices[0], height).to(device),
-            columns=_stack(matrices[1], width).to(device),
-            reach=torch.tensor(reach, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device),
-            blurs=bool(distinct),
-        )
+    matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
+    if adjoint:
+        matrices = [[matrix.T for matrix in axis] for axis in matrices]
+        reach = [[height, width] for _ in distinct]  # the edge row of a transposed reflection looks further
+    else:
+        reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
+    return BlurMatrices(
+        samples=index_tensor(samples, device),
+        tables=index_tensor(tuple(index.get(sigma, PLAIN) for sigma in sigmas), device),
+        rows=_stack(matrices[0], height).to(device),
+        columns=_stack(matrices[1], width).to(device),
+        reach=torch.tensor(reach, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device),
+        blurs=bool(distinct),
+    )
 
 
-@kept(most=4096)
+@bounded_cache(most=4096)
 def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Integers as an int32 tensor on a device, made once.
 
@@ -94,8 +93,7 @@ def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
             f"the table {values} is not on {device} yet, and a CUDA graph is being captured; run the same call once "
             f"before capturing"
         )
-    with table_making():
-        return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
+    return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
 @lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from segkern.core.fallback import KernelFailure, in_words, is_the_kernels
+from segkern.core.fallback import KernelFailure, describe_error, is_kernel_failure
 from segkern.core.private_apis import triton_allocator
 from segkern.kernels._configs import Options, Tile, dot_precision, split_head_dim
 
@@ -26,8 +26,10 @@ class _Launching:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and is_the_kernels(error):
-            raise KernelFailure(f"a Triton kernel could not be compiled or launched: {in_words(error)}") from error
+        if error is not None and is_kernel_failure(error):
+            raise KernelFailure(
+                f"a Triton kernel could not be compiled or launched: {describe_error(error)}"
+            ) from error
 
 
 class _LaunchingElsewhere(torch.cuda.device):

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import torch
 
-from segkern.core.bounded_cache import kept
+from segkern.core.bounded_cache import bounded_cache
 from segkern.core.gaussian import blur_reach
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import OUTSIDE, PLAIN, BlurMatrices, blur_matrices, index_tensor
@@ -119,7 +119,7 @@ class Route:
     tables: BlurMatrices | None
 
 
-@kept(most=1024)
+@bounded_cache(most=1024)
 def attention_route(
     device: torch.device,
     dtype: torch.dtype,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators ``segkern::coarse_*``: queries and outputs at points between tokens."""
+"""The operators ``segkern::coarse_queries`` and ``segkern::coarse_outputs``: to points between tokens and back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from segkern.core.coarse_queries import coarse_grid, point_count
 from segkern.core.gaussian import check_boundary, check_sigma
 from segkern.grid import Grid
 from segkern.ops import torch_attention
-from segkern.ops.attention import TAGS, linear_context, tokens_first
+from segkern.ops.operators import empty_output, operator, save_linear, tokens_first
 
 
-@torch.library.custom_op("segkern::coarse_queries", mutates_args=(), tags=TAGS)
+@operator("segkern::coarse_queries")
 def coarse_queries(
     x: torch.Tensor,
     height: int,
@@ -30,9 +30,8 @@ def coarse_queries(
     check_boundary(boundary)
     grid, pair = Grid(height, width, start), (stride[0], stride[1])
     (coarse_grid(grid, pair, boundary) if adjoint else grid).check(x.shape[2])
-    return tokens_first(
-        torch_attention.coarse_queries(x, grid, check_sigma(sigma, x.shape[0]), pair, boundary, adjoint)
-    )
+    sigmas = check_sigma(sigma, x.shape[0])
+    return tokens_first(torch_attention.coarse_queries(x, grid, sigmas, pair, boundary, adjoint))
 
 
 @coarse_queries.register_fake
@@ -46,14 +45,15 @@ def _(
     boundary: str,
     adjoint: bool = False,
 ) -> torch.Tensor:
-    return _resized(x, height, width, stride, boundary, coarser=not adjoint)
+    more = _saved_tokens(height, width, stride, boundary)
+    return empty_output(x, x.shape[3], more if adjoint else -more)
 
 
 def _coarse_queries_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return coarse_queries(grad, *ctx.arguments, not ctx.adjoint), *(None,) * 7
 
 
-@torch.library.custom_op("segkern::coarse_outputs", mutates_args=(), tags=TAGS)
+@operator("segkern::coarse_outputs")
 def coarse_outputs(
     x: torch.Tensor,
     height: int,
@@ -80,21 +80,18 @@ def _(
     boundary: str,
     adjoint: bool = False,
 ) -> torch.Tensor:
-    return _resized(x, height, width, stride, boundary, coarser=adjoint)
+    more = _saved_tokens(height, width, stride, boundary)
+    return empty_output(x, x.shape[3], -more if adjoint else more)
 
 
 def _coarse_outputs_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return coarse_outputs(grad, *ctx.arguments, not ctx.adjoint), *(None,) * 6
 
 
-def _resized(
-    x: torch.Tensor, height: int, width: int, stride: Sequence[int], boundary: str, *, coarser: bool
-) -> torch.Tensor:
-    """An empty tensor with the coarse grid's tokens for the grid's, or the other way round."""
-    batch, heads, tokens, dim = x.shape
-    change = height * width - point_count(height, stride[0], boundary) * point_count(width, stride[1], boundary)
-    return x.new_empty(batch, tokens - change if coarser else tokens + change, heads, dim).transpose(1, 2)
+def _saved_tokens(height: int, width: int, stride: Sequence[int], boundary: str) -> int:
+    """How many tokens more a grid has than its coarse grid has points."""
+    return height * width - point_count(height, stride[0], boundary) * point_count(width, stride[1], boundary)
 
 
-coarse_queries.register_autograd(_coarse_queries_gradient, setup_context=linear_context)
-coarse_outputs.register_autograd(_coarse_outputs_gradient, setup_context=linear_context)
+coarse_queries.register_autograd(_coarse_queries_gradient, setup_context=save_linear)
+coarse_outputs.register_autograd(_coarse_outputs_gradient, setup_context=save_linear)

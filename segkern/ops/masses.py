@@ -9,73 +9,20 @@ from typing import Any
 import torch
 
 from segkern.core.dispatch import choose_backend
-from segkern.core.fallback import FAILURES, give_up
-from segkern.core.gaussian import check_boundary
+from segkern.core.fallback import run_with_fallback
 from segkern.grid import Grid
 from segkern.ops import torch_masses
-from segkern.ops.attention import TAGS, checked
+from segkern.ops.operators import check_call, operator
 from segkern.ops.torch_attention import compute_dtype
 
 
-@torch.library.custom_op("segkern::attention_mass", mutates_args=(), tags=TAGS)
-def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
-    """See :func:`segkern.attention_mass`."""
-    if choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_mass")[0] == "triton":
-        try:
-            return fused_mass(query, key, scale)
-        except FAILURES as error:
-            give_up(error, backend, "attention_mass", query)
-    return torch_masses.attention_mass(query, key, scale)
-
-
 def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """The operator's Triton path without the operator: no gradient, no tracer; arguments are checked already."""
+    """Masses by Triton kernels, without gradient or tracer; arguments are checked already."""
     from segkern.kernels.attention_mass import launch_attention_mass
 
     out = query.new_empty(key.shape[:3], dtype=torch.float32)
     launch_attention_mass(query, key, out, scale)
     return out
-
-
-@attention_mass.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
-    return query.new_empty(key.shape[:3], dtype=compute_dtype(query.dtype))
-
-
-@torch.library.custom_op("segkern::attention_mass_backward", mutates_args=(), tags=TAGS)
-def attention_mass_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of query and key."""
-    return torch_masses.attention_mass_backward(grad, query, key, scale)
-
-
-@attention_mass_backward.register_fake
-def _(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape)
-
-
-@torch.library.custom_op("segkern::attention_energy", mutates_args=(), tags=TAGS)
-def attention_energy(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    height: int,
-    width: int,
-    start: int,
-    sigma: Sequence[float],
-    scale: float,
-    boundary: str,
-    backend: str,
-) -> torch.Tensor:
-    """See :func:`segkern.attention_energy`."""
-    grid, sigmas = checked(query, height, width, start, sigma)
-    check_boundary(boundary)
-    if choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_energy")[0] == "triton":
-        try:
-            return fused_energy(query, key, grid, sigmas, scale, boundary)
-        except FAILURES as error:
-            give_up(error, backend, "attention_energy", query)
-    return torch_masses.attention_energy(query, key, grid, sigmas, scale, boundary)
 
 
 def fused_energy(
@@ -89,12 +36,64 @@ def fused_energy(
     return out
 
 
+def run_mass(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
+    """Masses by the chosen backend; the caller asked for another one, perhaps."""
+    if chosen == "torch":
+        return torch_masses.attention_mass(*arguments)
+    return run_with_fallback("attention_mass", asked, fused_mass, torch_masses.attention_mass, *arguments)
+
+
+def run_energy(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
+    """The same for energies."""
+    if chosen == "torch":
+        return torch_masses.attention_energy(*arguments)
+    return run_with_fallback("attention_energy", asked, fused_energy, torch_masses.attention_energy, *arguments)
+
+
+@operator("segkern::attention_mass")
+def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    """See :func:`segkern.attention_mass`."""
+    chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_mass")
+    return run_mass(chosen, backend, query, key, scale)
+
+
+@attention_mass.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+    return query.new_empty(key.shape[:3], dtype=compute_dtype(query.dtype))
+
+
+@operator("segkern::attention_energy")
+def attention_energy(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float,
+    boundary: str,
+    backend: str,
+) -> torch.Tensor:
+    """See :func:`segkern.attention_energy`."""
+    grid, sigmas = check_call(query, height, width, start, sigma, boundary)
+    chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_energy")
+    return run_energy(chosen, backend, query, key, grid, sigmas, scale, boundary)
+
+
 @attention_energy.register_fake
 def _(query: torch.Tensor, *arguments: object) -> torch.Tensor:
     return query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
 
 
-@torch.library.custom_op("segkern::attention_energy_backward", mutates_args=(), tags=TAGS)
+@operator("segkern::attention_mass_backward")
+def attention_mass_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of query and key."""
+    return torch_masses.attention_mass_backward(grad, query, key, scale)
+
+
+@operator("segkern::attention_energy_backward")
 def attention_energy_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
@@ -107,10 +106,11 @@ def attention_energy_backward(
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of query and key."""
-    grid, sigmas = checked(query, height, width, start, sigma)
+    grid, sigmas = check_call(query, height, width, start, sigma, boundary)
     return torch_masses.attention_energy_backward(grad, query, key, grid, sigmas, scale, boundary)
 
 
+@attention_mass_backward.register_fake
 @attention_energy_backward.register_fake
 def _(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *arguments: object
@@ -118,7 +118,7 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.arguments = inputs[2:-1]  # all but the backend
 
@@ -131,5 +131,5 @@ def _energy_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None,
     return *attention_energy_backward(grad, *ctx.saved_tensors, *ctx.arguments), *(None,) * 7
 
 
-attention_mass.register_autograd(_mass_gradient, setup_context=_context)
-attention_energy.register_autograd(_energy_gradient, setup_context=_context)
+attention_mass.register_autograd(_mass_gradient, setup_context=_save_inputs)
+attention_energy.register_autograd(_energy_gradient, setup_context=_save_inputs)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from segkern.core.coarse_queries import cached_interpolation_matrix, cached_sampling_matrix, coarse_grid
-from segkern.core.gaussian import cached_blur_matrix, runs
+from segkern.core.gaussian import cached_blur_matrix, equal_runs
 from segkern.grid import Grid
 
 _PLAIN, _BLURRED, _UNIFORM = range(3)
@@ -76,9 +76,12 @@ def _mix_grid(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Te
 def _blur_run(x: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint: bool = False) -> torch.Tensor:
     """Blur a run of samples of one positive sigma; tokens outside the grid pass through."""
     if not math.isinf(sigma):
-        compute = compute_dtype(x.dtype)
-        matrices = [cached_blur_matrix(n, sigma, boundary, compute, x.device) for n in (grid.height, grid.width)]
-        rows, columns = [matrix.T for matrix in matrices] if adjoint else matrices
+        rows, columns = (
+            cached_blur_matrix(length, sigma, boundary, dtype=compute_dtype(x.dtype), device=x.device)
+            for length in (grid.height, grid.width)
+        )
+        if adjoint:
+            rows, columns = rows.T, columns.T
         return _mix_grid(x, grid, rows, columns)
     image = grid_mean(x, grid).expand(-1, -1, grid.tokens, -1)  # the mean over the grid is its own adjoint
     if grid.tokens == x.shape[2]:
@@ -92,7 +95,7 @@ def gaussian_blur(
     """Blur ``[batch, heads, tokens, dim]``, one sigma per sample; ``adjoint`` applies the transposed blur."""
     parts = [
         x[samples] if sigma == 0.0 else _blur_run(x[samples], grid, sigma, boundary, adjoint)
-        for samples, sigma in runs(sigmas)
+        for samples, sigma in equal_runs(sigmas)
     ]
     if not parts:  # an empty batch
         return torch.empty_like(x)
@@ -118,9 +121,9 @@ def coarse_queries(
     coarse = coarse_grid(grid, stride, boundary)
     compute = compute_dtype(x.dtype)
     parts = []
-    for samples, sigma in runs(sigmas):
+    for samples, sigma in equal_runs(sigmas):
         matrices = [
-            cached_sampling_matrix(n, sigma, m, boundary, compute, x.device)
+            cached_sampling_matrix(n, sigma, m, boundary, dtype=compute, device=x.device)
             for n, m in ((grid.height, coarse.height), (grid.width, coarse.width))
         ]
         if adjoint:
@@ -140,7 +143,7 @@ def coarse_outputs(
     coarse = coarse_grid(grid, stride, boundary)
     compute = compute_dtype(y.dtype)
     rows, columns = (
-        cached_interpolation_matrix(n, m, boundary, compute, y.device)
+        cached_interpolation_matrix(n, m, boundary, dtype=compute, device=y.device)
         for n, m in ((grid.height, coarse.height), (grid.width, coarse.width))
     )
     return _mix_grid(y, grid, rows.T, columns.T) if adjoint else _mix_grid(y, coarse, rows, columns)
@@ -215,10 +218,10 @@ def seg_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
     grid: Grid,
     sigmas: tuple[float, ...],
     scale: float,
-    attn_mask: torch.Tensor | None,
     boundary: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -227,7 +230,7 @@ def seg_attention(
         return attend(query, key, value, scale, attn_mask, return_lse)
     outputs: list[torch.Tensor] = []
     lses: list[torch.Tensor | None] = []
-    for samples, kind in runs([_kind(sigma) for sigma in sigmas]):
+    for samples, kind in equal_runs([_kind(sigma) for sigma in sigmas]):
         q, k, v = query[samples], key[samples], value[samples]
         mask = attn_mask[samples] if attn_mask is not None and attn_mask.shape[0] != 1 else attn_mask
         if kind == _UNIFORM:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from segkern.core.gaussian import runs
+from segkern.core.gaussian import equal_runs
 from segkern.grid import Grid
 from segkern.ops.torch_attention import compute_dtype, full_precision, gaussian_blur, grid_mean
 
@@ -42,7 +42,7 @@ def attention_energy(
     The image tokens of a sample of infinite sigma share the row of their mean.
     """
     energy = torch.empty(*query.shape[:3], dtype=compute_dtype(query.dtype), device=query.device)
-    for samples, sigma in runs(sigmas):
+    for samples, sigma in equal_runs(sigmas):
         q, k, found = query[samples], key[samples], energy[samples]
         if math.isinf(sigma):
             row = q.new_empty(*q.shape[:2], 1, dtype=energy.dtype)

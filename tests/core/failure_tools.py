@@ -16,7 +16,6 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 import segkern
 from segkern import Grid, api
-from segkern import masses as public_masses
 from segkern.core import call_cache, dispatch, fallback
 from segkern.kernels import attention_energy, attention_mass, gaussian_blur, split_attention, tiled_attention
 from segkern.ops import attention, masses
@@ -83,13 +82,13 @@ def as_on_a_gpu() -> Iterator[None]:
     def choose(device: torch.device, *arguments: Any, **options: Any) -> tuple[str, str]:
         return real(torch.device("cuda", 0) if device.type == "cpu" else device, *arguments, **options)
 
-    def why_failed(device: torch.device, *kind: Any) -> str | None:
-        return fallback.why_failed(CPU, *kind)
+    def failure_reason(device: torch.device, *kind: Any) -> str | None:
+        return fallback.failure_reason(CPU, *kind)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "_compute_capability", return_value=(9, 0)))
-        stack.enter_context(mock.patch.object(dispatch, "why_failed", why_failed))
-        for module in (api, attention, masses, public_masses, call_cache):
+        stack.enter_context(mock.patch.object(dispatch, "failure_reason", failure_reason))
+        for module in (api, attention, masses, call_cache):
             stack.enter_context(mock.patch.object(module, "choose_backend", choose))
         forget()
         yield
@@ -97,8 +96,8 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def forget() -> None:
-    fallback.forget()
-    call_cache.forget_plans()
+    fallback.forget_failures()
+    call_cache.forget_calls()
 
 
 class Failing:

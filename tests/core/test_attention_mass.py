@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import segkern
-from segkern import masses, reference
+from segkern import api, reference
 from segkern.core.dispatch import triton_is_installed
 from segkern.ops import torch_masses
 from tests.core.contract import LAYOUTS, assert_contract, draw, plain_mass
@@ -220,7 +220,7 @@ def test_gradients_inside_autocast_are_not_rounded() -> None:
 
 def test_transforms_are_pytorchs_own() -> None:
     query, key = torch.randn(2, 1, 2, 9, 4)
-    with mock.patch.object(masses, "choose_backend", lambda *asked, **_: (asked[3].replace("auto", "triton"), "")):
+    with mock.patch.object(api, "choose_backend", lambda *asked, **_: (asked[3].replace("auto", "triton"), "")):
         found = torch.func.grad(lambda q: segkern.attention_mass(q, key).square().sum())(query)
         with pytest.raises(ValueError, match=r"takes no part in torch\.func's transforms"):
             torch.func.grad(lambda q: segkern.attention_mass(q, key, backend="triton").sum())(query)

@@ -36,7 +36,7 @@ def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], E
     for call in CALLS.values():
         expected = call(*inputs, backend="torch")
         with failing(make) as kernel:
-            fallback.forget()
+            fallback.forget_failures()
             with pytest.warns(RuntimeWarning, match="PyTorch's path serves such calls from now on") as told:
                 assert torch.equal(call(*inputs), expected)
             assert len(told) == 1
@@ -58,7 +58,7 @@ def test_an_explicit_choice_raises_the_reason_every_time(make: Callable[[], Exce
                     call(*inputs, backend="triton")
                 assert type(raised.value.__cause__) is type(make())
                 assert kernel.launches == attempt
-        assert not fallback._FAILED  # auto is not touched by it
+        assert not fallback._REASONS  # auto is not touched by it
 
 
 @pytest.mark.parametrize("make", NOT_BROKEN.values(), ids=NOT_BROKEN)
@@ -71,7 +71,7 @@ def test_errors_of_the_device_and_the_user_pass(make: Callable[[], BaseException
                     call(*inputs)
                 assert not isinstance(raised.value, fallback.KernelFailure)
             assert kernel.launches == 2
-        assert not fallback._FAILED
+        assert not fallback._REASONS
 
 
 def test_bad_arguments_are_refused_as_ever() -> None:
@@ -121,7 +121,7 @@ def test_gradients_fall_back_and_an_explicit_choice_does_not() -> None:
     for call in CALLS.values():
         expected = torch.autograd.grad(call(q, k, v, backend="torch").float().sum(), q)[0]
         with failing(BROKEN["ptxas fails"]):
-            fallback.forget()
+            fallback.forget_failures()
             with pytest.warns(RuntimeWarning):
                 found = torch.autograd.grad(call(q, k, v).float().sum(), q)[0]
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
@@ -154,7 +154,7 @@ def test_fake_tensors_try_no_kernel() -> None:
         q = torch.empty(2, 2, 14, 8, dtype=torch.float16)
         assert segkern.seg_attention(q, q, q, GRID, SIGMA).shape == q.shape
     assert kernel.launches == 0
-    assert not fallback._FAILED
+    assert not fallback._REASONS
 
 
 def test_threads_that_fail_together_are_told_once() -> None:
@@ -297,4 +297,4 @@ def test_what_does_not_fail_is_launched() -> None:
         with failing(BROKEN["no driver"]) as kernel, pytest.raises(fallback.KernelFailure):
             call(*inputs, backend="triton")
         assert kernel.launches == 1
-    assert not fallback._FAILED
+    assert not fallback._REASONS

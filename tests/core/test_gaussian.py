@@ -23,8 +23,8 @@ from segkern.core.gaussian import (
     blur_reach,
     cached_blur_matrix,
     check_sigma,
+    equal_runs,
     gaussian_taps,
-    runs,
     tap_count,
 )
 
@@ -195,9 +195,9 @@ def test_grid_must_be_a_grid() -> None:
 
 @given(st.lists(st.sampled_from([0.0, 1.0, math.inf]), max_size=8))
 def test_runs_cover_the_batch_in_order(sigmas: list[float]) -> None:
-    rebuilt = [value for samples, value in runs(sigmas) for _ in range(*samples.indices(len(sigmas)))]
+    rebuilt = [value for samples, value in equal_runs(sigmas) for _ in range(*samples.indices(len(sigmas)))]
     assert rebuilt == sigmas
-    found = runs(sigmas)
+    found = equal_runs(sigmas)
     assert all(a[1] != b[1] for a, b in itertools.pairwise(found))
 
 
@@ -210,6 +210,6 @@ def test_tables_made_inside_a_transform_serve_later_calls() -> None:
     sigma = 1.0 + random.random()  # of which no table was made before
     x = torch.randn(1, 2, 35, 4)
     torch.func.grad(lambda x: segkern.gaussian_blur(x, Grid(5, 7), sigma, backend="torch").sum())(x)
-    matrix = cached_blur_matrix(5, sigma, "reflect", torch.float32, torch.device("cpu"))
+    matrix = cached_blur_matrix(5, sigma, "reflect", device=torch.device("cpu"))
     assert matrix.data_ptr()
     torch.testing.assert_close(matrix, blur_matrix(5, sigma))

@@ -74,10 +74,10 @@ def test_sigmas_that_can_change_are_read_at_every_call() -> None:
 
 
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(call_cache, "_MOST_PLANS", 4)
+    monkeypatch.setattr(call_cache, "MOST_CALLS", 4)
     for number in range(10):
         segkern.seg_attention(*draw(), GRID, 0.5 + number)
-    assert len(call_cache._PLANS) <= 4
+    assert len(call_cache._CALLS) <= 4
 
 
 @pytest.mark.parametrize("sigma", [(0.0, 1.0), (0.0, math.inf), (0.0, 0.0)], ids=str)

@@ -15,8 +15,8 @@ import torch
 
 import segkern
 from segkern import Grid
-from segkern.core import bounded_cache, call_cache, coarse_queries, gaussian
-from segkern.core.bounded_cache import Kept, kept
+from segkern.core import call_cache, coarse_queries, gaussian
+from segkern.core.bounded_cache import MOST_BYTES, BoundedCache, bounded_cache
 
 pytest.importorskip("triton", reason="kernels need triton")
 from segkern.kernels import _blur_matrices, _routes
@@ -37,8 +37,8 @@ def few_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     for table in KEPT:
         table.cache_clear()
         monkeypatch.setattr(table, "_most", 8)
-    monkeypatch.setattr(call_cache, "_MOST_PLANS", 8)
-    call_cache.forget_plans()
+    monkeypatch.setattr(call_cache, "MOST_CALLS", 8)
+    call_cache.forget_calls()
     yield 8
     for table in KEPT:
         table.cache_clear()
@@ -64,7 +64,7 @@ def every_cache() -> list[Any]:
 
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "segkern"]
     found = [value for module in modules for value in vars(module).values()]
-    return [each for each in found if isinstance(each, (_lru_cache_wrapper, Kept))]
+    return [each for each in found if isinstance(each, (_lru_cache_wrapper, BoundedCache))]
 
 
 def test_every_cache_has_a_bound() -> None:
@@ -85,7 +85,7 @@ def test_ever_other_sigmas_and_grids_keep_few_tables(few_kept: int) -> None:
     for number in range(20, 40):
         call_everything(0.5 + 0.1 * number, Grid(3, 3 + number % 11))
     assert all(len(table) <= few_kept for table in KEPT)
-    assert len(call_cache._PLANS) <= few_kept
+    assert len(call_cache._CALLS) <= few_kept
     assert live_tensors() <= before + 8 * len(KEPT)
 
 
@@ -99,9 +99,9 @@ def test_routes_of_kernels_are_few_too(few_kept: int) -> None:
 
 def test_large_tables_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     gaussian.cached_blur_matrix.cache_clear()
-    monkeypatch.setattr(bounded_cache, "MOST_BYTES", 3 * 100 * 100 * 4)
+    monkeypatch.setattr("segkern.core.bounded_cache.MOST_BYTES", 3 * 100 * 100 * 4)
     for number in range(20):
-        matrix = gaussian.cached_blur_matrix(100, 1.0 + number, "reflect", torch.float32, torch.device("cpu"))
+        matrix = gaussian.cached_blur_matrix(100, 1.0 + number, "reflect", device=torch.device("cpu"))
         assert torch.equal(matrix, gaussian.blur_matrix(100, 1.0 + number))
         assert len(gaussian.cached_blur_matrix) <= 3
     gaussian.cached_blur_matrix.cache_clear()
@@ -110,16 +110,16 @@ def test_large_tables_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_asked_for_while_capturing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    @kept(most=4)
+    @bounded_cache(most=4)
     def table(number: int, device: torch.device) -> torch.Tensor:
         made.append(number)
         return torch.full((2,), float(number))
 
     cpu = torch.device("cpu")
     before = table(0, cpu)
-    monkeypatch.setattr(bounded_cache, "capturing", lambda: True)
+    monkeypatch.setattr("segkern.core.bounded_cache.capturing", lambda: True)
     captured = table(0, cpu)
-    monkeypatch.setattr(bounded_cache, "capturing", lambda: False)
+    monkeypatch.setattr("segkern.core.bounded_cache.capturing", lambda: False)
     assert captured is before
     for turn in range(3):
         for number in range(1, 10):
@@ -165,5 +165,5 @@ def test_ten_thousand_sigmas_and_grids() -> None:
             middle = middle or taken
     tracemalloc.stop()
     assert all(len(table) <= table._most for table in KEPT)
-    assert all(table._bytes <= bounded_cache.MOST_BYTES for table in KEPT)
+    assert all(table._bytes <= MOST_BYTES for table in KEPT)
     assert taken < middle + 2**21, f"{middle} bytes after 6,000 calls, {taken} after 10,000"

@@ -151,7 +151,7 @@ def test_operators_count_as_the_path_that_is_open(sigma: tuple[float, ...]) -> N
     query, key, value = (torch.empty(2, 3, 30, 16, device="meta") for _ in range(3))
     grid = Grid(5, 6)
     with FlopCounterMode(display=False) as counter:
-        segkern.ops.torch_attention.seg_attention(query, key, value, grid, sigma, 0.25, None, "reflect", False)
+        segkern.ops.torch_attention.seg_attention(query, key, value, None, grid, sigma, 0.25, "reflect", False)
     operator = torch.ops.segkern.seg_attention
     with FlopCounterMode(display=False) as behind:
         operator(query, key, value, None, 5, 6, 0, list(sigma), 0.25, "reflect", "torch", False)

@@ -33,7 +33,6 @@ MODULES = [
     "segkern.kernels._routes",
     "segkern.kernels._blur_matrices",
     "segkern.generation.loading",
-    "segkern.masses",
     "segkern.generation.options",
     "segkern.playground.choices",
     "segkern.playground.form",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from segkern.api import seg_attention
-from segkern.core.gaussian import runs
+from segkern.core.gaussian import equal_runs
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, norms
 from segkern.integrations.diffusers.runtime.query_rows import IDENTITY
@@ -106,7 +106,7 @@ class InterceptingProcessor(GuidedProcessor):
         # Frames are blurred before the attention, which takes numbers.
         given: Any = self.sigmas if grid.frames > 1 else sigmas if values is None else values
         outputs = []
-        for samples, (identity, blend) in runs(kinds):
+        for samples, (identity, blend) in equal_runs(kinds):
             qkv = query[samples], key[samples], value[samples]
             mask = attn_mask[samples] if attn_mask is not None and by_sample else attn_mask
             output: Any

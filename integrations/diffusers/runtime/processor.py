@@ -18,15 +18,16 @@ from diffusers.models.attention_processor import (
     XFormersAttnProcessor,
 )
 
+from segkern.api import attention_mass
+from segkern.core.bounded_cache import ordinary_tensors
 from segkern.core.coarse_queries import check_query_stride
 from segkern.core.dispatch import check_backend
-from segkern.core.gaussian import check_boundary, check_sigma, table_making
+from segkern.core.gaussian import check_boundary, check_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.attention import self_attention, tokens_of
 from segkern.integrations.diffusers.runtime.projections import Projections
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, Stride, is_finite
 from segkern.integrations.diffusers.specs.sigmas import Sigma
-from segkern.masses import attention_mass
 
 STANDARD_PROCESSORS = (
     AttnProcessor,
@@ -261,7 +262,7 @@ class GuidedProcessor:
 @lru_cache(maxsize=256)
 def _tensor(sigmas: tuple[float, ...]) -> torch.Tensor:
     """On the CPU, made once, whatever the caller's modes."""
-    with table_making():
+    with ordinary_tensors():
         return torch.tensor(sigmas, dtype=torch.float64, device="cpu")
 
 

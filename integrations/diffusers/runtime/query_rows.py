@@ -23,9 +23,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from segkern.api import coarse_outputs, coarse_queries, seg_attention
-from segkern.core.call_cache import takes_points
 from segkern.core.coarse_queries import coarse_grid
-from segkern.core.gaussian import runs
+from segkern.core.gaussian import equal_runs, is_finite_blur
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.projections import Projections
 from segkern.integrations.diffusers.specs.sigmas import Sigma
@@ -41,7 +40,7 @@ NO_ROW: Stride = (-1, -1)  # of a sample of identity attention
 
 def is_finite(sigma: Sigma) -> bool:
     """Whether it is one number and blurs over a part of the image."""
-    return not isinstance(sigma, tuple) and takes_points(sigma)
+    return not isinstance(sigma, tuple) and is_finite_blur(sigma)
 
 
 class _Inputs:
@@ -62,7 +61,7 @@ class _Inputs:
             self._keys = [(slice(0, len(keys)), key)]
         else:
             self._values = projections.value(hidden_states)
-            self._keys = [(some, projections.key(hidden_states[some])) for some, needed in runs(keys) if needed]
+            self._keys = [(some, projections.key(hidden_states[some])) for some, needed in equal_runs(keys) if needed]
 
     def query(self, samples: slice) -> torch.Tensor:
         """Every query of some samples."""
@@ -157,10 +156,10 @@ class LayerRows:
         keys = [way != NO_ROW or blend != 1.0 for way, blend in kinds[:own]]
         inputs = _Inputs(self.projections, hidden_states[:own], keys)
         # Runs of samples of a kind, and where their inputs are.
-        alike = [(samples, samples, kind) for samples, kind in runs(kinds[:own])]
+        alike = [(samples, samples, kind) for samples, kind in equal_runs(kinds[:own])]
         for first in range(own, len(ways), max(1, source.stop - source.start)):
             branch = kinds[first : first + source.stop - source.start]
-            alike += [(_shift(some, first), _shift(some, source.start), kind) for some, kind in runs(branch)]
+            alike += [(_shift(some, first), _shift(some, source.start), kind) for some, kind in equal_runs(branch)]
         plain: list[tuple[slice, torch.Tensor]] = []  # outputs of plain samples, which repeats may be mixed with
         outputs = []
         for samples, where, (way, blend) in alike:
@@ -217,7 +216,7 @@ class LayerRows:
     ) -> torch.Tensor:
         """Attention output ``[batch, heads, tokens, head_dim]`` where every query is projected already."""
         strides = [EVERY_ROW if way == _ONE_ROW else way for way in ways]
-        kinds = runs(list(zip(strides, blends, strict=True)))
+        kinds = equal_runs(list(zip(strides, blends, strict=True)))
         outputs = []
         for samples, (stride, blend) in kinds:
             query, key, value = (x[samples] for x in qkv) if len(kinds) > 1 else qkv

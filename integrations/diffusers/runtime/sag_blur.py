@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkern.core.gaussian import blur_matrix, table_making
+from segkern.core.bounded_cache import ordinary_tensors
+from segkern.core.gaussian import blur_matrix
 from segkern.integrations.diffusers.runtime.run_context import number
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -108,7 +109,7 @@ def blurred(x: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _matrix(length: int, sigma: float, taps: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with table_making():
+    with ordinary_tensors():
         return blur_matrix(length, sigma, "reflect", taps=taps, dtype=dtype, device=device)
 
 

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls on parts of tensors: heads that share their sigmas, frames of a video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from segkern.core.gaussian import equal_runs, has_head_sigmas
+from segkern.grid import Grid
+
+
+def call_by_head(
+    call: Callable[..., Any],
+    tensors: Sequence[torch.Tensor],
+    sigmas: tuple[tuple[float, ...], ...],
+    mask: torch.Tensor | None = None,
+) -> Any:
+    """The results of ``call`` for each run of heads with the same sigmas, joined again.
+
+    Args:
+        call: takes views of some heads, ``sigma``, a tuple of one per sample, and ``attn_mask`` where there is one.
+        tensors: ``[batch, heads, ...]``.
+        sigmas: ``[batch][heads]``.
+        mask: ``[1 or batch, 1 or heads, ...]``.
+    """
+    columns = list(zip(*sigmas, strict=True)) or [(0.0,) * len(sigmas)]  # no heads at all are a run of none
+    results = []
+    for heads, sigma in equal_runs(columns):
+        options = {} if mask is None else {"attn_mask": mask if mask.shape[1] == 1 else mask[:, heads]}
+        results.append(call(*(x[:, heads] for x in tensors), sigma=sigma, **options))
+    if isinstance(results[0], tuple):
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*results, strict=True))
+    return torch.cat(results, dim=1)
+
+
+def blur_by_frame(
+    blur: Callable[..., torch.Tensor], x: torch.Tensor, grid: Grid, sigma: float | Iterable[float | Sequence[float]]
+) -> torch.Tensor:
+    """``blur(x, grid, sigma)`` of one image, for each frame of a video: its tokens become those of more heads.
+
+    Args:
+        blur: takes ``[batch, heads, height * width, dim]``, a grid of one frame and sigma.
+        x: ``[batch, heads, tokens, dim]``.
+        grid: of the video.
+        sigma: one number, or one per sample, or for a sample one per head.
+    """
+    frames = x[:, :, grid.start : grid.stop].unflatten(2, (grid.frames, grid.height * grid.width))
+    samples: Any = sigma
+    if has_head_sigmas(samples):
+        samples = [
+            [head for head in sample for _ in range(grid.frames)] if hasattr(sample, "__len__") else sample
+            for sample in samples
+        ]
+    blurred = blur(frames.flatten(1, 2), Grid(grid.height, grid.width), samples).view(frames.shape).flatten(2, 3)
+    if grid.tokens == x.shape[2]:
+        return blurred
+    return torch.cat([x[:, :, : grid.start], blurred, x[:, :, grid.stop :]], dim=2)
