@@ -15,15 +15,9 @@ from segkern.core.arguments import check_grid, check_mask, check_qk, check_qkv, 
 from segkern.core.call_cache import CheckedCall, check_attention_call
 from segkern.core.dispatch import check_backend, choose_backend
 from segkern.core.fallback import run_with_fallback
-from segkern.core.gaussian import (
-    check_boundary,
-    check_sigma,
-    equal_runs,
-    has_head_sigmas,
-    head_sigmas,
-    is_finite_blur,
-)
+from segkern.core.gaussian import check_boundary
 from segkern.core.parts import blur_by_frame, call_by_head
+from segkern.core.sigmas import check_sigma, equal_runs, has_head_sigmas, head_sigmas, is_finite_blur
 from segkern.core.tracing import autocast_inputs, can_skip_operator, differentiable_backend, is_plain, is_transformed
 from segkern.grid import Grid
 from segkern.ops import attention, coarse, masses, torch_attention, torch_masses

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from segkern.core.coarse_queries import check_query_stride, coarse_grid, interpolation_matrix, sampling_matrix
-from segkern.core.gaussian import blur_matrix, check_boundary, check_sigma, has_head_sigmas, head_sigmas
+from segkern.core.gaussian import blur_matrix, check_boundary
+from segkern.core.sigmas import check_sigma, has_head_sigmas, head_sigmas
 from segkern.grid import Grid
 
 

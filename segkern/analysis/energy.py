@@ -46,7 +46,7 @@ import torch
 
 from segkern.analysis.curvature import curvature_spectrum, largest_curvature, log_determinant, log_diagonal
 from segkern.analysis.logits import Moments, Over, blurred_image, checked, logit_moments, row_lse
-from segkern.core.gaussian import check_sigma
+from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 
 __all__ = [

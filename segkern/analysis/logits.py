@@ -11,7 +11,8 @@ import torch
 
 from segkern.api import attention_energy, gaussian_blur
 from segkern.core.arguments import check_grid, check_scale, check_tensor
-from segkern.core.gaussian import check_boundary, check_sigma
+from segkern.core.gaussian import check_boundary
+from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 from segkern.ops.torch_attention import full_precision
 

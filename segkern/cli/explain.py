@@ -11,7 +11,8 @@ import torch
 
 from segkern.core.coarse_queries import check_query_stride, coarse_grid
 from segkern.core.dispatch import choose_backend, triton_is_installed
-from segkern.core.gaussian import check_sigma, tap_count
+from segkern.core.gaussian import tap_count
+from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from segkern.core.arguments import check_grid, check_qkv, check_scale
 from segkern.core.coarse_queries import check_query_stride, coarse_grid
 from segkern.core.dispatch import check_backend, choose_backend
 from segkern.core.fallback import failure_count
-from segkern.core.gaussian import check_boundary, check_sigma, is_finite_blur
+from segkern.core.gaussian import check_boundary
+from segkern.core.sigmas import check_sigma, is_finite_blur
 from segkern.grid import Grid
 
 MOST_CALLS = 1024  # remembered; a run has a few dozen

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from segkern.core.gaussian import equal_runs, has_head_sigmas
+from segkern.core.sigmas import equal_runs, has_head_sigmas
 from segkern.grid import Grid
 
 

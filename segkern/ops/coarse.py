@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from segkern.core.coarse_queries import coarse_grid, point_count
-from segkern.core.gaussian import check_boundary, check_sigma
+from segkern.core.gaussian import check_boundary
+from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 from segkern.ops import torch_attention
 from segkern.ops.operators import empty_output, operator, save_linear, tokens_first

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from segkern.core.gaussian import check_boundary, check_sigma
+from segkern.core.gaussian import check_boundary
+from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 
 # Tables made inside an operator outlive it, which memory of a compiler's CUDA graph must not.

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from segkern.core.coarse_queries import cached_interpolation_matrix, cached_sampling_matrix, coarse_grid
-from segkern.core.gaussian import cached_blur_matrix, equal_runs
+from segkern.core.gaussian import cached_blur_matrix
+from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
 
 _PLAIN, _BLURRED, _UNIFORM = range(3)

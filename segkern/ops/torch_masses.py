@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from segkern.core.gaussian import equal_runs
+from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
 from segkern.ops.torch_attention import compute_dtype, full_precision, gaussian_blur, grid_mean
 

@@ -12,7 +12,8 @@ import math
 import torch
 
 from segkern import Grid, reference
-from segkern.core.gaussian import blur_matrix, check_sigma
+from segkern.core.gaussian import blur_matrix
+from segkern.core.sigmas import check_sigma
 
 
 def assert_contract(actual: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import segkern
 from segkern import Grid, reference
 from segkern.core.dispatch import triton_is_installed
-from segkern.core.gaussian import BOUNDARIES, check_sigma
+from segkern.core.gaussian import BOUNDARIES
+from segkern.core.sigmas import check_sigma
 from segkern.ops import torch_masses
 from tests.core.contract import LAYOUTS, assert_contract, draw, plain_blur
 

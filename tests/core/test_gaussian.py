@@ -17,16 +17,8 @@ from safetensors.torch import load_file
 
 import segkern
 from segkern import Grid, reference
-from segkern.core.gaussian import (
-    BOUNDARIES,
-    blur_matrix,
-    blur_reach,
-    cached_blur_matrix,
-    check_sigma,
-    equal_runs,
-    gaussian_taps,
-    tap_count,
-)
+from segkern.core.gaussian import BOUNDARIES, blur_matrix, blur_reach, cached_blur_matrix, gaussian_taps, tap_count
+from segkern.core.sigmas import check_sigma, equal_runs
 
 GOLDEN = load_file(Path(__file__).parents[1] / "data" / "golden" / "official_blur.safetensors")
 GOLDEN_CASES = sorted({name.split(".")[0] for name in GOLDEN}, key=int)

@@ -15,6 +15,7 @@ import segkern
 MODULES = [
     "segkern.grid",
     "segkern.core.gaussian",
+    "segkern.core.sigmas",
     "segkern.core.coarse_queries",
     "segkern.api",
     "segkern.analysis.logits",

@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from segkern.analysis.energy import OverSigma, over_sigma
-from segkern.core.gaussian import check_boundary, check_sigma
+from segkern.core.gaussian import check_boundary
 from segkern.core.private_apis import is_compiled_in_place
+from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.models.layers import LayerInfo, find_unet, list_layers, select_layers
 from segkern.integrations.diffusers.runtime.branches import DenoiserArguments

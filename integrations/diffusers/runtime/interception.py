@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from segkern.api import seg_attention
-from segkern.core.gaussian import equal_runs
+from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, norms
 from segkern.integrations.diffusers.runtime.query_rows import IDENTITY

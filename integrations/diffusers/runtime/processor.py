@@ -22,7 +22,8 @@ from segkern.api import attention_mass
 from segkern.core.bounded_cache import ordinary_tensors
 from segkern.core.coarse_queries import check_query_stride
 from segkern.core.dispatch import check_backend
-from segkern.core.gaussian import check_boundary, check_sigma
+from segkern.core.gaussian import check_boundary
+from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.attention import self_attention, tokens_of
 from segkern.integrations.diffusers.runtime.projections import Projections

@@ -24,7 +24,7 @@ from diffusers.models.attention_processor import Attention
 
 from segkern.api import coarse_outputs, coarse_queries, seg_attention
 from segkern.core.coarse_queries import coarse_grid
-from segkern.core.gaussian import equal_runs, is_finite_blur
+from segkern.core.sigmas import equal_runs, is_finite_blur
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.projections import Projections
 from segkern.integrations.diffusers.specs.sigmas import Sigma
