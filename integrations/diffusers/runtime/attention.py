@@ -7,14 +7,14 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, NO_ROW, LayerRows, Stride
-from segkern.integrations.diffusers.specs.sigmas import Sigma
+from segkern.integrations.diffusers.runtime.query_rows import LayerRows, Rows, Stride
+from segkern.integrations.diffusers.specs.sigmas import Perturbed
 
 
 def self_attention(
     attn: Attention,
     hidden_states: torch.Tensor,
-    sigmas: tuple[Sigma, ...],
+    sigmas: tuple[Perturbed, ...],
     grid: Grid | None,
     *,
     attention_mask: torch.Tensor | None = None,
@@ -34,7 +34,7 @@ def self_attention(
         attn: the layer, its projections and norms.
         hidden_states: ``[batch, tokens, channels]``, or ``[batch, channels, height, width]``, which brings
             its grid.
-        sigmas: one per sample, a number or one for each head; 0 is the plain layer, ``IDENTITY`` identity attention.
+        sigmas: one per sample, a number or one for each head; 0 is the plain layer; or identity attention.
         grid: where the image lies in the tokens.
         attention_mask: as diffusers passes it, an additive bias ``[batch or batch * heads, 1 or tokens,
             tokens]``.
@@ -74,16 +74,16 @@ def self_attention(
         attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
 
     layer = LayerRows(attn, grid, boundary, backend, fused, values)
-    ways = layer.ways(sigmas, strides, attention_mask)
+    rows = layer.rows(sigmas, strides, attention_mask)
     blends = (1.0,) * batch if blends is None else blends
     own = batch if own is None else own
-    few_rows = any(way not in (EVERY_ROW, NO_ROW) for way in ways)
+    few_rows = any(needed not in (Rows.EVERY, Rows.NONE) for needed in rows)
     alone = layer.projects_rows(tokens, attention_mask) if few_rows else layer.projections.apart
-    if alone and (few_rows or own < batch or NO_ROW in ways):
-        output = layer.attend_by_kind(hidden_states, sigmas, ways, blends, attention_mask, own, source)
+    if alone and (few_rows or own < batch or Rows.NONE in rows):
+        output = layer.attend_by_kind(hidden_states, sigmas, rows, blends, attention_mask, own, source)
     else:
         qkv = layer.projections.all(hidden_states)
-        output = layer.projections.out(layer.attend_by_stride(qkv, sigmas, ways, blends, attention_mask))
+        output = layer.projections.out(layer.attend_by_stride(qkv, sigmas, rows, blends, attention_mask))
 
     if image_shape is not None:
         output = output.transpose(1, 2).unflatten(2, image_shape[2:])

@@ -17,9 +17,9 @@ from segkern.integrations.diffusers.models.names import LayerInfo
 from segkern.integrations.diffusers.runtime.branches import Batch
 from segkern.integrations.diffusers.runtime.hooks import Hook
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
-from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, Stride
+from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride
 from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
-from segkern.integrations.diffusers.specs.sigmas import Sigma, per_sample
+from segkern.integrations.diffusers.specs.sigmas import Perturbation, Perturbed, per_sample
 
 if TYPE_CHECKING:
     from segkern.integrations.diffusers.models.denoisers import Denoiser
@@ -168,19 +168,23 @@ class GuidedLayers:
         joined = forward.joined(place)
         new = joined - forward.joined(place - 1) if forward.share and self._places.shares_inputs(place) else 0
         samples = batch.samples
-        sigmas: list[Sigma] = [0.0] * batch.size
-        strides: list[Stride] = [EVERY_ROW] * batch.size
+        sigmas: list[Perturbed] = [0.0] * batch.size
+        strides: list[Stride] = [EVERY_TOKEN] * batch.size
         blends = [1.0] * batch.size
         for index in forward.branches[:joined]:
             spec = self._chosen[index].spec
             if index not in layer.specs:
                 sigmas += [0.0] * samples
-                strides += [EVERY_ROW] * samples
+                strides += [EVERY_TOKEN] * samples
                 blends += [1.0] * samples
                 continue
             assert isinstance(spec, AttentionSpec)
-            given = per_sample(type(spec).__name__, self._chosen[index].sigmas[module], forward.batch.samples)
-            sigmas += [sigma for sigma in given for _ in range(forward.frames)]
+            of_layer = self._chosen[index].sigmas.get(module)
+            if of_layer is None:
+                sigmas += [Perturbation.IDENTITY] * samples
+            else:
+                given = per_sample(type(spec).__name__, of_layer, forward.batch.samples)
+                sigmas += [sigma for sigma in given for _ in range(forward.frames)]
             strides += [check_query_stride(spec.query_stride)] * samples
             blends += [float(spec.blend)] * samples
         processor.tell(tuple(sigmas))

@@ -20,7 +20,7 @@ from segkern.api import seg_attention
 from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, norms
-from segkern.integrations.diffusers.runtime.query_rows import IDENTITY
+from segkern.integrations.diffusers.specs.sigmas import Perturbation
 
 
 class InterceptingProcessor(GuidedProcessor):
@@ -101,7 +101,7 @@ class InterceptingProcessor(GuidedProcessor):
         if attn_mask is not None and by_sample:
             attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
         blends = self.blends or (1.0,) * len(self.kinds)
-        kinds = [(kind == IDENTITY, blend) for kind, blend in zip(self.kinds, blends, strict=True)]
+        kinds = [(kind is Perturbation.IDENTITY, blend) for kind, blend in zip(self.kinds, blends, strict=True)]
         sigmas, values = self._sigmas()
         # Frames are blurred before the attention, which takes numbers.
         given: Any = self.sigmas if grid.frames > 1 else sigmas if values is None else values

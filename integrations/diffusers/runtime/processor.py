@@ -27,8 +27,8 @@ from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.attention import self_attention, tokens_of
 from segkern.integrations.diffusers.runtime.projections import Projections
-from segkern.integrations.diffusers.runtime.query_rows import EVERY_ROW, Stride, is_finite
-from segkern.integrations.diffusers.specs.sigmas import Sigma
+from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride, is_finite
+from segkern.integrations.diffusers.specs.sigmas import Perturbed
 
 STANDARD_PROCESSORS = (
     AttnProcessor,
@@ -152,8 +152,8 @@ class GuidedProcessor:
         self.boundary = boundary
         self.backend = backend
         self.fused = isinstance(self.original, FusedAttnProcessor2_0)
-        self.sigmas: tuple[Sigma, ...] | None = None
-        self.kinds: tuple[Sigma, ...] = ()
+        self.sigmas: tuple[Perturbed, ...] | None = None
+        self.kinds: tuple[Perturbed, ...] = ()
         self.values: torch.Tensor | None = None
         self.conditional = slice(0, 0)
         self.own = 0
@@ -215,24 +215,23 @@ class GuidedProcessor:
     def renew(self) -> None:
         """Take over what was changed on the original since it was last stood in for."""
 
-    def tell(self, sigmas: tuple[Sigma, ...] | None) -> None:
+    def tell(self, sigmas: tuple[Perturbed, ...] | None) -> None:
         """The sigmas of the coming forward; None for a plain one."""
         self.sigmas = sigmas
         self.kinds = () if sigmas is None else tuple(1.0 if is_finite(sigma) else sigma for sigma in sigmas)
         self.values = None
         if sigmas is None:
             self.read = None
-        elif any(map(is_finite, sigmas)):
-            # Where a sample has a sigma for each head, calls with numbers from here would not know them.
-            numbers = tuple(0.0 if isinstance(sigma, tuple) else sigma for sigma in sigmas)
-            self.values = None if numbers != sigmas else _tensor(numbers)
+        # Where a sample has a sigma for each head, calls with numbers from here would not know them.
+        elif any(map(is_finite, sigmas)) and not any(isinstance(sigma, tuple) for sigma in sigmas):
+            self.values = _tensor(tuple(sigma if isinstance(sigma, float) else 0.0 for sigma in sigmas))
 
-    def _sigmas(self) -> tuple[tuple[Sigma, ...], torch.Tensor | None]:
+    def _sigmas(self) -> tuple[tuple[Perturbed, ...], torch.Tensor | None]:
         """Numbers, or in a graph that is being compiled kinds and the tensor with the numbers.
 
         Points between tokens, heads with sigmas of their own, and gradients are made for certain numbers.
         """
-        rows = self.strides is None or all(stride == EVERY_ROW for stride in self.strides)
+        rows = self.strides is None or all(stride == EVERY_TOKEN for stride in self.strides)
         if torch.compiler.is_compiling() and self.values is not None and rows and not torch.is_grad_enabled():
             return self.kinds, self.values
         assert self.sigmas is not None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -27,20 +28,24 @@ from segkern.core.coarse_queries import coarse_grid
 from segkern.core.sigmas import equal_runs, is_finite_blur
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.projections import Projections
-from segkern.integrations.diffusers.specs.sigmas import Sigma
+from segkern.integrations.diffusers.specs.sigmas import Perturbation, Perturbed
 
 Stride = tuple[int, int]
 
-IDENTITY = -1.0  # in a sigma's place: every token attends to itself alone
-
-EVERY_ROW: Stride = (1, 1)
-_ONE_ROW: Stride = (0, 0)  # of a sample of infinite sigma
-NO_ROW: Stride = (-1, -1)  # of a sample of identity attention
+EVERY_TOKEN: Stride = (1, 1)
 
 
-def is_finite(sigma: Sigma) -> bool:
+class Rows(Enum):
+    """Query rows that a sample needs, where they are not points of a stride."""
+
+    EVERY = "one for each token"
+    ONE = "the mean query's, of infinite sigma"
+    NONE = "no queries, of identity attention"
+
+
+def is_finite(sigma: Perturbed) -> bool:
     """Whether it is one number and blurs over a part of the image."""
-    return not isinstance(sigma, tuple) and is_finite_blur(sigma)
+    return isinstance(sigma, float) and is_finite_blur(sigma)
 
 
 class _Inputs:
@@ -107,27 +112,25 @@ class LayerRows:
         self.backend = backend
         self.projections = Projections(attn, fused)
 
-    def ways(
-        self, sigmas: tuple[Sigma, ...], strides: tuple[Stride, ...] | None, attention_mask: torch.Tensor | None
-    ) -> tuple[Stride, ...]:
-        """Which query rows each sample needs: none, one, those of a stride, or every one."""
-        own_rows = attention_mask is not None and attention_mask.shape[2] != 1
-        return tuple(
-            self._way(sigma, EVERY_ROW if strides is None else strides[sample], own_rows)
-            for sample, sigma in enumerate(sigmas)
-        )
+    def rows(
+        self, sigmas: tuple[Perturbed, ...], strides: tuple[Stride, ...] | None, attention_mask: torch.Tensor | None
+    ) -> tuple[Rows | Stride, ...]:
+        """The query rows that each sample needs."""
+        masked_rows = attention_mask is not None and attention_mask.shape[2] != 1
+        strides = (EVERY_TOKEN,) * len(sigmas) if strides is None else strides
+        return tuple(self._rows_of(sigma, stride, masked_rows) for sigma, stride in zip(sigmas, strides, strict=True))
 
-    def _way(self, sigma: Sigma, stride: Stride, own_rows: bool) -> Stride:
-        if sigma == IDENTITY:
-            return NO_ROW
-        if own_rows:
-            return EVERY_ROW
+    def _rows_of(self, sigma: Perturbed, stride: Stride, masked_rows: bool) -> Rows | Stride:
+        if sigma is Perturbation.IDENTITY:
+            return Rows.NONE
+        if masked_rows:
+            return Rows.EVERY
         if sigma == math.inf:
-            return _ONE_ROW
-        if stride == EVERY_ROW or not is_finite(sigma):
-            return EVERY_ROW
-        coarse = coarse_grid(self.grid, stride, self.boundary)
-        return EVERY_ROW if coarse.tokens == self.grid.tokens else stride
+            return Rows.ONE
+        if stride == EVERY_TOKEN or not is_finite(sigma):
+            return Rows.EVERY
+        points = coarse_grid(self.grid, stride, self.boundary)
+        return Rows.EVERY if points.tokens == self.grid.tokens else stride
 
     def projects_rows(self, tokens: int, attention_mask: torch.Tensor | None) -> bool:
         """Whether queries at weighted means of tokens are the query projection of those means.
@@ -141,8 +144,8 @@ class LayerRows:
     def attend_by_kind(
         self,
         hidden_states: torch.Tensor,
-        sigmas: tuple[Sigma, ...],
-        ways: tuple[Stride, ...],
+        sigmas: tuple[Perturbed, ...],
+        rows: tuple[Rows | Stride, ...],
         blends: tuple[float, ...],
         attention_mask: torch.Tensor | None,
         own: int,
@@ -152,20 +155,20 @@ class LayerRows:
 
         Samples after ``own`` repeat ``source``: they are read there.
         """
-        kinds = list(zip(ways, blends, strict=True))
-        keys = [way != NO_ROW or blend != 1.0 for way, blend in kinds[:own]]
+        kinds = list(zip(rows, blends, strict=True))
+        keys = [needed is not Rows.NONE or blend != 1.0 for needed, blend in kinds[:own]]
         inputs = _Inputs(self.projections, hidden_states[:own], keys)
         # Runs of samples of a kind, and where their inputs are.
         alike = [(samples, samples, kind) for samples, kind in equal_runs(kinds[:own])]
-        for first in range(own, len(ways), max(1, source.stop - source.start)):
+        for first in range(own, len(rows), max(1, source.stop - source.start)):
             branch = kinds[first : first + source.stop - source.start]
             alike += [(_shift(some, first), _shift(some, source.start), kind) for some, kind in equal_runs(branch)]
         plain: list[tuple[slice, torch.Tensor]] = []  # outputs of plain samples, which repeats may be mixed with
         outputs = []
-        for samples, where, (way, blend) in alike:
+        for samples, where, (needed, blend) in alike:
             mask = None if attention_mask is None else attention_mask[samples]
-            output = self._rows(way, inputs, where, sigmas, samples, mask)
-            if samples.start < own and way == EVERY_ROW and blend == 1.0:
+            output = self._attend_rows(needed, inputs, where, sigmas, samples, mask)
+            if samples.start < own and needed is Rows.EVERY and blend == 1.0:
                 plain.append((samples, output))
             if blend != 1.0:
                 unblurred = _within(plain, where) if samples.start >= own else None
@@ -176,52 +179,53 @@ class LayerRows:
             outputs.append(output)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _rows(
+    def _attend_rows(
         self,
-        way: Stride,
+        rows: Rows | Stride,
         inputs: _Inputs,
         where: slice,
-        sigmas: tuple[Sigma, ...],
+        sigmas: tuple[Perturbed, ...],
         samples: slice,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Output of one run of samples whose inputs are ``where``; one-row outputs are expanded."""
-        if way == NO_ROW:
+        if rows is Rows.NONE:
             return self.projections.out(inputs.value(where))
-        tokens, known = inputs.hidden_states[where], sigmas[samples]
-        some: tuple[Sigma, ...] | torch.Tensor = known
-        grid = self.grid
-        if way == EVERY_ROW:
+        tokens, grid = inputs.hidden_states[where], self.grid
+        some: Any = sigmas[samples]
+        if rows is Rows.EVERY:
             queries, some = inputs.query(where), self._sigmas(sigmas, samples)
-        elif way == _ONE_ROW:  # one query row is its own mean; saying so chooses the kernel for few rows
+        elif rows is Rows.ONE:  # one query row is its own mean; saying so chooses the kernel for few rows
             queries, grid = self.projections.query(_mean_token(tokens)), Grid(1, 1)
         else:
-            numbers: Any = known  # points between tokens are for one sigma
-            rows = coarse_queries(tokens[:, None], self.grid, numbers, way, self.boundary)[:, 0]
-            queries, some, grid = self.projections.query(rows), (0.0,) * len(known), Grid(1, 1)
+            points = coarse_queries(tokens[:, None], self.grid, some, rows, self.boundary)[:, 0]
+            queries, some, grid = self.projections.query(points), (0.0,) * len(some), Grid(1, 1)
         output = self.projections.out(self._attend((queries, inputs.key(where), inputs.value(where)), some, mask, grid))
-        if way == _ONE_ROW:
+        if rows is Rows.ONE:
             return output.expand(-1, tokens.shape[1], -1)
-        if way == EVERY_ROW:
+        if rows is Rows.EVERY:
             return output
-        return coarse_outputs(output[:, None], self.grid, way, self.boundary)[:, 0]
+        return coarse_outputs(output[:, None], self.grid, rows, self.boundary)[:, 0]
 
     def attend_by_stride(
         self,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        sigmas: tuple[Sigma, ...],
-        ways: tuple[Stride, ...],
+        sigmas: tuple[Perturbed, ...],
+        rows: tuple[Rows | Stride, ...],
         blends: tuple[float, ...],
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention output ``[batch, heads, tokens, head_dim]`` where every query is projected already."""
-        strides = [EVERY_ROW if way == _ONE_ROW else way for way in ways]
+        strides = [
+            EVERY_TOKEN if needed in (Rows.ONE, Rows.EVERY) else None if needed is Rows.NONE else needed
+            for needed in rows
+        ]
         kinds = equal_runs(list(zip(strides, blends, strict=True)))
         outputs = []
         for samples, (stride, blend) in kinds:
             query, key, value = (x[samples] for x in qkv) if len(kinds) > 1 else qkv
             mask = None if attention_mask is None else attention_mask[samples]
-            if stride == NO_ROW:
+            if stride is None:  # identity attention
                 output = value
             else:
                 output = self._attend((query, key, value), self._sigmas(sigmas, samples), mask, query_stride=stride)
@@ -231,7 +235,7 @@ class LayerRows:
             outputs.append(output)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _sigmas(self, known: tuple[Sigma, ...], samples: slice) -> tuple[Sigma, ...] | torch.Tensor:
+    def _sigmas(self, known: tuple[Perturbed, ...], samples: slice) -> Any:
         """Of some samples: numbers, or the tensor's where it has any to tell."""
         some = known[samples]
         return some if self.values is None or not any(map(is_finite, some)) else self.values[samples]
@@ -239,10 +243,10 @@ class LayerRows:
     def _attend(
         self,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        sigmas: tuple[Sigma, ...] | torch.Tensor,
+        sigmas: Any,
         attention_mask: torch.Tensor | None,
         grid: Grid | None = None,
-        query_stride: Stride = EVERY_ROW,
+        query_stride: Stride = EVERY_TOKEN,
     ) -> torch.Tensor:
         """Attention output ``[samples, heads, rows, head_dim]`` of projected queries, keys and values."""
         output = seg_attention(

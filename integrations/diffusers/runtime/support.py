@@ -23,7 +23,6 @@ from segkern.integrations.diffusers.models.layers import (
     select_layers,
 )
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
-from segkern.integrations.diffusers.runtime.query_rows import IDENTITY
 from segkern.integrations.diffusers.runtime.run_context import ANSWERS
 from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen, Spec
 from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG, SEG
@@ -220,7 +219,7 @@ def _choose(available: Sequence[LayerInfo], spec: Spec, default: str) -> Chosen:
         spec = replace(spec, layers=default)  # type: ignore[type-var]
     layers = select_layers(available, spec.layer_names)
     if not isinstance(spec, SEG):
-        return Chosen(spec, tuple(layers), dict.fromkeys((layer.module for layer in layers), IDENTITY))
+        return Chosen(spec, tuple(layers))
     sigmas = _layer_sigmas(available, spec, layers)
     for layer in layers:
         check_heads("SEG", sigmas[layer.module], layer.name, layer.heads)

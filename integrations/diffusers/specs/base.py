@@ -146,7 +146,7 @@ class Chosen:
     Attributes:
         spec: it.
         layers: those it perturbs, or the one it reads, in execution order; none for one that has no layers.
-        sigmas: of each perturbed layer, by its module.
+        sigmas: of each blurred layer, by its module; none for identity attention.
     """
 
     spec: Spec

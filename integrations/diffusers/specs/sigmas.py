@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from typing import TypeGuard
 
 from segkern.integrations.diffusers.models.names import layer_name
 from segkern.integrations.diffusers.specs.schedules import is_number
 
+
+class Perturbation(Enum):
+    """Attention that is no blur, in a sigma's place."""
+
+    IDENTITY = "every token attends to itself alone"
+
+
 Sigma = float | tuple[float, ...]  # of one sample: one number, or one per head
 Sigmas = float | tuple[Sigma, ...]  # of a layer: one number, or one entry per sample
+Perturbed = Sigma | Perturbation  # what a sample's attention is: 0 is the plain layer
 
 GivenSigmas = float | Sequence[float | Sequence[float]]
 
