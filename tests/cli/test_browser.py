@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from benchmarks.playground import PATIENCE, SIZE, chromium, serving
+from tests.cli.browser_tools import PATIENCE, SIZE, chromium, serving
 
 pytestmark = pytest.mark.browser
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The playground in a real browser: ``python -m benchmarks.playground`` takes the picture of it in ``docs/``."""
+"""A real Chromium, and the playground served to it by the real command."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-PICTURE = Path(__file__).parents[1] / "docs" / "playground.png"
 SIZE = {"width": 1280, "height": 800}
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _ARGUMENTS = (
@@ -39,10 +34,10 @@ def find_chromium() -> str:
     Raises:
         RuntimeError: when there is none.
     """
-    found = next((path for name in _NAMES if (path := shutil.which(name))), None)
-    if found is None:
-        raise RuntimeError(f"this needs a Chromium, and none of {', '.join(_NAMES)} is installed")
-    return found
+    for name in _NAMES:
+        if (path := shutil.which(name)) is not None:
+            return path
+    raise RuntimeError(f"this needs a Chromium, and none of {', '.join(_NAMES)} is installed")
 
 
 @contextmanager
@@ -84,32 +79,3 @@ def serving(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         except subprocess.TimeoutExpired:
             process.kill()
             raise
-
-
-def main() -> None:
-    """Draw with everything as it is at first, and take the picture."""
-    begun = time.perf_counter()
-    with serving() as (address, _), chromium() as browser:
-        page = browser.new_page(viewport=SIZE)
-        page.set_default_timeout(PATIENCE * 1000)
-        page.goto(address)
-        draw = page.get_by_role("button", name="Draw")
-        draw.wait_for()
-        print(f"from the command to the page: {time.perf_counter() - begun:.1f} s, browser included")
-        begun = time.perf_counter()
-        draw.click()
-        page.get_by_text("Drawn in").wait_for()
-        page.wait_for_function("[...document.querySelectorAll('#plain img, #guided img')].every(i => i.naturalWidth)")
-        print(
-            f"from Draw to the pictures: {time.perf_counter() - begun:.1f} s; {page.locator('#message').inner_text()}"
-        )
-        page.get_by_role("tab", name="Energy").click()
-        page.wait_for_function("document.querySelector('#maps img')?.naturalWidth > 0")
-        page.mouse.move(0, 0)
-        page.screenshot(path=str(PICTURE), animations="disabled")
-    Image.open(PICTURE).convert("P", palette=Image.Palette.ADAPTIVE).save(PICTURE, optimize=True)
-    print(f"wrote {PICTURE}, {PICTURE.stat().st_size // 1000} kB")
-
-
-if __name__ == "__main__":
-    main()
