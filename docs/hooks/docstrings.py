@@ -12,7 +12,7 @@ from griffe import Extension
 
 _GIVEN = re.compile(r"^Default\((.*)\)$")
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[1]
 _ROLE = re.compile(r":(?:func|class|mod|meth|attr):`(~?)([\w.]+)`")
 _SEVERAL = re.compile(r"^    (\w+(?:, \w+)+): (.*(?:\n        .*)*)", re.MULTILINE)
 _SOURCE = re.compile(r"^Source: (.*(?:\n    .*)*)", re.MULTILINE)
@@ -46,16 +46,16 @@ def as_markdown(text: str) -> str:
     """
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
-    text = _SEVERAL.sub(lambda found: "\n".join(f"    {name}: {found[2]}" for name in found[1].split(", ")), text)
-    text = _SOURCE.sub(lambda found: "**Source:** " + re.sub(r"\n +", " ", found[1]), text)
+    text = _SEVERAL.sub(lambda names: "\n".join(f"    {name}: {names[2]}" for name in names[1].split(", ")), text)
+    text = _SOURCE.sub(lambda source: "**Source:** " + re.sub(r"\n +", " ", source[1]), text)
     return _ROLE.sub(_reference, text)
 
 
-def _reference(found: re.Match[str]) -> str:
+def _reference(role: re.Match[str]) -> str:
     """A role as a link where a page documents the object, its last part alone where it begins with a tilde."""
-    name = found[2]
-    shown = name.rpartition(".")[2] if found[1] else name
-    target = next((each for each in documented() if each == name or each.endswith(f".{name}")), None)
+    name = role[2]
+    shown = name.rpartition(".")[2] if role[1] else name
+    target = next((full for full in documented() if full == name or full.endswith(f".{name}")), None)
     return f"`{shown}`" if target is None else f"[`{shown}`][{target}]"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook of MkDocs: what the site is made from outside of ``docs/``, which is files that pages link to and docstrings.
+"""A hook of MkDocs: bring what lies outside of ``docs/`` into the site, files that pages link to and docstrings.
 
 A page links to ``../X`` for a file ``X`` of the repository, which is right where the repository is browsed. In the site
 the file lies at ``repository/X``; texts get the ending ``.txt`` there, so that every server shows them as such.
@@ -18,7 +18,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OUTSIDE = re.compile(r"(?<=\]\()\.\./([^)#\s]+)")
 
 _PICTURES = (".png", ".svg")
@@ -52,7 +52,7 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to those files as they are in the site."""
-    return OUTSIDE.sub(lambda found: _place(found[1]), markdown)
+    return OUTSIDE.sub(lambda link: _place(link[1]), markdown)
 
 
 def _place(name: str) -> str:
