@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel compiled for real targets without a GPU, with the constants that its launcher would choose.
+
+``python -m benchmarks compile`` prints the records as JSON, or keeps them in ``benchmarks/results/compiled/``. Each
+says what was compiled and for which target, registers, spilled bytes, local and shared memory, matrix instructions, the
+assembler's serialisation warnings, and the processor's seconds that compilation took (with ``--save`` from nothing,
+else perhaps from Triton's cache). A process that interprets Triton cannot compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.compiled_code import TARGETS, TYPES, Compiled, compile_kernel
+from benchmarks.results import RESULTS
+from segkern.core.environment import commit, processor
+from segkern.kernels import _configs
+from segkern.kernels._launch import compile_options
+from segkern.kernels._routes import BEFORE, HERE
+from segkern.kernels.attention_energy import _attention_energy_kernel
+from segkern.kernels.attention_mass import _attention_mass_kernel
+from segkern.kernels.gaussian_blur import BLOCK_I, BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
+from segkern.kernels.split_attention import (
+    _EXPANDED_TOKENS,
+    COMBINE_OPTIONS,
+    _combine_splits_kernel,
+    _split_attention_kernel,
+)
+from segkern.kernels.tiled_attention import _tiled_attention_kernel
+
+RESULT = RESULTS / "compiled" / "kernels.json"
+_BLURS = HERE, BEFORE
+
+
+def compile_attention(
+    target: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    mask: int = 0,
+    tile: Any = None,
+    wide: bool = False,
+    blur: int = HERE,
+) -> Compiled:
+    """The one-pass kernel as its launcher would configure it for this target, ragged keys included."""
+    tile = tile or _configs.tile_for(target, head_dim, dtype, mask != 0)
+    block_d, block_r = _configs.split_head_dim(head_dim)
+    hip = target.startswith("gfx")
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_C": tile.block_c,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "BLUR": blur,
+        "MASK": mask,
+        "EVEN_KEYS": False,
+        "DESCRIPTORS": tile.descriptors,
+        "WITH_LSE": True,
+        "PRECISION": _configs.dot_precision(dtype),
+        "BLUR_PRECISION": _configs.blur_precision(dtype, hip),
+        "WIDE": wide,
+    }
+    types = {
+        "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
+        "lse_ptr": "*fp32",
+        "samples_ptr": "*i32",
+        "tables_ptr": "*i32",
+        "row_weights_ptr": "*fp32",
+        "column_weights_ptr": "*fp32",
+        "reach_ptr": "*i32",
+        "scale": "fp32",
+    }
+    if blur == HERE:
+        constants["blurred_ptr"] = None
+    options = compile_options(tile, hip)
+    return compile_kernel(_tiled_attention_kernel, target, head_dim, dtype, types, constants, options)
+
+
+def compile_described(target: str, head_dim: int, blur: int = BEFORE) -> Compiled:
+    """The same with keys and values copied by descriptors, which ``python -m benchmarks tune`` tries."""
+    tile = replace(_configs.tile_for(target, head_dim, torch.bfloat16), descriptors=True)
+    return compile_attention(target, head_dim, torch.bfloat16, tile=tile, blur=blur)
+
+
+def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = False) -> Compiled:
+    """The separable blur's first launch, from the input's dtype to float32, or the second one, back again."""
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_I": BLOCK_I,
+        "BLOCK_J": BLOCK_J,
+        "BLOCK_D": blur_block_d(head_dim),
+        "PRECISION": _configs.blur_precision(dtype, target.startswith("gfx")),
+        "WIDE": False,
+    }
+    types = {
+        ("x_ptr" if second else "out_ptr"): "*fp32",
+        "tables_ptr": "*i32",
+        "weights_ptr": "*fp32",
+        "reach_ptr": "*i32",
+    }
+    options = compile_options(blur_options(dtype), target.startswith("gfx"))
+    return compile_kernel(_gaussian_blur_kernel, target, head_dim, dtype, types, constants, options)
+
+
+def compile_split(target: str, head_dim: int, dtype: torch.dtype, rows: int, mask: int = 0) -> list[Compiled]:
+    """The two kernels of few rows, the second for as many splits as there may be."""
+    tile = _configs.split_tile_for(target, head_dim, dtype, rows, mask != 0)
+    block_d, block_r = _configs.split_head_dim(head_dim)
+    types = {
+        "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
+        "partial_ptr": "*fp32",
+        "samples_ptr": "*i32",
+        "query_samples_ptr": "*i32",
+        "lse_ptr": "*fp32",
+        "scale": "fp32",
+    }
+    split = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "MASK": mask,
+        "EVEN_KEYS": False,
+        "PRECISION": _configs.dot_precision(dtype),
+        "WIDE": False,
+    }
+    combine = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_S": _configs.MAX_SPLITS,
+        "BLOCK_T": _EXPANDED_TOKENS if rows == 1 else 1,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "WITH_LSE": True,
+        "WIDE": False,
+    }
+    records = []
+    for kernel, constants, options in (
+        (_split_attention_kernel, split, tile),
+        (_combine_splits_kernel, combine, COMBINE_OPTIONS),
+    ):
+        chosen = compile_options(options, target.startswith("gfx"))
+        records.append(compile_kernel(kernel, target, head_dim, dtype, types, constants, chosen))
+    return records
+
+
+def compile_scores(target: str, head_dim: int, dtype: torch.dtype, wide: bool = False) -> list[Compiled]:
+    """Energies of rows, the statistics of pass one and the masses of pass two, ragged tokens included."""
+    tile = _configs.scores_tile_for(target, head_dim, dtype)
+    block_d, block_r = _configs.split_head_dim(head_dim)
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "PRECISION": _configs.dot_precision(dtype),
+        "WIDE": wide,
+    }
+    energy = {"out_ptr": "*fp32", "max_ptr": "*fp32", "samples_ptr": "*i32", "query_samples_ptr": "*i32"}
+    mass = {"out_ptr": "*fp32", "max_ptr": "*fp32", "inverse_ptr": "*fp32"}
+    options = compile_options(tile, target.startswith("gfx"))
+    return [
+        compile_kernel(kernel, target, head_dim, dtype, types | {"scale": "fp32"}, constants | more, options)
+        for kernel, types, more in (
+            (_attention_energy_kernel, energy, {"EVEN_KEYS": False, "STATISTICS": False}),
+            (_attention_energy_kernel, energy, {"EVEN_KEYS": False, "STATISTICS": True}),
+            (_attention_mass_kernel, mass, {"EVEN_QUERIES": False}),
+        )
+    ]
+
+
+def compile_all(target: str) -> list[Compiled]:
+    """Every kernel for one target: head dimensions of the models in use in float16, some in the other dtypes."""
+    records = [
+        compile_attention(target, head_dim, torch.float16) for head_dim in (16, 40, 64, 80, 96, 128, 160, 192, 256)
+    ]
+    records += [compile_attention(target, head_dim, torch.float32) for head_dim in (40, 64, 128, 160, 256)]
+    records += [compile_attention(target, head_dim, torch.float16, mask=1) for head_dim in (64, 128, 256)]
+    records.append(compile_attention(target, 64, torch.float16, mask=2))
+    records.append(compile_attention(target, 64, torch.float16, wide=True))
+    records.append(compile_attention(target, 64, torch.bfloat16))
+    if _configs.has_descriptors(target):
+        records += [compile_described(target, head_dim, blur) for head_dim in (64, 80, 128) for blur in _BLURS]
+    records += [compile_attention(target, head_dim, torch.bfloat16, blur=BEFORE) for head_dim in (64, 80, 128)]
+    for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
+        records += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
+    for rows, head_dim, dtype in (
+        (1, 64, torch.bfloat16),
+        (1, 160, torch.float16),
+        (1, 256, torch.float32),
+        (289, 64, torch.bfloat16),
+        (289, 80, torch.float16),
+        (289, 256, torch.float32),
+    ):
+        records += compile_split(target, head_dim, dtype, rows)
+    for rows, mask in ((1, 1), (1, 2), (289, 1), (289, 2)):
+        records += compile_split(target, 64, torch.float16, rows, mask)
+    for head_dim in (16, 40, 64, 80, 96, 128, 160, 192, 256):
+        records += compile_scores(target, head_dim, torch.float16)
+    for head_dim in (40, 64, 128, 160, 256):
+        records += compile_scores(target, head_dim, torch.float32)
+    records += compile_scores(target, 64, torch.bfloat16) + compile_scores(target, 64, torch.float16, wide=True)
+    return records
+
+
+def compile_few(target: str) -> list[Compiled]:
+    """Each kernel once or twice, where registers are scarcest: enough to see a change go wrong."""
+    records = [compile_attention(target, head_dim, torch.float16) for head_dim in (40, 64, 80, 128)]
+    records.append(compile_attention(target, 64, torch.float32))
+    records.append(compile_attention(target, 64, torch.float16, mask=1))
+    records.append(compile_attention(target, 64, torch.bfloat16, blur=BEFORE))
+    if _configs.has_descriptors(target):
+        records.append(compile_described(target, 80))
+    records.append(compile_blur(target, 64, torch.bfloat16))
+    for rows, head_dim in ((1, 64), (289, 80)):
+        records += compile_split(target, head_dim, torch.bfloat16, rows)
+    return records + compile_scores(target, 64, torch.bfloat16) + compile_scores(target, 80, torch.float16)
+
+
+def compile_targets(targets: Sequence[str], few: bool, from_nothing: bool = False) -> dict[str, Any]:
+    """Versions, and the records of all targets as dictionaries.
+
+    Args:
+        targets: names of ``TARGETS``.
+        few: each kernel once or twice instead of all.
+        from_nothing: without Triton's cache, so that it is known how long each kernel takes.
+
+    Raises:
+        ValueError: for a target that is not known.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"{target!r} is none of {', '.join(TARGETS)}")
+    triton.knobs.compilation.always_compile = from_nothing
+    records = [record for target in targets for record in (compile_few if few else compile_all)(target)]
+    environment = {
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "processor": processor(),
+    }
+    return {"environment": environment, "kernels": [asdict(record) for record in records]}
