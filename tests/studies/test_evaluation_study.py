@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import family as family_benchmark
-from benchmarks.readme import evaluation_page
 from segkern.generation.loading import DEMO, find_model, load_pipeline
+from studies import comparisons
 from studies.evaluation import report
 from studies.evaluation.judge import Judge, load_judge
 from studies.evaluation.plots import curves, plot
@@ -217,13 +216,6 @@ def test_committed_evaluation_belongs_to_the_bundled_weights(judge: Judge, tmp_p
     assert not set(found["seeds"]) & set(found["selection_seeds"])
 
 
-def test_committed_pages_are_made_from_the_committed_evaluation() -> None:
-    found = report.read(DEMO / "evaluation.json")
-    docs = Path(__file__).parents[2] / "docs"
-    assert (docs / "evaluation.md").read_text(encoding="utf-8") == evaluation_page(found)
-    assert (docs / "evaluation.png").stat().st_size > 10_000
-
-
 def test_plot_and_table_show_every_setting(tmp_path: Path) -> None:
     found = report.read(DEMO / "evaluation.json")
     plot(found["rows"], tmp_path / "plot.png", report.title(found), found["drawings"])
@@ -303,12 +295,11 @@ def test_the_family_has_every_guidance_and_combinations(mode: str, pipe: Any) ->
     assert all(not torch.equal(drawn[setting], plain) for setting in found[1:])
 
 
-def test_the_family_is_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        family_benchmark, "settings", lambda: [Setting("unconditional"), Setting("unconditional", sag=1.0)]
-    )
-    found = family_benchmark.measure(tmp_path, lambda name, n: None, 8, (1,), 4, tmp_path / "demo.json")
-    text = family_benchmark.section(found)
-    assert "| none |" in text
-    assert "| SAG scale 1 |" in text
-    assert "Not measured" in family_benchmark.section(None)
+def test_comparisons_are_measured_from_their_settings(tmp_path: Path) -> None:
+    reuse = [setting.reuse for setting in comparisons.approximations()]
+    assert reuse == [1, 1, 2, 3, 5, 1, 1, 1]
+    assert {setting.mode for setting in comparisons.family()} == {"unconditional", "prompts"}
+    settings = [Setting("unconditional"), Setting("unconditional", sag=1.0)]
+    result = comparisons.measure(settings, tmp_path, lambda name, n: None, images=8, seeds=(1,), steps=4)
+    assert [report.describe(report.setting_of(row)) for row in result["rows"]] == ["none", "SAG scale 1"]
+    assert result["rows"][1]["measures"]["distance_to_unguided"]["mean"] > 0

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two smaller studies of the bundled model beside its evaluation: ``python -m studies.comparisons NAME``.
+
+``approximations``: the setting that the evaluation chose, with a perturbed branch that serves several steps
+(``SEG(reuse=...)``) and with guidance in part of the run. ``family``: PAG, SAG, SEG, CFG and some of them together, at
+scales of the papers and around. Samples begin from the same noise whatever the setting. Results go to
+``benchmarks/results/NAME/demo.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from segkern.core.environment import environment
+from segkern.generation.loading import DEMO, find_model, load_pipeline
+from studies.evaluation import report
+from studies.evaluation.judge import load_judge
+from studies.evaluation.study import MODES, Setting, Study
+from studies.evaluation.study import family as family_in
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+SEEDS = (1, 2, 3)
+IMAGES = 128
+STEPS = 10
+
+
+def approximations() -> list[Setting]:
+    """No guidance, the chosen setting, and approximations of it."""
+    chosen = Setting.from_dict(report.read(DEMO / "evaluation.json")["chosen"])
+    reused = [replace(chosen, reuse=reuse) for reuse in (2, 3, 5)]
+    parts = [replace(chosen, start=start, stop=stop) for start, stop in ((0.0, 0.5), (0.5, 1.0), (0.2, 0.8))]
+    return [Setting(chosen.mode), chosen, *reused, *parts]
+
+
+def family() -> list[Setting]:
+    """Every guidance, and some of them together, without prompts and with."""
+    return [setting for mode in MODES for setting in family_in(mode)]
+
+
+STUDIES: dict[str, Callable[[], list[Setting]]] = {"approximations": approximations, "family": family}
+
+
+def measure(
+    settings: list[Setting],
+    folder: Path,
+    advance: Callable[[str, int], None],
+    images: int = IMAGES,
+    seeds: tuple[int, ...] = SEEDS,
+    steps: int = STEPS,
+) -> dict[str, Any]:
+    """Measure all settings; ``folder`` keeps what was measured, so that a study that was cut off goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu")
+    pipe = load_pipeline(find_model("demo"), torch.bfloat16, device)
+    study = Study(pipe, load_judge(), folder / "cells.jsonl", images, steps)
+    cells = []
+    for setting in settings:
+        for seed in seeds:
+            name = f"{setting.mode}, {report.describe(setting)}, seed {seed}"
+            cells.append(study.measure(setting, seed, lambda count, name=name: advance(name, count)))  # type: ignore[misc]
+    result = {"environment": environment(device, "diffusers", "torchmetrics"), **study.kind}
+    result |= {"images_per_seed": images, "seeds": list(seeds), "steps": steps, "rows": report.summarise(cells)}
+    return result
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"{' or '.join(STUDIES)}.")],
+    folder: Annotated[Path, typer.Option(help="Where measurements are kept meanwhile.")] = Path("outputs/comparisons"),
+) -> None:
+    """Measure one study of the bundled model. Takes a while on a CPU."""
+    if name not in STUDIES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(STUDIES)}")
+    settings = STUDIES[name]()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("images", total=len(settings) * len(SEEDS) * IMAGES)
+        result = measure(settings, folder / name, lambda what, n: progress.update(task, advance=n, description=what))
+    path = RESULTS / name / "demo.json"
+    report.write(path, result)
+    typer.echo(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
