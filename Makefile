@@ -73,10 +73,9 @@ compatibility: $(INSTALLED) ## the tests that prove docs/models.md, with the old
 benchmark: $(INSTALLED) ## speed against everything one could pick instead, into benchmarks/results; long on a CPU
 	for suite in attention infinite coarse blur mass step; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done
 	$(BIN)/python -m benchmarks host
-	$(BIN)/python -m benchmarks approximations
-	$(BIN)/python -m benchmarks family
 	$(BIN)/python -m benchmarks energy
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks plot benchmarks/results/*.json benchmarks/results/step/*.json
+	$(BIN)/python -m benchmarks tables
 
 evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU
 	$(BIN)/python -m studies.evaluation

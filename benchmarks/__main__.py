@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run|plot|compare|tune|host|compatibility``, from a checkout."""
+"""The commands of ``python -m benchmarks``, from a checkout."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +15,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import compare as comparing
-from benchmarks import host as hosting
+from benchmarks import compare as comparison
+from benchmarks import host as host_costs
 from benchmarks import machine, plots, results, tables
 from benchmarks.cases import CASES, TINY, Case, find_cases
 from benchmarks.measure import measure, usual_rounds
-from benchmarks.proving import compatibility
-from benchmarks.refusals import fail, refusing
 from benchmarks.suites import STEP, SUITES, find_providers, find_suite, usual_cases, usual_dtypes
+from segkern.cli import terminal
 from segkern.generation.loading import DTYPES, find_device
 from segkern.generation.options import listed
 from segkern.generation.tables import wide
@@ -31,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Speed of segkern against everything a user could pick instead.",
 )
-
-app.command()(compatibility)
+fail = partial(terminal.fail, program="benchmarks")
+refusing = partial(terminal.refusing, program="benchmarks")
 
 _QUICK_ROUNDS = 2
 
@@ -43,10 +44,12 @@ Dtypes = Annotated[
 Cases = Annotated[
     str, typer.Option(help=f"Names or globs with commas. The device's usual ones of: {', '.join(CASES)}.")
 ]
+Quick = Annotated[bool, typer.Option("--quick", help="As little as runs everything; the numbers mean nothing.")]
+Out = Annotated[Path | None, typer.Option(help="The JSON file; a file in benchmarks/results if not given.")]
 
 
 def chosen_dtypes(text: str, device: torch.device) -> tuple[torch.dtype, ...]:
-    """The dtypes a user names, or the usual ones.
+    """The dtypes that an option names, or the usual ones.
 
     Raises:
         ValueError: for an unknown one.
@@ -61,13 +64,24 @@ def chosen_dtypes(text: str, device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def chosen_cases(text: str, usual: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[Case]:
-    """The cases a user names, or the usual ones, in every dtype.
+    """The cases that an option names, or the usual ones, in every dtype.
 
     Raises:
         ValueError: for a name that fits none.
     """
-    found = find_cases(listed("--cases", text, str, "names") if text else usual)
-    return [case.of(dtype) for dtype in dtypes for case in found]
+    cases = find_cases(listed("--cases", text, str, "names") if text else usual)
+    return [case.of(dtype) for dtype in dtypes for case in cases]
+
+
+def progress_bar() -> Progress:
+    """Progress on standard error, with a count where the number of steps is known."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def show(table: Any) -> None:
+    """Print a table as wide as it is."""
+    wide(table).print(table)
 
 
 @app.command()
@@ -80,17 +94,17 @@ def run(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Of every case; usually 50, fewer for large cases and on a CPU.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny cases, two rounds: whether everything runs.")] = False,
+    quick: Quick = False,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="With --suite step: each way compiled too, as a GPU has it anyway.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/<device>-<suite>.json.")] = None,
+    out: Out = None,
 ) -> None:
     """Measure a suite. Rows are written as they come; a wrong result has no time but the reason."""
     if suite == STEP:
         if dtype or cases:
             fail("--suite step has a denoiser of its own for each device; it takes no --dtype and no --cases")
-        return run_step_suite(device, providers, rounds, quick, compiled, out)
+        return _run_steps(device, providers, rounds, quick, compiled, out)
     if compiled:
         fail("--compiled is for --suite step")
     with refusing():
@@ -102,31 +116,27 @@ def run(
     environment = machine.described(where)
     folder = results.QUICK if quick else results.RESULTS
     path = out or folder / f"{machine.slug(environment['device'])}-{suite}.json"
-    found: results.Result = {"schema": results.SCHEMA, "suite": suite, "complete": False, "quick": quick}
-    found |= {"environment": environment, "headline": "hot" if where.type == "cuda" else "wall", "rows": []}
+    result: results.Result = {"schema": results.SCHEMA, "suite": suite, "complete": False, "quick": quick}
+    result |= {"environment": environment, "headline": "hot" if where.type == "cuda" else "wall", "rows": []}
     count = usual_rounds(where)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(suite, total=len(chosen) * len(wanted.sigmas))
         for case in chosen:
             progress.update(task, description=f"{suite}: {case.name} {case.dtype_name}")
             repeats = rounds or (_QUICK_ROUNDS if quick else count(case))
             for rows in measure(case, wanted.sigmas, ways, where, repeats):
-                found["rows"] += rows
-                results.write(path, found)
+                result["rows"] += rows
+                results.write_json(path, result)
                 progress.advance(task)
-    found["complete"] = True
-    results.write(path, found)
-    shown = tables.of_rows(found)
-    wide(shown).print(shown)
-    for line in tables.without_time(found["rows"]):
+    result["complete"] = True
+    results.write_json(path, result)
+    show(tables.of_rows(result))
+    for line in tables.without_time(result["rows"]):
         typer.echo(line)
     typer.echo(f"wrote {path}")
 
 
-def run_step_suite(
-    device: str, providers: str, rounds: int | None, quick: bool, compiled: bool, out: Path | None
-) -> None:
+def _run_steps(device: str, providers: str, rounds: int | None, quick: bool, compiled: bool, out: Path | None) -> None:
     """Whole runs of guided pipelines."""
     from benchmarks import sdxl, steps
 
@@ -134,18 +144,17 @@ def run_step_suite(
         where = find_device(device)
         patterns = listed("--providers", providers, str, "names", empty=True)
         chosen = steps.find_ways(patterns, compiled or where.type == "cuda")
-    found: dict[str, Any] = {}
     path = out or (results.QUICK / "step.json" if quick else None)
-    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(STEP, total=None)
 
         def tell(name: str) -> None:
             progress.update(task, description=f"{STEP}: {name}")
 
         size = sdxl.TINY if quick else None
-        path, found = steps.run_steps(where, chosen, 3 if quick else 5, rounds or (1 if quick else 5), path, size, tell)
-    shown = tables.of_lines(steps.HEADINGS, steps.lines(found))
-    wide(shown).print(shown)
+        repeats = rounds or (1 if quick else 5)
+        path, result = steps.run_steps(where, chosen, 3 if quick else 5, repeats, path, size, tell)
+    show(tables.of_lines(steps.HEADINGS, steps.lines(result)))
     typer.echo(f"wrote {path}")
 
 
@@ -154,9 +163,9 @@ def plot(
     files: Annotated[list[Path], typer.Argument(help="Result files.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; beside each file if not given.")] = None,
 ) -> None:
-    """Draw a result file: ratio over sigma, throughput over tokens, a roofline where peak rates are known."""
+    """Draw a result file: ratio over sigma, throughput over tokens, a roofline where peak rates are known, steps."""
     with refusing():
-        read = {path: results.read(path) for path in files}
+        read = {path: plots.read(path) for path in files}
     for path, result in read.items():
         written, left_out = plots.write(path.stem, result, out or path.parent)
         for picture in written:
@@ -174,11 +183,10 @@ def compare(
 ) -> None:
     """Compare two runs; exit code 1 when a row became slower beyond its noise or lost its time."""
     with refusing():
-        lines = comparing.compare(results.read(before), results.read(after), by, tolerance)
-    shown = comparing.table(lines, by)
-    wide(shown).print(shown)
-    typer.echo(comparing.counted(lines))
-    if comparing.regressed(lines):
+        lines = comparison.compare(results.read(before), results.read(after), by, tolerance)
+    show(comparison.table(lines, by))
+    typer.echo(comparison.counted(lines))
+    if comparison.regressed(lines):
         raise typer.Exit(1)
 
 
@@ -192,102 +200,127 @@ def tune(
     install: Annotated[
         bool, typer.Option("--install", help="Take the fastest, in segkern/kernels/tuned.json.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/tuned/<device>.json.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny case and two tiles; without a GPU in Triton's interpreter.")
+    ] = False,
+    out: Out = None,
 ) -> None:
     """Try tile shapes of the attention kernel on a real GPU and write what each one takes."""
     with refusing():
         where = find_device(device)
-        if where.type != "cuda":
+        if where.type != "cuda" and not quick:
             raise ValueError(f"tune needs a CUDA or ROCm device, and --device {device} is {where.type!r} here")
         if not math.isfinite(sigma):
             raise ValueError(f"tune needs a finite sigma, infinity has a kernel of its own; got {sigma:g}")
-        chosen = chosen_cases(cases, (), chosen_dtypes(dtype, where))
+        dtypes = chosen_dtypes("fp16" if quick else dtype, where)
+        chosen = chosen_cases(TINY[0] if quick else cases, (), dtypes)
     from benchmarks import tune as tuning
 
     screened, confirmed = [], []
     for case in chosen:
-        reason = tuning.why_not(where, case, sigma)
+        reason = None if quick else tuning.why_not(where, case, sigma)
         if reason is not None:
             fail(reason)
-        screened.append(tuning.screen(case, sigma, tuning.candidates(case, where), where, rounds))
-        shown = tables.of_tiles(screened[-1])
-        wide(shown).print(shown)
+        tiles = tuning.candidates(case, where)[: 2 if quick else None]
+        screened.append(tuning.screen(case, sigma, tiles, where, 1 if quick else rounds))
+        show(tables.of_tiles(screened[-1]))
     for group in tuning.groups(screened).values():
         best = tuning.fastest(group)
         if best is None:
             typer.echo(f"{group[0]['dtype']}, head dimension {group[0]['head_dim']}: the present tile has no time")
             continue
-        names = {one["case"] for one in group}
+        names = {record["case"] for record in group}
         alike = [case for case in chosen if case.name in names and case.dtype_name == group[0]["dtype"]]
-        confirmed += [tuning.confirm(case, sigma, best, where, rounds) for case in alike]
+        confirmed += [tuning.confirm(case, sigma, best, where, 1 if quick else rounds) for case in alike]
     name = machine.slug(screened[0]["environment"]["device"])
-    path = out or results.RESULTS / "tuned" / f"{name}.json"
-    tuning.write(path, screened, confirmed)
+    path = out or (results.QUICK if quick else results.RESULTS) / "tuned" / f"{name}.json"
+    results.write_json(path, {"screened": screened, "confirmed": confirmed})
     typer.echo(f"wrote {path}")
-    for line in tuning.install(confirmed) if install else ():
+    for line in tuning.install(confirmed) if install and not quick else ():
         typer.echo(line)
 
 
 @app.command()
-def host(
-    device: Device = "auto",
-    out: Annotated[Path | None, typer.Option(help="The JSON file; benchmarks/results/host/<device>.json.")] = None,
-) -> None:
+def host(device: Device = "auto", quick: Quick = False, out: Out = None) -> None:
     """Measure what a call costs the host, with tiny tensors."""
     with refusing():
         where = find_device(device)
-    path, rows = hosting.run_host(where, out)
-    shown = tables.of_lines(hosting.HEADINGS, hosting.lines(rows))
-    wide(shown).print(shown)
+    environment = machine.described(where)
+    rows = host_costs.measure_host(where, rounds=1, calls=2) if quick else host_costs.measure_host(where)
+    folder = results.QUICK if quick else results.RESULTS
+    path = out or folder / "host" / f"{machine.slug(environment['device'])}.json"
+    results.write_json(path, {"environment": environment, "rows": rows})
+    show(tables.of_lines(host_costs.HEADINGS, host_costs.lines(rows)))
     typer.echo(f"wrote {path}")
 
 
 @app.command()
-def approximations(
-    folder: Annotated[Path, typer.Option(help="Where what is measured on the way is kept.")] = Path(
-        "outputs/approximations"
-    ),
+def energy(
+    quick: Quick = False,
+    out: Annotated[Path | None, typer.Option(help="Folder; benchmarks/results/energy if not given.")] = None,
 ) -> None:
-    """What a branch that serves several steps, or guidance in part of a run, costs in quality. Takes a while."""
-    from benchmarks import approximations as measuring
-
-    typer.echo(measuring.table(_measured(measuring, folder)))
-    typer.echo(f"wrote {measuring.RESULT}")
-
-
-@app.command()
-def family(
-    folder: Annotated[Path, typer.Option(help="Where what is measured on the way is kept.")] = Path("outputs/family"),
-) -> None:
-    """What PAG, SAG, SEG, CFG and some of them together do to samples of the bundled model. Takes a while."""
-    from benchmarks import family as measuring
-
-    typer.echo(measuring.section(_measured(measuring, folder)))
-    typer.echo(f"wrote {measuring.RESULT}")
-
-
-def _measured(measuring: Any, folder: Path) -> dict[str, Any]:
-    """What a module measures of pictures, with progress."""
-    count = len(measuring.settings()) * len(measuring.SEEDS) * measuring.IMAGES
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("images", total=count)
-        found: dict[str, Any] = measuring.measure(
-            folder, lambda name, n: progress.update(task, advance=n, description=name)
-        )
-    return found
-
-
-@app.command()
-def energy() -> None:
     """Count where the statements about attention's energy hold in the bundled model; see docs/energy.md."""
-    from benchmarks import energy as counting
+    from benchmarks import energy as statements
 
-    columns = TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    folder = out or (results.QUICK / "energy" if quick else statements.FOLDER)
+    with progress_bar() as progress:
         task = progress.add_task("energy", total=None)
-        counting.measure(lambda name: progress.update(task, description=f"energy: {name}"))
-    typer.echo(f"wrote {counting.FOLDER}")
+        statements.measure(folder, quick, lambda name: progress.update(task, description=f"energy: {name}"))
+    typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def compatibility(
+    diffusers: Annotated[
+        Path | None, typer.Option(help="Folder of pip install --no-deps --target with another diffusers.")
+    ] = None,
+    jobs: Annotated[str, typer.Option(help="Processes: a number or auto.")] = "0",
+    out: Out = None,
+) -> None:
+    """Run the tests that hold guidance on each model of docs/models.md and write their outcomes; a failure is 1."""
+    from benchmarks import compatibility as models
+
+    with refusing():
+        path, outcomes, code = models.run(diffusers, out, jobs)
+    passed = sum(test["outcome"] == "passed" for test in outcomes["tests"])
+    typer.echo(f"diffusers {outcomes['environment']['diffusers']}: {passed} of {len(outcomes['tests'])} tests passed")
+    typer.echo(f"wrote {path}")
+    if code:
+        raise typer.Exit(1)
+
+
+@app.command("compile")
+def compile_command(
+    targets: Annotated[
+        list[str] | None, typer.Argument(help="Architectures such as sm_90 or gfx942; all if not given.")
+    ] = None,
+    few: Annotated[bool, typer.Option("--few", help="Each kernel once or twice instead of all.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Keep the records of all kernels for all targets.")] = False,
+) -> None:
+    """Compile the kernels for real targets and print what the code uses; exit code 1 where one spills or worse."""
+    from benchmarks import compile_kernels, compiled_code
+
+    if save and (few or targets):
+        fail("--save keeps everything: give no targets and no --few")
+    with refusing():
+        result = compile_kernels.compile_targets(targets or list(compiled_code.TARGETS), few, from_nothing=save)
+    if save:
+        results.write_json(compile_kernels.RESULT, result)
+    else:
+        typer.echo(json.dumps(result, indent=1))
+    wrong = compiled_code.faults([compiled_code.Compiled(**record) for record in result["kernels"]])
+    for line in wrong:
+        typer.echo(line, err=True)
+    raise typer.Exit(bool(wrong))
+
+
+@app.command("tables")
+def write_tables() -> None:
+    """Write the tables of the README and the documentation from the committed results."""
+    from benchmarks import doc_tables
+
+    for path in doc_tables.write():
+        typer.echo(f"wrote {path}")
 
 
 if __name__ == "__main__":

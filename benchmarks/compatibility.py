@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On which models and in which tasks guidance is proved to work, with which diffusers: tests run, outcomes kept."""
+"""Run the tests that hold guidance on real models' architectures, with some version of diffusers, and keep outcomes."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import outcomes
-from benchmarks.results import RESULTS
+import torch
+
+from benchmarks import machine
+from benchmarks.results import RESULTS, read_json
 
 FOLDER = RESULTS / "compatibility"
 SCHEMA = 1
+GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "CFG")
+_ROOT = Path(__file__).parents[1]
 
 
 def run(folder: Path | None = None, out: Path | None = None, jobs: str = "0") -> tuple[Path, dict[str, Any], int]:
-    """Run the tests that prove something, in a process of their own.
+    """Run the tests with the mark ``proves`` in a process of their own.
 
     Args:
         folder: with another diffusers, installed by ``pip install --no-deps --target``; the installed one if not given.
@@ -22,19 +32,32 @@ def run(folder: Path | None = None, out: Path | None = None, jobs: str = "0") ->
         jobs: processes, as pytest-xdist takes them.
 
     Returns:
-        The file, what is in it, and pytest's exit code.
+        The file, its content, and pytest's exit code.
 
     Raises:
-        ValueError: when there was nothing to write, or the tests ran with another diffusers than the folder's.
+        ValueError: when no test ran, or the tests ran with another diffusers than the folder's.
     """
     folders = [] if folder is None else [str(folder.resolve())]
-    text, found, code = outcomes.run("proves", "--compatibility", jobs, folders)
-    version = found["environment"]["diffusers"]
+    paths = [*folders, str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as temporary:
+        written = Path(temporary) / "outcomes.json"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "proves", "-n", jobs, "--dist", "worksteal"]
+        ran = subprocess.run([*command, "--compatibility", str(written), "tests"], cwd=_ROOT, env=environment)
+        text = written.read_text(encoding="utf-8") if written.exists() else "{}"
+    outcomes: dict[str, Any] = json.loads(text)
+    if not outcomes.get("tests"):
+        raise ValueError(f"no test with the mark proves ran; pytest ended with {ran.returncode}")
+    version = outcomes["environment"]["diffusers"]
     if folder is not None and not (folder / f"diffusers-{version}.dist-info").is_dir():
         raise ValueError(f"the tests ran with diffusers {version}, which is not the one in {str(folder)!r}")
+    commit = machine.described(torch.device("cpu"))["commit"]  # not marked dirty where only results differ
+    text = text.replace(json.dumps(outcomes["environment"]["commit"]), json.dumps(commit), 1)
+    outcomes["environment"]["commit"] = commit
     path = out or FOLDER / f"{version}.json"
-    outcomes.write(path, text)
-    return path, found, code
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path, outcomes, ran.returncode
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -43,15 +66,33 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file of another schema.
     """
-    return outcomes.read(path, SCHEMA)
+    file = read_json(path)
+    if file.get("schema") != SCHEMA:
+        raise ValueError(f"{str(path)!r} has schema {file.get('schema')!r}, and this reads {SCHEMA}")
+    return file
 
 
 def committed() -> dict[str, dict[str, Any]]:
     """Every committed file by its version of diffusers, the oldest first."""
-    found = [read(path) for path in FOLDER.glob("*.json")]
-    versions = {each["environment"]["diffusers"]: each for each in found}
-    return {version: versions[version] for version in sorted(versions, key=_numbers)}
+    files = [read(path) for path in FOLDER.glob("*.json")]
+    files.sort(key=lambda file: [int(part) for part in file["environment"]["diffusers"].split(".") if part.isdecimal()])
+    return {file["environment"]["diffusers"]: file for file in files}
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdecimal())
+def outcome(file: Mapping[str, Any], group: str, model: str, task: str, guidance: str) -> str:
+    """What a file says of a guidance on a model in a task: that all its tests passed, that one failed, or none ran."""
+    tests = [
+        test
+        for test in file["tests"]
+        if (test["group"], test["model"], test["task"]) == (group, model, task) and guidance in test["guidance"]
+    ]
+    failed = next((test for test in tests if test["outcome"] == "failed"), None)
+    if failed is not None:
+        return f"**no**: {_cell(failed['reason'])}"
+    if any(test["outcome"] == "passed" for test in tests):
+        return "yes"
+    return f"not tested: {_cell(tests[0]['reason'])}" if tests else "not tested"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("`", "'")

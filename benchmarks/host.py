@@ -7,11 +7,9 @@ of the time; the Triton path runs there too, its kernels replaced by nothing, so
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest import mock
@@ -19,12 +17,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from benchmarks import machine
-from benchmarks.results import RESULTS
 from benchmarks.timing import spread
 from segkern import Grid, seg_attention
 
-FOLDER = RESULTS / "host"
 _SHAPE = (3, 2, 16, 16)  # batch, heads, tokens, head_dim
 _GRID = Grid(2, 8)
 _SIGMAS = {
@@ -90,7 +85,7 @@ def measure_host(device: torch.device, rounds: int = 31, calls: int = 200) -> li
     without = device.type == "cpu"
     if without:
         ways |= {(name, "triton, without launches"): ours(s, "triton") for name, s in _SIGMAS.items() if any(s)}
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
+    pairs: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are too small for more
     try:
@@ -101,33 +96,18 @@ def measure_host(device: torch.device, rounds: int = 31, calls: int = 200) -> li
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 if turn >= 2:  # tables are made and memory is warm
-                    found[way].append(pair)
+                    pairs[way].append(pair)
     finally:
         torch.set_num_threads(threads)
     return [
         {
             "call": name,
             "backend": backend,
-            "us": spread(its for _, its in pairs),
-            "over_us": spread(its - base for base, its in pairs),
+            "us": spread(ours for _, ours in timed),
+            "over_us": spread(ours - plain for plain, ours in timed),
         }
-        for (name, backend), pairs in found.items()
+        for (name, backend), timed in pairs.items()
     ]
-
-
-def run_host(device: torch.device, out: Path | None = None) -> tuple[Path, list[dict[str, Any]]]:
-    """Measure and write ``benchmarks/results/host/<device>.json``."""
-    environment = machine.described(device)
-    rows = measure_host(device)
-    path = out or FOLDER / f"{machine.slug(environment['device'])}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    return path, rows
-
-
-def committed() -> dict[str, dict[str, Any]]:
-    """Every committed file by its stem."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
 
 
 def lines(rows: list[dict[str, Any]]) -> list[list[str]]:

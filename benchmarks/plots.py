@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.cases import CASES
 from benchmarks.providers import PROVIDERS
-from benchmarks.results import Result, Row
+from benchmarks.results import Result, Row, read_json
+from benchmarks.results import read as read_result
 from benchmarks.work import PEAKS, Peaks
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 _MARKERS = "osD^vPX*<>hd"
 _HIGHEST_RATIO = 2.0  # where attention's ratios are drawn; what is beyond is named
+_STEP_COLOURS = {"plain": "#888888", "official": "#8c564b", "pag": "#e377c2", "segkern": "#1f77b4"}
 _REFERENCE = "fastest unblurred attention"
 
 
@@ -63,11 +66,26 @@ def pictures(stem: str, result: Result) -> tuple[list[Picture], list[str]]:
     return found, left_out
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A result file of a suite of calls, or of the suite of guided steps, which has a ``size``.
+
+    Raises:
+        ValueError: for any other file.
+    """
+    try:
+        content = read_json(path)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = {}
+    return content if "size" in content else read_result(path)
+
+
 def write(stem: str, result: Result, folder: Path) -> tuple[list[Path], list[str]]:
     """Draw all of them into a folder; their paths, and why others are missing."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
+    if "size" in result:
+        return [_write_steps(result, folder / f"{stem}.png")], []
     found, left_out = pictures(stem, result)
     paths = []
     for picture in found:
@@ -88,7 +106,7 @@ def _bound(
 
 
 def _where(result: Result) -> str:
-    env, quick = result["environment"], ", a quick run: the numbers say nothing" if result["quick"] else ""
+    env, quick = result["environment"], ", a quick run: the numbers say nothing" if result.get("quick") else ""
     threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
     return f"{env['device']}{threads}, torch {env['torch']}, commit {env['commit'] or 'unknown'}{quick}"
 
@@ -99,7 +117,8 @@ def style(provider: str) -> dict[str, Any]:
 
     place = list(PROVIDERS).index(provider) if provider in PROVIDERS else len(PROVIDERS)
     exact = provider not in PROVIDERS or PROVIDERS[provider].exact
-    strong = [tone for name in ("tab10", "Dark2", "Set1") for tone in colormaps[name].colors]  # no pale ones
+    palettes = [colormaps[name] for name in ("tab10", "Dark2", "Set1")]
+    strong = [palette(i) for palette in palettes for i in range(palette.N)]  # no pale ones
     return {
         "color": "black" if provider == "auto" else strong[place % len(strong)],
         "marker": _MARKERS[place % len(_MARKERS)],
@@ -275,3 +294,29 @@ def _roofline(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
     panel.set_title(f"sigma {at}, one point for each layer\npeaks: {peaks.source}", fontsize=8)
     panel.grid(alpha=0.3, which="both")
     _legend(figure, [panel])
+
+
+def _write_steps(result: Result, path: Path) -> Path:
+    """Bars of measured ratios of guided steps with their spread, and a mark where the count is."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if row["ratio"] is not None]
+    figure = Figure(figsize=(11, 1.6 + 0.27 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, cfg in zip(panels, (False, True), strict=True):
+        here = [row for row in rows if row["cfg"] == cfg][::-1]
+        places = range(len(here))
+        medians = [row["ratio"]["median"] for row in here]
+        colours = [_STEP_COLOURS[row["kind"]] for row in here]
+        panel.barh(places, medians, color=colours, xerr=_bars(here) if here else None, capsize=2)
+        known = [(row["counted"], place) for place, row in zip(places, here, strict=True) if row["counted"] is not None]
+        panel.plot([x for x, _ in known], [y for _, y in known], "k|", markersize=11, markeredgewidth=2)
+        panel.set_yticks(places, [row["way"].removeprefix("CFG + ") for row in here], fontsize=8)
+        panel.set_xlabel(f"time of a step / time of {'CFG alone' if cfg else 'no guidance'}")
+        panel.axvline(1.0, color="black", linestyle="--", linewidth=1)
+        panel.grid(alpha=0.3, axis="x")
+        panel.set_title("with CFG" if cfg else "without CFG", fontsize=10)
+    title = f"Guided steps of {result['size']}: measured (bars, 20th to 80th percentile) and counted (black marks)"
+    figure.suptitle(f"{title}\n{_where(result)}", fontsize=11)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    return path

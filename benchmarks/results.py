@@ -78,12 +78,18 @@ def key(row: Row) -> tuple[str, ...]:
     return row["case"], row["dtype"], row["sigma"], row["provider"]
 
 
-def write(path: Path, result: Result) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write a whole file, or leave the one before untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def read(path: Path) -> Result:
@@ -94,24 +100,24 @@ def read(path: Path) -> Result:
         OSError: when it cannot be read.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from None
-    check(found, str(path))
-    return found
+    check(result, str(path))
+    return result
 
 
-def check(found: Any, name: str) -> None:
-    """Raise a ValueError that says where ``found`` differs from the schema."""
-    if not isinstance(found, dict) or set(found) != _KEYS:
-        has = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
+def check(result: Any, name: str) -> None:
+    """Raise a ValueError that says where ``result`` differs from the schema."""
+    if not isinstance(result, dict) or set(result) != _KEYS:
+        has = ", ".join(sorted(result)) if isinstance(result, dict) else type(result).__name__
         raise ValueError(f"{name} is no result file: it has {has}, not {', '.join(sorted(_KEYS))}")
-    if found["schema"] != SCHEMA:
-        raise ValueError(f"{name} has schema {found['schema']!r}, not {SCHEMA}")
-    for number, row in enumerate(found["rows"]):
+    if result["schema"] != SCHEMA:
+        raise ValueError(f"{name} has schema {result['schema']!r}, not {SCHEMA}")
+    for number, row in enumerate(result["rows"]):
         if set(row) != ROW_KEYS:
             raise ValueError(f"{name}, row {number}: {', '.join(sorted(set(row) ^ ROW_KEYS))} should not or should be")
-        if (row["reason"] is None) != isinstance(row[f"{found['headline']}_ms"], dict):
+        if (row["reason"] is None) != isinstance(row[f"{result['headline']}_ms"], dict):
             raise ValueError(f"{name}, row {number}: a row has either a time or a reason, {key(row)} does not")
 
 

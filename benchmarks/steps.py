@@ -10,10 +10,9 @@ official algorithm.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -25,8 +24,8 @@ from diffusers import StableDiffusionXLPAGPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine, sdxl
-from benchmarks.official_step import official_run
-from benchmarks.results import RESULTS
+from benchmarks.official import official_run
+from benchmarks.results import RESULTS, write_json
 from benchmarks.sdxl import REDUCED, SDXL, Size
 from benchmarks.timing import shuffled, spread
 from segkern.core.private_apis import dynamo_settings
@@ -197,10 +196,11 @@ def guided(pipe: Any, way: Way) -> Iterator[None]:
         yield
 
 
-def counted(size: Size) -> dict[str, float]:
-    """Floating-point operations of one step of each way of ours and of the plain ones, by name."""
+def counted(size: Size, names: Collection[str] | None = None) -> dict[str, float]:
+    """Floating-point operations of one step of ways of ours and of the plain ones, by name; of all if not told."""
     pipe = sdxl.pipeline(sdxl.denoiser(size, "meta"))
-    return {way.name: count(pipe, size, way) for way in ways() if way.kind in ("plain", "segkern")}
+    countable = [way for way in ways() if way.kind in ("plain", "segkern")]
+    return {way.name: count(pipe, size, way) for way in countable if names is None or way.name in names}
 
 
 def count(pipe: Any, size: Size, way: Way, share: bool = True) -> float:
@@ -219,7 +219,8 @@ def measure(
     bench: Bench, chosen: Sequence[Way], steps: int, rounds: int, progress: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
     """A row for each way: ``ms`` per step, ``ratio`` to the plain way with or without CFG, and what else is known."""
-    operations = counted(bench.size)
+    eager = [replace(way, name=way.name.removesuffix(COMPILED), compiled=False) for way in chosen]
+    operations = counted(bench.size, {way.name for way in eager} | {plain(way) for way in eager})
     by_name = {way.name: way for way in chosen}
     rows: dict[str, Row] = {}
     times: dict[str, list[float]] = {}
@@ -230,9 +231,9 @@ def measure(
         row |= dict.fromkeys(("ms", "ratio", "counted", "run_seconds"))
         row["peak_mib"] = "not measured"
         row["host_ms"] = "not measured"
-        eager = way.name.removesuffix(COMPILED)
-        if eager in operations:
-            row["counted"] = operations[eager] / operations[plain(replace(way, compiled=False))]
+        name = way.name.removesuffix(COMPILED)
+        if name in operations:
+            row["counted"] = operations[name] / operations[plain(replace(way, compiled=False))]
         rows[way.name] = row
         latents, _ = bench.run(way, steps)  # warms up
         row["error"], row["reason"] = bench.check(way, latents, steps)
@@ -315,7 +316,7 @@ def run_steps(
         "dtype": str(dtype).removeprefix("torch."),
         "steps": steps,
         "rounds": rounds,
-        "sdxl_flops": counted(SDXL if size is None else size),
+        "sdxl_flops": counted(SDXL) if size is None else {},
         "rows": [],
     }
     # Every way compiles the same denoiser; past a limit it would run as it is written, and be called compiled.
@@ -323,14 +324,8 @@ def run_steps(
     with dynamo_settings(**limits):
         found["rows"] = measure(bench, chosen, steps, rounds, progress)
     path = out or FOLDER / f"{machine.slug(environment['device'])}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(path, found)
     return path, found
-
-
-def committed() -> dict[str, dict[str, Any]]:
-    """Every committed file by its stem."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
 
 
 HEADINGS = ("run", "ms per step", "x plain", "p20 to p80", "x counted", "s per run", "peak MiB", "host ms", "error")

@@ -71,9 +71,9 @@ def screen(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device
         str(number): _with_tile(_cheaper_blur(case, sigma, tile, device), inputs, sigma, tile)
         for number, tile in enumerate(tiles)
     }
-    found = _time(calls, inputs, sigma, device, rounds)
+    times = _time(calls, inputs, sigma, device, rounds)
     rows = [
-        {"tile": asdict(tile), "blur": _cheaper_blur(case, sigma, tile, device), **found[str(number)]}
+        {"tile": asdict(tile), "blur": _cheaper_blur(case, sigma, tile, device), **times[str(number)]}
         for number, tile in enumerate(tiles)
     ]
     rows.sort(key=lambda row: row["ms"]["median"] if row["ms"] else float("inf"))
@@ -137,10 +137,11 @@ def _time(
 ) -> dict[str, Record]:
     """``error``, ``reason`` and ``ms`` of each call: only those that are right are timed."""
     wanted = checks.expected(inputs, sigma, "attention")
-    found: dict[str, Record] = {}
+    rows: dict[str, Record] = {}
     right: dict[str, Call] = {}
     for name, call in calls.items():
-        found[name] = row = {"error": None, "reason": None, "ms": None}
+        row: Record = {"error": None, "reason": None, "ms": None}
+        rows[name] = row
         try:
             row["error"], wrong = checks.judge(PROVIDERS[_BEFORE], call(), inputs, wanted)
             row["reason"] = wrong or None
@@ -151,37 +152,30 @@ def _time(
     no_graph = dict.fromkeys(right, "tiles are timed call by call")
     samples, _ = timing.time_calls(right, device, rounds, no_graph) if right else ({}, {})
     for name, clocks in samples.items():
-        found[name]["ms"] = timing.spread(clocks[timing.headline(device)])
-    return found
+        rows[name]["ms"] = timing.spread(clocks[timing.headline(device)])
+    return rows
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, str, int], list[Record]]:
     """Records that share a table entry: by architecture, dtype and head dimension."""
-    found: dict[tuple[str, str, int], list[Record]] = {}
-    for one in records:
-        found.setdefault((one["architecture"], one["dtype"], one["head_dim"]), []).append(one)
-    return found
+    grouped: dict[tuple[str, str, int], list[Record]] = {}
+    for record in records:
+        grouped.setdefault((record["architecture"], record["dtype"], record["head_dim"]), []).append(record)
+    return grouped
 
 
 def fastest(screened: Sequence[Record]) -> Tile | None:
     """The tile that is right in all cases and has the lowest geometric mean of its times over the present tile's."""
-    ratios = [_ratios(one) for one in screened]
-    shared = set.intersection(*(set(found) for found in ratios))
-    return min(shared, key=lambda tile: _mean(found[tile] for found in ratios)) if shared else None
+    ratios = [_ratios(record) for record in screened]
+    shared = set.intersection(*map(set, ratios))
+    return min(shared, key=lambda tile: _mean(case[tile] for case in ratios)) if shared else None
 
 
-def _ratios(one: Record) -> dict[Tile, float]:
+def _ratios(record: Record) -> dict[Tile, float]:
     """Every right tile's time over the present one's; nothing where the present one has no time."""
-    times = {Tile(**row["tile"]): row["ms"]["median"] for row in one["tiles"] if row["ms"]}
-    now = times.get(Tile(**one["now"]))
+    times = {Tile(**row["tile"]): row["ms"]["median"] for row in record["tiles"] if row["ms"]}
+    now = times.get(Tile(**record["now"]))
     return {} if now is None else {tile: ms / now for tile, ms in times.items()}
-
-
-def write(path: Path, screened: Sequence[Record], confirmed: Sequence[Record]) -> None:
-    """All of it as one JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"screened": list(screened), "confirmed": list(confirmed)}
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def install(confirmed: Sequence[Record], path: Path = _configs.TUNED) -> list[str]:
@@ -206,7 +200,7 @@ def install(confirmed: Sequence[Record], path: Path = _configs.TUNED) -> list[st
             winner = "now"
         tile = Tile(**cases[0]["best" if winner == "best" else "now"])
         entry = {"tile": asdict(tile), "sdpa": winner == "sdpa"}
-        entry |= {"gain": round(gains[winner], 4), "cases": [one["case"] for one in cases]}
+        entry |= {"gain": round(gains[winner], 4), "cases": [case["case"] for case in cases]}
         entry |= {name: cases[0]["environment"][name] for name in ("device", "torch", "triton", "commit")}
         default = _configs.default_tile(arch, head_dim, getattr(torch, dtype))
         entries = table.setdefault(arch, {}).setdefault(dtype, {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files: their schema, comparing them, pictures and the page made from them; refusals of the commands."""
+"""Result files: their schema, comparing them, and pictures of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import performance, plots, results
+from benchmarks import plots, results
 from benchmarks.compare import compare, regressed
 from benchmarks.providers import PROVIDERS
-from benchmarks.suites import SUITES
 from tests.project.benchmark_tools import command, quick_run
-
-COMMITTED = sorted(results.RESULTS.glob("*.json"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +73,8 @@ def test_runs_are_compared_beyond_their_noise(quick: Path) -> None:
 
 def test_compare_ends_with_1_on_a_regression(quick: Path, tmp_path: Path) -> None:
     before, after = tmp_path / "before.json", tmp_path / "after.json"
-    results.write(before, changed(results.read(quick), "auto", 1.0))
-    results.write(after, changed(results.read(quick), "auto", 1.5))
+    results.write_json(before, changed(results.read(quick), "auto", 1.0))
+    results.write_json(after, changed(results.read(quick), "auto", 1.5))
     assert command("compare", before, before).exit_code == 0
     worse = command("compare", before, after)
     assert worse.exit_code == 1
@@ -93,7 +90,7 @@ def test_pictures_are_written(quick: Path, tmp_path: Path) -> None:
     assert "no roofline: the peak rates of" in drawn.output
     known = results.read(quick)
     known["environment"]["device"] = "NVIDIA H200"
-    results.write(tmp_path / "known.json", known)
+    results.write_json(tmp_path / "known.json", known)
     assert command("plot", tmp_path / "known.json").exit_code == 0
     names = sorted(path.name for path in tmp_path.glob("*.png"))
     assert names == ["known-ratio-float32.png", "known-roofline-float32.png", "quick-ratio-float32.png"]
@@ -106,15 +103,15 @@ def test_pictures_are_written(quick: Path, tmp_path: Path) -> None:
 def test_pictures_show_every_point(quick: Path) -> None:
     from matplotlib.figure import Figure
 
-    found = results.read(quick)
-    found["environment"]["device"] = "NVIDIA H200"
-    for row in found["rows"]:
+    result = results.read(quick)
+    result["environment"]["device"] = "NVIDIA H200"
+    for row in result["rows"]:
         if row["case"] == "tiny-text-5x7":
             row.update(height=2, width=19)  # another grid of the same family
         if row["sigma"] == "inf" and row["tflops"]:
             row["tflops"] *= 9  # as infinity is faster, its panel comes last
             row["ratio"]["median"] /= 9
-    drawn = plots.pictures("x", found)[0]
+    drawn = plots.pictures("x", result)[0]
     assert len(drawn) == 3
     for picture in drawn:
         figure = Figure()
@@ -129,11 +126,11 @@ def test_pictures_show_every_point(quick: Path) -> None:
 def test_ratios_far_from_one_are_named_and_leave_room_for_the_others(quick: Path) -> None:
     from matplotlib.figure import Figure
 
-    found = results.read(quick)
-    for row in found["rows"]:
+    result = results.read(quick)
+    for row in result["rows"]:
         if row["ratio"]:
             row["ratio"] = {"median": 7.7 if row["provider"] == "dense" else 1.04}
-    (picture, *_) = plots.pictures("x", found)[0]
+    (picture, *_) = plots.pictures("x", result)[0]
     figure = Figure()
     picture.draw(figure)
     for panel in figure.axes:
@@ -144,50 +141,12 @@ def test_ratios_far_from_one_are_named_and_leave_room_for_the_others(quick: Path
 
 
 def test_the_throughput_needs_two_grids(quick: Path) -> None:
-    found = results.read(quick)
-    assert not [picture for picture in plots.pictures("x", found)[0] if "throughput" in picture.name]
-    for row in found["rows"]:
+    result = results.read(quick)
+    assert not [picture for picture in plots.pictures("x", result)[0] if "throughput" in picture.name]
+    for row in result["rows"]:
         if row["case"] == "tiny-text-5x7":
             row.update(height=2, width=19)
-    assert [picture for picture in plots.pictures("x", found)[0] if "throughput" in picture.name]
-
-
-def test_the_page_tells_where_no_gpu_was(quick: Path) -> None:
-    found = results.read(quick) | {"quick": False}
-    page = performance.page({"here": found})
-    assert "GPU: not measured" in page
-    assert "`here.json`" in page
-    assert "- triton, triton before, triton prologue: Triton has no CPU target" in page
-    assert page.count("Not measured.") == len(SUITES) - 1  # the other suites
-    gpu = copy.deepcopy(found)
-    gpu["environment"] |= {"device": "NVIDIA H200", "device_type": "cuda"}
-    known = performance.page({"there": gpu})
-    assert "GPU: not measured" not in known
-    assert "of limit" in known
-    assert "`here.json`" not in performance.page({"here": found | {"quick": True}}), "a quick run says nothing"
-
-
-@pytest.mark.parametrize(
-    "arguments, quoted",
-    [
-        (("run", "--suite", "stairs"), "'stairs'"),
-        (("run", "--cases", "sdxl-9*"), "'sdxl-9*'"),
-        (("run", "--dtype", "fp8"), "'fp8'"),
-        (("run", "--device", "toaster"), "'toaster'"),
-        (("run", "--providers", "magic"), "'magic'"),
-        (("plot", "nowhere.json"), "nowhere.json"),
-        (("plot", __file__), "is no JSON file"),
-        (("compare", COMMITTED, "nowhere.json"), "nowhere.json"),
-        (("compare", COMMITTED, COMMITTED, "--by", "mood"), "'mood'"),
-        (("tune", "--device", "cpu"), "'cpu'"),
-    ],
-)
-def test_refusals_are_one_line_that_quotes(arguments: tuple[object, ...], quoted: str) -> None:
-    refused = command(*arguments)
-    assert refused.exit_code == 2, (refused.output, refused.exception)
-    assert refused.stderr.startswith("benchmarks: ")
-    assert refused.stderr.count("\n") == 1
-    assert quoted in refused.stderr
+    assert [picture for picture in plots.pictures("x", result)[0] if "throughput" in picture.name]
 
 
 def test_no_line_is_drawn_through_what_was_not_measured() -> None:
