@@ -66,7 +66,7 @@ def measure(
         for seed in seeds:
             name = f"{setting.mode}, {report.describe(setting)}, seed {seed}"
             cells.append(study.measure(setting, seed, lambda count, name=name: advance(name, count)))  # type: ignore[misc]
-    result = {"environment": environment(device, "diffusers", "torchmetrics"), **study.kind}
+    result: dict[str, Any] = {"environment": environment(device, "diffusers", "torchmetrics"), **study.kind}
     result |= {"images_per_seed": images, "seeds": list(seeds), "steps": steps, "rows": report.summarise(cells)}
     return result
 
