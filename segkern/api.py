@@ -20,7 +20,7 @@ from segkern.core.parts import blur_by_frame, call_by_head
 from segkern.core.sigmas import check_sigma, equal_runs, has_head_sigmas, head_sigmas, is_finite_blur
 from segkern.core.tracing import autocast_inputs, can_skip_operator, differentiable_backend, is_plain, is_transformed
 from segkern.grid import Grid
-from segkern.ops import attention, coarse, masses, torch_attention, torch_masses
+from segkern.ops import attention, coarse, masses, torch_attention, torch_blur, torch_masses
 
 
 def gaussian_blur(
@@ -67,7 +67,7 @@ def gaussian_blur(
     check_backend(backend)
     backend = differentiable_backend(backend, x)
     if is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "torch":
-        return torch_attention.gaussian_blur(x, grid, sigmas, boundary)
+        return torch_blur.gaussian_blur(x, grid, sigmas, boundary)
     return attention.gaussian_blur(x, grid.height, grid.width, grid.start, sigmas, boundary, backend)
 
 
@@ -353,9 +353,7 @@ def _coarse_attention(
         lses.append(lse)
     if len(outputs) == 1:
         return outputs[0], lses[0]
-    return torch_attention.join(outputs, dim=0), torch.cat(
-        [lse for lse in lses if lse is not None]
-    ) if return_lse else None
+    return torch_blur.join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None
 
 
 def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
@@ -368,16 +366,16 @@ def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary
 def coarse_queries(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], stride: tuple[int, int], boundary: str
 ) -> torch.Tensor:
-    """The blurred image at the points of its coarse grid; see :func:`segkern.ops.torch_attention.coarse_queries`."""
+    """The blurred image at the points of its coarse grid; see :func:`segkern.ops.coarse.to_points`."""
     if is_plain(x):
-        return torch_attention.coarse_queries(x, grid, sigmas, stride, boundary)
+        return coarse.to_points(x, grid, sigmas, stride, boundary)
     return coarse.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
 
 
 def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
-    """From the points of the coarse grid to all tokens; see :func:`segkern.ops.torch_attention.coarse_outputs`."""
+    """From the points of the coarse grid to all tokens; see :func:`segkern.ops.coarse.to_tokens`."""
     if is_plain(x):
-        return torch_attention.coarse_outputs(x, grid, stride, boundary)
+        return coarse.to_tokens(x, grid, stride, boundary)
     return coarse.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blur's own part in the curvature of the energy, and exact Hessians of small grids; see ``energy.py``."""
+"""The blur's own part in the curvature of the energy, and exact Hessians of small grids; see :mod:`segkern.energy`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from collections.abc import Iterable
 
 import torch
 
-from segkern.analysis.logits import Over, blurred_image, checked
+from segkern.analysis.logits import Over, blurred_image, check_arguments
 from segkern.core.gaussian import blur_matrix
 from segkern.grid import Grid
 
 EXACT_LIMIT = 1024  # side of the largest Hessian that is formed
+
+
+def _axis_matrices(grid: Grid, sigma: float, boundary: str) -> list[torch.Tensor]:
+    """The blur's matrix of each axis, height first."""
+    return [blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width)]
 
 
 def log_diagonal(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
@@ -22,9 +27,8 @@ def log_diagonal(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
         >>> log_diagonal(Grid(4, 4), math.inf) == 16 * math.log(1 / 16)
         True
     """
-    rows, columns = (blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width))
-    found = grid.width * rows.diagonal().log().sum() + grid.height * columns.diagonal().log().sum()
-    return found.item()
+    rows, columns = _axis_matrices(grid, sigma, boundary)
+    return (grid.width * rows.diagonal().log().sum() + grid.height * columns.diagonal().log().sum()).item()
 
 
 def log_determinant(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
@@ -38,9 +42,8 @@ def log_determinant(grid: Grid, sigma: float, boundary: str = "reflect") -> floa
     """
     if math.isinf(sigma) and grid.tokens > 1:
         return -math.inf  # not left to the rounding of a singular matrix's determinant
-    rows, columns = (blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width))
-    found = grid.width * torch.linalg.slogdet(rows)[1] + grid.height * torch.linalg.slogdet(columns)[1]
-    return found.item()
+    rows, columns = _axis_matrices(grid, sigma, boundary)
+    return (grid.width * torch.linalg.slogdet(rows)[1] + grid.height * torch.linalg.slogdet(columns)[1]).item()
 
 
 def largest_curvature(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
@@ -68,7 +71,7 @@ def largest_curvature(grid: Grid, sigma: float, boundary: str = "reflect") -> fl
     """
     if grid.tokens == 1:
         return 0.0
-    rows, columns = (blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width))
+    rows, columns = _axis_matrices(grid, sigma, boundary)
     high, wide = rows @ rows.T, columns @ columns.T  # inner products of the axes' rows
     size = torch.outer(high.diagonal(), wide.diagonal())  # |B_i|^2, [height, width]
     largest = 0.0
@@ -112,62 +115,48 @@ def curvature_spectrum(
         >>> [round(value, 3) for value in curvature_spectrum(flat, flat[:, :, :1], Grid(2, 3))[0, 0, 0].tolist()]
         [0.167, 0.167, 0.167, 0.167, 0.167, 0.0]
     """
-    query, key, sigmas, scale = checked(query, key, grid, sigma, over, scale, boundary, torch.float64)
+    query, key, sigmas, scale = check_arguments(query, key, grid, sigma, over, scale, boundary, torch.float64)
     _check_size(grid.tokens * (1 if over == "queries" else key.shape[2]), over, grid, key.shape[2])
-    logits = (
-        scale * blurred_image(query, grid, sigmas, boundary) @ key.transpose(-2, -1)
-    )  # [batch, heads, queries, keys]
-    found = []
+    logits = scale * blurred_image(query, grid, sigmas, boundary) @ key.transpose(-2, -1)
+    spectra = []  # of each sample and head
     for sample, value in enumerate(sigmas):
-        axes = [
-            blur_matrix(n, value, boundary, dtype=torch.float64, device=query.device) for n in (grid.height, grid.width)
-        ]
-        blur = torch.kron(*axes)
-        for head in logits[sample]:
-            vectors = head.T if over == "queries" else head[None]
-            found.append(torch.stack([_magnitudes(_hessian(vector, blur, over)) for vector in vectors]))
-    shape = (query.shape[0], query.shape[1])
-    if not found:
+        blur = torch.kron(*_axis_matrices(grid, value, boundary)).to(query.device)
+        for head in logits[sample]:  # [queries, keys]
+            hessians = (
+                [_column_hessian(column, blur) for column in head.T]
+                if over == "queries"
+                else [_rows_hessian(head, blur)]
+            )
+            spectra.append(torch.stack([torch.linalg.eigvalsh(hessian) for hessian in hessians]))
+    shape = query.shape[0], query.shape[1]
+    if not spectra:
         size = (key.shape[2], grid.tokens) if over == "queries" else (grid.tokens * key.shape[2],)
         return query.new_empty(*shape, *size)
-    spectra = torch.stack(found).unflatten(0, shape)
-    return spectra if over == "queries" else spectra[:, :, 0]
+    largest_first = torch.stack(spectra).flip(-1).clamp_min(0.0).unflatten(0, shape)  # rounding below 0 is 0
+    return largest_first if over == "queries" else largest_first[:, :, 0]
 
 
-def _hessian(logits: torch.Tensor, blur: torch.Tensor, axis: str) -> torch.Tensor:
-    """Minus the Hessian of one energy with respect to the logits before the blur.
-
-    Args:
-        logits: blurred, ``[queries]`` of one key for ``axis="queries"``, all ``[queries, keys]`` for ``"keys"``.
-        blur: ``B``, ``[queries, queries]``.
-        axis: over which the log-sum-exp is taken.
-
-    Returns:
-        ``B^T (diag(p) - p p^T) B``, ``[queries, queries]``, with the softmax ``p`` of the logits; or for all rows
-        ``[queries * keys, queries * keys]``, row-major like the logits.
-    """
+def _column_hessian(logits: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
+    """``B^T (diag(p) - p p^T) B`` with the softmax ``p`` of one key's blurred logits ``[queries]``."""
     p = torch.softmax(logits, dim=-1)
-    if axis == "queries":
-        return blur.T @ (torch.diag(p) - torch.outer(p, p)) @ blur
-    each = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]  # [queries, keys, keys]
-    joined = torch.einsum("ra,rb,rjk->ajbk", blur, blur, each)
-    return joined.flatten(2, 3).flatten(0, 1)
+    return blur.T @ (torch.diag(p) - torch.outer(p, p)) @ blur
 
 
-def _check_size(side: int, axis: str, grid: Grid, keys: int) -> None:
+def _rows_hessian(logits: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
+    """The same for all rows of blurred logits ``[queries, keys]`` at once, ``[queries * keys, queries * keys]``."""
+    p = torch.softmax(logits, dim=-1)
+    of_rows = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]  # [queries, keys, keys]
+    return torch.einsum("ra,rb,rjk->ajbk", blur, blur, of_rows).flatten(2, 3).flatten(0, 1)
+
+
+def _check_size(side: int, over: Over, grid: Grid, keys: int) -> None:
     """Raise a ValueError for a Hessian that is too large to form."""
-    if side > EXACT_LIMIT:
-        what = (
-            f"{grid.height} x {grid.width} = {grid.tokens} queries"
-            if axis == "queries"
-            else f"{grid.height} x {grid.width} queries times {keys} keys = {side} logits"
-        )
-        raise ValueError(
-            f"the exact Hessian over {what} would have {side} rows, and at most {EXACT_LIMIT} are formed; take a "
-            f"smaller grid, or log_curvature, which needs no Hessian"
-        )
-
-
-def _magnitudes(matrix: torch.Tensor) -> torch.Tensor:
-    """Eigenvalues of a positive semidefinite matrix, largest first; rounding below 0 is 0."""
-    return torch.linalg.eigvalsh(matrix).flip(-1).clamp_min(0.0)
+    if side <= EXACT_LIMIT:
+        return
+    logits = f"{grid.height} x {grid.width} = {grid.tokens} queries"
+    if over == "keys":
+        logits = f"{grid.height} x {grid.width} queries times {keys} keys = {side} logits"
+    raise ValueError(
+        f"the exact Hessian over {logits} would have {side} rows, and at most {EXACT_LIMIT} are formed; take a "
+        f"smaller grid, or log_curvature, which needs no Hessian"
+    )

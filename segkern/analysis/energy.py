@@ -45,9 +45,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from segkern.analysis.curvature import curvature_spectrum, largest_curvature, log_determinant, log_diagonal
-from segkern.analysis.logits import Moments, Over, blurred_image, checked, logit_moments, row_lse
+from segkern.analysis.logits import Moments, Over, blurred_image, check_arguments, logit_moments
+from segkern.api import attention_energy
 from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
+from segkern.ops.torch_blur import full_precision
 
 __all__ = [
     "Moments",
@@ -103,11 +105,12 @@ def energies(
         >>> bool(flat > sharp)
         True
     """
-    query, key, sigmas, scale = checked(query, key, grid, sigma, over, scale, boundary, dtype)
-    if over == "keys":
-        return -row_lse(query, key, grid, sigmas, scale, boundary)[:, :, grid.start : grid.stop]
-    image = blurred_image(query, grid, sigmas, boundary)
-    return -row_lse(key, image, Grid(1, 1), (0.0,) * len(sigmas), scale, boundary)
+    query, key, sigmas, scale = check_arguments(query, key, grid, sigma, over, scale, boundary, dtype)
+    with full_precision(query.device):
+        if over == "queries":
+            return attention_energy(key, blurred_image(query, grid, sigmas, boundary), scale=scale)
+        rows = attention_energy(query, key, grid, sigmas, scale=scale, boundary=boundary)
+    return rows[:, :, grid.start : grid.stop]
 
 
 def layer_energy(
@@ -133,8 +136,7 @@ def layer_energy(
         >>> round(layer_energy(flat, flat, Grid(2, 3)).item() / -math.log(6), 5)
         6.0
     """
-    found = energies(query, key, grid, sigma, over=over, scale=scale, boundary=boundary, dtype=dtype)
-    return found.sum(dim=-1)
+    return energies(query, key, grid, sigma, over=over, scale=scale, boundary=boundary, dtype=dtype).sum(dim=-1)
 
 
 def log_curvature(
@@ -187,7 +189,7 @@ def log_curvature(
     if factor not in get_args(Factor):
         raise ValueError(f"factor must be one of {', '.join(map(repr, get_args(Factor)))}, got {factor!r}")
     options: dict[str, Any] = {"scale": scale, "boundary": boundary, "dtype": dtype}
-    sigmas = checked(query, key, grid, sigma, over, scale, boundary, dtype)[2]
+    sigmas = check_arguments(query, key, grid, sigma, over, scale, boundary, dtype)[2]
     energy = layer_energy(query, key, grid, sigmas, over=over, **options)
     mean = logit_moments(query, key, grid, sigmas, **options).mean
     return _log_determinant(energy, mean, grid, key.shape[2], sigmas, over, factor, boundary)
@@ -195,7 +197,7 @@ def log_curvature(
 
 @dataclass(frozen=True)
 class OverSigma:
-    """What :func:`over_sigma` found; every tensor but ``energies`` is ``[sigmas, batch, heads]``.
+    """The result of :func:`over_sigma`; every tensor but ``energies`` is ``[sigmas, batch, heads]``.
 
     Attributes:
         sigmas: in tokens.
@@ -238,36 +240,32 @@ def over_sigma(
 
     Example:
         >>> q, k = torch.randn(2, 1, 8, 6 * 9, 16)
-        >>> found = over_sigma(q, k, Grid(6, 9), (0.0, 2.0, math.inf))
-        >>> found.energy.shape, found.energies.shape
+        >>> result = over_sigma(q, k, Grid(6, 9), (0.0, 2.0, math.inf))
+        >>> result.energy.shape, result.energies.shape
         (torch.Size([3, 1, 8]), torch.Size([3, 1, 8, 54]))
     """
     values = check_sigma(tuple(sigmas), len(tuple(sigmas)))
     if not values:
         raise ValueError(f"over_sigma needs at least one sigma, got {sigmas!r}")
     options: dict[str, Any] = {"scale": scale, "boundary": boundary, "dtype": dtype}
-    rows, means, variances, within = [], [], [], []
     curvature: dict[Factor, list[torch.Tensor]] = {factor: [] for factor in get_args(Factor)}
-    for value in values:
-        each = energies(query, key, grid, value, over=over, **options)
-        moments = logit_moments(query, key, grid, value, **options)
-        rows.append(each)
-        means.append(moments.mean)
-        variances.append(moments.variance)
-        within.append(logit_moments(query, key, grid, value, per_key=True, **options).variance.mean(dim=-1))
-        same = (value,) * query.shape[0]
-        for factor, found in curvature.items():
-            known = (each.sum(dim=-1), moments.mean, grid, key.shape[2], same)
-            found.append(_log_determinant(*known, over, factor, boundary))
-    stacked = torch.stack(rows)
+    vectors, moments, query_variances = [], [], []
+    for sigma in values:
+        vectors.append(energies(query, key, grid, sigma, over=over, **options))
+        moments.append(logit_moments(query, key, grid, sigma, **options))
+        per_key = logit_moments(query, key, grid, sigma, per_key=True, **options)
+        query_variances.append(per_key.variance.mean(dim=-1))
+        layer, mean, batch_sigmas = vectors[-1].sum(dim=-1), moments[-1].mean, (sigma,) * query.shape[0]
+        for factor, determinants in curvature.items():
+            determinants.append(_log_determinant(layer, mean, grid, key.shape[2], batch_sigmas, over, factor, boundary))
     return OverSigma(
-        values,
-        stacked,
-        stacked.sum(dim=-1),
-        torch.stack(means),
-        torch.stack(variances),
-        torch.stack(within),
-        {factor: torch.stack(found) for factor, found in curvature.items()},
+        sigmas=values,
+        energies=torch.stack(vectors),
+        energy=torch.stack(vectors).sum(dim=-1),
+        mean=torch.stack([at_sigma.mean for at_sigma in moments]),
+        variance=torch.stack([at_sigma.variance for at_sigma in moments]),
+        query_variance=torch.stack(query_variances),
+        log_curvature={factor: torch.stack(determinants) for factor, determinants in curvature.items()},
     )
 
 
@@ -282,14 +280,14 @@ def _log_determinant(
     boundary: str,
 ) -> torch.Tensor:
     """:func:`log_curvature` of a layer whose energy and mean logit ``[batch, heads]`` are known."""
-    found = mean * (grid.tokens * keys) + energy * (grid.tokens if over == "queries" else keys)
+    without_blur = mean * (grid.tokens * keys) + energy * (grid.tokens if over == "queries" else keys)
     free = keys if over == "queries" else keys - 1
-    parts = [_blur_part(grid, value, boundary, factor, keys, free) for value in sigmas]
-    return found + found.new_tensor(parts)[:, None]
+    blur_parts = [_blur_part(grid, sigma, boundary, factor, keys, free) for sigma in sigmas]
+    return without_blur + without_blur.new_tensor(blur_parts)[:, None]
 
 
 def _blur_part(grid: Grid, sigma: float, boundary: str, factor: Factor, keys: int, free: int) -> float:
-    """What the blur adds to the logarithm of the determinant, for so many keys of which so many are free."""
+    """The blur's part in the logarithm of the determinant, for so many keys of which so many are free."""
     if factor == "paper":
         return keys * log_diagonal(grid, sigma, boundary)
     return 2 * free * log_determinant(grid, sigma, boundary) if factor == "chain" and free else 0.0

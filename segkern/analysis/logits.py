@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blurred logits of attention and what can be said of them without forming all of them; see ``energy.py``."""
+"""Mean and variance of blurred logits without forming them, and the checks that all of the analysis shares."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from segkern.api import attention_energy, gaussian_blur
 from segkern.core.arguments import check_grid, check_scale, check_tensor
 from segkern.core.gaussian import check_boundary
 from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
-from segkern.ops.torch_attention import full_precision
+from segkern.ops.torch_blur import full_precision, gaussian_blur
 
 Over = Literal["keys", "queries"]
 
@@ -67,7 +66,7 @@ def logit_moments(
         >>> torch.allclose(sharp.mean, blurred.mean), bool((blurred.variance < sharp.variance).all())
         (True, True)
     """
-    query, key, sigmas, scale = checked(query, key, grid, sigma, "keys", scale, boundary, dtype)
+    query, key, sigmas, scale = check_arguments(query, key, grid, sigma, "keys", scale, boundary, dtype)
     image = blurred_image(query, grid, sigmas, boundary)
     with full_precision(query.device):
         query_mean, key_mean = image.mean(dim=2, keepdim=True), key.mean(dim=2, keepdim=True)
@@ -81,7 +80,7 @@ def logit_moments(
     return Moments(scale * mean, scale * scale * variance.clamp_min(0.0))
 
 
-def checked(
+def check_arguments(
     query: torch.Tensor,
     key: torch.Tensor,
     grid: Grid,
@@ -107,21 +106,13 @@ def checked(
         raise ValueError(f"over must be one of {', '.join(map(repr, get_args(Over)))}, got {over!r}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    found = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
-    return query.to(dtype), key.to(dtype), check_sigma(sigma, query.shape[0]), found
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
+    return query.to(dtype), key.to(dtype), check_sigma(sigma, query.shape[0]), scale
 
 
 def blurred_image(query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str) -> torch.Tensor:
     """The blurred queries of the image alone, ``[batch, heads, height * width, head_dim]``."""
-    return gaussian_blur(query, grid, sigmas, boundary=boundary)[:, :, grid.start : grid.stop]
-
-
-def row_lse(
-    query: torch.Tensor, key: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], scale: float, boundary: str
-) -> torch.Tensor:
-    """The log-sum-exp of each blurred query's logits over the keys, ``[batch, heads, tokens]`` in the query's dtype."""
-    with full_precision(query.device):
-        return -attention_energy(query, key, grid, sigmas, scale=scale, boundary=boundary)
+    return gaussian_blur(query, grid, sigmas, boundary)[:, :, grid.start : grid.stop]
 
 
 def _covariance(centred: torch.Tensor) -> torch.Tensor:

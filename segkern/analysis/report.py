@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segkern.analysis.energy import OverSigma
-
 if TYPE_CHECKING:
+    from segkern.analysis.energy import OverSigma
     from segkern.integrations.diffusers import EnergyRecorder, LayerEnergy
 
 _DIGITS = 4  # of the maps' numbers, which are nats

@@ -12,7 +12,7 @@ import torch
 from segkern.core.dispatch import choose_backend
 from segkern.core.fallback import run_with_fallback
 from segkern.grid import Grid
-from segkern.ops import torch_attention
+from segkern.ops import torch_attention, torch_blur
 from segkern.ops.operators import check_call, empty_output, operator, save_linear, tokens_first
 
 
@@ -41,7 +41,7 @@ def gaussian_blur(
     """See :func:`segkern.gaussian_blur`; ``adjoint`` applies the transposed blur, which gradients need."""
     grid, sigmas = check_call(x, height, width, start, sigma, boundary)
     arguments = (x, grid, sigmas, boundary, adjoint)
-    pytorch = torch_attention.gaussian_blur
+    pytorch = torch_blur.gaussian_blur
     if choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "torch":
         return tokens_first(pytorch(*arguments))
     return tokens_first(run_with_fallback("gaussian_blur", backend, fused_blur, pytorch, *arguments))

@@ -13,7 +13,7 @@ from segkern.core.fallback import run_with_fallback
 from segkern.grid import Grid
 from segkern.ops import torch_masses
 from segkern.ops.operators import check_call, operator
-from segkern.ops.torch_attention import compute_dtype
+from segkern.ops.torch_blur import compute_dtype
 
 
 def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PyTorch path: separable blur by matrix products, then PyTorch's own attention.
+"""Attention of blurred queries by PyTorch's own attention, and its gradients.
 
 Nothing of size N x N is formed and the queries of unblurred samples are not copied: each run of samples of one kind
 (plain, blurred, infinite) is one call of ``scaled_dot_product_attention``, and samples of infinite sigma
@@ -9,151 +9,30 @@ run it on a single query row. All of it is differentiable PyTorch.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from enum import Enum, auto
 
 import torch
 import torch.nn.functional as F
 
-from segkern.core.coarse_queries import cached_interpolation_matrix, cached_sampling_matrix, coarse_grid
-from segkern.core.gaussian import cached_blur_matrix
 from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
-
-_PLAIN, _BLURRED, _UNIFORM = range(3)
+from segkern.ops.torch_blur import compute_dtype, full_precision, gaussian_blur, grid_mean, join
 
 _ROWS_AT_ONCE = 1024  # logits of so many query rows are formed at a time when only their log-sum-exp is wanted
 
 
-def _kind(sigma: float) -> int:
+class _Queries(Enum):
+    """The queries of a sample, by its sigma."""
+
+    PLAIN = auto()
+    BLURRED = auto()
+    MEAN = auto()
+
+
+def _queries_of(sigma: float) -> _Queries:
     if sigma == 0.0:
-        return _PLAIN
-    return _UNIFORM if math.isinf(sigma) else _BLURRED
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: blur weights and logits keep their dtype."""
-    kind = device.type
-    # Meta tensors, for example, know no autocast.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(device_type=kind, enabled=False)
-
-
-def grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Mean token of the image, ``[batch, heads, 1, dim]`` in the input's dtype."""
-    image = x[:, :, grid.start : grid.stop]
-    return image.mean(dim=2, keepdim=True, dtype=compute_dtype(x.dtype)).to(x.dtype)
-
-
-def _mix_image(image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Apply a matrix to each axis of ``[batch, heads, height * width, dim]``: ``rows`` to height, ``columns`` to width.
-
-    Works on a channels-last view ``[batch, height, width, heads * dim]`` where the layout allows it, so that each
-    axis is one matrix product over long contiguous rows: first over the width, then over the height.
-    """
-    batch, heads, _, dim = image.shape
-    (new_height, height), (new_width, width) = rows.shape, columns.shape
-    x = image.transpose(1, 2).to(rows.dtype)  # [batch, tokens, heads, dim]
-    x = x.reshape(batch * height, width, heads * dim)
-    with full_precision(image.device):
-        x = torch.matmul(columns, x)  # [batch * height, new_width, heads * dim]
-        x = x.view(batch, height, new_width * heads * dim)
-        x = torch.matmul(rows, x)  # [batch, new_height, new_width * heads * dim]
-    return x.view(batch, new_height * new_width, heads, dim).transpose(1, 2).to(image.dtype)
-
-
-def _mix_grid(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """``_mix_image`` of the grid's tokens; those outside pass through."""
-    image = _mix_image(x[:, :, grid.start : grid.stop], rows, columns)
-    if grid.tokens == x.shape[2]:
-        return image
-    return join([x[:, :, : grid.start], image, x[:, :, grid.stop :]], dim=2)
-
-
-def _blur_run(x: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint: bool = False) -> torch.Tensor:
-    """Blur a run of samples of one positive sigma; tokens outside the grid pass through."""
-    if not math.isinf(sigma):
-        rows, columns = (
-            cached_blur_matrix(length, sigma, boundary, dtype=compute_dtype(x.dtype), device=x.device)
-            for length in (grid.height, grid.width)
-        )
-        if adjoint:
-            rows, columns = rows.T, columns.T
-        return _mix_grid(x, grid, rows, columns)
-    image = grid_mean(x, grid).expand(-1, -1, grid.tokens, -1)  # the mean over the grid is its own adjoint
-    if grid.tokens == x.shape[2]:
-        return image
-    return torch.cat([x[:, :, : grid.start], image, x[:, :, grid.stop :]], dim=2)
-
-
-def gaussian_blur(
-    x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str, adjoint: bool = False
-) -> torch.Tensor:
-    """Blur ``[batch, heads, tokens, dim]``, one sigma per sample; ``adjoint`` applies the transposed blur."""
-    parts = [
-        x[samples] if sigma == 0.0 else _blur_run(x[samples], grid, sigma, boundary, adjoint)
-        for samples, sigma in equal_runs(sigmas)
-    ]
-    if not parts:  # an empty batch
-        return torch.empty_like(x)
-    if len(parts) > 1:
-        return join(parts, dim=0)
-    # An unblurred part is the caller's memory, an infinite one an expanded row: the result must be neither.
-    return parts[0].clone(memory_format=torch.contiguous_format) if _kind(sigmas[0]) != _BLURRED else parts[0]
-
-
-def coarse_queries(
-    x: torch.Tensor,
-    grid: Grid,
-    sigmas: tuple[float, ...],
-    stride: tuple[int, int],
-    boundary: str,
-    adjoint: bool = False,
-) -> torch.Tensor:
-    """The blurred image at the points of its coarse grid, one finite sigma per sample.
-
-    The tokens of ``grid`` in ``[batch, heads, tokens, dim]`` give way to those of its coarse grid; ``adjoint`` applies
-    the transpose, which brings them back.
-    """
-    coarse = coarse_grid(grid, stride, boundary)
-    compute = compute_dtype(x.dtype)
-    parts = []
-    for samples, sigma in equal_runs(sigmas):
-        matrices = [
-            cached_sampling_matrix(n, sigma, m, boundary, dtype=compute, device=x.device)
-            for n, m in ((grid.height, coarse.height), (grid.width, coarse.width))
-        ]
-        if adjoint:
-            parts.append(_mix_grid(x[samples], coarse, matrices[0].T, matrices[1].T))
-        else:
-            parts.append(_mix_grid(x[samples], grid, *matrices))
-    if not parts:  # an empty batch
-        into = grid if adjoint else coarse
-        return x.new_empty(0, x.shape[1], x.shape[2] - (coarse if adjoint else grid).tokens + into.tokens, x.shape[3])
-    return parts[0] if len(parts) == 1 else join(parts, dim=0)
-
-
-def coarse_outputs(
-    y: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str, adjoint: bool = False
-) -> torch.Tensor:
-    """From the points of the coarse grid to all tokens of ``grid``; ``adjoint`` applies the transpose."""
-    coarse = coarse_grid(grid, stride, boundary)
-    compute = compute_dtype(y.dtype)
-    rows, columns = (
-        cached_interpolation_matrix(n, m, boundary, dtype=compute, device=y.device)
-        for n, m in ((grid.height, coarse.height), (grid.width, coarse.width))
-    )
-    return _mix_grid(y, grid, rows.T, columns.T) if adjoint else _mix_grid(y, coarse, rows, columns)
-
-
-def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenate ``[batch, heads, tokens, dim]`` parts, keeping attention's tokens-before-heads memory order."""
-    swapped = {0: 0, 2: 1}[dim]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=swapped).transpose(1, 2)
+        return _Queries.PLAIN
+    return _Queries.MEAN if math.isinf(sigma) else _Queries.BLURRED
 
 
 def attend(
@@ -190,7 +69,7 @@ def _logits(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Te
     return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
 
 
-def _attend_uniform(
+def _attend_mean(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -201,7 +80,14 @@ def _attend_uniform(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention at infinite sigma: one row for the whole image, the other tokens as they are."""
     if attn_mask is not None and attn_mask.shape[-2] != 1:  # the mask makes rows differ although queries do not
-        return attend(_blur_run(query, grid, math.inf, "reflect"), key, value, scale, attn_mask, return_lse)
+        return attend(
+            gaussian_blur(query, grid, (math.inf,) * query.shape[0], "reflect"),
+            key,
+            value,
+            scale,
+            attn_mask,
+            return_lse,
+        )
     row, row_lse = attend(grid_mean(query, grid), key, value, scale, attn_mask, return_lse)
     image = row.expand(-1, -1, grid.tokens, -1)
     image_lse = None if row_lse is None else row_lse.expand(-1, -1, grid.tokens)
@@ -231,20 +117,20 @@ def seg_attention(
         return attend(query, key, value, scale, attn_mask, return_lse)
     outputs: list[torch.Tensor] = []
     lses: list[torch.Tensor | None] = []
-    for samples, kind in equal_runs([_kind(sigma) for sigma in sigmas]):
+    for samples, kind in equal_runs([_queries_of(sigma) for sigma in sigmas]):
         q, k, v = query[samples], key[samples], value[samples]
         mask = attn_mask[samples] if attn_mask is not None and attn_mask.shape[0] != 1 else attn_mask
-        if kind == _UNIFORM:
-            output, lse = _attend_uniform(q, k, v, grid, scale, mask, return_lse)
+        if kind == _Queries.MEAN:
+            output, lse = _attend_mean(q, k, v, grid, scale, mask, return_lse)
         else:
-            if kind == _BLURRED:
+            if kind == _Queries.BLURRED:
                 q = gaussian_blur(q, grid, sigmas[samples], boundary)
             output, lse = attend(q, k, v, scale, mask, return_lse)
         outputs.append(output)
         lses.append(lse)
     if len(outputs) == 1:
         # An expanded row looks like a tensor of its own to the caller, so it must be one.
-        return outputs[0].contiguous() if kind == _UNIFORM else outputs[0], lses[0]
+        return outputs[0].contiguous() if kind == _Queries.MEAN else outputs[0], lses[0]
     if not outputs:  # an empty batch
         return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
     return join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None

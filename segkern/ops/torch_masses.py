@@ -14,7 +14,7 @@ import torch
 
 from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
-from segkern.ops.torch_attention import compute_dtype, full_precision, gaussian_blur, grid_mean
+from segkern.ops.torch_blur import compute_dtype, full_precision, gaussian_blur, grid_mean
 
 # Rows of a block, and its logits of all heads, at most. A CPU is fastest where they fit its cache, but its threads wait
 # for each other after every operation on a block, which smaller ones would have more of; others fill a GPU.

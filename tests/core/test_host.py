@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -73,7 +75,7 @@ def test_sigmas_that_can_change_are_read_at_every_call() -> None:
     assert torch.equal(segkern.seg_attention(q, k, v, GRID, (s for s in (0.0, 1.0))), before)
 
 
-def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_cache, "MOST_CALLS", 4)
     for number in range(10):
         segkern.seg_attention(*draw(), GRID, 0.5 + number)
@@ -139,13 +141,34 @@ def test_a_known_call_makes_nothing_on_the_host(
     assert {name.split(".")[1] for name in seen.names} <= allowed
 
 
-def test_segkerns_share_of_a_call_is_small() -> None:
-    rows = {(row["call"], row["backend"]): row for row in host.measure_host(torch.device("cpu"), rounds=9, calls=50)}
+@pytest.mark.parametrize(
+    ("sigma", "options", "most"),
+    [(0.0, {}, 60), ((0.0, 2.0), {"backend": "triton"}, 180)],
+    ids=["sigma 0", "a half at sigma 2"],
+)
+def test_segkerns_share_of_a_call_is_small(sigma: Any, options: dict[str, str], most: int) -> None:
+    """Counted in calls of Python functions, because times depend on what else the machine does."""
+    q, k, v = draw()
+    calls = []
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            calls.append(frame.f_code.co_name)
+
+    with torch.no_grad(), host.without_launches():
+        for _ in range(2):  # the first fills caches
+            calls.clear()
+            sys.setprofile(count)
+            segkern.seg_attention(q, k, v, GRID, sigma, **options)
+            sys.setprofile(None)
+    assert len(calls) < most, calls
+
+
+def test_the_host_is_measured() -> None:
+    rows = host.measure_host(torch.device("cpu"), rounds=1, calls=2)
     assert len(rows) == 5
-    for call in ("sigma 0", "auto"), ("a third at sigma 2", "triton, without launches"):
-        assert rows[call]["over_us"]["p20"] < 30, rows
-    shown = tables.of_lines(host.HEADINGS, host.lines(list(rows.values())))
-    assert shown.row_count == 5
+    assert all(row["over_us"]["p20"] <= row["over_us"]["p80"] for row in rows)
+    assert tables.of_lines(host.HEADINGS, host.lines(rows)).row_count == 5
 
 
 def test_the_command_writes_a_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,8 @@ def test_operators_count_as_the_path_that_is_open(sigma: tuple[float, ...]) -> N
 def test_coarse_operators_count_too(stride: tuple[int, int]) -> None:
     x = torch.empty(2, 3, 9 * 11, 16, device="meta")
     with FlopCounterMode(display=False) as counter:
-        coarse = segkern.ops.torch_attention.coarse_queries(x, Grid(9, 11), (2.0, 3.0), stride, "reflect")
-        segkern.ops.torch_attention.coarse_outputs(coarse, Grid(9, 11), stride, "reflect")
+        coarse = segkern.ops.coarse.to_points(x, Grid(9, 11), (2.0, 3.0), stride, "reflect")
+        segkern.ops.coarse.to_tokens(coarse, Grid(9, 11), stride, "reflect")
     with FlopCounterMode(display=False) as behind:
         torch.ops.segkern.coarse_queries(x, 9, 11, 0, [2.0, 3.0], list(stride), "reflect")
         torch.ops.segkern.coarse_outputs(coarse, 9, 11, 0, list(stride), "reflect")

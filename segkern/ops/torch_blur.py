@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blur in PyTorch: a matrix product for each axis, the mean for infinite sigma. All of it is differentiable."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from segkern.core.gaussian import cached_blur_matrix
+from segkern.core.sigmas import equal_runs, is_finite_blur
+from segkern.grid import Grid
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside: blur weights and logits keep their dtype."""
+    kind = device.type
+    # Meta tensors, for example, know no autocast.
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(device_type=kind, enabled=False)
+
+
+def grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Mean token of the image, ``[batch, heads, 1, dim]`` in the input's dtype."""
+    image = x[:, :, grid.start : grid.stop]
+    return image.mean(dim=2, keepdim=True, dtype=compute_dtype(x.dtype)).to(x.dtype)
+
+
+def _mix_image(image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Apply a matrix to each axis of ``[batch, heads, height * width, dim]``: ``rows`` to height, ``columns`` to width.
+
+    Works on a channels-last view ``[batch, height, width, heads * dim]`` where the layout allows it, so that each
+    axis is one matrix product over long contiguous rows: first over the width, then over the height.
+    """
+    batch, heads, _, dim = image.shape
+    (new_height, height), (new_width, width) = rows.shape, columns.shape
+    x = image.transpose(1, 2).to(rows.dtype)  # [batch, tokens, heads, dim]
+    x = x.reshape(batch * height, width, heads * dim)
+    with full_precision(image.device):
+        x = torch.matmul(columns, x)  # [batch * height, new_width, heads * dim]
+        x = x.view(batch, height, new_width * heads * dim)
+        x = torch.matmul(rows, x)  # [batch, new_height, new_width * heads * dim]
+    return x.view(batch, new_height * new_width, heads, dim).transpose(1, 2).to(image.dtype)
+
+
+def mix_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Apply a matrix to each axis of the grid's tokens; those outside pass through."""
+    image = _mix_image(x[:, :, grid.start : grid.stop], rows, columns)
+    if grid.tokens == x.shape[2]:
+        return image
+    return join([x[:, :, : grid.start], image, x[:, :, grid.stop :]], dim=2)
+
+
+def _blur_run(x: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint: bool = False) -> torch.Tensor:
+    """Blur a run of samples of one positive sigma; tokens outside the grid pass through."""
+    if not math.isinf(sigma):
+        rows, columns = (
+            cached_blur_matrix(length, sigma, boundary, dtype=compute_dtype(x.dtype), device=x.device)
+            for length in (grid.height, grid.width)
+        )
+        if adjoint:
+            rows, columns = rows.T, columns.T
+        return mix_axes(x, grid, rows, columns)
+    image = grid_mean(x, grid).expand(-1, -1, grid.tokens, -1)  # the mean over the grid is its own adjoint
+    if grid.tokens == x.shape[2]:
+        return image
+    return torch.cat([x[:, :, : grid.start], image, x[:, :, grid.stop :]], dim=2)
+
+
+def gaussian_blur(
+    x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str, adjoint: bool = False
+) -> torch.Tensor:
+    """Blur ``[batch, heads, tokens, dim]``, one sigma per sample; ``adjoint`` applies the transposed blur."""
+    parts = [
+        x[samples] if sigma == 0.0 else _blur_run(x[samples], grid, sigma, boundary, adjoint)
+        for samples, sigma in equal_runs(sigmas)
+    ]
+    if not parts:  # an empty batch
+        return torch.empty_like(x)
+    if len(parts) > 1:
+        return join(parts, dim=0)
+    # An unblurred part is the caller's memory, an infinite one an expanded row: the result must be neither.
+    return parts[0].clone(memory_format=torch.contiguous_format) if not is_finite_blur(sigmas[0]) else parts[0]
+
+
+def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate ``[batch, heads, tokens, dim]`` parts, keeping attention's tokens-before-heads memory order."""
+    swapped = {0: 0, 2: 1}[dim]
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=swapped).transpose(1, 2)
