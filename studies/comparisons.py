@@ -9,6 +9,7 @@ scales of the papers and around. Samples begin from the same noise whatever the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,8 @@ from segkern.core.environment import environment
 from segkern.generation.loading import DEMO, find_model, load_pipeline
 from studies.evaluation import report
 from studies.evaluation.judge import load_judge
-from studies.evaluation.study import MODES, Setting, Study
-from studies.evaluation.study import family as family_in
+from studies.evaluation.settings import MODES, Setting
+from studies.evaluation.study import Study
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 SEEDS = (1, 2, 3)
@@ -41,8 +42,22 @@ def approximations() -> list[Setting]:
 
 
 def family() -> list[Setting]:
-    """Every guidance, and some of them together, without prompts and with."""
-    return [setting for mode in MODES for setting in family_in(mode)]
+    """Every guidance by itself, by scale, and some of them together, without prompts and with."""
+    settings = []
+    for mode in MODES:
+        plain = Setting(mode)
+        blurred = replace(plain, sigma=math.inf, layers="mid")
+        settings += [
+            plain,
+            *(replace(blurred, seg=scale) for scale in (2.0, 3.0)),
+            *(replace(plain, pag=scale) for scale in (1.0, 2.0, 3.0)),
+            *(replace(plain, sag=scale) for scale in (0.5, 0.75, 1.5)),
+            replace(blurred, seg=1.5, pag=1.5),
+        ]
+    cfg = Setting("prompts", cfg=2.0)
+    blurred = replace(cfg, sigma=math.inf, layers="mid")
+    settings += [cfg, replace(blurred, seg=1.0), replace(cfg, pag=1.0), replace(cfg, sag=0.75)]
+    return [*settings, replace(blurred, seg=0.5, pag=0.5)]
 
 
 STUDIES: dict[str, Callable[[], list[Setting]]] = {"approximations": approximations, "family": family}
@@ -61,11 +76,7 @@ def measure(
     device = torch.device("cpu")
     pipe = load_pipeline(find_model("demo"), torch.bfloat16, device)
     study = Study(pipe, load_judge(), folder / "cells.jsonl", images, steps)
-    cells = []
-    for setting in settings:
-        for seed in seeds:
-            name = f"{setting.mode}, {report.describe(setting)}, seed {seed}"
-            cells.append(study.measure(setting, seed, lambda count, name=name: advance(name, count)))  # type: ignore[misc]
+    cells = [study.measure(setting, seed, advance) for setting in settings for seed in seeds]
     result: dict[str, Any] = {"environment": environment(device, "diffusers", "torchmetrics"), **study.kind}
     result |= {"images_per_seed": images, "seeds": list(seeds), "steps": steps, "rows": report.summarise(cells)}
     return result

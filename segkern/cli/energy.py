@@ -54,7 +54,7 @@ def energy(
                 raise ValueError(f"--sigmas takes numbers above 0 and inf, got {value:g}")
         where = loading.find_device(device)
         kind = loading.find_dtype(dtype, where)
-    need_diffusers("matplotlib", extra="evaluate")
+    need_diffusers("matplotlib", extra="plots")
     from segkern.integrations.diffusers import list_layers, record_energy
     from segkern.integrations.diffusers.models.layers import select_layers
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the evaluation of the bundled model with ``python -m studies.evaluation``."""
+"""The evaluation of the bundled model: ``python -m studies.evaluation``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from segkern.cli.terminal import SIGMAS, need_diffusers, refusing
+from segkern.cli.terminal import refusing
+from segkern.core.environment import environment
 from segkern.generation import loading
+from studies.evaluation import report
+from studies.evaluation.design import Design, carry_out
+from studies.evaluation.judge import load_judge
+from studies.evaluation.plots import plot
+from studies.evaluation.study import Study
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -18,35 +26,34 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model of the drawings: 'demo' or a checkpoint folder.")] = "demo",
     images: Annotated[int, typer.Option(min=8, help="Per setting and seed.")] = 256,
-    seeds: Annotated[str, typer.Option(help="Reported: mean and spread are over these.")] = "1,2,3",
-    selection_seeds: Annotated[
-        str, typer.Option(help="On which a setting is chosen to be reported too; empty for none.")
-    ] = "101",
-    modes: Annotated[str, typer.Option(help="unconditional, prompts, or both.")] = "unconditional,prompts",
-    scales: Annotated[str, typer.Option(help="Of SEG.")] = "0.25,0.5,1,2,3,4",
-    sigmas: Annotated[str, typer.Option(help="Of SEG, in tokens of the model's own grid.")] = SIGMAS,
-    cfg_scales: Annotated[str, typer.Option(help="Of classifier-free guidance, with prompts.")] = "1.5,2,3,5",
-    layers: Annotated[str, typer.Option(help="That SEG guides.")] = "mid",
     steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 10,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for JSON, table, plot and what is measured on the way.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for JSON, plot and what is measured on the way.")] = Path(
         "outputs/evaluation"
     ),
 ) -> None:
-    """Measure what guidance does to samples: fidelity, diversity, captions. What was cut off goes on."""
-    need_diffusers("torchmetrics", "matplotlib", extra="evaluate")
-    from studies.evaluation import command
-
+    """Measure what guidance does to samples: fidelity, diversity, captions. A run that was cut off goes on."""
+    loading.quiet_libraries()
+    design = Design()
     with refusing():
-        design = command.design(modes, scales, sigmas, cfg_scales, layers, seeds, selection_seeds)
-        where = loading.find_device(device)
-        kind = loading.find_dtype(dtype, where)
-        source = loading.find_model(model)
-        study = command.prepare(source, design, kind, where, out, images, steps, batch)
-    command.run(study, design, source, out)
+        target = loading.find_device(device)
+        pipe = loading.load_pipeline(loading.find_model(model), loading.find_dtype(dtype, target), target)
+        out.mkdir(parents=True, exist_ok=True)
+        study = Study(pipe, load_judge().to(target), out / "cells.jsonl", images, steps)
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("images", total=design.runs * images)
+        results = carry_out(study, design, lambda name, count: progress.update(task, advance=count, description=name))
+    about = environment(target, "diffusers", "transformers", "torchmetrics")
+    evaluation = {"model": model, **study.kind, **about, **results}
+    report.write(out / "evaluation.json", evaluation)
+    plot(evaluation, out / "evaluation.png")
+    typer.echo(report.text(evaluation))
+    typer.echo(f"wrote evaluation.json and evaluation.png to {out}")
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="python -m studies.evaluation")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good, how varied and how faithful samples are, in the features of the judge.
+"""Fidelity, diversity and faithfulness of samples, in the features of the judge.
 
 Frechet and kernel distance are torchmetrics' own, given the judge's features instead of Inception's; their values
 compare with each other only, never with distances in other features.
@@ -23,17 +23,15 @@ KERNEL_SUBSETS = 20
 
 @dataclass(frozen=True)
 class Judged:
-    """What the judge made of a set of pictures.
+    """The judge's view of a set of pictures.
 
     Attributes:
         features: float32 ``[count, FEATURES]``.
-        answers: int64 ``[count, len(ATTRIBUTES)]``: the answer found most likely to each question.
-        confidence: float32 ``[count]``: the mean probability of these answers.
+        answers: int64 ``[count, len(ATTRIBUTES)]``: the most likely answer to each question.
     """
 
     features: torch.Tensor
     answers: torch.Tensor
-    confidence: torch.Tensor
 
 
 @torch.no_grad()
@@ -45,14 +43,9 @@ def judged(judge: Judge, pictures: torch.Tensor, batch: int = 128) -> Judged:
         pictures: uint8 ``[count, 3, height, width]``.
         batch: pictures at once.
     """
-    features, answers, confidence = [], [], []
-    for part in pictures.split(batch):
-        found = judge.features(_levels(judge, part))
-        chances = [logits.softmax(-1).max(-1) for logits in judge.answers(found)]
-        features.append(found.cpu())
-        answers.append(torch.stack([best.indices for best in chances], dim=1).cpu())
-        confidence.append(torch.stack([best.values for best in chances], dim=1).mean(1).cpu())
-    return Judged(torch.cat(features), torch.cat(answers), torch.cat(confidence))
+    features = torch.cat([judge.features(_levels(judge, part)) for part in pictures.split(batch)])
+    answers = torch.stack([logits.argmax(-1) for logits in judge.answers(features)], dim=1)
+    return Judged(features.cpu(), answers.cpu())
 
 
 def unit(real: torch.Tensor) -> float:
@@ -115,7 +108,7 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
         return float(metric.compute()[0])
 
 
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al., NeurIPS 2019).
 
     Precision is the share of samples that lie within the distance of a real picture to its k-th nearest real
@@ -124,7 +117,6 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, neighbours: int = N
     Args:
         real: features ``[count, FEATURES]``.
         fake: features ``[count, FEATURES]``, best as many as ``real``.
-        neighbours: k.
 
     Example:
         >>> points = torch.randn(32, FEATURES)
@@ -135,15 +127,15 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, neighbours: int = N
 
     def reach(points: torch.Tensor) -> torch.Tensor:
         among = torch.cdist(points.double(), points.double())
-        return among.kthvalue(neighbours + 1, dim=1).values  # the nearest is the point itself
+        return among.kthvalue(NEIGHBOURS + 1, dim=1).values  # the nearest is the point itself
 
     precision = (apart <= reach(real)[:, None]).any(0)
     recall = (apart <= reach(fake)[None, :]).any(1)
     return float(precision.double().mean()), float(recall.double().mean())
 
 
-def caption_accuracy(answers: torch.Tensor, scenes: Sequence[Scene]) -> tuple[float, float]:
-    """The share of a caption's statements that pictures fulfil, and the share of captions fulfilled in all.
+def caption_accuracy(answers: torch.Tensor, scenes: Sequence[Scene]) -> float:
+    """The share of the captions' statements that pictures fulfil.
 
     Args:
         answers: int64 ``[count, len(ATTRIBUTES)]``, the judge's.
@@ -151,8 +143,7 @@ def caption_accuracy(answers: torch.Tensor, scenes: Sequence[Scene]) -> tuple[fl
     """
     labels = torch.tensor([scene.labels() for scene in scenes])
     stated = torch.tensor([_stated(scene) for scene in scenes])
-    right = answers == labels
-    return float(right[stated].double().mean()), float((right | ~stated).all(1).double().mean())
+    return float((answers == labels)[stated].double().mean())
 
 
 def _stated(scene: Scene) -> list[bool]:
@@ -174,9 +165,8 @@ def picture_distance(judge: Judge, first: torch.Tensor, second: torch.Tensor, ba
         batch: pairs at once.
     """
     total = 0.0
-    for one, other in zip(first.split(batch), second.split(batch), strict=True):
-        pairs = zip(judge.maps(_levels(judge, one)), judge.maps(_levels(judge, other)), strict=True)
-        for left, right in pairs:
+    for parts in zip(first.split(batch), second.split(batch), strict=True):
+        for left, right in zip(*(judge.maps(_levels(judge, part)) for part in parts), strict=True):
             difference = nn.functional.normalize(left, dim=1) - nn.functional.normalize(right, dim=1)
             total += float(difference.square().sum(1).mean((1, 2)).sum())
     return total / len(first)

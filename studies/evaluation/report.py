@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a study found: mean and spread over seeds, as JSON and in markdown."""
+"""Results of a study: mean and spread over seeds, as JSON and in markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from studies.evaluation.study import MODES, Setting
+from studies.evaluation.settings import MODES, Setting
 
 # Measure, heading, digits; the arrow says which way is better.
 Column = tuple[str, str, int]
@@ -32,33 +32,36 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[Setting, list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault(setting_of(cell), []).append(cell)
-    rows = []
-    for setting, group in groups.items():
-        measures = mean_and_spread([cell["measures"] for cell in group])
-        images = sum(cell["images"] for cell in group)
-        rows.append({"setting": setting.to_dict(), "seeds": len(group), "images": images, "measures": measures})
-    return rows
+    return [
+        {
+            "setting": setting.to_dict(),
+            "seeds": len(group),
+            "images": sum(cell["images"] for cell in group),
+            "measures": mean_and_spread([cell["measures"] for cell in group]),
+        }
+        for setting, group in groups.items()
+    ]
 
 
-def mean_and_spread(found: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+def mean_and_spread(measures: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Mean and standard deviation of every measure, of one dictionary of measures per seed."""
-    measures = {}
-    for name in found[0]:
-        values = [one[name] for one in found]
+    statistic = {}
+    for name in measures[0]:
+        values = [of_seed[name] for of_seed in measures]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        measures[name] = {"mean": statistics.fmean(values), "spread": spread}
-    return measures
+        statistic[name] = {"mean": statistics.fmean(values), "spread": spread}
+    return statistic
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
+def write(path: Path, evaluation: dict[str, Any]) -> None:
     """The whole evaluation as JSON."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
     """The evaluation that ``write`` wrote."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return evaluation
 
 
 def modes(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -66,9 +69,9 @@ def modes(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [mode for mode in MODES if any(row["setting"]["mode"] == mode for row in rows)]
 
 
-def columns(rows: Sequence[dict[str, Any]]) -> list[Column]:
-    """The columns that these rows fill."""
-    return [column for column in COLUMNS if any(column[0] in row["measures"] for row in rows)]
+def of_mode(rows: Sequence[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
+    """The rows of a mode."""
+    return [row for row in rows if row["setting"]["mode"] == mode]
 
 
 def cell(row: dict[str, Any], column: Column) -> str:
@@ -80,7 +83,7 @@ def cell(row: dict[str, Any], column: Column) -> str:
 
 def table(rows: Sequence[dict[str, Any]], drawings: dict[str, Any] | None = None) -> str:
     """A markdown table of rows of one mode, the paper's settings marked with a star; real drawings first, if given."""
-    shown = columns(rows)
+    shown = [column for column in COLUMNS if any(column[0] in row["measures"] for row in rows)]
     lines = ["| guidance | " + " | ".join(heading for _, heading, _ in shown) + " |"]
     lines.append("| --- |" + " ---: |" * len(shown))
     named = [("real drawings", {"measures": drawings})] if drawings else []
@@ -89,46 +92,30 @@ def table(rows: Sequence[dict[str, Any]], drawings: dict[str, Any] | None = None
     return "\n".join(lines)
 
 
-def short(found: dict[str, Any]) -> list[dict[str, Any]]:
+def short(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows to show where there is little room: no guidance, CFG, the paper's settings and the chosen one."""
     return [
         row
-        for row in found["rows"]
-        if not row["setting"]["seg"] or is_papers(setting_of(row)) or row["setting"] == found["chosen"]
+        for row in evaluation["rows"]
+        if not row["setting"]["seg"] or is_papers(setting_of(row)) or row["setting"] == evaluation["chosen"]
     ]
 
 
-def title(found: dict[str, Any]) -> str:
-    """One line on what was measured with."""
+def title(evaluation: dict[str, Any]) -> str:
+    """One line on model, seeds and steps."""
     return (
-        f"python -m studies.evaluation, model {found['model']}: {found['images_per_seed']} images for each of "
-        f"{len(found['seeds'])} seeds, {found['steps']} steps; bars are standard deviations over seeds, ★ as the paper "
-        "recommends"
+        f"python -m studies.evaluation, model {evaluation['model']}: {evaluation['images_per_seed']} images for each "
+        f"of {len(evaluation['seeds'])} seeds, {evaluation['steps']} steps; bars are standard deviations over seeds"
     )
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The whole evaluation as text: how it was made, a table per mode, what was chosen and on what."""
-    where = f"{found['device']}, {found['threads']} threads, {found['dtype']}, torch {found['torch']}, diffusers "
-    where += f"{found['diffusers']}, commit `{found['commit']}`, weights `{found['weights']}`"
-    seeds = ", ".join(map(str, found["seeds"]))
-    parts = [
-        "# What guidance does to samples",
-        f"{where}. {found['images_per_seed']} images for each of the seeds {seeds}, {found['steps']} steps of the "
-        f"Euler sampler; mean ± standard deviation over seeds. Distances are to {found['reference']['count']} drawings "
-        "that the model was not trained on, in features of the bundled classifier, divided by their standard "
-        "deviation, so they compare with each other and with nothing else. Real drawings are as many fresh ones of the "
-        "prompts: what a perfect model could reach. Sigma counts tokens of the model's own 16x16 grid; the paper's "
-        "sigma 10 on SDXL's 32x32 is 5 here, so ★ marks scale 3 at sigma 5 and at infinity.",
-    ]
-    for mode in modes(found["rows"]):
-        rows = [row for row in found["rows"] if row["setting"]["mode"] == mode]
-        parts += [f"## {mode.capitalize()}", table(rows, found["drawings"])]
-    if found["chosen"]:
-        tried = ", ".join(map(str, found["selection_seeds"]))
-        parts += ["## The choice", found["verdict"], f"Chosen by the least Frechet distance on seed {tried}, among:"]
-        parts.append(table(found["selection"]))
-    return "\n\n".join(parts) + "\n"
+def text(evaluation: dict[str, Any]) -> str:
+    """The whole evaluation in markdown: a table per mode, the verdict, and the settings chosen from."""
+    rows = evaluation["rows"]
+    parts = [title(evaluation)]
+    for mode in modes(rows):
+        parts += [f"## {mode.capitalize()}", table(of_mode(rows, mode), evaluation["drawings"])]
+    return "\n\n".join([*parts, "## The choice", evaluation["verdict"], table(evaluation["selection"])]) + "\n"
 
 
 def describe(setting: Setting) -> str:
@@ -137,7 +124,8 @@ def describe(setting: Setting) -> str:
     if setting.cfg > 1:
         words.append(f"CFG {setting.cfg:g}")
     if setting.seg:
-        words.append(f"SEG σ={_sigma(setting.sigma)} scale {setting.seg:g}" + (" ★" if is_papers(setting) else ""))
+        sigma = "∞" if math.isinf(setting.sigma) else f"{setting.sigma:g}"
+        words.append(f"SEG σ={sigma} scale {setting.seg:g}" + (" ★" if is_papers(setting) else ""))
         if setting.layers != "mid":
             words.append(f"in {setting.layers}")
         if (setting.start, setting.stop) != (0.0, 1.0):
@@ -149,7 +137,7 @@ def describe(setting: Setting) -> str:
 
 
 def is_papers(setting: Setting) -> bool:
-    """Whether the paper recommends it: scale 3, sigma 10 of 32x32 tokens or infinity."""
+    """True for the paper's recommendation: scale 3, sigma 10 of 32x32 tokens or infinity."""
     plain = Setting(setting.mode, 1.0, setting.seg, setting.sigma, "mid")
     return setting == plain and setting.seg == PAPER_SCALE and setting.sigma in PAPER_SIGMAS
 
@@ -157,7 +145,3 @@ def is_papers(setting: Setting) -> bool:
 def setting_of(row: dict[str, Any]) -> Setting:
     """The setting that a row or cell belongs to."""
     return Setting.from_dict(row["setting"])
-
-
-def _sigma(sigma: float) -> str:
-    return "∞" if math.isinf(sigma) else f"{sigma:g}"

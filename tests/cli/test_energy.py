@@ -134,7 +134,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else real(name))
     message = refusal("energy", "demo", *SMALL, "--out", tmp_path)
-    assert message == 'segkern: matplotlib is not installed; pip install "segkern[evaluate]"\n'
+    assert message == 'segkern: matplotlib is not installed; pip install "segkern[plots]"\n'
 
 
 @pytest.mark.parametrize(("scheduler", "last"), [(HeunDiscreteScheduler, 4), (PNDMScheduler, 3)], ids=["Heun", "PNDM"])

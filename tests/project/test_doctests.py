@@ -29,7 +29,7 @@ MODULES = [
     "segkern.cli.explain",
     "studies.evaluation.metrics",
     "studies.evaluation.shapes",
-    "studies.evaluation.study",
+    "studies.evaluation.settings",
     "segkern.kernels._configs",
     "segkern.kernels._routes",
     "segkern.kernels._blur_matrices",

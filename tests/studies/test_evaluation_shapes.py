@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -30,16 +31,15 @@ def centre(picture: torch.Tensor, colour: str) -> tuple[float, float]:
 
 
 def test_a_number_names_one_drawing() -> None:
-    seed = random.randrange(2**32)
-    scene, picture = numbered(seed, 3)
-    again, same = numbered(seed, 3)
+    scene, picture = numbered(1, 3)
+    again, same = numbered(1, 3)
     assert scene == again
     assert torch.equal(picture, same)
-    assert not torch.equal(numbered(seed, 7)[1], picture)
-    assert {tuple(numbered(seed, index)[1].shape[:0:-1]) for index in range(4)} == set(PICTURE_SIZES)
+    assert not torch.equal(numbered(1, 7)[1], picture)
+    assert {tuple(numbered(1, index)[1].shape[:0:-1]) for index in range(4)} == set(PICTURE_SIZES)
 
 
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(SEEDS)
 def test_captions_say_everything_in_order(seed: int) -> None:
     scene = random_scene(random.Random(seed))
@@ -54,17 +54,11 @@ def test_captions_say_everything_in_order(seed: int) -> None:
         assert thing.shape in scene.caption
         assert (thing.size is not None) == (scene.layout == "single")
     assert scene.names_background == (f"{scene.background} background" in scene.caption)
+    answers = [known[label] for label, known in zip(scene.labels(), ATTRIBUTES.values(), strict=True)]
+    assert answers == list(scene.answers().values())
 
 
-@settings(max_examples=100)
-@given(SEEDS)
-def test_labels_are_places_of_the_answers(seed: int) -> None:
-    scene = random_scene(random.Random(seed))
-    for label, (name, known) in zip(scene.labels(), ATTRIBUTES.items(), strict=True):
-        assert known[label] == scene.answers()[name]
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.sampled_from(PICTURE_SIZES), st.sampled_from(["vertical", "horizontal"]))
 def test_pairs_stand_as_their_captions_say(seed: int, size: tuple[int, int], layout: str) -> None:
     rng = random.Random(seed)
@@ -77,7 +71,7 @@ def test_pairs_stand_as_their_captions_say(seed: int, size: tuple[int, int], lay
     assert second[axis] - first[axis] > 0.3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.sampled_from(PICTURE_SIZES))
 def test_everything_lies_inside_and_the_front_covers_the_back(seed: int, size: tuple[int, int]) -> None:
     rng = random.Random(seed)
@@ -99,13 +93,12 @@ def test_everything_lies_inside_and_the_front_covers_the_back(seed: int, size: t
 @pytest.mark.parametrize("layout, count", [("row", 3), ("column", 3), ("circle", 6)])
 def test_repeated_objects_do_not_touch(layout: str, count: int) -> None:
     for width, height in PICTURE_SIZES:
-        for _ in range(20):
-            rng = random.Random(random.randrange(2**32))
+        for seed in range(20):
+            rng = random.Random(seed)
             marks = shapes._place(scene_of(layout, rng), width, height, rng)
             assert len(marks) == count
-            for i, one in enumerate(marks):
-                for other in marks[:i]:
-                    assert math.hypot(one.x - other.x, one.y - other.y) > 1.7 * one.radius
+            for mark, other in itertools.combinations(marks, 2):
+                assert math.hypot(mark.x - other.x, mark.y - other.y) > 1.7 * mark.radius
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
