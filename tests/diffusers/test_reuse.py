@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import SEG, guide
-from segkern.integrations.diffusers.models.denoisers import UNet
+from segkern.integrations.diffusers.runtime.denoisers import UNet
 from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
 from tests.diffusers.probes import hooks_of
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkern.integrations.diffusers import SEG, guide, list_layers
-from segkern.integrations.diffusers.models.sharing import Places
+from segkern.integrations.diffusers.runtime.unet_places import Places
 from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 
 

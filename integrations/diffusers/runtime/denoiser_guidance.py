@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.models.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.guided_layers import Forward, GuidedLayers
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen

@@ -22,7 +22,7 @@ from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
 from segkern.integrations.diffusers.specs.sigmas import Perturbation, Perturbed, per_sample
 
 if TYPE_CHECKING:
-    from segkern.integrations.diffusers.models.denoisers import Denoiser
+    from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from segkern.integrations.diffusers.models.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
 from segkern.integrations.diffusers.models.layers import (
     LayerInfo,
     default_layers_of,
@@ -22,6 +21,7 @@ from segkern.integrations.diffusers.models.layers import (
     list_layers,
     select_layers,
 )
+from segkern.integrations.diffusers.runtime.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.runtime.run_context import ANSWERS
 from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen, Spec

@@ -14,13 +14,13 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
 from segkern.integrations.diffusers.models.architectures import ARCHITECTURES, Architecture, batch_of
-from segkern.integrations.diffusers.models.blocks import BlockPlaces
-from segkern.integrations.diffusers.models.sharing import Places
 from segkern.integrations.diffusers.runtime.branches import DENOISER_ARGUMENTS, Arguments, Batch, DenoiserArguments
 from segkern.integrations.diffusers.runtime.guided_layers import Forward, GuidedLayer, hook_grids
 from segkern.integrations.diffusers.runtime.interception import intercepting
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, GuidedProcessor
 from segkern.integrations.diffusers.runtime.run_context import Run
+from segkern.integrations.diffusers.runtime.transformer_places import BlockPlaces
+from segkern.integrations.diffusers.runtime.unet_places import Places
 
 
 class Denoiser(ABC):
