@@ -15,10 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.models.architectures import batch_of
 from segkern.integrations.diffusers.models.layers import find_model
-from segkern.integrations.diffusers.runtime.branches import Arguments, Batch
+from segkern.integrations.diffusers.runtime.branches import Arguments, Batch, Forward
 from segkern.integrations.diffusers.runtime.denoiser_guidance import Acting
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, find_denoisers
-from segkern.integrations.diffusers.runtime.guided_layers import Forward
 from segkern.integrations.diffusers.runtime.hooks import Outer
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.runtime.reuse import Differences

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -159,6 +159,46 @@ class Batch:
         if type(value) in (list, tuple):
             return type(value)([self.take(item, samples) for item in value])
         return value
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of a guided denoiser.
+
+    Attributes:
+        batch: the pipeline's own.
+        branches: guidances that have one in it, in the order in which they join.
+        first: for every guidance the place at which its branch joins.
+        share: whether they join there, not at the denoiser's input.
+        strengths: of all guidances that act.
+        reused: those whose last difference is taken.
+        degrading: those that a forward of their own follows.
+        reference: samples of the output that they degrade.
+        cfg: whether there is classifier-free guidance in this step, in this call or the next.
+        rescaled: the guidance scale where the conditional prediction must stay what it is, else None.
+        frames: as how many each sample runs through the blocks.
+    """
+
+    batch: Batch
+    branches: tuple[int, ...]
+    first: Sequence[int]
+    share: bool
+    strengths: dict[int, float]
+    reused: tuple[int, ...] = ()
+    degrading: tuple[int, ...] = ()
+    reference: slice = field(default_factory=lambda: slice(0, 0))
+    cfg: bool = False
+    rescaled: float | None = None
+    frames: int = 1
+
+    @property
+    def inside(self) -> Batch:
+        """The pipeline's own batch as the blocks have it."""
+        return self.batch.times(self.frames) if self.frames > 1 else self.batch
+
+    def joined(self, place: int) -> int:
+        """How many branches run through the place of this number."""
+        return sum(self.first[index] <= place for index in self.branches) if self.share else len(self.branches)
 
 
 class Join(Hook):

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from segkern.integrations.diffusers.runtime.branches import Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
-from segkern.integrations.diffusers.runtime.guided_layers import Forward, GuidedLayers
+from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
+from segkern.integrations.diffusers.runtime.hooks import hook_grids
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
 
@@ -42,7 +44,8 @@ class Acting:
         """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
         self.layers.stand_in()
         if not self._inner:
-            self._inner += self._kind.hook_grids(list(self.layers))
+            modules = [layer.info.module for layer in self.layers]
+            self._inner += hook_grids(self._kind.model, modules, self.layers.set_grid)
             places = [place for place in self.first if place >= 0]
             self._inner += self._places.hook(min(places)) if places else []
 
@@ -55,7 +58,10 @@ class Acting:
 
     def tell(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What each part does in the coming forward, which gets these arguments."""
-        self._kind.tell_grids(list(self.layers), args, kwargs)
+        grid = self._kind.grid(args, kwargs)
+        if grid is not None:
+            for layer in self.layers:
+                layer.processor.grid = grid
         counts = [forward.joined(place) for place in range(len(self._places))]
         self._places.tell(forward.inside if forward.share and forward.branches else None, counts)
         self.layers.tell(forward)

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
 from segkern.integrations.diffusers.models.architectures import ARCHITECTURES, Architecture, batch_of
-from segkern.integrations.diffusers.runtime.branches import DENOISER_ARGUMENTS, Arguments, Batch, DenoiserArguments
-from segkern.integrations.diffusers.runtime.guided_layers import Forward, GuidedLayer, hook_grids
+from segkern.integrations.diffusers.runtime.branches import (
+    DENOISER_ARGUMENTS,
+    Arguments,
+    Batch,
+    DenoiserArguments,
+    Forward,
+)
 from segkern.integrations.diffusers.runtime.interception import intercepting
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, GuidedProcessor
 from segkern.integrations.diffusers.runtime.run_context import Run
@@ -80,13 +84,9 @@ class Denoiser(ABC):
             ValueError: for a processor that it cannot stand in for.
         """
 
-    def hook_grids(self, layers: Sequence[GuidedLayer]) -> list[RemovableHandle]:
-        """Hooks from which the layers learn their grids, if they cannot be told."""
-        return []
-
-    @abstractmethod
-    def tell_grids(self, layers: Sequence[GuidedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell the layers the grids of the coming forward, if its arguments say them."""
+    def grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
+        """The grid of all layers in the coming forward; None where each layer has its own, which hooks read."""
+        return None
 
 
 class UNet(Denoiser):
@@ -141,12 +141,6 @@ class UNet(Denoiser):
         if type(original) not in STANDARD_PROCESSORS:
             raise ValueError(f"a {type(original).__name__} is not standard self-attention")
         return GuidedProcessor(original, boundary, backend)
-
-    def hook_grids(self, layers: Sequence[GuidedLayer]) -> list[RemovableHandle]:
-        return hook_grids(self.model, layers)
-
-    def tell_grids(self, layers: Sequence[GuidedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The hooks do."""
 
 
 class MotionUNet(UNet):
@@ -213,12 +207,11 @@ class Transformer(Denoiser):
     def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
         return intercepting(original, boundary, backend)
 
-    def tell_grids(self, layers: Sequence[GuidedLayer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
         frames, height, width = self._size(args, kwargs)
         text = self.architecture.text
         start = 0 if text is None else self.arguments.get(text, args, kwargs).shape[1]
-        for layer in layers:
-            layer.processor.grid = Grid(height, width, start, frames)
+        return Grid(height, width, start, frames)
 
     def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
         def get(name: str) -> Any:

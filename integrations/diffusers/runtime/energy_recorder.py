@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,8 +21,10 @@ from segkern.core.private_apis import is_compiled_in_place
 from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.models.layers import LayerInfo, find_unet, list_layers, select_layers
+from segkern.integrations.diffusers.runtime.attention import tokens_of
 from segkern.integrations.diffusers.runtime.branches import DenoiserArguments
-from segkern.integrations.diffusers.runtime.hooks import Hook
+from segkern.integrations.diffusers.runtime.hooks import Hook, hook_grids
+from segkern.integrations.diffusers.runtime.projections import Projections
 from segkern.integrations.diffusers.runtime.run_context import Run
 from segkern.integrations.diffusers.runtime.support import REPEATED, check_batches, check_layer
 
@@ -197,33 +198,32 @@ class EnergyRecorder:
     def _install(self, unet: nn.Module) -> None:
         try:
             # Before a guidance's hook, which may enlarge the batch.
-            self._hook(unet, _Begin(self), prepend=True)
-            for name, module in unet.named_modules():
-                inside = [layer for layer in self.layers if layer.module.startswith(f"{name}.")]
-                if isinstance(module, Transformer2DModel) and inside:
-                    self._hook(module, _ReadGrid(self, module, inside))
+            self._hook(unet, self._begin, prepend=True)
+            self._handles += hook_grids(unet, [layer.module for layer in self.layers], self._grids.__setitem__)
             for layer in self.layers:
                 attention = unet.get_submodule(layer.module)
                 assert isinstance(attention, Attention)
-                self._hook(attention, _Record(self, attention, layer))
+                self._hook(attention, partial(self._record, attention, layer))
         except BaseException:
             self.remove()
             raise
 
-    def _hook(self, module: nn.Module, hook: Any, prepend: bool = False) -> None:
+    def _hook(self, module: nn.Module, see: Callable[..., None], prepend: bool = False) -> None:
+        hook = _PreHook(module, see)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend))
 
-    def _begin(self, sample: torch.Tensor) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward of the denoiser on the pipeline's own batch."""
         self._now = None
         self._grids.clear()
         caller = self._schedule.caller()
         if self._unet in REPEATED or caller is None:
             return
+        samples = self._arguments.get("sample", args, kwargs).shape[0]
         try:
             step = self._schedule.next_step()
             cfg = self._schedule.is_guided_by_text(caller)
-            conditional = self._schedule.batch(sample.shape[0], 0, cfg).conditional
+            conditional = self._schedule.batch(samples, 0, cfg).conditional
         except RuntimeError:  # somebody's own call of the denoiser, in no run of the pipeline
             return
         self._run += step.call == 0
@@ -237,9 +237,12 @@ class EnergyRecorder:
         return bool(names)
 
     @torch.no_grad()
-    def _record(self, attention: Attention, layer: LayerInfo, hidden_states: torch.Tensor, masked: bool) -> None:
+    def _record(self, attention: Attention, layer: LayerInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call of a layer on the batch that its processor will get."""
         if self._now is None:
             return
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        masked = (args[2] if len(args) > 2 else kwargs.get("attention_mask")) is not None
         step, steps, conditional = self._now
         if masked or hidden_states.ndim != 3 or layer.module not in self._grids:
             raise ValueError(
@@ -247,7 +250,8 @@ class EnergyRecorder:
                 f"record_energy reads self-attention over all tokens [batch, tokens, channels] of a transformer's image"
             )
         grid = self._grids[layer.module]
-        query, key = _project(attention, hidden_states[conditional])
+        tokens = tokens_of(attention, hidden_states[conditional], None)
+        query, key = Projections(attention, attention.fused_projections).query_key(tokens)
         scale = float(attention.scale)
         chosen = self._is_chosen(step, steps)
 
@@ -264,67 +268,16 @@ class EnergyRecorder:
         )
 
 
-class _Hook(Hook, ABC):
-    """A forward pre-hook that takes its arguments and returns nothing; on a copy of its module it does nothing."""
+class _PreHook(Hook):
+    """A forward pre-hook that passes its module's arguments on and changes nothing; on a copy it does nothing."""
 
-    def __init__(self, recorder: EnergyRecorder, module: nn.Module) -> None:
-        self._recorder = recorder
+    def __init__(self, module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         self._module = module
+        self._see = see
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self._module:
             self._see(args, kwargs)
-
-    @abstractmethod
-    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What it does with the arguments."""
-
-
-class _Begin(_Hook):
-    """Of the denoiser."""
-
-    def __init__(self, recorder: EnergyRecorder) -> None:
-        super().__init__(recorder, recorder._denoiser)
-
-    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._recorder._begin(self._recorder._arguments.get("sample", args, kwargs))
-
-
-class _ReadGrid(_Hook):
-    """Of a transformer: the height and width of its image are its layers' grid."""
-
-    def __init__(self, recorder: EnergyRecorder, module: nn.Module, layers: Sequence[LayerInfo]) -> None:
-        super().__init__(recorder, module)
-        self._layers = layers
-
-    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        if hidden_states.ndim == 4:
-            for layer in self._layers:
-                self._recorder._grids[layer.module] = Grid(*hidden_states.shape[2:])
-
-
-class _Record(_Hook):
-    """Of an attention layer."""
-
-    def __init__(self, recorder: EnergyRecorder, module: Attention, layer: LayerInfo) -> None:
-        super().__init__(recorder, module)
-        self._attention = module
-        self._layer = layer
-
-    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        mask = args[2] if len(args) > 2 else kwargs.get("attention_mask")
-        self._recorder._record(self._attention, self._layer, hidden_states, mask is not None)
-
-
-def _project(attn: Attention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys of tokens ``[samples, tokens, channels]``, each ``[samples, heads, tokens, head_dim]``."""
-    if attn.group_norm is not None:
-        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-    query, key = attn.to_qkv(x).chunk(3, dim=-1)[:2] if attn.fused_projections else (attn.to_q(x), attn.to_k(x))
-    query, key = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (query, key))
-    return query if attn.norm_q is None else attn.norm_q(query), key if attn.norm_k is None else attn.norm_k(key)
 
 
 def _on_cpu(found: OverSigma) -> OverSigma:

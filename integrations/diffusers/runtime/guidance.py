@@ -13,11 +13,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.models.architectures import batch_of
-from segkern.integrations.diffusers.runtime.branches import Arguments, difference, fold, shifted, summed
+from segkern.integrations.diffusers.runtime.branches import Arguments, Forward, difference, fold, shifted, summed
 from segkern.integrations.diffusers.runtime.denoiser_guidance import Acting
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.forward_lock import Turns
-from segkern.integrations.diffusers.runtime.guided_layers import Forward
 from segkern.integrations.diffusers.runtime.hooks import Outer
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
 from segkern.integrations.diffusers.runtime.report import Recorder, Report

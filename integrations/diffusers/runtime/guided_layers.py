@@ -4,65 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from dataclasses import dataclass
+from typing import Any
 
 from segkern.core.coarse_queries import check_query_stride
 from segkern.grid import Grid
 from segkern.integrations.diffusers.models.names import LayerInfo
-from segkern.integrations.diffusers.runtime.branches import Batch
-from segkern.integrations.diffusers.runtime.hooks import Hook
+from segkern.integrations.diffusers.runtime.branches import Forward
+from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride
 from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
 from segkern.integrations.diffusers.specs.sigmas import Perturbation, Perturbed, per_sample
-
-if TYPE_CHECKING:
-    from segkern.integrations.diffusers.runtime.denoisers import Denoiser
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One forward of a guided denoiser.
-
-    Attributes:
-        batch: the pipeline's own.
-        branches: guidances that have one in it, in the order in which they join.
-        first: for every guidance the place at which its branch joins.
-        share: whether they join there, not at the denoiser's input.
-        strengths: of all guidances that act.
-        reused: those whose last difference is taken.
-        degrading: those that a forward of their own follows.
-        reference: samples of the output that they degrade.
-        cfg: whether there is classifier-free guidance in this step, in this call or the next.
-        rescaled: the guidance scale where the conditional prediction must stay what it is, else None.
-        frames: as how many each sample runs through the blocks.
-    """
-
-    batch: Batch
-    branches: tuple[int, ...]
-    first: Sequence[int]
-    share: bool
-    strengths: dict[int, float]
-    reused: tuple[int, ...] = ()
-    degrading: tuple[int, ...] = ()
-    reference: slice = field(default_factory=lambda: slice(0, 0))
-    cfg: bool = False
-    rescaled: float | None = None
-    frames: int = 1
-
-    @property
-    def inside(self) -> Batch:
-        """The pipeline's own batch as the blocks have it."""
-        return self.batch.times(self.frames) if self.frames > 1 else self.batch
-
-    def joined(self, place: int) -> int:
-        """How many branches run through the place of this number."""
-        return sum(self.first[index] <= place for index in self.branches) if self.share else len(self.branches)
 
 
 @dataclass
@@ -91,22 +44,21 @@ class GuidedLayers:
         self._denoiser = denoiser
         self._chosen = chosen
         self._places = denoiser.places
-        layers: dict[str, GuidedLayer] = {}
+        self._layers: dict[str, GuidedLayer] = {}
         for index, one in enumerate(chosen):
             for info in one.layers:
-                layer = layers.get(info.module)
+                layer = self._layers.get(info.module)
                 if layer is None:
                     attention: Any = denoiser.model.get_submodule(info.module)
                     processor = denoiser.stand_in(unwrap(attention.processor), *self._blur_of(info.module))
-                    layer = layers[info.module] = GuidedLayer(info, attention, processor)
+                    layer = self._layers[info.module] = GuidedLayer(info, attention, processor)
                 if isinstance(one.spec, AttentionSpec):
                     layer.specs = (*layer.specs, index)
                 else:
                     layer.readers = (*layer.readers, index)
-        self._layers = list(layers.values())
 
     def __iter__(self) -> Iterator[GuidedLayer]:
-        return iter(self._layers)
+        return iter(self._layers.values())
 
     def _blur_of(self, module: str) -> tuple[str, str]:
         """Boundary and backend that the guidances of a layer ask for; those that do not ask take any."""
@@ -122,7 +74,7 @@ class GuidedLayers:
         Raises:
             ValueError: for a layer that was given a processor that is not standard.
         """
-        for layer in self._layers:
+        for layer in self:
             current = layer.attention.processor
             if current is layer.processor:
                 continue
@@ -143,23 +95,29 @@ class GuidedLayers:
     def step_aside(self) -> None:
         """Put the layers' own processors back."""
         self.rest()
-        for layer in self._layers:
+        for layer in self:
             if layer.attention.processor is not unwrap(layer.attention.processor):
                 layer.attention.set_processor(unwrap(layer.attention.processor))
 
     def rest(self) -> None:
         """Do what the layers' own processors do."""
-        for layer in self._layers:
+        for layer in self:
             layer.processor.tell(None)  # someone may have kept it
 
     def forget(self) -> None:
         """Free what the last forward left."""
-        for layer in self._layers:
+        for layer in self:
             layer.processor.moved, layer.processor.mass = None, None
+
+    def set_grid(self, module: str, grid: Grid) -> None:
+        """Tell a layer its grid in the forward under way, if a guidance acts in that."""
+        processor = self._layers[module].processor
+        if processor.kinds:
+            processor.grid = grid
 
     def tell(self, forward: Forward) -> None:
         """What each layer does in the coming forward."""
-        for layer in self._layers:
+        for layer in self:
             self._tell(layer, forward)
 
     def _tell(self, layer: GuidedLayer, forward: Forward) -> None:
@@ -194,32 +152,3 @@ class GuidedLayers:
         processor.own = batch.with_branches(joined - new)
         processor.perturbed = tuple(batch.branch(i) for i, index in enumerate(forward.branches) if index in layer.specs)
         processor.read = forward.reference if any(index in forward.degrading for index in layer.readers) else None
-
-
-def hook_grids(model: nn.Module, layers: Sequence[GuidedLayer]) -> list[RemovableHandle]:
-    """Of a UNet: each layer's grid comes from the image that its transformer gets."""
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, Transformer2DModel):
-            inside = [layer for layer in layers if layer.info.module.startswith(f"{name}.")]
-            if inside:
-                read = _ReadGrid(module, inside)
-                handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
-    return handles
-
-
-class _ReadGrid(Hook):
-    """Forward pre-hook of a transformer: the height and width of its image are its layers' grid."""
-
-    def __init__(self, transformer: nn.Module, layers: list[GuidedLayer]) -> None:
-        self._transformer = transformer
-        self._layers = layers
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self._transformer:  # a copy is not guided
-            return
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        height, width = hidden_states.shape[2:]
-        for layer in self._layers:
-            if layer.processor.kinds:
-                layer.processor.grid = Grid(height, width)

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from segkern.grid import Grid
 
 
 class Hook:
@@ -35,3 +40,29 @@ class Outer(Hook):
     @torch.compiler.disable
     def __call__(self, *given: Any) -> Any:
         return self._function(*given)
+
+
+class _ReadGrid(Hook):
+    """Forward pre-hook of a transformer: the height and width of its image are the grid of its layers."""
+
+    def __init__(self, transformer: nn.Module, modules: list[str], tell: Callable[[str, Grid], None]) -> None:
+        self._transformer = transformer
+        self._modules = modules
+        self._tell = tell
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if module is self._transformer and hidden_states.ndim == 4:  # a copy is not guided
+            for name in self._modules:
+                self._tell(name, Grid(*hidden_states.shape[2:]))
+
+
+def hook_grids(model: nn.Module, modules: Iterable[str], tell: Callable[[str, Grid], None]) -> list[RemovableHandle]:
+    """Tell the grid of each attention module of a UNet, by its name, when the transformer around it gets its image."""
+    handles = []
+    for name, transformer in model.named_modules():
+        inside = [module for module in modules if module.startswith(f"{name}.")]
+        if isinstance(transformer, Transformer2DModel) and inside:
+            hook = _ReadGrid(transformer, inside, tell)
+            handles.append(transformer.register_forward_pre_hook(hook, with_kwargs=True))
+    return handles

@@ -251,11 +251,7 @@ class GuidedProcessor:
                 f"SAG needs a layer without attention mask, got one of shape {tuple(attention_mask.shape)}"
             )
         tokens = tokens_of(attn, hidden_states[samples], None if temb is None else temb[samples])
-        projections = Projections(attn, self.fused)
-        if projections.apart:
-            query, key = projections.query(tokens), projections.key(tokens)
-        else:
-            query, key, _ = projections.all(tokens)
+        query, key = Projections(attn, self.fused).query_key(tokens)
         return attention_mass(query.detach(), key.detach(), scale=attn.scale, backend=self.backend)
 
 

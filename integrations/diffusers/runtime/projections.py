@@ -50,6 +50,10 @@ class Projections:
         key, value = self._thirds(x, 1, 3).chunk(2, dim=-1)
         return self._normed(key, self.attn.norm_k), self._split_heads(value)
 
+    def query_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys, without the values where those are apart."""
+        return (self.query(x), self.key(x)) if self.apart else self.all(x)[:2]
+
     def value(self, x: torch.Tensor) -> torch.Tensor:
         """Values alone."""
         return self._split_heads(self._thirds(x, 2, 3) if self.fused else self.attn.to_v(x))

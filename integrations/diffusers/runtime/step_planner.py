@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from segkern.integrations.diffusers.runtime.branches import Arguments
+from segkern.integrations.diffusers.runtime.branches import Arguments, Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
-from segkern.integrations.diffusers.runtime.guided_layers import Forward
 from segkern.integrations.diffusers.runtime.negative_prompt import negative_text
 from segkern.integrations.diffusers.runtime.reuse import Differences
 from segkern.integrations.diffusers.runtime.run_context import Run, Step, number
