@@ -21,7 +21,7 @@ from benchmarks.results import RESULTS
 from segkern.core.environment import commit, processor
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
-from segkern.kernels._routes import BEFORE, HERE
+from segkern.kernels._routes import BlurPlace
 from segkern.kernels.attention_energy import _attention_energy_kernel
 from segkern.kernels.attention_mass import _attention_mass_kernel
 from segkern.kernels.gaussian_blur import BLOCK_I, BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
@@ -34,7 +34,7 @@ from segkern.kernels.split_attention import (
 from segkern.kernels.tiled_attention import _tiled_attention_kernel
 
 RESULT = RESULTS / "compiled" / "kernels.json"
-_BLURS = HERE, BEFORE
+_BLURS = BlurPlace.PROLOGUE, BlurPlace.BEFORE
 
 
 def compile_attention(
@@ -44,10 +44,10 @@ def compile_attention(
     mask: int = 0,
     tile: Any = None,
     wide: bool = False,
-    blur: int = HERE,
+    blur: BlurPlace = BlurPlace.PROLOGUE,
 ) -> Compiled:
     """The one-pass kernel as its launcher would configure it for this target, ragged keys included."""
-    tile = tile or _configs.tile_for(target, head_dim, dtype, mask != 0)
+    tile = tile or _configs.attention_tile(target, head_dim, dtype, mask != 0)
     block_d, block_r = _configs.split_head_dim(head_dim)
     hip = target.startswith("gfx")
     constants = {
@@ -57,7 +57,7 @@ def compile_attention(
         "BLOCK_C": tile.block_c,
         "BLOCK_D": block_d,
         "BLOCK_R": block_r,
-        "BLUR": blur,
+        "BLUR": blur.value,
         "MASK": mask,
         "EVEN_KEYS": False,
         "DESCRIPTORS": tile.descriptors,
@@ -70,21 +70,21 @@ def compile_attention(
         "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
         "lse_ptr": "*fp32",
         "samples_ptr": "*i32",
-        "tables_ptr": "*i32",
+        "blur_index_ptr": "*i32",
         "row_weights_ptr": "*fp32",
         "column_weights_ptr": "*fp32",
         "reach_ptr": "*i32",
         "scale": "fp32",
     }
-    if blur == HERE:
+    if blur != BlurPlace.BEFORE:
         constants["blurred_ptr"] = None
     options = compile_options(tile, hip)
     return compile_kernel(_tiled_attention_kernel, target, head_dim, dtype, types, constants, options)
 
 
-def compile_described(target: str, head_dim: int, blur: int = BEFORE) -> Compiled:
+def compile_described(target: str, head_dim: int, blur: BlurPlace = BlurPlace.BEFORE) -> Compiled:
     """The same with keys and values copied by descriptors, which ``python -m benchmarks tune`` tries."""
-    tile = replace(_configs.tile_for(target, head_dim, torch.bfloat16), descriptors=True)
+    tile = replace(_configs.attention_tile(target, head_dim, torch.bfloat16), descriptors=True)
     return compile_attention(target, head_dim, torch.bfloat16, tile=tile, blur=blur)
 
 
@@ -100,7 +100,7 @@ def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = 
     }
     types = {
         ("x_ptr" if second else "out_ptr"): "*fp32",
-        "tables_ptr": "*i32",
+        "index_ptr": "*i32",
         "weights_ptr": "*fp32",
         "reach_ptr": "*i32",
     }
@@ -110,7 +110,7 @@ def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = 
 
 def compile_split(target: str, head_dim: int, dtype: torch.dtype, rows: int, mask: int = 0) -> list[Compiled]:
     """The two kernels of few rows, the second for as many splits as there may be."""
-    tile = _configs.split_tile_for(target, head_dim, dtype, rows, mask != 0)
+    tile = _configs.split_tile(target, head_dim, dtype, rows, mask != 0)
     block_d, block_r = _configs.split_head_dim(head_dim)
     types = {
         "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
@@ -151,7 +151,7 @@ def compile_split(target: str, head_dim: int, dtype: torch.dtype, rows: int, mas
 
 def compile_scores(target: str, head_dim: int, dtype: torch.dtype, wide: bool = False) -> list[Compiled]:
     """Energies of rows, the statistics of pass one and the masses of pass two, ragged tokens included."""
-    tile = _configs.scores_tile_for(target, head_dim, dtype)
+    tile = _configs.scores_tile(target, head_dim, dtype)
     block_d, block_r = _configs.split_head_dim(head_dim)
     constants = {
         "HEAD_DIM": head_dim,
@@ -187,7 +187,9 @@ def compile_all(target: str) -> list[Compiled]:
     records.append(compile_attention(target, 64, torch.bfloat16))
     if _configs.has_descriptors(target):
         records += [compile_described(target, head_dim, blur) for head_dim in (64, 80, 128) for blur in _BLURS]
-    records += [compile_attention(target, head_dim, torch.bfloat16, blur=BEFORE) for head_dim in (64, 80, 128)]
+    records += [
+        compile_attention(target, head_dim, torch.bfloat16, blur=BlurPlace.BEFORE) for head_dim in (64, 80, 128)
+    ]
     for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
         records += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
     for rows, head_dim, dtype in (
@@ -214,7 +216,7 @@ def compile_few(target: str) -> list[Compiled]:
     records = [compile_attention(target, head_dim, torch.float16) for head_dim in (40, 64, 80, 128)]
     records.append(compile_attention(target, 64, torch.float32))
     records.append(compile_attention(target, 64, torch.float16, mask=1))
-    records.append(compile_attention(target, 64, torch.bfloat16, blur=BEFORE))
+    records.append(compile_attention(target, 64, torch.bfloat16, blur=BlurPlace.BEFORE))
     if _configs.has_descriptors(target):
         records.append(compile_described(target, 80))
     records.append(compile_blur(target, 64, torch.bfloat16))

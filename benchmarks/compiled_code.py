@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from segkern.kernels._routes import BEFORE, HERE
+from segkern.kernels._routes import BlurPlace
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,7 +39,6 @@ SHARED_LIMIT = {  # bytes a program may use
     "gfx942": 64 * 1024,
 }
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-_BLURS = {HERE: "prologue", BEFORE: "before"}
 _MULTIPLYING = ("_tiled_attention_kernel", "_attention_energy_kernel", "_attention_mass_kernel")
 _MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # HMMA elsewhere
 
@@ -119,7 +118,7 @@ def compile_kernel(
         head_dim=head_dim,
         dtype=TYPES[dtype],
         masked=constants.get("MASK", 0) != 0,
-        blur=_BLURS[constants["BLUR"]] if "BLUR" in constants else "",
+        blur=BlurPlace(constants["BLUR"]).name.lower() if "BLUR" in constants else "",
         shared_bytes=compiled.metadata.shared,
         tile=tile,
         compile_seconds=round(seconds, 3),

@@ -87,8 +87,8 @@ def _blurring(how: str, inputs: Inputs, sigma: float) -> Call:
     from segkern.kernels import _routes
 
     query, key, value, grid = inputs.query, inputs.key, inputs.value, inputs.case.grid
-    sigmas, scale, blur = inputs.case.sigmas(sigma), inputs.case.head_dim**-0.5, getattr(_routes, how)
-    return lambda: fused_attention(query, key, value, None, grid, sigmas, scale, "reflect", False, blur)[0]
+    sigmas, scale, place = inputs.case.sigmas(sigma), inputs.case.head_dim**-0.5, _routes.BlurPlace[how]
+    return lambda: fused_attention(query, key, value, None, grid, sigmas, scale, "reflect", False, place)[0]
 
 
 def _our_blur(inputs: Inputs, sigma: float, backend: str = "auto") -> Call:
@@ -227,7 +227,7 @@ _OTHERS = (
     Provider("flex", "our blur, then FlexAttention, compiled", _flex, _with_attention(work.separable_blur), _GUIDED),
 )  # fmt: skip
 BLURS = {
-    "triton prologue": ("HERE", "in the prologue of each tile", False),
+    "triton prologue": ("PROLOGUE", "in the prologue of each tile", False),
     "triton before": ("BEFORE", "in launches before", True),
 }
 _OURS = (

@@ -43,7 +43,7 @@ def candidates(case: Case, device: torch.device) -> tuple[Tile, ...]:
     Neighbours have the present tile's column block, and its register limit or none; where the hardware copies blocks
     by descriptors, some have those.
     """
-    now = _configs.attention_tile(device, case.head_dim, case.dtype, False)
+    now = _configs.attention_tile(_configs.architecture(device), case.head_dim, case.dtype)
     size = case.dtype.itemsize
     tables = [tile for family in _configs._ATTENTION.values() for _, tile in family[size]]
     limits = {None, now.max_registers}
@@ -88,7 +88,7 @@ def confirm(case: Case, sigma: float, best: Tile, device: torch.device, rounds: 
     and ``ms``.
     """
     inputs = case.inputs(device)
-    now = _configs.attention_tile(device, case.head_dim, case.dtype, False)
+    now = _configs.attention_tile(_configs.architecture(device), case.head_dim, case.dtype)
     tiles = {"now": now, "best": best}
     calls = {
         f"{which}, {blur}": _with_tile(blur, inputs, sigma, tile) for which, tile in tiles.items() for blur in BLURS
@@ -118,7 +118,8 @@ def _cheaper_blur(case: Case, sigma: float, tile: Tile, device: torch.device) ->
     """Prologue or before, whichever is estimated to cost less with a tile, by its provider's name."""
     arch, sigmas = _configs.architecture(device), (sigma,) * case.third
     sizes = case.heads, case.head_dim, case.dtype.itemsize, tile.block_m
-    return _BEFORE if _routes.blur_route(arch, case.grid, sigmas, "reflect", *sizes).before else _PROLOGUE
+    place = _routes.estimate_blur(arch, case.grid, sigmas, "reflect", *sizes).place
+    return _BEFORE if place == _routes.BlurPlace.BEFORE else _PROLOGUE
 
 
 def _with_tile(blur: str, inputs: Inputs, sigma: float, tile: Tile) -> Call:

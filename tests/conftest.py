@@ -92,13 +92,13 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-@pytest.fixture(params=["in the prologue", "before"])
+@pytest.fixture(params=["PROLOGUE", "BEFORE"])
 def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both ways to blur queries, whatever the estimated costs say."""
+    """Both places to blur queries, whatever the estimated costs say."""
     from segkern.kernels import _routes
 
-    ways = {"in the prologue": _routes.HERE, "before": _routes.BEFORE}
-    monkeypatch.setattr(_routes, "choose_blur", lambda *_: ways[request.param])
+    place = _routes.BlurPlace[request.param]
+    monkeypatch.setattr(_routes.BlurEstimate, "place", place)
     _routes.attention_route.cache_clear()
     yield
     _routes.attention_route.cache_clear()

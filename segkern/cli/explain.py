@@ -103,21 +103,25 @@ def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[s
     from segkern.kernels import _configs, _routes
 
     arch = arch or _configs.architecture(device)
-    tile = _configs.tile_for(arch, call.head_dim, call.dtype)
+    tile = _configs.attention_tile(arch, call.head_dim, call.dtype)
     known = _configs.measured(arch, call.head_dim, call.dtype)
     if known is not None and known.sdpa and 0 < call.sigma < math.inf and call.query_stride == 1:
         return [("computed by", "the separable kernel, then PyTorch's attention: measured to be faster")]
     found = [("attention tile", f"{_tile(tile)}, {'a default' if known is None else 'measured'}")]
     if 0 < call.sigma < math.inf and call.query_stride == 1:
-        route = _routes.blur_route(
+        estimate = _routes.estimate_blur(
             arch, call.grid, (call.sigma,), "reflect", call.heads, call.head_dim, call.dtype.itemsize, tile.block_m
         )
-        where = "by the separable kernel, before" if route.before else "in the prologue of the attention"
-        costs = f"estimated {route.before_microseconds:.1f} us before, {route.here_microseconds:.1f} us in the prologue"
-        found.append(("queries are blurred", f"{where} ({'a narrow grid' if route.narrow else costs})"))
+        before = estimate.place == _routes.BlurPlace.BEFORE
+        where = "by the separable kernel, before" if before else "in the prologue of the attention"
+        costs = (
+            f"estimated {estimate.before_microseconds:.1f} us before, "
+            f"{estimate.prologue_microseconds:.1f} us in the prologue"
+        )
+        found.append(("queries are blurred", f"{where} ({'a narrow grid' if estimate.narrow else costs})"))
     elif call.sigma > 0:
         rows = 1 if math.isinf(call.sigma) else coarse_grid(call.grid, (call.query_stride,) * 2, "reflect").tokens
-        found.append(("tile of few rows", _tile(_configs.split_tile_for(arch, call.head_dim, call.dtype, rows))))
+        found.append(("tile of few rows", _tile(_configs.split_tile(arch, call.head_dim, call.dtype, rows))))
     return found
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels read about the blur of a batch: which samples, which matrices, how far they reach.
+"""Blur matrices of a batch on its device: which sample has which, and how far they reach.
 
-Tables are made once per (sigmas, grid, boundary, device) and kept on the device (``keeping.py``), so that a call copies
+They are made once per (sigmas, grid, boundary, device) and kept (``core/bounded_cache.py``), so that a call copies
 nothing from the host.
 """
 
@@ -9,36 +9,39 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 
 import torch
 
-from segkern.core.bounded_cache import bounded_cache
+from segkern.core.bounded_cache import bounded_cache, capturing
 from segkern.core.gaussian import blur_matrix, blur_reach
 
-PLAIN = -1  # the sample's queries are taken as they are
-OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
+
+class Unblurred(IntEnum):
+    """Stands where a blurred sample has the index of its blur."""
+
+    PLAIN = -1  # the sample's queries are taken as they are
+    OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
 
 
 @dataclass(frozen=True)
 class BlurMatrices:
-    """Blur tables of some samples of a batch; all tensors on one device.
+    """Blur matrices of some samples of a batch; all tensors on one device.
 
     Attributes:
         samples: int32 ``[S]``, indices into the batch.
-        tables: int32 ``[S]``, the matrix of each of them, or PLAIN, or OUTSIDE.
+        index: int32 ``[S]``, the matrix of each of them, or ``Unblurred``.
         rows: float32 ``[T, height, height]``.
         columns: float32 ``[T, width, width]``.
         reach: int32 ``[T, 2]``, tokens that a blurred token looks up and down, left and right.
-        blurs: whether any sample has a matrix.
     """
 
     samples: torch.Tensor
-    tables: torch.Tensor
+    index: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
     reach: torch.Tensor
-    blurs: bool
 
 
 @bounded_cache(most=1024)
@@ -52,19 +55,15 @@ def blur_matrices(
     adjoint: bool = False,
     outside: bool = False,
 ) -> BlurMatrices:
-    """Tables for ``samples``, whose sigmas are given in the same order.
+    """Matrices for ``samples``, whose sigmas are given in the same order.
 
     Args:
         adjoint: use transposed matrices.
         outside: samples of infinite sigma are marked OUTSIDE instead of getting the matrix of the mean.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"the tables of sigma {sigmas} on a {height} x {width} grid are not on {device} yet, and a CUDA graph is "
-            f"being captured; run the same call once before capturing"
-        )
+    _refuse_while_capturing(f"the blur matrices of sigma {sigmas} on a {height} x {width} grid", device)
     distinct = sorted({sigma for sigma in sigmas if sigma > 0.0 and not (outside and math.isinf(sigma))})
-    index = {math.inf: OUTSIDE} | {sigma: table for table, sigma in enumerate(distinct)}
+    index = {math.inf: Unblurred.OUTSIDE.value} | {sigma: number for number, sigma in enumerate(distinct)}
     matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
     if adjoint:
         matrices = [[matrix.T for matrix in axis] for axis in matrices]
@@ -73,11 +72,10 @@ def blur_matrices(
         reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
     return BlurMatrices(
         samples=index_tensor(samples, device),
-        tables=index_tensor(tuple(index.get(sigma, PLAIN) for sigma in sigmas), device),
+        index=index_tensor(tuple(index.get(sigma, Unblurred.PLAIN.value) for sigma in sigmas), device),
         rows=_stack(matrices[0], height).to(device),
         columns=_stack(matrices[1], width).to(device),
         reach=torch.tensor(reach, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device),
-        blurs=bool(distinct),
     )
 
 
@@ -88,11 +86,7 @@ def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
     Raises:
         RuntimeError: when it would be made while a CUDA graph is captured.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"the table {values} is not on {device} yet, and a CUDA graph is being captured; run the same call once "
-            f"before capturing"
-        )
+    _refuse_while_capturing(f"the indices {values}", device)
     return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
@@ -111,8 +105,14 @@ def consecutive(samples: tuple[int, ...]) -> tuple[slice, ...]:
 
 
 def _stack(matrices: list[torch.Tensor], length: int) -> torch.Tensor:
-    return (
-        torch.stack(matrices).contiguous()
-        if matrices
-        else torch.zeros(0, length, length, dtype=torch.float32, device="cpu")
-    )
+    if matrices:
+        return torch.stack(matrices).contiguous()
+    return torch.zeros(0, length, length, dtype=torch.float32, device="cpu")
+
+
+def _refuse_while_capturing(what: str, device: torch.device) -> None:
+    if device.type == "cuda" and capturing():
+        raise RuntimeError(
+            f"{what} are not on {device} yet, and a CUDA graph is being captured; run the same call once before "
+            f"capturing"
+        )

@@ -159,11 +159,6 @@ def has_descriptors(arch: str) -> bool:
     return _FAMILY.get(arch) in ("sm_90", "sm_100")
 
 
-def attention_tile(device: torch.device, head_dim: int, dtype: torch.dtype, masked: bool) -> Tile:
-    """The attention kernel's tile on a device."""
-    return tile_for(architecture(device), head_dim, dtype, masked)
-
-
 TUNED = Path(__file__).with_name("tuned.json")
 
 
@@ -198,9 +193,8 @@ def measured(arch: str, head_dim: int, dtype: torch.dtype) -> Tuned | None:
 
 
 @lru_cache(maxsize=256)
-def tile_for(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
-    """The attention kernel's tile for an architecture by name: the measured one, or a default; unknown ones get a safe
-    tile.
+def attention_tile(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
+    """The attention kernel's tile: the measured one, or a default; unknown architectures get a safe one.
 
     A mask's tile takes registers as well, so a program has fewer keys or queries at a time then.
     """
@@ -231,14 +225,9 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def split_tile(device: torch.device, head_dim: int, dtype: torch.dtype, rows: int, masked: bool) -> Tile:
-    """The tile of attention of few rows on a device."""
-    return split_tile_for(architecture(device), head_dim, dtype, rows, masked)
-
-
 @lru_cache(maxsize=256)
-def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: bool = False) -> Tile:
-    """The tile of attention of few rows for an architecture by name: products want 16 rows at least."""
+def split_tile(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: bool = False) -> Tile:
+    """The tile of attention of few rows: products want 16 rows at least."""
     if arch == "interpreter":
         return _SPLIT_INTERPRETER
     padded = sum(split_head_dim(head_dim))
@@ -251,14 +240,9 @@ def split_tile_for(arch: str, head_dim: int, dtype: torch.dtype, rows: int, mask
     return Tile(64, 32, 0, 8 if eight else 4, 2)
 
 
-def scores_tile(device: torch.device, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of energies and masses on a device."""
-    return scores_tile_for(architecture(device), head_dim, dtype)
-
-
 @lru_cache(maxsize=256)
-def scores_tile_for(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of energies and masses for an architecture by name: BLOCK_M stay, BLOCK_N come by.
+def scores_tile(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of energies and masses: BLOCK_M stay, BLOCK_N come by.
 
     Both passes over queries and keys have the same one, so that a product rounds the same in both. It is attention's,
     but a program sums probabilities up in a tile of its own beside that of the logits. So that two fit a multiprocessor

@@ -1,30 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jit helpers shared by the kernels: tile loads, the online softmax, the loop over keys."""
+"""Jit helpers shared by the kernels: tile loads and stores, the online softmax, attention over keys.
+
+Head dimensions that are no power of two lie in two parts of BLOCK_D and BLOCK_R channels, 80 = 64 + 16; what belongs to
+the second part is 0.0 where BLOCK_R is 0.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from segkern.kernels._masks import MaskKind
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_NO_MASK = tl.constexpr(MaskKind.NONE.value)
+_ADDITIVE = tl.constexpr(MaskKind.ADDITIVE.value)
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory: its first element, and the steps from one row and from one column to the next."""
+
+    ptr: Any
+    row_stride: Any
+    column_stride: Any
+
+
+@triton.jit
+def matrix(ptr, row_stride, column_stride, WIDE: tl.constexpr):
+    """A :class:`Matrix`; with WIDE, offsets inside a tile exceed 32 bits."""
+    if WIDE:
+        row_stride, column_stride = tl.cast(row_stride, tl.int64), tl.cast(column_stride, tl.int64)
+    return Matrix(ptr, row_stride, column_stride)
+
+
+@triton.jit
+def from_row(x, n):
+    """The rows ``n ..`` of a matrix."""
+    return Matrix(x.ptr + tl.cast(n, tl.int64) * x.row_stride, x.row_stride, x.column_stride)
 
 
 @triton.jit
 def load_tile(
-    ptr,
+    x,
     offs_n,
     mask_n,
-    stride_n,
-    stride_d,
     first_d: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """Rows ``offs_n`` and columns ``first_d ..`` of a token matrix; zero beyond HEAD_DIM and where masked."""
+    """Rows ``offs_n`` and columns ``first_d ..`` of a matrix; zero beyond HEAD_DIM and where masked."""
     offs_d = first_d + tl.arange(0, BLOCK_D)
-    ptrs = ptr + offs_n[:, None] * stride_n + offs_d[None, :] * stride_d
+    ptrs = x.ptr + offs_n[:, None] * x.row_stride + offs_d[None, :] * x.column_stride
     if first_d + BLOCK_D <= HEAD_DIM:
         if MASK_ROWS:
             tile = tl.load(ptrs, mask=mask_n[:, None], other=0.0)
@@ -39,37 +69,62 @@ def load_tile(
 
 
 @triton.jit
-def log2_bias(bias):
-    """An additive mask in units of log2; the most negative finite number stays finite, as in PyTorch."""
-    bias = bias.to(tl.float32)
-    return tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, -3.0e38))
+def load_parts(
+    x,
+    offs_n,
+    mask_n,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+):
+    """Both parts of rows ``offs_n``: ``[BLOCK_N, BLOCK_D]`` and ``[BLOCK_N, BLOCK_R]``."""
+    tile = load_tile(x, offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, MASK_ROWS)
+    rest = 0.0
+    if BLOCK_R > 0:
+        rest = load_tile(x, offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R, MASK_ROWS)
+    return tile, rest
 
 
 @triton.jit
-def store_tile(
-    ptr,
-    tile,
-    offs_n,
-    mask_n,
-    stride_n,
-    stride_d,
-    first_d: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def store_tile(x, tile, offs_n, mask_n, first_d: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """The inverse of :func:`load_tile`, in the pointer's dtype."""
     offs_d = first_d + tl.arange(0, BLOCK_D)
-    ptrs = ptr + offs_n[:, None] * stride_n + offs_d[None, :] * stride_d
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_d < HEAD_DIM)[None, :])
+    ptrs = x.ptr + offs_n[:, None] * x.row_stride + offs_d[None, :] * x.column_stride
+    tl.store(ptrs, tile.to(x.ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def store_parts(
+    x,
+    tile,
+    rest,
+    offs_n,
+    mask_n,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The inverse of :func:`load_parts`."""
+    store_tile(x, tile, offs_n, mask_n, 0, HEAD_DIM, BLOCK_D)
+    if BLOCK_R > 0:
+        store_tile(x, rest, offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R)
 
 
 @triton.jit
 def multiply_tiles(x, x_rest, y, y_rest, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    """``x y^T`` of tiles whose channels lie in one part, or in two with BLOCK_R."""
+    """``x y^T`` of tiles in parts."""
     products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     if BLOCK_R > 0:
         products = tl.dot(x_rest, tl.trans(y_rest), products, input_precision=PRECISION)
     return products
+
+
+@triton.jit
+def log2_bias(bias):
+    """An additive mask in units of log2; the most negative finite number stays finite, as in PyTorch."""
+    bias = bias.to(tl.float32)
+    return tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, -3.0e38))
 
 
 @triton.jit
@@ -98,121 +153,29 @@ def scaled_softmax_update(products, scale, row_max, row_sum):
 
 
 @triton.jit
-def describe(ptr, tokens, stride_n, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def describe(x, rows, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """A token matrix of one head for copies in blocks, which fill with zeros beyond its edges.
 
-    Channels lie next to each other; the pointer and ``stride_n`` are multiples of 16 bytes.
+    Channels lie next to each other; the pointer and ``row_stride`` are multiples of 16 bytes.
     """
-    return tl.make_tensor_descriptor(ptr, [tokens, HEAD_DIM], [stride_n, 1], [BLOCK_N, BLOCK_D])
-
-
-@triton.jit
-def attend_blocks(
-    q,
-    q_rest,
-    acc,
-    acc_rest,
-    row_max,
-    row_sum,
-    k_ptr,
-    v_ptr,
-    k_blocks,  # of :func:`describe`, with DESCRIPTORS
-    k_rest_blocks,
-    v_blocks,
-    v_rest_blocks,
-    mask_ptr,  # first query row of the tile
-    offs_m,
-    mask_m,
-    first,
-    stop,
-    keys,
-    stride_kn,
-    stride_kd,
-    stride_vn,
-    stride_vd,
-    stride_mm,
-    stride_mn,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    MASK: tl.constexpr,
-    TAIL: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Attend to blocks of keys that begin in ``first .. stop - 1``; only with TAIL may one reach past the last key."""
-    offs_n = tl.arange(0, BLOCK_N)
-    for n in tl.range(first, stop, BLOCK_N):
-        mask_n = n + offs_n < keys
-        k_tile = k_ptr + tl.cast(n, tl.int64) * stride_kn
-        v_tile = v_ptr + tl.cast(n, tl.int64) * stride_vn
-        if DESCRIPTORS:
-            k = k_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
-        else:
-            k = load_tile(k_tile, offs_n, mask_n, stride_kn, stride_kd, 0, HEAD_DIM, BLOCK_D, TAIL)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        if BLOCK_R > 0:
-            if DESCRIPTORS:
-                k_rest = k_rest_blocks.load([n, BLOCK_D])
-            else:
-                k_rest = load_tile(k_tile, offs_n, mask_n, stride_kn, stride_kd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
-            products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision=PRECISION)
-        if TAIL or MASK != 0:
-            logits = products * scale
-            if MASK != 0:
-                mask_tile = mask_ptr + tl.cast(n, tl.int64) * stride_mn
-                mask_ptrs = mask_tile + offs_m[:, None] * stride_mm + offs_n[None, :] * stride_mn
-                bounds = mask_m[:, None] & mask_n[None, :]
-                if MASK == 1:
-                    logits += log2_bias(tl.load(mask_ptrs, mask=bounds, other=0.0))
-                else:
-                    logits = tl.where(tl.load(mask_ptrs, mask=bounds, other=1) != 0, logits, float("-inf"))
-            if TAIL:
-                logits = tl.where(mask_n[None, :], logits, float("-inf"))
-            weights, row_max, row_sum, factor = online_softmax_update(logits, row_max, row_sum)
-        else:
-            weights, row_max, row_sum, factor = scaled_softmax_update(products, scale, row_max, row_sum)
-        if DESCRIPTORS:
-            v = v_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
-        else:
-            v = load_tile(v_tile, offs_n, mask_n, stride_vn, stride_vd, 0, HEAD_DIM, BLOCK_D, TAIL)
-        weights = weights.to(v.dtype)
-        acc = tl.dot(weights, v, acc * factor[:, None], input_precision=PRECISION)
-        if BLOCK_R > 0:
-            if DESCRIPTORS:
-                v_rest = v_rest_blocks.load([n, BLOCK_D])
-            else:
-                v_rest = load_tile(v_tile, offs_n, mask_n, stride_vn, stride_vd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
-            acc_rest = tl.dot(weights, v_rest, acc_rest * factor[:, None], input_precision=PRECISION)
-    return acc, acc_rest, row_max, row_sum
+    return tl.make_tensor_descriptor(x.ptr, [rows, HEAD_DIM], [x.row_stride, 1], [BLOCK_N, BLOCK_D])
 
 
 @triton.jit
 def attend_keys(
     q,
     q_rest,
-    acc,
-    acc_rest,
-    row_max,
-    row_sum,
-    k_ptr,
-    v_ptr,
-    mask_ptr,  # first query row of the tile
+    k,  # Matrix of the head's keys
+    v,
+    mask,  # Matrix of the tile's rows and all keys
     offs_m,
     mask_m,
-    first,
-    stop,
+    first,  # a multiple of BLOCK_N
+    stop,  # the same, but for the last key
     keys,
-    stride_kn,
-    stride_kd,
-    stride_vn,
-    stride_vd,
-    stride_mm,
-    stride_mn,
     scale,
     HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -221,87 +184,59 @@ def attend_keys(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attend to keys ``first .. stop - 1``: the whole blocks, then what is left behind them at the very end.
+    """Weighted values, maxima and sums of a tile of queries over keys ``first .. stop - 1``.
 
-    ``first`` is a multiple of BLOCK_N, and so is ``stop`` but for the last key.
+    Whole blocks of keys come first, without a mask of their rows, then what is left behind them at the very end.
     """
-    k_blocks, k_rest_blocks, v_blocks, v_rest_blocks = 0.0, 0.0, 0.0, 0.0
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    acc_rest = 0.0
+    if BLOCK_R > 0:
+        acc_rest = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if DESCRIPTORS:
-        k_blocks = describe(k_ptr, keys, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_D)
-        v_blocks = describe(v_ptr, keys, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_D)
+        k_blocks = describe(k, keys, HEAD_DIM, BLOCK_N, BLOCK_D)
+        v_blocks = describe(v, keys, HEAD_DIM, BLOCK_N, BLOCK_D)
         if BLOCK_R > 0:
-            k_rest_blocks = describe(k_ptr, keys, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_R)
-            v_rest_blocks = describe(v_ptr, keys, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_R)
+            k_rest_blocks = describe(k, keys, HEAD_DIM, BLOCK_N, BLOCK_R)
+            v_rest_blocks = describe(v, keys, HEAD_DIM, BLOCK_N, BLOCK_R)
+    offs_n = tl.arange(0, BLOCK_N)
     full = tl.minimum(stop, keys - keys % BLOCK_N)
-    acc, acc_rest, row_max, row_sum = attend_blocks(
-        q,
-        q_rest,
-        acc,
-        acc_rest,
-        row_max,
-        row_sum,
-        k_ptr,
-        v_ptr,
-        k_blocks,
-        k_rest_blocks,
-        v_blocks,
-        v_rest_blocks,
-        mask_ptr,
-        offs_m,
-        mask_m,
-        first,
-        full,
-        keys,
-        stride_kn,
-        stride_kd,
-        stride_vn,
-        stride_vd,
-        stride_mm,
-        stride_mn,
-        scale,
-        HEAD_DIM,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_R,
-        MASK,
-        False,
-        DESCRIPTORS,
-        PRECISION,
-    )
-    if not EVEN_KEYS:
-        acc, acc_rest, row_max, row_sum = attend_blocks(
-            q,
-            q_rest,
-            acc,
-            acc_rest,
-            row_max,
-            row_sum,
-            k_ptr,
-            v_ptr,
-            k_blocks,
-            k_rest_blocks,
-            v_blocks,
-            v_rest_blocks,
-            mask_ptr,
-            offs_m,
-            mask_m,
-            full,
-            stop,
-            keys,
-            stride_kn,
-            stride_kd,
-            stride_vn,
-            stride_vd,
-            stride_mm,
-            stride_mn,
-            scale,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_R,
-            MASK,
-            True,
-            DESCRIPTORS,
-            PRECISION,
-        )
+    for TAIL in tl.static_range(0, 1 if EVEN_KEYS else 2):
+        for n in tl.range(full if TAIL else first, stop if TAIL else full, BLOCK_N):
+            mask_n = n + offs_n < keys
+            if DESCRIPTORS:
+                k_tile = k_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
+                k_rest = 0.0
+                if BLOCK_R > 0:
+                    k_rest = k_rest_blocks.load([n, BLOCK_D])
+            else:
+                k_tile, k_rest = load_parts(from_row(k, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
+            products = multiply_tiles(q, q_rest, k_tile, k_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if TAIL or MASK != _NO_MASK:
+                logits = products * scale
+                if MASK != _NO_MASK:
+                    mask_ptrs = mask.ptr + tl.cast(n, tl.int64) * mask.column_stride
+                    mask_ptrs += offs_m[:, None] * mask.row_stride + offs_n[None, :] * mask.column_stride
+                    bounds = mask_m[:, None] & mask_n[None, :]
+                    if MASK == _ADDITIVE:
+                        logits += log2_bias(tl.load(mask_ptrs, mask=bounds, other=0.0))
+                    else:
+                        logits = tl.where(tl.load(mask_ptrs, mask=bounds, other=1) != 0, logits, float("-inf"))
+                if TAIL:
+                    logits = tl.where(mask_n[None, :], logits, float("-inf"))
+                weights, row_max, row_sum, factor = online_softmax_update(logits, row_max, row_sum)
+            else:
+                weights, row_max, row_sum, factor = scaled_softmax_update(products, scale, row_max, row_sum)
+            if DESCRIPTORS:
+                v_tile = v_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
+                v_rest = 0.0
+                if BLOCK_R > 0:
+                    v_rest = v_rest_blocks.load([n, BLOCK_D])
+            else:
+                v_tile, v_rest = load_parts(from_row(v, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
+            weights = weights.to(v_tile.dtype)
+            acc = tl.dot(weights, v_tile, acc * factor[:, None], input_precision=PRECISION)
+            if BLOCK_R > 0:
+                acc_rest = tl.dot(weights, v_rest, acc_rest * factor[:, None], input_precision=PRECISION)
     return acc, acc_rest, row_max, row_sum

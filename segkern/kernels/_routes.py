@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels serve an attention: where its queries are blurred, and whether its keys are split.
+"""The kernels that serve an attention: where its queries are blurred, and whether its keys are split.
 
 Queries are blurred in the prologue of attention, or by the separable kernel before it. In the prologue every tile of
 queries reads, from L2, the source rows within reach of its own grid rows: cheap for a small blur, and half of the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from functools import lru_cache
 
 import torch
@@ -19,39 +20,46 @@ import torch
 from segkern.core.bounded_cache import bounded_cache
 from segkern.core.gaussian import blur_reach
 from segkern.grid import Grid
-from segkern.kernels._blur_matrices import OUTSIDE, PLAIN, BlurMatrices, blur_matrices, index_tensor
-from segkern.kernels._configs import Tile, architecture, attention_tile, key_splits, measured, multiprocessors
+from segkern.kernels._blur_matrices import BlurMatrices, Unblurred, blur_matrices, index_tensor
+from segkern.kernels._configs import architecture, attention_tile, key_splits, measured, multiprocessors
 
-HERE, BEFORE = 1, 2
-
-_MIN_WIDTH_HERE = 8  # narrower grids waste most of a column block in the prologue
+_MIN_WIDTH_IN_PROLOGUE = 8  # narrower grids waste most of a column block
 _LAUNCH_MICROSECONDS = 2.0  # of a kernel that waits for the one before it
 _L2_BYTES_PER_MICROSECOND = {"sm_80": 4.0e6, "sm_90": 5.5e6, "sm_100": 9.0e6, "gfx942": 1.0e7}
 _DEFAULT_BYTES_PER_MICROSECOND = 3.0e6
 
 
+class BlurPlace(IntEnum):
+    """Where queries are blurred; kernels have the number as a constant."""
+
+    NOWHERE = 0
+    PROLOGUE = 1
+    BEFORE = 2
+
+
 @dataclass(frozen=True)
-class BlurRoute:
-    """Which way is taken, and what both are estimated to add to the attention.
+class BlurEstimate:
+    """What either place is estimated to add to the attention.
 
     Attributes:
-        here_microseconds: of the blur in the prologue.
+        prologue_microseconds: of the blur in the prologue.
         before_microseconds: of the separable kernel.
         narrow: whether the grid is too narrow for the prologue.
     """
 
-    here_microseconds: float
+    prologue_microseconds: float
     before_microseconds: float
     narrow: bool
 
     @property
-    def before(self) -> bool:
-        """Whether the separable kernel blurs first."""
-        return self.narrow or self.before_microseconds < self.here_microseconds
+    def place(self) -> BlurPlace:
+        """The cheaper one."""
+        before = self.narrow or self.before_microseconds < self.prologue_microseconds
+        return BlurPlace.BEFORE if before else BlurPlace.PROLOGUE
 
 
 @lru_cache(maxsize=1024)
-def blur_route(
+def estimate_blur(
     arch: str,
     grid: Grid,
     sigmas: tuple[float, ...],
@@ -60,8 +68,8 @@ def blur_route(
     head_dim: int,
     itemsize: int,
     block_m: int,
-) -> BlurRoute:
-    """The cheaper way to blur samples of these sigmas.
+) -> BlurEstimate:
+    """The cost of blurring samples of these sigmas.
 
     Args:
         arch: such as ``"sm_90"``.
@@ -74,9 +82,10 @@ def blur_route(
         block_m: queries in a tile of the attention.
 
     Example:
-        >>> routes = [blur_route("sm_90", Grid(64, 64), (sigma,), "reflect", 10, 64, 2, 128) for sigma in (1.0, 10.0)]
-        >>> [route.before for route in routes]
-        [False, True]
+        >>> for sigma in (1.0, 10.0):
+        ...     print(estimate_blur("sm_90", Grid(64, 64), (sigma,), "reflect", 10, 64, 2, 128).place.name)
+        PROLOGUE
+        BEFORE
     """
     height, width = grid.height, grid.width
     tiles = -(-grid.tokens // block_m)
@@ -89,8 +98,7 @@ def blur_route(
     halfway = 4  # bytes of float32 between the two axes, written and read
     moved = len(sigmas) * grid.tokens * head_dim * heads * (2 * itemsize + 2 * halfway)
     rate = _L2_BYTES_PER_MICROSECOND.get(arch, _DEFAULT_BYTES_PER_MICROSECOND)
-    before = 2 * _LAUNCH_MICROSECONDS + moved / rate
-    return BlurRoute(read / rate, before, width < _MIN_WIDTH_HERE)
+    return BlurEstimate(read / rate, 2 * _LAUNCH_MICROSECONDS + moved / rate, width < _MIN_WIDTH_IN_PROLOGUE)
 
 
 @lru_cache(maxsize=256)
@@ -102,21 +110,20 @@ def sdpa_is_faster(device: torch.device, head_dim: int, dtype: torch.dtype) -> b
 
 @dataclass(frozen=True)
 class Route:
-    """Which kernels compute which samples of a batch.
+    """The kernels that compute which samples of a batch.
 
     Attributes:
         uniform: samples of infinite sigma, whose image tokens get one row's result.
         rest: samples of which any tokens are left to compute.
-        few: whether the rest are few rows, which are not blurred: their keys are split over programs.
-        before: those of the rest that the separable blur serves.
-        tables: of the rest, for the tiles of attention; None with ``few`` or without a rest.
+        before: those of the rest that the separable kernel blurs first.
+        matrices: of the rest, for tiles of attention; None where there is no rest, or so few rows, which are not
+            blurred, that their keys are split over programs.
     """
 
     uniform: tuple[int, ...]
     rest: tuple[int, ...]
-    few: bool
-    before: tuple[int, ...]
-    tables: BlurMatrices | None
+    before: tuple[int, ...] = ()
+    matrices: BlurMatrices | None = None
 
 
 @bounded_cache(most=1024)
@@ -130,7 +137,7 @@ def attention_route(
     boundary: str,
     masked: bool,
     rows_alike: bool,
-    blur: int | None = None,
+    place: BlurPlace | None = None,
 ) -> Route:
     """The kernels of a call.
 
@@ -144,56 +151,29 @@ def attention_route(
         boundary: of the blur.
         masked: whether there is a mask.
         rows_alike: whether the mask, if any, is the same for all queries: else equal queries have unequal results.
-        blur: HERE or BEFORE where that is settled; chosen by cost if not.
+        place: PROLOGUE or BEFORE where that is settled; chosen by cost if not.
     """
     _, heads, tokens, head_dim = shape
     axes = grid.height, grid.width
     uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
-    only_outside = set(uniform)
-    only_image = grid.tokens == tokens
-    rest = tuple(i for i in range(len(sigmas)) if not (only_image and i in only_outside))
-    tile = attention_tile(device, head_dim, dtype, masked)
-    if not rest:
-        return Route(uniform, (), False, (), None)
-    if not any(sigmas[i] for i in rest) and _few_rows(device, tile, tokens, keys, heads * len(rest)):
-        return Route(uniform, rest, True, (), None)
-    blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in only_outside)
+    rest = tuple(i for i in range(len(sigmas)) if i not in uniform or grid.tokens < tokens)
+    arch, parallel = architecture(device), multiprocessors(device)
+    tile = attention_tile(arch, head_dim, dtype, masked)
+    if not any(sigmas[i] for i in rest):
+        programs = -(-tokens // tile.block_m) * heads * len(rest)
+        if not rest or (programs < parallel and key_splits(programs, keys, tile.block_n, parallel)[0] > 1):
+            return Route(uniform, rest)
+    blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in uniform)
     wanted = tuple(sigmas[i] for i in blurred)
-    if not blurred:
-        blur = HERE
-    elif math.inf in wanted:
-        blur = BEFORE  # tables hold no matrix of the mean
-    elif blur is None:
-        sizes = heads, head_dim, dtype.itemsize, tile.block_m
-        blur = choose_blur(architecture(device), grid, wanted, boundary, *sizes)
-    if blur == HERE:
-        tables = blur_matrices(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, outside=True)
-        return Route(uniform, rest, False, (), tables)
-    # Only the codes of samples are needed.
-    tables = blur_matrices(rest, (0.0,) * len(rest), *axes, boundary, device, outside=True)
-    places = {i: place for place, i in enumerate(blurred)}
-    codes = tuple(places.get(i, OUTSIDE if i in only_outside else PLAIN) for i in rest)
-    tables = replace(tables, tables=index_tensor(codes, device))
-    return Route(uniform, rest, False, blurred, tables)
-
-
-def choose_blur(
-    arch: str,
-    grid: Grid,
-    sigmas: tuple[float, ...],
-    boundary: str,
-    heads: int,
-    head_dim: int,
-    itemsize: int,
-    block_m: int,
-) -> int:
-    """HERE or BEFORE, whichever is estimated to cost less; arguments are those of :func:`blur_route`."""
-    route = blur_route(arch, grid, sigmas, boundary, heads, head_dim, itemsize, block_m)
-    return BEFORE if route.before else HERE
-
-
-def _few_rows(device: torch.device, tile: Tile, tokens: int, keys: int, heads: int) -> bool:
-    """Whether tiles of rows that are not blurred would leave multiprocessors idle while there are keys to split."""
-    programs = -(-tokens // tile.block_m) * heads
-    parallel = multiprocessors(device)
-    return programs < parallel and key_splits(programs, keys, tile.block_n, parallel)[0] > 1
+    if math.inf in wanted:
+        place = BlurPlace.BEFORE  # whose matrices include that of the mean
+    elif wanted and place is None:
+        place = estimate_blur(arch, grid, wanted, boundary, heads, head_dim, dtype.itemsize, tile.block_m).place
+    if not wanted or place == BlurPlace.PROLOGUE:
+        matrices = blur_matrices(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, outside=True)
+        return Route(uniform, rest, (), matrices)
+    matrices = blur_matrices(rest, (0.0,) * len(rest), *axes, boundary, device)
+    index = dict.fromkeys(rest, Unblurred.PLAIN.value) | dict.fromkeys(uniform, Unblurred.OUTSIDE.value)
+    index |= {sample: number for number, sample in enumerate(blurred)}
+    matrices = replace(matrices, index=index_tensor(tuple(index[i] for i in rest), device))
+    return Route(uniform, rest, blurred, matrices)

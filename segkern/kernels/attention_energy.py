@@ -26,50 +26,11 @@ import triton.language as tl
 
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import index_tensor
-from segkern.kernels._configs import key_splits, multiprocessors, scores_tile
+from segkern.kernels._configs import architecture, key_splits, multiprocessors, scores_tile
 from segkern.kernels._launch import launching, strides_are_wide, tile_constants
-from segkern.kernels._primitives import LN2, LOG2E, load_tile, multiply_tiles
+from segkern.kernels._primitives import LN2, LOG2E, from_row, load_parts, matrix, multiply_tiles
 from segkern.kernels.gaussian_blur import blurred_image
 from segkern.kernels.split_attention import mean_query
-
-
-@triton.jit
-def _reduce_blocks(
-    q,
-    q_rest,
-    row_max,
-    row_sum,
-    k_ptr,
-    first,
-    stop,
-    keys,
-    stride_kn,
-    stride_kd,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Maxima and sums with blocks of keys that begin in ``first .. stop - 1``; only with TAIL past the last key."""
-    offs_n = tl.arange(0, BLOCK_N)
-    for n in tl.range(first, stop, BLOCK_N):
-        mask_n = n + offs_n < keys
-        k_tile = k_ptr + tl.cast(n, tl.int64) * stride_kn
-        k = load_tile(k_tile, offs_n, mask_n, stride_kn, stride_kd, 0, HEAD_DIM, BLOCK_D, TAIL)  # [BLOCK_N, BLOCK_D]
-        k_rest = 0.0
-        if BLOCK_R > 0:
-            k_rest = load_tile(k_tile, offs_n, mask_n, stride_kn, stride_kd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
-        products = multiply_tiles(q, q_rest, k, k_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
-        if TAIL:
-            products = tl.where(mask_n[None, :], products, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(products, axis=1))
-        factor = tl.math.exp2((row_max - new_max) * scale)
-        row_sum = row_sum * factor + tl.sum(tl.math.exp2((products - new_max[:, None]) * scale), axis=1)
-        row_max = new_max
-    return row_max, row_sum
 
 
 @triton.jit
@@ -107,9 +68,6 @@ def _attention_energy_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if WIDE:  # offsets inside a tile exceed 32 bits
-        stride_qn, stride_qd = tl.cast(stride_qn, tl.int64), tl.cast(stride_qd, tl.int64)
-        stride_kn, stride_kd = tl.cast(stride_kn, tl.int64), tl.cast(stride_kd, tl.int64)
     pid = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK_M)
     start_m = tl.cast((pid % tiles) * BLOCK_M, tl.int64)
@@ -120,58 +78,28 @@ def _attention_energy_kernel(
     query_sample = tl.load(query_samples_ptr + head_of_sample // heads).to(tl.int64)
 
     offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
     mask_m = start_m + offs_m < rows
-    q_ptr += query_sample * stride_qb + head * stride_qh + start_m * stride_qn
-    k_ptr += sample * stride_kb + head * stride_kh
-    q = load_tile(q_ptr, offs_m, mask_m, stride_qn, stride_qd, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    q_rest = 0.0
-    if BLOCK_R > 0:
-        q_rest = load_tile(q_ptr, offs_m, mask_m, stride_qn, stride_qd, BLOCK_D, HEAD_DIM, BLOCK_R, True)
+    q = matrix(q_ptr + query_sample * stride_qb + head * stride_qh, stride_qn, stride_qd, WIDE)
+    k = matrix(k_ptr + sample * stride_kb + head * stride_kh, stride_kn, stride_kd, WIDE)
+    q_tile, q_rest = load_parts(from_row(q, start_m), offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R, True)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
 
     first = split * keys_per_split
     stop = tl.minimum(first + keys_per_split, keys)
     full = tl.minimum(stop, keys - keys % BLOCK_N)
-    row_max, row_sum = _reduce_blocks(
-        q,
-        q_rest,
-        row_max,
-        row_sum,
-        k_ptr,
-        first,
-        full,
-        keys,
-        stride_kn,
-        stride_kd,
-        scale,
-        HEAD_DIM,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_R,
-        False,
-        PRECISION,
-    )
-    if not EVEN_KEYS:
-        row_max, row_sum = _reduce_blocks(
-            q,
-            q_rest,
-            row_max,
-            row_sum,
-            k_ptr,
-            full,
-            stop,
-            keys,
-            stride_kn,
-            stride_kd,
-            scale,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_R,
-            True,
-            PRECISION,
-        )
+    for TAIL in tl.static_range(0, 1 if EVEN_KEYS else 2):  # whole blocks, then what is left behind them
+        for n in tl.range(full if TAIL else first, stop if TAIL else full, BLOCK_N):
+            mask_n = n + offs_n < keys
+            k_tile, k_rest = load_parts(from_row(k, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
+            products = multiply_tiles(q_tile, q_rest, k_tile, k_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
+            if TAIL:
+                products = tl.where(mask_n[None, :], products, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(products, axis=1))
+            factor = tl.math.exp2((row_max - new_max) * scale)
+            row_sum = row_sum * factor + tl.sum(tl.math.exp2((products - new_max[:, None]) * scale), axis=1)
+            row_max = new_max
 
     offset = sample * stride_ob + head * stride_oh + split * tl.cast(stride_os, tl.int64) + start_m
     if STATISTICS:
@@ -211,10 +139,10 @@ def launch_attention_energy(
         _launch(blurred, tuple(range(len(finite))), key, out[:, :, image], finite, scale)
     if uniform:
         rows, query_samples = mean_query(query, grid, uniform)
-        found = out.new_empty(*out.shape[:2], 1)
-        _launch(rows, query_samples, key, found, uniform, scale)
+        energies = out.new_empty(*out.shape[:2], 1)
+        _launch(rows, query_samples, key, energies, uniform, scale)
         for i in uniform:
-            out[i, :, image] = found[i]
+            out[i, :, image] = energies[i]
     for outside in (slice(0, grid.start), slice(grid.stop, query.shape[2])):
         others = tuple(sorted(finite + uniform))
         if others and outside.start < outside.stop:
@@ -247,7 +175,7 @@ def _launch(
 ) -> None:
     _, heads, rows, head_dim = query.shape
     keys = key.shape[2]
-    tile = scores_tile(query.device, head_dim, query.dtype)
+    tile = scores_tile(architecture(query.device), head_dim, query.dtype)
     programs = -(-rows // tile.block_m) * heads * len(samples)
     splits, keys_per_split = 1, keys
     if maxima is None:

@@ -23,54 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
-from segkern.kernels._configs import key_splits, multiprocessors, scores_tile
+from segkern.kernels._configs import architecture, key_splits, multiprocessors, scores_tile
 from segkern.kernels._launch import launching, strides_are_wide, tile_constants
-from segkern.kernels._primitives import LOG2E, load_tile, multiply_tiles
+from segkern.kernels._primitives import LOG2E, from_row, load_parts, matrix, multiply_tiles
 from segkern.kernels.attention_energy import launch_statistics, positive_scale
-
-
-@triton.jit
-def _add_blocks(
-    k,
-    k_rest,
-    acc,
-    q_ptr,
-    max_ptr,
-    inverse_ptr,
-    first,
-    stop,
-    queries,
-    stride_qn,
-    stride_qd,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Probabilities of blocks of queries that begin in ``first .. stop - 1``; only with TAIL past the last query."""
-    offs_n = tl.arange(0, BLOCK_N)
-    for n in tl.range(first, stop, BLOCK_N):
-        mask_n = n + offs_n < queries
-        if TAIL:
-            row_max = tl.load(max_ptr + n + offs_n, mask=mask_n, other=0.0)
-            inverse = tl.load(inverse_ptr + n + offs_n, mask=mask_n, other=0.0)
-        else:
-            row_max = tl.load(max_ptr + n + offs_n)
-            inverse = tl.load(inverse_ptr + n + offs_n)
-        q_tile = q_ptr + tl.cast(n, tl.int64) * stride_qn
-        q = load_tile(q_tile, offs_n, mask_n, stride_qn, stride_qd, 0, HEAD_DIM, BLOCK_D, TAIL)  # [BLOCK_N, BLOCK_D]
-        q_rest = 0.0
-        if BLOCK_R > 0:
-            q_rest = load_tile(q_tile, offs_n, mask_n, stride_qn, stride_qd, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL)
-        products = multiply_tiles(k, k_rest, q, q_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
-        # No probability exceeds 1, should a product of huge numbers round differently than in pass one. Beside a key of
-        # infinities the padding has NaN, of which a device's minimum makes 0, and a weight of 0; NumPy's keeps it.
-        exponents = tl.minimum((products - row_max[None, :]) * scale, 0.0)
-        acc += tl.math.exp2(exponents) * inverse[None, :]
-    return acc
 
 
 @triton.jit
@@ -104,9 +60,6 @@ def _attention_mass_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if WIDE:  # offsets inside a tile exceed 32 bits
-        stride_qn, stride_qd = tl.cast(stride_qn, tl.int64), tl.cast(stride_qd, tl.int64)
-        stride_kn, stride_kd = tl.cast(stride_kn, tl.int64), tl.cast(stride_kd, tl.int64)
     pid = tl.program_id(0)
     tiles = tl.cdiv(keys, BLOCK_M)
     start_m = tl.cast((pid % tiles) * BLOCK_M, tl.int64)
@@ -116,61 +69,34 @@ def _attention_mass_kernel(
     sample = head_of_sample // heads
 
     offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
     mask_m = start_m + offs_m < keys
-    q_ptr += sample * stride_qb + head * stride_qh
-    k_ptr += sample * stride_kb + head * stride_kh + start_m * stride_kn
+    q = matrix(q_ptr + sample * stride_qb + head * stride_qh, stride_qn, stride_qd, WIDE)
+    k = matrix(k_ptr + sample * stride_kb + head * stride_kh, stride_kn, stride_kd, WIDE)
     max_ptr += head_of_sample * queries
     inverse_ptr += head_of_sample * queries
-    k = load_tile(k_ptr, offs_m, mask_m, stride_kn, stride_kd, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    k_rest = 0.0
-    if BLOCK_R > 0:
-        k_rest = load_tile(k_ptr, offs_m, mask_m, stride_kn, stride_kd, BLOCK_D, HEAD_DIM, BLOCK_R, True)
+    k_tile, k_rest = load_parts(from_row(k, start_m), offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R, True)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
 
     first = split * queries_per_split
     stop = tl.minimum(first + queries_per_split, queries)
     full = tl.minimum(stop, queries - queries % BLOCK_N)
-    acc = _add_blocks(
-        k,
-        k_rest,
-        acc,
-        q_ptr,
-        max_ptr,
-        inverse_ptr,
-        first,
-        full,
-        queries,
-        stride_qn,
-        stride_qd,
-        scale,
-        HEAD_DIM,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_R,
-        False,
-        PRECISION,
-    )
-    if not EVEN_QUERIES:
-        acc = _add_blocks(
-            k,
-            k_rest,
-            acc,
-            q_ptr,
-            max_ptr,
-            inverse_ptr,
-            full,
-            stop,
-            queries,
-            stride_qn,
-            stride_qd,
-            scale,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_R,
-            True,
-            PRECISION,
-        )
+    for TAIL in tl.static_range(0, 1 if EVEN_QUERIES else 2):  # whole blocks, then what is left behind them
+        for n in tl.range(full if TAIL else first, stop if TAIL else full, BLOCK_N):
+            mask_n = n + offs_n < queries
+            if TAIL:
+                row_max = tl.load(max_ptr + n + offs_n, mask=mask_n, other=0.0)
+                inverse = tl.load(inverse_ptr + n + offs_n, mask=mask_n, other=0.0)
+            else:
+                row_max = tl.load(max_ptr + n + offs_n)
+                inverse = tl.load(inverse_ptr + n + offs_n)
+            q_tile, q_rest = load_parts(from_row(q, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
+            products = multiply_tiles(k_tile, k_rest, q_tile, q_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
+            # No probability exceeds 1, should a product of huge numbers round differently than in pass one. Beside a
+            # key of infinities the padding has NaN, of which a device's minimum makes 0, and a weight of 0; NumPy's
+            # keeps it.
+            exponents = tl.minimum((products - row_max[None, :]) * scale, 0.0)
+            acc += tl.math.exp2(exponents) * inverse[None, :]
 
     out_ptr += (tl.cast(split, tl.int64) * batch * heads + head_of_sample) * keys + start_m
     tl.store(out_ptr + offs_m, tl.sum(acc, axis=1), mask=mask_m)
@@ -188,7 +114,7 @@ def launch_attention_mass(query: torch.Tensor, key: torch.Tensor, out: torch.Ten
     maxima, inverse_sums = query.new_empty(2, batch, heads, queries, dtype=torch.float32)
     launch_statistics(query, key, maxima, inverse_sums, scale)
     keys = key.shape[2]
-    tile = scores_tile(query.device, head_dim, query.dtype)
+    tile = scores_tile(architecture(query.device), head_dim, query.dtype)
     programs = -(-keys // tile.block_m) * heads * batch
     splits, queries_per_split = key_splits(programs, queries, tile.block_n, multiprocessors(query.device))
     shares = out[None] if splits == 1 else out.new_empty(splits, batch, heads, keys)

@@ -19,10 +19,9 @@ import triton.language as tl
 
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import blur_matrices, consecutive
-from segkern.kernels._blur_tiles import blur_block
 from segkern.kernels._configs import Options, blur_precision
 from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide
-from segkern.kernels._primitives import load_tile, store_tile
+from segkern.kernels._primitives import load_tile, matrix, store_tile
 
 BLOCK_I = 32
 BLOCK_J = 32
@@ -33,7 +32,7 @@ _BLOCK_D = 64
 def _gaussian_blur_kernel(
     x_ptr,
     out_ptr,
-    tables_ptr,  # int32 [batch]
+    index_ptr,  # int32 [batch], of its matrix; negative: copied
     weights_ptr,  # float32 [T, length, length]
     reach_ptr,  # int32 [T, 2], offset to this axis
     stride_xb,
@@ -56,44 +55,43 @@ def _gaussian_blur_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if WIDE:
-        stride_xd, stride_od = tl.cast(stride_xd, tl.int64), tl.cast(stride_od, tl.int64)
     pid = tl.program_id(0)
     blocks = tl.cdiv(length, BLOCK_I)
     start_i = (pid % blocks) * BLOCK_I
     line = tl.cast((pid // blocks) % lines, tl.int64)
     head = tl.cast((pid // (blocks * lines)) % heads, tl.int64)
     sample = tl.cast(pid // (blocks * lines * heads), tl.int64)
-    table = tl.load(tables_ptr + sample)
+    index = tl.load(index_ptr + sample)
+    offs_i = start_i + tl.arange(0, BLOCK_I)
+    mask_i = offs_i < length
     x_ptr += sample * stride_xb + head * stride_xh + line * line_step * stride_xn
     out_ptr += sample * stride_ob + head * stride_oh + line * line_step * stride_on
-    stride_xi = tl.cast(axis_step, tl.int64) * stride_xn
-    stride_oi = tl.cast(axis_step, tl.int64) * stride_on
+    step = tl.cast(axis_step, tl.int64)
+    x_line = matrix(x_ptr, step * stride_xn, stride_xd, WIDE)
+    out_line = matrix(out_ptr, step * stride_on, stride_od, WIDE)
 
-    if table < 0:
-        offs_i = start_i + tl.arange(0, BLOCK_I)
-        mask_i = offs_i < length
+    if index < 0:
         for first_d in tl.static_range(0, HEAD_DIM, BLOCK_D):
-            x = load_tile(x_ptr, offs_i, mask_i, stride_xi, stride_xd, first_d, HEAD_DIM, BLOCK_D, True)
-            store_tile(out_ptr, x, offs_i, mask_i, stride_oi, stride_od, first_d, HEAD_DIM, BLOCK_D)
+            x = load_tile(x_line, offs_i, mask_i, first_d, HEAD_DIM, BLOCK_D, True)
+            store_tile(out_line, x, offs_i, mask_i, first_d, HEAD_DIM, BLOCK_D)
     else:
-        blur_block(
-            x_ptr,
-            out_ptr,
-            weights_ptr + table * length * length,
-            tl.load(reach_ptr + 2 * table),
-            start_i,
-            length,
-            stride_xi,
-            stride_xd,
-            stride_oi,
-            stride_od,
-            HEAD_DIM,
-            BLOCK_I,
-            BLOCK_J,
-            BLOCK_D,
-            PRECISION,
-        )
+        weights_ptr += index * length * length
+        reach = tl.load(reach_ptr + 2 * index)
+        first_j = tl.maximum(start_i - reach, 0)
+        last_j = tl.minimum(start_i + BLOCK_I + reach, length)
+        for first_d in tl.static_range(0, HEAD_DIM, BLOCK_D):
+            acc = tl.zeros([BLOCK_I, BLOCK_D], dtype=tl.float32)
+            for j in range(first_j, last_j, BLOCK_J):
+                offs_j = j + tl.arange(0, BLOCK_J)
+                mask_j = offs_j < length
+                weights = tl.load(  # [BLOCK_I, BLOCK_J]
+                    weights_ptr + offs_i[:, None] * length + offs_j[None, :],
+                    mask=mask_i[:, None] & mask_j[None, :],
+                    other=0.0,
+                )
+                x = load_tile(x_line, offs_j, mask_j, first_d, HEAD_DIM, BLOCK_D, True)
+                acc = tl.dot(weights, x.to(tl.float32), acc, input_precision=PRECISION)  # [BLOCK_I, BLOCK_D]
+            store_tile(out_line, acc, offs_i, mask_i, first_d, HEAD_DIM, BLOCK_D)
 
 
 def blur_options(dtype: torch.dtype) -> Options:
@@ -123,15 +121,15 @@ def launch_gaussian_blur(
     if x.numel() == 0:
         return
     batch, heads, tokens, head_dim = x.shape
-    tables = blur_matrices(tuple(range(batch)), sigmas, grid.height, grid.width, boundary, x.device, adjoint)
+    matrices = blur_matrices(tuple(range(batch)), sigmas, grid.height, grid.width, boundary, x.device, adjoint)
     for outside in (slice(0, grid.start), slice(grid.stop, tokens)):
         if outside.start < outside.stop:
             out[:, :, outside] = x[:, :, outside]
     image, out_image = x[:, :, grid.start : grid.stop], out[:, :, grid.start : grid.stop]
     halfway = torch.empty(batch, grid.tokens, heads, head_dim, dtype=torch.float32, device=x.device).transpose(1, 2)
     axes = (
-        (image, halfway, tables.columns, tables.reach[:, 1:], grid.height, grid.width, grid.width, 1),
-        (halfway, out_image, tables.rows, tables.reach, grid.width, grid.height, 1, grid.width),
+        (image, halfway, matrices.columns, matrices.reach[:, 1:], grid.height, grid.width, grid.width, 1),
+        (halfway, out_image, matrices.rows, matrices.reach, grid.width, grid.height, 1, grid.width),
     )
     with launching(x.device):
         for source, target, weights, reach, lines, length, line_step, axis_step in axes:
@@ -139,7 +137,7 @@ def launch_gaussian_blur(
             _gaussian_blur_kernel[(programs,)](
                 source,
                 target,
-                tables.tables,
+                matrices.index,
                 weights,
                 reach,
                 *source.stride(),

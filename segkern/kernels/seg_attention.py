@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of blurred queries by whichever kernels serve which samples of a batch."""
+"""Launch attention of blurred queries: every sample of a batch by the kernels of its route."""
 
 from __future__ import annotations
 
 import torch
 
 from segkern.grid import Grid
-from segkern.kernels._routes import attention_route
+from segkern.kernels._routes import BlurPlace, attention_route
 from segkern.kernels.split_attention import launch_split_attention, launch_uniform_attention
 from segkern.kernels.tiled_attention import launch_tiled_attention
 
@@ -22,12 +22,12 @@ def launch_seg_attention(
     scale: float,
     attn_mask: torch.Tensor | None,
     boundary: str,
-    blur: int | None = None,
+    place: BlurPlace | None = None,
 ) -> None:
     """Write attention of blurred queries to ``out`` and, where given, the rows' log-sum-exp to ``lse``.
 
     Samples of infinite sigma go to the kernel for few rows, and so do few rows that are not blurred; of the former
-    only tokens outside the grid, if any, come here. ``blur`` settles where queries are blurred, see ``_routes.py``.
+    only tokens outside the grid, if any, are left. ``place`` settles where queries are blurred, see ``_routes.py``.
     """
     if query.numel() == 0:
         return
@@ -35,12 +35,11 @@ def launch_seg_attention(
         query, scale = -query, -scale
     masked, rows_alike = attn_mask is not None, attn_mask is None or attn_mask.shape[2] == 1
     kind = query.device, query.dtype, query.shape, key.shape[2]
-    route = attention_route(*kind, grid, sigmas, boundary, masked, rows_alike, blur)
+    route = attention_route(*kind, grid, sigmas, boundary, masked, rows_alike, place)
     if route.uniform:
         launch_uniform_attention(query, key, value, out, lse, grid, route.uniform, scale, attn_mask)
-    if route.few:
+    if route.matrices is not None:
+        tiles = route, route.matrices
+        launch_tiled_attention(query, key, value, out, lse, grid, sigmas, *tiles, scale, attn_mask, boundary)
+    elif route.rest:
         launch_split_attention(query, key, value, out, lse, route.rest, scale, attn_mask)
-    elif route.tables is not None:
-        launch_tiled_attention(
-            query, key, value, out, lse, grid, sigmas, route, route.tables, scale, attn_mask, boundary
-        )

@@ -28,15 +28,21 @@ import triton.language as tl
 
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import consecutive, index_tensor
-from segkern.kernels._configs import (
-    Options,
-    key_splits,
-    multiprocessors,
-    split_tile,
-)
+from segkern.kernels._configs import Options, architecture, key_splits, multiprocessors, split_tile
 from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide, tile_constants
 from segkern.kernels._masks import mask_arguments
-from segkern.kernels._primitives import LN2, LOG2E, attend_keys, load_tile, store_tile
+from segkern.kernels._primitives import (
+    LN2,
+    LOG2E,
+    Matrix,
+    attend_keys,
+    from_row,
+    load_parts,
+    load_tile,
+    matrix,
+    store_parts,
+    store_tile,
+)
 
 _EXPANDED_TOKENS = 32  # tokens a program of the second kernel writes where a row stands for many
 COMBINE_OPTIONS = Options(num_warps=4, num_stages=1)
@@ -83,11 +89,6 @@ def _split_attention_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if WIDE:  # offsets inside a tile exceed 32 bits
-        stride_qn, stride_qd = tl.cast(stride_qn, tl.int64), tl.cast(stride_qd, tl.int64)
-        stride_kn, stride_kd = tl.cast(stride_kn, tl.int64), tl.cast(stride_kd, tl.int64)
-        stride_vn, stride_vd = tl.cast(stride_vn, tl.int64), tl.cast(stride_vd, tl.int64)
-        stride_mm, stride_mn = tl.cast(stride_mm, tl.int64), tl.cast(stride_mn, tl.int64)
     pid = tl.program_id(0)
     tiles = tl.cdiv(rows, BLOCK_M)
     tile = pid % tiles
@@ -97,49 +98,29 @@ def _split_attention_kernel(
     sample = tl.load(samples_ptr + head_of_sample // heads).to(tl.int64)
     query_sample = tl.load(query_samples_ptr + head_of_sample // heads).to(tl.int64)
 
-    start_m = tl.cast(tile * BLOCK_M, tl.int64)
+    start_m = tile * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = start_m + offs_m < rows
-    q_ptr += query_sample * stride_qb + head * stride_qh + start_m * stride_qn
-    k_ptr += sample * stride_kb + head * stride_kh
-    v_ptr += sample * stride_vb + head * stride_vh
-    if MASK != 0:
-        mask_ptr += sample * stride_mb + head * stride_mh + start_m * stride_mm
-    q = load_tile(q_ptr, offs_m, mask_m, stride_qn, stride_qd, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    q_rest = 0.0
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    acc_rest = 0.0
-    if BLOCK_R > 0:
-        q_rest = load_tile(q_ptr, offs_m, mask_m, stride_qn, stride_qd, BLOCK_D, HEAD_DIM, BLOCK_R, True)
-        acc_rest = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-
+    q = matrix(q_ptr + query_sample * stride_qb + head * stride_qh, stride_qn, stride_qd, WIDE)
+    k = matrix(k_ptr + sample * stride_kb + head * stride_kh, stride_kn, stride_kd, WIDE)
+    v = matrix(v_ptr + sample * stride_vb + head * stride_vh, stride_vn, stride_vd, WIDE)
+    mask = matrix(mask_ptr + sample * stride_mb + head * stride_mh, stride_mm, stride_mn, WIDE)
+    q_tile, q_rest = load_parts(from_row(q, start_m), offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R, True)
     first = split * keys_per_split
-    stop = tl.minimum(first + keys_per_split, keys)
     acc, acc_rest, row_max, row_sum = attend_keys(
-        q,
+        q_tile,
         q_rest,
-        acc,
-        acc_rest,
-        row_max,
-        row_sum,
-        k_ptr,
-        v_ptr,
-        mask_ptr,
+        k,
+        v,
+        from_row(mask, start_m),
         offs_m,
         mask_m,
         first,
-        stop,
+        tl.minimum(first + keys_per_split, keys),
         keys,
-        stride_kn,
-        stride_kd,
-        stride_vn,
-        stride_vd,
-        stride_mm,
-        stride_mn,
         scale,
         HEAD_DIM,
+        BLOCK_M,
         BLOCK_N,
         BLOCK_D,
         BLOCK_R,
@@ -151,9 +132,8 @@ def _split_attention_kernel(
 
     row = tl.cast(head_of_sample * splits + split, tl.int64) * rows + start_m
     partial_ptr += row * (HEAD_DIM + 2)
-    store_tile(partial_ptr, acc, offs_m, mask_m, HEAD_DIM + 2, 1, 0, HEAD_DIM, BLOCK_D)
-    if BLOCK_R > 0:
-        store_tile(partial_ptr, acc_rest, offs_m, mask_m, HEAD_DIM + 2, 1, BLOCK_D, HEAD_DIM, BLOCK_R)
+    partial = Matrix(partial_ptr, HEAD_DIM + 2, 1)
+    store_parts(partial, acc, acc_rest, offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R)
     tl.store(partial_ptr + offs_m * (HEAD_DIM + 2) + HEAD_DIM, row_max, mask=mask_m)
     tl.store(partial_ptr + offs_m * (HEAD_DIM + 2) + HEAD_DIM + 1, row_sum, mask=mask_m)
 
@@ -181,8 +161,6 @@ def _combine_splits_kernel(
     WITH_LSE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if WIDE:
-        stride_on, stride_od = tl.cast(stride_on, tl.int64), tl.cast(stride_od, tl.int64)
     pid = tl.program_id(0)  # of one axis: others hold 65,535 programs
     tiles = tl.cdiv(copies, BLOCK_T)
     tile = pid % tiles
@@ -195,7 +173,7 @@ def _combine_splits_kernel(
     mask_s = offs_s < splits
     partial_ptr += (tl.cast(head_of_sample, tl.int64) * splits * rows + row) * (HEAD_DIM + 2)
     stride_s = tl.cast(rows, tl.int64) * (HEAD_DIM + 2)
-    acc = load_tile(partial_ptr, offs_s, mask_s, stride_s, 1, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_S, BLOCK_D]
+    acc = load_tile(Matrix(partial_ptr, stride_s, 1), offs_s, mask_s, 0, HEAD_DIM, BLOCK_D, True)  # [BLOCK_S, BLOCK_D]
     maxima = tl.load(partial_ptr + offs_s * stride_s + HEAD_DIM, mask=mask_s, other=float("-inf"))
     sums = tl.load(partial_ptr + offs_s * stride_s + HEAD_DIM + 1, mask=mask_s, other=0.0)
     row_max = tl.max(maxima, axis=0)
@@ -206,9 +184,9 @@ def _combine_splits_kernel(
     start = tile * BLOCK_T
     mask_t = start + offs_t < copies
     token = tl.cast(first_token + row * copies + start, tl.int64)
-    out_tile = out_ptr + sample * stride_ob + head * stride_oh + token * stride_on
+    out = matrix(out_ptr + sample * stride_ob + head * stride_oh, stride_on, stride_od, WIDE)
     written = tl.broadcast_to(out_row[None, :], [BLOCK_T, BLOCK_D])
-    store_tile(out_tile, written, offs_t, mask_t, stride_on, stride_od, 0, HEAD_DIM, BLOCK_D)
+    store_tile(from_row(out, token), written, offs_t, mask_t, 0, HEAD_DIM, BLOCK_D)
     if WITH_LSE:
         lse = tl.zeros([BLOCK_T], dtype=tl.float32) + (row_max + tl.math.log2(row_sum)) * LN2
         tl.store(lse_ptr + (sample * heads + head) * tokens + token + offs_t, lse, mask=mask_t)
@@ -275,7 +253,7 @@ def _launch(
 ) -> None:
     _, heads, rows, head_dim = query.shape
     keys = key.shape[2]
-    tile = split_tile(query.device, head_dim, query.dtype, rows, attn_mask is not None)
+    tile = split_tile(architecture(query.device), head_dim, query.dtype, rows, attn_mask is not None)
     programs = -(-rows // tile.block_m) * heads * len(samples)
     splits, keys_per_split = key_splits(programs, keys, tile.block_n, multiprocessors(query.device))
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
@@ -301,7 +279,7 @@ def _launch(
             keys_per_split,
             splits,
             scale * LOG2E.value,
-            MASK=mask_kind,
+            MASK=mask_kind.value,
             EVEN_KEYS=keys % tile.block_n == 0,
             WIDE=strides_are_wide(*strides, mask_strides),
             **tile_constants(tile, head_dim, query.dtype),

@@ -14,33 +14,26 @@ queries of blurred samples are blurred by the separable kernel first, and a prog
 
 Memory traffic per head: Q once for plain samples; for blurred ones every tile reads the source rows within reach, from
 L2, or the blurred queries once; K and V once per tile, from L2; out once.
-
-Head dimensions that are no power of two are split into two products, 80 = 64 + 16, so that nothing is padded further
-than to 16.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from segkern.grid import Grid
-from segkern.kernels._blur_matrices import OUTSIDE, BlurMatrices
-from segkern.kernels._blur_tiles import query_tile
-from segkern.kernels._configs import Tile, attention_tile, blur_precision, dot_precision, split_head_dim
-from segkern.kernels._launch import can_be_described, compile_options, launching, scratch_memory, strides_are_wide
+from segkern.kernels._blur_matrices import BlurMatrices, Unblurred
+from segkern.kernels._configs import architecture, attention_tile, blur_precision
+from segkern.kernels._launch import can_be_described, launching, scratch_memory, strides_are_wide, tile_constants
 from segkern.kernels._masks import mask_arguments
-from segkern.kernels._primitives import LN2, LOG2E, attend_keys, store_tile
-from segkern.kernels._routes import BEFORE, HERE, Route
+from segkern.kernels._primitives import LN2, LOG2E, Matrix, attend_keys, from_row, matrix, store_parts
+from segkern.kernels._query_tiles import ImageGrid, Weights, query_tile
+from segkern.kernels._routes import BlurPlace, Route
 from segkern.kernels.gaussian_blur import blurred_image
 
-_OUTSIDE = tl.constexpr(OUTSIDE)
-_HERE = tl.constexpr(HERE)
-_BEFORE = tl.constexpr(BEFORE)
+_OUTSIDE = tl.constexpr(Unblurred.OUTSIDE.value)
+_BEFORE = tl.constexpr(BlurPlace.BEFORE.value)
 
 
 @triton.jit
@@ -52,11 +45,11 @@ def _tiled_attention_kernel(
     lse_ptr,  # float32 [batch, heads, tokens], contiguous
     mask_ptr,
     samples_ptr,  # int32 [samples]
-    tables_ptr,  # int32 [samples]
+    blur_index_ptr,  # int32 [samples]: of a matrix if blurred in the prologue, of a blurred image if before
     row_weights_ptr,  # float32 [T, height, height]
     column_weights_ptr,  # float32 [T, width, width]
     reach_ptr,  # int32 [T, 2]
-    blurred_ptr,  # [B, height * width, heads, HEAD_DIM], contiguous
+    blurred_ptr,  # [B, height * width, heads, HEAD_DIM], contiguous; None unless blurred before
     stride_qb,
     stride_qh,
     stride_qn,
@@ -90,8 +83,8 @@ def _tiled_attention_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLUR: tl.constexpr,  # 0, or _HERE: tables are matrices, or _BEFORE: tables are blurred samples
-    MASK: tl.constexpr,
+    BLUR: tl.constexpr,  # a BlurPlace
+    MASK: tl.constexpr,  # a MaskKind
     EVEN_KEYS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,  # keys and values are copied in blocks; without a mask
     WITH_LSE: tl.constexpr,
@@ -99,91 +92,66 @@ def _tiled_attention_kernel(
     BLUR_PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    if WIDE:  # offsets inside a tile exceed 32 bits
-        stride_qn, stride_qd = tl.cast(stride_qn, tl.int64), tl.cast(stride_qd, tl.int64)
-        stride_kn, stride_kd = tl.cast(stride_kn, tl.int64), tl.cast(stride_kd, tl.int64)
-        stride_vn, stride_vd = tl.cast(stride_vn, tl.int64), tl.cast(stride_vd, tl.int64)
-        stride_on, stride_od = tl.cast(stride_on, tl.int64), tl.cast(stride_od, tl.int64)
-        stride_mm, stride_mn = tl.cast(stride_mm, tl.int64), tl.cast(stride_mn, tl.int64)
     pid = tl.program_id(0)
     tiles = tl.cdiv(tokens, BLOCK_M)
     tile = pid % tiles
     head = tl.cast((pid // tiles) % heads, tl.int64)
     slot = pid // (tiles * heads)
     sample = tl.load(samples_ptr + slot).to(tl.int64)
-    table = tl.load(tables_ptr + slot)
+    blur = tl.load(blur_index_ptr + slot)
 
     start_m = tile * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
-    grid_index = start_m + offs_m - grid_start
-    in_grid = (grid_index >= 0) & (grid_index < height * width)
     mask_m = start_m + offs_m < tokens
-    if table == _OUTSIDE:
-        mask_m = mask_m & (in_grid == 0)
+    if blur == _OUTSIDE:
+        grid_index = start_m + offs_m - grid_start
+        mask_m = mask_m & ((grid_index < 0) | (grid_index >= height * width))
         if (start_m >= grid_start) & (start_m + BLOCK_M <= grid_start + height * width):
             return
 
-    q_ptr += sample * stride_qb + head * stride_qh
-    k_ptr += sample * stride_kb + head * stride_kh
-    v_ptr += sample * stride_vb + head * stride_vh
-    if MASK != 0:
-        mask_ptr += sample * stride_mb + head * stride_mh + tl.cast(start_m, tl.int64) * stride_mm
-
-    q, q_rest = query_tile(
-        q_ptr,
-        blurred_ptr,
-        row_weights_ptr,
-        column_weights_ptr,
-        reach_ptr,
-        table,
-        head,
-        heads,
+    q = matrix(q_ptr + sample * stride_qb + head * stride_qh, stride_qn, stride_qd, WIDE)
+    k = matrix(k_ptr + sample * stride_kb + head * stride_kh, stride_kn, stride_kd, WIDE)
+    v = matrix(v_ptr + sample * stride_vb + head * stride_vh, stride_vn, stride_vd, WIDE)
+    out = matrix(out_ptr + sample * stride_ob + head * stride_oh, stride_on, stride_od, WIDE)
+    mask = matrix(mask_ptr + sample * stride_mb + head * stride_mh, stride_mm, stride_mn, WIDE)
+    blurred = q
+    if BLUR == _BEFORE:
+        image = tl.cast(blur, tl.int64) * height * width * heads + head
+        blurred = Matrix(blurred_ptr + image * HEAD_DIM, heads * HEAD_DIM, 1)
+    grid = ImageGrid(height, width, grid_start)
+    weights = Weights(
+        row_weights_ptr + blur * height * height, column_weights_ptr + blur * width * width, reach_ptr + 2 * blur
+    )
+    q_tile, q_rest = query_tile(
+        q,
+        blurred,
+        weights,
+        grid,
+        blur >= 0,
         start_m,
         mask_m,
-        stride_qn,
-        stride_qd,
-        height,
-        width,
-        grid_start,
         HEAD_DIM,
         BLOCK_M,
         BLOCK_C,
         BLOCK_D,
         BLOCK_R,
-        BLUR == _HERE,
-        BLUR == _BEFORE,
+        BLUR,
         BLUR_PRECISION,
     )
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    acc_rest = 0.0
-    if BLOCK_R > 0:
-        acc_rest = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc, acc_rest, row_max, row_sum = attend_keys(
-        q,
+        q_tile,
         q_rest,
-        acc,
-        acc_rest,
-        row_max,
-        row_sum,
-        k_ptr,
-        v_ptr,
-        mask_ptr,
+        k,
+        v,
+        from_row(mask, start_m),
         offs_m,
         mask_m,
         0,
         keys,
         keys,
-        stride_kn,
-        stride_kd,
-        stride_vn,
-        stride_vd,
-        stride_mm,
-        stride_mn,
         scale,
         HEAD_DIM,
+        BLOCK_M,
         BLOCK_N,
         BLOCK_D,
         BLOCK_R,
@@ -194,10 +162,9 @@ def _tiled_attention_kernel(
     )
 
     inverse = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)[:, None]  # a row without keys gives 0
-    out_tile = out_ptr + sample * stride_ob + head * stride_oh + tl.cast(start_m, tl.int64) * stride_on
-    store_tile(out_tile, acc * inverse, offs_m, mask_m, stride_on, stride_od, 0, HEAD_DIM, BLOCK_D)
     if BLOCK_R > 0:
-        store_tile(out_tile, acc_rest * inverse, offs_m, mask_m, stride_on, stride_od, BLOCK_D, HEAD_DIM, BLOCK_R)
+        acc_rest *= inverse
+    store_parts(from_row(out, start_m), acc * inverse, acc_rest, offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R)
     if WITH_LSE:
         lse_tile = lse_ptr + (sample * heads + head) * tokens + start_m
         tl.store(lse_tile + offs_m, (row_max + tl.math.log2(row_sum)) * LN2, mask=mask_m)
@@ -212,22 +179,22 @@ def launch_tiled_attention(
     grid: Grid,
     sigmas: tuple[float, ...],
     route: Route,
-    tables: BlurMatrices,
+    matrices: BlurMatrices,
     scale: float,
     attn_mask: torch.Tensor | None,
     boundary: str,
 ) -> None:
-    """Write the samples of ``tables``, which are the route's, blurred where the route says."""
+    """Write the samples of ``matrices``, which are the route's, blurred where the route says."""
     _, heads, tokens, head_dim = query.shape
     keys = key.shape[2]
-    tile = attention_tile(query.device, head_dim, query.dtype, attn_mask is not None)
+    tile = attention_tile(architecture(query.device), head_dim, query.dtype, attn_mask is not None)
     described = tile.descriptors and attn_mask is None and can_be_described(key, value)
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, out)
     strides = query.stride(), key.stride(), value.stride(), out.stride()
-    programs = -(-tokens // tile.block_m) * heads * tables.samples.numel()
-    blur, blurred = HERE if tables.blurs else 0, None
+    programs = -(-tokens // tile.block_m) * heads * matrices.samples.numel()
+    place, blurred = BlurPlace.PROLOGUE if matrices.reach.numel() else BlurPlace.NOWHERE, None
     if route.before:
-        blur, blurred = BEFORE, blurred_image(query, grid, sigmas, route.before, boundary)
+        place, blurred = BlurPlace.BEFORE, blurred_image(query, grid, sigmas, route.before, boundary)
     with launching(query.device), scratch_memory(described):
         _tiled_attention_kernel[(programs,)](
             query,
@@ -236,11 +203,11 @@ def launch_tiled_attention(
             out,
             out if lse is None else lse,
             mask,
-            tables.samples,
-            tables.tables,
-            tables.rows,
-            tables.columns,
-            tables.reach,
+            matrices.samples,
+            matrices.index,
+            matrices.rows,
+            matrices.columns,
+            matrices.reach,
             blurred,
             *strides[0],
             *strides[1],
@@ -254,28 +221,13 @@ def launch_tiled_attention(
             grid.width,
             grid.start,
             scale * LOG2E.value,
-            BLUR=blur,
-            MASK=mask_kind,
+            BLOCK_C=tile.block_c,
+            BLUR=place.value,
+            MASK=mask_kind.value,
             EVEN_KEYS=keys % tile.block_n == 0,
             DESCRIPTORS=described,
             WITH_LSE=lse is not None,
+            BLUR_PRECISION=blur_precision(query.dtype),
             WIDE=strides_are_wide(*strides, mask_strides),
-            **_constants(tile, head_dim, query.dtype),
+            **tile_constants(tile, head_dim, query.dtype),
         )
-
-
-@lru_cache(maxsize=256)
-def _constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a tile settles for the compiler."""
-    block_d, block_r = split_head_dim(head_dim)
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_C": tile.block_c,
-        "BLOCK_D": block_d,
-        "BLOCK_R": block_r,
-        "PRECISION": dot_precision(dtype),
-        "BLUR_PRECISION": blur_precision(dtype),
-        **compile_options(tile),
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from segkern.core.fallback import run_with_fallback
 from segkern.grid import Grid
 from segkern.ops import torch_attention, torch_blur
 from segkern.ops.operators import check_call, empty_output, operator, save_linear, tokens_first
+
+if TYPE_CHECKING:
+    from segkern.kernels._routes import BlurPlace
 
 
 def fused_blur(
@@ -69,23 +72,23 @@ def fused_attention(
     scale: float,
     boundary: str,
     return_lse: bool,
-    blur: int | None = None,
+    place: BlurPlace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by Triton kernels, without gradient or tracer; arguments are checked already.
 
-    ``blur`` settles where queries are blurred (``_routes.py``), and that the attention is ours.
+    ``place`` settles where queries are blurred (``_routes.py``), and that the attention is ours.
     """
     from segkern.kernels._routes import sdpa_is_faster
     from segkern.kernels.seg_attention import launch_seg_attention
 
-    simple = blur is None and attn_mask is None and not return_lse and math.inf not in sigmas and any(sigmas)
+    simple = place is None and attn_mask is None and not return_lse and math.inf not in sigmas and any(sigmas)
     if simple and sdpa_is_faster(query.device, query.shape[3], query.dtype):
         blurred = fused_blur(query, grid, sigmas, boundary)
         out, _ = torch_attention.attend(blurred, key, value, scale, None, False)
         return tokens_first(out), None
     out = empty_output(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
-    launch_seg_attention(query, key, value, out, lse, grid, sigmas, scale, attn_mask, boundary, blur)
+    launch_seg_attention(query, key, value, out, lse, grid, sigmas, scale, attn_mask, boundary, place)
     return out, lse
 
 

@@ -21,7 +21,6 @@ pytest.importorskip("triton", reason="kernels need triton")
 from typer.testing import CliRunner
 
 from benchmarks import host, tables
-from segkern.kernels import _routes
 from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 
 GRID = Grid(3, 5)
@@ -125,18 +124,13 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sigma", [(0.0, 1.0), (0.0, 30.0), (0.0, math.inf)], ids=str)
-@pytest.mark.parametrize("route", ["in the prologue", "before"])
-def test_a_known_call_makes_nothing_on_the_host(
-    route: str, sigma: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_routes.BlurRoute, "before", property(lambda _: route == "before"))
-    _routes.attention_route.cache_clear()
+@pytest.mark.usefixtures("blur_route")
+def test_a_known_call_makes_nothing_on_the_host(sigma: tuple[float, ...]) -> None:
     q, k, v = draw()
     with torch.no_grad(), host.without_launches():
         segkern.seg_attention(q, k, v, GRID, sigma, backend="triton")
         with Recorded() as seen:
             segkern.ops.attention.fused_attention(q, k, v, None, GRID, sigma, 0.25, "reflect", False)
-    _routes.attention_route.cache_clear()
     allowed = {"empty", "new_empty", "transpose", "slice", "select", "mean", "_to_copy", "view", "clone", "alias"}
     assert {name.split(".")[1] for name in seen.names} <= allowed
 

@@ -52,8 +52,8 @@ def every_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return
     from segkern.kernels import _routes
 
-    ways = itertools.cycle((_routes.HERE, _routes.BEFORE))
-    monkeypatch.setattr(_routes, "choose_blur", lambda *_: next(ways))
+    places = itertools.cycle((_routes.BlurPlace.PROLOGUE, _routes.BlurPlace.BEFORE))
+    monkeypatch.setattr(_routes.BlurEstimate, "place", property(lambda _: next(places)))
     _routes.attention_route.cache_clear()
     yield
     _routes.attention_route.cache_clear()

@@ -40,7 +40,7 @@ def test_keys_and_values_by_descriptors(
         pytest.skip("needs Hopper or later")
     seen = []
     real = _launch.scratch_memory
-    tile = replace(_configs.attention_tile(DEVICE, dim, torch.float16, False), descriptors=True)
+    tile = replace(_configs.attention_tile(_configs.architecture(DEVICE), dim, torch.float16), descriptors=True)
     monkeypatch.setattr("segkern.kernels.tiled_attention.attention_tile", lambda *_: tile)
     monkeypatch.setattr(
         "segkern.kernels.tiled_attention.scratch_memory", lambda wanted: seen.append(wanted) or real(wanted)
@@ -52,7 +52,7 @@ def test_keys_and_values_by_descriptors(
 
 
 def test_masks_and_descriptors_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    tile = replace(_configs.attention_tile(DEVICE, 16, torch.float32, False), descriptors=True)
+    tile = replace(_configs.attention_tile(_configs.architecture(DEVICE), 16, torch.float32), descriptors=True)
     monkeypatch.setattr("segkern.kernels.tiled_attention.attention_tile", lambda *_: tile)
     mask = torch.randn(1, 1, 45, 45, device=DEVICE)
     check_attention((2, 1, 45, 16), Grid(5, 9), (0.0, 1.2), torch.float32, attn_mask=mask)

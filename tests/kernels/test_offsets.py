@@ -17,7 +17,6 @@ import segkern
 from segkern import Grid
 
 pytest.importorskip("triton", reason="kernels need triton")
-from segkern.kernels import _routes
 from tests.core.failure_tools import KERNELS
 from tests.kernels.kernel_tools import DEVICE
 
@@ -53,21 +52,18 @@ READS = {"gaussian_blur": (0,), "attention_mass": (0, 1), "attention_energy": (0
 
 
 @pytest.mark.robustness
-@pytest.mark.parametrize("route", [_routes.HERE, _routes.BEFORE], ids=["here", "before"])
+@pytest.mark.usefixtures("blur_route")
 @pytest.mark.parametrize("dim", [0, 1], ids=["samples", "heads"])
-def test_samples_and_heads_far_apart(dim: int, route: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_and_heads_far_apart(dim: int) -> None:
     """With each of query, key and value in turn the result is bit for bit that of dense tensors."""
-    monkeypatch.setattr(_routes, "choose_blur", lambda *_: route)
-    _routes.attention_route.cache_clear()
     for far in range(3):
         tensors = [torch.randn(SHAPE, device=DEVICE).half() for _ in range(3)]
         tensors[far] = spread(SHAPE, dim, STEP)
         dense = [x.contiguous() for x in tensors]
         for name, call in CALLS.items():
-            if far in READS.get(name, (0, 1, 2)) and (route == _routes.HERE or name == "seg_attention"):
+            if far in READS.get(name, (0, 1, 2)):
                 assert torch.equal(call(*tensors), call(*dense)), name
         del tensors
-    _routes.attention_route.cache_clear()
 
 
 @pytest.mark.parametrize("dim", [0, pytest.param(1, marks=pytest.mark.robustness)], ids=["samples", "heads"])

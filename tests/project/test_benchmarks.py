@@ -196,7 +196,7 @@ def test_writing_results_does_not_make_the_checkout_dirty(monkeypatch: pytest.Mo
 def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
     case = CASES["tiny-6x10"].of(torch.float16)
     good = tune.candidates(case, device)
-    assert good[0] == tune._configs.attention_tile(device, case.head_dim, case.dtype, False)
+    assert good[0] == tune._configs.attention_tile(tune._configs.architecture(device), case.head_dim, case.dtype)
     assert len(good) == len(set(good)) > 20
     screened = tune.screen(case, 1.0, [Tile(32, 32, 16, 4, 1), Tile(48, 32, 16, 4, 1)], device, rounds=2)
     first, last = screened["tiles"]
@@ -270,7 +270,7 @@ def test_what_is_installed_is_read_and_explained(tmp_path: Path, monkeypatch: py
     path = tmp_path / "tuned.json"
     path.write_text("{}")
     monkeypatch.setattr(tune._configs, "TUNED", path)
-    usual = tune._configs.tile_for("sm_90", 64, torch.float16)
+    usual = tune._configs.attention_tile("sm_90", 64, torch.float16)
     other = Tile(64, 32, 16, 8, 2)
 
     def explained(sigma: float) -> dict[str, str]:
@@ -282,9 +282,9 @@ def test_what_is_installed_is_read_and_explained(tmp_path: Path, monkeypatch: py
         tune.install([confirmed("a", best_before=0.9)], path)
         assert "by the separable kernel, before" in explained(10.0)["queries are blurred"]
         assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(other, False)
-        assert tune._configs.tile_for("sm_90", 64, torch.bfloat16) == other
-        assert tune._configs.tile_for("sm_90", 64, torch.bfloat16, masked=True) != other
-        assert tune._configs.tile_for("sm_90", 64, torch.float16) == usual
+        assert tune._configs.attention_tile("sm_90", 64, torch.bfloat16) == other
+        assert tune._configs.attention_tile("sm_90", 64, torch.bfloat16, masked=True) != other
+        assert tune._configs.attention_tile("sm_90", 64, torch.float16) == usual
         tune.install([confirmed("a", 0.5, best=replace(other, descriptors=True), best_before=0.9)], path)
         assert "PyTorch's attention" in explained(3.0)["computed by"]
         tune.install([confirmed("a", best=replace(other, descriptors=True), best_before=0.9)], path)
@@ -294,7 +294,7 @@ def test_what_is_installed_is_read_and_explained(tmp_path: Path, monkeypatch: py
 
 
 def clear_tuned() -> None:
-    for cache in (tune._configs.tuned, tune._configs.tile_for):
+    for cache in (tune._configs.tuned, tune._configs.attention_tile):
         cache.cache_clear()
 
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jit helpers for attention's queries: a tile of them, blurred when it is loaded or blurred before."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from segkern.kernels._primitives import from_row, load_parts, load_tile
+from segkern.kernels._routes import BlurPlace
+
+_PROLOGUE = tl.constexpr(BlurPlace.PROLOGUE.value)
+_BEFORE = tl.constexpr(BlurPlace.BEFORE.value)
+
+
+class ImageGrid(NamedTuple):
+    """A grid of tokens: ``start`` is the first one's row among the queries."""
+
+    height: Any
+    width: Any
+    start: Any
+
+
+class Weights(NamedTuple):
+    """One blur: float32 ``[height, height]`` and ``[width, width]``, and how far a token looks along either axis."""
+
+    rows_ptr: Any
+    columns_ptr: Any
+    reach_ptr: Any
+
+
+@triton.jit
+def blur_tile(
+    image,  # Matrix of one head's image
+    weights,
+    grid,
+    start,  # grid index of the tile's first query; negative where other tokens come before the image
+    first_d: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Blurred queries of a tile, float32 ``[BLOCK_M, BLOCK_D]``; zero outside the grid.
+
+    For every grid row that the tile touches, source rows are first summed vertically with float32 multiply-adds, one
+    block of columns at a time; one small product with the horizontal weights then spreads them over the
+    tile's tokens of that row.
+    """
+    height, width = grid.height, grid.width
+    row_reach, column_reach = tl.load(weights.reach_ptr), tl.load(weights.reach_ptr + 1)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_m = tl.arange(0, BLOCK_M)
+    first = tl.maximum(start, 0)
+    last = tl.minimum(start + BLOCK_M, height * width) - 1
+    first_row = first // width
+    last_row = last // width
+    first_column = 0
+    last_column = width
+    if first_row == last_row:  # part of one row: only the columns in reach
+        first_column = tl.maximum(first - first_row * width - column_reach, 0)
+        last_column = tl.minimum(last - first_row * width + column_reach + 1, width)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for r in range(first_row, last_row + 1):
+        first_source = tl.maximum(r - row_reach, 0)
+        last_source = tl.minimum(r + row_reach + 1, height)
+        for c in range(first_column, last_column, BLOCK_C):
+            mask_c = c + offs_c < width
+            column_sum = tl.zeros([BLOCK_C, BLOCK_D], dtype=tl.float32)
+            for h in range(first_source, last_source):
+                weight = tl.load(weights.rows_ptr + r * height + h)
+                x = load_tile(from_row(image, h * width + c), offs_c, mask_c, first_d, HEAD_DIM, BLOCK_D, True)
+                column_sum += weight * x.to(tl.float32)  # [BLOCK_C, BLOCK_D]
+            # Tokens of grid row r lie next to each other: their columns count up, without a division per token.
+            column = start - r * width + offs_m
+            horizontal = tl.load(  # [BLOCK_M, BLOCK_C]
+                weights.columns_ptr + column[:, None] * width + (c + offs_c)[None, :],
+                mask=((column >= 0) & (column < width))[:, None] & mask_c[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(horizontal, column_sum, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def load_rows(rows, column_stride, mask_n, first_d: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns ``first_d ..`` of rows that begin at pointers and have a step from column to column each."""
+    offs_d = first_d + tl.arange(0, BLOCK_D)
+    ptrs = rows[:, None] + offs_d[None, :] * column_stride[:, None]
+    return tl.load(ptrs, mask=mask_n[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def query_tile(
+    q,  # Matrix of one head's queries
+    blurred,  # Matrix of its blurred image, if BEFORE
+    weights,  # of its blur, if PROLOGUE
+    grid,
+    is_blurred,
+    start_m,
+    mask_m,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLUR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Both parts of a tile of queries, those of the image blurred; only rows of ``mask_m`` are wanted."""
+    offs_m = tl.arange(0, BLOCK_M)
+    start = start_m - grid.start
+    grid_index = start + offs_m
+    in_image = is_blurred & (grid_index >= 0) & (grid_index < grid.height * grid.width)
+    q = from_row(q, start_m)
+    if BLUR == _BEFORE:
+        # Rows point to either matrix and are loaded once. A choice between two loaded tiles would be made in registers,
+        # and matrix instructions that have queries there wait for each other.
+        blurred = from_row(blurred, start)
+        rows = tl.where(in_image, blurred.ptr + offs_m * blurred.row_stride, q.ptr + offs_m * q.row_stride)
+        column_stride = tl.where(in_image, blurred.column_stride, q.column_stride)
+        tile = load_rows(rows, column_stride, mask_m, 0, HEAD_DIM, BLOCK_D)
+        rest = 0.0
+        if BLOCK_R > 0:
+            rest = load_rows(rows, column_stride, mask_m, BLOCK_D, HEAD_DIM, BLOCK_R)
+    else:
+        tile, rest = load_parts(q, offs_m, mask_m & (in_image == 0), HEAD_DIM, BLOCK_D, BLOCK_R, True)
+    if BLUR == _PROLOGUE:
+        if is_blurred & (start + BLOCK_M > 0) & (start < grid.height * grid.width):
+            image = from_row(q, -start)
+            blur = blur_tile(image, weights, grid, start, 0, HEAD_DIM, BLOCK_M, BLOCK_C, BLOCK_D, PRECISION)
+            tile = tl.where(in_image[:, None], blur.to(tile.dtype), tile)
+            if BLOCK_R > 0:
+                blur = blur_tile(image, weights, grid, start, BLOCK_D, HEAD_DIM, BLOCK_M, BLOCK_C, BLOCK_R, PRECISION)
+                rest = tl.where(in_image[:, None], blur.to(tile.dtype), rest)
+    return tile, rest
