@@ -11,9 +11,8 @@ import torch
 
 from segkern.integrations.diffusers import CFG, PAG, SEG, guide
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
-from tests.diffusers.family_tools import tiny_sd
 from tests.diffusers.probes import batches_seen
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline, tiny_sd
 
 MODELS = {"SDXL": tiny_pipeline, "SD 1": tiny_sd}
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import SEG, guide
-from tests.diffusers.closed_form_tools import (
+from tests.diffusers.exact_denoisers import (
     GaussianBlock,
     Line,
     MixtureBlock,
@@ -28,7 +28,8 @@ from tests.diffusers.closed_form_tools import (
     mixture_score,
     record_steps,
 )
-from tests.diffusers.diffusers_tools import dense_blur, relative
+from tests.diffusers.slow_guidance import dense_blur
+from tests.diffusers.small_pipelines import relative
 
 SIZE = (3, 5)
 MIXED = ([0.3, -0.2, 0.05], [-0.1, 0.0, 0.3])  # shifts and variance of the conditional and unconditional mixture

@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline
 
 
 def wrapped(pipe: Any, backend: Any) -> None:

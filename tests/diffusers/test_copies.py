@@ -10,8 +10,8 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from segkern.integrations.diffusers import SEG, guide
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from tests.diffusers.probes import hooks_of
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 
 
 @pytest.mark.parametrize("ran_before", [False, True], ids=["before any run", "after a run"])

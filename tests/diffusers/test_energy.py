@@ -17,8 +17,8 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPAGPipe
 
 from segkern.analysis import energy
 from segkern.integrations.diffusers import SAG, SEG, EnergyRecorder, SEGAttnProcessor, guide, list_layers, record_energy
-from tests.diffusers.diffusers_tools import noise, run, tiny_pipeline
 from tests.diffusers.probes import hooks_of
+from tests.diffusers.small_pipelines import noise, run, tiny_pipeline
 
 MID0 = "mid_block.attentions.0.transformer_blocks.0.attn1"
 SIGMAS = (1.0, math.inf)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,52 +15,11 @@ import torch
 
 from segkern.integrations.diffusers import CFG, PAG, SEG, guide, list_layers
 from segkern.integrations.diffusers.specs.base import AttentionSpec
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run
-from tests.diffusers.family_tools import SlowProcessor, tiny_sd
+from tests.diffusers.slow_guidance import Branch, looped_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_sd
 
 STEPS = 3
 GUIDANCE_SCALE = 4.0
-
-
-@torch.no_grad()
-def slow_run(
-    pipe: Any,
-    latents: torch.Tensor,
-    branches: list[tuple[Mapping[str, Any], Callable[[int], float], float]],
-    guidance_scale: float = GUIDANCE_SCALE,
-) -> torch.Tensor:
-    """Every branch in full in a loop of its own. A branch: entries by layer name, strength by step, blend."""
-    n, cfg = len(latents), guidance_scale > 1.0
-    text, negative = pipe.encode_prompt("a red fox", pipe.device, 1, cfg)
-    unet = copy.deepcopy(pipe.unet)
-    processors = {}
-    height, width = (size * pipe.vae_scale_factor for size in latents.shape[2:])
-    for layer in list_layers(pipe, height, width):
-        assert layer.grid is not None
-        processors[layer.name] = SlowProcessor(layer.grid.height, layer.grid.width)
-        unet.get_submodule(layer.module).set_processor(processors[layer.name])
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(STEPS)
-
-    def predict(x: torch.Tensor, t: Any, text: torch.Tensor, entries: Mapping[str, Any], blend: float) -> torch.Tensor:
-        for name, processor in processors.items():
-            entry = entries.get(name, 0.0)
-            processor.entries = list(entry) if isinstance(entry, list) else [entry] * n
-            processor.blends = [blend] * n
-        return unet(x, t, encoder_hidden_states=text.expand(n, -1, -1)).sample
-
-    x = latents * scheduler.init_noise_sigma
-    for step, t in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(x, t)
-        c = predict(scaled, t, text, {}, 1.0)
-        guided = c
-        if cfg:
-            u = predict(scaled, t, negative, {}, 1.0)
-            guided = u + guidance_scale * (c - u)
-        for entries, strength, blend in branches:
-            guided = guided + strength(step) * (c - predict(scaled, t, text, entries, blend))
-        x = scheduler.step(guided, t, x).prev_sample
-    return x
 
 
 def names(pipe: Any, part: str) -> list[str]:
@@ -104,14 +62,14 @@ CASES: dict[str, tuple[AttentionSpec, Callable[[Any], dict[str, Any]], Callable[
     ),
     "a schedule of one's own": (
         PAG(scale=2.0, schedule=lambda done: 1.0 if done > 0.5 else -0.5),
-        blurred("identity"),
+        blurred(None),
         lambda step: 2.0 if step == 2 else -1.0,
     ),
 }
 BLENDED: dict[str, tuple[AttentionSpec, Callable[[Any], dict[str, Any]], Callable[[int], float]]] = {
     "the mean query, a third of it": (SEG(blend=1 / 3), blurred(math.inf), lambda step: 3.0),
     "a blur, half of it": (SEG(sigma=2.0, blend=0.5, layers=("mid", "up")), None, lambda step: 3.0),  # type: ignore[dict-item]
-    "identity, a quarter of it": (PAG(blend=0.25, layers="up"), blurred("identity", "up"), lambda step: 3.0),
+    "identity, a quarter of it": (PAG(blend=0.25, layers="up"), blurred(None, "up"), lambda step: 3.0),
     "each image its own, half of it": (
         SEG(sigma=(math.inf, 1.0), blend=0.5),
         blurred([math.inf, 1.0]),
@@ -129,12 +87,13 @@ def test_each_is_what_its_definition_says(case: str, share: bool) -> None:
     latents = noise(2, 8, 12)
     if entries is None:
         entries = lambda pipe: dict.fromkeys([*names(pipe, "mid"), *names(pipe, "up")], 2.0)  # noqa: E731
-    expected = slow_run(pipe, latents, [(entries(pipe), strength, spec.blend)])
+    arguments = {"latents": latents, "num_images_per_prompt": 2, "guidance_scale": GUIDANCE_SCALE}
+    expected = looped_run(pipe, [Branch(entries(pipe), strength, spec.blend)], **arguments)
     with guide(pipe, spec, share=share):
-        ours = run(pipe, latents=latents, num_images_per_prompt=2, guidance_scale=GUIDANCE_SCALE)
+        ours = run(pipe, **arguments)
     assert relative(ours, expected) < PIPELINE_TOLERANCE
     if spec.blend != 1.0:
-        assert relative(slow_run(pipe, latents, [(entries(pipe), strength, 1.0)]), expected) > 1e-4
+        assert relative(looped_run(pipe, [Branch(entries(pipe), strength)], **arguments), expected) > 1e-4
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "in full"])
@@ -148,14 +107,15 @@ def test_any_set_at_once(guidance_scale: float, share: bool) -> None:
     )
     pipe = tiny_sd()
     latents = noise(2, 8, 12)
-    branches: list[tuple[Mapping[str, Any], Callable[[int], float], float]] = [
-        (dict.fromkeys([*names(pipe, "mid"), "u0"], math.inf), lambda step: 2.0, 1.0),
-        (dict.fromkeys(["d1", *names(pipe, "mid")], "identity"), lambda step: 1 - step / STEPS, 1.0),
-        (dict.fromkeys(names(pipe, "up"), PER_HEAD), lambda step: -0.5 * (step >= 2), 0.5),
+    branches = [
+        Branch(dict.fromkeys([*names(pipe, "mid"), "u0"], math.inf), lambda step: 2.0),
+        Branch(dict.fromkeys(["d1", *names(pipe, "mid")], None), lambda step: 1 - step / STEPS),
+        Branch(dict.fromkeys(names(pipe, "up"), PER_HEAD), lambda step: -0.5 * (step >= 2), 0.5),
     ]
-    expected = slow_run(pipe, latents, branches, guidance_scale)
+    arguments = {"latents": latents, "num_images_per_prompt": 2, "guidance_scale": guidance_scale}
+    expected = looped_run(pipe, branches, **arguments)
     with guide(pipe, *specs, share=share) as guidance:
-        ours = run(pipe, latents=latents, num_images_per_prompt=2, guidance_scale=guidance_scale)
+        ours = run(pipe, **arguments)
     assert relative(ours, expected) < PIPELINE_TOLERANCE
     fired = {(row.spec, row.layer): row.fired for row in guidance.report().layers}
     assert fired[0, "m0"] == 3

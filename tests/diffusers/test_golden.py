@@ -14,7 +14,7 @@ from safetensors import safe_open
 from segkern import Grid
 from segkern.integrations.diffusers import SEG, SEGAttnProcessor, StableDiffusionXLSEGPipeline, guide
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import GOLDEN, PIPELINE_TOLERANCE, golden_cases, relative, tiny_pipeline
+from tests.diffusers.small_pipelines import GOLDEN, PIPELINE_TOLERANCE, golden_cases, relative, tiny_pipeline
 
 CASES = golden_cases()
 IDS = [

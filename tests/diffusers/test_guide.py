@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkern.integrations.diffusers import SEG, guide
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
 from tests.diffusers.probes import batches_seen
+from tests.diffusers.slow_guidance import looped_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 
 both_ways = pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
 
@@ -77,7 +78,7 @@ def test_guided_runs_follow_the_formula(name: str, share: bool) -> None:
     pipe.vae_scale_factor = 8  # as SDXL's, so that latents of any size are images of whole pixels
     with guide(pipe, *specs, share=share):
         output = run(pipe, **arguments)
-    expected = reference_run(pipe, specs, **arguments)
+    expected = looped_run(pipe, specs, **arguments)
     assert relative(output, expected) < PIPELINE_TOLERANCE
     assert relative(run(pipe, **arguments), expected) > 1e-3, "the case would not notice guidance"
 
@@ -106,7 +107,7 @@ def test_every_size_is_guided_on_its_own_grid(
         with guide(pipe, *specs) as guidance:
             output = run(pipe, **arguments)
         assert all(layer.fired == 1 for layer in guidance.report().layers)
-    assert relative(output, reference_run(pipe, specs, **arguments)) < PIPELINE_TOLERANCE
+    assert relative(output, looped_run(pipe, specs, **arguments)) < PIPELINE_TOLERANCE
 
 
 @pytest.mark.parametrize("boundary", ["symmetric", "circular"])

@@ -15,13 +15,13 @@ from diffusers.guiders import ClassifierFreeGuidance, PerturbedAttentionGuidance
 from segkern.integrations.diffusers import PAG, SAG, SEG, PAGGuider, SAGGuider, SEGGuider, guide
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
-from tests.diffusers.model_words import of_transformer
-from tests.diffusers.modular_tools import TRANSFORMERS, modular_sdxl, modular_transformer, run_sdxl, run_transformer
+from tests.diffusers.modular_pipelines import TRANSFORMERS, modular_sdxl, modular_transformer, run_sdxl, run_transformer
 from tests.diffusers.probes import hooks_of
-from tests.diffusers.transformer_models import MODELS
-from tests.diffusers.transformer_models import run as run_stock
-from tests.diffusers.transformer_tools import Perturbed, slow_run
+from tests.diffusers.proven_cells import of_transformer
+from tests.diffusers.slow_guidance import Perturbed, looped_run, transformer_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from tests.diffusers.transformer_cases import MODELS
+from tests.diffusers.transformer_cases import run as run_stock
 
 GUIDERS: dict[type, Any] = {SEG: SEGGuider, PAG: PAGGuider, SAG: SAGGuider}
 SPECS = [
@@ -65,7 +65,7 @@ def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> 
     assert relative(guided, expected) < PIPELINE_TOLERANCE
     assert relative(guided, plain) > 1e-2
     if isinstance(spec, SEG):
-        slow = reference_run(pipe, [spec], PROMPTS, latents=latents, guidance_scale=guidance_scale)
+        slow = looped_run(pipe, [spec], PROMPTS, latents=latents, guidance_scale=guidance_scale)
         assert relative(guided, slow) < PIPELINE_TOLERANCE
     report = guider.report()
     assert report.forwards == (6 if guidance_scale > 1.0 else 3)
@@ -108,7 +108,7 @@ def test_transformers(kind: type, name: str, cfg: bool) -> None:
         assert relative(guided, stock()) < PIPELINE_TOLERANCE
     if name in ("sd3.5", "qwen-image"):
         slow = [Perturbed(2.0, 1.5 if kind is SEG else None, model.modules)]
-        assert relative(guided, slow_run(model, pipe, slow, stock, 6, 4, cfg, 2)) < PIPELINE_TOLERANCE
+        assert relative(guided, transformer_run(model, pipe, slow, stock, cfg=cfg)) < PIPELINE_TOLERANCE
     assert relative(guided, stock()) > 10 * PIPELINE_TOLERANCE  # there is something to see
     report = guider.report()
     assert {row.module for row in report.layers} == set(model.modules)
@@ -171,7 +171,7 @@ def test_guidance_rescale_measures_the_unmodified_conditional_prediction(spec: A
     guided = run_sdxl(modular_sdxl(pipe, guider), pipe, latents=latents)
     assert relative(guided, expected) < PIPELINE_TOLERANCE
     if isinstance(spec, SEG):
-        slow = reference_run(pipe, [spec], latents=latents, guidance_rescale=0.7)
+        slow = looped_run(pipe, [spec], latents=latents, guidance_rescale=0.7)
         assert relative(guided, slow) < PIPELINE_TOLERANCE
     with guide(pipe, spec):
         unscaled = run(pipe, latents=latents, guidance_scale=1.0)

@@ -32,10 +32,10 @@ from segkern.integrations.diffusers import (
     guide,
     list_layers,
 )
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline, tiny_pipeline
-from tests.diffusers.modular_tools import modular_sdxl, modular_transformer, run_sdxl
+from tests.diffusers.modular_pipelines import modular_sdxl, modular_transformer, run_sdxl
 from tests.diffusers.probes import hooks_of
-from tests.diffusers.transformer_models import MODELS
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline, tiny_pipeline
+from tests.diffusers.transformer_cases import MODELS
 
 LATENTS = noise(1, 8, 12)
 

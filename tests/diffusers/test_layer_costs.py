@@ -19,11 +19,10 @@ from segkern.integrations.diffusers.models.costs import flop_shares
 from segkern.integrations.diffusers.models.layers import default_layers_of
 from tests.cli.cli_tools import done, refusal
 from tests.diffusers import unet_cases
-from tests.diffusers.diffusers_tools import noise, tiny_pipeline
-from tests.diffusers.diffusers_tools import run as run_unet
-from tests.diffusers.family_tools import tiny_sd
-from tests.diffusers.motion_models import MOTION
-from tests.diffusers.transformer_models import MODELS, TEXT, run
+from tests.diffusers.small_pipelines import noise, tiny_pipeline, tiny_sd
+from tests.diffusers.small_pipelines import run as run_unet
+from tests.diffusers.transformer_cases import MODELS, TEXT, run
+from tests.diffusers.unet_video_cases import MOTION
 
 COUNTED = ("sd3", "sd3.5", "flux", "qwen-image", "z-image", "pixart-sigma", "hunyuan-dit", "wan", "ltx-video")
 FRAMES = {"wan": 9, "ltx-video": 17}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from segkern.integrations.diffusers import LayerInfo, list_layers
 from segkern.integrations.diffusers.models.names import select_layers
-from tests.diffusers.diffusers_tools import tiny_pipeline
-from tests.diffusers.transformer_models import MODELS
+from tests.diffusers.small_pipelines import tiny_pipeline
+from tests.diffusers.transformer_cases import MODELS
 
 BUILD = {"unet": tiny_pipeline, **{name: model.build for name, model in MODELS.items()}}
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from segkern import Grid
 from segkern.integrations.diffusers import SEG, LayerInfo, list_layers
 from segkern.integrations.diffusers.models.layers import select_layers
-from tests.diffusers.diffusers_tools import noise, run, tiny_pipeline
+from tests.diffusers.small_pipelines import noise, run, tiny_pipeline
 
 MID = "mid_block.attentions.0.transformer_blocks"
 

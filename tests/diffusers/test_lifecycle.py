@@ -23,8 +23,8 @@ from diffusers.models.attention_processor import (
 from segkern import Grid
 from segkern.integrations.diffusers import SEG, Guidance, SEGAttnProcessor, guide
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from tests.diffusers.probes import batches_seen, hooks_of
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 
 MID0 = "mid_block.attentions.0.transformer_blocks.0.attn1"
 

@@ -11,8 +11,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionPAGPipeline, Stable
 
 from segkern.integrations.diffusers import PAG, guide
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
-from tests.diffusers.family_tools import tiny_sd
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline, tiny_sd
 
 MODELS = {"SDXL": (tiny_pipeline, StableDiffusionXLPAGPipeline), "SD 1": (tiny_sd, StableDiffusionPAGPipeline)}
 

@@ -15,11 +15,11 @@ import torch
 
 from segkern.integrations.diffusers import PAG, guide
 from tests.compatibility import proves
-from tests.diffusers import transformer_models, unet_cases
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
-from tests.diffusers.model_words import of_transformer, of_unet
-from tests.diffusers.motion_models import MOTION
-from tests.diffusers.unet_models import IMAGES
+from tests.diffusers import transformer_cases, unet_cases
+from tests.diffusers.proven_cells import of_transformer, of_unet
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
+from tests.diffusers.unet_image_cases import IMAGES
+from tests.diffusers.unet_video_cases import MOTION
 
 UNETS = {
     "sd1-image": "StableDiffusionPAGImg2ImgPipeline",
@@ -100,13 +100,13 @@ def test_unets(name: str, cfg: bool) -> None:
 )
 def test_transformers(name: str, cfg: bool) -> None:
     """Latents of diffusers' own pipeline with PAG for the model."""
-    model = transformer_models.MODELS[name]
+    model = transformer_cases.MODELS[name]
     pipe = model.build()
-    plain = transformer_models.run(model, pipe, samples=2, cfg=cfg)
+    plain = transformer_cases.run(model, pipe, samples=2, cfg=cfg)
     with guide(pipe, PAG(scale=2.5, layers=[1, 3])):
-        ours = transformer_models.run(model, pipe, samples=2, cfg=cfg)
+        ours = transformer_cases.run(model, pipe, samples=2, cfg=cfg)
     theirs = other(getattr(diffusers, TRANSFORMERS[name]), pipe, ["blocks.1", "blocks.3"])
-    expected = transformer_models.run(model, theirs, samples=2, cfg=cfg, pag_scale=2.5)
+    expected = transformer_cases.run(model, theirs, samples=2, cfg=cfg, pag_scale=2.5)
     assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
     assert relative(ours, expected) < PIPELINE_TOLERANCE
 
@@ -115,16 +115,16 @@ def test_transformers(name: str, cfg: bool) -> None:
 @CFG_OR_NOT
 def test_stable_diffusion_3_from_an_image(cfg: bool) -> None:
     """Latents of diffusers' own pipeline with PAG for the task."""
-    model = transformer_models.MODELS["sd3"]
+    model = transformer_cases.MODELS["sd3"]
     parts = {"vae": _vae(), "image_encoder": None, "feature_extractor": None}
     pipe = other(diffusers.StableDiffusion3Img2ImgPipeline, model.build(), "", **parts)
     # A token is 2 latents wide, a latent 2 pixels.
     given = {"image": torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(3)), "strength": 0.7}
     given |= {"height": 24, "width": 16, "num_inference_steps": 3}
-    plain = transformer_models.run(model, pipe, samples=2, cfg=cfg, **given)
+    plain = transformer_cases.run(model, pipe, samples=2, cfg=cfg, **given)
     with guide(pipe, PAG(scale=2.5, layers=2)):
-        ours = transformer_models.run(model, pipe, samples=2, cfg=cfg, **given)
+        ours = transformer_cases.run(model, pipe, samples=2, cfg=cfg, **given)
     theirs = other(diffusers.StableDiffusion3PAGImg2ImgPipeline, pipe, "blocks.2")
-    expected = transformer_models.run(model, theirs, samples=2, cfg=cfg, **given, pag_scale=2.5)
+    expected = transformer_cases.run(model, theirs, samples=2, cfg=cfg, **given, pag_scale=2.5)
     assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
     assert relative(ours, expected) < PIPELINE_TOLERANCE

@@ -22,9 +22,9 @@ from diffusers import (
 
 from segkern.integrations.diffusers import SEG, StableDiffusionXLSEGPipeline, guide
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from tests.diffusers.probes import batches_seen
-from tests.diffusers.unet_parts import ip_adapter_weights
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from tests.diffusers.unet_cases import ip_adapter_weights
 
 SIZE = 64  # pixels; the latents are 32 x 32
 

@@ -17,8 +17,9 @@ import segkern
 from segkern import Grid
 from segkern.core.gaussian import BOUNDARIES
 from segkern.integrations.diffusers import SEGAttnProcessor
-from tests.diffusers.diffusers_tools import dense_blur, relative
 from tests.diffusers.probes import shapes_seen
+from tests.diffusers.slow_guidance import Place, dense_attention
+from tests.diffusers.small_pipelines import relative
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -37,10 +38,10 @@ def make(kind: str = "plain", seed: int = 0, **more: Any) -> Attention:
 
 
 class Spelled:
-    """diffusers' steps one by one, queries blurred by a dense float64 matrix, softmax written out."""
+    """diffusers' steps one by one, attention by dense float64 matrices."""
 
     def __init__(self, sigmas: list[float], height: int, width: int) -> None:
-        self.blurs = [dense_blur(height, width, s) if s else torch.eye(height * width).double() for s in sigmas]
+        self.sigmas, self.place = sigmas, Place(height, width)
 
     def __call__(self, attn: Any, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         residual, shape = x, x.shape
@@ -51,11 +52,8 @@ class Spelled:
         q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
             q, k = attn.norm_q(q), attn.norm_k(k)
-        q = torch.stack(self.blurs)[:, None] @ q.double()
-        logits = q @ k.double().transpose(-2, -1) * attn.scale
-        if mask is not None:
-            logits = logits + mask
-        x = attn.to_out[0]((logits.softmax(-1) @ v.double()).transpose(1, 2).flatten(2).float())
+        x = dense_attention(q, k, v, self.sigmas, self.place, mask, attn.scale)
+        x = attn.to_out[0](x.transpose(1, 2).flatten(2))
         if len(shape) == 4:
             x = x.transpose(1, 2).reshape(shape)
         return (x + residual if attn.residual_connection else x) / attn.rescale_output_factor

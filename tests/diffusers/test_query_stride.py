@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import SEG, SEGAttnProcessor, guide
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from tests.diffusers.probes import shapes_seen
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 
 LARGE = (1, 64, 64)  # latents whose first layer, d0, has 32x32 tokens
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import SEG, guide
-from tests.diffusers.diffusers_tools import noise, run, tiny_pipeline
 from tests.diffusers.probes import problems_warned
+from tests.diffusers.small_pipelines import noise, run, tiny_pipeline
 
 MID = "mid_block.attentions.0.transformer_blocks"
 

@@ -10,8 +10,9 @@ import torch
 
 from segkern.integrations.diffusers import SEG, guide
 from segkern.integrations.diffusers.runtime.denoisers import UNet
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, reference_run, relative, run, tiny_pipeline
 from tests.diffusers.probes import hooks_of
+from tests.diffusers.slow_guidance import looped_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 
 
 def batches(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:
@@ -36,13 +37,13 @@ def test_other_steps_cost_what_a_plain_step_costs(cfg: float) -> None:
 
 def test_every_run_and_every_size_begins_with_a_computed_branch() -> None:
     pipe, spec = tiny_pipeline(), SEG(2.0, 1.0, reuse=4)
-    runs = [{"latents": noise(seed=1)}, {"latents": noise(seed=2)}, {"latents": noise(1, 12, 20)}]
+    runs = [noise(seed=1), noise(seed=2), noise(1, 12, 20)]
+    expected = [looped_run(pipe, [spec], latents=latents) for latents in runs]
     with guide(pipe, spec):
-        for arguments in runs:
-            found, seen = batches(pipe, **arguments, num_inference_steps=3)
+        for latents, output in zip(runs, expected, strict=True):
+            result, seen = batches(pipe, latents=latents)
             assert seen == [3, 2, 2]
-            expected = reference_run(pipe, [spec], **arguments, num_inference_steps=3)
-            assert relative(found, expected) < PIPELINE_TOLERANCE
+            assert relative(result, output) < PIPELINE_TOLERANCE
 
 
 def test_a_run_that_was_cut_off_leaves_nothing_for_the_next() -> None:
@@ -55,7 +56,7 @@ def test_a_run_that_was_cut_off_leaves_nothing_for_the_next() -> None:
         with pytest.raises(KeyboardInterrupt):
             run(pipe, latents=noise(seed=3), callback_on_step_end=stop)
         found = run(pipe, latents=noise())
-    assert relative(found, reference_run(pipe, [spec], latents=noise())) < PIPELINE_TOLERANCE
+    assert relative(found, looped_run(pipe, [spec], latents=noise())) < PIPELINE_TOLERANCE
 
 
 @pytest.mark.parametrize("reuse", [0, -1, 1.5, True, "2", None])
@@ -109,4 +110,4 @@ def test_a_run_takes_nothing_from_the_one_before_wherever_a_guidance_begins() ->
         run(pipe, latents=noise(seed=4))
         found, seen = batches(pipe, latents=noise(seed=5))
     assert seen == [2, 3, 2]
-    assert relative(found, reference_run(pipe, [spec], latents=noise(seed=5))) < PIPELINE_TOLERANCE
+    assert relative(found, looped_run(pipe, [spec], latents=noise(seed=5))) < PIPELINE_TOLERANCE

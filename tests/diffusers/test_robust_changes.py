@@ -22,8 +22,8 @@ from diffusers.models.attention_processor import (
 )
 
 from segkern.integrations.diffusers import guide, record_energy
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
-from tests.diffusers.pipeline_tools import (
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
+from tests.diffusers.subjects import (
     FLUX,
     QWEN,
     SD1,
@@ -36,8 +36,8 @@ from tests.diffusers.pipeline_tools import (
     left_as_it_was,
     stand_ins,
 )
-from tests.diffusers.unet_models import IMAGES
-from tests.diffusers.unet_parts import image_embeds, ip_adapter
+from tests.diffusers.unet_cases import image_embeds, ip_adapter
+from tests.diffusers.unet_image_cases import IMAGES
 
 UNETS = [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)]
 

@@ -30,10 +30,10 @@ from segkern.integrations.diffusers import (
     guide,
     record_energy,
 )
-from tests.diffusers.diffusers_tools import noise, smaller_pipeline
-from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
-from tests.diffusers.pipeline_tools import SD1, SD3, Subject, every, left_as_it_was, stand_ins
+from tests.diffusers.modular_pipelines import modular_sdxl, run_sdxl
 from tests.diffusers.probes import hooks_of
+from tests.diffusers.small_pipelines import noise, smaller_pipeline
+from tests.diffusers.subjects import SD1, SD3, Subject, every, left_as_it_was, stand_ins
 
 
 def _pickled(x: Any) -> Any:
@@ -125,7 +125,7 @@ def test_what_is_saved_while_guided_is_what_is_saved_without(subject: Subject, t
 
 def _drawn(subject: str, pipe: Any) -> list[torch.Tensor]:
     """In a process of its own: latents without guidance, and with it."""
-    from tests.diffusers.pipeline_tools import SUBJECTS
+    from tests.diffusers.subjects import SUBJECTS
 
     torch.set_num_threads(1)
     pipe.set_progress_bar_config(disable=True)

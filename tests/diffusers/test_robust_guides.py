@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import guide, record_energy
-from tests.diffusers.pipeline_tools import (
+from tests.diffusers.subjects import (
     FLUX,
     QWEN,
     SD1,

@@ -17,9 +17,10 @@ import torch
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, SEGGuider, guide, record_energy
 from segkern.integrations.diffusers.runtime import branches, guidance, interception, processor
-from tests.diffusers.diffusers_tools import noise, smaller_pipeline
-from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
-from tests.diffusers.pipeline_tools import (
+from tests.diffusers.modular_pipelines import modular_sdxl, run_sdxl
+from tests.diffusers.probes import hooks_of
+from tests.diffusers.small_pipelines import noise, smaller_pipeline
+from tests.diffusers.subjects import (
     QWEN,
     SD1,
     SD3,
@@ -32,7 +33,6 @@ from tests.diffusers.pipeline_tools import (
     left_as_it_was,
     stand_ins,
 )
-from tests.diffusers.probes import hooks_of
 
 
 @contextmanager

@@ -24,11 +24,11 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import CFG, PAGGuider, SAGGuider, SEGGuider, guide, record_energy
-from tests.diffusers.diffusers_tools import noise, smaller_pipeline
-from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
-from tests.diffusers.pipeline_tools import QWEN, SD1, SD3, Subject, kinds
+from tests.diffusers.modular_pipelines import modular_sdxl, run_sdxl
+from tests.diffusers.small_pipelines import noise, smaller_pipeline
+from tests.diffusers.subjects import QWEN, SD1, SD3, Subject, kinds
 from tests.diffusers.unet_cases import built_of, unet
-from tests.diffusers.unet_models import IMAGES
+from tests.diffusers.unet_image_cases import IMAGES
 
 STEPS = 1000
 OBJECTS = 450

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import guide
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
-from tests.diffusers.pipeline_tools import QWEN, SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
+from tests.diffusers.subjects import QWEN, SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
 
 
 @pytest.mark.parametrize("kind", ["SEG", "SEG, infinite", "PAG", "SEG, PAG, SAG"])

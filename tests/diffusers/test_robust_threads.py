@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import SAG, SEG, guide
-from tests.diffusers.pipeline_tools import QWEN, SD1, Subject, every, left_as_it_was
-from tests.diffusers.transformer_models import MODELS, run
+from tests.diffusers.subjects import QWEN, SD1, Subject, every, left_as_it_was
+from tests.diffusers.transformer_cases import MODELS, run
 
 SECONDS = 60  # after which a thread that waits is taken to wait forever
 

@@ -23,9 +23,8 @@ from diffusers import (
 from segkern.integrations.diffusers import CFG, SAG, SEG, guide
 from segkern.integrations.diffusers.runtime.sag_blur import attended, blurred, clean_and_noise, levels
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
-from tests.diffusers.family_tools import tiny_sd
 from tests.diffusers.probes import hooks_of
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline, tiny_sd
 
 
 def theirs(pipe: Any, scale: float, **arguments: Any) -> torch.Tensor:

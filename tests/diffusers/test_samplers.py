@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
+from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -12,8 +14,8 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import SEG, guide
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run
-from tests.diffusers.sampler_tools import PROMPT, sampled_pipeline, slow_run
+from tests.diffusers.slow_guidance import looped_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline, tiny_sd
 
 # KDPM2's set_timesteps makes NumPy warn about torch's tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
@@ -40,6 +42,23 @@ CASES = [(sampler, prediction) for sampler, (_, known, _, _) in SAMPLERS.items()
 STEPS = 3
 
 
+@lru_cache(maxsize=4)
+def networks(model: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What a pipeline computes with, in this type."""
+    parts = (tiny_pipeline() if model == "sdxl" else tiny_sd()).components
+    modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    return {name: copy.deepcopy(module).to(dtype) for name, module in modules.items()}
+
+
+def sampled_pipeline(model: str, kind: Any, prediction: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A tiny pipeline, ``"sd"`` or ``"sdxl"``, whose scheduler takes its denoiser's output for ``prediction``."""
+    pipe = tiny_pipeline() if model == "sdxl" else tiny_sd()
+    for name, module in networks(model, dtype).items():
+        setattr(pipe, name, module)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, prediction_type=prediction, **options)
+    return pipe
+
+
 def pipeline(model: str, sampler: str, prediction: str, dtype: torch.dtype = torch.float32) -> Any:
     kind, _, options, _ = SAMPLERS[sampler]
     return sampled_pipeline(model, getattr(diffusers, kind), prediction, dtype, **options)
@@ -47,7 +66,7 @@ def pipeline(model: str, sampler: str, prediction: str, dtype: torch.dtype = tor
 
 def sample(pipe: Any, latents: torch.Tensor, cfg: float, seed: int = 0, **arguments: Any) -> torch.Tensor:
     arguments = {"num_inference_steps": STEPS, "guidance_scale": cfg, **arguments}
-    return run(pipe, PROMPT, latents=latents, generator=torch.Generator().manual_seed(seed), **arguments)
+    return run(pipe, latents=latents, generator=torch.Generator().manual_seed(seed), **arguments)
 
 
 def distance(model: str, sampler: str, prediction: str, dtype: torch.dtype, spec: SEG, cfg: float) -> float:
@@ -57,7 +76,7 @@ def distance(model: str, sampler: str, prediction: str, dtype: torch.dtype, spec
     with guide(pipe, spec) as guidance:
         found = sample(pipe, latents, cfg, **arguments)
     assert found.dtype == dtype
-    expected = slow_run(pipe, spec, latents=latents, steps=STEPS, guidance_scale=cfg, **arguments)
+    expected = looped_run(pipe, [spec], latents=latents, num_inference_steps=STEPS, guidance_scale=cfg, **arguments)
     report = guidance.report()
     assert report.forwards == FORWARDS.get(sampler, STEPS)
     for layer in report.layers:
@@ -105,7 +124,7 @@ def test_dpm_solver_sde() -> None:
     spec, latents = SEG(2.0, 1.0), noise(1, 12, 16)
     with guide(pipe, spec):
         found = sample(pipe, latents, 5.0)
-    expected = slow_run(pipe, spec, latents=latents, steps=STEPS, guidance_scale=5.0)
+    expected = looped_run(pipe, [spec], latents=latents, num_inference_steps=STEPS, guidance_scale=5.0)
     assert relative(found, expected) < PIPELINE_TOLERANCE
 
 
@@ -127,9 +146,7 @@ def test_both_calls_of_a_step_are_guided_or_neither(kind: str, steps: int) -> No
         inside = [start <= step / steps < stop for step in range(steps)]
         found, calls = guided_calls(pipe, spec, steps)
         assert calls == [inside[call // 2] for call in range(2 * steps - 1)]
-        expected = slow_run(
-            pipe, spec, latents=noise(), steps=steps, guidance_scale=5.0, acts=lambda step, act=inside: act[step]
-        )
+        expected = looped_run(pipe, [spec], latents=noise(), num_inference_steps=steps)
         assert relative(found, expected) < PIPELINE_TOLERANCE
 
 
@@ -142,15 +159,7 @@ def test_a_branch_serves_steps_and_not_calls(reuse: int, start: float) -> None:
     computes = [step >= first and (step - first) % reuse == 0 for step in range(steps)]
     found, calls = guided_calls(pipe, spec, steps)
     assert calls == [computes[call // 2] for call in range(2 * steps - 1)]
-    expected = slow_run(
-        pipe,
-        spec,
-        latents=noise(),
-        steps=steps,
-        guidance_scale=5.0,
-        acts=lambda step: step >= first,
-        computes=lambda step: computes[step],
-    )
+    expected = looped_run(pipe, [spec], latents=noise(), num_inference_steps=steps)
     assert relative(found, expected) < PIPELINE_TOLERANCE
 
 
@@ -163,6 +172,6 @@ def test_a_run_that_starts_late_counts_its_own_steps() -> None:
     handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, output: calls.append(len(output) == 3))
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     with guide(pipe, SEG(2.0, 1.0, stop=0.5)):
-        pipe(PROMPT, image=image, strength=0.6, num_inference_steps=5, output_type="latent")
+        pipe("a red fox", image=image, strength=0.6, num_inference_steps=5, output_type="latent")
     handle.remove()
     assert calls == [True] * 4 + [False]  # three of five steps are left, of which the first two begin before half

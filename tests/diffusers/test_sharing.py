@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from segkern.integrations.diffusers import SEG, guide, list_layers
 from segkern.integrations.diffusers.runtime.unet_places import Places
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 
 
 def deep_unet() -> Any:

@@ -12,8 +12,8 @@ from diffusers.models.attention_dispatch import attention_backend
 
 from segkern.integrations.diffusers import SEG, guide
 from segkern.integrations.diffusers.runtime.branches import Batch
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
-from tests.diffusers.transformer_models import MODELS, run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
+from tests.diffusers.transformer_cases import MODELS, run
 
 
 def predictions(pipe: Any, draw: Any) -> list[torch.Tensor]:

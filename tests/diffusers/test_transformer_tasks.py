@@ -12,11 +12,11 @@ import torch
 
 from segkern.integrations.diffusers import PAG, SEG, guide
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
 from tests.diffusers.probes import hooks_of
-from tests.diffusers.transformer_models import run
-from tests.diffusers.transformer_tasks import DISTILLED, TASKS
-from tests.diffusers.transformer_tools import Perturbed, slow_run
+from tests.diffusers.slow_guidance import Perturbed, transformer_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
+from tests.diffusers.transformer_cases import run
+from tests.diffusers.transformer_task_cases import DISTILLED, TASKS
 
 PROVED = {  # model and task in words
     "sd3 img2img": ("Stable Diffusion 3", "image to image"),
@@ -60,7 +60,7 @@ def test_equals_the_slow_way(name: str, guidance: str) -> None:
     plain = draw()
     sigma = sigma_of(name)
     slow = Perturbed(2.0, sigma if guidance == "seg" else None, model.modules)
-    expected = slow_run(model, pipe, [slow], draw, 6, 4, cfg, samples)
+    expected = transformer_run(model, pipe, [slow], draw, cfg=cfg)
     assert relative(plain, expected) > 5 * PIPELINE_TOLERANCE  # there is something to see
     spec = (
         SEG(scale=2.0, sigma=sigma, layers=model.layers) if guidance == "seg" else PAG(scale=2.0, layers=model.layers)

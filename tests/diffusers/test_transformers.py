@@ -15,11 +15,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
 from tests.compatibility import proves
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
-from tests.diffusers.model_words import of_transformer
 from tests.diffusers.probes import hooks_of
-from tests.diffusers.transformer_models import MODELS, run
-from tests.diffusers.transformer_tools import Perturbed, slow_run
+from tests.diffusers.proven_cells import of_transformer
+from tests.diffusers.slow_guidance import Perturbed, transformer_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
+from tests.diffusers.transformer_cases import MODELS, run
 
 GUIDANCES = {
     "seg": (SEG(scale=2.0, sigma=1.5), 1.5),
@@ -47,7 +47,7 @@ def test_equals_the_slow_way(name: str, guidance: str, cfg: bool) -> None:
     spec, sigma = GUIDANCES[guidance]
     plain = run(model, pipe, 6, 4, samples=2, cfg=cfg)
     slow = [Perturbed(2.0, sigma, model.modules)]
-    expected = slow_run(model, pipe, slow, lambda: run(model, pipe, 6, 4, samples=2, cfg=cfg), 6, 4, cfg, 2)
+    expected = transformer_run(model, pipe, slow, lambda: run(model, pipe, 6, 4, samples=2, cfg=cfg), cfg=cfg)
     assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # there is something to see
     processors = [pipe.transformer.get_submodule(name).processor for name in model.modules]
     with guide(pipe, with_layers(spec, model.layers)) as active:
@@ -106,7 +106,7 @@ def test_two_guidances_add_up(name: str) -> None:
     model, pipe = MODELS[name], built(name)
     last = model.modules[-1]
     slow = [Perturbed(2.0, 2.5, model.modules), Perturbed(-1.0, None, [last])]
-    expected = slow_run(model, pipe, slow, lambda: run(model, pipe), 6, 4, True, 1)
+    expected = transformer_run(model, pipe, slow, lambda: run(model, pipe))
     with guide(pipe, SEG(scale=2.0, sigma=2.5, layers=model.layers), PAG(scale=-1.0, layers=last)):
         assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
 
@@ -180,16 +180,8 @@ def test_cfg_truncation_of_z_image() -> None:
 @pytest.mark.parametrize("name", ["sd3.5", "flux", "z-image", "wan"])
 def test_a_sigma_for_each_image_and_each_layer(name: str) -> None:
     model, pipe = MODELS[name], built(name)
-    expected = slow_run(
-        model,
-        pipe,
-        [Perturbed(2.0, (1.0, math.inf), model.modules)],
-        lambda: run(model, pipe, samples=2),
-        6,
-        4,
-        True,
-        2,
-    )
+    slow = [Perturbed(2.0, [1.0, math.inf], model.modules)]
+    expected = transformer_run(model, pipe, slow, lambda: run(model, pipe, samples=2))
     with guide(pipe, SEG(scale=2.0, sigma=[1.0, math.inf], layers=model.layers)):
         assert relative(run(model, pipe, samples=2), expected) < PIPELINE_TOLERANCE
     first, last = model.modules[0], model.modules[-1]
@@ -314,7 +306,7 @@ def test_two_denoisers_take_turns() -> None:
     calls = dict.fromkeys(("transformer", "transformer_2"), 0)
     for name in calls:
         getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    expected = slow_run(model, pipe, [Perturbed(2.0, 1.5, model.modules)], lambda: run(model, pipe), 6, 4, True, 1)
+    expected = transformer_run(model, pipe, [Perturbed(2.0, 1.5, model.modules)], lambda: run(model, pipe))
     assert calls["transformer"] > 0
     assert calls["transformer_2"] > 0
     assert relative(both, expected) < PIPELINE_TOLERANCE < relative(plain, expected)

@@ -16,9 +16,9 @@ import torch
 
 from segkern.generation.loading import DEMO
 from segkern.integrations.diffusers import StableDiffusionXLSEGPipeline
-from tests.diffusers import transformer_models
-from tests.diffusers.diffusers_tools import noise, tiny_pipeline
-from tests.diffusers.modular_tools import modular_sdxl, run_sdxl
+from tests.diffusers import transformer_cases
+from tests.diffusers.modular_pipelines import modular_sdxl, run_sdxl
+from tests.diffusers.small_pipelines import noise, tiny_pipeline
 
 _FROM_PRETRAINED = diffusers.DiffusionPipeline.from_pretrained.__func__  # before any test replaces it
 _STEPS = 3
@@ -40,8 +40,8 @@ def small(kind: type, always: Mapping[str, Any] | None = None, **parts: Any) -> 
         kind = diffusers.StableDiffusionXLPipeline
     if kind.__name__.startswith("StableDiffusion3"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer_models, "BLOCKS", _BLOCKS)
-            pipe = transformer_models.MODELS["sd3"].build()
+            patch.setattr(transformer_cases, "BLOCKS", _BLOCKS)
+            pipe = transformer_cases.MODELS["sd3"].build()
         return _short(pipe, _by_embeddings, always or {})
     return _short(tiny_pipeline(kind, own_unet=True, **parts), _by_prompt, always or {})
 
@@ -65,7 +65,7 @@ def _by_prompt(prompt: Any, given: dict[str, Any]) -> dict[str, Any]:
 def _by_embeddings(prompt: Any, given: dict[str, Any]) -> dict[str, Any]:
     for name in ("height", "width", "num_inference_steps"):
         given.pop(name, None)
-    sizes = transformer_models.MODELS["sd3"].call(6, 4, 1, True)
+    sizes = transformer_cases.MODELS["sd3"].call(6, 4, 1, True)
     short = {"height": 96, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
     return {**short, **sizes, **given}
 

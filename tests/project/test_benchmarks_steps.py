@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import sdxl, steps
 from benchmarks.steps import Bench, Way
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
 
 CPU = torch.device("cpu")
 

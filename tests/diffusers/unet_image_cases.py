@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of UNets and tasks."""
+"""A table of UNets and their tasks on images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.diffusers.diffusers_tools import tiny_pipeline
-from tests.diffusers.unet_cases import CHANNELS, POOLED, Case, built_of, changed, scheduler, unet, unet_xl, with_options
-from tests.diffusers.unet_parts import (
+from tests.diffusers.small_pipelines import tiny_pipeline
+from tests.diffusers.unet_cases import (
+    CHANNELS,
+    POOLED,
+    Case,
     adapter,
     adapter_xl,
+    built_of,
+    changed,
     controlnet,
     controlnet_union,
     controls,
@@ -23,7 +27,11 @@ from tests.diffusers.unet_parts import (
     ip_adapter,
     low_rank,
     mask,
+    scheduler,
     two_image_embeds,
+    unet,
+    unet_xl,
+    with_options,
 )
 
 

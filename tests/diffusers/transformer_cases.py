@@ -16,7 +16,7 @@ WIDTH = HEADS * HEAD_DIM
 
 
 @dataclass(frozen=True)
-class Model:
+class TransformerCase:
     """One architecture and its pipeline for text.
 
     Attributes:
@@ -265,17 +265,17 @@ def _ltx_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any
 
 
 MODELS = {
-    "sd3": Model(
+    "sd3": TransformerCase(
         "StableDiffusion3Pipeline", _sd3, _sd3_call, "2-3", ("transformer_blocks.2.attn", "transformer_blocks.3.attn")
     ),
-    "sd3.5": Model(
+    "sd3.5": TransformerCase(
         "StableDiffusion3Pipeline",
         lambda: _sd3(dual_attention_layers=(0, 1, 2), qk_norm="rms_norm"),
         _sd3_call,
         [1, "b2"],
         tuple(f"transformer_blocks.{i}.{name}" for i in (1, 2) for name in ("attn", "attn2")),
     ),
-    "flux": Model(
+    "flux": TransformerCase(
         "FluxPipeline",
         _flux,
         _flux_call,
@@ -283,7 +283,7 @@ MODELS = {
         ("transformer_blocks.1.attn", "single_transformer_blocks.1.attn"),
         TEXT,
     ),
-    "qwen-image": Model(
+    "qwen-image": TransformerCase(
         "QwenImagePipeline",
         _qwen,
         _qwen_call,
@@ -291,18 +291,20 @@ MODELS = {
         ("transformer_blocks.1.attn", "transformer_blocks.2.attn"),
         TEXT,
     ),
-    "z-image": Model("ZImagePipeline", _z_image, _z_image_call, 2, ("layers.2.attention",)),
-    "pixart-sigma": Model(
+    "z-image": TransformerCase("ZImagePipeline", _z_image, _z_image_call, 2, ("layers.2.attention",)),
+    "pixart-sigma": TransformerCase(
         "PixArtSigmaPipeline", _pixart, _pixart_call, "transformer_blocks.2", ("transformer_blocks.2.attn1",)
     ),
-    "hunyuan-dit": Model("HunyuanDiTPipeline", _hunyuan, _hunyuan_call, "1", ("blocks.1.attn1",)),
-    "wan": Model("WanPipeline", _wan, _wan_call, "1-2", ("blocks.1.attn1", "blocks.2.attn1"), frames=3),
-    "ltx-video": Model("LTXPipeline", _ltx, _ltx_call, "1", ("transformer_blocks.1.attn1",), frames=3, factor=32),
+    "hunyuan-dit": TransformerCase("HunyuanDiTPipeline", _hunyuan, _hunyuan_call, "1", ("blocks.1.attn1",)),
+    "wan": TransformerCase("WanPipeline", _wan, _wan_call, "1-2", ("blocks.1.attn1", "blocks.2.attn1"), frames=3),
+    "ltx-video": TransformerCase(
+        "LTXPipeline", _ltx, _ltx_call, "1", ("transformer_blocks.1.attn1",), frames=3, factor=32
+    ),
 }
 
 
 def run(
-    model: Model, pipe: Any, rows: int = 6, columns: int = 4, samples: int = 1, cfg: bool = True, **more: Any
+    model: TransformerCase, pipe: Any, rows: int = 6, columns: int = 4, samples: int = 1, cfg: bool = True, **more: Any
 ) -> torch.Tensor:
     """Latents of a short run of an image of so many tokens."""
     given = model.call(rows, columns, samples, cfg)

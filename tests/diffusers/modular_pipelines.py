@@ -18,7 +18,7 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageCoreDenoiseStep
 from diffusers.utils import logging
 
-from tests.diffusers.transformer_models import MODELS
+from tests.diffusers.transformer_cases import MODELS
 
 # Guiders say that they are experimental, components that they were made by hand, and blocks tell what is raised anyway.
 for each in ("guiders.guider_utils", "modular_pipelines.modular_pipeline", "modular_pipelines.modular_pipeline_utils"):
@@ -59,7 +59,7 @@ def modular_sdxl(pipe: Any, guider: Any) -> Any:
 def run_sdxl(
     modular: Any, pipe: Any, prompt: str | list[str] = "a red fox", *, latents: torch.Tensor, **arguments: Any
 ) -> torch.Tensor:
-    """Latents of a short run, as ``diffusers_tools.run`` gives them."""
+    """Latents of a short run, as ``small_pipelines.run`` gives them."""
     given = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(prompt)[:2], strict=True))
     pooled = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     given |= dict(zip(pooled, pipe.encode_prompt(prompt)[2:], strict=True))
@@ -71,7 +71,7 @@ def run_sdxl(
 
 
 def modular_transformer(name: str, pipe: Any, guider: Any) -> Any:
-    """The modular pipeline of a stock one of ``transformer_models``; latents come out as the model has them."""
+    """The modular pipeline of a stock one of ``transformer_cases``; latents come out as the model has them."""
     blocks = _TRANSFORMERS[name]()
     for last in ("after_denoise", "unpack_latents"):
         blocks.sub_blocks.pop(last, None)
@@ -81,7 +81,7 @@ def modular_transformer(name: str, pipe: Any, guider: Any) -> Any:
 def run_transformer(
     name: str, modular: Any, rows: int = 6, columns: int = 4, samples: int = 1, cfg: bool = True, **more: Any
 ) -> torch.Tensor:
-    """Latents of a short run, as ``transformer_models.run`` gives them."""
+    """Latents of a short run, as ``transformer_cases.run`` gives them."""
     model = MODELS[name]
     needs_both = name in ("wan", "ltx-video")  # even where they are not used
     given = model.call(rows, columns, samples, cfg or needs_both)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AnimateDiff in the manner of ``unet_models.py``: UNets with motion modules, which hold every frame in their batch."""
+"""A table of AnimateDiff and its tasks: UNets with motion modules, which hold every frame in their batch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from typing import Any
 import torch
 from diffusers import MotionAdapter, SparseControlNetModel, UNetMotionModel
 
-from tests.diffusers.diffusers_tools import tiny_pipeline
-from tests.diffusers.unet_cases import CHANNELS, Case, built_of, changed, unet, unet_xl, with_options
-from tests.diffusers.unet_parts import controlnet, image, image_embeds, ip_adapter, seen
+from tests.diffusers.small_pipelines import tiny_pipeline
+from tests.diffusers.unet_cases import (
+    CHANNELS,
+    Case,
+    built_of,
+    changed,
+    controlnet,
+    image,
+    image_embeds,
+    ip_adapter,
+    seen,
+    unet,
+    unet_xl,
+    with_options,
+)
 
 FRAMES = 3
 

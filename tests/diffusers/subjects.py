@@ -15,9 +15,9 @@ import torch
 
 from segkern.integrations.diffusers import PAG, SAG, SEG, Guidance, guide
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
-from tests.diffusers import transformer_models, unet_cases
-from tests.diffusers.transformer_models import MODELS
-from tests.diffusers.unet_models import IMAGES
+from tests.diffusers import transformer_cases, unet_cases
+from tests.diffusers.transformer_cases import MODELS
+from tests.diffusers.unet_image_cases import IMAGES
 
 STEPS = 4  # of a run
 
@@ -88,7 +88,7 @@ def _transformer(name: str, inside: str) -> Subject:
     model = MODELS[name]
 
     def run(pipe: Any, **more: Any) -> torch.Tensor:
-        return transformer_models.run(model, pipe, **{"num_inference_steps": STEPS, **more})
+        return transformer_cases.run(model, pipe, **{"num_inference_steps": STEPS, **more})
 
     layers = tuple(model.layers) if isinstance(model.layers, list) else model.layers
     return Subject(name, model.build, run, "transformer", layers, inside)

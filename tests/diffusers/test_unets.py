@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import PAG, SEG, guide
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
-from tests.diffusers.model_words import of_unet
-from tests.diffusers.motion_models import MOTION
 from tests.diffusers.probes import hooks_of
-from tests.diffusers.transformer_tools import Perturbed
+from tests.diffusers.proven_cells import of_unet
+from tests.diffusers.slow_guidance import Perturbed, self_attentions, unet_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
 from tests.diffusers.unet_cases import run
-from tests.diffusers.unet_models import IMAGES
-from tests.diffusers.unet_tools import self_attentions, slow_run
+from tests.diffusers.unet_image_cases import IMAGES
+from tests.diffusers.unet_video_cases import MOTION
 
 CASES = {**IMAGES, **MOTION}
 
@@ -54,7 +53,7 @@ def test_equals_the_slow_way(name: str, cfg: bool) -> None:
     )
     plain = run(case, pipe, cfg)
     processors = dict(pipe.unet.attn_processors)
-    expected = slow_run(pipe, slow, lambda: run(case, pipe, cfg), case.size, cfg)
+    expected = unet_run(pipe, slow, lambda: run(case, pipe, cfg), case.size, cfg)
     assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # there is something to see
     with guide(pipe, *specs) as active:
         guided = run(case, pipe, cfg)

@@ -49,14 +49,14 @@ TASKS = {
 
 
 def of_transformer(name: str, **more: str | tuple[str, ...]) -> pytest.MarkDecorator:
-    """What a test of text to image or video proves of a case in ``transformer_models``."""
+    """What a test of text to image or video proves of a case in ``transformer_cases``."""
     if name in VIDEO:
         return proves(**{"group": "Video", "model": VIDEO[name], "task": "text to video", **more})
     return proves(**{"group": "Transformers", "model": TRANSFORMERS[name], "task": "text to image", **more})
 
 
 def of_unet(name: str, pipeline: str, **more: str | tuple[str, ...]) -> pytest.MarkDecorator:
-    """What a test proves of a case in ``unet_models`` or ``motion_models`` with a pipeline of that class."""
+    """What a test proves of a case in ``unet_image_cases`` or ``unet_video_cases`` with a pipeline of that class."""
     model = max((prefix for prefix in UNETS if f"{name}-".startswith(f"{prefix}-")), key=len)
     task = next(TASKS[word] for word in TASKS if word in name or word in pipeline)
     group = "Video" if model.startswith("animatediff") else "UNets"

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.diffusers.transformer_models import HEAD_DIM, HEADS, MODELS, WIDTH, Model
+from tests.diffusers.transformer_cases import HEAD_DIM, HEADS, MODELS, WIDTH, TransformerCase
 
 
 def _vae(channels: int = 4) -> Any:
@@ -56,7 +56,7 @@ def _with(kind: type, build: Callable[[], Any], **parts: Any) -> Any:
     return pipe
 
 
-def task(base: str, kind: str, call: Callable[[int, int, int], dict[str, Any]], **changes: Any) -> Model:
+def task(base: str, kind: str, call: Callable[[int, int, int], dict[str, Any]], **changes: Any) -> TransformerCase:
     """A task of a model: its pipeline's class, and what its call gets beside the model's own arguments."""
     model = MODELS[base]
     parts = changes.pop("parts", dict)

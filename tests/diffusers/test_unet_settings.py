@@ -15,13 +15,12 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
-from tests.diffusers.diffusers_tools import PIPELINE_TOLERANCE, relative
-from tests.diffusers.motion_models import FRAMES, MOTION
 from tests.diffusers.probes import batches_seen, hooks_of
-from tests.diffusers.transformer_tools import Perturbed
+from tests.diffusers.slow_guidance import Perturbed, self_attentions, unet_run
+from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
 from tests.diffusers.unet_cases import Case, run, unet
-from tests.diffusers.unet_models import IMAGES
-from tests.diffusers.unet_tools import self_attentions, slow_run
+from tests.diffusers.unet_image_cases import IMAGES
+from tests.diffusers.unet_video_cases import FRAMES, MOTION
 
 
 @lru_cache(maxsize=8)
@@ -40,7 +39,7 @@ def test_the_size_changes_between_calls(name: str) -> None:
         guided = [run(replace(case, size=size), pipe, True) for size in (*sizes, (8, 12))]
     for size, output in zip(sizes, guided, strict=False):
         each = replace(case, size=size)
-        slow = slow_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda each=each: run(each, pipe, True), size, True)
+        slow = unet_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda each=each: run(each, pipe, True), size, True)
         assert relative(output, slow) < PIPELINE_TOLERANCE
     assert torch.equal(guided[3], guided[0])
 
@@ -59,7 +58,7 @@ def test_a_second_pass_at_a_higher_resolution() -> None:
         plain = run(larger, second, True, image=enlarged)
     assert torch.equal(run(larger, second, True, image=enlarged), plain)
     slow = [Perturbed(2.0, math.inf, self_attentions(second.unet, ("mid_block.*",)))]
-    expected = slow_run(second, slow, lambda: run(larger, second, True, image=enlarged), larger.size, True)
+    expected = unet_run(second, slow, lambda: run(larger, second, True, image=enlarged), larger.size, True)
     with guide(second, SEG(2.0)):
         assert relative(run(larger, second, True, image=enlarged), expected) < PIPELINE_TOLERANCE
     assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
@@ -79,7 +78,7 @@ def test_low_rank_adapters_of_peft(fused: bool) -> None:
     modules = self_attentions(pipe.unet, ("*",))
     adapted = run(case, pipe, True)
     assert relative(adapted, plain) > 10 * PIPELINE_TOLERANCE
-    expected = slow_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda: run(case, pipe, True), case.size, True)
+    expected = unet_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda: run(case, pipe, True), case.size, True)
     with guide(pipe, SEG(2.0, 1.5, ["down", "mid", "up"])):
         assert relative(run(case, pipe, True), expected) < PIPELINE_TOLERANCE
     assert torch.equal(run(case, pipe, True), adapted)
@@ -151,7 +150,7 @@ def test_free_init_runs_the_loop_several_times() -> None:
     pipe = case.build(case)
     pipe.enable_free_init(num_iters=2, method="gaussian")
     modules = self_attentions(pipe.unet, ("mid_block.*",))
-    expected = slow_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda: run(case, pipe, True), case.size, True)
+    expected = unet_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda: run(case, pipe, True), case.size, True)
     with guide(pipe, SEG(2.0, 1.5)) as active:
         assert relative(run(case, pipe, True), expected) < PIPELINE_TOLERANCE
     assert active.report().layers[0].fired == 2 * case.steps
