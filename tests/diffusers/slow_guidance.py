@@ -284,7 +284,7 @@ class Branch:
 
 def branch_of(pipe: Any, spec: SEG, steps: int) -> Branch:
     """A spec with one sigma, and layers named by parts or one by one."""
-    names = [spec.layers] if isinstance(spec.layers, str) else spec.layers
+    names = spec.layer_names or ("mid",)
     layers = [layer.name for layer in list_layers(pipe) if layer.part in names or layer.name in names]
     first = math.ceil(spec.start * steps)
     return Branch(
