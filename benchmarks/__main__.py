@@ -23,7 +23,7 @@ from benchmarks.measure import measure, usual_rounds
 from benchmarks.suites import STEP, SUITES, find_providers, find_suite, usual_cases, usual_dtypes
 from segkern.cli import terminal
 from segkern.generation.loading import DTYPES, find_device
-from segkern.generation.options import listed
+from segkern.generation.options import parse_list
 from segkern.generation.tables import wide
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def chosen_dtypes(text: str, device: torch.device) -> tuple[torch.dtype, ...]:
     """
     if not text:
         return usual_dtypes(device)
-    names = listed("--dtype", text, str, ", ".join(DTYPES))
+    names = parse_list("--dtype", text, str, ", ".join(DTYPES))
     for name in names:
         if name not in DTYPES:
             raise ValueError(f"--dtype takes {', '.join(DTYPES)}, got {name!r}")
@@ -69,7 +69,7 @@ def chosen_cases(text: str, usual: Sequence[str], dtypes: Sequence[torch.dtype])
     Raises:
         ValueError: for a name that fits none.
     """
-    cases = find_cases(listed("--cases", text, str, "names") if text else usual)
+    cases = find_cases(parse_list("--cases", text, str, "names") if text else usual)
     return [case.of(dtype) for dtype in dtypes for case in cases]
 
 
@@ -111,7 +111,7 @@ def run(
         wanted = find_suite(suite)
         where = find_device(device)
         chosen = chosen_cases(cases, TINY if quick else usual_cases(where), chosen_dtypes(dtype, where))
-        ways = find_providers(wanted, listed("--providers", providers, str, "names", empty=True))
+        ways = find_providers(wanted, parse_list("--providers", providers, str, "names", empty=True))
     torch.backends.cudnn.allow_tf32 = False  # the official convolution must pass the float32 check too
     environment = machine.described(where)
     folder = results.QUICK if quick else results.RESULTS
@@ -142,7 +142,7 @@ def _run_steps(device: str, providers: str, rounds: int | None, quick: bool, com
 
     with refusing():
         where = find_device(device)
-        patterns = listed("--providers", providers, str, "names", empty=True)
+        patterns = parse_list("--providers", providers, str, "names", empty=True)
         chosen = steps.find_ways(patterns, compiled or where.type == "cuda")
     path = out or (results.QUICK / "step.json" if quick else None)
     with progress_bar() as progress:

@@ -20,7 +20,7 @@ from benchmarks import machine
 from benchmarks.results import RESULTS, write_json
 from segkern.analysis import plots, report
 from segkern.analysis.energy import OverSigma
-from segkern.generation.drawing import Job, describe, draw
+from segkern.generation.drawing import ImageRequest, draw, image_metadata
 from segkern.generation.loading import find_model, load_pipeline, quiet_libraries
 from segkern.generation.pictures import save
 
@@ -63,10 +63,10 @@ def measure(folder: Path = FOLDER, quick: bool = False, tell: Callable[[str], No
     write_json(folder / "statements.json", report.in_words(statements))
 
     tell("one run")
-    job = Job("a large red ring above a small blue square", "", 64, 64, _SEED, steps, _CFG)
+    request = ImageRequest("a large red ring above a small blue square", "", 64, 64, _SEED, steps, _CFG)
     with record_energy(pipe, None, SIGMAS, (0, steps // 2, steps - 1)) as recorder:
-        picture = draw(pipe, job, ()).image
-    details = describe(source, job, (), torch.float32)
+        picture = draw(pipe, request, ()).image
+    details = image_metadata(source, request, (), torch.float32)
     report.write(folder / "energy.json", report.summary(recorder, details, "reflect"))
     save(picture, folder / "picture.png", details)
     plot(folder, DOCS if folder == FOLDER else folder)

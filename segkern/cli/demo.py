@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from segkern.cli.terminal import NUMBERS, SIGMAS, need_diffusers, refusing
+from segkern.cli.terminal import NUMBERS, SIGMAS, draw_with_progress, need_diffusers, refusing
 from segkern.core.dispatch import choose_backend
 from segkern.generation import loading
-from segkern.generation.demo import FILES, SCALE, sheets
-from segkern.generation.drawing import Drawn, Specs, label
-from segkern.generation.options import listed
-from segkern.generation.pictures import check_target, difference
+from segkern.generation.demo import PROMPTED, UNPROMPTED, Subject
+from segkern.generation.drawing import ImageRequest, ImageResult, Specs, image_metadata, label
+from segkern.generation.options import parse_list
+from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, difference, save
 from segkern.generation.tables import percent, wide
 
+_SCALE = 3.0
+_SHEETS = {"demo.png": PROMPTED, "demo-unconditional.png": UNPROMPTED}
 _MEASURES = {
     "frechet_distance": "Frechet ↓",
     "precision": "precision ↑",
@@ -27,7 +29,7 @@ _MEASURES = {
     "caption_accuracy": "caption accuracy ↑",
 }
 # As the paper recommends: its sigma 10 acts on SDXL's 32x32 tokens, the bundled model has 16x16 there.
-_PAPER_SCALE, _PAPER_SIGMAS = 3.0, (5.0, float("inf"))
+_PAPER_SIGMAS = (5.0, float("inf"))
 
 
 def demo(
@@ -41,22 +43,28 @@ def demo(
 
     with refusing():
         out.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+        for name in _SHEETS:
             check_target(out / name, overwrite)
         device = loading.find_device("auto")
         dtype = loading.find_dtype("auto", device)
         source = loading.find_model("demo")
         pipe = loading.load_pipeline(source, dtype, device)
-    plan: list[Specs] = [(), *((SEG(SCALE, sigma),) for sigma in listed("--sigmas", SIGMAS, float, NUMBERS))]
+    plan: list[Specs] = [(), *((SEG(_SCALE, sigma),) for sigma in parse_list("--sigmas", SIGMAS, float, NUMBERS))]
     head_dim = next(layer.head_dim for layer in list_layers(pipe) if layer.part == "mid")
     backend, reason = choose_backend(device, dtype, head_dim)
 
     table = Table("picture", "run", "attention served by", "seconds", "attention moved", "picture changed")
-    for subject, pictures in sheets(pipe, source, dtype, plan, steps, out):
-        for specs, picture in zip(plan, pictures, strict=True):
-            served = backend if specs else "pipeline's own"
-            changed = f"{difference(picture.image, pictures[0].image):.1f} / 255" if specs else "-"
-            table.add_row(subject.heading, label(specs), served, f"{picture.seconds:.1f}", _moved(picture), changed)
+    for name, subjects in _SHEETS.items():
+        results: dict[Subject, list[ImageResult]] = {}
+        for subject in subjects:
+            request = ImageRequest(subject.prompt, "", *subject.size, subject.seed, steps, 1.0)
+            results[subject] = draw_with_progress(pipe, request, plan)
+            for specs, result in zip(plan, results[subject], strict=True):
+                served = backend if specs else "pipeline's own"
+                changed = f"{difference(result.image, results[subject][0].image):.1f} / 255" if specs else "-"
+                table.add_row(subject.heading, label(specs), served, f"{result.seconds:.1f}", _moved(result), changed)
+        metadata = [image_metadata(source, request, specs, dtype) for specs in plan if specs]
+        _save_sheet(results, plan, metadata, sum(p.numel() for p in pipe.unet.parameters()), out / name)
     wide(table).print(table)
     typer.echo(f"seg_attention on {device}, {str(dtype).removeprefix('torch.')}: {backend}, because: {reason}")
     typer.echo("attention moved: |perturbed - conditional| / |conditional| of the guided layers' output")
@@ -66,15 +74,44 @@ def demo(
         wide(table).print(table)
     typer.echo(f"{evaluation['images_per_seed']} images for each of {len(evaluation['seeds'])} seeds")
     typer.echo(evaluation["verdict"])
-    for name in FILES:
+    for name in _SHEETS:
         typer.echo(f"wrote {out / name}")
 
 
-def _moved(picture: Drawn) -> str:
+def _save_sheet(
+    results: Mapping[Subject, Sequence[ImageResult]],
+    plan: Sequence[Specs],
+    metadata: Sequence[dict[str, object]],
+    parameters: int,
+    path: Path,
+) -> None:
+    """A row for each subject, with the metadata of all of them."""
+    rows = [
+        Row([Tile(result.image, label(specs)) for specs, result in zip(plan, row, strict=True)], subject.heading)
+        for subject, row in results.items()
+    ]
+    with_prompts = any(subject.prompt for subject in results)
+    fine_print = (
+        f"Each row: the same noise, first without guidance, then with Smoothed Energy Guidance at scale {_SCALE:g} and "
+        f"growing blur of the queries in the mid block's self-attention (16 x 16 tokens). No classifier-free guidance, "
+        f"{metadata[0]['steps']} steps, a model of {parameters / 1e6:.1f} million parameters that comes with segkern."
+    )
+    details = metadata[0] | {
+        "prompt": "; ".join(subject.prompt for subject in results),
+        "seed": ", ".join(str(subject.seed) for subject in results),
+        "width": ", ".join(str(subject.size[0]) for subject in results),
+        "height": ", ".join(str(subject.size[1]) for subject in results),
+        "seg_sigma": ", ".join(str(settings["seg_sigma"]) for settings in metadata),
+    }
+    caption = f"segkern: guidance {'with prompts' if with_prompts else 'without prompts'}"
+    save(contact_sheet(rows, caption, fine_print), path, details)
+
+
+def _moved(result: ImageResult) -> str:
     """How far guidance moved the output of each guided layer."""
-    if picture.report is None:
+    if result.report is None:
         return "-"
-    return ", ".join(f"{row['layer']} {percent(row['moved'])}" for row in picture.report.to_dict()["layers"])
+    return ", ".join(f"{row['layer']} {percent(row['moved'])}" for row in result.report.to_dict()["layers"])
 
 
 def _evaluation_tables(evaluation: dict[str, Any]) -> Iterator[Table]:
@@ -91,7 +128,7 @@ def _evaluation_tables(evaluation: dict[str, Any]) -> Iterator[Table]:
 
 
 def _is_shown(setting: dict[str, Any], chosen: dict[str, Any]) -> bool:
-    by_paper = setting["cfg"] == 1.0 and setting["seg"] == _PAPER_SCALE and float(setting["sigma"]) in _PAPER_SIGMAS
+    by_paper = setting["cfg"] == 1.0 and setting["seg"] == _SCALE and float(setting["sigma"]) in _PAPER_SIGMAS
     return not setting["seg"] or by_paper or setting == chosen
 
 

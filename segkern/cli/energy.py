@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern energy``: records the energy of self-attention while a picture is drawn, and draws it."""
+"""``segkern energy``: the energy of self-attention while a picture is drawn, as maps, curves and JSON."""
 
 from __future__ import annotations
 
@@ -11,11 +11,25 @@ import typer
 from rich.table import Table
 
 from segkern.analysis import plots, report
-from segkern.cli.terminal import NUMBERS, Config, Height, Model, Width, need_diffusers, refusing
+from segkern.cli.terminal import (
+    NUMBERS,
+    Config,
+    Device,
+    DType,
+    GuidanceScale,
+    Height,
+    Model,
+    Seed,
+    Steps,
+    Width,
+    draw_with_progress,
+    need_diffusers,
+    refusing,
+)
 from segkern.core.gaussian import check_boundary
 from segkern.generation import loading
-from segkern.generation.drawing import Job, calls_of, describe, draw_all
-from segkern.generation.options import listed
+from segkern.generation.drawing import ImageRequest, denoiser_calls, image_metadata
+from segkern.generation.options import parse_list
 from segkern.generation.pictures import check_target, save
 from segkern.generation.sizes import image_size
 from segkern.generation.tables import wide
@@ -36,24 +50,24 @@ def energy(
     boundary: Annotated[str, typer.Option(help="reflect, symmetric or circular.")] = "reflect",
     width: Width = None,
     height: Height = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the initial noise.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 30,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 5.0,
-    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
+    seed: Seed = 1,
+    steps: Steps = 30,
+    guidance_scale: GuidanceScale = 5.0,
+    dtype: DType = "auto",
+    device: Device = "auto",
     config: Config = None,
     out: Annotated[Path, typer.Option(help="Folder for pictures and JSON; it is made.")] = Path("energy"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
 ) -> None:
     """Draw a picture with the stock pipeline, and the energy of its self-attention: maps, over sigma, over steps."""
     with refusing():
-        values = tuple(value for value in listed("--sigmas", sigmas, float, NUMBERS) if value)
+        values = tuple(value for value in parse_list("--sigmas", sigmas, float, NUMBERS) if value)
         check_boundary(boundary)
         for value in values:
             if not value > 0:
                 raise ValueError(f"--sigmas takes numbers above 0 and inf, got {value:g}")
-        where = loading.find_device(device)
-        kind = loading.find_dtype(dtype, where)
+        torch_device = loading.find_device(device)
+        torch_dtype = loading.find_dtype(dtype, torch_device)
     need_diffusers("matplotlib", extra="plots")
     from segkern.integrations.diffusers import list_layers, record_energy
     from segkern.integrations.diffusers.models.layers import select_layers
@@ -70,30 +84,30 @@ def energy(
         for name in files:
             if (out / name).exists() and not overwrite:
                 raise ValueError(f"{str(out / name)!r} exists; give --overwrite or another --out")
-        pipe = loading.load_pipeline(source, kind, where)
-        chosen = _steps(at, calls_of(pipe, steps))
+        pipe = loading.load_pipeline(source, torch_dtype, torch_device)
+        chosen = _steps(at, denoiser_calls(pipe, steps))
         out.mkdir(parents=True, exist_ok=True)
         for name in files:
             if name != _JSON:
                 check_target(out / name, overwrite)
         recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
-    job = Job(prompt, negative_prompt, *size, seed, steps, guidance_scale)
+    request = ImageRequest(prompt, negative_prompt, *size, seed, steps, guidance_scale)
     with recorder:
-        picture = draw_all(pipe, job, [()])[0].image
+        picture = draw_with_progress(pipe, request, [()])[0].image
 
-    details = describe(source, job, (), kind)
-    found = report.summary(recorder, details, boundary)
+    details = image_metadata(source, request, (), torch_dtype)
+    summary = report.summary(recorder, details, boundary)
     save(picture, out / _PICTURE, details)
-    report.write(out / _JSON, found)
-    sheets = plots.plot_maps(found, out, picture)
-    plots.plot_over_sigma(found, out / _OVER_SIGMA)
-    plots.plot_over_steps(found, out / _OVER_STEPS)
+    report.write(out / _JSON, summary)
+    sheets = plots.plot_maps(summary, out, picture)
+    plots.plot_over_sigma(summary, out / _OVER_SIGMA)
+    plots.plot_over_steps(summary, out / _OVER_STEPS)
 
-    shown = report.chosen_steps(found)[-1]
-    blurred = [f"σ {name}" for name in report.labels(found["sigmas"][1:])]
-    title = f"mean energy of a query in nats, step {shown}: without a blur, and how far each lifts it"
+    step = report.chosen_steps(summary)[-1]
+    blurred = [f"σ {name}" for name in report.labels(summary["sigmas"][1:])]
+    title = f"mean energy of a query in nats, step {step}: without a blur, and how far each lifts it"
     table = Table("layer", "tokens", "energy", *blurred, title=title)
-    for row in report.table_rows(found, shown):
+    for row in report.table_rows(summary, step):
         table.add_row(*row)
     wide(table).print(table)
     for path in (out / _PICTURE, out / _JSON, *sheets, out / _OVER_SIGMA, out / _OVER_STEPS):
@@ -107,13 +121,13 @@ def _steps(text: str, steps: int) -> tuple[int, ...]:
         ValueError: for a word that is none, and a number that the run does not have.
     """
     known = {"first": 0, "middle": steps // 2, "last": steps - 1}
-    found: list[int] = []
-    for word in listed("--at", text, str, "steps"):
+    calls: list[int] = []
+    for word in parse_list("--at", text, str, "steps"):
         if word not in known and not word.isdecimal():
             raise ValueError(f"--at takes first, middle, last and numbers from 0, got {word!r}")
         step = known[word] if word in known else int(word)
         if step >= steps:
             raise ValueError(f"--at {step} is no step of a run of {steps}, whose last is {steps - 1}")
-        if step not in found:
-            found.append(step)
-    return tuple(found)
+        if step not in calls:
+            calls.append(step)
+    return tuple(calls)

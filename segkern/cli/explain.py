@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one attention would be served, in words: the backend, the kernels, their tiles, and why."""
+"""Explanation in words of the backend, the kernels and the tiles that would serve one attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from segkern.core.coarse_queries import check_query_stride, coarse_grid
 from segkern.core.dispatch import choose_backend, triton_is_installed
 from segkern.core.gaussian import tap_count
 from segkern.core.sigmas import check_sigma
@@ -29,7 +28,6 @@ class Call:
         head_dim: of a head.
         sigma: of the perturbed samples.
         dtype: of queries, keys and values.
-        query_stride: of coarse queries; 1 is every row.
     """
 
     grid: Grid
@@ -37,18 +35,16 @@ class Call:
     head_dim: int
     sigma: float
     dtype: torch.dtype = torch.float16
-    query_stride: int = 1
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma, 1)
-        check_query_stride(self.query_stride)
         for name in ("heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def explain(call: Call, device: torch.device, arch: str | None = None) -> list[tuple[str, str]]:
-    """What serves a call with ``backend="auto"``: topics and answers.
+    """Explain what serves a call with ``backend="auto"``, as topics and answers.
 
     Args:
         call: one attention, a sample of whose batch is perturbed.
@@ -65,17 +61,17 @@ def explain(call: Call, device: torch.device, arch: str | None = None) -> list[t
     """
     if arch is None:
         backend, reason = choose_backend(device, call.dtype, call.head_dim, blurs=call.sigma > 0)
-        found = [("backend", f"{backend}: {reason}")]
+        answers = [("backend", f"{backend}: {reason}")]
     elif arch.startswith(("sm_", "gfx")):
-        backend, found = "triton", [("backend", f"triton, as if on {arch}")]
+        backend, answers = "triton", [("backend", f"triton, as if on {arch}")]
     else:
         raise ValueError(f"an architecture is named such as sm_90 or gfx942, got {arch!r}")
-    found += [("perturbed rows", _rows(call)), ("blur", _blur(call))]
+    answers += [("perturbed rows", _rows(call)), ("blur", _blur(call))]
     if backend == "triton" and triton_is_installed():
-        found += _kernels(call, device, arch)
+        answers += _kernels(call, device, arch)
     elif call.sigma > 0:
-        found.append(("computed by", "products with the axes' matrices, then PyTorch's scaled_dot_product_attention"))
-    return found
+        answers.append(("computed by", "products with the axes' matrices, then PyTorch's scaled_dot_product_attention"))
+    return answers
 
 
 def _rows(call: Call) -> str:
@@ -84,10 +80,7 @@ def _rows(call: Call) -> str:
         return f"{tokens}: nothing is blurred"
     if math.isinf(call.sigma):
         return f"1 of {tokens}: the mean query"
-    points = coarse_grid(call.grid, (call.query_stride,) * 2, "reflect").tokens
-    if points == tokens:
-        return f"all {tokens}"
-    return f"{points} of {tokens}, interpolated between: an approximation"
+    return f"all {tokens}"
 
 
 def _blur(call: Call) -> str:
@@ -105,10 +98,10 @@ def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[s
     arch = arch or _configs.architecture(device)
     tile = _configs.attention_tile(arch, call.head_dim, call.dtype)
     known = _configs.measured(arch, call.head_dim, call.dtype)
-    if known is not None and known.sdpa and 0 < call.sigma < math.inf and call.query_stride == 1:
+    if known is not None and known.sdpa and 0 < call.sigma < math.inf:
         return [("computed by", "the separable kernel, then PyTorch's attention: measured to be faster")]
-    found = [("attention tile", f"{_tile(tile)}, {'a default' if known is None else 'measured'}")]
-    if 0 < call.sigma < math.inf and call.query_stride == 1:
+    answers = [("attention tile", f"{_tile(tile)}, {'a default' if known is None else 'measured'}")]
+    if 0 < call.sigma < math.inf:
         estimate = _routes.estimate_blur(
             arch, call.grid, (call.sigma,), "reflect", call.heads, call.head_dim, call.dtype.itemsize, tile.block_m
         )
@@ -118,11 +111,10 @@ def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[s
             f"estimated {estimate.before_microseconds:.1f} us before, "
             f"{estimate.prologue_microseconds:.1f} us in the prologue"
         )
-        found.append(("queries are blurred", f"{where} ({'a narrow grid' if estimate.narrow else costs})"))
+        answers.append(("queries are blurred", f"{where} ({'a narrow grid' if estimate.narrow else costs})"))
     elif call.sigma > 0:
-        rows = 1 if math.isinf(call.sigma) else coarse_grid(call.grid, (call.query_stride,) * 2, "reflect").tokens
-        found.append(("tile of few rows", _tile(_configs.split_tile(arch, call.head_dim, call.dtype, rows))))
-    return found
+        answers.append(("tile of the mean query", _tile(_configs.split_tile(arch, call.head_dim, call.dtype, 1))))
+    return answers
 
 
 def _tile(tile: Tile) -> str:

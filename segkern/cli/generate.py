@@ -3,16 +3,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
-from segkern.cli.terminal import NUMBERS, SIGMAS, Config, Height, Model, Width, need_diffusers, refusing
+from segkern.cli.terminal import (
+    NUMBERS,
+    SIGMAS,
+    Config,
+    Device,
+    DType,
+    GuidanceScale,
+    Height,
+    Model,
+    Seed,
+    Steps,
+    Width,
+    draw_with_progress,
+    need_diffusers,
+    refusing,
+)
 from segkern.generation import loading, prompt_batches
-from segkern.generation.drawing import Job, Specs, check_layers, describe, draw_all, label, report_table
-from segkern.generation.guidance_options import names_of, refuse_blur, scales_of, specs_of
-from segkern.generation.options import listed, stride
+from segkern.generation.drawing import (
+    ImageRequest,
+    Specs,
+    check_layers,
+    image_metadata,
+    label,
+    report_rows,
+)
+from segkern.generation.options import guidance_scales, make_specs, parse_guidance, parse_list
 from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.generation.sizes import image_size
 from segkern.generation.tables import wide
@@ -26,40 +49,30 @@ def generate(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="With --prompts: of each prompt, seeds from --seed on.")] = 1,
     negative_prompt: Annotated[str, typer.Option(help="What it does not show.")] = "",
+    guidance: Annotated[str, typer.Option(help="seg, pag, sag, several with commas; or none.")] = "seg",
     sigma: Annotated[
-        str | None, typer.Option(help="Blur in tokens, such as 4; inf, the mean query, if not given.")
+        str | None, typer.Option(help=f"Blur in tokens, such as 4; inf if not given. With --compare several: {SIGMAS}.")
     ] = None,
-    guidance: Annotated[str, typer.Option(help="seg, pag, sag; several with commas add up.")] = "seg",
     scale: Annotated[float | None, typer.Option(help="Strength of seg; the paper's gamma - 1. 3 if not given.")] = None,
     pag_scale: Annotated[float | None, typer.Option(help="Strength of pag; 3 if not given.")] = None,
     sag_scale: Annotated[float | None, typer.Option(help="Strength of sag; 0.75 if not given.")] = None,
     layers: Annotated[str, typer.Option(help="down, mid, up, d4, u0-29, globs; several with commas.")] = "mid",
-    width: Width = None,
-    height: Height = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the initial noise.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 30,
-    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 5.0,
     start: Annotated[float, typer.Option(help="Fraction of the run at which guidance begins.")] = 0.0,
     stop: Annotated[float, typer.Option(help="Fraction of the run at which it ends.")] = 1.0,
     schedule: Annotated[str, typer.Option(help="Of the scales over the run: constant, linear or cosine.")] = "constant",
-    boundary: Annotated[str, typer.Option(help="reflect, symmetric or circular.")] = "reflect",
-    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
-    query_stride: Annotated[
-        str, typer.Option(help="Of a finite sigma: 1, every row; 4 or 2,3, rows so far apart.")
-    ] = "1",
-    reuse: Annotated[
-        int, typer.Option(min=1, help="Steps for which a perturbed branch serves: 1 is exact, more an approximation.")
-    ] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
+    width: Width = None,
+    height: Height = None,
+    seed: Seed = 1,
+    steps: Steps = 30,
+    guidance_scale: GuidanceScale = 5.0,
+    dtype: DType = "auto",
+    device: Device = "auto",
     config: Config = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write, out.png; PNG keeps all settings as text. Folder for --prompts.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    no_guidance: Annotated[bool, typer.Option("--no-guidance", help="The stock pipeline, same seed.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="One picture: without, and each of --sigmas.")] = False,
-    sigmas: Annotated[str | None, typer.Option(help=f"For --compare; {SIGMAS} if not given.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="One sheet: without guidance and by sigma.")] = False,
 ) -> None:
     """Draw a picture with Smoothed Energy Guidance or its relatives, compare several, or draw many.
 
@@ -77,75 +90,88 @@ def generate(
         elif compare:
             raise ValueError("--compare draws one prompt, so it does not go with --prompts")
         lines = [] if prompts is None else prompt_batches.read_prompts(prompts)
-        chosen = names_of(guidance)
-        scales = scales_of(chosen, {"seg": scale, "pag": pag_scale, "sag": sag_scale})
-        if "seg" not in chosen:
-            refuse_blur(guidance, compare, sigma, boundary, backend, query_stride)
-        if compare and no_guidance:
-            raise ValueError("--compare draws with and without guidance, so it does not go with --no-guidance")
-        if sigmas is not None and not compare:
-            raise ValueError(f"--sigmas {sigmas!r} needs --compare; one picture takes --sigma")
-        if compare and sigma is not None:
-            raise ValueError(f"--compare takes --sigmas, not --sigma {sigma!r}")
-        if compare:
-            values = listed("--sigmas", SIGMAS if sigmas is None else sigmas, float, NUMBERS)
-        else:
-            values = listed("--sigma", "inf" if sigma is None else sigma, float, NUMBERS)
-        if len(values) > 1 and not compare:
-            raise ValueError(f"--sigma takes one number, got {sigma!r}; several are for --compare --sigmas")
-        workers = prompt_batches.Workers(device, many=prompts is not None)
-        where = workers.device
-        kind = loading.find_dtype(dtype, where)
+        names = parse_guidance(guidance)
+        scales = guidance_scales(names, {"seg": scale, "pag": pag_scale, "sag": sag_scale})
+        for option, given in (("--compare", compare), (f"--sigma {sigma}", sigma is not None)):
+            if given and "seg" not in names:
+                raise ValueError(f"{option} is of seg, which is not in --guidance {guidance}")
+        usual = SIGMAS if compare else "inf"
+        sigmas = parse_list("--sigma", usual if sigma is None else sigma, float, NUMBERS)
+        if len(sigmas) > 1 and not compare:
+            raise ValueError(f"--sigma takes one number, got {sigma!r}; several are for --compare")
+        processes = prompt_batches.Processes(device, many=prompts is not None)
+        torch_device = processes.device
+        torch_dtype = loading.find_dtype(dtype, torch_device)
     need_diffusers()
     from segkern.integrations.diffusers import guide
 
-    names = [name.strip() for name in layers.split(",")]
     with refusing():
-        rows = stride("--query-stride", query_stride)
-        common = {"start": start, "stop": stop, "reuse": reuse, "schedule": schedule}
-        blur = {"boundary": boundary, "backend": backend, "query_stride": rows}
-        sets = [specs_of(chosen, scales, names, common, blur | {"sigma": value}) for value in values]
+        layer_names = [name.strip() for name in layers.split(",")]
+        guided = [make_specs(scales, layer_names, value, start=start, stop=stop, schedule=schedule) for value in sigmas]
         source = loading.find_model(model, config)
         description = loading.describe_unet_pipeline(source)
         size = image_size(description, width, height)
-        check_layers(description, sets[0], where, kind)
-        pipe = loading.load_pipeline(source, kind, where)
-        guide(pipe, *sets[0]).remove()  # refuses pipelines that cannot be guided
-    job = Job(prompt or "", negative_prompt, *size, seed, steps, guidance_scale)
+        check_layers(description, guided[0], torch_device, torch_dtype)
+        pipe = loading.load_pipeline(source, torch_dtype, torch_device)
+        if names:
+            guide(pipe, *guided[0]).remove()  # refuses pipelines that cannot be guided
+    request = ImageRequest(prompt or "", negative_prompt, *size, seed, steps, guidance_scale)
+
+    def metadata(request: ImageRequest) -> dict[str, object]:
+        return image_metadata(source, request, guided[0], torch_dtype)
+
     if prompts is not None:
-        specs, folder = () if no_guidance else sets[0], Path("out") if out is None else out
-
-        def settings(one: Job) -> dict[str, object]:
-            return describe(source, one, specs, kind)
-
+        folder = Path("out") if out is None else out
         with refusing():
-            wanted = prompt_batches.pieces(lines, job, images)
-            mine = workers.share(lambda: prompt_batches.missing(folder, wanted, settings, overwrite))
-        problems = prompt_batches.draw_missing(pipe, mine, specs, workers, folder, settings)
-        for problem in problems:
-            typer.echo(f"warning: {problem}", err=True)
+            items = prompt_batches.batch_items(lines, request, images)
+            mine = processes.share(lambda: prompt_batches.find_missing(folder, items, metadata, overwrite))
+        _draw_items(pipe, mine, guided[0], processes, folder, metadata)
         return
 
     assert out is not None
-    plan: list[Specs] = [()] if no_guidance else [(), *sets] if compare else sets
-    drawn = draw_all(pipe, job, plan)
-    details = describe(source, job, () if no_guidance else sets[0], kind)
+    plan = [(), *guided] if compare else guided
+    results = draw_with_progress(pipe, request, plan)
+    image, details = results[0].image, metadata(request)
     if compare:
-        details["seg_sigma"] = ", ".join(f"{value:g}" for value in values)
-        tiles = [Tile(one.image, label(specs)) for one, specs in zip(drawn, plan, strict=True)]
+        details["seg_sigma"] = ", ".join(f"{value:g}" for value in sigmas)
         image = contact_sheet(
-            [Row(tiles)],
-            job.prompt,
+            [Row([Tile(result.image, label(specs)) for result, specs in zip(results, plan, strict=True)])],
+            request.prompt,
             f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
             f"guidance scale {guidance_scale:g}, SEG scale {scales['seg']:g} in {layers}",
         )
-    else:
-        image = drawn[0].image
-    kept = save(image, out, details)
-
-    if not no_guidance:
-        table, problems = report_table(plan, drawn)
+    has_settings = save(image, out, details)
+    if names:
+        headings, rows = report_rows(plan, results)
+        table = Table(*headings, title="guidance report")
+        for row in rows:
+            table.add_row(*row)
         wide(table).print(table)
-        for problem in problems:
-            typer.echo(f"warning: {problem}", err=True)
-    typer.echo(f"wrote {out}" + ("" if kept else " (only PNG keeps the settings as text)"))
+    _warn(problem for result in results if result.report is not None for problem in result.report.problems)
+    typer.echo(f"wrote {out}" + ("" if has_settings else " (only PNG keeps the settings as text)"))
+
+
+def _draw_items(
+    pipe: Any,
+    items: Sequence[prompt_batches.BatchItem],
+    specs: Specs,
+    processes: prompt_batches.Processes,
+    folder: Path,
+    metadata: prompt_batches.Metadata,
+) -> None:
+    """Draw one process's part of many pictures, a line each."""
+    problems: list[str] = []
+    for number, item in enumerate(items, 1):
+        (result,) = draw_with_progress(pipe, item.request, [specs], show=processes.is_main)
+        prompt_batches.write(folder, item, result, metadata(item.request))
+        typer.echo(f"wrote {folder / item.name}.png ({number} of {len(items)}{processes.place})")
+        problems += () if result.report is None else result.report.problems
+    if processes.is_main and not items:
+        typer.echo(f"all pictures are in {folder} already")
+    _warn(problems)
+
+
+def _warn(problems: Iterable[str]) -> None:
+    """Print each problem once."""
+    for problem in dict.fromkeys(problems):
+        typer.echo(f"warning: {problem}", err=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern ui``: starts the playground and shows it in a browser."""
+"""``segkern ui``: start the playground and show it in a browser."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from typing import Annotated
 
 import typer
 
-from segkern.cli.terminal import Config, need_diffusers, refusing
+from segkern.cli.terminal import Config, Device, DType, Model, need_diffusers, refusing
 from segkern.generation import loading
 
 
 def ui(
-    model: Annotated[
-        str, typer.Argument(help="'demo', a checkpoint folder, a hub name, or a single .safetensors file (SDXL).")
-    ] = "demo",
+    model: Model = "demo",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
     config: Config = None,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in a browser.")] = True,
 ) -> None:
@@ -33,17 +31,17 @@ def ui(
     """
     need_diffusers("gradio", "matplotlib", extra="ui")
     with refusing():
-        where = loading.find_device(device)
-        kind = loading.find_dtype(dtype, where)
+        torch_device = loading.find_device(device)
+        torch_dtype = loading.find_dtype(dtype, torch_device)
         port = _free_port(host, port)
-        from segkern.playground.models import Models, Named
+        from segkern.playground.models import ModelName, Models
 
-        models, named = Models(where, kind), Named(model, config or "")
-        models.load(named)
+        models, name = Models(torch_device, torch_dtype), ModelName(model, config or "")
+        models.load(name)
     from segkern.playground.page import Playground
 
     with tempfile.TemporaryDirectory(prefix="segkern-ui-") as folder:
-        playground = Playground(models, named, Path(folder))
+        playground = Playground(models, name, Path(folder))
         address = playground.start(host, port)
         typer.echo(f"segkern ui: {address} (Ctrl-C ends it)")
         if show:

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the command line that are read from several parts."""
+"""Options in words, of the command line and of the playground's fields, as values and guidances."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from segkern.grid import Grid
+from segkern.generation.drawing import Specs
+
+GUIDANCES = ("seg", "pag", "sag")
+_USUAL_SCALES = {"seg": 3.0, "pag": 3.0, "sag": 0.75}
 
 T = TypeVar("T", int, float, str)
 
 
-def listed(option: str, text: str, kind: Callable[[str], T], what: str, *, empty: bool = False) -> tuple[T, ...]:
+def parse_list(option: str, text: str, kind: Callable[[str], T], what: str, *, empty: bool = False) -> tuple[T, ...]:
     """The values in ``1,2,3``.
 
     Args:
-        option: such as ``--sigmas``, for messages.
+        option: such as ``sigma``, for messages.
         text: the user's words.
         kind: makes a value of one word.
         what: such values in words, for messages.
@@ -25,61 +28,75 @@ def listed(option: str, text: str, kind: Callable[[str], T], what: str, *, empty
         ValueError: for a word that is no such value, one that comes twice, and an empty text.
 
     Example:
-        >>> listed("--sigmas", "1, 4,inf", float, "numbers such as 4 or inf")
+        >>> parse_list("sigma", "1, 4,inf", float, "numbers such as 4 or inf")
         (1.0, 4.0, inf)
     """
     if not text.strip():
         if empty:
             return ()
         raise ValueError(f"{option} needs at least one value, got {text!r}")
-    found: list[T] = []
+    values: list[T] = []
     for word in (part.strip() for part in text.split(",")):
         try:
             value = kind(word)
         except ValueError:
             raise ValueError(f"{option} takes {what}, got {word!r}") from None
-        if value in found:
+        if value in values:
             raise ValueError(f"{option}: {word} comes twice in {text!r}")
-        found.append(value)
-    return tuple(found)
+        values.append(value)
+    return tuple(values)
 
 
-def size_of(option: str, text: str) -> Grid:
-    """The grid in ``64x48``: height and width in tokens.
+def parse_guidance(text: str) -> tuple[str, ...]:
+    """The guidances in ``seg,pag``; none in ``none``.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for another word, or one that comes twice.
 
     Example:
-        >>> size_of("--shape", "26x38")
-        Grid(height=26, width=38, start=0)
+        >>> parse_guidance("seg, PAG")
+        ('seg', 'pag')
     """
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
-        raise ValueError(f"{option} takes a height and a width in tokens such as 64x64, got {text!r}")
-    return Grid(int(parts[0]), int(parts[1]))
+    words = f"some of {', '.join(GUIDANCES)} with commas, or none"
+    names = parse_list("guidance", text.lower(), str, words)
+    if names == ("none",):
+        return ()
+    for name in names:
+        if name not in GUIDANCES:
+            raise ValueError(f"guidance takes {words}, got {name!r} in {text!r}")
+    return names
 
 
-def stride(option: str, text: str) -> int | tuple[int, int]:
-    """The stride in ``4`` or ``2,3``.
+def guidance_scales(names: Sequence[str], given: Mapping[str, float | None]) -> dict[str, float]:
+    """The scale of each guidance, its usual one where none was given.
+
+    Raises:
+        ValueError: for a scale of a guidance that is not among the names.
+    """
+    for name, scale in given.items():
+        if scale is not None and name not in names:
+            raise ValueError(f"scale {scale:g} is of {name}, which is not in guidance {','.join(names) or 'none'}")
+    scales = {name: given.get(name) for name in names}
+    return {name: _USUAL_SCALES[name] if scale is None else scale for name, scale in scales.items()}
+
+
+def make_specs(scales: Mapping[str, float], layers: list[str], sigma: float, **common: Any) -> Specs:
+    """One spec for each guidance that has a scale.
 
     Args:
-        option: such as ``--query-stride``, for messages.
-        text: the user's words.
+        scales: by the guidances' names.
+        layers: of those that perturb layers.
+        sigma: of SEG's blur.
+        common: ``start``, ``stop`` and other values that all of them take.
 
     Raises:
-        ValueError: for words that are neither. Whether the numbers fit is asked elsewhere.
-
-    Example:
-        >>> [stride("--query-stride", text) for text in ("4", "2,3")]
-        [4, (2, 3)]
+        ValueError: for values that a spec refuses.
     """
-    try:
-        numbers = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) == 1:
-        return numbers[0]
-    if len(numbers) == 2:
-        return numbers[0], numbers[1]
-    raise ValueError(f"{option} takes one number such as 4, or height and width such as 2,3; got {text!r}")
+    from segkern.integrations.diffusers import PAG, SAG, SEG
+
+    constructors = {
+        "seg": lambda scale: SEG(scale, sigma, layers, **common),
+        "pag": lambda scale: PAG(scale, layers, **common),
+        "sag": lambda scale: SAG(scale, **common),
+    }
+    return tuple(constructors[name](scale) for name, scale in scales.items())

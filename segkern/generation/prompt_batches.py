@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many pictures into one folder: split among processes, each drawn once, whatever happens in between.
 
-A picture is one prompt with one seed. It becomes ``00012-seed-3.png`` (the prompt's line in the file, the seed), with
-its settings as text inside, and ``00012-seed-3.json``, a record with the same settings, the seconds it took and what
-guidance did. Both appear under their names only when they are complete. A run that was interrupted goes on where it
-was: what is there already, with the same settings, is left alone.
+A batch item is one prompt with one seed. It becomes ``00012-seed-3.png`` (the prompt's line in the file, the seed),
+with its settings as text inside, and ``00012-seed-3.json``, a record with the same settings, the seconds it took and
+what guidance did. Both appear under their names only when they are complete. A run that was interrupted goes on where
+it was: a picture that is there with the same settings is left alone.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 from PIL import Image, UnidentifiedImageError
 
 from segkern.generation import loading, pictures
-from segkern.generation.drawing import Drawn, Job, Specs, draw_all
+from segkern.generation.drawing import ImageRequest, ImageResult
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+Metadata = Callable[[ImageRequest], dict[str, object]]  # all settings of a picture, by name
 
 _LINE_DIGITS = 5
-_PART = re.compile(rf"\.\d{{{_LINE_DIGITS},}}-seed-\d+\.\d+\.(png|json)")
+_PARTIAL_FILE = re.compile(rf"\.\d{{{_LINE_DIGITS},}}-seed-\d+\.\d+\.(png|json)")
 _VERSIONS = ("segkern", "torch", "diffusers")
 
 
 @dataclass(frozen=True)
-class Piece:
+class BatchItem:
     """One picture to draw.
 
     Attributes:
         name: of its files, without a suffix.
-        job: what to draw.
+        request: what to draw.
     """
 
     name: str
-    job: Job
+    request: ImageRequest
 
 
 def read_prompts(path: Path) -> list[tuple[int, str]]:
@@ -60,19 +60,59 @@ def read_prompts(path: Path) -> list[tuple[int, str]]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {str(path)!r} is no text in UTF-8: {error}") from None
-    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
         raise ValueError(f"--prompts {str(path)!r} has no prompts, one on each line")
-    return found
+    return prompts
 
 
-def pieces(prompts: Sequence[tuple[int, str]], job: Job, images: int) -> list[Piece]:
-    """Every prompt with ``images`` seeds, from the job's on."""
+def batch_items(prompts: Sequence[tuple[int, str]], request: ImageRequest, images: int) -> list[BatchItem]:
+    """Every prompt with ``images`` seeds, from the request's on."""
     return [
-        Piece(f"{number:0{_LINE_DIGITS}d}-seed-{seed}", replace(job, prompt=prompt, seed=seed))
+        BatchItem(f"{number:0{_LINE_DIGITS}d}-seed-{seed}", replace(request, prompt=prompt, seed=seed))
         for number, prompt in prompts
-        for seed in range(job.seed, job.seed + images)
+        for seed in range(request.seed, request.seed + images)
     ]
+
+
+def find_missing(folder: Path, items: Sequence[BatchItem], metadata: Metadata, overwrite: bool) -> list[BatchItem]:
+    """The items that the folder lacks, which is made if only its last part is missing.
+
+    A picture whose record is missing gets it, from its own text.
+
+    Raises:
+        ValueError: for a folder that cannot be one, and for a picture with other settings, unless it is to be
+            replaced; the message says which.
+    """
+    _check_folder(folder)
+    for path in folder.iterdir():
+        if _PARTIAL_FILE.fullmatch(path.name) and path.is_file():  # of a run that was killed
+            path.unlink()
+    missing = []
+    for item in items:
+        settings = _settings(metadata(item.request))
+        present = _read_settings(folder / f"{item.name}.png")
+        if present is None or (overwrite and present != settings):
+            missing.append(item)
+            continue
+        if present != settings:
+            name = next(key for key in {**present, **settings} if present.get(key) != settings.get(key))
+            raise ValueError(
+                f"{folder / item.name}.png was drawn with {name} {present.get(name)!r}, not {settings.get(name)!r}; "
+                f"give --overwrite or another --out"
+            )
+        if not (folder / f"{item.name}.json").exists():
+            _write_record(folder, item.name, {**metadata(item.request), "seconds": None, "guidance_report": None})
+    return missing
+
+
+def write(folder: Path, item: BatchItem, result: ImageResult, metadata: dict[str, object]) -> None:
+    """Write picture and record of an item, each complete as soon as it has its name."""
+    (folder / f"{item.name}.json").unlink(missing_ok=True)  # it is of the picture that is replaced
+    with _complete(folder / f"{item.name}.png") as path:
+        pictures.save(result.image, path, metadata)
+    report = None if result.report is None else result.report.to_dict()
+    _write_record(folder, item.name, {**metadata, "seconds": round(result.seconds, 3), "guidance_report": report})
 
 
 def _check_folder(folder: Path) -> None:
@@ -90,75 +130,13 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"--out {str(folder)!r} cannot be written: permission denied")
 
 
-def missing(
-    folder: Path, wanted: Sequence[Piece], describe: Callable[[Job], dict[str, object]], overwrite: bool
-) -> list[Piece]:
-    """Those that the folder lacks, which is made if only its last part is missing.
-
-    A picture whose record is missing gets it, from its own text.
-
-    Raises:
-        ValueError: for a folder that cannot be one, and for a picture with other settings, unless it is to be
-            replaced; the message says which.
-    """
-    _check_folder(folder)
-    for part in folder.iterdir():  # what a run that was killed has left
-        if _PART.fullmatch(part.name) and part.is_file():
-            part.unlink()
-    found = []
-    for piece in wanted:
-        settings = _settings(describe(piece.job))
-        there = _settings_of(folder / f"{piece.name}.png")
-        if there is None or (overwrite and there != settings):
-            found.append(piece)
-            continue
-        if there != settings:
-            name = next(key for key in {**there, **settings} if there.get(key) != settings.get(key))
-            raise ValueError(
-                f"{folder / piece.name}.png was drawn with {name} {there.get(name)!r}, not {settings.get(name)!r}; "
-                f"give --overwrite or another --out"
-            )
-        if not (folder / f"{piece.name}.json").exists():
-            _write_record(folder, piece.name, {**describe(piece.job), "seconds": None, "guidance_report": None})
-    return found
-
-
-def draw_missing(
-    pipe: Any,
-    mine: Sequence[Piece],
-    specs: Specs,
-    workers: Workers,
-    folder: Path,
-    describe: Callable[[Job], dict[str, object]],
-) -> list[str]:
-    """Draw one process's part and say so, a line each; returns what went wrong with guidance, each problem once."""
-    problems: dict[str, None] = {}
-    for number, piece in enumerate(mine, 1):
-        (drawn,) = draw_all(pipe, piece.job, [specs], show=workers.first)
-        write(folder, piece, drawn, describe(piece.job))
-        typer.echo(f"wrote {folder / piece.name}.png ({number} of {len(mine)}{workers.place})")
-        problems |= dict.fromkeys(() if drawn.report is None else drawn.report.problems)
-    if workers.first and not mine:
-        typer.echo(f"all pictures are in {folder} already")
-    return list(problems)
-
-
-def write(folder: Path, piece: Piece, drawn: Drawn, details: dict[str, object]) -> None:
-    """Picture and record of one piece, each complete as soon as it has its name."""
-    (folder / f"{piece.name}.json").unlink(missing_ok=True)  # it is of the picture that goes
-    with _complete(folder / f"{piece.name}.png") as path:
-        pictures.save(drawn.image, path, details)
-    report = None if drawn.report is None else drawn.report.to_dict()
-    _write_record(folder, piece.name, {**details, "seconds": round(drawn.seconds, 3), "guidance_report": report})
-
-
 def _write_record(folder: Path, name: str, record: dict[str, object]) -> None:
     with _complete(folder / f"{name}.json") as path:
         path.write_text(json.dumps(_plain(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: infinities and NaN as words."""
+    """The value as JSON has it: infinities and NaN as words."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -171,30 +149,30 @@ def _plain(value: Any) -> Any:
 @contextmanager
 def _complete(path: Path) -> Iterator[Path]:
     """A file of another name that takes the path's place when it was written; it is gone if it was not."""
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        yield part
-        os.replace(part, path)
+        yield partial
+        os.replace(partial, path)
     finally:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _settings_of(path: Path) -> dict[str, str] | None:
-    """The text in a picture, None where there is no picture that can be read."""
+def _read_settings(path: Path) -> dict[str, str] | None:
+    """The settings in a picture, None where there is no picture that can be read."""
     try:
         with Image.open(path) as image:
             image.load()
             return _settings(getattr(image, "text", {}))
-    except (FileNotFoundError, UnidentifiedImageError, OSError, SyntaxError):
+    except (UnidentifiedImageError, OSError, SyntaxError):
         return None
 
 
-def _settings(details: Mapping[str, object]) -> dict[str, str]:
-    """What makes a picture the same: all but versions."""
-    return {key: str(value) for key, value in details.items() if key not in _VERSIONS}
+def _settings(metadata: Mapping[str, object]) -> dict[str, str]:
+    """The metadata that make a picture the same: all but versions."""
+    return {key: str(value) for key, value in metadata.items() if key not in _VERSIONS}
 
 
-class Workers:
+class Processes:
     """The processes of ``accelerate launch``, or this one alone.
 
     Attributes:
@@ -203,12 +181,12 @@ class Workers:
 
     def __init__(self, device: str, many: bool) -> None:
         self._state: PartialState | None = None
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if processes == 1:
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
             self.device = loading.find_device(device)
             return
         if not many:
-            raise ValueError(f"{processes} processes would all draw the same picture; they are for --prompts")
+            raise ValueError(f"{count} processes would all draw the same picture; they are for --prompts")
         if device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device {device!r} among several processes, each of which has its own; leave it out")
         from accelerate import PartialState
@@ -218,35 +196,35 @@ class Workers:
 
     @property
     def place(self) -> str:
-        """Which one this is, in words for the end of a line; empty for one alone."""
+        """This process among the others, in words for the end of a line; empty for one alone."""
         if self._state is None:
             return ""
         return f", process {self._state.process_index + 1} of {self._state.num_processes}"
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that decides what is missing."""
         return self._state is None or self._state.is_main_process
 
-    def share(self, decide: Callable[[], list[Piece]]) -> list[Piece]:
-        """This process's part of what the first one decides. It is all that they have to tell each other.
+    def share(self, decide: Callable[[], list[BatchItem]]) -> list[BatchItem]:
+        """This process's part of the items that the main one decides on; the processes exchange nothing else.
 
         Raises:
-            ValueError: in all of them, what ``decide`` raises in the first, whatever it is.
+            ValueError: in all of them, for whatever ``decide`` raises in the main one.
         """
         if self._state is None:
             return decide()
         from accelerate.utils import broadcast_object_list
 
-        told: list[Any] = [None, None]
-        if self.first:
+        decision: list[Any] = [None, None]  # the items, and the error
+        if self.is_main:
             try:
-                told[0] = decide()
+                decision[0] = decide()
             except Exception as error:  # the others wait for an answer
-                told[1] = str(error)
-        broadcast_object_list(told)
+                decision[1] = str(error)
+        broadcast_object_list(decision)
         self._state.destroy_process_group()
-        if told[1] is not None:
-            raise ValueError(told[1])
-        with self._state.split_between_processes(told[0]) as part:
+        if decision[1] is not None:
+            raise ValueError(decision[1])
+        with self._state.split_between_processes(decision[0]) as part:
             return list(part)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the page offers: sizes and layers of a model, and the sigmas of a slider."""
+"""Sizes and layers of a model that the page offers, and the sigmas of its slider."""
 
 from __future__ import annotations
 
@@ -48,56 +48,41 @@ def position_of(sigma: float) -> int:
     """
     if math.isinf(sigma):
         return LAST
-    place = round((math.log2(sigma) - _FINEST) * _IN_AN_OCTAVE)
-    return min(max(place, 0), LAST - 1)
+    position = round((math.log2(sigma) - _FINEST) * _IN_AN_OCTAVE)
+    return min(max(position, 0), LAST - 1)
 
 
-def sizes(pipe: Any) -> list[tuple[int, int]]:
-    """Width and height in pixels: the model's own first, then about as many pixels in the shapes of SDXL's buckets.
-
-    Args:
-        pipe: with or without weights.
-    """
-    own = image_size(pipe, None, None)
-    side = math.sqrt(own[0] * own[1])
+def sizes(pipe: Any) -> list[str]:
+    """Width and height in pixels: the model's own first, then about as many pixels in the shapes of SDXL's buckets."""
+    own_width, own_height = image_size(pipe, None, None)
+    side = math.sqrt(own_width * own_height)
     multiple = max(8, pipe.vae_scale_factor)
     unit = max(1, round(side * _BUCKET_STEP / _BUCKETS[0][0] / multiple)) * multiple
-    found = [own]
+    offered = [f"{own_width} x {own_height}"]
     for bucket in _BUCKETS:
         width, height = (max(1, round(pixels * side / _BUCKETS[0][0] / unit)) * unit for pixels in bucket)
-        if (width, height) not in found:
-            found.append((width, height))
-    return found
-
-
-def named(size: tuple[int, int]) -> str:
-    """A size in words.
-
-    Example:
-        >>> named((832, 1216))
-        '832 x 1216'
-    """
-    return f"{size[0]} x {size[1]}"
+        offered.append(f"{width} x {height}")
+    return list(dict.fromkeys(offered))
 
 
 def layers(pipe: Any) -> list[tuple[str, str]]:
-    """What to show and what it stands for: the model's parts, then every layer."""
+    """Labels and names that can be chosen: the model's parts, then every layer."""
     from segkern.integrations.diffusers import list_layers
 
-    found = list_layers(pipe)
+    available = list_layers(pipe)
     parts: dict[str, list[str]] = {}
-    for layer in found:
+    for layer in available:
         parts.setdefault(layer.part, []).append(layer.name)
-    shown = []
+    labels = []
     for part, names in parts.items():
         ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        shown.append((f"{part} ({ends})", part))
-    return [*shown, *((layer.name, layer.name) for layer in found)]
+        labels.append((f"{part} ({ends})", part))
+    return [*labels, *((layer.name, layer.name) for layer in available)]
 
 
 def usual_layers(pipe: Any) -> list[str]:
-    """Where guidance acts unless somebody says otherwise: the middle as in the paper, all parts where there is none."""
-    from segkern.integrations.diffusers.models.names import PARTS
+    """The middle as in the paper, all parts where there is none."""
+    from segkern.integrations.diffusers import list_layers
 
-    parts = [name for _, name in layers(pipe) if name in PARTS]
+    parts = list(dict.fromkeys(layer.part for layer in list_layers(pipe)))
     return ["mid"] if "mid" in parts else parts

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands where on the page."""
+"""Components of the page and their places."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import gradio as gr
 
 from segkern.generation.demo import PROMPTED
-from segkern.generation.guidance_options import NAMES
+from segkern.generation.options import GUIDANCES
 from segkern.playground import choices
-from segkern.playground.form import Form, number
-from segkern.playground.markup import told
-from segkern.playground.models import Described, Named
+from segkern.playground.form import number
+from segkern.playground.markup import status_message
+from segkern.playground.models import ModelDescription, ModelName
 
-KINDS = tuple(name.upper() for name in NAMES)
 _FIRST = PROMPTED[1]  # the bundled model draws a star too few of it without guidance
 _HINT = "Press Draw: the same noise becomes a picture without and one with guidance."
 _ENERGY = (
@@ -25,76 +23,46 @@ _ENERGY = (
     "changes or reads, a column for the first, the middle and the last step."
 )
 # Positions of the slider as texts, so that the field follows it at once.
-_SIGMAS = json.dumps([f"{choices.sigma_at(place):g}" for place in range(choices.LAST + 1)])
+_SIGMAS = json.dumps([f"{choices.sigma_at(position):g}" for position in range(choices.LAST + 1)])
 
 
-@dataclass(frozen=True)
-class Controls:
-    """What a press of Draw reads, and what acts."""
-
-    form: Form  # of components
-    draw: Any
-    halt: Any
-    message: Any
-    examples: Any
-    another: Any
-    sigma_slider: Any
-    blur: Any
-    model: Any
-    config: Any
-    load: Any
-    model_message: Any
-
-    @property
-    def fields(self) -> list[Any]:
-        """The form's components in its order."""
-        return [getattr(self.form, field.name) for field in fields(Form)]
+Components = dict[str, Any]  # by name
 
 
-@dataclass(frozen=True)
-class Shown:
-    """Where results go."""
-
-    plain: Any
-    guided: Any
-    plain_file: Any
-    guided_file: Any
-    timing: Any
-    report: Any
-    maps: Any
-    snippet: Any
+def example_prompts(description: ModelDescription) -> list[list[str]]:
+    """Prompts for the bundled model, whose words are known; none for others."""
+    return [[subject.prompt] for subject in PROMPTED] if description.source.name == "demo" else []
 
 
-def example_prompts(described: Described) -> list[list[str]]:
-    """Prompts for a model whose words are known; none for others."""
-    return [[subject.prompt] for subject in PROMPTED] if described.source.name == "demo" else []
+def build_controls(name: ModelName, description: ModelDescription) -> tuple[Components, Components]:
+    """The left column; on a narrow page its settings come after the results.
 
-
-def controls(named: Named, described: Described) -> Controls:
-    """The left column; on a narrow page its settings come after the results."""
+    Returns:
+        The fields that a press of Draw reads, by the names of :func:`segkern.playground.form.read`, and the others.
+    """
+    fields: Components = {}
+    others: Components = {}
     with gr.Column(elem_id="ask"):
-        asked = _ask(described)
+        _ask(description, fields, others)
     with gr.Column(elem_id="settings"):
         with gr.Group():
-            guidance = _guidance(described)
+            _guidance(description.pipe, fields, others)
         with gr.Accordion("Picture", open=True):
             with gr.Group():
-                picture = _size_and_noise(described)
-            another = gr.Button("Another seed", size="sm")
+                _picture(description.pipe, fields)
+            others["another_seed"] = gr.Button("Another seed", size="sm")
         with gr.Accordion("Also measure", open=False), gr.Group():
-            energy = gr.Checkbox(True, label="Map the energy of attention", info="One more run.")
-            unshared = gr.Checkbox(False, label="Time guidance without sharing", info="One more run.")
+            fields["energy"] = gr.Checkbox(True, label="Map the energy of attention", info="One more run.")
+            fields["unshared"] = gr.Checkbox(False, label="Time guidance without sharing", info="One more run.")
         with gr.Accordion("Model", open=False):
-            model = _model(named)
-    found = {**asked, **guidance, **picture, **model, "another": another, "energy": energy, "unshared": unshared}
-    form = Form(**{field.name: found.pop(field.name) for field in fields(Form)})
-    return Controls(form=form, **found)
+            _model(name, others)
+    return fields, others
 
 
-def _ask(described: Described) -> dict[str, Any]:
-    """What is always needed, first."""
-    examples = example_prompts(described)
-    prompt = gr.Textbox(
+def _ask(description: ModelDescription, fields: Components, others: Components) -> None:
+    """The prompt and the buttons, which are always needed."""
+    examples = example_prompts(description)
+    fields["prompt"] = gr.Textbox(
         _FIRST.prompt if examples else "",
         label="Prompt",
         info="What the picture shows.",
@@ -103,22 +71,23 @@ def _ask(described: Described) -> dict[str, Any]:
         autofocus=True,
     )
     with gr.Row():
-        draw = gr.Button("Draw", variant="primary", scale=3, min_width=120)
-        halt = gr.Button("Stop", variant="stop", interactive=False, scale=1, min_width=80)
-    message = gr.HTML(told(_HINT), elem_classes="message", elem_id="message", padding=False)
-    shown = gr.Dataset(
+        others["draw"] = gr.Button("Draw", variant="primary", scale=3, min_width=120)
+        others["stop"] = gr.Button("Stop", variant="stop", interactive=False, scale=1, min_width=80)
+    others["message"] = gr.HTML(status_message(_HINT), elem_classes="message", elem_id="message", padding=False)
+    others["examples"] = gr.Dataset(
         components=[gr.Textbox(visible=False, label="Prompt")],
         samples=examples,
         visible=bool(examples),
         label="Prompts to try",
     )
-    return {"prompt": prompt, "draw": draw, "halt": halt, "message": message, "examples": shown}
 
 
-def _guidance(described: Described) -> dict[str, Any]:
-    kinds = gr.CheckboxGroup(KINDS, value=["SEG"], label="Guidance", info="One or several; several add up.")
-    with gr.Column() as blur:
-        slider = gr.Slider(
+def _guidance(pipe: Any, fields: Components, others: Components) -> None:
+    fields["guidances"] = gr.CheckboxGroup(
+        [name.upper() for name in GUIDANCES], value=["SEG"], label="Guidance", info="One or several; several add up."
+    )
+    with gr.Column() as others["blur"]:
+        others["sigma_slider"] = gr.Slider(
             0,
             choices.LAST,
             value=choices.LAST,
@@ -129,31 +98,30 @@ def _guidance(described: Described) -> dict[str, Any]:
             buttons=[],
         )
         with gr.Row():
-            sigma = _number("inf", "SEG: sigma", "In tokens; inf is infinite.")
-            seg = _number("3", "SEG: scale", "How strong.")
+            fields["sigma"] = _number("inf", "SEG: sigma", "In tokens; inf is infinite.")
+            fields["seg_scale"] = _number("3", "SEG: scale", "How strong.")
     with gr.Row():
-        pag = _number("3", "PAG: scale", "How strong.", visible=False)
-        sag = _number("0.75", "SAG: scale", "How strong.", visible=False)
-    layers = gr.Dropdown(
-        choices.layers(described.pipe),
-        value=choices.usual_layers(described.pipe),
+        fields["pag_scale"] = _number("3", "PAG: scale", "How strong.", visible=False)
+        fields["sag_scale"] = _number("0.75", "SAG: scale", "How strong.", visible=False)
+    fields["layers"] = gr.Dropdown(
+        choices.layers(pipe),
+        value=choices.usual_layers(pipe),
         multiselect=True,
         allow_custom_value=True,
         label="Layers of SEG and PAG",
         info="Choose some, or type such as u0-1 and press Enter.",
     )
     with gr.Row():
-        start = gr.Slider(0, 1, value=0, step=0.05, label="Starts at", info="Fraction of the run.", min_width=120)
-        stop = gr.Slider(0, 1, value=1, step=0.05, label="Stops at", info="Fraction of the run.", min_width=120)
-    scales = {"seg_scale": seg, "pag_scale": pag, "sag_scale": sag}
-    acting = {"kinds": kinds, "layers": layers, "start": start, "stop": stop}
-    return {**scales, **acting, "sigma": sigma, "sigma_slider": slider, "blur": blur}
+        for name, value, title in (("start", 0, "Starts at"), ("stop", 1, "Stops at")):
+            fields[name] = gr.Slider(
+                0, 1, value=value, step=0.05, label=title, info="Fraction of the run.", min_width=120
+            )
 
 
-def _size_and_noise(described: Described) -> dict[str, Any]:
-    sizes = [choices.named(each) for each in choices.sizes(described.pipe)]
+def _picture(pipe: Any, fields: Components) -> None:
+    sizes = choices.sizes(pipe)
     with gr.Row():
-        size = gr.Dropdown(
+        fields["size"] = gr.Dropdown(
             sizes,
             value=sizes[0],
             allow_custom_value=True,
@@ -161,31 +129,25 @@ def _size_and_noise(described: Described) -> dict[str, Any]:
             info="In pixels; can be typed.",
             min_width=120,
         )
-        steps = gr.Number(20, label="Steps", info="More take longer.", min_width=120)
+        fields["steps"] = gr.Number(20, label="Steps", info="More take longer.", min_width=120)
     with gr.Row():
-        seed = gr.Number(_FIRST.seed, label="Seed", info="Of the noise.", min_width=120)
-        guidance_scale = _number("3", "Text guidance (CFG)", "1 is none.")
-    negative = gr.Textbox("", label="Negative prompt", info="What the picture does not show.")
-    return {
-        "size": size,
-        "steps": steps,
-        "seed": seed,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative,
-    }
+        fields["seed"] = gr.Number(_FIRST.seed, label="Seed", info="Of the noise.", min_width=120)
+        fields["guidance_scale"] = _number("3", "Text guidance (CFG)", "1 is none.")
+    fields["negative_prompt"] = gr.Textbox("", label="Negative prompt", info="What the picture does not show.")
 
 
-def _model(named: Named) -> dict[str, Any]:
+def _model(name: ModelName, others: Components) -> None:
     with gr.Group():
-        model = gr.Textbox(
-            named.model, label="Checkpoint", info="demo, a folder, a hub name, or a .safetensors file (SDXL)."
+        others["model"] = gr.Textbox(
+            name.model, label="Checkpoint", info="demo, a folder, a hub name, or a .safetensors file (SDXL)."
         )
-        config = gr.Textbox(
-            named.config, label="Configuration", info="Of a .safetensors file alone: a folder or hub name, or nothing."
+        others["config"] = gr.Textbox(
+            name.config, label="Configuration", info="Of a .safetensors file alone: a folder or hub name, or nothing."
         )
-    load = gr.Button("Load", size="sm")
-    message = gr.HTML(told(f"{named.model} is loaded."), elem_classes="message", elem_id="model-message", padding=False)
-    return {"model": model, "config": config, "load": load, "model_message": message}
+    others["load"] = gr.Button("Load", size="sm")
+    others["model_message"] = gr.HTML(
+        status_message(f"{name.model} is loaded."), elem_classes="message", elem_id="model-message", padding=False
+    )
 
 
 def _number(value: str, label: str, info: str, visible: bool = True) -> Any:
@@ -193,24 +155,23 @@ def _number(value: str, label: str, info: str, visible: bool = True) -> Any:
     return gr.Textbox(value, label=label, info=info, visible=visible, min_width=120)
 
 
-def results() -> Shown:
+def build_results() -> Components:
     """The right column."""
+    results: Components = {}
     with gr.Row():
-        with gr.Column(min_width=150):
-            plain = _picture("Without guidance", "plain")
-            plain_file = gr.DownloadButton("Download without guidance", size="sm", interactive=False)
-        with gr.Column(min_width=150):
-            guided = _picture("With guidance", "guided")
-            guided_file = gr.DownloadButton("Download with guidance", size="sm", interactive=False)
+        for name, words in (("plain", "without guidance"), ("guided", "with guidance")):
+            with gr.Column(min_width=150):
+                results[name] = _image(words.capitalize(), name)
+                results[f"{name}_file"] = gr.DownloadButton(f"Download {words}", size="sm", interactive=False)
     with gr.Tabs():
         with gr.Tab("Report"):
-            timing = gr.HTML("", elem_id="timing", padding=False)
-            report = gr.HTML("", elem_id="report", padding=False)
+            results["timing"] = gr.HTML("", elem_id="timing", padding=False)
+            results["report"] = gr.HTML("", elem_id="report", padding=False)
         with gr.Tab("Energy"):
             gr.Markdown(_ENERGY)
-            maps = _picture("Energy of attention", "maps", height=None, show_label=False)
+            results["maps"] = _image("Energy of attention", "maps", height=None, show_label=False)
         with gr.Tab("Python"):
-            snippet = gr.Code(
+            results["snippet"] = gr.Code(
                 "",
                 language="python",
                 label="Draws the guided picture again",
@@ -218,10 +179,10 @@ def results() -> Shown:
                 wrap_lines=True,
                 elem_id="snippet",
             )
-    return Shown(plain, guided, plain_file, guided_file, timing, report, maps, snippet)
+    return results
 
 
-def _picture(label: str, name: str, height: int | None = 370, show_label: bool = True) -> Any:
+def _image(label: str, name: str, height: int | None = 370, show_label: bool = True) -> Any:
     return gr.Image(
         label=label,
         format="png",
@@ -249,7 +210,7 @@ def follow_sigma(text: Any) -> Any:
     return choices.position_of(sigma) if sigma > 0 else gr.skip()
 
 
-def shown_kinds(kinds: Sequence[str]) -> list[Any]:
-    """Updates of SEG's fields, the scales of PAG and SAG, and the layers: what is not asked for is hidden."""
-    seg, pag, sag = (kind in kinds for kind in KINDS)
-    return [gr.update(visible=seg), gr.update(visible=pag), gr.update(visible=sag), gr.update(visible=seg or pag)]
+def show_chosen(guidances: Sequence[str]) -> list[Any]:
+    """Updates of SEG's fields, the scales of PAG and SAG, and the layers: those of other guidances are hidden."""
+    seg, pag, sag = (name.upper() in guidances for name in GUIDANCES)
+    return [gr.update(visible=visible) for visible in (seg, pag, sag, seg or pag)]

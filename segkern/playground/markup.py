@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page's HTML: messages, tables and its style."""
+"""HTML of the page: messages, tables and its style."""
 
 from __future__ import annotations
 
@@ -40,28 +40,28 @@ table.words th { color: var(--body-text-color-subdued); font-weight: 600; overfl
 """
 
 
-def told(text: str) -> str:
-    """A message."""
+def status_message(text: str) -> str:
+    """Say something that went well."""
     return f'<p role="status">{escape(text)}</p>'
 
 
-def under_way(done: int, steps: int, what: str) -> str:
-    """A message with a bar, of so many steps done."""
+def progress_message(done: int, steps: int, run: str) -> str:
+    """Say how many of the steps are done, with a bar."""
     bar = f'<progress max="{steps}" value="{done}" aria-label="steps done"></progress>'
-    return f'<p role="status">Drawing, {escape(what)}: step {done} of {steps}{bar}</p>'
+    return f'<p role="status">Drawing, {escape(run)}: step {done} of {steps}{bar}</p>'
 
 
-def refused(text: str) -> str:
-    """A message about something that does not fit.
+def error_message(text: str) -> str:
+    """Say, in one line, what does not fit.
 
     Example:
-        >>> refused("sigma must be a number, got '<b>'")
+        >>> error_message("sigma must be a number, got '<b>'")
         '<p role="alert" class="refused">sigma must be a number, got &#x27;&lt;b&gt;&#x27;</p>'
     """
-    return f'<p role="alert" class="refused">{escape(text)}</p>'
+    return f'<p role="alert" class="refused">{escape(" ".join(text.split()))}</p>'
 
 
-def table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Words in rows."""
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in rows)

@@ -13,16 +13,16 @@ import torch
 from segkern.generation import loading
 from segkern.generation.loading import Source
 
-KEPT = 2  # so that going back to the model before loads nothing
+MOST_LOADED = 2  # so that going back to the model before loads nothing
 
 
 @dataclass(frozen=True)
-class Named:
-    """A model as a user named it.
+class ModelName:
+    """A model as a user names it.
 
     Attributes:
         model: ``demo``, a folder, a hub name or a single file.
-        config: what describes a single file; nothing for others.
+        config: the configuration of a single file; empty for others.
     """
 
     model: str
@@ -30,8 +30,8 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Described:
-    """What is known of a model without its weights.
+class ModelDescription:
+    """A model without its weights.
 
     Attributes:
         source: where it is.
@@ -55,38 +55,37 @@ class Models:
         self.device = device
         self.dtype = dtype
         self.lock = threading.RLock()
-        self._described: dict[Named, Described] = {}
-        self._pipes: OrderedDict[Named, Any] = OrderedDict()  # the one used last comes last
+        self._descriptions: dict[ModelName, ModelDescription] = {}
+        self._pipes: OrderedDict[ModelName, Any] = OrderedDict()  # the one used last comes last
 
-    def describe(self, named: Named) -> Described:
+    def describe(self, name: ModelName) -> ModelDescription:
         """Find a model and read its configuration.
 
         Raises:
-            ValueError: for what is no model; the message quotes it.
+            ValueError: for a name that is no model; the message quotes it.
             OSError: when files are missing or cannot be fetched.
         """
-        found = self._described.get(named)
-        if found is None:
-            source = loading.find_model(named.model, named.config or None)
-            found = self._described[named] = Described(source, loading.describe_unet_pipeline(source))
-        return found
+        if name not in self._descriptions:
+            source = loading.find_model(name.model, name.config or None)
+            self._descriptions[name] = ModelDescription(source, loading.describe_unet_pipeline(source))
+        return self._descriptions[name]
 
-    def load(self, named: Named) -> Any:
+    def load(self, name: ModelName) -> Any:
         """The pipeline of a model, from its files only if it is not there.
 
         Raises:
-            ValueError: for what is no model or cannot be loaded; the message quotes it.
+            ValueError: for a name that is no model or cannot be loaded; the message quotes it.
             OSError: when files are missing or cannot be fetched.
         """
         with self.lock:
-            if named not in self._pipes:
-                source = self.describe(named).source
-                while len(self._pipes) >= KEPT:
+            if name not in self._pipes:
+                source = self.describe(name).source
+                while len(self._pipes) >= MOST_LOADED:
                     self._pipes.popitem(last=False)
                 try:
-                    self._pipes[named] = loading.load_pipeline(source, self.dtype, self.device)
+                    self._pipes[name] = loading.load_pipeline(source, self.dtype, self.device)
                 except Exception as error:  # whatever diffusers meets in a damaged file
-                    del self._described[named]  # which may be mended
-                    raise ValueError(f"{named.model!r} cannot be loaded: {error}") from error
-            self._pipes.move_to_end(named)
-            return self._pipes[named]
+                    del self._descriptions[name]  # which may be mended
+                    raise ValueError(f"{name.model!r} cannot be loaded: {error}") from error
+            self._pipes.move_to_end(name)
+            return self._pipes[name]

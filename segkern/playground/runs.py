@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One press of Draw: the pictures without and with guidance, what they took, and what is written beside them."""
+"""One press of Draw: pictures without and with guidance, their times, their report and their program."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 from PIL import Image
 
 from segkern.analysis import plots, report
-from segkern.generation.drawing import Drawn, calls_of, describe, draw, report_rows
+from segkern.generation.drawing import ImageResult, denoiser_calls, draw, image_metadata, report_rows
 from segkern.generation.pictures import save
 from segkern.playground.form import Settings
-from segkern.playground.models import Models, Named
+from segkern.playground.models import ModelName, Models
 from segkern.playground.snippet import snippet
 
 _BOUNDARY = "reflect"  # of the recorded energies; they are shown without a blur
 
-Tell = Callable[[int, int, str], None]  # steps done, of all, and what is under way
+OnStep = Callable[[int, int, str], None]  # steps done, of all, and the name of the run under way
 
 
 class Stopped(Exception):
@@ -30,17 +30,17 @@ class Stopped(Exception):
 
 
 class Run:
-    """What was asked for with one press of Draw, and whether it shall stop.
+    """Settings of one press of Draw, and whether the run shall stop.
 
     Attributes:
-        named: the model.
+        model: by its name.
         settings: what to draw.
         owner: the page that asked.
         begun: whether its turn has come.
     """
 
-    def __init__(self, named: Named, settings: Settings, owner: str = "") -> None:
-        self.named = named
+    def __init__(self, model: ModelName, settings: Settings, owner: str = "") -> None:
+        self.model = model
         self.settings = settings
         self.owner = owner
         self.begun = False
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether it shall stop."""
+        """Whether somebody has stopped it."""
         return self._stop.is_set()
 
     def check(self) -> None:
@@ -66,14 +66,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a page shows of a run.
+class RunResult:
+    """Everything that a page shows of a run.
 
     Attributes:
         plain: PNG without guidance, its settings in it.
         guided: PNG with guidance.
         small: whether a page enlarges them.
-        timing: what was drawn, its seconds, and these as a multiple of the first.
+        timing: a picture's name, its seconds, and these as a multiple of the first picture's.
         headings: of the report.
         report: a row for each guidance and layer.
         problems: of the guidance, in sentences.
@@ -88,20 +88,20 @@ class Result:
     timing: list[list[str]]
     headings: list[str]
     report: list[list[str]]
-    problems: list[str]
+    problems: tuple[str, ...]
     maps: Path | None
     snippet: str
     seconds: float
 
 
-def carry_out(run: Run, models: Models, folder: Path, tell: Tell) -> Result:
+def carry_out(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunResult:
     """Draw everything that a run asks for, one picture after the other.
 
     Args:
         run: which may be stopped from another thread.
         models: that draw; one run at a time.
         folder: for the files, which get a folder of their own in it.
-        tell: is told after every step.
+        on_step: is called after every step.
 
     Raises:
         ValueError: when the pipeline cannot be guided so.
@@ -113,40 +113,44 @@ def carry_out(run: Run, models: Models, folder: Path, tell: Tell) -> Result:
         run.check()
         run.begun = True
         begun = time.perf_counter()
-        settings, pipe = run.settings, models.load(run.named)
-        job, specs = settings.job, settings.specs
-        calls = calls_of(pipe, job.steps)
+        settings, pipe = run.settings, models.load(run.model)
+        request, specs = settings.request, settings.specs
+        calls = denoiser_calls(pipe, request.steps)
         guide(pipe, *specs).remove()  # refuses pipelines that cannot be guided
-        counted = _Steps(run, tell, runs=2 + settings.unshared + bool(settings.layers))
-        plain = draw(pipe, job, (), counted.of("without guidance"))
-        guided = draw(pipe, job, specs, counted.of("with guidance"))
-        unshared = draw(pipe, job, specs, counted.of("nothing shared"), share=False) if settings.unshared else None
+        steps = _Steps(run, on_step, runs=2 + settings.unshared + bool(settings.layers))
+        plain = draw(pipe, request, (), steps.count("without guidance"))
+        guided = draw(pipe, request, specs, steps.count("with guidance"))
+        results = {"without guidance": plain, "with guidance": guided}
+        if settings.unshared:
+            results["with guidance, nothing shared"] = draw(
+                pipe, request, specs, steps.count("nothing shared"), share=False
+            )
         recorder = None
-        if settings.layers:  # in a run of its own, so that the others take what they always take
+        if settings.layers:  # in a run of its own, so that the others take the time they always take
             with record_energy(pipe, settings.layers, (), {0, calls // 2, calls - 1}, boundary=_BOUNDARY) as recorder:
-                draw(pipe, job, (), counted.of("energy of attention"))
+                draw(pipe, request, (), steps.count("energy of attention"))
 
-    source = models.describe(run.named).source
+    source = models.describe(run.model).source
     files = Path(tempfile.mkdtemp(dir=folder))
-    names = []
-    for kind, one, guidance in (("plain", plain, ()), ("guided", guided, specs)):
-        names.append(files / f"segkern-{kind}-seed-{job.seed}.png")
-        save(one.image, names[-1], describe(source, job, guidance, models.dtype))
+    plain_file, guided_file = (files / f"segkern-{name}-seed-{request.seed}.png" for name in ("plain", "guided"))
+    plain_metadata = image_metadata(source, request, (), models.dtype)
+    save(plain.image, plain_file, plain_metadata)
+    save(guided.image, guided_file, image_metadata(source, request, specs, models.dtype))
     maps = None
     if recorder is not None:
-        found = report.summary(recorder, describe(source, job, (), models.dtype), _BOUNDARY)
-        maps = _one_below_another(plots.plot_maps(found, files, plain.image))
-    columns, rows, problems = report_rows([specs], [guided])
-    return Result(
-        plain=names[0],
-        guided=names[1],
+        summary = report.summary(recorder, plain_metadata, _BOUNDARY)
+        maps = _one_below_another(plots.plot_maps(summary, files, plain.image))
+    headings, rows = report_rows([specs], [guided])
+    return RunResult(
+        plain=plain_file,
+        guided=guided_file,
         small=max(plain.image.size) < 256,
-        timing=_timing(plain, guided, unshared),
-        headings=columns[1:],
-        report=[row[1:] for row in rows],  # the first says which run, and there is one
-        problems=problems,
+        timing=_timing(results),
+        headings=headings[1:],
+        report=[row[1:] for row in rows],  # the first names the run, and there is one
+        problems=() if guided.report is None else guided.report.problems,
         maps=maps,
-        snippet=snippet(source, job, specs, models.dtype, models.device),
+        snippet=snippet(source, request, specs, models.dtype, models.device),
         seconds=time.perf_counter() - begun,
     )
 
@@ -154,30 +158,30 @@ def carry_out(run: Run, models: Models, folder: Path, tell: Tell) -> Result:
 class _Steps:
     """Counts the steps of several runs in a row."""
 
-    def __init__(self, run: Run, tell: Tell, runs: int) -> None:
+    def __init__(self, run: Run, on_step: OnStep, runs: int) -> None:
         self._run = run
-        self._tell = tell
+        self._on_step = on_step
         self._runs = runs
         self._begun = 0
 
-    def of(self, what: str) -> Callable[..., Any]:
+    def count(self, name: str) -> Callable[..., Any]:
         """The next run's ``callback_on_step_end``."""
         before, self._begun = self._begun, self._begun + 1
 
-        def step(pipe: Any, index: int, timestep: Any, tensors: Any) -> Any:
+        def callback(pipe: Any, index: int, timestep: Any, tensors: Any) -> Any:
             self._run.check()
             steps = pipe.num_timesteps
-            self._tell(before * steps + index + 1, self._runs * steps, what)
+            self._on_step(before * steps + index + 1, self._runs * steps, name)
             return tensors
 
-        return step
+        return callback
 
 
-def _timing(plain: Drawn, guided: Drawn, unshared: Drawn | None) -> list[list[str]]:
-    rows = [("without guidance", plain), ("with guidance", guided)]
-    if unshared is not None:
-        rows.append(("with guidance, nothing shared", unshared))
-    return [[name, f"{one.seconds:.2f}", f"{one.seconds / plain.seconds:.2f}"] for name, one in rows]
+def _timing(results: dict[str, ImageResult]) -> list[list[str]]:
+    first, *_ = results.values()
+    return [
+        [name, f"{result.seconds:.2f}", f"{result.seconds / first.seconds:.2f}"] for name, result in results.items()
+    ]
 
 
 def _one_below_another(sheets: list[Path]) -> Path:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segkern.generation.drawing import Job, Specs
+from segkern.generation.drawing import ImageRequest, Specs
 from segkern.generation.loading import DEMO, Source
 
 if TYPE_CHECKING:
     from segkern.integrations.diffusers.specs.base import Spec
 
 
-def snippet(source: Source, job: Job, specs: Specs, dtype: torch.dtype, device: torch.device) -> str:
+def snippet(source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype, device: torch.device) -> str:
     """A program that leaves the picture in ``image``, the same one bit for bit where it was drawn.
 
     Args:
         source: of the model.
-        job: what was drawn.
+        request: what was drawn.
         specs: with which guidance, at least one.
         dtype: of the weights.
         device: that drew.
@@ -30,32 +30,30 @@ def snippet(source: Source, job: Job, specs: Specs, dtype: torch.dtype, device: 
     Example:
         >>> from segkern.integrations.diffusers import SEG
         >>> from segkern.generation.loading import find_model
-        >>> job = Job("a red ring", "", 64, 64, 1, 20, 3.0)
-        >>> text = snippet(find_model("demo"), job, (SEG(),), torch.float32, torch.device("cpu"))
+        >>> request = ImageRequest("a red ring", "", 64, 64, 1, 20, 3.0)
+        >>> text = snippet(find_model("demo"), request, (SEG(),), torch.float32, torch.device("cpu"))
         >>> [line for line in text.splitlines() if "guide(" in line]
         ['with guide(pipe, SEG(scale=3.0, sigma=math.inf)) as guidance:']
     """
-    guides = [_call(spec) for spec in specs]
-    kinds = ", ".join(sorted({type(spec).__name__ for spec in specs}))
-    found = f"find_model({_model(source)})"
-    loaded = f"load_pipeline({found}, {dtype}, torch.device({_literal(str(device))}))"
+    calls = [_call(spec) for spec in specs]
+    names = ", ".join(sorted({type(spec).__name__ for spec in specs}))
     lines = [
-        *(["import math", ""] if any("math." in guide for guide in guides) else []),
+        *(["import math", ""] if any("math." in call for call in calls) else []),
         "import torch",
         "",
-        f"from segkern.integrations.diffusers import {kinds}, guide",
+        f"from segkern.integrations.diffusers import {names}, guide",
         "from segkern.generation.loading import find_model, load_pipeline",
         "",
-        f"pipe = {loaded}",
-        *_with(guides),
+        f"pipe = load_pipeline(find_model({_model(source)}), {dtype}, torch.device({_literal(str(device))}))",
+        *_with(calls),
         "    image = pipe(",
-        f"        {_literal(job.prompt)},",
-        f"        negative_prompt={_literal(job.negative_prompt or None)},",
-        f"        width={job.width},",
-        f"        height={job.height},",
-        f"        num_inference_steps={job.steps},",
-        f"        guidance_scale={job.guidance_scale!r},",
-        f'        generator=torch.Generator("cpu").manual_seed({job.seed}),',
+        f"        {_literal(request.prompt)},",
+        f"        negative_prompt={_literal(request.negative_prompt or None)},",
+        f"        width={request.width},",
+        f"        height={request.height},",
+        f"        num_inference_steps={request.steps},",
+        f"        guidance_scale={request.guidance_scale!r},",
+        f'        generator=torch.Generator("cpu").manual_seed({request.seed}),',
         "    ).images[0]",
         "print(guidance.report())",
         'image.save("guided.png")',
@@ -63,17 +61,17 @@ def snippet(source: Source, job: Job, specs: Specs, dtype: torch.dtype, device: 
     return "\n".join(lines) + "\n"
 
 
-def _with(guides: list[str]) -> list[str]:
+def _with(calls: list[str]) -> list[str]:
     """One line, or one for each guidance."""
-    if len(guides) == 1:
-        return [f"with guide(pipe, {guides[0]}) as guidance:"]
-    return ["with guide(", "    pipe,", *(f"    {guide}," for guide in guides), ") as guidance:"]
+    if len(calls) == 1:
+        return [f"with guide(pipe, {calls[0]}) as guidance:"]
+    return ["with guide(", "    pipe,", *(f"    {call}," for call in calls), ") as guidance:"]
 
 
 def _call(spec: Spec) -> str:
     """A guidance as the call that makes it."""
-    arguments = ", ".join(f"{name}={_literal(value)}" for name, value in spec.main_values().items())
-    return f"{type(spec).__name__}({arguments})"
+    arguments = (f"{name}={_literal(value)}" for name, value in spec.main_values().items())
+    return f"{type(spec).__name__}({', '.join(arguments)})"
 
 
 def _literal(value: Any) -> str:
@@ -88,7 +86,7 @@ def _literal(value: Any) -> str:
 
 
 def _model(source: Source) -> str:
-    """What ``find_model`` takes, from any folder."""
+    """The arguments of ``find_model``, from any folder."""
     if source.weights == str(DEMO):
         return _literal("demo")
     if source.kind == "hub":

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_picture_is_the_stock_pipelines(folder: Path, tmp_path: Path) -> None:
-    done("generate", "demo", PROMPT, *SMALL, "--no-guidance", "--out", tmp_path / "a.png")
+    done("generate", "demo", PROMPT, *SMALL, "--guidance", "none", "--out", tmp_path / "a.png")
     drawn = picture(folder / "picture.png")
     assert difference(drawn, picture(tmp_path / "a.png")) == 0
     assert (drawn.text["guidance"], drawn.text["prompt"]) == ("none", PROMPT)

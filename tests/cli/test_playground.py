@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,37 +15,37 @@ import pytest
 import torch
 
 from segkern.generation import loading
-from segkern.generation.drawing import Job, describe, draw
+from segkern.generation.drawing import ImageRequest, draw, image_metadata
 from segkern.generation.pictures import difference
 from segkern.generation.sizes import image_size
 from segkern.integrations.diffusers import PAG, SAG, SEG, list_layers
 from segkern.playground import choices
-from segkern.playground.form import Form, Settings, read, words
-from segkern.playground.models import KEPT, Models, Named
-from segkern.playground.runs import Result, Run, Stopped, carry_out
+from segkern.playground.form import Settings, read
+from segkern.playground.models import MOST_LOADED, ModelName, Models
+from segkern.playground.runs import Run, RunResult, Stopped, carry_out
 from segkern.playground.snippet import snippet
 from tests.cli.cli_tools import done, picture
 
 CPU = torch.device("cpu")
-DEMO = Named("demo")
-FORM = Form(
-    prompt="a large red ring",
-    negative_prompt="",
-    seed=2,
-    steps=2,
-    guidance_scale="3",
-    size="64 x 48",
-    kinds=["SEG"],
-    sigma="inf",
-    seg_scale="3",
-    pag_scale="3",
-    sag_scale="0.75",
-    layers=["mid"],
-    start=0,
-    stop=1,
-    energy=False,
-    unshared=False,
-)
+DEMO = ModelName("demo")
+FIELDS: dict[str, Any] = {
+    "prompt": "a large red ring",
+    "negative_prompt": "",
+    "seed": 2,
+    "steps": 2,
+    "guidance_scale": "3",
+    "size": "64 x 48",
+    "guidances": ["SEG"],
+    "sigma": "inf",
+    "seg_scale": "3",
+    "pag_scale": "3",
+    "sag_scale": "0.75",
+    "layers": ["mid"],
+    "start": 0,
+    "stop": 1,
+    "energy": False,
+    "unshared": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def models() -> Models:
 
 
 def settings(models: Models, **fields: Any) -> Settings:
-    return read(replace(FORM, **fields), models.describe(DEMO).pipe, CPU, torch.float32)
+    return read(FIELDS | fields, models.describe(DEMO).pipe, CPU, torch.float32)
 
 
 def ignore(*told: Any) -> None:
@@ -69,13 +69,18 @@ class Everything:
     """A run that asked for all there is."""
 
     settings: Settings
-    result: Result
+    result: RunResult
     told: list[tuple[int, int, str]]
 
 
 @pytest.fixture(scope="module")
 def everything(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Everything:
-    fields = {"kinds": ["SEG", "PAG", "SAG"], "sigma": "4", "layers": ["mid", "u0-1"], "negative_prompt": 'grün "x"'}
+    fields = {
+        "guidances": ["SEG", "PAG", "SAG"],
+        "sigma": "4",
+        "layers": ["mid", "u0-1"],
+        "negative_prompt": 'grün "x"',
+    }
     asked = settings(models, **fields, stop=0.5, energy=True, unshared=True)
     told: list[tuple[int, int, str]] = []
     folder = tmp_path_factory.mktemp("runs")
@@ -98,19 +103,19 @@ def pipe_of(sample_size: int | tuple[int, int], factor: int) -> Any:
 
 
 def test_sizes_of_sdxl_are_its_buckets() -> None:
-    found = choices.sizes(pipe_of(128, 8))
-    assert found[:3] == [(1024, 1024), (1152, 896), (896, 1152)]
-    assert {(1216, 832), (832, 1216), (1344, 768), (1536, 640), (640, 1536)} < set(found)
+    offered = choices.sizes(pipe_of(128, 8))
+    assert offered[:3] == ["1024 x 1024", "1152 x 896", "896 x 1152"]
+    assert {"1216 x 832", "832 x 1216", "1344 x 768", "1536 x 640", "640 x 1536"} < set(offered)
 
 
 @pytest.mark.parametrize("sample_size, factor", [(16, 4), (64, 8), (96, 8), ((8, 12), 8)], ids=str)
 def test_sizes_of_other_models_have_about_the_same_shapes(sample_size: Any, factor: int) -> None:
     pipe = pipe_of(sample_size, factor)
-    found = choices.sizes(pipe)
+    offered = [tuple(map(int, size.split(" x "))) for size in choices.sizes(pipe)]
     own = image_size(pipe, None, None)
-    assert found[0] == own
-    assert len(set(found)) == len(found) >= 5
-    for width, height in found:
+    assert offered[0] == own
+    assert len(set(offered)) == len(offered) >= 5
+    for width, height in offered:
         assert image_size(pipe, width, height) == (width, height)
         assert 0.6 < width * height / (own[0] * own[1]) < 1.25
         assert 0.35 < width / height < 2.8
@@ -122,9 +127,9 @@ def test_layers_are_those_of_the_model(models: Models) -> None:
 
 
 def test_form_becomes_a_job_and_guidance(models: Models) -> None:
-    fields = {"kinds": ["SAG", "SEG", "PAG"], "sigma": " 4 ", "seg_scale": "2.5", "pag_scale": 1, "sag_scale": "-1"}
+    fields = {"guidances": ["SAG", "SEG", "PAG"], "sigma": " 4 ", "seg_scale": "2.5", "pag_scale": 1, "sag_scale": "-1"}
     found = settings(models, **fields, layers=["mid, u0-1", "d0"], start=0.25, stop=0.5, energy=True, seed=7.0)
-    assert found.job == Job("a large red ring", "", 64, 48, 7, 2, 3.0)
+    assert found.request == ImageRequest("a large red ring", "", 64, 48, 7, 2, 3.0)
     layers, part = ["mid", "u0-1", "d0"], {"start": 0.25, "stop": 0.5}
     assert found.specs == (
         SAG(-1.0, **part),
@@ -136,9 +141,9 @@ def test_form_becomes_a_job_and_guidance(models: Models) -> None:
 
 
 def test_only_fields_of_chosen_kinds_are_read(models: Models) -> None:
-    found = settings(models, kinds=["SAG"], sigma="wide", seg_scale="", pag_scale="", layers=["x9"])
+    found = settings(models, guidances=["SAG"], sigma="wide", seg_scale="", pag_scale="", layers=["x9"])
     assert found.specs == (SAG(0.75),)
-    assert settings(models, kinds=["PAG"], sigma="wide").specs == (PAG(3.0, ["mid"]),)
+    assert settings(models, guidances=["PAG"], sigma="wide").specs == (PAG(3.0, ["mid"]),)
 
 
 @pytest.mark.parametrize(
@@ -150,16 +155,14 @@ def test_only_fields_of_chosen_kinds_are_read(models: Models) -> None:
         ({"sigma": None}, ["sigma must be a number", "''"]),
         ({"sigma": "nan"}, ["sigma must be a number", "'nan'"]),
         ({"size": "512 x 768"}, ["512 x 768", "16 times the model's own 64 x 64"]),
-        ({"prompt": "a ring \ud83d"}, ["'a ring \\ud83d'", "half of a character"]),
         ({"layers": ["x9"]}, ["unknown layer 'x9'", "'mid' (m0)", "'up' (u0 to u1)"]),
         ({"layers": []}, ["at least one layer"]),
         ({"size": "100 x 64"}, ["width must be a positive multiple of 8", "96", "100"]),
         ({"size": "64 x 0"}, ["height must be a positive multiple of 8", "got 0"]),
         ({"size": "large"}, ["size", "'large'", "832 x 1216"]),
         ({"start": 0.6, "stop": 0.5}, ["start=0.6", "stop=0.5"]),
-        ({"kinds": []}, ["at least one kind", "SEG, PAG or SAG"]),
-        ({"kinds": None}, ["at least one kind"]),
-        ({"kinds": ["SEG", "XYZ"]}, ["guidance takes some of seg, pag, sag", "'xyz'"]),
+        ({"guidances": []}, ["at least one guidance of SEG, PAG and SAG", "none"]),
+        ({"guidances": ["SEG", "XYZ"]}, ["at least one guidance", "seg, xyz"]),
         ({"steps": 0}, ["steps must be a whole number from 1 to 1000", "'0'"]),
         ({"steps": 2.5}, ["steps", "'2.5'"]),
         ({"steps": 1e9}, ["steps must be a whole number from 1 to 1000", "'1000000000.0'"]),
@@ -168,8 +171,8 @@ def test_only_fields_of_chosen_kinds_are_read(models: Models) -> None:
         ({"seed": 2**32}, ["seed", "4294967295", "'4294967296'"]),
         ({"seg_scale": "strong"}, ["scale of SEG must be a number", "'strong'"]),
         ({"seg_scale": "inf"}, ["SEG.scale must be a finite number", "inf"]),
-        ({"kinds": ["PAG"], "pag_scale": ""}, ["scale of PAG must be a number", "''"]),
-        ({"kinds": ["SAG"], "sag_scale": "x"}, ["scale of SAG must be a number", "'x'"]),
+        ({"guidances": ["PAG"], "pag_scale": ""}, ["scale of PAG must be a number", "''"]),
+        ({"guidances": ["SAG"], "sag_scale": "x"}, ["scale of SAG must be a number", "'x'"]),
         ({"guidance_scale": "nan"}, ["CFG", "'nan'"]),
         ({"guidance_scale": "much"}, ["CFG", "'much'"]),
     ],
@@ -178,18 +181,15 @@ def test_only_fields_of_chosen_kinds_are_read(models: Models) -> None:
 def test_what_does_not_fit_is_quoted(models: Models, fields: dict[str, Any], expected: list[str]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the words are below
         settings(models, **fields)
-    shown = words(caught.value)
-    for each in expected:
-        assert each in shown
-    assert "--" not in shown
-    assert "list_layers" not in shown
-    assert "\n" not in shown
+    for words in expected:
+        assert words in str(caught.value)
+    assert "--" not in str(caught.value)
 
 
 def test_pictures_hold_their_settings(models: Models, everything: Everything) -> None:
     asked, result = everything.settings, everything.result
     for path, specs in ((result.plain, ()), (result.guided, asked.specs)):
-        wanted = describe(models.describe(DEMO).source, asked.job, specs, torch.float32)
+        wanted = image_metadata(models.describe(DEMO).source, asked.request, specs, torch.float32)
         assert picture(path).text == {name: str(value) for name, value in wanted.items()}
     assert picture(result.guided).text["guidance"] == "SEG + PAG + SAG"
     assert picture(result.plain).text["guidance"] == "none"
@@ -198,7 +198,7 @@ def test_pictures_hold_their_settings(models: Models, everything: Everything) ->
 def test_pictures_are_those_of_the_command_line(everything: Everything, tmp_path: Path) -> None:
     usual = ("--seed", "2", "--steps", "2", "--guidance-scale", "3", "--width", "64", "--height", "48")
     words = ("generate", "demo", "a large red ring", "--negative-prompt", 'grün "x"', "--device", "cpu", *usual)
-    done(*words, "--no-guidance", "--out", tmp_path / "plain.png")
+    done(*words, "--guidance", "none", "--out", tmp_path / "plain.png")
     guided = ("--guidance", "seg,pag,sag", "--sigma", "4", "--layers", "mid,u0-1", "--stop", "0.5")
     done(*words, *guided, "--out", tmp_path / "guided.png")
     assert difference(picture(everything.result.plain), picture(tmp_path / "plain.png")) == 0
@@ -225,12 +225,12 @@ def test_snippet_names_a_folder_or_file_from_anywhere(
 ) -> None:
     monkeypatch.chdir(loading.DEMO.parent)
     asked = settings(models)
-    text = snippet(loading.find_model("demo/"), asked.job, asked.specs, torch.float32, CPU)
+    text = snippet(loading.find_model("demo/"), asked.request, asked.specs, torch.float32, CPU)
     assert f'find_model("{loading.DEMO}")' in text or 'find_model("demo")' in text
-    hub = snippet(loading.find_model("owner/name"), asked.job, asked.specs, torch.float16, torch.device("cuda", 1))
+    hub = snippet(loading.find_model("owner/name"), asked.request, asked.specs, torch.float16, torch.device("cuda", 1))
     assert 'load_pipeline(find_model("owner/name"), torch.float16, torch.device("cuda:1"))' in hub
     file = loading.Source("a.safetensors", "file", "a.safetensors", str(loading.DEMO))
-    single = snippet(file, asked.job, asked.specs, torch.float32, CPU)
+    single = snippet(file, asked.request, asked.specs, torch.float32, CPU)
     assert f'find_model("{loading.DEMO.parent}/a.safetensors", "{loading.DEMO}")' in single
 
 
@@ -248,7 +248,7 @@ def test_report_times_and_map(everything: Everything) -> None:
     assert result.headings == ["guidance", "layer", "fired", "moved", "module"]
     assert [row[:3] for row in result.report[:3]] == [["SEG", name, "1 of 2"] for name in ("m0", "u0", "u1")]
     assert [row[0] for row in result.report] == ["SEG"] * 3 + ["PAG"] * 3 + ["SAG"]
-    assert result.problems == []
+    assert result.problems == ()
     assert result.maps is not None
     assert picture(result.maps).height > picture(result.maps).width / 2  # three layers below another
 
@@ -302,7 +302,7 @@ def test_a_stopped_run_leaves_the_pipeline_as_it_was(models: Models, everything:
 
 
 def test_the_next_picture_after_a_stop_is_the_same(models: Models, everything: Everything) -> None:
-    again = draw(models.load(DEMO), everything.settings.job, everything.settings.specs)
+    again = draw(models.load(DEMO), everything.settings.request, everything.settings.specs)
     assert again.image.tobytes() == picture(everything.result.guided).tobytes()
 
 
@@ -325,22 +325,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_models_are_loaded_once_and_the_latest_are_kept(counted: list[str]) -> None:
     models = Models(CPU, torch.float32)
     for name in ("a/1", "a/2", "a/1", "a/2", "a/1"):
-        assert models.load(Named(name)) == f"pipeline of {name}"
+        assert models.load(ModelName(name)) == f"pipeline of {name}"
     assert counted == ["a/1", "a/2"]
-    assert KEPT == 2
-    models.load(Named("a/3"))  # in the place of a/2
-    models.load(Named("a/1"))
+    assert MOST_LOADED == 2
+    models.load(ModelName("a/3"))  # in the place of a/2
+    models.load(ModelName("a/1"))
     assert counted == ["a/1", "a/2", "a/3"]
-    models.load(Named("a/2"))
+    models.load(ModelName("a/2"))
     assert counted == ["a/1", "a/2", "a/3", "a/2"]
 
 
 def test_a_damaged_model_is_refused_and_the_old_one_stays(counted: list[str]) -> None:
     models = Models(CPU, torch.float32)
-    models.load(Named("a/1"))
+    models.load(ModelName("a/1"))
     with pytest.raises(ValueError, match="'bad' cannot be loaded: a tensor is torn"):
-        models.load(Named("bad"))
+        models.load(ModelName("bad"))
     with pytest.raises(ValueError, match="no file or folder 'no/such/folder'"):
-        models.load(Named("no/such/folder"))
-    models.load(Named("a/1"))
+        models.load(ModelName("no/such/folder"))
+    models.load(ModelName("a/1"))
     assert counted == ["a/1", "bad"]

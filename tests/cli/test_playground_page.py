@@ -14,10 +14,10 @@ import torch
 
 from segkern.generation import loading
 from segkern.generation.pictures import difference
-from segkern.playground.models import Models, Named
+from segkern.playground.models import ModelName, Models
 from tests.cli.cli_tools import picture
 
-DEMO = Named("demo")
+DEMO = ModelName("demo")
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,7 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def fields(playground: Any, **changes: Any) -> list[Any]:
     """What stands in the fields of a new page, with few steps and no map."""
-    form = vars(playground._controls.form)
-    values = {name: component.value for name, component in form.items()}
+    values = {name: component.value for name, component in playground._fields.items()}
     return list((values | {"steps": 2, "energy": False} | changes).values())
 
 
@@ -52,14 +51,14 @@ def skipped(update: Any) -> bool:
 
 def shown(playground: Any, updates: dict[Any, Any]) -> dict[str, Any]:
     """Updates by the names of what they change."""
-    names = {component: name for name, component in vars(playground._shown).items()}
-    names[playground._controls.message] = "message"
+    names = {component: name for name, component in playground._results.items()}
+    names[playground._controls["message"]] = "message"
     return {names[component]: update for component, update in updates.items()}
 
 
 def test_every_field_has_a_label_of_its_own(playground: Any) -> None:
-    at = playground._controls
-    inputs = [*at.fields, at.sigma_slider, at.model, at.config]
+    others = playground._controls
+    inputs = [*playground._fields.values(), others["sigma_slider"], others["model"], others["config"]]
     labels = [component.label for component in inputs]
     assert all(labels)
     assert len(set(labels)) == len(labels)
@@ -123,8 +122,8 @@ def test_two_pages_get_their_own_pictures(playground: Any) -> None:
 
 
 def test_everything_of_a_run_is_shown(playground: Any) -> None:
-    last = shown(playground, list(playground._run(take(playground, energy=True, kinds=["SEG", "PAG"])[0]))[-1])
-    assert last.keys() == {*vars(playground._shown), "message"}
+    last = shown(playground, list(playground._run(take(playground, energy=True, guidances=["SEG", "PAG"])[0]))[-1])
+    assert last.keys() == {*playground._results, "message"}
     assert last["guided"]["label"] == "With guidance: SEG + PAG"
     assert last["plain"]["value"] == last["plain_file"]["value"] != last["guided"]["value"]
     assert Path(last["maps"]).exists()
@@ -180,7 +179,7 @@ def test_what_nobody_foresaw_is_said_too(playground: Any, monkeypatch: pytest.Mo
 
 def test_a_model_brings_its_sizes_and_layers(playground: Any) -> None:
     named, message, sizes, layers, examples = playground._load(f" {loading.DEMO} ", "")
-    assert named == Named(str(loading.DEMO))
+    assert named == ModelName(str(loading.DEMO))
     assert "is loaded" in message
     assert sizes["value"] == "64 x 64"
     assert ("u1", "u1") in layers["choices"]
@@ -216,11 +215,11 @@ def test_slider_and_field_follow_one_another() -> None:
     assert layout.follow_slider().count('"inf"') == 1
 
 
-def test_fields_of_other_kinds_are_hidden() -> None:
+def test_fields_of_other_guidances_are_hidden() -> None:
     from segkern.playground import layout
 
-    def visible(*kinds: str) -> list[bool]:
-        return [update["visible"] for update in layout.shown_kinds(kinds)]
+    def visible(*guidances: str) -> list[bool]:
+        return [update["visible"] for update in layout.show_chosen(guidances)]
 
     assert visible("SEG") == [True, False, False, True]
     assert visible("PAG", "SAG") == [False, True, True, True]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from segkern.generation import prompt_batches
-from segkern.generation.drawing import Drawn, Job
+from segkern.generation.drawing import ImageRequest, ImageResult
 from segkern.generation.pictures import difference
 from tests.cli.cli_tools import done, picture, refusal
 
@@ -173,9 +173,9 @@ def test_a_picture_that_could_not_be_written_has_no_name(tmp_path: Path, monkeyp
         raise OSError("no space left")
 
     monkeypatch.setattr(prompt_batches.pictures, "save", half)
-    piece = prompt_batches.Piece("00001-seed-1", Job("a", "", 8, 8, 1, 1, 1.0))
+    item = prompt_batches.BatchItem("00001-seed-1", ImageRequest("a", "", 8, 8, 1, 1, 1.0))
     with pytest.raises(OSError, match="no space left"):
-        prompt_batches.write(tmp_path, piece, Drawn(Image.new("RGB", (8, 8)), None, 1.0), {})
+        prompt_batches.write(tmp_path, item, ImageResult(Image.new("RGB", (8, 8)), None, 1.0), {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,13 +192,13 @@ class Group:
 def test_whatever_goes_wrong_in_the_first_process_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", told.extend)
-    workers = prompt_batches.Workers("cpu", many=True)
-    workers._state = group = Group()
+    processes = prompt_batches.Processes("cpu", many=True)
+    processes._state = group = Group()
 
-    def decide() -> list[prompt_batches.Piece]:
+    def decide() -> list[prompt_batches.BatchItem]:
         raise PermissionError("not yours")
 
     with pytest.raises(ValueError, match="not yours"):
-        workers.share(decide)
+        processes.share(decide)
     assert told == [None, "not yours"]
     assert group.left

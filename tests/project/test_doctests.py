@@ -36,7 +36,6 @@ MODULES = [
     "segkern.generation.loading",
     "segkern.generation.options",
     "segkern.playground.choices",
-    "segkern.playground.form",
     "segkern.playground.markup",
     "segkern.playground.snippet",
     "segkern.generation.tables",
