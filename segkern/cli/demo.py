@@ -12,7 +12,6 @@ import typer
 from rich.table import Table
 
 from segkern.cli.terminal import NUMBERS, SIGMAS, draw_with_progress, need_diffusers, refusing
-from segkern.core.dispatch import choose_backend
 from segkern.generation import loading
 from segkern.generation.demo import PROMPTED, UNPROMPTED, Subject
 from segkern.generation.drawing import ImageRequest, ImageResult, Specs, image_metadata, label
@@ -39,7 +38,7 @@ def demo(
 ) -> None:
     """Draw two sheets with the bundled checkpoint, with prompts and without, by sigma; and say what was measured."""
     need_diffusers()
-    from segkern.integrations.diffusers import SEG, list_layers
+    from segkern.integrations.diffusers import SEG
 
     with refusing():
         out.mkdir(parents=True, exist_ok=True)
@@ -50,23 +49,18 @@ def demo(
         source = loading.find_model("demo")
         pipe = loading.load_pipeline(source, dtype, device)
     plan: list[Specs] = [(), *((SEG(_SCALE, sigma),) for sigma in parse_list("--sigmas", SIGMAS, float, NUMBERS))]
-    head_dim = next(layer.head_dim for layer in list_layers(pipe) if layer.part == "mid")
-    backend, reason = choose_backend(device, dtype, head_dim)
-
-    table = Table("picture", "run", "attention served by", "seconds", "attention moved", "picture changed")
+    table = Table("picture", "run", "seconds", "attention moved", "picture changed")
     for name, subjects in _SHEETS.items():
         results: dict[Subject, list[ImageResult]] = {}
         for subject in subjects:
             request = ImageRequest(subject.prompt, "", *subject.size, subject.seed, steps, 1.0)
             results[subject] = draw_with_progress(pipe, request, plan)
             for specs, result in zip(plan, results[subject], strict=True):
-                served = backend if specs else "pipeline's own"
                 changed = f"{difference(result.image, results[subject][0].image):.1f} / 255" if specs else "-"
-                table.add_row(subject.heading, label(specs), served, f"{result.seconds:.1f}", _moved(result), changed)
+                table.add_row(subject.heading, label(specs), f"{result.seconds:.1f}", _moved(result), changed)
         metadata = [image_metadata(source, request, specs, dtype) for specs in plan if specs]
         _save_sheet(results, plan, metadata, sum(p.numel() for p in pipe.unet.parameters()), out / name)
     wide(table).print(table)
-    typer.echo(f"seg_attention on {device}, {str(dtype).removeprefix('torch.')}: {backend}, because: {reason}")
     typer.echo("attention moved: |perturbed - conditional| / |conditional| of the guided layers' output")
 
     evaluation = json.loads((loading.DEMO / "evaluation.json").read_text(encoding="utf-8"))
