@@ -16,7 +16,7 @@ from segkern.generation.loading import DEMO
 from segkern.generation.pictures import difference
 from segkern.version import __version__
 from tests.cli.cli_tools import done, picture, refusal, segkern
-from tests.diffusers.single_file import write_single_file
+from tests.cli.single_file_checkpoint import write_single_file
 
 PROMPT = "a large red ring"
 SMALL = ("--width", "64", "--height", "48", "--steps", "2", "--device", "cpu")
