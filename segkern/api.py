@@ -14,13 +14,12 @@ import torch
 from segkern.core.arguments import check_grid, check_mask, check_qk, check_qkv, check_scale, check_tensor
 from segkern.core.call_cache import CheckedCall, check_attention_call
 from segkern.core.dispatch import check_backend, choose_backend
-from segkern.core.fallback import run_with_fallback
 from segkern.core.gaussian import check_boundary
 from segkern.core.parts import blur_by_frame, call_by_head
 from segkern.core.sigmas import check_sigma, equal_runs, has_head_sigmas, head_sigmas, is_finite_blur
 from segkern.core.tracing import autocast_inputs, can_skip_operator, differentiable_backend, is_plain, is_transformed
 from segkern.grid import Grid
-from segkern.ops import attention, coarse, masses, torch_attention, torch_blur, torch_masses
+from segkern.ops import attention, coarse, masses, torch_blur, torch_masses
 
 
 def gaussian_blur(
@@ -280,11 +279,8 @@ def _attention(
     """Every query row."""
     if is_plain(query, key, value) and (mask is None or is_plain(mask)):
         arguments = (query, key, value, mask, grid, call.sigmas, call.scale, boundary, return_lse)
-        pytorch = torch_attention.seg_attention
-        if call.backend == "torch":
-            return pytorch(*arguments)
-        if can_skip_operator(query, key, value, mask):
-            return run_with_fallback("seg_attention", call.asked, attention.fused_attention, pytorch, *arguments)
+        if call.backend == "torch" or can_skip_operator(query, key, value, mask):
+            return attention.run_attention(call.backend, call.asked, *arguments)
     where = (grid.height, grid.width, grid.start)
     backend = call.asked if call.backend == "triton" else call.backend
     output, lse = attention.seg_attention(

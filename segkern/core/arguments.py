@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the public functions accept: every refusal quotes what it got."""
+"""Checks of the public functions' arguments; every message quotes what it got."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> No
             f"key must be [batch, heads, keys, head_dim of query] and value [batch, heads, keys, value_dim], got "
             f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    _check_some_key(key)
 
 
 def check_qk(query: torch.Tensor, key: torch.Tensor) -> None:
@@ -58,11 +57,10 @@ def check_qk(query: torch.Tensor, key: torch.Tensor) -> None:
             f"key must be [batch, heads, keys, head_dim of query], got query {tuple(query.shape)}, "
             f"key {tuple(key.shape)}"
         )
-    _check_some_key(key)
 
 
 def _check_alike(names: str, **tensors: torch.Tensor) -> None:
-    """Dtype, device, batch and heads."""
+    """Raise a ValueError unless dtype, device, batch and heads are the same, and there is a key."""
     query = tensors["query"]
     for name, x in tensors.items():
         check_tensor(name, x)
@@ -74,11 +72,8 @@ def _check_alike(names: str, **tensors: torch.Tensor) -> None:
             raise ValueError(
                 f"{names} must share batch and heads, got query {tuple(query.shape)} and {name} {tuple(x.shape)}"
             )
-
-
-def _check_some_key(key: torch.Tensor) -> None:
-    if key.shape[2] == 0:
-        raise ValueError(f"attention needs at least one key, got key {tuple(key.shape)}")
+    if tensors["key"].shape[2] == 0:
+        raise ValueError(f"attention needs at least one key, got key {tuple(tensors['key'].shape)}")
 
 
 def check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:

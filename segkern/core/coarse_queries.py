@@ -105,18 +105,9 @@ def sampling_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The blurred field at the points: ``matrix @ x`` for ``x`` of shape ``[length, ...]``.
+    """The blurred field at ``count`` points: ``[count, length]``, every row of which sums to 1.
 
-    Args:
-        length: tokens on the axis.
-        sigma: of the blur, in tokens, as in :func:`segkern.core.gaussian.blur_matrix`.
-        count: of points, 1 to ``length``; with ``length`` it is the blur.
-        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
-        dtype: of the result; made in float64 and rounded once.
-        device: of the result.
-
-    Returns:
-        ``[count, length]``; every row sums to 1.
+    It is made in float64 and rounded once; with as many points as tokens it is the blur.
 
     Raises:
         ValueError: for a negative sigma or NaN, an unknown boundary, or a count that does not fit.
@@ -142,19 +133,10 @@ def interpolation_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """From values at the points to the tokens: ``matrix @ y`` for ``y`` of shape ``[count, ...]``.
+    """From values at ``count`` points to the tokens: ``[length, count]``, every row of which sums to 1.
 
-    Exact for every sum of the ``count`` slowest waves, and the identity when every token is a point.
-
-    Args:
-        length: tokens on the axis.
-        count: of points, 1 to ``length``.
-        boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
-        dtype: of the result; made in float64 and rounded once.
-        device: of the result.
-
-    Returns:
-        ``[length, count]``; every row sums to 1.
+    Exact for every sum of the ``count`` slowest waves, and the identity when every token is a point. It is made in
+    float64 and rounded once.
 
     Raises:
         ValueError: for an unknown boundary or a count that does not fit.

@@ -43,11 +43,10 @@ def gaussian_blur(
 ) -> torch.Tensor:
     """See :func:`segkern.gaussian_blur`; ``adjoint`` applies the transposed blur, which gradients need."""
     grid, sigmas = check_call(x, height, width, start, sigma, boundary)
-    arguments = (x, grid, sigmas, boundary, adjoint)
-    pytorch = torch_blur.gaussian_blur
     if choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "torch":
-        return tokens_first(pytorch(*arguments))
-    return tokens_first(run_with_fallback("gaussian_blur", backend, fused_blur, pytorch, *arguments))
+        return tokens_first(torch_blur.gaussian_blur(x, grid, sigmas, boundary, adjoint))
+    blurs = fused_blur, torch_blur.gaussian_blur
+    return tokens_first(run_with_fallback("gaussian_blur", backend, *blurs, x, grid, sigmas, boundary, adjoint))
 
 
 @gaussian_blur.register_fake
@@ -92,27 +91,16 @@ def fused_attention(
     return out, lse
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    grid: Grid,
-    sigmas: tuple[float, ...],
-    scale: float,
-    boundary: str,
-    backend: str,
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
-    chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)
-    arguments = (query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
-    pytorch = torch_attention.seg_attention
+def run_attention(chosen: str, asked: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by the chosen backend; ``arguments`` are those of :func:`fused_attention`."""
     if chosen == "torch":
-        out, lse = pytorch(*arguments)
-    else:
-        out, lse = run_with_fallback("seg_attention", backend, fused_attention, pytorch, *arguments)
-    return tokens_first(out), query.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
+        return torch_attention.seg_attention(*arguments)
+    return run_with_fallback("seg_attention", asked, fused_attention, torch_attention.seg_attention, *arguments)
+
+
+def _choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sigmas: Sequence[float], backend: str) -> str:
+    fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
+    return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)[0]
 
 
 @operator("segkern::seg_attention")
@@ -132,7 +120,10 @@ def seg_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
-    return _attend(query, key, value, attn_mask, grid, sigmas, scale, boundary, backend, return_lse)
+    chosen = _choose(query, key, value, sigmas, backend)
+    arguments = (query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
+    out, lse = run_attention(chosen, backend, *arguments)
+    return tokens_first(out), query.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
 
 
 @seg_attention.register_fake
@@ -157,7 +148,10 @@ def seg_attention_at(
 ) -> torch.Tensor:
     """The same with sigmas that are read when it runs, from a CPU tensor ``[batch]``; it has no gradient."""
     grid, sigmas = check_call(query, height, width, start, sigma.tolist(), boundary)
-    return _attend(query, key, value, attn_mask, grid, sigmas, scale, boundary, backend, False)[0]
+    chosen = _choose(query, key, value, sigmas, backend)
+    return tokens_first(
+        run_attention(chosen, backend, query, key, value, attn_mask, grid, sigmas, scale, boundary, False)[0]
+    )
 
 
 @seg_attention_at.register_fake

@@ -37,14 +37,14 @@ def fused_energy(
 
 
 def run_mass(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
-    """Masses by the chosen backend; the caller asked for another one, perhaps."""
+    """Masses by the chosen backend; ``arguments`` are those of :func:`fused_mass`."""
     if chosen == "torch":
         return torch_masses.attention_mass(*arguments)
     return run_with_fallback("attention_mass", asked, fused_mass, torch_masses.attention_mass, *arguments)
 
 
 def run_energy(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
-    """The same for energies."""
+    """Energies by the chosen backend; ``arguments`` are those of :func:`fused_energy`."""
     if chosen == "torch":
         return torch_masses.attention_energy(*arguments)
     return run_with_fallback("attention_energy", asked, fused_energy, torch_masses.attention_energy, *arguments)
