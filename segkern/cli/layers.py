@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern layers``: which self-attention layers a model has, what they are called, and how much work they are."""
+"""``segkern layers``: a model's self-attention layers, by every name they have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from segkern.cli.terminal import Config, Height, Model, Width, need_diffusers, refusing
 from segkern.generation import loading
 from segkern.generation.sizes import image_size, video_frames
-from segkern.generation.tables import percent, wide
+from segkern.generation.tables import wide
 
 
 def layers(
@@ -24,13 +24,9 @@ def layers(
     """List the self-attention layers that a guidance can act on; needs configuration files only.
 
     Every name in the table selects its layer: the layer's, ComfyUI's, the module's; a block's number selects the
-    block. FLOPs is a layer's share of the operations of one forward of the denoiser: matrix products and
-    convolutions are counted, a layer's are those of its attention module, which are its projections, in a joint
-    attention the text's too, and its two products with queries, keys and values. A prompt has as many tokens as the
-    pipeline takes at most, or 77.
+    block.
     """
     need_diffusers()
-    from segkern.integrations.diffusers.models.costs import flop_shares
     from segkern.integrations.diffusers.models.layers import default_layers_of, list_layers, select_layers
 
     with refusing():
@@ -39,10 +35,6 @@ def layers(
         size = image_size(pipe, width, height)
         frames_drawn = video_frames(pipe, frames)
         available = list_layers(pipe, size[1], size[0], frames_drawn)
-    try:
-        shares, unknown = flop_shares(pipe, size[1], size[0], frames_drawn) or {}, "its other inputs are not known"
-    except RuntimeError as error:
-        shares, unknown = {}, f"a forward at this size fails ({str(error).splitlines()[0]})"
     of_unet = any(layer.comfyui for layer in available)
     video = "" if frames_drawn is None else f", {frames_drawn} frames"
     table = Table(
@@ -51,7 +43,6 @@ def layers(
         "heads",
         "head dim",
         "tokens",
-        "FLOPs",
         "ComfyUI" if of_unet else "block",
         "module",
         title=f"{source.name}, {size[0]} x {size[1]}{video}",
@@ -60,14 +51,11 @@ def layers(
         grid = f"{layer.grid.height}x{layer.grid.width}" if layer.grid else "?"
         if layer.grid and layer.grid.frames > 1:
             grid = f"{layer.grid.frames}x{grid}"
-        numbers = str(layer.heads), str(layer.head_dim), grid, percent(shares.get(layer.module))
+        numbers = str(layer.heads), str(layer.head_dim), grid
         other = layer.comfyui if of_unet else str(layer.block)
         table.add_row(layer.name, layer.part, *numbers, other, layer.module)
     wide(table).print(table)
-    if not shares:
-        typer.echo(f"FLOPs of this denoiser cannot be counted: {unknown}")
     names, advice = default_layers_of(pipe)
     chosen = select_layers(available, names)
-    share = f", {percent(sum(shares[layer.module] for layer in chosen))} of the FLOPs" if shares else ""
     count = f"{len(chosen)} layer{'s' if len(chosen) > 1 else ''}"
-    typer.echo(f"where no layers are named, SEG and PAG act in {names} ({count}{share}); {advice}")
+    typer.echo(f"where no layers are named, SEG and PAG act in {names} ({count}); {advice}")

@@ -26,10 +26,10 @@ def test_the_commands_are_those_that_are_tested() -> None:
 
 def test_layers_lists_every_layer_with_its_grid() -> None:
     output = done("layers", "demo", "--width", "96", "--height", "64")
-    assert re.search(r"m0 +. mid +. 2 +. 64 +. 16x24 +. \d+\.\d% +. m0\.0 +. mid_block\.attentions\.0", output)
+    assert re.search(r"m0 +. mid +. 2 +. 64 +. 16x24 +. m0\.0 +. mid_block\.attentions\.0", output)
     assert re.search(r"d0 +. down . 2 +. 64 +. 16x24", output)
     assert re.search(r"m0 .* 16x16 ", done("layers", DEMO))
-    assert re.search(r"SEG and PAG act in mid \(1 layer, \d+\.\d% of the FLOPs\); the method's paper", output)
+    assert re.search(r"SEG and PAG act in mid \(1 layer\); the method's paper", output)
 
 
 def test_info_explains_one_attention() -> None:
