@@ -19,14 +19,14 @@ if find_spec("diffusers") is None:
         'segkern.integrations.diffusers needs diffusers; pip install "segkern[diffusers]"', name="diffusers"
     )
 
-from segkern.integrations.diffusers.guiders.components import PAGGuider, SAGGuider, SEGGuider
+from segkern.integrations.diffusers.guiders import PAGGuider, SAGGuider, SEGGuider
 from segkern.integrations.diffusers.models.layers import LayerInfo, list_layers
 from segkern.integrations.diffusers.pipelines import StableDiffusionXLSEGPipeline
 from segkern.integrations.diffusers.runtime.energy_recorder import EnergyRecorder, LayerEnergy, record_energy
 from segkern.integrations.diffusers.runtime.guidance import Guidance, guide
 from segkern.integrations.diffusers.runtime.processor import SEGAttnProcessor
-from segkern.integrations.diffusers.runtime.report import LayerReport, Report
-from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG, SEG
+from segkern.integrations.diffusers.runtime.report import GuidanceWarning, LayerReport, Report
+from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
 
 __all__ = [
     "CFG",
@@ -35,6 +35,7 @@ __all__ = [
     "SEG",
     "EnergyRecorder",
     "Guidance",
+    "GuidanceWarning",
     "LayerEnergy",
     "LayerInfo",
     "LayerReport",

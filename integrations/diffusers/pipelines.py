@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import StableDiffusionXLPipeline
 
 from segkern.integrations.diffusers.runtime.guidance import guide
-from segkern.integrations.diffusers.specs.guidances import SEG
+from segkern.integrations.diffusers.specs import SEG
 
 _LARGEST_FINITE_SIGMA = 9999.0  # the official implementation takes any larger sigma for infinity
 

@@ -96,7 +96,7 @@ def draw(
         on_step: diffusers' ``callback_on_step_end``.
         share: as :func:`segkern.integrations.diffusers.guide` takes it.
     """
-    from segkern.integrations.diffusers import guide
+    from segkern.integrations.diffusers import GuidanceWarning, guide
 
     def run() -> Image:
         image: Image = pipe(
@@ -115,7 +115,7 @@ def draw(
     if not specs:
         return ImageResult(run(), None, time.perf_counter() - begun)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"(SEG|PAG|SAG|CFG)\(", UserWarning)  # the report says the same
+        warnings.simplefilter("ignore", GuidanceWarning)  # the report says the same
         with guide(pipe, *specs, share=share) as guidance:
             image = run()
         report = guidance.report()

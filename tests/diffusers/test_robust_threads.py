@@ -43,7 +43,7 @@ def test_a_second_forward_lets_nobody_else_in() -> None:
 
         def before(*_: Any) -> None:
             here = threading.get_ident()
-            if here == drawing["guided"] and guidance._degradations.running and not again.is_set():
+            if here == drawing["guided"] and guidance._sag.running and not again.is_set():
                 again.set()
                 entered.wait(0.5)  # the other one comes in now, if it may
             elif here == drawing.get("plain") and not entered.is_set():
@@ -53,7 +53,7 @@ def test_a_second_forward_lets_nobody_else_in() -> None:
         def after(*_: Any) -> None:
             if threading.get_ident() == drawing.get("plain"):
                 passed.set()
-            elif entered.is_set() and not guidance._degradations.running:
+            elif entered.is_set() and not guidance._sag.running:
                 changed.set()
                 passed.wait(0.5)
 

@@ -20,8 +20,8 @@ from segkern.integrations.diffusers.guiders.calls import GuiderCalls, Step, runn
 from segkern.integrations.diffusers.runtime.branches import shifted
 from segkern.integrations.diffusers.runtime.report import Report
 from segkern.integrations.diffusers.runtime.run_context import number
+from segkern.integrations.diffusers.specs import PAG, SAG
 from segkern.integrations.diffusers.specs.base import Spec
-from segkern.integrations.diffusers.specs.guidances import PAG, SAG
 from segkern.integrations.diffusers.specs.schedules import is_number
 
 _INFINITY = "inf"  # JSON has no number for it

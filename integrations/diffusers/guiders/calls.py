@@ -16,15 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from segkern.integrations.diffusers.models.architectures import batch_of
 from segkern.integrations.diffusers.models.layers import find_model
 from segkern.integrations.diffusers.runtime.branches import Arguments, Batch, Forward
-from segkern.integrations.diffusers.runtime.denoiser_guidance import Acting
+from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, find_denoisers
 from segkern.integrations.diffusers.runtime.hooks import Outer
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.runtime.reuse import Differences
-from segkern.integrations.diffusers.runtime.sag_forward import Degradations
+from segkern.integrations.diffusers.runtime.sag_forward import SAGForward
 from segkern.integrations.diffusers.runtime.support import GUIDED, choose_layers
+from segkern.integrations.diffusers.specs import SAG
 from segkern.integrations.diffusers.specs.base import Spec
-from segkern.integrations.diffusers.specs.guidances import SAG
 
 
 @dataclass
@@ -62,15 +62,15 @@ class GuiderCalls:
     """
 
     def __init__(self, denoiser: nn.Module, spec: Spec) -> None:
-        self._denoiser = denoiser
+        self._module = denoiser
         self._spec = spec
         kinds = find_denoisers(SimpleNamespace(unet=denoiser))
         if not kinds:
             find_model(denoiser)  # says what could be guided
         kind = kinds[0]
-        self._kind: Denoiser = kind
-        self._acting = Acting(kind, choose_layers(kind, (spec,)))
-        self.recorder: Recorder = self._acting.recorder
+        self._denoiser: Denoiser = kind
+        self._denoiser_guidance = DenoiserGuidance(kind, choose_layers(kind, (spec,)))
+        self.recorder: Recorder = self._denoiser_guidance.recorder
         self.samples: int | None = None
         self.found: torch.Tensor | None = None
         self._differences = Differences((spec,))
@@ -79,11 +79,11 @@ class GuiderCalls:
         self._run: tuple[Any, Any] = (None, None)  # the pipeline that asked for it, and what is its own of that run
         self._forward: Forward | None = None
         self._given: Arguments = ((), {})
-        self._degradations: Degradations | None = None
+        self._sag: SAGForward | None = None
 
     def is_of(self, denoiser: nn.Module) -> bool:
         """Whether it is this denoiser's."""
-        return self._denoiser is denoiser
+        return self._module is denoiser
 
     def new_step(self, first: bool) -> None:
         """Forget the last step, and with the ``first`` of a run the last run."""
@@ -100,7 +100,7 @@ class GuiderCalls:
         """
         self.release()
         self.recorder.forwards += 1
-        if self._kind.model in GUIDED:
+        if self._denoiser.model in GUIDED:
             raise ValueError("this denoiser is under guide(...); remove that guidance, or take another guider")
         if step.strength == 0.0:
             return
@@ -108,11 +108,11 @@ class GuiderCalls:
         if isinstance(self._spec, SAG):
             if self._run[0] is None:
                 raise ValueError("SAG needs the scheduler of a modular pipeline, and none is running")
-            self._degradations = Degradations(self._run[0], self._kind.model, (self._spec,))
-        self._handles.append(self._denoiser.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
-        self._handles.append(self._denoiser.register_forward_hook(Outer(self._after), prepend=True))
+            self._sag = SAGForward(self._run[0], self._denoiser.model, (self._spec,))
+        self._handles.append(self._module.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
+        self._handles.append(self._module.register_forward_hook(Outer(self._after), prepend=True))
         # PyTorch goes through the hooks themselves after an exception: one may be taken off by the last one alone.
-        self._handles.append(self._denoiser.register_forward_hook(Outer(self._over), always_call=True))
+        self._handles.append(self._module.register_forward_hook(Outer(self._over), always_call=True))
 
     def release(self) -> None:
         """The denoiser is what it was; nothing happens when it is already."""
@@ -120,12 +120,12 @@ class GuiderCalls:
             return
         while self._handles:
             self._handles.pop().remove()
-        self._acting.detach()
-        self._forward, self._given, self._run, self._degradations = None, ((), {}), (None, None), None
+        self._denoiser_guidance.detach()
+        self._forward, self._given, self._run, self._sag = None, ((), {}), (None, None), None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: let the branch join."""
-        if module is not self._denoiser or self._forward is not None:  # a copy, or the second call of SAG
+        if module is not self._module or self._forward is not None:  # a copy, or the second call of SAG
             return None
         if any(now is not then for now, then in zip(running_pipeline(), self._run, strict=True)):
             self.release()  # the call that was waited for never came, for an exception before it
@@ -137,22 +137,22 @@ class GuiderCalls:
             raise
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        sample = self._kind.sample(args, kwargs)
+        sample = self._denoiser.sample(args, kwargs)
         if not self._differences.due(0, self._step.number, sample.shape):
             self.found = self._differences.last(0)
             return None
-        batch = Batch(sample.shape[0], 0, 0 if self._degradations else 1)
+        batch = Batch(sample.shape[0], 0, 0 if self._sag else 1)
         own, strengths = batch.conditional, {0: self._step.strength}
-        if self._degradations:
-            self._given = self._kind.arguments.take(args, kwargs, batch, own)
-            forward = Forward(batch, (), self._acting.first, False, strengths, degrading=(0,), reference=own)
+        if self._sag:
+            self._given = self._denoiser.arguments.take(args, kwargs, batch, own)
+            forward = Forward(batch, (), self._denoiser_guidance.first, False, strengths, sag=(0,), reference=own)
         else:
-            forward = Forward(batch, (0,), self._acting.first, True, strengths)
-            forward = replace(forward, share=self._kind.can_share(forward, args, kwargs))
-        self._acting.attach()
-        self._acting.tell(forward, args, kwargs)
+            forward = Forward(batch, (0,), self._denoiser_guidance.first, True, strengths)
+            forward = replace(forward, share=self._denoiser.can_share(forward, args, kwargs))
+        self._denoiser_guidance.attach()
+        self._denoiser_guidance.tell(forward, args, kwargs)
         self._forward = forward
-        return self._kind.grown(forward, args, kwargs)
+        return self._denoiser.grown(forward, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the denoiser: look at what it gave."""
@@ -162,24 +162,24 @@ class GuiderCalls:
     def _over(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the denoiser and all its hooks, and after an exception in it."""
         if self._is_own(module):
-            self._acting.layers.forget()
+            self._denoiser_guidance.layers.forget()
             self.release()
 
     def _is_own(self, module: nn.Module) -> bool:
         """Whether a call is the one that was waited for: not of a copy, nor the second one of SAG."""
-        return module is self._denoiser and (self._degradations is None or not self._degradations.running)
+        return module is self._module and (self._sag is None or not self._sag.running)
 
     def _take(self, forward: Forward, sample: torch.Tensor) -> None:
         """What the forward under way gave."""
-        moved = self._acting.reports(forward)
-        if self._degradations is None:
+        moved = self._denoiser_guidance.reports(forward)
+        if self._sag is None:
             self.samples = forward.batch.samples
         else:
-            layer = next(iter(self._acting.layers))
+            layer = next(iter(self._denoiser_guidance.layers))
             moved = {key: pair.clone() for key, pair in moved.items()}
-            with self._acting.quiet():
-                self.found, moved[0, layer.info.module] = self._degradations.difference(
-                    0, self._denoiser, self._kind.arguments, self._given, sample.clone(), layer
+            with self._denoiser_guidance.quiet():
+                self.found, moved[0, layer.info.module] = self._sag.difference(
+                    0, self._module, self._denoiser.arguments, self._given, sample.clone(), layer
                 )
             self._differences.keep(0, self.found)
         self.recorder.add(moved, sample.dtype)

@@ -172,8 +172,8 @@ class Forward:
         share: whether they join there, not at the denoiser's input.
         strengths: of all guidances that act.
         reused: those whose last difference is taken.
-        degrading: those that a forward of their own follows.
-        reference: samples of the output that they degrade.
+        sag: those of SAG, which a forward of their own follows.
+        reference: samples of the output that SAG degrades.
         cfg: whether there is classifier-free guidance in this step, in this call or the next.
         rescaled: the guidance scale where the conditional prediction must stay what it is, else None.
         frames: as how many each sample runs through the blocks.
@@ -185,7 +185,7 @@ class Forward:
     share: bool
     strengths: dict[int, float]
     reused: tuple[int, ...] = ()
-    degrading: tuple[int, ...] = ()
+    sag: tuple[int, ...] = ()
     reference: slice = field(default_factory=lambda: slice(0, 0))
     cfg: bool = False
     rescaled: float | None = None

@@ -15,10 +15,10 @@ from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
 from segkern.integrations.diffusers.runtime.hooks import hook_grids
 from segkern.integrations.diffusers.runtime.report import Recorder
-from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
+from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec
 
 
-class Acting:
+class DenoiserGuidance:
     """The parts of a denoiser on which guidances act.
 
     Attributes:
@@ -27,17 +27,17 @@ class Acting:
         recorder: of what the layers report.
     """
 
-    def __init__(self, kind: Denoiser, chosen: tuple[Chosen, ...]) -> None:
-        self._kind = kind
-        self._places = kind.places
+    def __init__(self, denoiser: Denoiser, placed: tuple[PlacedSpec, ...]) -> None:
+        self._denoiser = denoiser
+        self._places = denoiser.places
         self._inner: list[RemovableHandle] = []  # hooks on the parts, from attach to detach
-        self.recorder = Recorder(chosen)
-        self.layers = GuidedLayers(kind, chosen)
-        self.first = [self._place(one) for one in chosen]
+        self.recorder = Recorder(placed)
+        self.layers = GuidedLayers(denoiser, placed)
+        self.first = [self._place(placed_spec) for placed_spec in placed]
 
-    def _place(self, one: Chosen) -> int:
+    def _place(self, placed_spec: PlacedSpec) -> int:
         """The place of the first perturbed layer; before all of them where the whole input differs."""
-        modules = [layer.module for layer in one.layers if isinstance(one.spec, AttentionSpec)]
+        modules = [layer.module for layer in placed_spec.layers if isinstance(placed_spec.spec, AttentionSpec)]
         return min((self._places.of(module) for module in modules), default=-1)
 
     def attach(self) -> None:
@@ -45,7 +45,7 @@ class Acting:
         self.layers.stand_in()
         if not self._inner:
             modules = [layer.info.module for layer in self.layers]
-            self._inner += hook_grids(self._kind.model, modules, self.layers.set_grid)
+            self._inner += hook_grids(self._denoiser.model, modules, self.layers.set_grid)
             places = [place for place in self.first if place >= 0]
             self._inner += self._places.hook(min(places)) if places else []
 
@@ -58,7 +58,7 @@ class Acting:
 
     def tell(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What each part does in the coming forward, which gets these arguments."""
-        grid = self._kind.grid(args, kwargs)
+        grid = self._denoiser.grid(args, kwargs)
         if grid is not None:
             for layer in self.layers:
                 layer.processor.grid = grid

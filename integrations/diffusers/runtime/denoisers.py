@@ -22,7 +22,7 @@ from segkern.integrations.diffusers.runtime.branches import (
 )
 from segkern.integrations.diffusers.runtime.interception import intercepting
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, GuidedProcessor
-from segkern.integrations.diffusers.runtime.run_context import Run
+from segkern.integrations.diffusers.runtime.run_context import RunContext
 from segkern.integrations.diffusers.runtime.transformer_places import BlockPlaces
 from segkern.integrations.diffusers.runtime.unet_places import Places
 
@@ -61,11 +61,11 @@ class Denoiser(ABC):
         """What a call is for: ``"both"`` halves of the batch, ``"conditional"``, ``"unconditional"`` or ``"other"``."""
 
     @abstractmethod
-    def batch(self, run: Run, size: int, branches: int, cfg: bool) -> Batch:
+    def batch(self, run: RunContext, size: int, branches: int, cfg: bool) -> Batch:
         """The layout of a batch."""
 
     @abstractmethod
-    def rescaled_guidance_scale(self, run: Run, caller: Mapping[str, Any]) -> float | None:
+    def rescaled_guidance_scale(self, run: RunContext, caller: Mapping[str, Any]) -> float | None:
         """The guidance scale where only the unconditional prediction may change, else None."""
 
     @abstractmethod
@@ -108,10 +108,10 @@ class UNet(Denoiser):
     def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return "both"
 
-    def batch(self, run: Run, size: int, branches: int, cfg: bool) -> Batch:
+    def batch(self, run: RunContext, size: int, branches: int, cfg: bool) -> Batch:
         return run.batch(size, branches, cfg)
 
-    def rescaled_guidance_scale(self, run: Run, caller: Mapping[str, Any]) -> float | None:
+    def rescaled_guidance_scale(self, run: RunContext, caller: Mapping[str, Any]) -> float | None:
         return run.rescaled_guidance_scale(caller)
 
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -182,10 +182,10 @@ class Transformer(Denoiser):
         text = self.arguments.get("encoder_hidden_states", args, kwargs)
         return "unconditional" if text is not None and text is caller.get("negative_prompt_embeds") else "conditional"
 
-    def batch(self, run: Run, size: int, branches: int, cfg: bool) -> Batch:
+    def batch(self, run: RunContext, size: int, branches: int, cfg: bool) -> Batch:
         return run.batch(size, branches, cfg and not self.architecture.apart, self.architecture.conditional_first)
 
-    def rescaled_guidance_scale(self, run: Run, caller: Mapping[str, Any]) -> float | None:
+    def rescaled_guidance_scale(self, run: RunContext, caller: Mapping[str, Any]) -> float | None:
         if self.architecture.rescales:
             return float(caller["true_cfg_scale"]) if "true_cfg_scale" in caller else None
         if caller.get("skip_guidance_layers") is not None:  # skip-layer guidance measures the conditional prediction

@@ -25,7 +25,7 @@ from segkern.integrations.diffusers.runtime.attention import tokens_of
 from segkern.integrations.diffusers.runtime.branches import DenoiserArguments
 from segkern.integrations.diffusers.runtime.hooks import Hook, hook_grids
 from segkern.integrations.diffusers.runtime.projections import Projections
-from segkern.integrations.diffusers.runtime.run_context import Run
+from segkern.integrations.diffusers.runtime.run_context import RunContext
 from segkern.integrations.diffusers.runtime.support import REPEATED, check_batches, check_layer
 
 
@@ -161,7 +161,7 @@ class EnergyRecorder:
         self._boundary = boundary
         self._dtype = dtype
         self._handles: list[RemovableHandle] = []
-        self._schedule = Run(pipe)
+        self._schedule = RunContext(pipe)
         self._run = -1
         self._now: tuple[int, int, slice] | None = None  # step, steps and conditional samples of the forward under way
         self._grids: dict[str, Grid] = {}  # of its layers so far

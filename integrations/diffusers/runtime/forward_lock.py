@@ -20,7 +20,7 @@ from segkern.integrations.diffusers.runtime.call_stack import Call, first_call, 
 _SECONDS = 0.02  # until a turn is looked at again whose holder may have been interrupted
 
 
-class Turns:
+class ForwardLock:
     """The forwards of one denoiser.
 
     Args:
@@ -34,7 +34,7 @@ class Turns:
         # What was in a module, perhaps the denoiser, before there was anybody to ask for a turn.
         self._earlier = outermost_module_calls()
 
-    def begin(self) -> None:
+    def acquire(self) -> None:
         """Take the turn; wait while another thread has it."""
         frame = sys._getframe(1)
         call = first_call(frame, self._is_forward) or Call(threading.get_ident(), id(frame))
@@ -43,7 +43,7 @@ class Turns:
                 self._change.wait(_SECONDS)
             self._holder = call
 
-    def end(self) -> None:
+    def release(self) -> None:
         """Give it back; nothing happens where this thread has none."""
         with self._change:
             if self._holder is not None and self._holder.thread == threading.get_ident():

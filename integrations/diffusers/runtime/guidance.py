@@ -14,20 +14,20 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.models.architectures import batch_of
 from segkern.integrations.diffusers.runtime.branches import Arguments, Forward, difference, fold, shifted, summed
-from segkern.integrations.diffusers.runtime.denoiser_guidance import Acting
+from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
-from segkern.integrations.diffusers.runtime.forward_lock import Turns
+from segkern.integrations.diffusers.runtime.forward_lock import ForwardLock
 from segkern.integrations.diffusers.runtime.hooks import Outer
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
-from segkern.integrations.diffusers.runtime.report import Recorder, Report
-from segkern.integrations.diffusers.runtime.run_context import Run
-from segkern.integrations.diffusers.runtime.sag_forward import Degradations
-from segkern.integrations.diffusers.runtime.step_planner import Plans
+from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
+from segkern.integrations.diffusers.runtime.run_context import RunContext
+from segkern.integrations.diffusers.runtime.sag_forward import SAGForward
+from segkern.integrations.diffusers.runtime.step_planner import StepPlanner
 from segkern.integrations.diffusers.runtime.support import GUIDED, check_model, check_pipeline, choose_layers
-from segkern.integrations.diffusers.specs.base import Chosen, Spec
+from segkern.integrations.diffusers.specs.base import PlacedSpec, Spec
 
 # What the next call for a negative prompt adds, with the guidance scale where it alone may change.
-Owed = tuple[torch.Tensor | None, float | None]
+PendingShift = tuple[torch.Tensor | None, float | None]
 
 
 def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
@@ -66,9 +66,9 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
         ...     image = pipe("a red fox", guidance_scale=5.0).images[0]
         >>> print(guidance.report())  # doctest: +SKIP
     """
-    chosen = [(denoiser, choose_layers(denoiser, specs)) for denoiser in check_pipeline(pipe)]
-    guidance = Guidance(pipe, *chosen[0], share)
-    guidance._others = [Guidance(pipe, *each, share, guidance) for each in chosen[1:]]
+    placed = [(denoiser, choose_layers(denoiser, specs)) for denoiser in check_pipeline(pipe)]
+    guidance = Guidance(pipe, *placed[0], share)
+    guidance._others = [Guidance(pipe, *each, share, guidance) for each in placed[1:]]
     guidance._install()
     return guidance
 
@@ -77,33 +77,33 @@ class Guidance:
     """Guidance at work on a pipeline; made by :func:`guide`."""
 
     def __init__(
-        self, pipe: Any, kind: Denoiser, chosen: tuple[Chosen, ...], share: bool, beside: Guidance | None = None
+        self, pipe: Any, denoiser: Denoiser, placed: tuple[PlacedSpec, ...], share: bool, beside: Guidance | None = None
     ) -> None:
         self._pipe = pipe
         self._others: list[Guidance] = []  # of denoisers that take turns with this one in a run
-        self._kind = kind
+        self._denoiser = denoiser
         # torch.compile's wrapper, if there is one: bookkeeping stays outside
-        self._denoiser: nn.Module = getattr(pipe, kind.name)
-        self._specs = tuple(one.spec for one in chosen)
-        self._run: Run = Run(pipe) if beside is None else beside._run
+        self._module: nn.Module = getattr(pipe, denoiser.name)
+        self._specs = tuple(placed_spec.spec for placed_spec in placed)
+        self._run: RunContext = RunContext(pipe) if beside is None else beside._run
         self._for_others = 0  # forwards that other pipelines asked for
-        self._acting = Acting(kind, chosen)
-        self._recorder: Recorder = self._acting.recorder if beside is None else beside._recorder
-        self._arguments = kind.arguments
+        self._denoiser_guidance = DenoiserGuidance(denoiser, placed)
+        self._recorder: Recorder = self._denoiser_guidance.recorder if beside is None else beside._recorder
+        self._arguments = denoiser.arguments
         self._installed = False
         self._entered = 0  # contexts that are open
         self._first_of_run: Guidance = self if beside is None else beside  # which removes them all
         self._leaving = False  # as soon as the forward under way is over
-        self._turns = Turns(self._denoiser)
+        self._lock = ForwardLock(self._module)
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
-        self._layers = self._acting.layers
-        self._plans = Plans(pipe, kind, self._specs, self._acting.first, share, self._run)
-        self._degradations = Degradations(pipe, kind.model, self._specs)
+        self._layers = self._denoiser_guidance.layers
+        self._planner = StepPlanner(pipe, denoiser, self._specs, self._denoiser_guidance.first, share, self._run)
+        self._sag = SAGForward(pipe, denoiser.model, self._specs)
         self._forward: Forward | None = None  # the one under way; None when it is a plain one
         self._given: Arguments = ((), {})  # its arguments, where another forward follows
         self._part = "other"  # what the last call was for
-        self._owed: Owed | None = None
-        self._differences = self._plans.differences
+        self._pending: PendingShift | None = None
+        self._differences = self._planner.differences
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
         """What holds a pipeline and its guidance may be copied; the copied pipeline is not guided."""
@@ -145,14 +145,14 @@ class Guidance:
     def _install(self) -> None:
         try:
             self._installed = True
-            GUIDED.add(self._kind.model)
-            self._acting.attach()  # says now what would not do
-            self._acting.detach()
-            self._turns = Turns(self._denoiser)  # who is in it as the hooks come
-            self._handles.append(self._denoiser.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
+            GUIDED.add(self._denoiser.model)
+            self._denoiser_guidance.attach()  # says now what would not do
+            self._denoiser_guidance.detach()
+            self._lock = ForwardLock(self._module)  # who is in it as the hooks come
+            self._handles.append(self._module.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
             after = Outer(self._after)
-            self._handles.append(self._denoiser.register_forward_hook(after, prepend=True, always_call=True))
+            self._handles.append(self._module.register_forward_hook(after, prepend=True, always_call=True))
             for other in self._others:
                 other._install()
         except BaseException:
@@ -163,113 +163,112 @@ class Guidance:
         if not self._installed:
             return
         self._leaving = True
-        if any(each._turns.inside() for each in (self, *self._others)):
+        if any(each._lock.inside() for each in (self, *self._others)):
             return
         with ExitStack() as turns:
             for each in (self, *self._others):
-                each._turns.begin()
-                turns.callback(each._turns.end)
-            if self._installed and not self._owes():  # another thread's forward may have taken it off, or owe the rest
+                each._lock.acquire()
+                turns.callback(each._lock.release)
+            if (
+                self._installed and not self._awaits_second_call()
+            ):  # another thread's forward may have taken it off, or owe the rest
                 self._take_off(warn)
 
-    def _owes(self) -> bool:
+    def _awaits_second_call(self) -> bool:
         """Whether a run that is under way has made one of two calls that belong together."""
-        return any(each._owed is not None for each in (self, *self._others)) and self._run.is_under_way()
+        return any(each._pending is not None for each in (self, *self._others)) and self._run.is_under_way()
 
     def _take_off(self, warn: bool) -> None:
         self._installed = False
         for other in self._others:
             if other._installed:
                 other._take_off(warn=False)
-        GUIDED.discard(self._kind.model)
+        GUIDED.discard(self._denoiser.model)
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
         self._clear()
         self._differences.forget()
-        saved = getattr(self._kind.model, "original_attn_processors", None)  # what unfuse_qkv_projections will put back
+        saved = getattr(
+            self._denoiser.model, "original_attn_processors", None
+        )  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
+        component, pipe = self._denoiser.name, type(self._pipe).__name__
         if warn and had_hooks and self._recorder.forwards == 0 and self._for_others:
-            warnings.warn(
-                f"guidance did nothing: the {self._kind.name} of this {type(self._pipe).__name__} ran for other "
-                f"pipelines only; give guide the pipeline that runs it",
-                UserWarning,
-                stacklevel=4,
+            message = (
+                f"the {component} of this {pipe} ran for other pipelines only; give guide the pipeline that runs it"
             )
-        elif warn and not ran and had_hooks and getattr(self._pipe, self._kind.name) is not self._denoiser:
-            warnings.warn(
-                f"guidance did nothing: this {type(self._pipe).__name__} was given another {self._kind.name} while "
-                f"guided; call guide after replacing it",
-                UserWarning,
-                stacklevel=4,
-            )
+            warnings.warn(f"guidance did nothing: {message}", GuidanceWarning, stacklevel=4)
+        elif warn and not ran and had_hooks and getattr(self._pipe, component) is not self._module:
+            message = f"this {pipe} was given another {component} while guided; call guide after replacing it"
+            warnings.warn(f"guidance did nothing: {message}", GuidanceWarning, stacklevel=4)
         if ran and warn:
             self._recorder.warn(self._recorder.report(), stacklevel=5)
 
     def _clear(self) -> None:
         """Between forwards the denoiser has its own processors, to be looked at or changed, and nothing is kept."""
-        self._forward, self._given, self._owed = None, ((), {}), None
+        self._forward, self._given, self._pending = None, ((), {}), None
         self._layers.forget()
-        self._acting.detach()
+        self._denoiser_guidance.detach()
 
     def _clear_interrupted(self) -> None:
         """The same after a forward that an interrupt has ended, which hooks are not told."""
         for each in (self, *self._others):
-            if each._turns.interrupted():
-                each._turns.begin()
+            if each._lock.interrupted():
+                each._lock.acquire()
                 each._clear()
-                each._turns.end()
+                each._lock.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: decide what this forward does and tell the blocks and layers."""
-        if module is not self._denoiser or self._degradations.running:  # a copy is not guided
+        if module is not self._module or self._sag.running:  # a copy is not guided
             return None
-        self._turns.begin()
+        self._lock.acquire()
         if not self._installed:  # taken off while this thread waited
-            self._turns.end()
+            self._lock.release()
             return None
         self._forward = None
         caller = self._run.caller()
-        self._part = "foreign" if caller is None else self._kind.part(caller, args, kwargs)
+        self._part = "foreign" if caller is None else self._denoiser.part(caller, args, kwargs)
         if self._first_of_run._leaving and self._part not in ("foreign", "unconditional"):
             self._first_of_run._take_off(warn=True)  # the forward that it waited for did not come to its end
-            self._turns.end()  # no hook will
+            self._lock.release()  # no hook will
             return None
         if caller is None or self._part in ("other", "unconditional"):
-            self._acting.detach()
+            self._denoiser_guidance.detach()
             self._for_others += caller is None
             self._recorder.forwards += self._part == "unconditional"
             return None
-        self._owed = None
-        forward = self._plans.forward(caller, args, kwargs)
-        plain = forward is None or not (forward.branches or forward.degrading)
+        self._pending = None
+        forward = self._planner.forward(caller, args, kwargs)
+        plain = forward is None or not (forward.branches or forward.sag)
         if plain:
-            self._acting.detach()
+            self._denoiser_guidance.detach()
         else:
-            self._acting.attach()
+            self._denoiser_guidance.attach()
         self._recorder.forwards += 1
         self._forward = forward
         if forward is None or plain:
             return None
-        if forward.degrading:
-            self._given = self._plans.reference_inputs(forward, args, kwargs)
-        check_model(self._kind.model)
-        self._acting.tell(forward, args, kwargs)
-        return self._plans.grown(forward, args, kwargs)
+        if forward.sag:
+            self._given = self._planner.reference_inputs(forward, args, kwargs)
+        check_model(self._denoiser.model)
+        self._denoiser_guidance.tell(forward, args, kwargs)
+        return self._planner.grown(forward, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser: fold the branches back and take down what the layers report."""
-        if module is not self._denoiser or self._degradations.running:
+        if module is not self._module or self._sag.running:
             return None
         try:
             changed = self._end(output)
-            if self._first_of_run._leaving and output is not None and self._owed is None:
+            if self._first_of_run._leaving and output is not None and self._pending is None:
                 self._first_of_run._take_off(warn=True)
             return changed
         finally:
-            self._turns.end()
+            self._lock.release()
 
     def _end(self, output: Any) -> Any:
         """The denoiser's output with the guidance in it; None for the one it gave."""
@@ -278,7 +277,7 @@ class Guidance:
                 self._clear()
                 self._differences.forget()
             return None
-        forward, owed = self._forward, self._owed if self._part == "unconditional" else None
+        forward, owed = self._forward, self._pending if self._part == "unconditional" else None
         if forward is None and owed is None:
             return None
         try:
@@ -292,30 +291,30 @@ class Guidance:
             self._clear()
             raise
         self._clear()
-        self._owed = owes
+        self._pending = owes
         result = list(folded.unbind()) if isinstance(output[0], list) else folded
         return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
 
-    def _folded(self, forward: Forward, sample: torch.Tensor) -> tuple[Owed | None, torch.Tensor]:
+    def _folded(self, forward: Forward, sample: torch.Tensor) -> tuple[PendingShift | None, torch.Tensor]:
         """What the next call owes, and the prediction of the pipeline's own batch with every guidance in it."""
-        batch, moved = forward.batch, self._acting.reports(forward)
+        batch, moved = forward.batch, self._denoiser_guidance.reports(forward)
         expected = batch.with_branches(len(forward.branches))
         if sample.shape[0] != expected:
             raise RuntimeError(f"the guided denoiser gave {sample.shape[0]} predictions for a batch of {expected}")
-        if forward.degrading:  # the second forward of a denoiser in a CUDA graph writes where the first one did
+        if forward.sag:  # the second forward of a denoiser in a CUDA graph writes where the first one did
             sample, moved = sample.clone(), {key: pair.clone() for key, pair in moved.items()}
         guided = [(forward.strengths[index], self._differences.last(index)) for index in forward.reused]
         for branch, index in enumerate(forward.branches):
             found = difference(sample, batch, branch)
             self._differences.keep(index, found)
             guided.append((forward.strengths[index], found))
-            if index in self._plans.negative:
+            if index in self._planner.negative:
                 moved[index, ""] = torch.stack([norms(found), norms(sample[batch.conditional])])
-        for index in forward.degrading:
+        for index in forward.sag:
             layer = next(layer for layer in self._layers if index in layer.readers)
-            with self._acting.quiet():
-                found, moved[index, layer.info.module] = self._degradations.difference(
-                    index, self._denoiser, self._arguments, self._given, sample[forward.reference], layer
+            with self._denoiser_guidance.quiet():
+                found, moved[index, layer.info.module] = self._sag.difference(
+                    index, self._module, self._arguments, self._given, sample[forward.reference], layer
                 )
             self._differences.keep(index, found)
             guided.append((forward.strengths[index], found))

@@ -14,7 +14,7 @@ from segkern.integrations.diffusers.runtime.branches import Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride
-from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen
+from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec
 from segkern.integrations.diffusers.specs.sigmas import Perturbation, Perturbed, per_sample
 
 
@@ -40,19 +40,19 @@ class GuidedLayer:
 class GuidedLayers:
     """All of them, each once."""
 
-    def __init__(self, denoiser: Denoiser, chosen: Sequence[Chosen]) -> None:
+    def __init__(self, denoiser: Denoiser, placed: Sequence[PlacedSpec]) -> None:
         self._denoiser = denoiser
-        self._chosen = chosen
+        self._placed = placed
         self._places = denoiser.places
         self._layers: dict[str, GuidedLayer] = {}
-        for index, one in enumerate(chosen):
-            for info in one.layers:
+        for index, placed_spec in enumerate(placed):
+            for info in placed_spec.layers:
                 layer = self._layers.get(info.module)
                 if layer is None:
                     attention: Any = denoiser.model.get_submodule(info.module)
                     processor = denoiser.stand_in(unwrap(attention.processor), *self._blur_of(info.module))
                     layer = self._layers[info.module] = GuidedLayer(info, attention, processor)
-                if isinstance(one.spec, AttentionSpec):
+                if isinstance(placed_spec.spec, AttentionSpec):
                     layer.specs = (*layer.specs, index)
                 else:
                     layer.readers = (*layer.readers, index)
@@ -62,9 +62,9 @@ class GuidedLayers:
 
     def _blur_of(self, module: str) -> tuple[str, str]:
         """Boundary and backend that the guidances of a layer ask for; those that do not ask take any."""
-        for one in self._chosen:
-            spec = one.spec
-            if isinstance(spec, AttentionSpec) and spec.boundary is not None and module in one.sigmas:
+        for placed_spec in self._placed:
+            spec = placed_spec.spec
+            if isinstance(spec, AttentionSpec) and spec.boundary is not None and module in placed_spec.sigmas:
                 return spec.boundary, spec.backend or "auto"
         return "reflect", "auto"
 
@@ -112,7 +112,7 @@ class GuidedLayers:
     def set_grid(self, module: str, grid: Grid) -> None:
         """Tell a layer its grid in the forward under way, if a guidance acts in that."""
         processor = self._layers[module].processor
-        if processor.kinds:
+        if processor.graph_sigmas:
             processor.grid = grid
 
     def tell(self, forward: Forward) -> None:
@@ -130,14 +130,14 @@ class GuidedLayers:
         strides: list[Stride] = [EVERY_TOKEN] * batch.size
         blends = [1.0] * batch.size
         for index in forward.branches[:joined]:
-            spec = self._chosen[index].spec
+            spec = self._placed[index].spec
             if index not in layer.specs:
                 sigmas += [0.0] * samples
                 strides += [EVERY_TOKEN] * samples
                 blends += [1.0] * samples
                 continue
             assert isinstance(spec, AttentionSpec)
-            of_layer = self._chosen[index].sigmas.get(module)
+            of_layer = self._placed[index].sigmas.get(module)
             if of_layer is None:
                 sigmas += [Perturbation.IDENTITY] * samples
             else:
@@ -151,4 +151,4 @@ class GuidedLayers:
         processor.conditional = batch.conditional
         processor.own = batch.with_branches(joined - new)
         processor.perturbed = tuple(batch.branch(i) for i, index in enumerate(forward.branches) if index in layer.specs)
-        processor.read = forward.reference if any(index in forward.degrading for index in layer.readers) else None
+        processor.read = forward.reference if any(index in forward.sag for index in layer.readers) else None

@@ -48,7 +48,7 @@ class InterceptingProcessor(GuidedProcessor):
 
     def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """The original's output, with another attention for perturbed samples."""
-        if not any(self.kinds):
+        if not any(self.graph_sigmas):
             return self.original(attn, *args, **kwargs)
         self.caught = False
         with _Meeting(self):
@@ -83,7 +83,7 @@ class InterceptingProcessor(GuidedProcessor):
             self.caught
             or query.ndim != 4
             or key.shape[2] != query.shape[2]
-            or query.shape[0] != len(self.kinds)
+            or query.shape[0] != len(self.graph_sigmas)
             or query.shape[2] < grid.stop
             or is_causal
         ):
@@ -100,8 +100,8 @@ class InterceptingProcessor(GuidedProcessor):
         by_sample = attn_mask is not None and attn_mask.ndim == 4
         if attn_mask is not None and by_sample:
             attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
-        blends = self.blends or (1.0,) * len(self.kinds)
-        kinds = [(kind is Perturbation.IDENTITY, blend) for kind, blend in zip(self.kinds, blends, strict=True)]
+        blends = self.blends or (1.0,) * len(self.graph_sigmas)
+        kinds = [(kind is Perturbation.IDENTITY, blend) for kind, blend in zip(self.graph_sigmas, blends, strict=True)]
         sigmas, values = self._sigmas()
         # Frames are blurred before the attention, which takes numbers.
         given: Any = self.sigmas if grid.frames > 1 else sigmas if values is None else values
@@ -138,7 +138,7 @@ class _Meeting(TorchFunctionMode):
 
 
 @functools.lru_cache(maxsize=64)
-def _kind(original: Any) -> type[InterceptingProcessor]:
+def _processor_class(original: Any) -> type[InterceptingProcessor]:
     """The class that stands in for processors of a class."""
 
     @functools.wraps(original.__call__)
@@ -151,7 +151,7 @@ def _kind(original: Any) -> type[InterceptingProcessor]:
 def intercepting(original: Any, boundary: str = "reflect", backend: str = "auto") -> InterceptingProcessor:
     """What stands in for a processor."""
     kind: Any = type(original)
-    return _kind(kind)(original, boundary, backend)
+    return _processor_class(kind)(original, boundary, backend)
 
 
 def _identity(

@@ -131,7 +131,7 @@ class GuidedProcessor:
     Attributes:
         original: the processor it stands in for.
         sigmas: one per sample of the batch that reaches this layer; None while no guidance acts.
-        kinds: the same with 1 for any finite one, which is all that a compiled graph knows of them.
+        graph_sigmas: the same with 1 for any finite one, which is all that a compiled graph knows of them.
         values: the same in a CPU tensor, which a compiled graph reads when it runs.
         conditional: the samples of the conditional branch.
         own: how many samples, from the first, have hidden states of their own; those after them, whose branches have
@@ -153,7 +153,7 @@ class GuidedProcessor:
         self.backend = backend
         self.fused = isinstance(self.original, FusedAttnProcessor2_0)
         self.sigmas: tuple[Perturbed, ...] | None = None
-        self.kinds: tuple[Perturbed, ...] = ()
+        self.graph_sigmas: tuple[Perturbed, ...] = ()
         self.values: torch.Tensor | None = None
         self.conditional = slice(0, 0)
         self.own = 0
@@ -181,7 +181,7 @@ class GuidedProcessor:
     ) -> torch.Tensor:
         if self.read is not None:
             self.mass = self._mass(attn, hidden_states, attention_mask, temb, self.read)
-        if not any(self.kinds):
+        if not any(self.graph_sigmas):
             known = {} if temb is None else {"temb": temb}
             return self.original(
                 attn,
@@ -218,7 +218,7 @@ class GuidedProcessor:
     def tell(self, sigmas: tuple[Perturbed, ...] | None) -> None:
         """The sigmas of the coming forward; None for a plain one."""
         self.sigmas = sigmas
-        self.kinds = () if sigmas is None else tuple(1.0 if is_finite(sigma) else sigma for sigma in sigmas)
+        self.graph_sigmas = () if sigmas is None else tuple(1.0 if is_finite(sigma) else sigma for sigma in sigmas)
         self.values = None
         if sigmas is None:
             self.read = None
@@ -233,7 +233,7 @@ class GuidedProcessor:
         """
         rows = self.strides is None or all(stride == EVERY_TOKEN for stride in self.strides)
         if torch.compiler.is_compiling() and self.values is not None and rows and not torch.is_grad_enabled():
-            return self.kinds, self.values
+            return self.graph_sigmas, self.values
         assert self.sigmas is not None
         return self.sigmas, None
 

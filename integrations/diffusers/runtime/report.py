@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 
-from segkern.integrations.diffusers.specs.base import Chosen, Spec
-from segkern.integrations.diffusers.specs.guidances import CFG, SAG
+from segkern.integrations.diffusers.specs import CFG, SAG
+from segkern.integrations.diffusers.specs.base import PlacedSpec, Spec
 
 _ROUNDING = 1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
 
 # What a guidance moves, where it is not the outputs of its layers.
 _SUBJECTS: dict[type, str] = {SAG: "its degraded images", CFG: "its predictions"}
+
+
+class GuidanceWarning(UserWarning):
+    """A guidance that never fired, or changed nothing."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,11 @@ class Recorder:
     """Collects what the layers report, on their device and without waiting for it.
 
     Attributes:
-        chosen: the guidances and their layers.
+        placed: the guidances and their layers.
         forwards: of the denoiser so far.
     """
 
-    chosen: tuple[Chosen, ...]
+    placed: tuple[PlacedSpec, ...]
     forwards: int = 0
     # Which (guidance, module) pairs fired together -> in how many forwards, and the sum of their relative
     # distances.
@@ -132,22 +136,23 @@ class Recorder:
             for pair, value in zip(pairs, total.tolist(), strict=True):
                 totals[pair] = totals.get(pair, 0.0) + value
         rows = []
-        for index, one in enumerate(self.chosen):
-            for name, module in [(layer.name, layer.module) for layer in one.layers] or [("text", "")]:
+        for index, placed_spec in enumerate(self.placed):
+            for name, module in [(layer.name, layer.module) for layer in placed_spec.layers] or [("text", "")]:
                 pair = (index, module)
                 count = fired.get(pair, 0)
                 moved = totals[pair] / count if pair in totals else None
                 rows.append(LayerReport(index, name, module, count, moved))
-        return Report(self.forwards, tuple(one.spec for one in self.chosen), tuple(rows), self._problems(rows))
+        specs = tuple(placed_spec.spec for placed_spec in self.placed)
+        return Report(self.forwards, specs, tuple(rows), self._problems(rows))
 
     def warn(self, report: Report, stacklevel: int) -> None:
-        """A UserWarning for each problem, at the caller ``stacklevel - 1`` calls above this one."""
+        """Warn of each problem, at the caller ``stacklevel - 1`` calls above this one."""
         for problem in report.problems:
-            warnings.warn(problem, UserWarning, stacklevel=stacklevel)
+            warnings.warn(problem, GuidanceWarning, stacklevel=stacklevel)
 
     def _problems(self, rows: list[LayerReport]) -> tuple[str, ...]:
         problems = []
-        for index, spec in enumerate(one.spec for one in self.chosen):
+        for index, spec in enumerate(placed_spec.spec for placed_spec in self.placed):
             moves = [row.moved for row in rows if row.spec == index and row.moved is not None]
             subject = _SUBJECTS.get(type(spec), "its layers")
             rounding = 0.0 if type(spec) in _SUBJECTS else torch.finfo(self._dtype).eps

@@ -37,7 +37,7 @@ class Step:
     fraction: float
 
 
-class Run:
+class RunContext:
     """Follows a pipeline's run from the calls of its denoiser.
 
     Pipelines say how many calls a run has but not which one is under way, so they are counted. A run begins

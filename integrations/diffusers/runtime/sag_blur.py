@@ -113,7 +113,7 @@ def _matrix(length: int, sigma: float, taps: int, dtype: torch.dtype, device: to
         return blur_matrix(length, sigma, "reflect", taps=taps, dtype=dtype, device=device)
 
 
-def degrade(
+def blurred_input(
     x: torch.Tensor,
     output: torch.Tensor,
     mask: torch.Tensor,

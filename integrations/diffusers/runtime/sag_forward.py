@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second forward of Self-Attention Guidance, on the image that :mod:`degrading` makes."""
+"""The second forward of Self-Attention Guidance, on the image that :mod:`sag_blur` makes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 from segkern.integrations.diffusers.runtime.branches import Arguments, DenoiserArguments
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer
 from segkern.integrations.diffusers.runtime.processor import norms
-from segkern.integrations.diffusers.runtime.sag_blur import attended, check_scheduler, degrade, levels
+from segkern.integrations.diffusers.runtime.sag_blur import attended, blurred_input, check_scheduler, levels
 from segkern.integrations.diffusers.runtime.support import REPEATED
+from segkern.integrations.diffusers.specs import SAG
 from segkern.integrations.diffusers.specs.base import Spec
-from segkern.integrations.diffusers.specs.guidances import SAG
 
 
-class Degradations:
-    """Those of a pipeline's guidances.
+class SAGForward:
+    """The second forwards of a pipeline's SAG guidances.
 
     Raises:
         ValueError: for a scheduler whose images cannot be noised again.
@@ -69,7 +69,7 @@ class Degradations:
         at = levels(scheduler, arguments.get("timestep", *given))
         mask = attended(mass, (grid.height, grid.width), spec.threshold, (x.shape[2], x.shape[3]))
         prediction = scheduler.config.get("prediction_type", "epsilon")
-        again = degrade(x, output, mask, at, prediction, (spec.sigma, spec.kernel_size))
+        again = blurred_input(x, output, mask, at, prediction, (spec.sigma, spec.kernel_size))
         args, kwargs = arguments.put(*given, sample=again)
         self._within = threading.get_ident()
         REPEATED.add(self._model)

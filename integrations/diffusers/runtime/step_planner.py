@@ -11,17 +11,17 @@ from segkern.integrations.diffusers.runtime.branches import Arguments, Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.negative_prompt import negative_text
 from segkern.integrations.diffusers.runtime.reuse import Differences
-from segkern.integrations.diffusers.runtime.run_context import Run, Step, number
+from segkern.integrations.diffusers.runtime.run_context import RunContext, Step, number
+from segkern.integrations.diffusers.specs import CFG, PAG, SAG
 from segkern.integrations.diffusers.specs.base import Spec
-from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG
 
 
-class Plans:
+class StepPlanner:
     """Those of the forwards of one denoiser.
 
     Args:
         pipe: that is guided.
-        kind: the denoiser.
+        denoiser: the denoiser.
         specs: the guidances.
         first: for each of them the place at which its branch joins.
         share: whether branches may join inside.
@@ -36,10 +36,10 @@ class Plans:
     """
 
     def __init__(
-        self, pipe: Any, kind: Denoiser, specs: Sequence[Spec], first: Sequence[int], share: bool, run: Run
+        self, pipe: Any, denoiser: Denoiser, specs: Sequence[Spec], first: Sequence[int], share: bool, run: RunContext
     ) -> None:
         self._pipe = pipe
-        self._kind = kind
+        self._denoiser = denoiser
         self._specs = specs
         self._first = first
         self._share = share
@@ -54,16 +54,16 @@ class Plans:
         if self._runs != self._run.count:  # a new run, whether a guidance acts at its beginning or not
             self._runs = self._run.count
             self.differences.forget()
-        sample = self._kind.sample(args, kwargs)
+        sample = self._denoiser.sample(args, kwargs)
         strengths = self._strengths(step, args, kwargs)
         if not strengths:
             return None
         computed = [index for index in strengths if self.differences.due(index, step.number, sample.shape)]
         branches = [index for index in computed if not isinstance(self._specs[index], SAG)]
-        degrading = tuple(index for index in computed if isinstance(self._specs[index], SAG))
+        sag = tuple(index for index in computed if isinstance(self._specs[index], SAG))
         reused = tuple(index for index in strengths if index not in computed)
         cfg = self._run.is_guided_by_text(caller)
-        batch = self._kind.batch(self._run, sample.shape[0], len(branches), cfg)
+        batch = self._denoiser.batch(self._run, sample.shape[0], len(branches), cfg)
         if batch.first and any(index in self.negative for index in strengths):
             raise ValueError(
                 f"this {type(self._pipe).__name__} runs classifier-free guidance itself; call it with "
@@ -72,37 +72,37 @@ class Plans:
         ordered = tuple(sorted(branches, key=lambda index: self._first[index]))
         negative = [batch.branch(i) for i, index in enumerate(ordered) if index in self.negative]
         reference = negative[0] if negative else batch.reference
-        rescaled = self._kind.rescaled_guidance_scale(self._run, caller) if cfg else None
-        told = strengths, reused, degrading, reference, cfg, rescaled, self._kind.frames(sample)
+        rescaled = self._denoiser.rescaled_guidance_scale(self._run, caller) if cfg else None
+        told = strengths, reused, sag, reference, cfg, rescaled, self._denoiser.frames(sample)
         forward = Forward(batch, ordered, self._first, True, *told)
-        shares = self._share and self._kind.can_share(forward, args, kwargs)
+        shares = self._share and self._denoiser.can_share(forward, args, kwargs)
         return replace(forward, share=shares)
 
     def reference_inputs(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Arguments of the samples that are degraded, taken before the denoiser takes any of them apart."""
         batch = forward.batch
         if forward.reference == batch.reference:
-            return self._kind.arguments.take(args, kwargs, batch, batch.reference)
-        args, kwargs = self._kind.arguments.take(args, kwargs, batch, batch.conditional)
+            return self._denoiser.arguments.take(args, kwargs, batch, batch.reference)
+        args, kwargs = self._denoiser.arguments.take(args, kwargs, batch, batch.conditional)
         (text,) = self.negative.values()
-        return text.put(self._kind.arguments, args, kwargs, slice(0, batch.samples))
+        return text.put(self._denoiser.arguments, args, kwargs, slice(0, batch.samples))
 
     def _strengths(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, float]:
         """Of the guidances that act in the coming forward."""
         timestep = None
         if any(isinstance(spec, PAG) and spec.adaptive_scale for spec in self._specs):
-            timestep = number(self._kind.timestep(self._pipe.scheduler, step.call, args, kwargs))
+            timestep = number(self._denoiser.timestep(self._pipe.scheduler, step.call, args, kwargs))
         found = {index: spec.strength(step.fraction, timestep) for index, spec in enumerate(self._specs)}
         return {index: strength for index, strength in found.items() if strength != 0.0}
 
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """The denoiser's arguments with the branches that join before its first block; None for no change."""
-        grown = self._kind.grown(forward, args, kwargs)
+        grown = self._denoiser.grown(forward, args, kwargs)
         if grown is None or forward.joined(-1) == 0:
             return grown
         args, kwargs = grown
         for branch, index in enumerate(forward.branches):
             if index in self.negative:
                 text, samples = self.negative[index], forward.batch.branch(branch)
-                args, kwargs = text.put(self._kind.arguments, args, kwargs, samples)
+                args, kwargs = text.put(self._denoiser.arguments, args, kwargs, samples)
         return args, kwargs

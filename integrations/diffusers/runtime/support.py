@@ -24,8 +24,8 @@ from segkern.integrations.diffusers.models.layers import (
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.runtime.run_context import ANSWERS
-from segkern.integrations.diffusers.specs.base import AttentionSpec, Chosen, Spec
-from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG, SEG
+from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
+from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec, Spec
 from segkern.integrations.diffusers.specs.sigmas import LayerSigmas, Sigmas, check_heads
 
 # Denoisers with a guidance on them; a copy of one is another denoiser.
@@ -141,7 +141,7 @@ _UNTOLD = (
 )
 
 
-def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, ...]:
+def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[PlacedSpec, ...]:
     """The layers of each spec.
 
     Raises:
@@ -168,21 +168,21 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[Chosen, 
     if isinstance(denoiser, MotionUNet):
         _check_for_motion(specs)
     default = default_layers_of(denoiser.model)[0] if available else ""
-    chosen = tuple(_choose(available, spec, default) for spec in specs)
+    placed = tuple(_choose(available, spec, default) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
-    for one in chosen:
-        for layer in one.layers:
+    for placed_spec in placed:
+        for layer in placed_spec.layers:
             if isinstance(denoiser, UNet):
                 check_layer(denoiser.model, layer)
-            if not isinstance(one.spec, AttentionSpec) or one.spec.boundary is None:
+            if not isinstance(placed_spec.spec, AttentionSpec) or placed_spec.spec.boundary is None:
                 continue
-            spec, other = one.spec, owner.setdefault(layer.module, one.spec)
+            spec, other = placed_spec.spec, owner.setdefault(layer.module, placed_spec.spec)
             if (other.boundary, other.backend) != (spec.boundary, spec.backend):
                 raise ValueError(
                     f"specs that share layer {layer.name} ({layer.module}) must have the same boundary and "
                     f"backend, got {other} and {spec}"
                 )
-    return chosen
+    return placed
 
 
 def _check_for_transformer(denoiser: Transformer, specs: Sequence[Spec]) -> None:
@@ -206,24 +206,24 @@ def _check_for_motion(specs: Sequence[Spec]) -> None:
             )
 
 
-def _choose(available: Sequence[LayerInfo], spec: Spec, default: str) -> Chosen:
+def _choose(available: Sequence[LayerInfo], spec: Spec, default: str) -> PlacedSpec:
     if isinstance(spec, CFG):
-        return Chosen(spec)
+        return PlacedSpec(spec)
     if isinstance(spec, SAG):
         layers = select_layers(available, spec.layer)
         if len(layers) != 1:
             raise ValueError(f"SAG.layer={spec.layer!r} must name one layer, it names {len(layers)}")
-        return Chosen(spec, tuple(layers))
+        return PlacedSpec(spec, tuple(layers))
     assert isinstance(spec, AttentionSpec)
     if not spec.layer_names:
         spec = replace(spec, layers=default)  # type: ignore[type-var]
     layers = select_layers(available, spec.layer_names)
     if not isinstance(spec, SEG):
-        return Chosen(spec, tuple(layers))
+        return PlacedSpec(spec, tuple(layers))
     sigmas = _layer_sigmas(available, spec, layers)
     for layer in layers:
         check_heads("SEG", sigmas[layer.module], layer.name, layer.heads)
-    return Chosen(spec, tuple(layers), sigmas)
+    return PlacedSpec(spec, tuple(layers), sigmas)
 
 
 def _layer_sigmas(available: Sequence[LayerInfo], spec: SEG, layers: Sequence[LayerInfo]) -> dict[str, Sigmas]:

@@ -140,7 +140,7 @@ def _names(owner: str, layers: Layers) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PlacedSpec:
     """One guidance and where it acts.
 
     Attributes:
