@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report of a fault should say of the machine: versions, devices, compiler, extras, and who serves what.
+"""Versions, devices, compiler and backends of this machine, as a report of a fault needs them.
 
 ``segkern info --report`` prints it, also where typer and the other packages of the command line are missing.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -30,9 +27,13 @@ PACKAGES = (
     "accelerate",
     "safetensors",
     "peft",
-    "gradio",
-    "numpy",
+    "typer",
+    "rich",
     "pillow",
+    "gradio",
+    "matplotlib",
+    "torchmetrics",
+    "numpy",
 )
 # Beside all that begin with TRITON_: what chooses devices, compilers, memory and threads.
 VARIABLES = (
@@ -55,12 +56,10 @@ CALLS = (
     ("SD 1.5, 32x32 tokens, 8 heads", 80),
     ("SD 1.5, 16x16 tokens, 8 heads", 160),
 )
-_NEED = re.compile(r"\s*([A-Za-z0-9._-]+)\s*(?:\[([\w,\s-]+)\])?[^;]*;.*\bextra\s*==\s*['\"]([\w-]+)['\"]")
-_FOR_LINUX = re.compile(r"platform_system\s*==\s*['\"]Linux['\"]")
 
 
 def report() -> str:
-    """Everything, as one block of markdown; what cannot be found out says why instead."""
+    """Everything as one block of markdown; a topic that cannot be found out says why instead."""
     lines = [f"{topic + ':':<18}{answer}" for topic, tell in _TOPICS for answer in _asked(tell)]
     return "\n".join(["```text", *lines, "```"])
 
@@ -71,39 +70,13 @@ def devices() -> list[torch.device]:
 
 
 def served(device: torch.device) -> Iterator[tuple[str, int, str, str, str]]:
-    """Who serves real models' self-attention on a device: call, head dimension, dtypes, backend and why."""
+    """Backends of real models' self-attention on a device: call, head dimension, dtypes, backend and reason."""
     for layer, width in CALLS:
         answers: dict[tuple[str, str], list[str]] = {}
         for name, dtype in DTYPES.items():
             answers.setdefault(choose_backend(device, dtype, width), []).append(name)
         for (backend, reason), names in answers.items():
             yield layer, width, ", ".join(names), backend, reason
-
-
-def extras() -> dict[str, list[str]]:
-    """Of each extra of the installed distribution, the packages that are missing.
-
-    Raises:
-        importlib.metadata.PackageNotFoundError: when segkern runs from a folder that was never installed.
-    """
-    needs: dict[str, list[str]] = {}
-    parts: dict[str, list[str]] = {}
-    for requirement in importlib.metadata.requires("segkern") or []:
-        found = _NEED.match(requirement)
-        if found is None or (_FOR_LINUX.search(requirement) and platform.system() != "Linux"):
-            continue
-        name, others, extra = found.groups()
-        needs.setdefault(extra, [])
-        if name == "segkern":
-            parts.setdefault(extra, []).extend(other.strip() for other in others.split(","))
-        elif version_of(name) == "not installed":
-            needs[extra].append(name)
-
-    def missing(extra: str) -> list[str]:
-        inherited = [name for part in parts.get(extra, ()) for name in missing(part)]
-        return list(dict.fromkeys([*inherited, *needs.get(extra, ())]))
-
-    return {extra: missing(extra) for extra in needs}
 
 
 def _asked(tell: Callable[[], Iterator[str]]) -> list[str]:
@@ -141,10 +114,9 @@ def _torch() -> Iterator[str]:
 
 
 def _devices() -> Iterator[str]:
-    found = devices()[1:]
-    if not found:
+    if not devices()[1:]:
         yield "none that torch can use"
-    for device in found:
+    for device in devices()[1:]:
         properties = torch.cuda.get_device_properties(device)
         target = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
         kind = target or f"compute capability {properties.major}.{properties.minor}"
@@ -179,18 +151,6 @@ def _variables() -> Iterator[str]:
     yield ", ".join(f"{name}={_short(os.environ[name])}" for name in names) or "none that matter"
 
 
-def _extras() -> Iterator[str]:
-    try:
-        found = extras()
-    except importlib.metadata.PackageNotFoundError:
-        yield "not known: segkern runs from a folder and is not installed"
-        return
-    yield f"installed: {', '.join(name for name, missing in found.items() if not missing) or 'none'}"
-    for name, missing in found.items():
-        if missing:
-            yield f"{name} lacks {', '.join(missing)}"
-
-
 def _served() -> Iterator[str]:
     for device in devices():
         answers: dict[tuple[str, str, str], list[str]] = {}
@@ -221,6 +181,5 @@ _TOPICS: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (
     *((package, _version(package)) for package in PACKAGES),
     ("C compiler", _compiler),
     ("environment", _variables),
-    ("extras", _extras),
     ("seg_attention", _served),
 )

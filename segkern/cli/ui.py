@@ -34,14 +34,14 @@ def ui(
         torch_device = loading.find_device(device)
         torch_dtype = loading.find_dtype(dtype, torch_device)
         port = _free_port(host, port)
-        from segkern.playground.models import ModelName, Models
+        from segkern.playground.models import Models
 
-        models, name = Models(torch_device, torch_dtype), ModelName(model, config or "")
-        models.load(name)
+        models = Models(torch_device, torch_dtype)
+        models.load(loading.find_model(model, config))
     from segkern.playground.page import Playground
 
     with tempfile.TemporaryDirectory(prefix="segkern-ui-") as folder:
-        playground = Playground(models, name, Path(folder))
+        playground = Playground(models, model, config or "", Path(folder))
         address = playground.start(host, port)
         typer.echo(f"segkern ui: {address} (Ctrl-C ends it)")
         if show:

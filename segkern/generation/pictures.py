@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import textwrap
@@ -16,6 +15,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
 _PAPER, _INK, _FAINT = "white", "#1a1a1a", "#666666"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _LEAST_TILE = 256  # smaller pictures are enlarged by a whole factor until a longer side has as many pixels
 
 
@@ -115,14 +115,16 @@ def check_target(path: Path, overwrite: bool) -> None:
     """Refuse a file that cannot be written, before any work is done for it.
 
     Raises:
-        ValueError: for an existing file without ``overwrite``, a folder that is not there, and a suffix whose
-            format Pillow does not write; the message quotes the path.
+        ValueError: for an existing file without ``overwrite``, a folder that is not there, and a suffix of another
+            format; the message quotes the path.
     """
     if path.is_dir():
         raise ValueError(f"--out must be a file, and {str(path)!r} is a folder")
     if not path.parent.is_dir():
         raise ValueError(f"the folder of --out {str(path)!r} does not exist")
-    _check_suffix(path)
+    if path.suffix.lower() not in _SUFFIXES:
+        got = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
+        raise ValueError(f"--out {str(path)!r} has {got}; use one of {', '.join(_SUFFIXES)}")
     if path.exists() and not overwrite:
         raise ValueError(f"{str(path)!r} exists; give --overwrite or another --out")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -149,17 +151,6 @@ def difference(first: Image.Image, second: Image.Image) -> float:
     """Mean absolute difference of two pictures of one size, in levels of 0 to 255."""
     channels = ImageStat.Stat(ImageChops.difference(first.convert("RGB"), second.convert("RGB"))).mean
     return sum(channels) / len(channels)
-
-
-def _check_suffix(path: Path) -> None:
-    """By writing a small picture to memory: a format may be known and yet not take colours."""
-    suffix = path.suffix.lower()
-    known = Image.registered_extensions()
-    try:
-        Image.new("RGB", (16, 16)).save(io.BytesIO(), format=known[suffix])
-    except (KeyError, OSError, ValueError):
-        got = f"suffix {suffix!r}" if suffix else "no suffix"
-        raise ValueError(f"--out {str(path)!r} has {got}, which Pillow cannot write; use .png, .jpg or .webp") from None
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

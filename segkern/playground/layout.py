@@ -10,11 +10,11 @@ from typing import Any
 import gradio as gr
 
 from segkern.generation.demo import PROMPTED
+from segkern.generation.loading import Source
 from segkern.generation.options import GUIDANCES
 from segkern.playground import choices
 from segkern.playground.form import number
 from segkern.playground.markup import status_message
-from segkern.playground.models import ModelDescription, ModelName
 
 _FIRST = PROMPTED[1]  # the bundled model draws a star too few of it without guidance
 _HINT = "Press Draw: the same noise becomes a picture without and one with guidance."
@@ -29,13 +29,19 @@ _SIGMAS = json.dumps([f"{choices.sigma_at(position):g}" for position in range(ch
 Components = dict[str, Any]  # by name
 
 
-def example_prompts(description: ModelDescription) -> list[list[str]]:
+def example_prompts(source: Source) -> list[list[str]]:
     """Prompts for the bundled model, whose words are known; none for others."""
-    return [[subject.prompt] for subject in PROMPTED] if description.source.name == "demo" else []
+    return [[subject.prompt] for subject in PROMPTED] if source.name == "demo" else []
 
 
-def build_controls(name: ModelName, description: ModelDescription) -> tuple[Components, Components]:
+def build_controls(source: Source, pipe: Any, model: str, config: str) -> tuple[Components, Components]:
     """The left column; on a narrow page its settings come after the results.
+
+    Args:
+        source: of the model that a new page has.
+        pipe: the model's pipeline, with or without weights.
+        model: the words that name it.
+        config: those that name its configuration.
 
     Returns:
         The fields that a press of Draw reads, by the names of :func:`segkern.playground.form.read`, and the others.
@@ -43,25 +49,24 @@ def build_controls(name: ModelName, description: ModelDescription) -> tuple[Comp
     fields: Components = {}
     others: Components = {}
     with gr.Column(elem_id="ask"):
-        _ask(description, fields, others)
+        _ask(example_prompts(source), fields, others)
     with gr.Column(elem_id="settings"):
         with gr.Group():
-            _guidance(description.pipe, fields, others)
+            _guidance(pipe, fields, others)
         with gr.Accordion("Picture", open=True):
             with gr.Group():
-                _picture(description.pipe, fields)
+                _picture(pipe, fields)
             others["another_seed"] = gr.Button("Another seed", size="sm")
         with gr.Accordion("Also measure", open=False), gr.Group():
             fields["energy"] = gr.Checkbox(True, label="Map the energy of attention", info="One more run.")
             fields["unshared"] = gr.Checkbox(False, label="Time guidance without sharing", info="One more run.")
         with gr.Accordion("Model", open=False):
-            _model(name, others)
+            _model(model, config, others)
     return fields, others
 
 
-def _ask(description: ModelDescription, fields: Components, others: Components) -> None:
+def _ask(examples: list[list[str]], fields: Components, others: Components) -> None:
     """The prompt and the buttons, which are always needed."""
-    examples = example_prompts(description)
     fields["prompt"] = gr.Textbox(
         _FIRST.prompt if examples else "",
         label="Prompt",
@@ -136,17 +141,17 @@ def _picture(pipe: Any, fields: Components) -> None:
     fields["negative_prompt"] = gr.Textbox("", label="Negative prompt", info="What the picture does not show.")
 
 
-def _model(name: ModelName, others: Components) -> None:
+def _model(model: str, config: str, others: Components) -> None:
     with gr.Group():
         others["model"] = gr.Textbox(
-            name.model, label="Checkpoint", info="demo, a folder, a hub name, or a .safetensors file (SDXL)."
+            model, label="Checkpoint", info="demo, a folder, a hub name, or a .safetensors file (SDXL)."
         )
         others["config"] = gr.Textbox(
-            name.config, label="Configuration", info="Of a .safetensors file alone: a folder or hub name, or nothing."
+            config, label="Configuration", info="Of a .safetensors file alone: a folder or hub name, or nothing."
         )
     others["load"] = gr.Button("Load", size="sm")
     others["model_message"] = gr.HTML(
-        status_message(f"{name.model} is loaded."), elem_classes="message", elem_id="model-message", padding=False
+        status_message(f"{model} is loaded."), elem_classes="message", elem_id="model-message", padding=False
     )
 
 

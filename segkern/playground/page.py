@@ -18,10 +18,11 @@ from typing import Any
 import gradio as gr
 
 from segkern.generation.drawing import Specs, label
+from segkern.generation.loading import Source, find_model
 from segkern.playground import choices, layout
 from segkern.playground.form import read
 from segkern.playground.markup import STYLE, error_message, html_table, progress_message, status_message
-from segkern.playground.models import ModelName, Models
+from segkern.playground.models import Models
 from segkern.playground.runs import Run, RunResult, Stopped, carry_out
 
 _FONTS = ("system-ui", "sans-serif")  # the page loads none
@@ -38,27 +39,29 @@ class Playground:
 
     Args:
         models: that draw.
-        name: the model that a new page has.
+        model: that a new page has, as a user names it.
+        config: the configuration of a single file; empty for others.
         folder: for pictures.
     """
 
-    def __init__(self, models: Models, name: ModelName, folder: Path) -> None:
+    def __init__(self, models: Models, model: str, config: str, folder: Path) -> None:
         self._models = models
         self._folder = folder
         self._runs: dict[str, Run] = {}  # under way or waiting, by their tickets; one of each page
         self._taking = threading.Lock()
         self._past: deque[Path] = deque()  # folders of runs
+        source = find_model(model, config or None)
         with gr.Blocks(
             title="segkern", analytics_enabled=False, delete_cache=(3600, _KEPT_SECONDS), fill_width=True
         ) as self.blocks:
-            loaded, ticket = gr.State(name), gr.State("")
+            loaded, ticket = gr.State(source), gr.State("")
             gr.Markdown(
                 "# segkern\nThe same picture with and without guidance by the model's own attention.",
                 elem_id="heading",
             )
             with gr.Row(elem_id="main"):
                 with gr.Column(scale=4, min_width=330, elem_id="left"):
-                    self._fields, self._controls = layout.build_controls(name, models.describe(name))
+                    self._fields, self._controls = layout.build_controls(source, models.describe(source), model, config)
                 with gr.Column(scale=7, min_width=330, elem_id="right"):
                     self._results = layout.build_results()
             self._connect(loaded, ticket)
@@ -98,15 +101,14 @@ class Playground:
         controls["examples"].click(lambda sample: sample[0], controls["examples"], fields["prompt"], **_AT_ONCE)
         controls["another_seed"].click(lambda: secrets.randbelow(2**32), None, fields["seed"], **_AT_ONCE)
 
-    def _take(self, request: gr.Request, loaded: ModelName, model: str, config: str, *values: Any) -> list[Any]:
+    def _take(self, request: gr.Request, loaded: Source, model: str, config: str, *values: Any) -> list[Any]:
         """Draw was pressed: check the fields, and let the run wait for its turn."""
         try:
-            if ModelName(model.strip(), config.strip()) != loaded:
-                raise ValueError(
-                    f"the model {model.strip()!r} is not loaded yet: press Load, or Draw with {loaded.model!r}"
-                )
+            source = find_model(model.strip(), config.strip() or None)
+            if source != loaded:
+                raise ValueError(f"{source.name!r} is not loaded yet: press Load, or Draw with {loaded.name!r}")
             fields = dict(zip(self._fields, values, strict=True))
-            settings = read(fields, self._models.describe(loaded).pipe, self._models.device, self._models.dtype)
+            settings = read(fields, self._models.describe(loaded), self._models.device, self._models.dtype)
         except (ValueError, OSError) as error:
             return [gr.skip(), error_message(str(error)), gr.skip(), gr.skip()]
         ticket, owner = secrets.token_hex(8), request.session_hash or ""
@@ -192,22 +194,22 @@ class Playground:
 
     def _load(self, model: str, config: str) -> list[Any]:
         """Load was pressed."""
-        name = ModelName(model.strip(), config.strip())
         try:
-            description = self._models.describe(name)
-            self._models.load(name)
+            source = find_model(model.strip(), config.strip() or None)
+            pipe = self._models.describe(source)
+            self._models.load(source)
         except (ValueError, OSError) as error:
             return [gr.skip(), error_message(str(error)), *[gr.skip()] * 3]
         except Exception as error:  # whatever diffusers meets in a configuration
-            message = error_message(f"{name.model!r} cannot be loaded: {type(error).__name__} {error}")
+            message = error_message(f"{source.name!r} cannot be loaded: {type(error).__name__} {error}")
             return [gr.skip(), message, *[gr.skip()] * 3]
-        sizes, examples = choices.sizes(description.pipe), layout.example_prompts(description)
-        layers = choices.layers(description.pipe)
+        sizes, examples = choices.sizes(pipe), layout.example_prompts(source)
+        layers = choices.layers(pipe)
         return [
-            name,
-            status_message(f"{name.model} is loaded."),
+            source,
+            status_message(f"{source.name} is loaded."),
             gr.update(choices=sizes, value=sizes[0]),
-            gr.update(choices=layers, value=choices.usual_layers(description.pipe)),
+            gr.update(choices=layers, value=choices.usual_layers(pipe)),
             gr.update(samples=examples, visible=bool(examples)),
         ]
 

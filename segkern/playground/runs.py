@@ -15,9 +15,10 @@ from PIL import Image
 
 from segkern.analysis import plots, report
 from segkern.generation.drawing import ImageResult, denoiser_calls, draw, image_metadata, report_rows
+from segkern.generation.loading import Source
 from segkern.generation.pictures import save
 from segkern.playground.form import Settings
-from segkern.playground.models import ModelName, Models
+from segkern.playground.models import Models
 from segkern.playground.snippet import snippet
 
 _BOUNDARY = "reflect"  # of the recorded energies; they are shown without a blur
@@ -33,14 +34,14 @@ class Run:
     """Settings of one press of Draw, and whether the run shall stop.
 
     Attributes:
-        model: by its name.
+        source: of the model.
         settings: what to draw.
         owner: the page that asked.
         begun: whether its turn has come.
     """
 
-    def __init__(self, model: ModelName, settings: Settings, owner: str = "") -> None:
-        self.model = model
+    def __init__(self, source: Source, settings: Settings, owner: str = "") -> None:
+        self.source = source
         self.settings = settings
         self.owner = owner
         self.begun = False
@@ -113,7 +114,7 @@ def carry_out(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunRes
         run.check()
         run.begun = True
         begun = time.perf_counter()
-        settings, pipe = run.settings, models.load(run.model)
+        settings, pipe = run.settings, models.load(run.source)
         request, specs = settings.request, settings.specs
         calls = denoiser_calls(pipe, request.steps)
         guide(pipe, *specs).remove()  # refuses pipelines that cannot be guided
@@ -130,7 +131,7 @@ def carry_out(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunRes
             with record_energy(pipe, settings.layers, (), {0, calls // 2, calls - 1}, boundary=_BOUNDARY) as recorder:
                 draw(pipe, request, (), steps.count("energy of attention"))
 
-    source = models.describe(run.model).source
+    source = run.source
     files = Path(tempfile.mkdtemp(dir=folder))
     plain_file, guided_file = (files / f"segkern-{name}-seed-{request.seed}.png" for name in ("plain", "guided"))
     plain_metadata = image_metadata(source, request, (), models.dtype)

@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_said_and_the_picture_stays(visit: Visit) -> None:
     refused("choose at least one kind")
     visit.page.get_by_role("button", name="Model").click()
     visit.fill("Checkpoint", "no/such/folder")
-    refused("'no/such/folder' is not loaded")
+    refused("no file or folder 'no/such/folder'")
     visit.button("Load").click()
     visit.page.locator("#model-message [role=alert]", has_text="no file or folder 'no/such/folder'").wait_for()
 

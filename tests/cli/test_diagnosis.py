@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
 from pathlib import Path
@@ -106,28 +105,3 @@ def test_variables_that_matter_are_quoted_without_the_users_name(monkeypatch: py
     assert "CUDA_VISIBLE_DEVICES=1" in answer
     assert "ada" not in answer
     assert "hush" not in answer
-
-
-def test_extras_that_lack_a_package_are_named_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs = [
-        "torch>=2.11",
-        "numpy>=2; extra == 'a'",
-        'no-such.package[x]>=1; python_version > "3" and extra == "b"',
-        "segkern[a,b]; extra == 'c'",
-        'nothing-at-all; platform_system == "Linux" and extra == "d"',
-    ]
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs)
-    monkeypatch.setattr(platform, "system", lambda: "Linux")
-    missing = {"a": [], "b": ["no-such.package"], "c": ["no-such.package"], "d": ["nothing-at-all"]}
-    assert diagnosis.extras() == missing
-    assert answers()["extras"][:2] == ["installed: a", "b lacks no-such.package"]
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    assert "d" not in diagnosis.extras()
-
-
-def test_a_folder_that_was_never_installed_has_no_extras(monkeypatch: pytest.MonkeyPatch) -> None:
-    def requires(name: str) -> list[str]:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "requires", requires)
-    assert answers()["extras"] == ["not known: segkern runs from a folder and is not installed"]

@@ -14,10 +14,10 @@ import torch
 
 from segkern.generation import loading
 from segkern.generation.pictures import difference
-from segkern.playground.models import ModelName, Models
+from segkern.playground.models import Models
 from tests.cli.cli_tools import picture
 
-DEMO = ModelName("demo")
+DEMO = loading.find_model("demo")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Any:
     models.load(DEMO)
 
     async def build() -> Playground:  # gradio makes an event loop, and leaves it open, where none is running
-        return Playground(models, DEMO, tmp_path_factory.mktemp("pictures"))
+        return Playground(models, "demo", "", tmp_path_factory.mktemp("pictures"))
 
     return asyncio.run(build())
 
@@ -178,8 +178,8 @@ def test_what_nobody_foresaw_is_said_too(playground: Any, monkeypatch: pytest.Mo
 
 
 def test_a_model_brings_its_sizes_and_layers(playground: Any) -> None:
-    named, message, sizes, layers, examples = playground._load(f" {loading.DEMO} ", "")
-    assert named == ModelName(str(loading.DEMO))
+    source, message, sizes, layers, examples = playground._load(f" {loading.DEMO} ", "")
+    assert source == DEMO
     assert "is loaded" in message
     assert sizes["value"] == "64 x 64"
     assert ("u1", "u1") in layers["choices"]
@@ -190,19 +190,19 @@ def test_a_model_brings_its_sizes_and_layers(playground: Any) -> None:
 def test_a_bad_model_leaves_the_old_one(playground: Any, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     for model, words in (("no/such/folder", "no/such/folder"), (str(tmp_path / "bare"), "model_index.json")):
-        named, message, *others = playground._load(model, "")
+        source, message, *others = playground._load(model, "")
         assert words in message
         assert 'role="alert"' in message
-        assert all(map(skipped, [named, *others]))
+        assert all(map(skipped, [source, *others]))
 
 
 def test_a_model_with_a_damaged_configuration_is_said(playground: Any, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(loading.DEMO, copied)
     (copied / "unet" / "config.json").write_text('{"block_out_channels": 7}', encoding="utf-8")
-    named, message, *others = playground._load(str(copied), "")
+    source, message, *others = playground._load(str(copied), "")
     assert "copied&#x27; cannot be loaded: TypeError" in message
-    assert all(map(skipped, [named, *others]))
+    assert all(map(skipped, [source, *others]))
 
 
 def test_slider_and_field_follow_one_another() -> None:
