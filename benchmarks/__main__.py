@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import compare as comparison
 from benchmarks import host as host_costs
 from benchmarks import machine, plots, results, tables
-from benchmarks.cases import CASES, TINY, Case, find_cases
-from benchmarks.measure import measure, usual_rounds
-from benchmarks.suites import STEP, SUITES, find_providers, find_suite, usual_cases, usual_dtypes
+from benchmarks.cases import CASES, TINY, Case, select
+from benchmarks.measure import measure, usual_cases, usual_dtypes, usual_rounds
+from benchmarks.providers import SUITES, find_providers
 from segkern.cli import terminal
 from segkern.generation.loading import DTYPES, find_device
 from segkern.generation.options import parse_list
@@ -35,6 +35,7 @@ app = typer.Typer(
 fail = partial(terminal.fail, program="benchmarks")
 refusing = partial(terminal.refusing, program="benchmarks")
 
+STEP = "step"  # runs of pipelines, not calls of attention
 _QUICK_ROUNDS = 2
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
@@ -69,8 +70,8 @@ def chosen_cases(text: str, usual: Sequence[str], dtypes: Sequence[torch.dtype])
     Raises:
         ValueError: for a name that fits none.
     """
-    cases = find_cases(parse_list("--cases", text, str, "names") if text else usual)
-    return [case.of(dtype) for dtype in dtypes for case in cases]
+    names = select("--cases", parse_list("--cases", text, str, "names") if text else usual, list(CASES))
+    return [CASES[name].of(dtype) for dtype in dtypes for name in names]
 
 
 def progress_bar() -> Progress:
@@ -108,10 +109,9 @@ def run(
     if compiled:
         fail("--compiled is for --suite step")
     with refusing():
-        wanted = find_suite(suite)
+        ways = find_providers(suite, parse_list("--providers", providers, str, "names", empty=True))
         where = find_device(device)
         chosen = chosen_cases(cases, TINY if quick else usual_cases(where), chosen_dtypes(dtype, where))
-        ways = find_providers(wanted, parse_list("--providers", providers, str, "names", empty=True))
     torch.backends.cudnn.allow_tf32 = False  # the official convolution must pass the float32 check too
     environment = machine.described(where)
     folder = results.QUICK if quick else results.RESULTS
@@ -120,11 +120,11 @@ def run(
     result |= {"environment": environment, "headline": "hot" if where.type == "cuda" else "wall", "rows": []}
     count = usual_rounds(where)
     with progress_bar() as progress:
-        task = progress.add_task(suite, total=len(chosen) * len(wanted.sigmas))
+        task = progress.add_task(suite, total=len(chosen) * len(SUITES[suite]))
         for case in chosen:
             progress.update(task, description=f"{suite}: {case.name} {case.dtype_name}")
             repeats = rounds or (_QUICK_ROUNDS if quick else count(case))
-            for rows in measure(case, wanted.sigmas, ways, where, repeats):
+            for rows in measure(case, SUITES[suite], ways, where, repeats):
                 result["rows"] += rows
                 results.write_json(path, result)
                 progress.advance(task)
@@ -163,7 +163,7 @@ def plot(
     files: Annotated[list[Path], typer.Argument(help="Result files.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; beside each file if not given.")] = None,
 ) -> None:
-    """Draw a result file: ratio over sigma, throughput over tokens, a roofline where peak rates are known, steps."""
+    """Draw a result file: ratio over sigma, throughput over tokens, or guided steps."""
     with refusing():
         read = {path: plots.read(path) for path in files}
     for path, result in read.items():
@@ -303,7 +303,7 @@ def compile_command(
     if save and (few or targets):
         fail("--save keeps everything: give no targets and no --few")
     with refusing():
-        result = compile_kernels.compile_targets(targets or list(compiled_code.TARGETS), few, from_nothing=save)
+        result = compile_kernels.compile_targets(targets or list(compiled_code.TARGETS), few)
     if save:
         results.write_json(compile_kernels.RESULT, result)
     else:

@@ -6,7 +6,7 @@ A batch is [unconditional, conditional, perturbed]; only its last third is blurr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -41,6 +41,11 @@ class Case:
     def third(self) -> int:
         """How many samples are blurred."""
         return self.batch // 3
+
+    @property
+    def attention_flops(self) -> float:
+        """Operations of unblurred attention of the whole batch, two for a multiply-add."""
+        return 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
 
     @property
     def label(self) -> str:
@@ -111,20 +116,18 @@ REAL = tuple(name for name in CASES if name not in TINY)
 ON_A_CPU = tuple(name for name in REAL if name.startswith("sdxl") and CASES[name].batch == 3 and "128" not in name)
 
 
-def find_cases(wanted: Iterable[str]) -> tuple[Case, ...]:
-    """The cases of these names or globs, in the table's order.
+def select(option: str, patterns: Iterable[str], names: Sequence[str]) -> list[str]:
+    """The names that fit a glob, in their order, all of them for no globs.
 
     Raises:
-        ValueError: for one that fits no case; the message lists them.
+        ValueError: for a glob that fits none; the message lists them.
 
     Example:
-        >>> [case.name for case in find_cases(["sdxl-*x64", "tiny-6x10"])]
-        ['sdxl-64x64', 'tiny-6x10']
+        >>> select("--cases", ["sdxl-*x64", "tiny-6x10"], ["tiny-6x10", "sdxl-64x64", "sdxl-32x32"])
+        ['tiny-6x10', 'sdxl-64x64']
     """
-    found = set()
-    for pattern in wanted:
-        fitting = {name for name in CASES if fnmatchcase(name, pattern)}
-        if not fitting:
-            raise ValueError(f"--cases {pattern!r} fits none of {', '.join(CASES)}")
-        found |= fitting
-    return tuple(case for name, case in CASES.items() if name in found)
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{option} {pattern!r} fits none of {', '.join(names)}")
+    return [name for name in names if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]

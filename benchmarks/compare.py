@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two runs of a suite, row by row: what became slower or faster by more than its noise."""
+"""Compare two runs of a suite row by row: what became slower or faster by more than its noise."""
 
 from __future__ import annotations
 
@@ -11,20 +11,13 @@ from rich.table import Table
 
 from benchmarks.results import Result, Row, key
 
-SLOWER, FASTER, SAME, LOST, GAINED, UNKNOWN = "slower", "faster", "same", "lost", "gained", "no spread"
-REGRESSIONS = (SLOWER, LOST)
+SLOWER, FASTER, SAME, LOST, GAINED = "slower", "faster", "same", "lost", "gained"
+_COLOURS = {SLOWER: "red", LOST: "red", FASTER: "green", GAINED: "green"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of both runs.
-
-    Attributes:
-        key: case, dtype, sigma, provider.
-        before, after: medians, in milliseconds or as ratios to unblurred attention; None without a time.
-        verdict: one of the module's words.
-        reason: of a row that lost its time.
-    """
+    """One row of both runs: its key, medians (None without a time), a verdict, and why a time was lost."""
 
     key: tuple[str, ...]
     before: float | None
@@ -37,12 +30,8 @@ def compare(first: Result, second: Result, by: str = "time", tolerance: float = 
     """Every row that both runs have.
 
     A change counts when the ranges from the 20th to the 80th percentile do not meet and the medians differ by more than
-    ``tolerance``. A row that had a time and has none any more is a regression.
-
-    Args:
-        first, second: result files.
-        by: ``"time"``, or ``"ratio"`` to unblurred attention in the same run, which other devices may share.
-        tolerance: as a share of the first median.
+    ``tolerance``, a share of the first. A row that had a time and has none any more is a regression. ``by`` is
+    ``"time"``, or ``"ratio"`` to unblurred attention in the same run, which other devices may share.
 
     Raises:
         ValueError: when the two do not compare; the message quotes what differs.
@@ -53,30 +42,23 @@ def compare(first: Result, second: Result, by: str = "time", tolerance: float = 
         raise ValueError(f"the suites differ: {first['suite']!r} and {second['suite']!r}")
     devices = [result["environment"]["device"] for result in (first, second)]
     if by == "time" and devices[0] != devices[1]:
-        raise ValueError(
-            f"times of different devices do not compare: {devices[0]!r} and {devices[1]!r}; take --by ratio"
-        )
-    before = {key(row): row for row in first["rows"]}
-    after = {key(row): row for row in second["rows"]}
+        raise ValueError(f"times of different devices do not compare: {devices[0]!r}, {devices[1]!r}; take --by ratio")
+    before, after = ({key(row): row for row in result["rows"]} for result in (first, second))
     common = [name for name in before if name in after]
     if not common:
         raise ValueError("the two files have no row in common")
-    what = [f"{result['headline']}_ms" if by == "time" else "ratio" for result in (first, second)]
-    return [_line(name, before[name], after[name], what, tolerance) for name in common]
+    fields = [f"{result['headline']}_ms" if by == "time" else "ratio" for result in (first, second)]
+    return [_line(name, before[name], after[name], fields, tolerance) for name in common]
 
 
-def _line(name: tuple[str, ...], old: Row, new: Row, what: Sequence[str], tolerance: float) -> Line:
-    a, b = old[what[0]], new[what[1]]
-    if a is None and b is None:
-        return Line(name, None, None, SAME)
-    if b is None:
-        return Line(name, a["median"], None, LOST, new["reason"] or "")
-    if a is None:
-        return Line(name, None, b["median"], GAINED)
+def _line(name: tuple[str, ...], old: Row, new: Row, fields: Sequence[str], tolerance: float) -> Line:
+    a, b = old[fields[0]], new[fields[1]]
+    if a is None or b is None:
+        verdict = SAME if a is b else LOST if b is None else GAINED
+        medians = [None if spread is None else spread["median"] for spread in (a, b)]
+        return Line(name, *medians, verdict, (new["reason"] or "") if verdict == LOST else "")
     verdict = SAME
-    if not {"p20", "p80"} <= set(a) & set(b):
-        verdict = UNKNOWN
-    elif b["p20"] > a["p80"] and b["median"] > (1 + tolerance) * a["median"]:
+    if b["p20"] > a["p80"] and b["median"] > (1 + tolerance) * a["median"]:
         verdict = SLOWER
     elif b["p80"] < a["p20"] and b["median"] < (1 - tolerance) * a["median"]:
         verdict = FASTER
@@ -85,29 +67,22 @@ def _line(name: tuple[str, ...], old: Row, new: Row, what: Sequence[str], tolera
 
 def regressed(lines: Sequence[Line]) -> bool:
     """Whether any row became worse."""
-    return any(line.verdict in REGRESSIONS for line in lines)
+    return any(line.verdict in (SLOWER, LOST) for line in lines)
 
 
 def table(lines: Sequence[Line], by: str) -> Table:
     """The rows as a table, regressions in red."""
     unit = "ms" if by == "time" else "x unblurred"
-    found = Table(
-        "case", "dtype", "sigma", "provider", f"before, {unit}", f"after, {unit}", "after / before", "verdict"
-    )
-    colours = {SLOWER: "red", LOST: "red", FASTER: "green", GAINED: "green"}
+    headings = (f"before, {unit}", f"after, {unit}", "after / before", "verdict")
+    shown = Table("case", "dtype", "sigma", "provider", *headings)
     for line in lines:
         change = f"{line.after / line.before:.3f}" if line.before and line.after else "-"
         numbers = ["-" if x is None else f"{x:.4g}" for x in (line.before, line.after)]
         verdict = f"{line.verdict}: {line.reason}" if line.reason else line.verdict
-        found.add_row(*line.key, *numbers, change, verdict, style=colours.get(line.verdict))
-    return found
+        shown.add_row(*line.key, *numbers, change, verdict, style=_COLOURS.get(line.verdict))
+    return shown
 
 
 def counted(lines: Sequence[Line]) -> str:
-    """How many rows have which verdict.
-
-    Example:
-        >>> counted([Line(("a",), 1.0, 1.0, SAME), Line(("b",), 1.0, 2.0, SLOWER), Line(("c",), 1.0, 1.0, SAME)])
-        '2 same, 1 slower'
-    """
+    """How many rows have which verdict, such as ``2 same, 1 slower``."""
     return ", ".join(f"{count} {verdict}" for verdict, count in Counter(line.verdict for line in lines).most_common())

@@ -5,17 +5,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 
 from benchmarks import checks, machine, timing
-from benchmarks.cases import Case, Inputs
+from benchmarks.cases import ON_A_CPU, REAL, Case, Inputs
 from benchmarks.providers import Call, Provider
 from benchmarks.results import Row, describe_case
-from benchmarks.work import attention
 
 Rounds = Callable[[Case], int]
+
+
+def usual_cases(device: torch.device) -> tuple[str, ...]:
+    """Names of the cases that a device is measured with unless told otherwise."""
+    return ON_A_CPU if device.type == "cpu" else REAL
+
+
+def usual_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Dtypes that a device is measured with unless told otherwise."""
+    return (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
 
 
 def usual_rounds(device: torch.device) -> Rounds:
@@ -66,7 +74,7 @@ def _measure_sigma(
             "peak_mib": timing.peak_mib(calls[name], inputs.device),
         }
         if row["kind"] in ("plain", "attention"):
-            row["tflops"] = attention(inputs.case).flops / row[f"{clock}_ms"]["median"] / 1e9
+            row["tflops"] = inputs.case.attention_flops / row[f"{clock}_ms"]["median"] / 1e9
         if fastest is not None:
             pairs = zip(samples[name][clock], samples[fastest][clock], strict=False)  # slow ones end early
             row |= {"ratio": timing.spread(mine / its for mine, its in pairs), "ratio_to": fastest}
@@ -75,7 +83,6 @@ def _measure_sigma(
 
 def _judged(provider: Provider, inputs: Inputs, sigma: float, wanted: checks.Expected) -> tuple[Row, Call | None]:
     """A row without times, and the call to time unless the row says why there is none."""
-    counted = provider.count(inputs.case, sigma)
     row: Row = describe_case(inputs.case) | {
         "sigma": f"{sigma:g}",
         "provider": provider.name,
@@ -84,11 +91,8 @@ def _judged(provider: Provider, inputs: Inputs, sigma: float, wanted: checks.Exp
         "error": None,
         **dict.fromkeys(("reason", "rounds", "ratio", "ratio_to", "tflops", "peak_mib", "clocks")),
         **{f"{clock}_ms": None for clock in timing.CLOCKS},
-        "flops": counted.flops,
-        "exps": counted.exps,
-        "bytes": counted.bytes,
     }
-    row["reason"] = provider.why_not(inputs, sigma) or _too_large(provider, inputs, sigma)
+    row["reason"] = provider.why_not(inputs, sigma) or _too_large(provider, inputs)
     if row["reason"] is not None:
         return row, None
     try:
@@ -105,18 +109,9 @@ def _judged(provider: Provider, inputs: Inputs, sigma: float, wanted: checks.Exp
     return row, call
 
 
-def _too_large(provider: Provider, inputs: Inputs, sigma: float) -> str | None:
+def _too_large(provider: Provider, inputs: Inputs) -> str | None:
     """Whether a provider wants more than half of the memory that is free: a CPU's process would be killed."""
-    needs, free = provider.scratch(inputs.case, sigma), machine.free_memory(inputs.device)
+    needs, free = provider.scratch(inputs.case), machine.free_memory(inputs.device)
     if needs <= 0.5 * free:
         return None
     return f"it allocates {needs / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
-
-
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many rows have a time, and the reasons of those that have none with the providers they hold for."""
-    reasons: dict[str, set[str]] = {}
-    for row in rows:
-        if row["reason"] is not None:
-            reasons.setdefault(row["reason"], set()).add(row["provider"])
-    return {"timed": sum(row["reason"] is None for row in rows), "reasons": reasons}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A result file as pictures: ratio to plain attention over sigma, throughput over tokens, a roofline."""
+"""A result file as pictures: ratio to plain attention over sigma, throughput over tokens, guided steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from benchmarks.cases import CASES
 from benchmarks.providers import PROVIDERS
 from benchmarks.results import Result, Row, read_json
 from benchmarks.results import read as read_result
-from benchmarks.work import PEAKS, Peaks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +23,8 @@ _COLUMNS = 3
 _MARKERS = "osD^vPX*<>hd"
 _HIGHEST_RATIO = 2.0  # where attention's ratios are drawn; what is beyond is named
 _STEP_COLOURS = {"plain": "#888888", "official": "#8c564b", "pag": "#e377c2", "segkern": "#1f77b4"}
+# TFLOP/s of half precision without sparsity, from the makers' data sheets, by torch's name of the device.
+_PEAKS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA A100-SXM4-80GB": 312, "AMD Instinct MI300X": 1307}
 _REFERENCE = "fastest unblurred attention"
 
 
@@ -38,32 +39,25 @@ class Picture:
 
 def pictures(stem: str, result: Result) -> tuple[list[Picture], list[str]]:
     """The pictures that a result gives, and why it does not give others."""
-    found, left_out = [], []
+    drawn, left_out = [], []
     timed = [row for row in result["rows"] if row["reason"] is None]
     sigmas = {row["sigma"] for row in timed if row["kind"] != "plain"}
     for dtype in dict.fromkeys(row["dtype"] for row in timed):
         rows = [row for row in timed if row["dtype"] == dtype]
         if len(sigmas) > 1:
             what = f"{result['suite']}: time relative to plain attention over sigma, {dtype}"
-            found.append(Picture(f"{stem}-ratio-{dtype}.png", what, _bound(_ratios, result, rows)))
+            drawn.append(Picture(f"{stem}-ratio-{dtype}.png", what, _bound(_ratios, result, rows)))
         line = _one_family(rows)
         if len({row["tokens"] for row in line}) > 1 and any(row["kind"] != "plain" for row in line):
             what = f"{result['suite']}: throughput over tokens, {dtype}"
-            found.append(Picture(f"{stem}-throughput-{dtype}.png", what, _bound(_throughput, result, line)))
-        peaks = PEAKS.get(result["environment"]["device"])
-        if peaks is not None:
-            what = f"{result['suite']}: roofline, {dtype}"
-            found.append(Picture(f"{stem}-roofline-{dtype}.png", what, _bound(_roofline, result, rows)))
+            drawn.append(Picture(f"{stem}-throughput-{dtype}.png", what, _bound(_throughput, result, line)))
     if len(sigmas) < 2:
         left_out.append(f"no ratio over sigma: {stem} has {len(sigmas)} sigma")
-    if not any("-throughput-" in picture.name for picture in found):
+    if not any("-throughput-" in picture.name for picture in drawn):
         left_out.append(
             f"no throughput over tokens: {stem} has no blurred attention of one head dimension on two grids"
         )
-    if result["environment"]["device"] not in PEAKS:
-        device = result["environment"]["device"]
-        left_out.append(f"no roofline: the peak rates of {device!r} are not among those that benchmarks/work.py knows")
-    return found, left_out
+    return drawn, left_out
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -86,9 +80,9 @@ def write(stem: str, result: Result, folder: Path) -> tuple[list[Path], list[str
     folder.mkdir(parents=True, exist_ok=True)
     if "size" in result:
         return [_write_steps(result, folder / f"{stem}.png")], []
-    found, left_out = pictures(stem, result)
+    drawn, left_out = pictures(stem, result)
     paths = []
-    for picture in found:
+    for picture in drawn:
         figure = Figure(layout="constrained")
         picture.draw(figure)
         figure.suptitle(f"{picture.title}\n{_where(result)}", fontsize=11)
@@ -130,10 +124,10 @@ def style(provider: str) -> dict[str, Any]:
 
 
 def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["provider"], []).append(row)
-    return found
+        groups.setdefault(row["provider"], []).append(row)
+    return groups
 
 
 def _panels(figure: Figure, count: int, height: float = 4.0) -> list[Axes]:
@@ -256,44 +250,19 @@ def _throughput(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
         where = f"head dimension {first['head_dim']}, batch {first['batch']}, dashed: nothing blurred"
         panel.set_title(f"sigma {'∞' if sigma == 'inf' else sigma}; {where}", fontsize=10)
         panel.grid(alpha=0.3)
-    panels[0].set_ylim(0.0, 1.05 * factor * max(row["tflops"] for row in rows))  # the panels share it
+    most = factor * max(row["tflops"] for row in rows)
+    peak = _PEAKS.get(result["environment"]["device"])
+    if peak is not None and rows[0]["dtype"] != "float32":
+        most = float(peak)
+        for panel in panels:
+            panel.axhline(peak, color="grey", linestyle="--", label=f"the device's peak, {peak} TFLOP/s")
+    panels[0].set_ylim(0.0, 1.05 * most)  # the panels share it
     _legend(figure, panels)
 
 
 def _apart(counts: Sequence[int]) -> list[int]:
     """The largest of those that lie too near to each other to be written side by side."""
     return [count for count, after in zip(counts, [*counts[1:], 2 * counts[-1]], strict=True) if after > 1.3 * count]
-
-
-def _roofline(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
-    peaks: Peaks = PEAKS[result["environment"]["device"]]
-    flops = peaks.float32_flops if rows[0]["dtype"] == "float32" else peaks.half_flops
-    (panel,) = _panels(figure, 1, height=6.0)
-    figure.set_size_inches(9.5, 8.0)
-    sigma = min({row["sigma"] for row in rows}, key=lambda sigma: abs(min(float(sigma), 1e9) - 10.0))
-    rows = [row for row in rows if row["flops"] > 0 and row["sigma"] == sigma]
-    intensity = [row["flops"] / row["bytes"] for row in rows]
-    left, right = min(intensity) / 2, max([*intensity, flops / peaks.bytes]) * 2
-    roof = [left, flops / peaks.bytes, right]
-    label = f"peak: {peaks.bytes / 1e12:g} TB/s, {flops / 1e12:g} TFLOP/s"
-    panel.plot(roof, [min(flops, x * peaks.bytes) / 1e12 for x in roof], "k-", linewidth=1.5, label=label)
-    clock = f"{result['headline']}_ms"
-    for provider, points in _grouped(rows).items():
-        rates = [row["flops"] / row[clock]["median"] / 1e9 for row in points]
-        look = style(provider) | {"linestyle": "none"}
-        panel.plot([row["flops"] / row["bytes"] for row in points], rates, alpha=0.8, **look)
-    if peaks.exps is not None and any(row["exps"] for row in rows):
-        ceiling = 4 * 64 * peaks.exps / 1e12
-        text = f"exponentials at head dimension 64: {ceiling:.0f} TFLOP/s"
-        panel.axhline(ceiling, color="grey", linestyle="--", label=text)
-    panel.set_xscale("log")
-    panel.set_yscale("log")
-    panel.set_xlabel("counted FLOPs per byte between memory and chip")
-    panel.set_ylabel("counted TFLOP/s")
-    at = "∞" if sigma == "inf" else sigma
-    panel.set_title(f"sigma {at}, one point for each layer\npeaks: {peaks.source}", fontsize=8)
-    panel.grid(alpha=0.3, which="both")
-    _legend(figure, [panel])
 
 
 def _write_steps(result: Result, path: Path) -> Path:

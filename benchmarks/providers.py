@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import segkern
-from benchmarks import work
-from benchmarks.cases import Case, Inputs
+from benchmarks.cases import Case, Inputs, select
 from benchmarks.official import official_blur
-from benchmarks.work import Work
 from segkern.core.dispatch import why_not_triton
 from segkern.core.gaussian import blur_matrix
 from segkern.ops.attention import fused_attention
@@ -37,7 +35,6 @@ class Provider:
         name: in rows, tables and legends.
         what: in words.
         make: the closure for inputs and a sigma; what can be made once is made here.
-        count: the work it takes.
         suites: that measure it.
         kind: what it computes: attention without any blur, with blurred queries, the blur alone, or masses of keys.
         exact: False for an approximation, whose error is reported and not held to the contract.
@@ -49,12 +46,11 @@ class Provider:
     name: str
     what: str
     make: Callable[[Inputs, float], Call]
-    count: Callable[[Case, float], Work]
     suites: tuple[str, ...]
     kind: Literal["plain", "attention", "blur", "mass"] = "attention"
     exact: bool = True
     why_not: Callable[[Inputs, float], str | None] = lambda inputs, sigma: None
-    scratch: Callable[[Case, float], float] = lambda case, sigma: 0.0
+    scratch: Callable[[Case], float] = lambda case: 0.0
     no_graph: str | None = None
 
 
@@ -184,90 +180,93 @@ def _no_gpu_backend(inputs: Inputs, sigma: float) -> str | None:
     return "runs on CUDA only" if inputs.device.type == "cpu" else None
 
 
-def _count_ours(case: Case, sigma: float, moves: bool = True) -> Work:
-    if math.isinf(sigma):
-        return work.one_row(case, sigma)
-    return work.attention(case) + work.separable_blur(case, sigma, moves=moves)
-
-
-def _with_attention(blur: Callable[[Case, float], Work]) -> Callable[[Case, float], Work]:
-    return lambda case, sigma: work.attention(case) + blur(case, sigma)
-
-
-def _dense_scratch(case: Case, sigma: float) -> float:
+def _dense_scratch(case: Case) -> float:
     return 2.0 * case.grid.tokens**2 * case.dtype.itemsize
 
 
-_copied = partial(work.separable_blur, banded=False)
+def _scores_scratch(case: Case) -> float:
+    return 2.0 * case.batch * case.heads * case.tokens**2 * max(4, case.dtype.itemsize)
+
+
 _HOST_COPY = "it copies a kernel from the host at every call"
 _GUIDED = ("attention", "infinite")
 _ALL = (*_GUIDED, "coarse", "blur")
 
 _BASELINES = (
     Provider("sdpa", "PyTorch's attention, its own choice of backend, no blur", partial(_sdpa, None),
-             work.attention, (*_ALL, "mass"), "plain"),
+             (*_ALL, "mass"), "plain"),
     Provider("sdpa math", "the same, products and softmax one by one", partial(_sdpa, SDPBackend.MATH),
-             work.attention, _GUIDED, "plain", scratch=work.logits_bytes),
-    Provider("sdpa flash", "the same, FlashAttention", partial(_sdpa, SDPBackend.FLASH_ATTENTION),
-             work.attention, _ALL, "plain"),
+             _GUIDED, "plain", scratch=_scores_scratch),
+    Provider("sdpa flash", "the same, FlashAttention", partial(_sdpa, SDPBackend.FLASH_ATTENTION), _ALL, "plain"),
     Provider("sdpa efficient", "the same, memory-efficient kernels", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-             work.attention, _ALL, "plain", why_not=_no_gpu_backend),
+             _ALL, "plain", why_not=_no_gpu_backend),
     Provider("sdpa cudnn", "the same, cuDNN", partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
-             work.attention, _ALL, "plain", why_not=_no_gpu_backend),
+             _ALL, "plain", why_not=_no_gpu_backend),
 )  # fmt: skip
 _OTHERS = (
     Provider("official", "the official algorithm: 2-D convolution, copy of the batch, attention",
-             partial(_then_sdpa, partial(_blur_only, _official)), _with_attention(work.official_blur), _GUIDED,
-             no_graph=_HOST_COPY),
+             partial(_then_sdpa, partial(_blur_only, _official)), _GUIDED, no_graph=_HOST_COPY),
     Provider("separable", "two products with a matrix per axis in PyTorch, then its attention",
-             partial(_then_sdpa, partial(_blur_only, _separable)), _with_attention(_copied), _GUIDED),
+             partial(_then_sdpa, partial(_blur_only, _separable)), _GUIDED),
     Provider("dense", "one product with the whole grid's blur matrix, then PyTorch's attention",
-             partial(_then_sdpa, partial(_blur_only, _dense)), _with_attention(work.dense_blur), _GUIDED,
-             scratch=_dense_scratch),
-    Provider("flex", "our blur, then FlexAttention, compiled", _flex, _with_attention(work.separable_blur), _GUIDED),
+             partial(_then_sdpa, partial(_blur_only, _dense)), _GUIDED, scratch=_dense_scratch),
+    Provider("flex", "our blur, then FlexAttention, compiled", _flex, _GUIDED),
 )  # fmt: skip
-BLURS = {
-    "triton prologue": ("PROLOGUE", "in the prologue of each tile", False),
-    "triton before": ("BEFORE", "in launches before", True),
-}
+BLURS = {"triton prologue": "PROLOGUE", "triton before": "BEFORE"}  # where the queries are blurred
 _OURS = (
-    Provider("auto", "segkern, its own choice", _ours, _count_ours, (*_GUIDED, "coarse")),
-    Provider("torch", "segkern in PyTorch", partial(_ours, backend="torch"), _count_ours, _GUIDED),
-    Provider("triton", "segkern's Triton kernels", partial(_ours, backend="triton"),
-             partial(_count_ours, moves=False), _GUIDED, why_not=_no_triton),
-    *(
-        Provider(name, f"the same, queries blurred {where}", partial(_blurring, how), partial(_count_ours, moves=moves),
-                 ("attention",), why_not=_no_blurring)
-        for name, (how, where, moves) in BLURS.items()
-    ),
-    Provider("blur + sdpa", "segkern's blur, then PyTorch's attention", partial(_then_sdpa, _our_blur),
-             _with_attention(work.separable_blur), _GUIDED),
+    Provider("auto", "segkern, its own choice", _ours, (*_GUIDED, "coarse")),
+    Provider("torch", "segkern in PyTorch", partial(_ours, backend="torch"), _GUIDED),
+    Provider("triton", "segkern's Triton kernels", partial(_ours, backend="triton"), _GUIDED, why_not=_no_triton),
+    Provider("triton prologue", "the same, queries blurred in the prologue of each tile",
+             partial(_blurring, BLURS["triton prologue"]), ("attention",), why_not=_no_blurring),
+    Provider("triton before", "the same, queries blurred in launches before",
+             partial(_blurring, BLURS["triton before"]), ("attention",), why_not=_no_blurring),
+    Provider("blur + sdpa", "segkern's blur, then PyTorch's attention", partial(_then_sdpa, _our_blur), _GUIDED),
     *(
         Provider(f"stride {stride}", f"segkern, blurred rows {stride} tokens apart, an approximation",
-                 partial(_ours, stride=stride), partial(work.coarse, stride), suites, exact=False)
+                 partial(_ours, stride=stride), suites, exact=False)
         for stride, suites in ((2, ("attention", "coarse")), (3, ("coarse",)), (4, ("attention", "coarse")),
                                (8, ("coarse",)))
     ),
 )  # fmt: skip
 _BLURS = (
     Provider("blur official", "the official 2-D convolution and copy of the batch", partial(_blur_only, _official),
-             work.official_blur, ("blur",), "blur", no_graph=_HOST_COPY),
+             ("blur",), "blur", no_graph=_HOST_COPY),
     Provider("blur separable", "two products with a matrix per axis in PyTorch", partial(_blur_only, _separable),
-             _copied, ("blur",), "blur"),
+             ("blur",), "blur"),
     Provider("blur dense", "one product with the whole grid's blur matrix", partial(_blur_only, _dense),
-             work.dense_blur, ("blur",), "blur", scratch=_dense_scratch),
-    Provider("blur torch", "segkern's blur in PyTorch", partial(_our_blur, backend="torch"),
-             work.separable_blur, ("blur",), "blur"),
+             ("blur",), "blur", scratch=_dense_scratch),
+    Provider("blur torch", "segkern's blur in PyTorch", partial(_our_blur, backend="torch"), ("blur",), "blur"),
     Provider("blur triton", "segkern's blur, Triton kernel", partial(_our_blur, backend="triton"),
-             work.separable_blur, ("blur",), "blur", why_not=_no_triton),
+             ("blur",), "blur", why_not=_no_triton),
 )  # fmt: skip
 _MASSES = (
     Provider("mass naive", "softmax of all scores, then their sum over the queries", _naive_mass,
-             partial(work.masses, passes=1), ("mass",), "mass", scratch=work.logits_bytes),
-    Provider("mass auto", "segkern's masses, its own choice", _mass, work.masses, ("mass",), "mass"),
+             ("mass",), "mass", scratch=_scores_scratch),
+    Provider("mass auto", "segkern's masses, its own choice", _mass, ("mass",), "mass"),
     Provider("mass torch", "segkern's masses in PyTorch, block by block", partial(_mass, backend="torch"),
-             partial(work.masses, passes=1), ("mass",), "mass"),
+             ("mass",), "mass"),
     Provider("mass triton", "segkern's masses, Triton kernels", partial(_mass, backend="triton"),
-             work.masses, ("mass",), "mass", why_not=_no_triton),
+             ("mass",), "mass", why_not=_no_triton),
 )  # fmt: skip
 PROVIDERS = {provider.name: provider for provider in (*_BASELINES, *_OTHERS, *_OURS, *_BLURS, *_MASSES)}
+# Each suite's sigmas of the blurred third; its providers name it.
+SUITES: dict[str, tuple[float, ...]] = {
+    "attention": (0.5, 1.0, 3.0, 10.0, 30.0, math.inf),  # a layer's attention, a third of the batch blurred
+    "infinite": (math.inf,),  # what is left of it when the blurred third has one query row
+    "coarse": (1.0, 3.0, 10.0, 30.0),  # what blurred rows at every few tokens save, and how wrong they are
+    "blur": (0.5, 1.0, 3.0, 10.0, 30.0, math.inf),  # the blur alone, beside the attention that it comes before
+    "mass": (0.0,),  # masses of all keys, beside a forward of attention
+}
+
+
+def find_providers(suite: str, patterns: Sequence[str] = ()) -> tuple[Provider, ...]:
+    """The providers of a suite whose names fit a glob, all of them for none.
+
+    Raises:
+        ValueError: for an unknown suite, and for a glob that fits none; the message lists them.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"--suite takes {', '.join(SUITES)}, step, got {suite!r}")
+    names = [provider.name for provider in PROVIDERS.values() if suite in provider.suites]
+    return tuple(PROVIDERS[name] for name in select("--providers", patterns, names))

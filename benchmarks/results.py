@@ -3,7 +3,7 @@
 
 A file is an object with
 
-* ``schema``: 2;
+* ``schema``: 3;
 * ``suite``: its name; ``complete``: false while the run goes on or where it was cut off; ``quick``: true where the
   numbers only show that everything runs;
 * ``environment``: device, device_type (``cpu`` or ``cuda``), threads, versions of python, torch, triton, numpy and
@@ -29,7 +29,6 @@ A row holds
   is ``ratio_to``; both null where none ran;
 * ``tflops``: FLOPs of unblurred attention of the whole batch over the median headline, so that it ranks as time does
   (null for ``blur`` and ``mass``);
-* ``flops``, ``exps``, ``bytes``: the provider's own work, counted (:mod:`benchmarks.work`);
 * ``peak_mib``: memory that a call allocates at most, result included; ``clocks``: in MHz, right after the rounds;
   either may be a text that says why it is not known.
 """
@@ -44,7 +43,7 @@ from benchmarks.cases import CASES, Case
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = Path("outputs") / "benchmarks"
-SCHEMA = 2
+SCHEMA = 3
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -69,7 +68,7 @@ def describe_case(case: Case) -> Row:
 
 
 _TIMES = {"wall_ms", "hot_ms", "cold_ms", "graph_ms", "rounds", "ratio", "ratio_to", "tflops", "peak_mib", "clocks"}
-_REST = {"sigma", "provider", "kind", "exact", "error", "reason", "flops", "exps", "bytes"}
+_REST = {"sigma", "provider", "kind", "exact", "error", "reason"}
 ROW_KEYS = frozenset(describe_case(next(iter(CASES.values())))) | _TIMES | _REST
 
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from diffusers import StableDiffusionXLPAGPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import machine, sdxl
+from benchmarks.cases import select
 from benchmarks.official import official_run
 from benchmarks.results import RESULTS, write_json
 from benchmarks.sdxl import REDUCED, SDXL, Size
@@ -100,11 +100,7 @@ def find_ways(patterns: Sequence[str], compiled: bool) -> tuple[Way, ...]:
     Raises:
         ValueError: for a glob that fits none; the message lists them.
     """
-    names = [way.name for way in ways()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"--providers {pattern!r} fits none of {'; '.join(names)}")
-    chosen = [way.name for way in ways() if not patterns or any(fnmatchcase(way.name, p) for p in patterns)]
+    chosen = select("--providers", patterns, [way.name for way in ways()])
     return tuple(way for way in ways(compiled) if way.name.removesuffix(COMPILED) in chosen)
 
 
@@ -237,8 +233,8 @@ def measure(
         rows[way.name] = row
         latents, _ = bench.run(way, steps)  # warms up
         row["error"], row["reason"] = bench.check(way, latents, steps)
-        if row["reason"] is None:
-            row |= _on_a_gpu(bench, way, steps) if bench.device.type == "cuda" else _on_a_cpu(bench, way)
+        if row["reason"] is None and bench.device.type == "cuda":
+            row |= _on_a_gpu(bench, way, steps)
     whole: dict[str, list[float]] = {}
     for turn in range(rounds):
         for name in shuffled(list(rows), turn):
@@ -274,21 +270,6 @@ def _on_a_gpu(bench: Bench, way: Way, steps: int) -> Row:
     torch.cuda.synchronize(bench.device)
     peak = torch.cuda.max_memory_allocated(bench.device) / 2**20
     return {"peak_mib": peak, "host_ms": 1e3 * host / steps}
-
-
-def _on_a_cpu(bench: Bench, way: Way) -> Row:
-    """Most memory that PyTorch had allocated during a run, from its profiler's account, weights included."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        bench.run(way, 2)
-    raw = getattr(profiler.profiler, "kineto_results", None)
-    if raw is None:
-        return {}
-    changes = sorted((event.start_ns(), event.nbytes()) for event in raw.events() if event.name() == "[memory]")
-    held = itertools.accumulate(change for _, change in changes)
-    weights = sum(x.nbytes for x in (*bench.pipe.unet.parameters(), *bench.pipe.unet.buffers()))
-    return {"peak_mib": (weights + max(held, default=0)) / 2**20}
 
 
 def size_for(device: torch.device) -> tuple[Size, torch.dtype]:

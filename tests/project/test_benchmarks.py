@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checks, machine, results, tables, timing, tune, work
+from benchmarks import checks, machine, results, tables, timing, tune
 from benchmarks.cases import CASES, TINY, Case, Inputs
 from benchmarks.measure import measure
-from benchmarks.providers import BLURS, PROVIDERS, Call, Provider
-from benchmarks.suites import SIGMAS, SUITES
+from benchmarks.providers import BLURS, PROVIDERS, SUITES, Call, Provider, find_providers
 from segkern import Grid
 from segkern.cli import explain
 from segkern.kernels._configs import Tile
@@ -36,14 +35,11 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_quick_run_has_a_row_for_every_way_case_and_sigma(quick: Path) -> None:
     result = results.read(quick)
     assert (result["suite"], result["complete"], result["quick"], result["headline"]) == (
-        "attention",
-        True,
-        True,
-        "wall",
+        *("attention", True, True, "wall"),
     )
     assert result["environment"]["commit"] == machine.described(CPU)["commit"]
-    ways = [provider.name for provider in SUITES["attention"].providers if provider.name != "flex"]
-    expected = {(case, "float32", f"{sigma:g}", way) for case in TINY for sigma in SIGMAS for way in ways}
+    ways = [provider.name for provider in find_providers("attention") if provider.name != "flex"]
+    expected = {(case, "float32", f"{sigma:g}", way) for case in TINY for sigma in SUITES["attention"] for way in ways}
     assert {results.key(row) for row in result["rows"]} == expected
     assert len(result["rows"]) == len(expected)
 
@@ -296,16 +292,3 @@ def test_what_is_installed_is_read_and_explained(tmp_path: Path, monkeypatch: py
 def clear_tuned() -> None:
     for cache in (tune._configs.tuned, tune._configs.attention_tile):
         cache.cache_clear()
-
-
-def test_work_is_counted_as_the_algorithms_need_it() -> None:
-    case = CASES["sdxl-64x64"].of(torch.bfloat16)
-    plain = work.attention(case)
-    assert plain.flops == 4 * 3 * 10 * 4096**2 * 64
-    assert plain.exps == 3 * 10 * 4096**2
-    assert plain.bytes == 4 * 3 * 10 * 4096 * 64 * 2
-    count = {name: provider.count(case, 10.0) for name, provider in PROVIDERS.items()}
-    assert count["stride 4"].flops < count["stride 2"].flops < plain.flops < count["separable"].flops
-    assert count["separable"].flops < count["official"].flops
-    assert count["mass auto"].flops == 2 * count["mass naive"].flops == plain.flops
-    assert PROVIDERS["auto"].count(case, math.inf).flops == pytest.approx(plain.flops * 2 / 3, rel=1e-3)

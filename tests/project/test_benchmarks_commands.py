@@ -51,7 +51,7 @@ def test_every_command_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert command("plot", out).exit_code == 0
     if name == "run step":
         rows = {row["way"]: row for row in results.read_json(out)["rows"]}
-        assert all(row["reason"] is None and row["ms"]["median"] > 0 and row["peak_mib"] > 1 for row in rows.values())
+        assert all(row["reason"] is None and row["ms"]["median"] > 0 for row in rows.values())
         assert rows["CFG"]["ratio"]["median"] == rows["CFG"]["counted"] == 1.0 < rows[STEP]["counted"] < 1.5
     elif name.startswith("run"):
         reasons = {row["reason"] for row in results.read(out)["rows"]} - {None, "Triton has no CPU target"}

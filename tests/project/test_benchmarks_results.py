@@ -24,7 +24,7 @@ def test_the_schema_is_checked(quick: Path, tmp_path: Path) -> None:
     good = results.read(quick)
     for damage, message in (
         (lambda file: file.pop("suite"), "is no result file"),
-        (lambda file: file.update(schema=3), "schema 3"),
+        (lambda file: file.update(schema=4), "schema 4"),
         (lambda file: file["rows"][0].pop("error"), "row 0: error"),
         (lambda file: file["rows"][0].update(reason="why"), "either a time or a reason"),
     ):
@@ -64,11 +64,6 @@ def test_runs_are_compared_beyond_their_noise(quick: Path) -> None:
     assert {line.verdict for line in compare(lost, before) if line.key[3] == "auto"} == {"gained"}
     assert regressed(compare(before, lost))
     assert not regressed(compare(lost, before))
-    medians = copy.deepcopy(before)
-    for row in medians["rows"]:
-        if row["wall_ms"]:
-            row["wall_ms"] = {"median": 3 * row["wall_ms"]["median"]}
-    assert verdicts(medians) == {"no spread"}
 
 
 def test_compare_ends_with_1_on_a_regression(quick: Path, tmp_path: Path) -> None:
@@ -87,13 +82,9 @@ def test_pictures_are_written(quick: Path, tmp_path: Path) -> None:
 
     drawn = command("plot", quick, "--out", tmp_path)
     assert drawn.exit_code == 0, drawn.output
-    assert "no roofline: the peak rates of" in drawn.output
-    known = results.read(quick)
-    known["environment"]["device"] = "NVIDIA H200"
-    results.write_json(tmp_path / "known.json", known)
-    assert command("plot", tmp_path / "known.json").exit_code == 0
+    assert "no throughput over tokens: quick has" in drawn.output
     names = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert names == ["known-ratio-float32.png", "known-roofline-float32.png", "quick-ratio-float32.png"]
+    assert names == ["quick-ratio-float32.png"]
     for name in names:
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 400
@@ -104,7 +95,6 @@ def test_pictures_show_every_point(quick: Path) -> None:
     from matplotlib.figure import Figure
 
     result = results.read(quick)
-    result["environment"]["device"] = "NVIDIA H200"
     for row in result["rows"]:
         if row["case"] == "tiny-text-5x7":
             row.update(height=2, width=19)  # another grid of the same family
@@ -112,7 +102,7 @@ def test_pictures_show_every_point(quick: Path) -> None:
             row["tflops"] *= 9  # as infinity is faster, its panel comes last
             row["ratio"]["median"] /= 9
     drawn = plots.pictures("x", result)[0]
-    assert len(drawn) == 3
+    assert len(drawn) == 2
     for picture in drawn:
         figure = Figure()
         picture.draw(figure)
