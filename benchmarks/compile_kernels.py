@@ -2,9 +2,8 @@
 """Every kernel compiled for real targets without a GPU, with the constants that its launcher would choose.
 
 ``python -m benchmarks compile`` prints the records as JSON, or keeps them in ``benchmarks/results/compiled/``. Each
-says what was compiled and for which target, registers, spilled bytes, local and shared memory, matrix instructions, the
-assembler's serialisation warnings, and the processor's seconds that compilation took (with ``--save`` from nothing,
-else perhaps from Triton's cache). A process that interprets Triton cannot compile.
+says what was compiled and for which target, registers, spilled bytes, local and shared memory, matrix instructions, and
+the assembler's serialisation warnings. A process that interprets Triton cannot compile.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.compiled_code import TARGETS, TYPES, Compiled, compile_kernel
+from benchmarks.compiled_code import TARGETS, Compiled, compile_kernel
 from benchmarks.results import RESULTS
-from segkern.core.environment import commit, processor
+from segkern.core.environment import commit
 from segkern.kernels import _configs
 from segkern.kernels._launch import compile_options
 from segkern.kernels._routes import BlurPlace
@@ -35,6 +34,8 @@ from segkern.kernels.tiled_attention import _tiled_attention_kernel
 
 RESULT = RESULTS / "compiled" / "kernels.json"
 _BLURS = BlurPlace.PROLOGUE, BlurPlace.BEFORE
+_HALF_DIMS = (16, 40, 64, 80, 96, 128, 160, 192, 256)
+_FULL_DIMS = (40, 64, 128, 160, 256)
 
 
 def compile_attention(
@@ -66,16 +67,7 @@ def compile_attention(
         "BLUR_PRECISION": _configs.blur_precision(dtype, hip),
         "WIDE": wide,
     }
-    types = {
-        "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
-        "lse_ptr": "*fp32",
-        "samples_ptr": "*i32",
-        "blur_index_ptr": "*i32",
-        "row_weights_ptr": "*fp32",
-        "column_weights_ptr": "*fp32",
-        "reach_ptr": "*i32",
-        "scale": "fp32",
-    }
+    types = {"mask_ptr": "*u8"} if mask == 2 else {}
     if blur != BlurPlace.BEFORE:
         constants["blurred_ptr"] = None
     options = compile_options(tile, hip)
@@ -98,12 +90,7 @@ def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = 
         "PRECISION": _configs.blur_precision(dtype, target.startswith("gfx")),
         "WIDE": False,
     }
-    types = {
-        ("x_ptr" if second else "out_ptr"): "*fp32",
-        "index_ptr": "*i32",
-        "weights_ptr": "*fp32",
-        "reach_ptr": "*i32",
-    }
+    types = {("x_ptr" if second else "out_ptr"): "*fp32"}
     options = compile_options(blur_options(dtype), target.startswith("gfx"))
     return compile_kernel(_gaussian_blur_kernel, target, head_dim, dtype, types, constants, options)
 
@@ -112,14 +99,7 @@ def compile_split(target: str, head_dim: int, dtype: torch.dtype, rows: int, mas
     """The two kernels of few rows, the second for as many splits as there may be."""
     tile = _configs.split_tile(target, head_dim, dtype, rows, mask != 0)
     block_d, block_r = _configs.split_head_dim(head_dim)
-    types = {
-        "mask_ptr": "*u8" if mask == 2 else f"*{TYPES[dtype]}",
-        "partial_ptr": "*fp32",
-        "samples_ptr": "*i32",
-        "query_samples_ptr": "*i32",
-        "lse_ptr": "*fp32",
-        "scale": "fp32",
-    }
+    types = {"mask_ptr": "*u8"} if mask == 2 else {}
     split = {
         "HEAD_DIM": head_dim,
         "BLOCK_M": tile.block_m,
@@ -162,53 +142,38 @@ def compile_scores(target: str, head_dim: int, dtype: torch.dtype, wide: bool = 
         "PRECISION": _configs.dot_precision(dtype),
         "WIDE": wide,
     }
-    energy = {"out_ptr": "*fp32", "max_ptr": "*fp32", "samples_ptr": "*i32", "query_samples_ptr": "*i32"}
-    mass = {"out_ptr": "*fp32", "max_ptr": "*fp32", "inverse_ptr": "*fp32"}
     options = compile_options(tile, target.startswith("gfx"))
     return [
-        compile_kernel(kernel, target, head_dim, dtype, types | {"scale": "fp32"}, constants | more, options)
-        for kernel, types, more in (
-            (_attention_energy_kernel, energy, {"EVEN_KEYS": False, "STATISTICS": False}),
-            (_attention_energy_kernel, energy, {"EVEN_KEYS": False, "STATISTICS": True}),
-            (_attention_mass_kernel, mass, {"EVEN_QUERIES": False}),
+        compile_kernel(kernel, target, head_dim, dtype, {"out_ptr": "*fp32"}, constants | more, options)
+        for kernel, more in (
+            (_attention_energy_kernel, {"EVEN_KEYS": False, "STATISTICS": False}),
+            (_attention_energy_kernel, {"EVEN_KEYS": False, "STATISTICS": True}),
+            (_attention_mass_kernel, {"EVEN_QUERIES": False}),
         )
     ]
 
 
 def compile_all(target: str) -> list[Compiled]:
     """Every kernel for one target: head dimensions of the models in use in float16, some in the other dtypes."""
-    records = [
-        compile_attention(target, head_dim, torch.float16) for head_dim in (16, 40, 64, 80, 96, 128, 160, 192, 256)
-    ]
-    records += [compile_attention(target, head_dim, torch.float32) for head_dim in (40, 64, 128, 160, 256)]
-    records += [compile_attention(target, head_dim, torch.float16, mask=1) for head_dim in (64, 128, 256)]
-    records.append(compile_attention(target, 64, torch.float16, mask=2))
-    records.append(compile_attention(target, 64, torch.float16, wide=True))
-    records.append(compile_attention(target, 64, torch.bfloat16))
+    half, bf16, full = torch.float16, torch.bfloat16, torch.float32
+    inputs = (
+        [(head_dim, half) for head_dim in _HALF_DIMS] + [(head_dim, full) for head_dim in _FULL_DIMS] + [(64, bf16)]
+    )
+    records = [compile_attention(target, head_dim, dtype) for head_dim, dtype in inputs]
+    records += [compile_attention(target, head_dim, half, mask=1) for head_dim in (64, 128, 256)]
+    records.append(compile_attention(target, 64, half, mask=2))
+    records.append(compile_attention(target, 64, half, wide=True))
     if _configs.has_descriptors(target):
         records += [compile_described(target, head_dim, blur) for head_dim in (64, 80, 128) for blur in _BLURS]
-    records += [
-        compile_attention(target, head_dim, torch.bfloat16, blur=BlurPlace.BEFORE) for head_dim in (64, 80, 128)
-    ]
-    for head_dim, dtype in ((64, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
+    records += [compile_attention(target, head_dim, bf16, blur=BlurPlace.BEFORE) for head_dim in (64, 80, 128)]
+    for head_dim, dtype in ((64, bf16), (80, half), (256, full)):
         records += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
-    for rows, head_dim, dtype in (
-        (1, 64, torch.bfloat16),
-        (1, 160, torch.float16),
-        (1, 256, torch.float32),
-        (289, 64, torch.bfloat16),
-        (289, 80, torch.float16),
-        (289, 256, torch.float32),
-    ):
-        records += compile_split(target, head_dim, dtype, rows)
+        records += [record for rows in (1, 289) for record in compile_split(target, head_dim, dtype, rows)]
+    records += compile_split(target, 160, half, 1)
     for rows, mask in ((1, 1), (1, 2), (289, 1), (289, 2)):
-        records += compile_split(target, 64, torch.float16, rows, mask)
-    for head_dim in (16, 40, 64, 80, 96, 128, 160, 192, 256):
-        records += compile_scores(target, head_dim, torch.float16)
-    for head_dim in (40, 64, 128, 160, 256):
-        records += compile_scores(target, head_dim, torch.float32)
-    records += compile_scores(target, 64, torch.bfloat16) + compile_scores(target, 64, torch.float16, wide=True)
-    return records
+        records += compile_split(target, 64, half, rows, mask)
+    records += [record for head_dim, dtype in inputs for record in compile_scores(target, head_dim, dtype)]
+    return records + compile_scores(target, 64, half, wide=True)
 
 
 def compile_few(target: str) -> list[Compiled]:
@@ -225,13 +190,12 @@ def compile_few(target: str) -> list[Compiled]:
     return records + compile_scores(target, 64, torch.bfloat16) + compile_scores(target, 80, torch.float16)
 
 
-def compile_targets(targets: Sequence[str], few: bool, from_nothing: bool = False) -> dict[str, Any]:
+def compile_targets(targets: Sequence[str], few: bool) -> dict[str, Any]:
     """Versions, and the records of all targets as dictionaries.
 
     Args:
         targets: names of ``TARGETS``.
         few: each kernel once or twice instead of all.
-        from_nothing: without Triton's cache, so that it is known how long each kernel takes.
 
     Raises:
         ValueError: for a target that is not known.
@@ -239,12 +203,6 @@ def compile_targets(targets: Sequence[str], few: bool, from_nothing: bool = Fals
     for target in targets:
         if target not in TARGETS:
             raise ValueError(f"{target!r} is none of {', '.join(TARGETS)}")
-    triton.knobs.compilation.always_compile = from_nothing
     records = [record for target in targets for record in (compile_few if few else compile_all)(target)]
-    environment = {
-        "triton": triton.__version__,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "processor": processor(),
-    }
+    environment = {"triton": triton.__version__, "torch": torch.__version__, "commit": commit()}
     return {"environment": environment, "kernels": [asdict(record) for record in records]}

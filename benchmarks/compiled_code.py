@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
@@ -39,6 +38,13 @@ SHARED_LIMIT = {  # bytes a program may use
     "gfx942": 64 * 1024,
 }
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# Of pointers that are not to the inputs' dtype; of others where a kernel says so.
+_TYPES = {
+    **dict.fromkeys(("samples_ptr", "query_samples_ptr", "index_ptr", "blur_index_ptr", "reach_ptr"), "*i32"),
+    **dict.fromkeys(("row_weights_ptr", "column_weights_ptr", "weights_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "max_ptr", "inverse_ptr", "partial_ptr"), "*fp32"),
+    "scale": "fp32",
+}
 _MULTIPLYING = ("_tiled_attention_kernel", "_attention_energy_kernel", "_attention_mass_kernel")
 _MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # HMMA elsewhere
 
@@ -60,7 +66,6 @@ class Compiled:
     matrix_instructions: dict[str, int]
     serialisation: list[str]
     tile: dict[str, int]  # BLOCK_* and the compiler's options
-    compile_seconds: float = 0.0
 
 
 def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any], dtype: str) -> dict[str, str]:
@@ -78,12 +83,6 @@ def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any], dt
     return signature
 
 
-def _processor_seconds() -> float:
-    """Of this process and of those it has waited for, as the assembler: what else the machine does is not in it."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
-
-
 def compile_kernel(
     kernel: Any,
     target: str,
@@ -98,16 +97,14 @@ def compile_kernel(
     for name in kernel.arg_names:
         if name.startswith("stride_") and name.endswith("d"):
             constants[name] = 1  # head dimensions are contiguous in every usual layout
-    signature = _signature(kernel, types, constants, TYPES[dtype])
+    signature = _signature(kernel, _TYPES | types, constants, TYPES[dtype])
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
         if name not in constants and (signature[name].startswith("*") or name.startswith("stride_"))
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
-    start = _processor_seconds()
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    seconds = _processor_seconds() - start
     blocks = {name: value for name, value in constants.items() if name.startswith("BLOCK_")}
     tile = blocks | {name: options[name] for name in ("num_warps", "num_stages")}
     tile |= {"descriptors": int(constants.get("DESCRIPTORS", False))}
@@ -121,7 +118,6 @@ def compile_kernel(
         blur=BlurPlace(constants["BLUR"]).name.lower() if "BLUR" in constants else "",
         shared_bytes=compiled.metadata.shared,
         tile=tile,
-        compile_seconds=round(seconds, 3),
         **used,
     )
 

@@ -80,4 +80,3 @@ def test_committed_records_are_sound() -> None:
     records = [Compiled(**record) for record in json.loads(RESULT.read_text())["kernels"]]
     assert {record.target for record in records} == set(TARGETS)
     assert faults(records) == []
-    assert 0 < max(record.compile_seconds for record in records) < 5
