@@ -156,9 +156,8 @@ def compile_scores(target: str, head_dim: int, dtype: torch.dtype, wide: bool = 
 def compile_all(target: str) -> list[Compiled]:
     """Every kernel for one target: head dimensions of the models in use in float16, some in the other dtypes."""
     half, bf16, full = torch.float16, torch.bfloat16, torch.float32
-    inputs = (
-        [(head_dim, half) for head_dim in _HALF_DIMS] + [(head_dim, full) for head_dim in _FULL_DIMS] + [(64, bf16)]
-    )
+    inputs = [(head_dim, half) for head_dim in _HALF_DIMS]
+    inputs += [*((head_dim, full) for head_dim in _FULL_DIMS), (64, bf16)]
     records = [compile_attention(target, head_dim, dtype) for head_dim, dtype in inputs]
     records += [compile_attention(target, head_dim, half, mask=1) for head_dim in (64, 128, 256)]
     records.append(compile_attention(target, 64, half, mask=2))
