@@ -55,8 +55,8 @@ def _line(name: tuple[str, ...], old: Row, new: Row, fields: Sequence[str], tole
     a, b = old[fields[0]], new[fields[1]]
     if a is None or b is None:
         verdict = SAME if a is b else LOST if b is None else GAINED
-        medians = [None if spread is None else spread["median"] for spread in (a, b)]
-        return Line(name, *medians, verdict, (new["reason"] or "") if verdict == LOST else "")
+        before, after = (None if spread is None else spread["median"] for spread in (a, b))
+        return Line(name, before, after, verdict, (new["reason"] or "") if verdict == LOST else "")
     verdict = SAME
     if b["p20"] > a["p80"] and b["median"] > (1 + tolerance) * a["median"]:
         verdict = SLOWER
