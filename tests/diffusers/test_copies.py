@@ -1,17 +1,206 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance belongs to one pipeline: not to others that share its denoiser, and not to copies."""
+"""What is copied, pickled or saved of a guided pipeline is plain; what describes a guidance survives a pickle."""
 
 from __future__ import annotations
 
 import copy
+import gc
+import io
+import math
+import multiprocessing
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
-from segkern.integrations.diffusers import SEG, guide
+from segkern import Grid
+from segkern.integrations.diffusers import (
+    CFG,
+    PAG,
+    SAG,
+    SEG,
+    PAGGuider,
+    SAGGuider,
+    SEGAttnProcessor,
+    SEGGuider,
+    guide,
+    record_energy,
+)
+from tests.diffusers.modular_pipelines import modular_sdxl, run_sdxl
 from tests.diffusers.probes import hooks_of
-from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from tests.diffusers.small_pipelines import noise, relative, run, smaller_pipeline, tiny_pipeline
+from tests.diffusers.subjects import SD1, SD3, Subject, every, left_as_it_was, stand_ins
+
+
+def _pickled(x: Any) -> Any:
+    return pickle.loads(pickle.dumps(x))
+
+
+def _saved(x: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+WAYS = {"copy.deepcopy": copy.deepcopy, "pickle": _pickled, "torch.save": _saved}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("subject", every(SD3))
+def test_a_copy_of_what_is_guided_is_plain(subject: Subject, way: Callable[[Any], Any]) -> None:
+    with left_as_it_was(subject) as (pipe, _):
+        guided = subject.run(pipe)
+        copied = subject.build()
+        plain = subject.run(copied)
+        setattr(copied, subject.part, way(subject.denoiser(pipe)))
+        assert torch.equal(subject.run(copied), plain)
+        whole = way(pipe)
+        whole.set_progress_bar_config(disable=True)
+        assert torch.equal(subject.run(whole), plain)
+        assert torch.equal(subject.guided(whole), guided)
+        assert torch.equal(subject.run(whole), plain)
+        assert torch.equal(subject.run(pipe), guided)
+
+
+@pytest.mark.parametrize("subject", every(SD1))
+def test_a_copy_made_in_the_midst_of_a_forward_is_plain(subject: Subject) -> None:
+    with left_as_it_was(subject) as (pipe, _):
+        guided = subject.run(pipe)
+        other = subject.build()
+        plain = subject.run(other)
+        copies: list[Any] = []
+
+        def copying(*_: Any) -> None:
+            if not copies:
+                assert stand_ins(subject, pipe) > 0
+                handle.remove()
+                copies.extend(way(subject.denoiser(pipe)) for way in WAYS.values())
+
+        handle = subject.denoiser(pipe).get_submodule(subject.inside).register_forward_hook(copying)
+        assert torch.equal(subject.run(pipe), guided)
+        assert len(copies) == len(WAYS)
+        for copied in copies:
+            setattr(other, subject.part, copied)
+            assert stand_ins(subject, other) == 0
+            assert torch.equal(subject.run(other), plain)
+            assert torch.equal(subject.guided(other), guided)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_copy_keeps_nothing_of_the_guided_pipeline(way: Callable[[Any], Any]) -> None:
+    pipe = SD1.build()
+    with guide(pipe, SD1.seg()), record_energy(pipe, "mid"):
+        SD1.run(pipe)
+        copied = way(pipe.unet)
+        assert b"segkern" not in pickle.dumps(pipe.unet), "it could not be loaded where segkern is not installed"
+    original = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert original() is None
+    assert hooks_of(copied) > 0  # of the standard library, which do nothing
+
+
+@pytest.mark.parametrize("subject", every(SD3))
+def test_what_is_saved_while_guided_is_what_is_saved_without(subject: Subject, tmp_path: Path) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        subject.denoiser(pipe).save_pretrained(folder)
+        return {str(each.relative_to(folder)): each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+
+    with left_as_it_was(subject) as (pipe, _):
+        subject.run(pipe)
+        denoiser, other = subject.denoiser(pipe), subject.denoiser(subject.build())
+        assert [name for name, _ in denoiser.named_modules()] == [name for name, _ in other.named_modules()]
+        found, expected = denoiser.state_dict(), other.state_dict()
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        guided = files(tmp_path / "guided")
+    assert len(guided) >= 2
+    assert files(tmp_path / "plain") == guided
+
+
+def _drawn(subject: str, pipe: Any) -> list[torch.Tensor]:
+    """In a process of its own: latents without guidance, and with it."""
+    from tests.diffusers.subjects import SUBJECTS
+
+    torch.set_num_threads(1)
+    pipe.set_progress_bar_config(disable=True)
+    return [SUBJECTS[subject].run(pipe), SUBJECTS[subject].guided(pipe)]
+
+
+@pytest.mark.robustness
+def test_a_guided_pipeline_sent_to_another_process() -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for subject in (SD1, SD3):
+            with left_as_it_was(subject) as (pipe, _):
+                guided = subject.run(pipe)
+                plain = subject.run(subject.build())
+                found = pool.apply(_drawn, (subject.name, pipe))
+                assert torch.equal(found[0], plain)
+                assert torch.equal(found[1], guided)
+
+
+def halving(fraction: float) -> float:
+    return 1.0 - fraction / 2.0
+
+
+SPECS = [
+    SEG(),
+    SEG(scale=2.0, sigma={"mid": math.inf, "u0-1": [1.0, (2.0, 3.0)]}, schedule=halving, stop=0.7),
+    SEG(sigma=4.0, layers=range(2, 4), query_stride=2, reuse=2),
+    PAG(layers=["d0", "mid"], adaptive_scale=0.01, schedule="cosine"),
+    SAG(schedule=halving, threshold=0.5),
+    CFG(scale=4.0, negative_prompt="blurry", schedule=halving),
+    CFG(negative_prompt_embeds=torch.arange(6.0).view(1, 2, 3), negative_pooled_prompt_embeds=torch.ones(1, 4)),
+    Grid(3, 4),
+    Grid(3, 4, start=2, frames=5),
+]
+
+
+@pytest.mark.parametrize("way", [copy.copy, *WAYS.values()], ids=["copy.copy", *WAYS])
+def test_descriptions_of_guidances_are_pickled(way: Callable[[Any], Any]) -> None:
+    for spec in SPECS:
+        copied = way(spec)
+        assert type(copied) is type(spec)
+        assert (copied, hash(copied), repr(copied)) == (spec, hash(spec), repr(spec))
+        assert [copied != other for other in SPECS].count(False) == 1
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_reports_processors_and_guiders_are_pickled(way: Callable[[Any], Any]) -> None:
+    pipe = SD1.build()
+    with guide(pipe, SD1.seg(), SAG()) as guidance:
+        SD1.run(pipe)
+        report = guidance.report()
+        assert way(report) == report
+        assert str(way(report)) == str(report)
+    processor = SEGAttnProcessor((0.0, 2.0), Grid(3, 4), boundary="circular")
+    assert vars(way(processor)) == vars(processor)
+    pipe = smaller_pipeline()
+    for guider in (SEGGuider(sigma=2.0, schedule=halving), PAGGuider(scale=2.0), SAGGuider(guidance_scale=3.0)):
+        modular = modular_sdxl(pipe, guider)
+        expected = run_sdxl(modular, pipe, latents=noise(1, 8, 12), num_inference_steps=2)
+        found = way(guider)
+        assert (type(found), found.spec, dict(found.config)) == (type(guider), guider.spec, dict(guider.config))
+        assert len(pickle.dumps(guider)) < 20_000, "the denoiser goes along"
+        modular = modular_sdxl(pipe, found)
+        assert torch.equal(run_sdxl(modular, pipe, latents=noise(1, 8, 12), num_inference_steps=2), expected)
+        guider.disable()
+        assert not way(guider)._enabled
+
+
+def test_a_guidance_itself_is_not_pickled() -> None:
+    pipe = SD3.build()
+    with guide(pipe, SD3.seg()) as guidance:
+        with pytest.raises(TypeError, match=r"pickle the pipeline, which arrives unguided, or report\(\)"):
+            pickle.dumps(guidance)
+        assert copy.deepcopy({"guidance": guidance})["guidance"] is guidance
+        SD3.run(pipe)
 
 
 @pytest.mark.parametrize("ran_before", [False, True], ids=["before any run", "after a run"])
@@ -49,20 +238,6 @@ def test_a_pipeline_made_from_a_guided_one_can_be_guided_itself() -> None:
         assert relative(draw(img2img), plain) > 1e-3
 
 
-def test_a_copy_of_a_guided_denoiser_is_plain_and_can_be_guided() -> None:
-    pipe = tiny_pipeline(own_unet=True)
-    plain = run(pipe, latents=noise())
-    with guide(pipe, SEG()):
-        copied = tiny_pipeline(unet=copy.deepcopy(pipe.unet))
-        guided = run(pipe, latents=noise())
-        assert torch.equal(run(copied, latents=noise()), plain)
-        with guide(copied, SEG()):
-            assert relative(run(copied, latents=noise()), guided) < PIPELINE_TOLERANCE
-    assert torch.equal(run(copied, latents=noise()), plain)
-    assert torch.equal(run(pipe, latents=noise()), plain)
-    assert not hooks_of(pipe.unet)
-
-
 def test_a_denoiser_replaced_while_guided_is_reported() -> None:
     pipe = tiny_pipeline(own_unet=True)
     guidance = guide(pipe, SEG())
@@ -72,18 +247,3 @@ def test_a_denoiser_replaced_while_guided_is_reported() -> None:
     with pytest.warns(UserWarning, match="given another unet while guided"):
         guidance.remove()
     assert not hooks_of(mine)
-
-
-def test_reports_keep_no_autograd_graph() -> None:
-    pipe = tiny_pipeline(own_unet=True)
-    with guide(pipe, SEG()) as guidance:
-        run(pipe, latents=noise())  # the pipeline's state, which the call below needs
-        batch, states = 2, torch.randn(2, 77, pipe.unet.config.cross_attention_dim)
-        width = pipe.text_encoder_2.config.projection_dim
-        conditions = {"text_embeds": torch.randn(2, width), "time_ids": torch.zeros(2, 6)}
-        sample = noise(batch=batch).requires_grad_()
-        with torch.enable_grad():
-            pipe.unet(sample, 10, encoder_hidden_states=states, added_cond_kwargs=conditions)
-        totals = [total for _, total in guidance._recorder._sums.values()]
-    assert totals
-    assert not any(total.requires_grad for total in totals)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_guided_runs_follow_the_formula(name: str, share: bool) -> None:
     assert relative(run(pipe, **arguments), expected) > 1e-3, "the case would not notice guidance"
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8)
 @given(
     st.integers(3, 24),
     st.integers(3, 24),
@@ -145,61 +146,11 @@ def test_half_precision_stays_as_near_to_float32_as_the_stock_run(dtype: torch.d
     assert relative(guided[1], guided[0]) < 2 * relative(stock[1], stock[0])
 
 
-@pytest.mark.parametrize(
-    "specs, joined",
-    [
-        ([SEG()], {"down": 2, "mid": 3, "up": 3}),
-        ([SEG(layers="up")], {"down": 2, "mid": 2, "up": 3}),
-        ([SEG(sigma=1.0), SEG(sigma=2.0)], {"down": 2, "mid": 4, "up": 4}),
-        ([SEG(layers="up"), SEG()], {"down": 2, "mid": 3, "up": 4}),
-    ],
-    ids=["mid", "up", "two_at_mid", "up_and_mid"],
-)
-def test_branches_join_at_their_first_perturbed_block(specs: list[SEG], joined: dict[str, int]) -> None:
-    pipe = tiny_pipeline()
-    with guide(pipe, *specs):
-        seen = batches_seen(pipe, lambda: run(pipe, latents=noise()))
-    assert seen["conv_in"] == {2}
-    assert {name.split("_")[0]: batch for name, batch in seen.items() if "block" in name} == {
-        part: {batch} for part, batch in joined.items()
-    }
-
-
-def test_a_branch_that_starts_in_a_down_block_shares_the_blocks_before() -> None:
-    pipe = tiny_pipeline()
-    with guide(pipe, SEG(layers="d2")):
-        seen = batches_seen(pipe, lambda: run(pipe, latents=noise(3), prompt=["a", "b", "c"]))
-    assert seen["conv_in"] == seen["down_blocks.0"] == seen["down_blocks.1"] == {6}
-    assert seen["down_blocks.2"] == seen["mid_block"] == seen["up_blocks.2"] == {9}
-
-
 def test_without_sharing_every_block_sees_every_branch() -> None:
     pipe = tiny_pipeline()
     with guide(pipe, SEG(), share=False):
         seen = batches_seen(pipe, lambda: run(pipe, latents=noise(), guidance_scale=1.0))
     assert set(map(tuple, seen.values())) == {(2,)}
-
-
-def test_at_infinity_no_perturbed_sample_of_a_run_has_more_than_one_query_row(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pipe, rows = tiny_pipeline(), []
-    real = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if query.shape[2] == key.shape[2] or query.shape[2] == 1:  # self-attention: keys are the grid's tokens
-            rows.append((query.shape[0], query.shape[2], key.shape[2]))
-        return real(query, key, *args, **kwargs)
-
-    with guide(pipe, SEG()):
-        run(pipe, latents=noise(), num_inference_steps=1)  # imports what the first run imports
-        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-        run(pipe, latents=noise(), num_inference_steps=1)
-    down = [(2, 64, 64)] * 2 + [(2, 16, 16)] * 4
-    mid = [(2, 16, 16), (1, 1, 16)] * 2
-    up = [(3, 16, 16)] * 6 + [(3, 64, 64)] * 3
-    text_encoders = [row for row in rows if row not in {*down, *mid, *up}]
-    assert [row for row in rows if row not in text_encoders] == down + mid + up
 
 
 @pytest.mark.parametrize(
@@ -244,27 +195,12 @@ def test_an_inactive_step_is_the_plain_step_bit_for_bit(spec: SEG, share: bool) 
     steps.clear()
     guidance = guide(pipe, spec, share=share)
     seen = batches_seen(pipe, lambda: run(pipe, latents=latents, num_inference_steps=4, callback_on_step_end=record))
-    guidance._remove(warn=False)
+    with pytest.warns(UserWarning, match="fired in none") if not spec.active(0.75) else nullcontext():
+        guidance.remove()
     inactive = 2 if spec.active(0.75) else 4
     for step in range(4):
         assert torch.equal(steps[step], plain[step]) == (step < inactive)
     assert seen["up_blocks.0"] == ({2, 3} if inactive == 2 else {2})
-
-
-def test_a_run_that_was_interrupted_does_not_shift_the_next_one() -> None:
-    pipe, calls = tiny_pipeline(), []
-
-    def interrupt(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step == 1
-        return values
-
-    handle = pipe.unet.up_blocks[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
-    with guide(pipe, SEG(stop=0.5)):
-        run(pipe, latents=noise(), num_inference_steps=4, callback_on_step_end=interrupt)
-        calls.clear()
-        run(pipe, latents=noise(), num_inference_steps=4)
-    handle.remove()
-    assert calls == [3, 3, 2, 2]
 
 
 def test_a_callback_may_edit_latents_and_switch_classifier_free_guidance_off() -> None:

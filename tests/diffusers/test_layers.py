@@ -106,7 +106,7 @@ def test_an_unknown_layer_is_quoted_with_what_is_valid(name: str) -> None:
     assert len(message) < 500
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(3, 40), st.integers(3, 40))
 def test_listed_grids_are_those_of_the_run(height: int, width: int) -> None:
     pipe = tiny_pipeline()

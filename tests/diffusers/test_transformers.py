@@ -218,20 +218,6 @@ def test_under_compile(name: str, compilations: int, compile_first: bool) -> Non
     assert counter.frame_count == compilations
 
 
-def test_other_attention_backends_are_met() -> None:
-    """A processor that calls another kernel runs PyTorch's while it is guided, and its own again afterwards."""
-    model = MODELS["flux"]
-    pipe = model.build()
-    with guide(pipe, SEG(layers=model.layers)):
-        expected = run(model, pipe)
-    pipe.transformer.set_attention_backend("_native_math")
-    with guide(pipe, SEG(layers=model.layers)):
-        assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
-    assert all(
-        block.attn.processor._attention_backend == "_native_math" for block in pipe.transformer.transformer_blocks
-    )
-
-
 def test_attention_that_is_not_met_is_an_error() -> None:
     model = MODELS["pixart-sigma"]
     pipe = model.build()

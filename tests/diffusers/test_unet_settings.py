@@ -84,6 +84,31 @@ def test_low_rank_adapters_of_peft(fused: bool) -> None:
     assert torch.equal(run(case, pipe, True), adapted)
 
 
+@pytest.mark.parametrize(("layers", "down", "mid"), [("up", 0, 0), ("mid", 0, 1), ("d0", 1, 1)])
+def test_control_residuals_meet_the_batch_they_are_added_to(layers: str, down: int, mid: int) -> None:
+    case, pipe = built("sdxl-controlnet")
+    with guide(pipe, SEG(layers=layers)):
+        seen = batches_seen(pipe, lambda: run(case, pipe, True))
+    assert seen["down_blocks.1"] == {(2 + down) * case.samples}
+    assert seen["mid_block"] == {(2 + mid) * case.samples}
+    assert seen["up_blocks.1"] == {3 * case.samples}
+
+
+def test_steps_without_the_t2i_adapter_share_again() -> None:
+    case, pipe = built("sdxl-adapter")
+    with guide(pipe, SEG(layers="up")):
+        seen = batches_seen(pipe, lambda: run(case, pipe, True))
+    assert seen["conv_in"] == {2 * case.samples, 3 * case.samples}
+
+
+def test_image_to_image_counts_the_steps_it_takes() -> None:
+    case, pipe = built("sdxl-image")
+    with guide(pipe, SEG(start=0.5)) as guidance:
+        run(case, pipe, True, strength=0.4, num_inference_steps=10)
+    report = guidance.report()
+    assert (report.forwards, report.layers[0].fired) == (4, 2)
+
+
 def test_layers_of_videos_are_those_over_the_image() -> None:
     case, pipe = built("animatediff")
     layers = list_layers(pipe, *case.pixels)

@@ -262,7 +262,6 @@ IMAGES = {
         ),
         with_options(image=image, adapter_conditioning_factor=0.5),
         **_UP,
-        **_BY_TEXT,
     ),
     "sd1-ip-adapter": Case(
         f"{_SD}Pipeline", changed(built_of(unet), ip_adapter), with_options(ip_adapter_image_embeds=image_embeds), **_UP

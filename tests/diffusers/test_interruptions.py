@@ -15,11 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, SEGGuider, guide, record_energy
-from segkern.integrations.diffusers.runtime import branches, guidance, interception, processor
-from tests.diffusers.modular_pipelines import modular_sdxl, run_sdxl
-from tests.diffusers.probes import hooks_of
-from tests.diffusers.small_pipelines import noise, smaller_pipeline
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers, record_energy
+from segkern.integrations.diffusers.models.names import select_layers
 from tests.diffusers.subjects import (
     QWEN,
     SD1,
@@ -54,24 +51,19 @@ def patched(owner: Any, name: str, error: type[BaseException], after: int) -> It
 
 @contextmanager
 def in_place(place: str, subject: Subject, pipe: Any, error: type[BaseException]) -> Iterator[dict[str, Any]]:
-    """Arguments for a run that breaks off in its second step."""
+    """Arguments for a run that breaks off in its second step, or when its image is decoded."""
 
     def callback(*_: Any) -> None:
         raise error
 
     model, step = subject.denoiser(pipe), 2 if subject is QWEN else 1
-    own = processor if subject.part == "unet" else interception
-    attention = "self_attention" if subject.part == "unet" else "seg_attention"
-    options: dict[str, Any] = {"callback_on_step_end": callback} if place == "callback" else {}
+    options: dict[str, Any] = {"callback_on_step_end": callback} if place == "the callback" else {}
     with ExitStack() as stack:
         if place == "a block":
             stack.enter_context(failing(model.get_submodule(subject.inside), error, step))
-        elif place == "a perturbed layer's attention":
-            stack.enter_context(patched(own, attention, error, 3))
-        elif place == "the branches' arguments":
-            stack.enter_context(patched(branches.Batch, "grow" if subject.part != "unet" else "fit", error, 5))
-        elif place == "the sum of the guidances":
-            stack.enter_context(patched(guidance, "fold", error, 1))
+        elif place == "a perturbed layer":
+            (layer, *_) = select_layers(list_layers(pipe), subject.seg().layer_names)
+            stack.enter_context(failing(model.get_submodule(f"{layer.module}.to_v"), error, step))
         elif place == "the scheduler":
             stack.enter_context(patched(pipe.scheduler, "step", error, 1))
         elif place == "the VAE":
@@ -98,21 +90,14 @@ def seen(*modules: torch.nn.Module) -> Iterator[list[weakref.ref[torch.Tensor]]]
     assert not [each for each in found if each() is not None]
 
 
-PLACES = [
-    "a block",
-    "a perturbed layer's attention",
-    "the branches' arguments",
-    "the sum of the guidances",
-    "the scheduler",
-    "callback",
-]
-ERRORS = [torch.OutOfMemoryError, KeyboardInterrupt, GeneratorExit]
+PLACES = ["a block", "a perturbed layer", "the scheduler", "the callback", "the VAE"]
+ERRORS = [torch.OutOfMemoryError, KeyboardInterrupt]
 BREAKS = [
     pytest.param(
         place,
         error,
         id=f"{place}, {error.__name__}",
-        marks=[pytest.mark.robustness] * (place != "a block" and error is not torch.OutOfMemoryError),
+        marks=[pytest.mark.robustness] * (place != "a block" and error is not KeyboardInterrupt),
     )
     for place in PLACES
     for error in ERRORS
@@ -120,8 +105,10 @@ BREAKS = [
 
 
 @pytest.mark.parametrize("place, error", BREAKS)
-@pytest.mark.parametrize("subject", every(SD3))
+@pytest.mark.parametrize("subject", every(SD1, SD3))
 def test_a_run_that_breaks_off(subject: Subject, place: str, error: type[BaseException]) -> None:
+    if place == "the VAE" and subject.part != "unet":
+        pytest.skip("this small pipeline has no VAE")
     with left_as_it_was(subject, subject.seg(reuse=1), PAG(scale=0.5, layers=subject.layers)) as (pipe, guided):
         expected = subject.run(pipe)
         model = subject.denoiser(pipe)
@@ -130,15 +117,6 @@ def test_a_run_that_breaks_off(subject: Subject, place: str, error: type[BaseExc
                 subject.run(pipe, **options)
             assert guided.report().forwards > STEPS
             assert stand_ins(subject, pipe) == 0
-        assert torch.equal(subject.run(pipe), expected)
-
-
-@pytest.mark.parametrize("subject", [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)], ids=lambda s: s.name)
-def test_a_run_that_breaks_off_in_the_vae(subject: Subject) -> None:
-    with left_as_it_was(subject) as (pipe, _):
-        expected = subject.run(pipe)
-        with in_place("the VAE", subject, pipe, torch.OutOfMemoryError) as options, pytest.raises(RuntimeError):
-            subject.run(pipe, **options)
         assert torch.equal(subject.run(pipe), expected)
 
 
@@ -153,7 +131,6 @@ def test_a_run_that_breaks_off_in_the_second_forward(subject: Subject, error: ty
                 with failing(pipe.unet.get_submodule(subject.inside), error, after), pytest.raises(error):
                     subject.run(pipe)
                 guided.report()
-                assert guided._given == ((), {})
                 assert stand_ins(subject, pipe) == 0
         with record_energy(pipe, "m0") as recorder:  # the first forward is not taken for a second one
             assert torch.equal(subject.run(pipe), expected)
@@ -245,24 +222,3 @@ def test_a_run_without_the_pipelines_own_guidance_that_breaks_off() -> None:
                 SD1.run(pipe)
             assert torch.equal(SD1.run(pipe, **given), expected)
         assert guided.report().layers[0].fired > 0
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda e: e.__name__)
-def test_a_run_with_a_guider_that_breaks_off(error: type[BaseException]) -> None:
-    pipe = smaller_pipeline()
-    guider = SEGGuider(guidance_scale=5.0, sigma=2.0, layers="m0")
-    modular = modular_sdxl(pipe, guider)
-    expected = run_sdxl(modular, pipe, latents=noise(1, 8, 12))
-    calls: list[None] = []
-    handles = [
-        pipe.unet.register_forward_hook(lambda *_: calls.append(None), always_call=True),
-        pipe.unet.register_forward_hook(lambda *_: None),
-    ]
-    with failing(pipe.unet.up_blocks[0], error), pytest.raises(error):
-        run_sdxl(modular, pipe, latents=noise(1, 8, 12))
-    assert len(calls) == (error is torch.OutOfMemoryError)  # PyTorch calls none for an interrupt
-    for handle in handles:
-        handle.remove()
-    guider.cleanup_models(pipe.unet)
-    assert hooks_of(pipe.unet) == 0
-    assert torch.equal(run_sdxl(modular, pipe, latents=noise(1, 8, 12)), expected)

@@ -77,7 +77,7 @@ def test_autocast(subject: Subject) -> None:
 @pytest.mark.parametrize("subject", [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)], ids=["sd1", "sdxl"])
 def test_gradients_after_inference_mode(subject: Subject, reuse: int) -> None:
     specs = subject.seg(reuse=reuse), subject.seg(sigma=float("inf"), scale=1.0)
-    with left_as_it_was(subject, *specs) as (pipe, guidance):
+    with left_as_it_was(subject, *specs) as (pipe, _):
         first = subject.run(pipe)
         for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
             with mode():
@@ -97,7 +97,6 @@ def test_gradients_after_inference_mode(subject: Subject, reuse: int) -> None:
             (gradient,) = torch.autograd.grad(output.square().sum(), sample)
         assert gradient.isfinite().all()
         assert gradient.abs().max() > 0.0
-        assert not any(total.requires_grad for _, total in guidance._recorder._sums.values())
         assert torch.equal(subject.run(pipe), first)
 
 
