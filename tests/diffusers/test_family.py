@@ -172,17 +172,6 @@ def test_a_schedules_answer_must_be_a_number() -> None:
         spec.strength(0.25)
 
 
-def test_a_step_of_no_strength_is_plain() -> None:
-    pipe = tiny_sd()
-    plain = run(pipe, latents=noise(1, 8, 12))
-    guidance = guide(pipe, PAG(schedule=lambda done: 0.0))
-    assert torch.equal(run(pipe, latents=noise(1, 8, 12)), plain)
-    with pytest.warns(UserWarning, match="fired in none"):
-        guidance.remove()
-    assert SEG(blend=0.0).strength(0.5) == 0.0
-    assert SEG(sigma={"m0": 0.0}).strength(0.5) == 0.0
-
-
 def test_specs_are_values() -> None:
     assert SEG(sigma={"m0": 1.0}) == SEG(sigma={"m0": 1})
     assert hash(SEG(sigma={"m0": 1.0})) == hash(SEG(sigma={"m0": 1.0}))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkern import Grid
-from segkern.integrations.diffusers import SEG, LayerInfo, list_layers
+from segkern.integrations.diffusers import PAG, SEG, LayerInfo, list_layers
 from segkern.integrations.diffusers.models.layers import select_layers
 from tests.diffusers.small_pipelines import noise, run, tiny_pipeline
 
@@ -169,6 +169,11 @@ def test_list_layers_says_what_it_cannot_list(arguments: tuple[Any, ...], quoted
 def test_a_spec_quotes_what_does_not_fit(arguments: dict[str, Any], quoted: str) -> None:
     with pytest.raises(ValueError, match=quoted):
         SEG(**arguments)
+
+
+def test_an_adaptive_scale_is_no_negative_number() -> None:
+    with pytest.raises(ValueError, match=r"PAG.adaptive_scale must be 0 or a positive number, got -1.0"):
+        PAG(adaptive_scale=-1.0)
 
 
 def test_a_spec_does_not_change_with_the_list_it_was_made_from() -> None:

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,26 +37,28 @@ def make(kind: str = "plain", seed: int = 0, **more: Any) -> Attention:
     return Attention(query_dim=32, heads=2, dim_head=16, **LAYERS[kind], **more).eval()
 
 
-class Spelled:
-    """diffusers' steps one by one, attention by dense float64 matrices."""
+def by_steps(attn: Any, x: torch.Tensor, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """diffusers' steps one by one, around this attention of queries, keys and values."""
+    residual, shape = x, x.shape
+    if x.ndim == 4:
+        x = x.flatten(2).transpose(1, 2)
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+    q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
+    if attn.norm_q is not None:
+        q, k = attn.norm_q(q), attn.norm_k(k)
+    x = attn.to_out[0](attend(q, k, v).transpose(1, 2).flatten(2))
+    if len(shape) == 4:
+        x = x.transpose(1, 2).reshape(shape)
+    return (x + residual if attn.residual_connection else x) / attn.rescale_output_factor
 
-    def __init__(self, sigmas: list[float], height: int, width: int) -> None:
-        self.sigmas, self.place = sigmas, Place(height, width)
 
-    def __call__(self, attn: Any, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        residual, shape = x, x.shape
-        if x.ndim == 4:
-            x = x.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
-        if attn.norm_q is not None:
-            q, k = attn.norm_q(q), attn.norm_k(k)
-        x = dense_attention(q, k, v, self.sigmas, self.place, mask, attn.scale)
-        x = attn.to_out[0](x.transpose(1, 2).flatten(2))
-        if len(shape) == 4:
-            x = x.transpose(1, 2).reshape(shape)
-        return (x + residual if attn.residual_connection else x) / attn.rescale_output_factor
+def blurred(
+    attn: Any, x: torch.Tensor, sigmas: list[float], height: int, width: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The layer with attention by dense float64 matrices."""
+    place = Place(height, width)
+    return by_steps(attn, x, lambda q, k, v: dense_attention(q, k, v, sigmas, place, mask, attn.scale))
 
 
 sigmas = st.sampled_from([0.0, 0.6, 2.0, 9.0, math.inf])
@@ -79,7 +81,7 @@ def test_the_layer_is_diffusers_layer_with_blurred_queries(
     x = torch.randn(len(sigmas), height * width, 32, generator=torch.Generator().manual_seed(1))
     if image:
         x = x.transpose(1, 2).reshape(len(sigmas), 32, height, width)
-    expected = Spelled(sigmas, height, width)(attn, x)
+    expected = blurred(attn, x, sigmas, height, width)
     if fused:
         attn.fuse_projections()
     attn.set_processor(SEGAttnProcessor(sigmas, None if image else Grid(height, width)))
@@ -103,7 +105,7 @@ def test_a_mask_hides_keys_from_blurred_queries(rows: int, sigma: float) -> None
     bias = torch.where(torch.rand(3, rows, 15) < 0.3, -10000.0, 0.0)
     sigmas = [0.0, sigma, sigma]
     attn.set_processor(SEGAttnProcessor(sigmas, Grid(3, 5)))
-    assert relative(attn(x, attention_mask=bias), Spelled(sigmas, 3, 5)(attn, x, bias[:, None].double())) < 2e-6
+    assert relative(attn(x, attention_mask=bias), blurred(attn, x, sigmas, 3, 5, bias[:, None].double())) < 2e-6
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["projections", "fused"])
@@ -124,24 +126,6 @@ def test_at_infinity_perturbed_samples_spend_one_query_row(fused: bool) -> None:
 
 
 @torch.no_grad()
-def test_fused_projections_compute_no_query_for_the_mean_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    attn, x = make(), torch.randn(3, 63, 32)
-    attn.fuse_projections()
-    attn.set_processor(SEGAttnProcessor((0, 0, math.inf), Grid(7, 9)))
-    real, work = F.linear, []
-
-    def spy(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        work.append((x.shape[0] * x.shape[1], weight.shape[0]))
-        return real(x, weight, bias)
-
-    monkeypatch.setattr(F, "linear", spy)
-    attn(x)
-    tokens = 63
-    # (rows, output features) of keys and values, queries, output, mean query, its output
-    assert sorted(work) == sorted([(3 * tokens, 64), (2 * tokens, 32), (2 * tokens, 32), (1, 32), (1, 32)])
-
-
-@torch.no_grad()
 def test_a_projection_with_a_hook_is_called_and_not_bypassed() -> None:
     attn, x = make(), torch.randn(3, 63, 32)
     attn.fuse_projections()
@@ -150,24 +134,7 @@ def test_a_projection_with_a_hook_is_called_and_not_bypassed() -> None:
     attn.to_qkv.register_forward_hook(lambda module, args, output: 2 * output)
     for linear in (attn.to_q, attn.to_k, attn.to_v):
         linear.weight.mul_(2)
-    assert relative(attn(x), Spelled(sigmas, 7, 9)(attn, x)) < 2e-6
-
-
-@torch.no_grad()
-def test_blurred_and_plain_samples_go_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    attn, x = make(), torch.randn(3, 63, 32)
-    attn.set_processor(SEGAttnProcessor((0, 0, 2.0), Grid(7, 9)))
-    calls = []
-    real = segkern.seg_attention
-
-    def spy(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append(tuple(query.shape))
-        assert query.untyped_storage().nbytes() == query.numel() * 4, "a view of the projection, not a copy of parts"
-        return real(query, *args, **kwargs)
-
-    monkeypatch.setattr("segkern.integrations.diffusers.runtime.query_rows.seg_attention", spy)
-    attn(x)
-    assert calls == [(3, 2, 63, 16)]
+    assert relative(attn(x), blurred(attn, x, sigmas, 7, 9)) < 2e-6
 
 
 @torch.no_grad()
@@ -188,7 +155,7 @@ def test_half_precision_stays_as_close_as_the_stock_layer(dtype: torch.dtype, si
     attn, x = make().to(dtype), torch.randn(3, 63, 32).to(dtype)
     exact = make()
     exact.load_state_dict(attn.state_dict())
-    expected = Spelled([0.0, 0.0, sigma], 7, 9)(exact, x.float())
+    expected = blurred(exact, x.float(), [0.0, 0.0, sigma], 7, 9)
     stock_error = relative(attn(x), exact(x.float()))
     attn.set_processor(SEGAttnProcessor((0, 0, sigma), Grid(7, 9)))
     output = attn(x)
@@ -200,21 +167,8 @@ def test_gradients_flow_through_the_mean_token() -> None:
     attn, x = make(), torch.randn(2, 15, 32, requires_grad=True)
     attn.set_processor(SEGAttnProcessor((0, math.inf), Grid(3, 5)))
     (grad,) = torch.autograd.grad(attn(x).square().sum(), x)
-    (expected,) = torch.autograd.grad(Spelled([0.0, math.inf], 3, 5)(attn, x).square().sum(), x)
+    (expected,) = torch.autograd.grad(blurred(attn, x, [0.0, math.inf], 3, 5).square().sum(), x)
     assert relative(grad, expected) < 1e-5
-
-
-def projected_first(attn: Any, x: torch.Tensor, sigmas: list[float], grid: Grid, **options: Any) -> torch.Tensor:
-    """The layer with its projections done first, on every row, and coarse attention after them."""
-    residual = x
-    if attn.group_norm is not None:
-        x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-    q, k, v = (p(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for p in (attn.to_q, attn.to_k, attn.to_v))
-    if attn.norm_q is not None:
-        q, k = attn.norm_q(q), attn.norm_k(k)
-    output = segkern.seg_attention(q, k, v, grid, sigmas, scale=attn.scale, **options)
-    output = attn.to_out[0](output.transpose(1, 2).flatten(2))
-    return (output + residual if attn.residual_connection else output) / attn.rescale_output_factor
 
 
 @settings(max_examples=60)
@@ -241,7 +195,8 @@ def test_projecting_the_points_is_projecting_first_and_sampling_then(
     x = torch.randn(len(sigmas), where.stop, 32, dtype=torch.float64)
     bias = torch.randn(len(sigmas), 1, where.stop, dtype=torch.float64) if masked else None
     mask = None if bias is None else bias[:, None]
-    expected = projected_first(attn, x, sigmas, where, attn_mask=mask, boundary=boundary, query_stride=stride)
+    options: dict[str, Any] = {"attn_mask": mask, "boundary": boundary, "query_stride": stride, "scale": attn.scale}
+    expected = by_steps(attn, x, lambda q, k, v: segkern.seg_attention(q, k, v, where, sigmas, **options))
     if fused:
         attn.fuse_projections()
     attn.set_processor(SEGAttnProcessor(sigmas, where, boundary, query_stride=stride))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 from functools import lru_cache
 from typing import Any
@@ -114,18 +113,6 @@ def test_what_a_case_leaves_out_the_scheduler_refuses(sampler: str) -> None:
     pipe = pipeline("sd", sampler, "sample")
     with guide(pipe, SEG()), pytest.raises((NotImplementedError, ValueError), match="prediction_type"):
         sample(pipe, noise(), 1.0)
-
-
-def test_dpm_solver_sde() -> None:
-    """It draws the noise of a whole path at once, from a seed of its own, so both runs are given that path."""
-    if importlib.util.find_spec("torchsde") is None:
-        pytest.skip("this scheduler needs torchsde")
-    pipe = sampled_pipeline("sd", diffusers.DPMSolverSDEScheduler, "epsilon", noise_sampler_seed=0)
-    spec, latents = SEG(2.0, 1.0), noise(1, 12, 16)
-    with guide(pipe, spec):
-        found = sample(pipe, latents, 5.0)
-    expected = looped_run(pipe, [spec], latents=latents, num_inference_steps=STEPS, guidance_scale=5.0)
-    assert relative(found, expected) < PIPELINE_TOLERANCE
 
 
 def guided_calls(pipe: Any, spec: SEG, steps: int) -> tuple[torch.Tensor, list[bool]]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import lru_cache
 from typing import Any
@@ -65,40 +64,28 @@ def test_equals_the_slow_way(name: str, guidance: str, cfg: bool) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_branches_join_at_the_first_perturbed_block(name: str) -> None:
     model, pipe = MODELS[name], built(name)
-    blocks = {}
-    handles = []
-    for layer in list_layers(pipe):
-        block = layer.module.rsplit(".", 1)[0]
+    order = list(dict.fromkeys(layer.module.rsplit(".", 1)[0] for layer in list_layers(pipe)))
 
-        def note(module: Any, args: Any, kwargs: Any, block: str = block) -> None:
-            first = args[0] if args else kwargs["hidden_states"]
-            blocks.setdefault(block, set()).add(first.shape[0])
+    def batches(**options: Any) -> list[set[int]]:
+        sizes: dict[str, set[int]] = {block: set() for block in order}
+        handles = []
+        for block in order:
 
-        if block not in blocks:
-            blocks[block] = set()
+            def note(module: Any, args: Any, kwargs: Any, block: str = block) -> None:
+                sizes[block].add(len(args[0] if args else kwargs["hidden_states"]))
+
             handles.append(pipe.transformer.get_submodule(block).register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        run(model, pipe, cfg=True)
-        own = {size for sizes in blocks.values() for size in sizes}
-        assert len(own) == 1  # 2 for both halves at once, 1 where the pipeline calls twice
-        for sizes in blocks.values():
-            sizes.clear()
-        with guide(pipe, SEG(layers=model.layers)):
+        with guide(pipe, SEG(layers=model.layers), **options):
             run(model, pipe, cfg=False)
-            shared = copy.deepcopy(blocks)
-        for sizes in blocks.values():
-            sizes.clear()
-        with guide(pipe, SEG(layers=model.layers), share=False):
-            run(model, pipe, cfg=False)
-    finally:
         for handle in handles:
             handle.remove()
-    order = list(blocks)
-    first = order.index(model.modules[0].rsplit(".", 1)[0])
+        return list(sizes.values())
+
+    shared, first = batches(), order.index(model.modules[0].rsplit(".", 1)[0])
     # The hooks that note come before those that join: a block sees what the one before it gave.
-    assert all(shared[name] == {1} for name in order[1 : first + 1])
-    assert all(shared[name] == {2} for name in order[first + 1 :])
-    assert all(sizes == {2} for sizes in blocks.values())
+    assert shared[1 : first + 1] == [{1}] * first
+    assert shared[first + 1 :] == [{2}] * (len(order) - first - 1)
+    assert batches(share=False) == [{2}] * len(order)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "z-image"])
@@ -307,7 +294,7 @@ def test_default_layers() -> None:
     with guide(pipe, SEG()) as active:
         run(model, pipe)
     assert [row.layer for row in active.report().layers] == ["b2"]
-    assert SEG().layers == "mid"  # the spec itself stays what it was
+    assert SEG().layers is None  # the spec itself stays what it was
     size = {"attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
     deep = {**pipe.transformer.config, "num_layers": 12, **size}
     other = type(pipe)(**{**pipe.components, "transformer": type(pipe.transformer).from_config(deep)})

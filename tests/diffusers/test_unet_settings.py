@@ -20,7 +20,7 @@ from tests.diffusers.slow_guidance import Perturbed, self_attentions, unet_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
 from tests.diffusers.unet_cases import Case, run, unet
 from tests.diffusers.unet_image_cases import IMAGES
-from tests.diffusers.unet_video_cases import FRAMES, MOTION
+from tests.diffusers.unet_video_cases import MOTION
 
 
 @lru_cache(maxsize=8)
@@ -122,22 +122,6 @@ def test_layers_of_videos_are_those_over_the_image() -> None:
     assert not any("motion_modules" in layer.module for layer in layers)
     with pytest.raises(ValueError, match="unknown layer"):
         guide(pipe, SEG(layers="*.motion_modules.*"))
-
-
-@pytest.mark.parametrize(
-    ("layers", "down", "mid"), [("mid", 0, 1), ("up", 0, 0), ("d0", 1, 1)], ids=["mid", "up", "down"]
-)
-def test_frames_of_a_branch_join_at_the_first_perturbed_block(layers: str, down: int, mid: int) -> None:
-    case, pipe = built("animatediff")
-    with guide(pipe, SEG(layers=layers)):
-        seen = batches_seen(pipe, lambda: run(case, pipe, True))
-    frames = FRAMES * case.samples
-    assert seen["down_blocks.0"] == {(2 + down) * frames}
-    assert seen["mid_block"] == {(2 + mid) * frames}
-    assert seen["up_blocks.1"] == {3 * frames}
-    with guide(pipe, SEG(layers=layers), share=False):
-        seen = batches_seen(pipe, lambda: run(case, pipe, True))
-    assert {size for sizes in seen.values() for size in sizes} == {3 * frames}
 
 
 def test_each_video_has_its_sigma() -> None:
