@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the bundled model and its judge from nothing: ``python -m training``. A run that was cut off goes on."""
+"""Train the bundled model and its judge from nothing: ``python -m studies.training``. A run that was cut off goes on."""
 
 from __future__ import annotations
 

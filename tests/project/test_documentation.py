@@ -6,24 +6,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.project.documentation_models import Modular, replace_models, small
-from tests.project.documentation_tools import PAGES, ROOT, parsed, run_page, strange
+from tests.project.documentation_tools import PAGES, ROOT, blocks, pairs, run_page, run_python
 
-ELSEWHERE = "docs/moving.md"  # its Python runs in test_documentation_moving.py
-NOT_RUN: set[tuple[str, str]] = set()
+MOVING = ROOT / "docs" / "moving.md"
 
 
 def pages_with(language: str) -> list[str]:
     """Names of the pages that have a block of a language."""
-    having = [page for page in PAGES if any(one.parsed.language == language for one in parsed(page).examples())]
-    return [str(page.relative_to(ROOT)) for page in having]
+    return [str(page.relative_to(ROOT)) for page in PAGES if language in {block.language for block in blocks(page)}]
 
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What a page's blocks find: a small pipeline as ``pipe``, and a folder of their own as the current one."""
+    """Names for a page's blocks: a small pipeline as ``pipe``, and a folder of their own as the current one."""
     import diffusers
 
     replace_models(monkeypatch)
@@ -31,7 +31,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return {"pipe": small(diffusers.StableDiffusionXLPipeline), "folder": tmp_path}
 
 
-@pytest.mark.parametrize("name", [name for name in pages_with("python") if name != ELSEWHERE])
+@pytest.mark.parametrize("name", [name for name in pages_with("python") if ROOT / name != MOVING])
 def test_python_runs(name: str, names: dict[str, Any]) -> None:
     if name == "docs/guiders.md":
         names["pipe"] = Modular()
@@ -49,10 +49,31 @@ def test_commands_run(name: str, names: dict[str, Any]) -> None:
     run_page(ROOT / name, names, "sh")
 
 
-def test_few_blocks_do_not_run() -> None:
-    found = {(each.name, one.parsed.reason) for each in PAGES for one in parsed(each) if one.parsed.above == "not run"}
-    assert found == NOT_RUN
+@pytest.mark.parametrize("index", range(len(pairs(MOVING))))
+def test_old_and_new_lines_draw_the_same(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official script's pipeline is segkern's with the same arguments here, see ``replace_models``."""
+    replace_models(monkeypatch, output_type="np")
+    python = [block for block in blocks(MOVING) if block.language == "python"]
+    names: dict[str, Any] = {}
+    for block in python:
+        exec("\n".join(line for line in block.source.splitlines() if line.startswith(("from ", "import "))), names)
+    pictures = []
+    for block in pairs(MOVING)[index]:
+        torch.manual_seed(5)
+        run_python(block, MOVING, names)
+        pictures.append(names["image"])
+    assert len(pictures) >= 2
+    torch.manual_seed(5)
+    prompt, scale = ([""], 1.0) if index == 0 else ("a red fox", 5.0)
+    plain = names["pipe"](prompt, guidance_scale=scale).images[0]
+    for picture in pictures[1:]:
+        assert np.abs(picture - pictures[0]).max() < 1e-4
+    assert np.abs(plain - pictures[0]).max() > 1e-2, "guidance would not be noticed"
 
 
-def test_every_block_is_run_or_compared_or_a_formula() -> None:
-    assert [(each.name, block) for each in PAGES for block in strange(each)] == []
+def test_the_other_blocks_on_moving_run() -> None:
+    in_pairs = [block for group in pairs(MOVING) for block in group]
+    others = [block for block in blocks(MOVING) if block.language == "python" and block not in in_pairs]
+    assert len(others) == 2
+    for block in others:
+        run_python(block, MOVING, {})

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation site builds without a word, links to nothing that is not there, and documents every public name."""
+"""The documentation site builds strictly, documents every public name, and needs and breaks nothing in a browser."""
 
 from __future__ import annotations
 
 import doctest
+import functools
+import os
 import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
 import pytest
 
 import segkern
 import segkern.integrations.diffusers as adapter
-from tests.project.site_tools import Page, build, pages
+from tests.cli.browser_tools import chromium
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -23,44 +30,22 @@ from docs.hooks import docstrings, repository_files  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site's folder, built as ``make docs`` does: a dead link or anchor is an error."""
     folder = tmp_path_factory.mktemp("site")
-    assert build(folder) == ""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
     return folder
 
 
-@pytest.fixture(scope="module")
-def html(built: Path) -> dict[Path, Page]:
-    return pages(built)
-
-
-def test_every_link_and_anchor_is_there(built: Path, html: dict[Path, Page]) -> None:
-    assert len(html) > 20
-    missing = []
-    for path, page in html.items():
-        for link in page.links:
-            parts = urlsplit(link)
-            if parts.scheme or path.name == "404.html":
-                continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            target = target / "index.html" if target.is_dir() else target
-            anchors = html[target].ids if target in html else set()
-            if not target.exists() or (parts.fragment and unquote(parts.fragment) not in anchors):
-                missing.append(f"{path.name}: {link}")
-    assert missing == []
-
-
-def test_pages_load_nothing_from_elsewhere(built: Path, html: dict[Path, Page]) -> None:
-    for path, page in html.items():
-        assert page.loads
-        for load in page.loads:
-            parts = urlsplit(load)
-            assert parts.scheme in ("", "data"), f"{path.name}: {load}"
-            # Only the page for what is not there has addresses that begin at the root.
-            where = built / parts.path.lstrip("/") if path.name == "404.html" else path.parent / parts.path
-            assert parts.scheme == "data" or where.exists(), f"{path.name}: {load}"
-    for style in built.rglob("*.css"):
-        assert not re.search(r"url\(['\"]?(https?:)?//", style.read_text(encoding="utf-8")), style.name
+@pytest.mark.slow
+def test_roles_of_docstrings_become_links(site: Path) -> None:
+    text = "".join((site / name).read_text(encoding="utf-8") for name in ("api.html", "api-diffusers.html"))
+    assert not re.search(r":(func|class|mod|meth):", text)
+    assert 'href="#segkern.gaussian_blur"' in text
+    assert "&gt;&gt;&gt; " in text or 'class="gp"' in text, "examples are no examples"
 
 
 def documented(name: str) -> set[str]:
@@ -77,16 +62,9 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 def _is_own(value: object) -> bool:
-    """Whether a public function is written in ``segkern.reference`` itself."""
+    """True for a public function that is written in ``segkern.reference`` itself."""
     here = getattr(value, "__module__", None) == "segkern.reference"
     return here and callable(value) and not getattr(value, "__name__", "_").startswith("_")
-
-
-def test_roles_of_docstrings_become_links(built: Path) -> None:
-    text = (built / "api.html").read_text(encoding="utf-8") + (built / "api-diffusers.html").read_text(encoding="utf-8")
-    assert not re.search(r":(func|class|mod|meth):", text)
-    assert 'href="#segkern.gaussian_blur"' in text
-    assert "&gt;&gt;&gt; " in text or 'class="gp"' in text, "examples are no examples"
 
 
 @pytest.mark.parametrize("folder", ["pictures", "diagrams"])
@@ -98,10 +76,10 @@ def test_every_picture_is_shown(folder: str) -> None:
 
 
 @pytest.mark.parametrize("module", [docstrings, repository_files], ids=lambda module: module.__name__)
-def test_examples_of_the_tools_run(module: object) -> None:
-    found = doctest.testmod(module)  # type: ignore[arg-type]
-    assert found.attempted > 0
-    assert found.failed == 0
+def test_examples_of_the_hooks_run(module: Any) -> None:
+    results = doctest.testmod(module)
+    assert results.attempted > 0
+    assert results.failed == 0
 
 
 def test_a_link_to_a_file_that_is_not_there_is_an_error() -> None:
@@ -109,9 +87,57 @@ def test_a_link_to_a_file_that_is_not_there_is_an_error() -> None:
         src_uri = "page.md"
         content_string = "[text](../no/such/file.py)"
 
-    class Files(list):  # type: ignore[type-arg]
+    class Files(list[Any]):
         def documentation_pages(self) -> list[Missing]:
             return [Missing()]
 
     with pytest.raises(repository_files.PluginError, match=r"page\.md links to \.\./no/such/file\.py"):
         repository_files.on_files(Files(), config={})
+
+
+class Silent(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(site: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 420])
+def test_pages_need_nothing_else_and_fit(site: Path, address: str, width: int) -> None:
+    wrong: list[str] = []
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("request", lambda got: got.url.startswith((address, "data:")) or wrong.append(got.url))
+        # Going on to the next page aborts what is still under way.
+        page.on("requestfailed", lambda got: "ERR_ABORTED" in str(got.failure) or wrong.append(f"failed: {got.url}"))
+        page.on("response", lambda got: got.status < 400 or wrong.append(f"{got.status}: {got.url}"))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        names = [path.name for path in site.glob("*.html") if path.name != "404.html"]
+        assert len(names) > 20
+        for name in names:
+            page.goto(f"{address}/{name}", wait_until="networkidle")
+            blank = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
+            wrong += [f"{name}: no picture {source}" for source in page.evaluate(blank)]
+            beyond = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            wrong += [f"{name} is {beyond} pixels too wide"] if beyond > 0 else []
+    assert wrong == []
+
+
+@pytest.mark.browser
+def test_the_search_finds_a_name(address: str) -> None:
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(f"{address}/index.html", wait_until="networkidle")
+        page.locator("[data-md-component=search-query]").click()
+        page.keyboard.type("gaussian_blur")
+        first = page.locator(".md-search-result__link").first
+        first.wait_for(timeout=20_000)
+        assert ".html" in (first.get_attribute("href") or "")

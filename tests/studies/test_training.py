@@ -159,7 +159,7 @@ def test_muon_refuses_weights_that_are_no_matrix_in_memory() -> None:
 def test_rehearsal_of_the_whole_training(tmp_path: Path) -> None:
     """In a process of its own, since it draws with several; the results load and sample."""
     work, out = tmp_path / "work", tmp_path / "out"
-    command = [sys.executable, "-m", "training", "--work", work, "--out", out, "--share", "0.0005"]
+    command = [sys.executable, "-m", "studies.training", "--work", work, "--out", out, "--share", "0.0005"]
     ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     from diffusers import StableDiffusionXLPipeline
@@ -175,7 +175,7 @@ def test_rehearsal_of_the_whole_training(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rehearsal_does_not_replace_the_bundled_checkpoints(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "training", "--work", str(tmp_path / "work"), "--share", "0.001"]
+    command = [sys.executable, "-m", "studies.training", "--work", str(tmp_path / "work"), "--share", "0.001"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
     assert "--out" in ran.stderr
