@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the bundled model and its judge from nothing: ``python -m studies.training``. A run that was cut off goes on."""
+"""Train the bundled model and its judge from nothing: ``python -m studies.training``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from studies.training.loop import Plan
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Folder for drawings, latents, checkpoints and losses.")] = Path(
-        "outputs/training"
-    ),
+    work: Annotated[
+        Path, typer.Option(help="Folder for checkpoints and losses, from which a run that was cut off goes on.")
+    ] = Path("outputs/training"),
     out: Annotated[Path, typer.Option(help="Folder that gets demo/ and judge/.")] = export.CHECKPOINTS,
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the steps and drawings; less is a rehearsal.")] = 1,
 ) -> None:
     """Draw, train autoencoder, text encoders, denoiser and judge, and write the checkpoints."""
-
     if share < 1 and out == export.CHECKPOINTS:
         raise typer.BadParameter("a rehearsal does not replace the bundled checkpoints; name another folder with --out")
 
@@ -34,7 +33,7 @@ def main(
     texts = text.fit(work, part(text.PLAN))
     unet = denoiser.fit(work, autoencoder, texts, part(denoiser.PLAN), count)
     autoencoder = vae.sharpen(work, autoencoder, part(vae.SHARPEN), count)
-    export.pipeline(out / "demo", work, autoencoder, texts, unet)
+    export.pipeline(out / "demo", autoencoder, texts, unet)
     export.judge(out / "judge", judge.fit(work, part(judge.PLAN)))
     export.record(out / "demo", work)
 

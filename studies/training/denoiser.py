@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,9 +11,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from rich.progress import track
 from torch.nn import functional as F
 
-from segkern.core.environment import fingerprint
-from studies.training.data import COUNT, Size, drawings, scaled
-from studies.training.loop import DEVICE, Plan, half_precision, save, train
+from studies.training.data import COUNT, Size, drawings, in_turn, scaled
+from studies.training.loop import DEVICE, Plan, half_precision, train
 from studies.training.text import WIDTHS, Texts
 
 PLAN = Plan(steps=10_000, rate=8e-4, warmup=200, average=0.999, seed=3, muon=2e-3)
@@ -55,26 +53,20 @@ def scheduler() -> EulerDiscreteScheduler:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, work: Path, count: int = COUNT) -> dict[Size, torch.Tensor]:
-    """Means of the scaled latents, float16 ``[count, 4, height / 4, width / 4]`` by (width, height) in pixels."""
-    path = work / f"latents-{count}-{fingerprint(vae.encoder, vae.quant_conv)}.pt"
-    if not path.exists():
-        latents = {}
-        for size, pictures in drawings(work, count).pictures.items():
-            parts = []
-            for part in track(pictures.split(64), f"encoding {size[0]}x{size[1]}"):
-                pixels = scaled(part).to(DEVICE).contiguous(memory_format=torch.channels_last)
-                with half_precision():
-                    mean = vae.encode(pixels).latent_dist.mean
-                parts.append((mean.float() * vae.config.scaling_factor).half().cpu())
-            latents[size] = torch.cat(parts)
-        save(latents, path)
-    return torch.load(path, weights_only=True)
+def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+    """Means of the scaled latents, float16 ``[count, 4, height / 4, width / 4]``."""
+    parts = []
+    for part in track(pictures.split(64), f"encoding {pictures.shape[3]}x{pictures.shape[2]}"):
+        pixels = scaled(part).to(DEVICE).contiguous(memory_format=torch.channels_last)
+        with half_precision():
+            mean = vae.encode(pixels).latent_dist.mean
+        parts.append((mean.float() * vae.config.scaling_factor).half().cpu())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
 def embed(texts: Texts, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the denoiser sees of captions, float16: all tokens' states, and one vector for the whole."""
+    """Captions as the denoiser takes them, float16: all tokens' states, and one vector for the whole."""
     parts = [texts(captions[first : first + 256]) for first in range(0, len(captions), 256)]
     states, whole = zip(*parts, strict=True)
     return torch.cat(states).half().cpu(), torch.cat(whole).half().cpu()
@@ -94,41 +86,35 @@ def times(count: int, rng: torch.Generator) -> torch.Tensor:
     return (chosen * 1000).long().clamp_(0, 999)
 
 
-def batches(sizes: Iterable[Size]) -> list[Size]:
-    """Sizes in the order in which steps take them, the square one twice as often."""
-    square, *others = sizes
-    return [size for other in others for size in (square, other)]
-
-
 def fit(work: Path, vae: AutoencoderKL, texts: Texts, plan: Plan = PLAN, count: int = COUNT) -> UNet2DConditionModel:
     """Train on all latents; every caption is encoded once."""
     torch.manual_seed(plan.seed)
     unet = build().to(DEVICE, memory_format=torch.channels_last)
     if DEVICE.type == "cpu":
         unet.set_attn_processor(AttnProcessor())  # training on a CPU is a quarter faster than with fused attention
-    data = encode(vae, work, count)
-    scenes = drawings(work, count).scenes
-    known = {size: embed(texts, [scene.caption for scene in group]) for size, group in scenes.items()}
-    nothing_said = embed(texts, [""])
-    order = batches(data)
-    kept = scheduler().alphas_cumprod.to(DEVICE)
+    latents = {size: encode(vae, pictures) for size, pictures in drawings(count).pictures.items()}
+    scenes = drawings(count).scenes
+    captions = {size: embed(texts, [scene.caption for scene in group]) for size, group in scenes.items()}
+    empty_prompt = embed(texts, [""])
+    order = in_turn()
+    alphas = scheduler().alphas_cumprod.to(DEVICE)
 
     def loss_of(step: int, rng: torch.Generator) -> torch.Tensor:
         size = order[step % len(order)]
-        chosen = torch.randint(len(data[size]), (BATCH,), generator=rng)
-        clean = data[size][chosen].to(DEVICE).float().contiguous(memory_format=torch.channels_last)
+        chosen = torch.randint(len(latents[size]), (BATCH,), generator=rng)
+        clean = latents[size][chosen].to(DEVICE).float().contiguous(memory_format=torch.channels_last)
         dropped = torch.rand(BATCH, generator=rng)
         silent, zero = dropped < NO_CAPTION, dropped < ALL_ZEROS
-        states, whole = (part[chosen].float() for part in known[size])
-        states[silent], whole[silent] = (part.float() for part in nothing_said)
+        states, whole = (part[chosen].float() for part in captions[size])
+        states[silent], whole[silent] = (part.float() for part in empty_prompt)
         states[zero], whole[zero] = 0, 0
         time = times(BATCH, rng).to(DEVICE)
         noise = torch.randn(clean.shape, generator=rng).to(DEVICE)
-        signal, share = kept[time].sqrt()[:, None, None, None], (1 - kept[time]).sqrt()[:, None, None, None]
+        signal, share = alphas[time].sqrt()[:, None, None, None], (1 - alphas[time]).sqrt()[:, None, None, None]
         conditions = {"text_embeds": whole.to(DEVICE), "time_ids": micro_conditions(size, BATCH).to(DEVICE)}
         noisy = (signal * clean + share * noise).contiguous(memory_format=torch.channels_last)
         with half_precision():
-            found = unet(noisy, time, states.to(DEVICE), added_cond_kwargs=conditions).sample
-        return F.mse_loss(found.float(), signal * noise - share * clean)
+            prediction = unet(noisy, time, states.to(DEVICE), added_cond_kwargs=conditions).sample
+        return F.mse_loss(prediction.float(), signal * noise - share * clean)
 
     return train("denoiser", unet, loss_of, plan, work)

@@ -15,13 +15,14 @@ from segkern.core.environment import environment
 from studies.evaluation.judge import Judge
 from studies.training.denoiser import scheduler
 from studies.training.loop import DEVICE
-from studies.training.text import Texts
+from studies.training.text import TOKENIZERS, Texts
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "segkern" / "checkpoints"
 
 
-def pipeline(folder: Path, work: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditionModel) -> None:
+def pipeline(folder: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditionModel) -> None:
     """Write a checkpoint that ``StableDiffusionXLPipeline.from_pretrained`` loads."""
+    tokenizers = {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in TOKENIZERS}
     whole = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=texts.first,
@@ -35,10 +36,11 @@ def pipeline(folder: Path, work: Path, vae: AutoencoderKL, texts: Texts, unet: U
     whole.to(dtype=torch.float16)
     whole.save_pretrained(folder)
     whole.to(dtype=torch.float32)
-    for name in ("tokenizer", "tokenizer_2"):  # saved as tokenizer.json, which older releases cannot read
-        (folder / name / "tokenizer.json").unlink(missing_ok=True)
-        for file in (work / "texts" / name).iterdir():
-            shutil.copy(file, folder / name)
+    for name, files in tokenizers.items():  # saved in a form that older releases cannot read
+        shutil.rmtree(folder / name)
+        (folder / name).mkdir()
+        for file, content in files.items():
+            (folder / name / file).write_bytes(content)
 
 
 def record(folder: Path, work: Path) -> None:
@@ -46,11 +48,13 @@ def record(folder: Path, work: Path) -> None:
     parts = {}
     for log in sorted(work.glob("*.jsonl")):
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        if not lines:
+            continue  # a rehearsal too short for a mean
         every = max(1, len(lines) // 20)
         losses = {line["step"]: round(line["loss"], 5) for line in [*lines[every - 1 :: every], lines[-1]]}
         parts[log.stem] = {"steps": lines[-1]["step"], "seconds": round(lines[-1]["seconds"]), "loss": losses}
-    found = environment(DEVICE, "diffusers", "transformers") | {"parts": parts}
-    (folder / "training.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    training = environment(DEVICE, "diffusers", "transformers") | {"parts": parts}
+    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
 
 
 def judge(folder: Path, trained: Judge) -> None:

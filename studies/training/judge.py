@@ -9,9 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from studies.evaluation.judge import Judge
-from studies.evaluation.shapes import PICTURE_SIZES, numbered
-from studies.training.data import SEED, scaled
-from studies.training.denoiser import batches
+from studies.evaluation.shapes import numbered
+from studies.training.data import SEED, in_turn, scaled
 from studies.training.loop import DEVICE, Plan, half_precision, train
 
 PLAN = Plan(steps=6000, rate=2e-3, average=0.998, seed=4)
@@ -22,7 +21,7 @@ def fit(work: Path, plan: Plan = PLAN) -> Judge:
     """Train on ever new drawings; noise and changes of contrast keep it from counting on exact levels."""
     torch.manual_seed(plan.seed)
     judge = Judge().to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    order = batches(PICTURE_SIZES)
+    order = in_turn()
 
     def loss_of(step: int, rng: torch.Generator) -> torch.Tensor:
         size = order[step % len(order)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training loop for everything here: schedule, moving average, checkpoints to go on from, progress."""
+"""One training loop for everything here: schedule, moving average, losses written down, parts that are done kept."""
 
 from __future__ import annotations
 
@@ -21,13 +21,7 @@ from studies.training.optimisers import Optimisers
 Trained = TypeVar("Trained", bound=torch.nn.Module)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def save(content: object, path: Path) -> None:
-    """Save so that the file is either whole or not there."""
-    unfinished = path.with_suffix(".new")
-    torch.save(content, unfinished)
-    unfinished.replace(path)
+_INTERVAL = 50  # steps over which the loss is averaged
 
 
 def half_precision() -> torch.autocast:
@@ -59,51 +53,39 @@ class Plan:
 
 
 def train(
-    name: str,
-    module: Trained,
-    loss_of: Callable[[int, torch.Generator], torch.Tensor],
-    plan: Plan,
-    work: Path,
-    save_every: int = 250,
+    name: str, module: Trained, loss_of: Callable[[int, torch.Generator], torch.Tensor], plan: Plan, work: Path
 ) -> Trained:
     """Train ``module`` in place and return it, or its moving average, in evaluation mode.
 
-    Goes on from ``work/name.pt`` where a run was cut off. The losses are written to ``work/name.jsonl``.
+    Trained weights are kept in ``work/name.pt`` and taken from there the next time; losses go to ``work/name.jsonl``.
 
     Args:
-        name: of the run.
-        module: what to train.
+        name: of the part.
+        module: to train.
         loss_of: the loss of a step, given its number and a CPU generator that depends on nothing but plan and step.
         plan: how long and how fast.
-        work: folder for checkpoints and losses.
-        save_every: steps between checkpoints.
+        work: folder for weights and losses.
 
     Raises:
-        ValueError: when ``work`` holds a run of another plan under this name.
+        ValueError: when ``work`` holds a part of another plan under this name.
     """
     work.mkdir(parents=True, exist_ok=True)
     path, log = work / f"{name}.pt", work / f"{name}.jsonl"
     averaged = copy.deepcopy(module).requires_grad_(False) if plan.average is not None else module
-    optimisers = Optimisers(module, plan.rate, plan.decay, plan.muon)
-    first, spent = 0, 0.0
     if path.exists():
         state = torch.load(path, map_location=DEVICE, weights_only=True)
         if state["plan"] != asdict(plan):
             raise ValueError(f"{path} belongs to {state['plan']}, not to {plan}; choose another folder with --work")
-        module.load_state_dict(state["module"])
-        averaged.load_state_dict(state["averaged"])
-        optimisers.load_state_dict(state["optimisers"])
-        first, spent = state["step"], state["seconds"]
-        log.write_text("".join(line for line in _lines(log) if json.loads(line)["step"] <= first), encoding="utf-8")
-    else:
-        log.unlink(missing_ok=True)
+        averaged.load_state_dict(state["weights"])
+        return averaged.eval()
 
-    began, recent, interval = time.perf_counter(), 0.0, 50
+    optimisers = Optimisers(module, plan.rate, plan.decay, plan.muon)
+    began, losses, lines = time.perf_counter(), 0.0, []
     columns = TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}")
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task(name, total=plan.steps, completed=first, loss="?")
+        task = progress.add_task(name, total=plan.steps, loss="?")
         module.train()
-        for step in range(first, plan.steps):
+        for step in range(plan.steps):
             rise = min(1.0, (step + 1) / plan.warmup)
             optimisers.zero_grad()
             loss = loss_of(step, torch.Generator().manual_seed(plan.seed * 1_000_003 + step))
@@ -111,31 +93,14 @@ def train(
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimisers.step(rise * (0.5 + 0.5 * math.cos(math.pi * step / plan.steps)))
             if plan.average is not None:
-                decay = min(plan.average, (step + 1) / (step + 10))
-                average = get_ema_multi_avg_fn(decay)
+                average = get_ema_multi_avg_fn(min(plan.average, (step + 1) / (step + 10)))
                 average(list(averaged.parameters()), list(module.parameters()), step)
-            recent += float(loss.detach())
-            if (step + 1) % interval == 0:
-                seconds = spent + time.perf_counter() - began
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step + 1, "loss": recent / interval, "seconds": seconds}) + "\n")
-                progress.update(task, loss=f"{recent / interval:.4f}")
-                recent = 0.0
+            losses += float(loss.detach())
+            if (step + 1) % _INTERVAL == 0:
+                mean, losses = losses / _INTERVAL, 0.0
+                lines.append(json.dumps({"step": step + 1, "loss": mean, "seconds": time.perf_counter() - began}))
+                progress.update(task, loss=f"{mean:.4f}")
             progress.update(task, completed=step + 1)
-            if (step + 1) % save_every == 0 or step + 1 == plan.steps:
-                state = {
-                    "plan": asdict(plan),
-                    "module": module.state_dict(),
-                    "averaged": averaged.state_dict(),
-                    "optimisers": optimisers.state_dict(),
-                    "step": step + 1,
-                    "seconds": spent + time.perf_counter() - began,
-                }
-                save(state, path)
+    log.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    torch.save({"plan": asdict(plan), "weights": averaged.state_dict()}, path)
     return averaged.eval()
-
-
-def _lines(log: Path) -> list[str]:
-    """The lines of a log that were written in full."""
-    text = log.read_text(encoding="utf-8") if log.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines(keepends=True)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -28,7 +26,7 @@ class Optimisers:
         self._module = module
         chosen = [p for name, p in module.named_parameters() if muon is not None and _by_muon(name, p)]
         others = [p for name, p in module.named_parameters() if muon is None or not _by_muon(name, p)]
-        self._each: list[torch.optim.Optimizer] = [
+        self._optimisers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
         ]
         self._rates = [rate]
@@ -38,7 +36,9 @@ class Optimisers:
                 raise ValueError(f"a weight {list(p.shape)} has strides {p.stride()}; Muon wants torch.channels_last")
         if muon is not None:
             matrices = [matrix for _, matrix in self._pairs]
-            self._each.append(torch.optim.Muon(matrices, muon, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+            self._optimisers.append(
+                torch.optim.Muon(matrices, muon, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            )
             self._rates.append(muon)
 
     def zero_grad(self) -> None:
@@ -49,18 +49,9 @@ class Optimisers:
         """Step with this share of the rates."""
         for p, matrix in self._pairs:
             matrix.grad = None if p.grad is None else _matrix(p.grad)
-        for optimiser, rate in zip(self._each, self._rates, strict=True):
+        for optimiser, rate in zip(self._optimisers, self._rates, strict=True):
             optimiser.param_groups[0]["lr"] = rate * share
             optimiser.step()
-
-    def state_dict(self) -> list[dict[str, Any]]:
-        """What ``load_state_dict`` takes up."""
-        return [optimiser.state_dict() for optimiser in self._each]
-
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Go on from the states of ``state_dict``."""
-        for optimiser, state in zip(self._each, states, strict=True):
-            optimiser.load_state_dict(state)
 
 
 def _by_muon(name: str, parameter: nn.Parameter) -> bool:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizers and the two text encoders, which learn to answer questions about a caption and then stay fixed."""
+"""The two text encoders, which learn to answer questions about a caption and then stay fixed."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -12,70 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from segkern.generation.loading import DEMO
 from studies.evaluation.shapes import ATTRIBUTES, random_scene
 from studies.training.loop import DEVICE, Plan, train
 
 PLAN = Plan(steps=900, rate=2e-3, seed=2)
 BATCH = 128
+# Their words are those of the captions; they are not trained.
+TOKENIZERS = tuple(DEMO / name for name in ("tokenizer", "tokenizer_2"))
 WIDTHS = (48, 80)  # two, since diffusers tells the encoders of a single file apart by their widths
 TOKENS = 32
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = (
-    "a an the of in on at and with or above below behind front left right over under next to between around "
-    "red orange yellow green blue purple small large row column three six "
-    "circle circles ring rings square squares triangle triangles star stars cross crosses dark light background"
-)
-
-
-def byte_symbols() -> list[str]:
-    """The printable character of each byte in the byte-level alphabet of GPT-2 and CLIP, in CLIP's order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(printable)
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]
-
-
-def merges_of(words: str) -> list[tuple[str, str]]:
-    """Merges that make each word one token: those of the words before it, then its own for what these leave apart."""
-    merges: list[tuple[str, str]] = []
-    for word in words.split():
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        for left, right in merges:
-            symbols = _merged(symbols, left, right)
-        while len(symbols) > 1:
-            merges.append((symbols[0], symbols[1]))
-            symbols = _merged(symbols, *merges[-1])
-    return merges
-
-
-def _merged(symbols: list[str], left: str, right: str) -> list[str]:
-    """The symbols with every ``left, right`` made one."""
-    found: list[str] = []
-    for symbol in symbols:
-        if found and found[-1] == left and symbol == right:
-            found[-1] = left + right
-        else:
-            found.append(symbol)
-    return found
-
-
-def write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
-    """Writes a CLIP tokenizer (vocab.json, merges.txt and its configuration) and loads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    symbols = byte_symbols()
-    merges = merges_of(WORDS)
-    vocabulary = [*symbols, *(s + "</w>" for s in symbols), *dict.fromkeys("".join(m) for m in merges), START, END]
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True, **special}
-    write_json(folder / "vocab.json", {token: i for i, token in enumerate(vocabulary)})
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "special_tokens_map.json", special)
-    return CLIPTokenizer.from_pretrained(folder)
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTextConfig:
@@ -97,12 +42,9 @@ def text_config(tokenizer: CLIPTokenizer, width: int, activation: str) -> CLIPTe
 class Texts(nn.Module):
     """Both encoders with their tokenizers, used as ``StableDiffusionXLPipeline`` uses them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.tokenizers = [
-            write_tokenizer(folder / "tokenizer", END),
-            write_tokenizer(folder / "tokenizer_2", "!"),
-        ]
+        self.tokenizers = [CLIPTokenizer.from_pretrained(folder) for folder in TOKENIZERS]
         self.first = CLIPTextModel(text_config(self.tokenizers[0], WIDTHS[0], "quick_gelu"))
         self.second = CLIPTextModelWithProjection(text_config(self.tokenizers[1], WIDTHS[1], "gelu"))
 
@@ -139,7 +81,7 @@ class Quiz(nn.Module):
 def fit(work: Path, plan: Plan = PLAN) -> Texts:
     """Both encoders, trained until they can tell everything that a caption says."""
     torch.manual_seed(plan.seed)
-    texts = Texts(work / "texts")
+    texts = Texts()
     quiz = Quiz(texts).to(DEVICE)
     widths = [len(known) + 1 for known in ATTRIBUTES.values()]
 

@@ -12,7 +12,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional as F
 
-from studies.training.data import COUNT, drawings, scaled
+from studies.evaluation.shapes import PICTURE_SIZES
+from studies.training.data import COUNT, Size, drawings, scaled
 from studies.training.loop import DEVICE, Plan, half_precision, train
 
 PLAN = Plan(steps=2600, rate=2.5e-4, average=0.995, seed=1)
@@ -82,17 +83,21 @@ def _put(layer: torch.nn.Conv2d, mixing: torch.Tensor) -> None:
     layer.bias[:out] = 0
 
 
+def random_pixels(pictures: dict[Size, torch.Tensor], step: int, rng: torch.Generator) -> torch.Tensor:
+    """A batch of the size whose turn it is."""
+    of_size = pictures[PICTURE_SIZES[step % len(PICTURE_SIZES)]]
+    chosen = torch.randint(len(of_size), (BATCH,), generator=rng)
+    return scaled(of_size[chosen]).to(DEVICE).contiguous(memory_format=torch.channels_last)
+
+
 def fit(work: Path, plan: Plan = PLAN, count: int = COUNT) -> AutoencoderKL:
     """Train on the drawings; afterwards the latents' channels have mean 0, variance 1 and no correlation."""
     torch.manual_seed(plan.seed)
     vae = build().to(DEVICE, memory_format=torch.channels_last)
-    data = drawings(work, count).pictures
-    sizes = list(data)
+    data = drawings(count).pictures
 
     def loss_of(step: int, rng: torch.Generator) -> torch.Tensor:
-        pictures = data[sizes[step % len(sizes)]]
-        chosen = torch.randint(len(pictures), (BATCH,), generator=rng)
-        pixels = scaled(pictures[chosen]).to(DEVICE).contiguous(memory_format=torch.channels_last)
+        pixels = random_pixels(data, step, rng)
         with half_precision():
             latents = vae.encode(pixels).latent_dist
             noise = torch.randn(latents.mean.shape, generator=rng).to(DEVICE)
@@ -101,22 +106,19 @@ def fit(work: Path, plan: Plan = PLAN, count: int = COUNT) -> AutoencoderKL:
         return error + KL_WEIGHT * (latents.kl().mean() / latents.mean[0].numel())
 
     vae = train("vae", vae, loss_of, plan, work)
-    whiten(vae, scaled(data[sizes[0]][:512]).to(DEVICE))
+    whiten(vae, scaled(data[PICTURE_SIZES[0]][:512]).to(DEVICE))
     return vae.requires_grad_(False)
 
 
 def sharpen(work: Path, vae: AutoencoderKL, plan: Plan = SHARPEN, count: int = COUNT) -> AutoencoderKL:
     """Train the decoder alone for longer, on slightly noisy latents; the latents stay what they are."""
     torch.manual_seed(plan.seed)
-    data = drawings(work, count).pictures
-    sizes = list(data)
+    data = drawings(count).pictures
     halves = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
     vae.train()
 
     def loss_of(step: int, rng: torch.Generator) -> torch.Tensor:
-        pictures = data[sizes[step % len(sizes)]]
-        chosen = torch.randint(len(pictures), (BATCH,), generator=rng)
-        pixels = scaled(pictures[chosen]).to(DEVICE).contiguous(memory_format=torch.channels_last)
+        pixels = random_pixels(data, step, rng)
         with half_precision():
             with torch.no_grad():
                 latents = vae.encode(pixels).latent_dist.mean.float()

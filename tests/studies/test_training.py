@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training of the bundled model goes on where it was cut off, and a rehearsal of all of it gives checkpoints."""
+"""The training of the bundled model keeps what is done, and a rehearsal of all of it gives checkpoints."""
 
 from __future__ import annotations
 
+import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch import nn
 
 from studies.evaluation.judge import load_judge
+from studies.training import __main__ as command
 from studies.training import denoiser, vae
 from studies.training.data import scaled
 from studies.training.loop import Plan, train
 from studies.training.optimisers import Optimisers
 from studies.training.text import Texts
-
-ROOT = Path(__file__).parents[2]
-
-
-class Interrupted(Exception):
-    """What stands for a power cut."""
 
 
 class Line(nn.Module):
@@ -41,40 +36,30 @@ class Line(nn.Module):
         return self.out(nn.functional.silu(self.attentions[0](state)))
 
 
-def line_fit(work: Path, plan: Plan, stop_at: int | None = None) -> list[torch.Tensor]:
+def line_fit(work: Path, plan: Plan) -> list[torch.Tensor]:
     torch.manual_seed(0)
     module = Line()
 
     def loss_of(step: int, rng: torch.Generator) -> torch.Tensor:
-        if step == stop_at:
-            raise Interrupted
         points = torch.randn(16, 3, generator=rng)
         return (module(points) - points.sum(1, keepdim=True)).square().mean()
 
-    return list(train("line", module, loss_of, plan, work, save_every=10).parameters())
+    return list(train("line", module, loss_of, plan, work).parameters())
 
 
-@pytest.mark.parametrize("average, muon", [(None, None), (0.9, None), (0.9, 1e-2)])
-def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
-    tmp_path: Path, average: float | None, muon: float | None
-) -> None:
-    plan = Plan(steps=40, rate=1e-2, warmup=5, average=average, seed=3, muon=muon)
-    whole = line_fit(tmp_path / "whole", plan)
-    with pytest.raises(Interrupted):
-        line_fit(tmp_path / "cut", plan, stop_at=25)
-    resumed = line_fit(tmp_path / "cut", plan)
-    for one, other in zip(whole, resumed, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("muon", [None, 2e-2])
-def test_losses_fall_and_are_written_down(tmp_path: Path, muon: float | None) -> None:
-    line_fit(tmp_path, Plan(steps=200, rate=2e-2, warmup=5, muon=muon))
-    losses = [
-        float(line.split('"loss": ')[1].split(",")[0]) for line in (tmp_path / "line.jsonl").read_text().splitlines()
-    ]
+@pytest.mark.parametrize(("average", "muon"), [(None, None), (0.9, 2e-2)])
+def test_losses_fall_and_a_part_that_is_done_is_kept(tmp_path: Path, average: float | None, muon: float | None) -> None:
+    plan = Plan(steps=200, rate=2e-2, warmup=5, average=average, muon=muon)
+    trained = line_fit(tmp_path, plan)
+    log = (tmp_path / "line.jsonl").read_text(encoding="utf-8")
+    losses = [json.loads(line)["loss"] for line in log.splitlines()]
     assert len(losses) == 4
     assert losses[-1] < losses[0] / 2
+    again = line_fit(tmp_path, plan)
+    assert all(torch.equal(first, second) for first, second in zip(trained, again, strict=True))
+    assert (tmp_path / "line.jsonl").read_text(encoding="utf-8") == log
+    with pytest.raises(ValueError, match=r"line.pt belongs to .*'steps': 200.*choose another folder with --work"):
+        line_fit(tmp_path, Plan(steps=20, rate=1e-2))
 
 
 def test_untrained_autoencoder_passes_colours() -> None:
@@ -110,11 +95,11 @@ def test_times_cover_the_schedule() -> None:
     assert math.isclose(float(drawn.float().mean()), 555, abs_tol=25)
 
 
-def test_texts_encode_as_the_pipeline_does(tmp_path: Path) -> None:
+def test_texts_encode_as_the_pipeline_does() -> None:
     from segkern.generation.loading import find_model, load_pipeline
 
     pipe = load_pipeline(find_model("demo"), torch.float32, torch.device("cpu"))
-    texts = Texts(tmp_path)
+    texts = Texts()
     texts.first.load_state_dict(pipe.text_encoder.state_dict())
     texts.second.load_state_dict(pipe.text_encoder_2.state_dict())
     captions = ["a large red ring above a small blue square", "", "six green stars in a circle on a dark background"]
@@ -157,11 +142,9 @@ def test_muon_refuses_weights_that_are_no_matrix_in_memory() -> None:
 
 @pytest.mark.slow
 def test_rehearsal_of_the_whole_training(tmp_path: Path) -> None:
-    """In a process of its own, since it draws with several; the results load and sample."""
+    """The results load and sample."""
     work, out = tmp_path / "work", tmp_path / "out"
-    command = [sys.executable, "-m", "studies.training", "--work", work, "--out", out, "--share", "0.0005"]
-    ran = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    command.main(work=work, out=out, share=0.0005)
     from diffusers import StableDiffusionXLPipeline
 
     pipe = StableDiffusionXLPipeline.from_pretrained(out / "demo", dtype=torch.float32)
@@ -173,16 +156,7 @@ def test_rehearsal_of_the_whole_training(tmp_path: Path) -> None:
     assert {"vae", "decoder", "text", "denoiser", "judge"} <= logs
 
 
-@pytest.mark.slow
 def test_a_rehearsal_does_not_replace_the_bundled_checkpoints(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "studies.training", "--work", str(tmp_path / "work"), "--share", "0.001"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ran.returncode == 2
-    assert "--out" in ran.stderr
+    with pytest.raises(typer.BadParameter, match="--out"):
+        command.main(work=tmp_path / "work", share=0.001)
     assert not (tmp_path / "work").exists()
-
-
-def test_a_run_of_another_plan_is_refused(tmp_path: Path) -> None:
-    line_fit(tmp_path, Plan(steps=10, rate=1e-2))
-    with pytest.raises(ValueError, match=r"line.pt belongs to .*'steps': 10.*choose another folder with --work"):
-        line_fit(tmp_path, Plan(steps=20, rate=1e-2))
