@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guiders for modular diffusers have in common: classifier-free guidance, one spec, and a configuration."""
+"""The base class of guiders: classifier-free guidance, one spec beside it, and a configuration that can be saved."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class SpecGuider(ClassifierFreeGuidance):
         self._calls: GuiderCalls | None = None
 
     def _spec(self, spec: Spec | None, values: Mapping[str, Any]) -> Spec:
-        """What was given, or the one that the values make."""
+        """The spec that was given, or the one that the values make."""
         owner = type(self).__name__
         given = {name: value for name, value in values.items() if value is not None}
         if spec is None:
@@ -174,10 +174,10 @@ class SpecGuider(ClassifierFreeGuidance):
     def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> Any:
         """The guided prediction of the step, and the predictions without guidance."""
         calls, cfg = self._calls, self._is_cfg_enabled()
-        found: torch.Tensor | None = None
+        difference: torch.Tensor | None = None
         if calls is not None:
-            pred_cond, found = calls.difference(pred_cond)
-        if found is None and self._enabled and self._now.strength:
+            pred_cond, difference = calls.difference(pred_cond)
+        if difference is None and self._enabled and self._now.strength:
             raise RuntimeError(
                 f"{type(self).__name__} was not there when the denoiser ran: prepare_models must come before each call "
                 f"of it and cleanup_models after it"
@@ -187,15 +187,15 @@ class SpecGuider(ClassifierFreeGuidance):
             assert pred_uncond is not None
             pred = pred_cond if self.use_original_formulation else pred_uncond
             pred = pred + self.guidance_scale * (pred_cond - pred_uncond)
-        if found is not None:
-            pred = shifted(pred, self._now.strength * found)
+        if difference is not None:
+            pred = shifted(pred, self._now.strength * difference)
         if cfg and self.guidance_rescale > 0.0:
             pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
         self._num_inference_steps = None  # what is asked between steps is asked of the whole run
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _is_cfg_enabled(self) -> bool:
-        """Whether there is classifier-free guidance in this step; between steps, in any."""
+        """True if there is classifier-free guidance in this step; between steps, in any."""
         steps: int | None = self._num_inference_steps
         if steps is not None and not self._start <= self._fraction < self._stop:
             return False
@@ -203,7 +203,7 @@ class SpecGuider(ClassifierFreeGuidance):
         return bool(self._enabled) and not math.isclose(self.guidance_scale, off)
 
     def report(self) -> Report:
-        """What the guidance did so far, to the denoiser that ran last; warns if it fired never or moved nothing.
+        """Report the guidance so far in the denoiser that ran last; warns if it fired never or moved nothing.
 
         Raises:
             RuntimeError: before any run.
@@ -227,16 +227,16 @@ def _numbers(sigma: Any) -> Any:
     if isinstance(sigma, str) and sigma == _INFINITY:
         return math.inf
     if isinstance(sigma, Mapping):
-        return {name: _numbers(each) for name, each in sigma.items()}
-    return [_numbers(each) for each in sigma] if isinstance(sigma, (list, tuple)) else sigma
+        return {name: _numbers(item) for name, item in sigma.items()}
+    return [_numbers(item) for item in sigma] if isinstance(sigma, (list, tuple)) else sigma
 
 
 def _plain(value: Any) -> Any:
     """A value of a configuration in JSON's types."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and math.isinf(value):
         return _INFINITY
     return getattr(value, "__qualname__", repr(value)) if callable(value) else value

@@ -54,7 +54,7 @@ class GuiderCalls:
     Attributes:
         recorder: of what happened.
         samples: that the pipeline asked for in the call in which a branch has just joined; None without a branch.
-        found: the difference that a second call gave, or that an earlier step left for this one; None where the branch
+        kept: the difference that a second call gave, or that an earlier step left for this one; None where the branch
             is in the output.
 
     Raises:
@@ -64,15 +64,14 @@ class GuiderCalls:
     def __init__(self, denoiser: nn.Module, spec: Spec) -> None:
         self._module = denoiser
         self._spec = spec
-        kinds = find_denoisers(SimpleNamespace(unet=denoiser))
-        if not kinds:
+        denoisers = find_denoisers(SimpleNamespace(unet=denoiser))
+        if not denoisers:
             find_model(denoiser)  # says what could be guided
-        kind = kinds[0]
-        self._denoiser: Denoiser = kind
-        self._denoiser_guidance = DenoiserGuidance(kind, choose_layers(kind, (spec,)))
+        self._denoiser: Denoiser = denoisers[0]
+        self._denoiser_guidance = DenoiserGuidance(self._denoiser, choose_layers(self._denoiser, (spec,)))
         self.recorder: Recorder = self._denoiser_guidance.recorder
         self.samples: int | None = None
-        self.found: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
         self._differences = Differences((spec,))
         self._handles: list[RemovableHandle] = []
         self._step = Step()
@@ -82,13 +81,13 @@ class GuiderCalls:
         self._sag: SAGForward | None = None
 
     def is_of(self, denoiser: nn.Module) -> bool:
-        """Whether it is this denoiser's."""
+        """True if it is this denoiser's."""
         return self._module is denoiser
 
     def new_step(self, first: bool) -> None:
         """Forget the last step, and with the ``first`` of a run the last run."""
         self.release()  # after an exception
-        self.samples, self.found = None, None
+        self.samples, self.kept = None, None
         if first:
             self._differences.forget()
 
@@ -139,7 +138,7 @@ class GuiderCalls:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         sample = self._denoiser.sample(args, kwargs)
         if not self._differences.due(0, self._step.number, sample.shape):
-            self.found = self._differences.last(0)
+            self.kept = self._differences.last(0)
             return None
         batch = Batch(sample.shape[0], 0, 0 if self._sag else 1)
         own, strengths = batch.conditional, {0: self._step.strength}
@@ -166,11 +165,11 @@ class GuiderCalls:
             self.release()
 
     def _is_own(self, module: nn.Module) -> bool:
-        """Whether a call is the one that was waited for: not of a copy, nor the second one of SAG."""
+        """True if a call is the one that was waited for: not of a copy, nor the second one of SAG."""
         return module is self._module and (self._sag is None or not self._sag.running)
 
     def _take(self, forward: Forward, sample: torch.Tensor) -> None:
-        """What the forward under way gave."""
+        """Take the output of the forward under way."""
         moved = self._denoiser_guidance.reports(forward)
         if self._sag is None:
             self.samples = forward.batch.samples
@@ -178,10 +177,10 @@ class GuiderCalls:
             layer = next(iter(self._denoiser_guidance.layers))
             moved = {key: pair.clone() for key, pair in moved.items()}
             with self._denoiser_guidance.quiet():
-                self.found, moved[0, layer.info.module] = self._sag.difference(
+                self.kept, moved[0, layer.info.module] = self._sag.difference(
                     0, self._module, self._denoiser.arguments, self._given, sample.clone(), layer
                 )
-            self._differences.keep(0, self.found)
+            self._differences.keep(0, self.kept)
         self.recorder.add(moved, sample.dtype)
 
     def difference(self, prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -193,10 +192,10 @@ class GuiderCalls:
         Raises:
             RuntimeError: when the branch is not in it any more.
         """
-        samples, found = self.samples, self.found
-        self.samples, self.found = None, None
+        samples, difference = self.samples, self.kept
+        self.samples, self.kept = None, None
         if samples is None:
-            return prediction, found
+            return prediction, difference
         if prediction.shape[0] != 2 * samples:
             raise RuntimeError(
                 f"the denoiser gave a guider {samples} predictions and as many perturbed ones, and it was handed back "
@@ -204,9 +203,9 @@ class GuiderCalls:
             )
         own, perturbed = prediction.chunk(2)
         compute = torch.promote_types(prediction.dtype, torch.float32)
-        found = own.to(compute) - perturbed.to(compute)
-        self._differences.keep(0, found)
-        return own, found
+        difference = own.to(compute) - perturbed.to(compute)
+        self._differences.keep(0, difference)
+        return own, difference
 
 
 def running_pipeline() -> tuple[Any, Any]:

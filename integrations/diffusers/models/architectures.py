@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What has to be known of each transformer: where its blocks and its image tokens are, and how pipelines call it.
+"""Descriptions of transformers: their blocks, their image tokens, and how pipelines call them.
 
 Nothing in here computes; attention itself is met where the model calls it (:mod:`interception`), so that an
 architecture is a few facts about argument names. A model is known by the name of its class, which costs no import.
@@ -252,7 +252,7 @@ _ALL = (
     ),
 )
 
-ARCHITECTURES: Mapping[str, Architecture] = {each.model: each for each in _ALL}
+ARCHITECTURES: Mapping[str, Architecture] = {architecture.model: architecture for architecture in _ALL}
 
 # Models whose image tokens do not meet in a softmax: there are no queries that could be blurred.
 LINEAR = {
@@ -267,7 +267,7 @@ NO_ADVICE = "no advice is known: the block in the middle"
 
 
 def advised_layers(architecture: Architecture, blocks: int) -> tuple[str, str]:
-    """Where a guidance acts whose layers nobody named, and whose advice that is, or the block in the middle."""
+    """The layers of a guidance that names none, and whose advice they are: somebody's, or the block in the middle."""
     if architecture.default is not None and int(architecture.default[0].split("-")[-1]) < blocks:
         return architecture.default
     return str(blocks // 2), NO_ADVICE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which self-attention layers a denoiser has, what they are called, and on which grid each one works."""
+"""The self-attention layers of a denoiser, with their names and grids."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def list_layers(
 
 def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
     grids = {} if latent is None else _grids(unet, *latent[1:])
-    found: list[LayerInfo] = []
+    layers: list[LayerInfo] = []
     counts = dict.fromkeys(PARTS, 0)
     transformers: dict[str, list[str]] = {part: [] for part in PARTS}
     for module, block, attention in _self_attentions(unet):
@@ -75,7 +75,7 @@ def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
         transformer, _, number = module.removesuffix(".attn1").rpartition(".transformer_blocks.")
         if transformer not in transformers[part]:
             transformers[part].append(transformer)
-        found.append(
+        layers.append(
             LayerInfo(
                 name=f"{part[0]}{counts[part]}",
                 module=module,
@@ -87,7 +87,7 @@ def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
             )
         )
         counts[part] += 1
-    return found
+    return layers
 
 
 def _of_transformer(
@@ -95,7 +95,7 @@ def _of_transformer(
 ) -> list[LayerInfo]:
     side, by_frame = architecture.pixels(model), _latents_of_a_token(model)
     grid = None if latent is None else Grid(latent[1] // side, latent[2] // side, frames=max(1, latent[0] // by_frame))
-    found: list[LayerInfo] = []
+    layers: list[LayerInfo] = []
     before = 0  # blocks in earlier lists
     for stage in architecture.stages:
         blocks: Any = model.get_submodule(stage.blocks)
@@ -103,7 +103,7 @@ def _of_transformer(
             kinds = [kind for kind in stage.attentions if getattr(block, kind, None) is not None]
             for kind in kinds:
                 attention: Any = getattr(block, kind)
-                found.append(
+                layers.append(
                     LayerInfo(
                         name=f"{stage.letter}{number}" + (f".{kind}" if len(kinds) > 1 else ""),
                         module=f"{stage.blocks}.{number}.{kind}",
@@ -115,7 +115,7 @@ def _of_transformer(
                     )
                 )
         before += len(blocks)
-    return found
+    return layers
 
 
 def default_layers_of(pipe_or_model: object) -> tuple[str, str]:
@@ -164,7 +164,7 @@ _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 
 
 def _factor(pipe: object, names: tuple[str, ...]) -> int | None:
-    """What a latent stands for along an axis, under any of the names that pipelines have for it."""
+    """Pixels or pictures of a latent along an axis, under any of the names that pipelines have for it."""
     return next((int(factor) for name in names if (factor := getattr(pipe, name, None)) is not None), None)
 
 
@@ -194,10 +194,10 @@ def find_model(pipe_or_model: object) -> nn.Module:
         if isinstance(model, UNETS) or type(model).__name__ in ARCHITECTURES:
             assert isinstance(model, nn.Module)
             return model
-    found = type(getattr(models[0], "_orig_mod", models[0])).__name__
-    within = "" if models[0] is pipe_or_model else f" with a {found}"
-    reason = f"; of a {found} it cannot: {LINEAR[found]}" if found in LINEAR else ""
-    known = ", ".join(each.users for each in ARCHITECTURES.values())
+    name = type(getattr(models[0], "_orig_mod", models[0])).__name__
+    within = "" if models[0] is pipe_or_model else f" with a {name}"
+    reason = f"; of a {name} it cannot: {LINEAR[name]}" if name in LINEAR else ""
+    known = ", ".join(architecture.users for architecture in ARCHITECTURES.values())
     raise ValueError(
         f"segkern guides pipelines with a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), a UNetMotionModel "
         f"(AnimateDiff) and transformers ({known}), got {type(pipe_or_model).__name__}{within}{reason}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a self-attention layer is called, and which layers a name stands for. One resolver for all models."""
+"""Names of self-attention layers, and the layers that a name stands for. One resolver for all models."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def layer_name(layer: Any) -> str | None:
 
 
 def select_layers(available: Sequence[LayerInfo], wanted: str | Iterable[str]) -> list[LayerInfo]:
-    """The layers that the names in ``wanted`` stand for, each once, in execution order.
+    """The layers that the names in ``wanted`` stand for, n once, in execution order.
 
     Raises:
         ValueError: for a name that stands for none of the ``available`` layers; the message lists what would.
@@ -96,9 +96,9 @@ def _range(
 ) -> list[LayerInfo]:
     """Layers whose number lies in a range, every number of which some layer must have."""
     wanted = range(int(first), int(last or first) + 1)
-    found = [(each, layer) for layer in available if (each := number(layer)) is not None and each in wanted]
-    complete = len({each for each, _ in found}) == len(wanted)
-    return [layer for _, layer in found] if complete else []
+    numbered = [(n, layer) for layer in available if (n := number(layer)) is not None and n in wanted]
+    complete = len({n for n, _ in numbered}) == len(wanted)
+    return [layer for _, layer in numbered] if complete else []
 
 
 def _after(name: str | None, prefix: str) -> int | None:

@@ -93,7 +93,7 @@ def self_attention(
 
 
 def tokens_of(attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
-    """What a layer projects, ``[batch, tokens, channels]``, after its norms."""
+    """Tokens ``[batch, tokens, channels]`` as a layer projects them, after its norms."""
     if attn.spatial_norm is not None:
         hidden_states = attn.spatial_norm(hidden_states, temb)
     if hidden_states.ndim == 4:

@@ -197,7 +197,7 @@ class Forward:
         return self.batch.times(self.frames) if self.frames > 1 else self.batch
 
     def joined(self, place: int) -> int:
-        """How many branches run through the place of this number."""
+        """The number of branches that run through a place."""
         return sum(self.first[index] <= place for index in self.branches) if self.share else len(self.branches)
 
 

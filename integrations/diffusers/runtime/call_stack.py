@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a call is still under way, read from call stacks, which cannot be wrong about it.
+"""Read from call stacks whether a call is still under way.
 
 Of other threads only the identity of frames is looked at: while one reads the local variables of a frame, the thread
 that runs it may go on and leave it, which crashes the interpreter.
@@ -33,7 +33,7 @@ class Call:
     frame: int
 
     def is_under_way(self) -> bool:
-        """Whether it has not returned, nor been left by an exception."""
+        """True if it has not returned, nor been left by an exception."""
         return any(id(frame) == self.frame for frame in frames(sys._current_frames().get(self.thread)))
 
 
@@ -46,20 +46,20 @@ def frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 def first_call(frame: FrameType | None, is_it: Callable[[FrameType], bool]) -> Call | None:
     """The nearest call of this thread's stack that fits."""
-    found = next(filter(is_it, frames(frame)), None)
-    return None if found is None else Call(threading.get_ident(), id(found))
+    nearest = next(filter(is_it, frames(frame)), None)
+    return None if nearest is None else Call(threading.get_ident(), id(nearest))
 
 
 def module_call(module: nn.Module) -> Callable[[FrameType], bool]:
-    """Whether a frame of this thread is a call of a module."""
+    """True if a frame of this thread is a call of a module."""
     return lambda frame: frame.f_code is _CALL and frame.f_locals.get("self") is module
 
 
 def outermost_module_calls() -> list[Call]:
     """Of every other thread that is in a module the call of the outermost one."""
-    found = []
+    calls_of_threads = []
     for thread, top in sys._current_frames().items():
         calls = [frame for frame in frames(top) if frame.f_code is _CALL]
         if calls and thread != threading.get_ident():
-            found.append(Call(thread, id(calls[-1])))
-    return found
+            calls_of_threads.append(Call(thread, id(calls[-1])))
+    return calls_of_threads

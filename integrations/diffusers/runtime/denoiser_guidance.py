@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidances inside a denoiser: what stands in for its processors, where branches join, and what all of it reports."""
+"""Guidances inside one denoiser: its guided layers, the places at which branches join, and the recorder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DenoiserGuidance:
         self.layers.step_aside()
 
     def tell(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What each part does in the coming forward, which gets these arguments."""
+        """Prepare each part for the coming forward, which gets these arguments."""
         grid = self._denoiser.grid(args, kwargs)
         if grid is not None:
             for layer in self.layers:
@@ -67,7 +67,7 @@ class DenoiserGuidance:
         self.layers.tell(forward)
 
     def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
-        """How far each layer moved, for each guidance that acted there."""
+        """The distance that each layer moved, for each guidance that acted there."""
         moved: dict[tuple[int, str], torch.Tensor] = {}
         for layer in self.layers:
             processor, name = layer.processor, layer.info.module

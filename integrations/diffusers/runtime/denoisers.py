@@ -58,7 +58,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """What a call is for: ``"both"`` halves of the batch, ``"conditional"``, ``"unconditional"`` or ``"other"``."""
+        """Purpose: ``"both"`` halves of the batch, ``"conditional"``, ``"unconditional"`` or ``"other"``."""
 
     @abstractmethod
     def batch(self, run: RunContext, size: int, branches: int, cfg: bool) -> Batch:
@@ -70,7 +70,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether branches can join inside, with these arguments."""
+        """True if branches can join inside, with these arguments."""
 
     @abstractmethod
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -78,7 +78,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
-        """What takes the place of a layer's processor.
+        """The processor that takes the place of a layer's own.
 
         Raises:
             ValueError: for a processor that it cannot stand in for.
@@ -196,7 +196,7 @@ class Transformer(Denoiser):
         return run.rescaled_guidance_scale(caller)
 
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """What is added between blocks must meet the batch it was made for."""
+        """Residuals that are added between blocks must meet the batch they were made for."""
         given = (self.arguments.get(name, args, kwargs) for name in self.architecture.residuals)
         return all(value is None for value in given) and not getattr(self.model, "zero_cond_t", False)
 
@@ -227,17 +227,17 @@ class Transformer(Denoiser):
 
 def find_denoisers(pipe: Any) -> list[Denoiser]:
     """The models of a pipeline that can be guided: none, one, or two that take turns in a run (Wan 2.2)."""
-    found: list[Denoiser] = []
+    denoisers: list[Denoiser] = []
     for name in ("unet", "transformer", "transformer_2"):
         model = getattr(pipe, name, None)
         model = getattr(model, "_orig_mod", model)
-        if any(model is other.model for other in found):
+        if any(model is other.model for other in denoisers):
             continue
         denoiser = _denoiser(model)
         if denoiser is not None:
             denoiser.name = name
-            found.append(denoiser)
-    return found
+            denoisers.append(denoiser)
+    return denoisers
 
 
 def _denoiser(model: Any) -> Denoiser | None:

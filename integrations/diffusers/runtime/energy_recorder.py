@@ -61,13 +61,13 @@ class LayerEnergy:
         """
         if cut not in ("by_query", "by_key"):
             raise ValueError(f"cut must be 'by_query' or 'by_key', got {cut!r}")
-        found: OverSigma | None = getattr(self, cut)
-        known = () if found is None else found.sigmas
-        if found is None or sigma not in known:
+        energies: OverSigma | None = getattr(self, cut)
+        known = () if energies is None else energies.sigmas
+        if energies is None or sigma not in known:
             raise ValueError(f"step {self.step} has sigmas {known} {cut}, got {sigma}")
         assert self.layer.grid is not None
         size = (self.layer.grid.height, self.layer.grid.width)
-        return found.energies[known.index(sigma)].unflatten(-1, size)
+        return energies.energies[known.index(sigma)].unflatten(-1, size)
 
 
 def record_energy(
@@ -257,10 +257,10 @@ class EnergyRecorder:
 
         def over(cut: Any) -> OverSigma:
             sigmas = self.sigmas if chosen else (0.0,)
-            found = over_sigma(
+            energies = over_sigma(
                 query, key, grid, sigmas, over=cut, scale=scale, boundary=self._boundary, dtype=self._dtype
             )
-            return _on_cpu(found)
+            return _on_cpu(energies)
 
         here = replace(layer, grid=grid)
         self.records.append(
@@ -280,12 +280,12 @@ class _PreHook(Hook):
             self._see(args, kwargs)
 
 
-def _on_cpu(found: OverSigma) -> OverSigma:
+def _on_cpu(energies: OverSigma) -> OverSigma:
     moved: dict[str, Any] = {}
-    for field in fields(found):
-        value = getattr(found, field.name)
+    for field in fields(energies):
+        value = getattr(energies, field.name)
         if isinstance(value, torch.Tensor):
             moved[field.name] = value.cpu()
         elif isinstance(value, dict):
             moved[field.name] = {name: x.cpu() for name, x in value.items()}
-    return replace(found, **moved)
+    return replace(energies, **moved)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is in a guided denoiser: while it runs for one thread its parts are not what others would find.
+"""A lock that lets one thread at a time into a guided denoiser.
 
 Pipelines that share a denoiser may run in threads of their own. A guided forward changes the denoiser's parts until it
 is over, so that one forward comes after the other, whoever asked for it.
@@ -51,16 +51,16 @@ class ForwardLock:
                 self._change.notify_all()
 
     def inside(self) -> bool:
-        """Whether this thread is in a forward of the denoiser."""
+        """True if this thread is in a forward of the denoiser."""
         return first_call(sys._getframe(1), self._is_forward) is not None
 
     def interrupted(self) -> bool:
-        """Whether the last turn was never given back, and its forward is over."""
+        """True if the last turn was never given back, and its forward is over."""
         with self._change:
             return self._holder is not None and not self._holder.is_under_way()
 
     def _others(self, here: int) -> bool:
-        """Whether another thread is in a forward."""
+        """True if another thread is in a forward."""
         if self._earlier:
             self._earlier = [call for call in self._earlier if call.thread != here and call.is_under_way()]
         holder = self._holder

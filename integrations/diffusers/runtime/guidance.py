@@ -68,7 +68,7 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
     """
     placed = [(denoiser, choose_layers(denoiser, specs)) for denoiser in check_pipeline(pipe)]
     guidance = Guidance(pipe, *placed[0], share)
-    guidance._others = [Guidance(pipe, *each, share, guidance) for each in placed[1:]]
+    guidance._others = [Guidance(pipe, *denoiser_specs, share, guidance) for denoiser_specs in placed[1:]]
     guidance._install()
     return guidance
 
@@ -106,7 +106,7 @@ class Guidance:
         self._differences = self._planner.differences
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
-        """What holds a pipeline and its guidance may be copied; the copied pipeline is not guided."""
+        """A copy of something that holds a pipeline and its guidance; the copied pipeline is not guided."""
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -136,7 +136,7 @@ class Guidance:
         self._remove(warn=True)
 
     def report(self) -> Report:
-        """What the guidance did so far; warns if it fired never or moved nothing."""
+        """Report the guidance so far; warns if it fired never or moved nothing."""
         self._clear_interrupted()
         report = self._recorder.report()
         self._recorder.warn(report, stacklevel=3)
@@ -163,20 +163,20 @@ class Guidance:
         if not self._installed:
             return
         self._leaving = True
-        if any(each._lock.inside() for each in (self, *self._others)):
+        if any(guidance._lock.inside() for guidance in (self, *self._others)):
             return
         with ExitStack() as turns:
-            for each in (self, *self._others):
-                each._lock.acquire()
-                turns.callback(each._lock.release)
+            for guidance in (self, *self._others):
+                guidance._lock.acquire()
+                turns.callback(guidance._lock.release)
             if (
                 self._installed and not self._awaits_second_call()
             ):  # another thread's forward may have taken it off, or owe the rest
                 self._take_off(warn)
 
     def _awaits_second_call(self) -> bool:
-        """Whether a run that is under way has made one of two calls that belong together."""
-        return any(each._pending is not None for each in (self, *self._others)) and self._run.is_under_way()
+        """True if a run that is under way has made one of two calls that belong together."""
+        return any(guidance._pending is not None for guidance in (self, *self._others)) and self._run.is_under_way()
 
     def _take_off(self, warn: bool) -> None:
         self._installed = False
@@ -215,11 +215,11 @@ class Guidance:
 
     def _clear_interrupted(self) -> None:
         """The same after a forward that an interrupt has ended, which hooks are not told."""
-        for each in (self, *self._others):
-            if each._lock.interrupted():
-                each._lock.acquire()
-                each._clear()
-                each._lock.release()
+        for guidance in (self, *self._others):
+            if guidance._lock.interrupted():
+                guidance._lock.acquire()
+                guidance._clear()
+                guidance._lock.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: decide what this forward does and tell the blocks and layers."""
@@ -296,7 +296,7 @@ class Guidance:
         return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
 
     def _folded(self, forward: Forward, sample: torch.Tensor) -> tuple[PendingShift | None, torch.Tensor]:
-        """What the next call owes, and the prediction of the pipeline's own batch with every guidance in it."""
+        """The shift that the next call adds, and the guided prediction of the pipeline's own batch."""
         batch, moved = forward.batch, self._denoiser_guidance.reports(forward)
         expected = batch.with_branches(len(forward.branches))
         if sample.shape[0] != expected:
@@ -305,19 +305,19 @@ class Guidance:
             sample, moved = sample.clone(), {key: pair.clone() for key, pair in moved.items()}
         guided = [(forward.strengths[index], self._differences.last(index)) for index in forward.reused]
         for branch, index in enumerate(forward.branches):
-            found = difference(sample, batch, branch)
-            self._differences.keep(index, found)
-            guided.append((forward.strengths[index], found))
+            delta = difference(sample, batch, branch)
+            self._differences.keep(index, delta)
+            guided.append((forward.strengths[index], delta))
             if index in self._planner.negative:
-                moved[index, ""] = torch.stack([norms(found), norms(sample[batch.conditional])])
+                moved[index, ""] = torch.stack([norms(delta), norms(sample[batch.conditional])])
         for index in forward.sag:
             layer = next(layer for layer in self._layers if index in layer.readers)
             with self._denoiser_guidance.quiet():
-                found, moved[index, layer.info.module] = self._sag.difference(
+                delta, moved[index, layer.info.module] = self._sag.difference(
                     index, self._module, self._arguments, self._given, sample[forward.reference], layer
                 )
-            self._differences.keep(index, found)
-            guided.append((forward.strengths[index], found))
+            self._differences.keep(index, delta)
+            guided.append((forward.strengths[index], delta))
         self._recorder.add(moved, sample.dtype)
         shift = summed(guided)
         if not forward.cfg or batch.first:

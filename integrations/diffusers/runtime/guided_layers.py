@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers of a guided denoiser: what stands in for their processors, and what each does in the coming forward."""
+"""The guided layers of a denoiser: processors in place of their own, prepared for each forward."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class GuidedLayers:
             processor.grid = grid
 
     def tell(self, forward: Forward) -> None:
-        """What each layer does in the coming forward."""
+        """Prepare each layer for the coming forward."""
         for layer in self:
             self._tell(layer, forward)
 

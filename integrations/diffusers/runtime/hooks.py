@@ -16,7 +16,7 @@ from segkern.grid import Grid
 
 
 class Hook:
-    """What is registered on modules.
+    """A hook that is registered on modules.
 
     A copy of the module (``copy.deepcopy``, ``pickle``, ``torch.save``) gets in its place a function of the standard
     library that takes anything and does nothing, so that it can be loaded where segkern is not installed and keeps no

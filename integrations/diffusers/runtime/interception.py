@@ -76,7 +76,7 @@ class InterceptingProcessor(GuidedProcessor):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """What ``scaled_dot_product_attention`` is asked for, perturbed where a sample is."""
+        """The result of ``scaled_dot_product_attention``, perturbed where a sample is."""
         grid = self.grid
         assert grid is not None
         if (
@@ -149,7 +149,7 @@ def _processor_class(original: Any) -> type[InterceptingProcessor]:
 
 
 def intercepting(original: Any, boundary: str = "reflect", backend: str = "auto") -> InterceptingProcessor:
-    """What stands in for a processor."""
+    """The processor that stands in for another one."""
     kind: Any = type(original)
     return _processor_class(kind)(original, boundary, backend)
 
@@ -183,13 +183,13 @@ def _identity(
         return torch.cat([x.narrow(dim, some.start, some.stop - some.start) for some in rest], dim)
 
     mask = None if attn_mask is None else others(attn_mask[:, :, image], 3)
-    found, lse = seg_attention(
+    attended, lse = seg_attention(
         query[:, :, image], others(key), others(value), Grid(1, 1), 0.0, attn_mask=mask, return_lse=True, **options
     )
     factor = query.shape[3] ** -0.5 if scale is None else scale
     own = (query[:, :, image].to(lse.dtype) * key[:, :, image].to(lse.dtype)).sum(-1) * factor
     weight = torch.sigmoid(own - lse)[..., None]
-    of_image = torch.lerp(found.to(weight.dtype), value[:, :, image].to(weight.dtype), weight).to(value.dtype)
+    of_image = torch.lerp(attended.to(weight.dtype), value[:, :, image].to(weight.dtype), weight).to(value.dtype)
     mask = None if attn_mask is None else others(attn_mask)
     of_others = F.scaled_dot_product_attention(others(query), key, value, mask, scale=scale)
     return torch.cat([of_others[:, :, : grid.start], of_image, of_others[:, :, grid.start :]], dim=2)

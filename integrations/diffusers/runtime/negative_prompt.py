@@ -84,5 +84,5 @@ def _encoded(pipe: Any, prompt: str) -> tuple[torch.Tensor | None, torch.Tensor 
         "negative_prompt": prompt or None,
     }
     taken = inspect.signature(pipe.encode_prompt).parameters
-    found = pipe.encode_prompt(**{name: value for name, value in options.items() if name in taken})
-    return found[1], found[3] if len(found) > 3 else None
+    embeds = pipe.encode_prompt(**{name: value for name, value in options.items() if name in taken})
+    return embeds[1], embeds[3] if len(embeds) > 3 else None

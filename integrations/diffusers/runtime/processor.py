@@ -245,7 +245,7 @@ class GuidedProcessor:
         temb: torch.Tensor | None,
         samples: slice,
     ) -> torch.Tensor:
-        """How much attention each token receives, from queries and keys of its own: they are little beside the rest."""
+        """The attention that each token receives, from queries and keys made for it."""
         if attention_mask is not None:
             raise ValueError(
                 f"SAG needs a layer without attention mask, got one of shape {tuple(attention_mask.shape)}"

@@ -25,7 +25,7 @@ class Projections:
 
     @property
     def apart(self) -> bool:
-        """Whether queries, keys and values can be projected without each other."""
+        """True if queries, keys and values can be projected without each other."""
         return not self.fused or _is_plain_linear(self.attn.to_qkv)
 
     def all(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,7 +72,7 @@ class Projections:
         return x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
 
     def _thirds(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """What ``to_qkv`` would give from third ``first`` up to third ``last``; the others are not computed."""
+        """Thirds ``first`` up to ``last`` of the output of ``to_qkv``; the others are not computed."""
         linear = self.attn.to_qkv
         third = linear.out_features // 3
         rows = slice(first * third, last * third)
@@ -80,5 +80,5 @@ class Projections:
 
 
 def _is_plain_linear(linear: nn.Module) -> bool:
-    """Whether it is ``F.linear`` on its weight and nothing else, so that rows can be used alone."""
+    """True if it is ``F.linear`` on its weight and nothing else, so that rows can be used alone."""
     return type(linear) is nn.Linear and "forward" not in vars(linear) and not has_forward_hooks(linear)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which query rows each sample of a self-attention layer needs, and what follows from having no others.
+"""Self-attention with only the query rows that each sample needs.
 
 At infinite sigma a perturbed sample has one query, the mean query, and because the projections are affine it
 is the projection of the mean token. Such samples therefore spend no query projection, one row of attention
@@ -44,7 +44,7 @@ class Rows(Enum):
 
 
 def is_finite(sigma: Perturbed) -> bool:
-    """Whether it is one number and blurs over a part of the image."""
+    """True if it is one number and blurs over a part of the image."""
     return isinstance(sigma, float) and is_finite_blur(sigma)
 
 
@@ -70,17 +70,17 @@ class _Inputs:
 
     def query(self, samples: slice) -> torch.Tensor:
         """Every query of some samples."""
-        found = _within(self._queries, samples)
-        if found is None:
-            found = self._projections.query(self.hidden_states[samples])
-            self._queries.append((samples, found))
-        return found
+        query = _within(self._queries, samples)
+        if query is None:
+            query = self._projections.query(self.hidden_states[samples])
+            self._queries.append((samples, query))
+        return query
 
     def key(self, samples: slice) -> torch.Tensor:
         """Keys of samples that need them."""
-        found = _within(self._keys, samples)
-        assert found is not None
-        return found
+        key = _within(self._keys, samples)
+        assert key is not None
+        return key
 
     def value(self, samples: slice) -> torch.Tensor:
         """Values of some samples."""
@@ -133,7 +133,7 @@ class LayerRows:
         return Rows.EVERY if points.tokens == self.grid.tokens else stride
 
     def projects_rows(self, tokens: int, attention_mask: torch.Tensor | None) -> bool:
-        """Whether queries at weighted means of tokens are the query projection of those means.
+        """True if queries at weighted means of tokens are the query projection of those means.
 
         The mean of the whole image is one, the points of a coarse grid are others.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether guidance acted: how often each layer fired and how far it moved the attention output."""
+"""The report of a guidance: how often each layer fired and how far it moved the attention output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GuidanceWarning(UserWarning):
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one guidance did at one layer.
+    """The effect of one guidance at one layer.
 
     Attributes:
         spec: index of the guidance among those given to ``guide``.
@@ -47,7 +47,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What guidance did since ``guide``; ``print`` it for a table.
+    """The effects of all guidances since ``guide``; ``print`` it for a table.
 
     Attributes:
         forwards: of the denoiser, guided or not.
@@ -89,9 +89,9 @@ class Report:
 def _plain(value: Any) -> Any:
     """A spec's value in JSON's types."""
     if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if callable(value):
         return getattr(value, "__qualname__", repr(value))
     return str(value) if isinstance(value, str) else value
@@ -125,7 +125,7 @@ class Recorder:
         self._sums[tuple(moved)] = (fired + 1, total + ratios)
 
     def report(self) -> Report:
-        """What was collected so far. Waits for the device."""
+        """The report so far. Waits for the device."""
         fired: dict[tuple[int, str], int] = {}
         totals: dict[tuple[int, str], float] = {}
         for pairs, (count, total) in self._sums.items():

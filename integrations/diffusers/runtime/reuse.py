@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which steps compute a perturbed branch, and the difference that others take from the last one that did."""
+"""Reuse of a perturbed branch: steps that compute it, and the difference that others take from the last of them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from segkern.integrations.diffusers.specs.base import Spec
 
 @dataclass
 class _Last:
-    """What the last computed branch gave.
+    """The result of the last computed branch.
 
     Attributes:
         shape: of the pipeline's own sample then.
         step: the last one in which the guidance acted.
         age: steps since it was computed, in which the guidance acted.
-        found: ``c - p``.
+        difference: ``c - p``.
     """
 
     shape: torch.Size
     step: int
     age: int = 0
-    found: torch.Tensor | None = None
+    difference: torch.Tensor | None = None
 
 
 class Differences:
@@ -36,7 +36,7 @@ class Differences:
         self._last: dict[int, _Last] = {}
 
     def due(self, index: int, step: int, shape: torch.Size) -> bool:
-        """Whether a guidance that acts in the coming forward computes its branch there.
+        """True if a guidance that acts in the coming forward computes its branch there.
 
         All forwards of a step are treated alike.
 
@@ -48,7 +48,7 @@ class Differences:
         if self._specs[index].reuse == 1:
             return True
         last = self._last.get(index)
-        if last is None or last.found is None or last.shape != shape:
+        if last is None or last.difference is None or last.shape != shape:
             self._last[index] = _Last(shape, step)
             return True
         if step != last.step:
@@ -56,16 +56,16 @@ class Differences:
             last.age = (last.age + 1) % self._specs[index].reuse
         return last.age == 0
 
-    def keep(self, index: int, found: torch.Tensor) -> None:
+    def keep(self, index: int, difference: torch.Tensor) -> None:
         """Take the difference of the forward under way, if later ones want it."""
         if index in self._last:
-            self._last[index].found = found.detach()
+            self._last[index].difference = difference.detach()
 
     def last(self, index: int) -> torch.Tensor:
         """The difference to take."""
-        found = self._last[index].found
-        assert found is not None
-        return found
+        difference = self._last[index].difference
+        assert difference is not None
+        return difference
 
     def forget(self) -> None:
         """Free what was kept: it is of another run."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pipeline is doing right now: its step, and whether it runs classifier-free guidance."""
+"""The state of a pipeline's run: the step under way, and whether classifier-free guidance runs in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANSWERS = (_PROPERTY, *_LOCAL_ANSWERS)
 
 @dataclass(frozen=True)
 class Step:
-    """Where in its run a call of the denoiser stands.
+    """The place of one call of the denoiser in its run.
 
     Attributes:
         call: number of the call in the run, from 0.
@@ -73,11 +73,11 @@ class RunContext:
         return {}
 
     def is_under_way(self) -> bool:
-        """Whether the pipeline's method that called the denoiser last has not come to its end."""
+        """True if the pipeline's method that called the denoiser last has not come to its end."""
         return self._method is not None and self._method.is_under_way()
 
     def next_step(self) -> Step:
-        """Where this call of the denoiser stands; counts the call.
+        """Count a call of the denoiser and return its place in the run.
 
         Raises:
             RuntimeError: when no run of the pipeline is under way.
@@ -94,7 +94,7 @@ class RunContext:
         return Step(self._call - 1, calls, number, number / steps)
 
     def is_guided_by_text(self, caller: Mapping[str, Any]) -> bool:
-        """Whether the pipeline runs classifier-free guidance in the step under way.
+        """True if the pipeline runs classifier-free guidance in the step under way.
 
         Args:
             caller: what :meth:`caller` gave.

@@ -84,7 +84,7 @@ def clean_and_noise(
 
 
 def attended(mass: torch.Tensor, shape: tuple[int, int], threshold: float, size: tuple[int, int]) -> torch.Tensor:
-    """Where tokens receive more attention than the threshold, ``[samples, 1, *size]`` of 0 and 1.
+    """A mask of tokens that receive more attention than the threshold, ``[samples, 1, *size]`` of 0 and 1.
 
     Args:
         mass: ``[samples, heads, tokens]``, what each token receives, summed over queries.

@@ -36,7 +36,7 @@ class SAGForward:
 
     @property
     def running(self) -> bool:
-        """Whether this thread is in a second forward, which is a plain one."""
+        """True if this thread is in a second forward, which is a plain one."""
         return self._within == threading.get_ident()
 
     def difference(
@@ -48,7 +48,7 @@ class SAGForward:
         output: torch.Tensor,
         layer: GuidedLayer,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the guidance adds, once, and the norms of what it changed of the image and of the image.
+        """The difference that the guidance adds once, and norms of the change of the image and of the image.
 
         Args:
             index: of the guidance.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guided forward of the denoiser does: which guidances act in it, where they join, and with which arguments."""
+"""Plan each forward of a guided denoiser: guidances that act in it, places where they join, and arguments."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StepPlanner:
         self.differences = Differences(specs)
 
     def forward(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
-        """What the coming forward does; None when it is a plain one."""
+        """The plan of the coming forward; None when it is a plain one."""
         step = self._run.next_step()
         if self._runs != self._run.count:  # a new run, whether a guidance acts at its beginning or not
             self._runs = self._run.count
@@ -92,8 +92,8 @@ class StepPlanner:
         timestep = None
         if any(isinstance(spec, PAG) and spec.adaptive_scale for spec in self._specs):
             timestep = number(self._denoiser.timestep(self._pipe.scheduler, step.call, args, kwargs))
-        found = {index: spec.strength(step.fraction, timestep) for index, spec in enumerate(self._specs)}
-        return {index: strength for index, strength in found.items() if strength != 0.0}
+        strengths = {index: spec.strength(step.fraction, timestep) for index, spec in enumerate(self._specs)}
+        return {index: strength for index, strength in strengths.items() if strength != 0.0}
 
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """The denoiser's arguments with the branches that join before its first block; None for no change."""

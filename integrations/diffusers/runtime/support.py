@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``guide`` can handle; everything else is refused here, before anything is touched."""
+"""Checks of pipelines and specs: whatever ``guide`` cannot handle is refused here, before anything is touched."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _refuse_other_batches(pipe: Any, caller: str) -> None:
 
 
 def _tells_layout(pipe: Any) -> bool:
-    """Whether its denoiser's batch can be known, from a property or a local variable of its call."""
+    """True if its denoiser's batch can be known, from a property or a local variable of its call."""
     if hasattr(type(pipe), "do_classifier_free_guidance"):
         return True
     code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in a transformer a branch can join the batch: at its blocks.
+"""The blocks of a transformer, at which a branch can join the batch.
 
 A forward of the denoiser takes the enlarged batch at its input, so that whatever it does before and after its blocks
 fits; that is little. The blocks before the first perturbed one run on the pipeline's own batch: hooks cut their
@@ -35,7 +35,7 @@ class BlockPlaces:
         return next(i for i, name in enumerate(self._names) if f"{module}.".startswith(f"{name}."))
 
     def shares_inputs(self, place: int) -> bool:
-        """Whether a branch that joins there still equals the conditional one when its first layer gets it.
+        """True if a branch that joins there still equals the conditional one when its first layer gets it.
 
         It does, but the layer's own steps are not known, so that nothing is shared inside.
         """

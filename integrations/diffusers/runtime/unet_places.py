@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in a denoiser a branch can join the batch, and the hooks that make it join there.
+"""The places of a UNet at which a branch can join the batch, and the hooks that make it join there.
 
 A perturbed branch equals the conditional one until its first perturbed layer. The finest place to join is the
 transformer block that holds it: the layer's residual connection inside needs the whole batch, and queries, keys and
@@ -89,7 +89,7 @@ class Places:
         return sum(place.name.startswith(until) for place in self._places) - 1
 
     def shares_inputs(self, place: int) -> bool:
-        """Whether a branch that joins there still equals the conditional one when its first layer gets it."""
+        """True if a branch that joins there still equals the conditional one when its first layer gets it."""
         return isinstance(self._places[place].module, BasicTransformerBlock)
 
     def hook(self, first: int) -> list[RemovableHandle]:

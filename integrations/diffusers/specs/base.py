@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all guidances have in common: how strong they are and when they act. No diffusers in here.
+"""Base classes of guidance specs: the scale, and the part of a run in which a guidance acts. No diffusers in here.
 
 Each adds ``scale * (reference - degraded)`` to the prediction; they differ in how the degraded one comes about.
 """
@@ -22,7 +22,7 @@ MAIN_FIELDS = ("scale", "sigma", "layers", "layer")  # which a repr always shows
 
 
 class Spec(ABC):
-    """What all guidances have.
+    """The fields that all guidances have.
 
     Attributes:
         scale: how far the prediction moves.
@@ -65,7 +65,7 @@ class Spec(ABC):
         }
 
     def active(self, fraction: float) -> bool:
-        """Whether it acts at this fraction of the run."""
+        """True if it acts at this fraction of the run."""
         return self.strength(fraction) != 0.0
 
     def _check_common(self) -> None:
@@ -101,14 +101,14 @@ class AttentionSpec(Spec):
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Where it acts, one name after the other; none where that is the model's own default."""
+        """Names of its layers; none where they are the model's own default."""
         if self.layers is None:
             return ()
         return _names(type(self).__name__, (self.layers,) if isinstance(self.layers, str) else self.layers)
 
     @abstractmethod
     def perturbs(self) -> bool:
-        """Whether it changes any layer at all."""
+        """True if it changes any layer at all."""
 
     def strength(self, fraction: float, timestep: float | None = None) -> float:
         """The scale at a fraction of the run; 0 too where the layers would stay what they are."""

@@ -95,13 +95,13 @@ class SEG(AttentionSpec):
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Where it acts, one name after the other; those of a mapping of sigmas where no others are given."""
+        """Names of its layers; those of a mapping of sigmas where no others are given."""
         if self.layers is None and isinstance(self.sigma, LayerSigmas):
             return tuple(self.sigma)
         return super().layer_names
 
     def perturbs(self) -> bool:
-        """Whether any sigma blurs."""
+        """True if any sigma blurs."""
         return largest(self.sigma) > 0.0  # type: ignore[arg-type]
 
 
@@ -267,10 +267,10 @@ class CFG(Spec):
                 )
 
     def __eq__(self, other: object) -> bool:
-        """Whether all values are the same, embeddings by their numbers."""
+        """True if all values are the same, embeddings by their numbers."""
         if not isinstance(other, CFG):
             return NotImplemented
-        pairs = [(getattr(self, each.name), getattr(other, each.name)) for each in fields(self)]
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
         return all(_same(*pair) for pair in pairs)
 
     def __hash__(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How strong a guidance is at each step of a run. No diffusers in here."""
+"""Schedules of a guidance's scale over a run. No diffusers in here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_schedule(owner: str, schedule: object) -> None:
 
 
 def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: float) -> float:
-    """What the scale is multiplied by at a fraction of the run in ``[start, stop)``.
+    """The factor of the scale at a fraction of the run in ``[start, stop)``.
 
     ``"constant"`` is 1; ``"linear"`` falls from 1 at ``start`` to 0 at ``stop`` in a straight line, ``"cosine"`` in
     half a wave; a function is given the fraction and answers with the factor.
@@ -38,12 +38,12 @@ def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: 
     if callable(schedule):
         answer = schedule(fraction)
         try:
-            found = float(answer)  # NumPy's numbers and tensors of one element too
+            value = float(answer)  # NumPy's numbers and tensors of one element too
         except (TypeError, ValueError):
-            found = math.nan
-        if not math.isfinite(found):
+            value = math.nan
+        if not math.isfinite(value):
             raise ValueError(f"{owner}.schedule must give a finite number, got {answer!r} at fraction {fraction:g}")
-        return found
+        return value
     if schedule == "constant":
         return 1.0
     done = (fraction - start) / (stop - start)
@@ -51,5 +51,5 @@ def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: 
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a real number, NumPy's too, and not a truth value."""
+    """True if it is a real number, NumPy's too, and not a truth value."""
     return isinstance(value, Real) and not isinstance(value, bool)

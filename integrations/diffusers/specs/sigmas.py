@@ -50,7 +50,7 @@ class LayerSigmas(Mapping[str, Sigmas]):
 
 
 def checked_sigma(owner: str, given: object) -> Sigmas | LayerSigmas:
-    """What was given, its numbers as floats, its sequences as tuples; a mapping's names are looked at later.
+    """Check a sigma: its numbers become floats, its sequences tuples; a mapping's names are looked at later.
 
     Raises:
         ValueError: when it is nothing of the kind; the message quotes it.
@@ -78,10 +78,10 @@ def _of_sample(owner: str, given: object, entry: object) -> Sigma:
     if _is_sigma(entry):
         return float(entry)
     heads = _items(entry)
-    found = tuple(float(head) for head in heads or () if _is_sigma(head))
-    if not heads or len(found) != len(heads):
+    sigmas = tuple(float(head) for head in heads or () if _is_sigma(head))
+    if not heads or len(sigmas) != len(heads):
         raise _refusal(owner, given)
-    return found
+    return sigmas
 
 
 def _is_sigma(value: object) -> TypeGuard[float]:
