@@ -140,7 +140,7 @@ def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
         "spilled_bytes": _search(r"STACK:(\d+)", resources),  # kernels have no other use of a stack
         "local_bytes": _search(r"LOCAL:(\d+)", resources),
         "matrix_instructions": _count(sass, r"\b(HGMMA|QGMMA|HMMA|IMMA|UTCHMMA|UTCQMMA)\b"),
-        "serialisation": sorted(set(re.findall(r"C75(?:10|11|12)", messages))),
+        "serialisation": sorted(set(re.findall(r"C75\d\d", messages))),
     }
 
 

@@ -115,22 +115,22 @@ def query_tile(
     start = start_m - grid.start
     grid_index = start + offs_m
     in_image = is_blurred & (grid_index >= 0) & (grid_index < grid.height * grid.width)
-    q = from_row(q, start_m)
+    q_rows = from_row(q, start_m)
     if BLUR == _BEFORE:
         # Rows point to either matrix and are loaded once. A choice between two loaded tiles would be made in registers,
         # and matrix instructions that have queries there wait for each other.
         blurred = from_row(blurred, start)
-        rows = tl.where(in_image, blurred.ptr + offs_m * blurred.row_stride, q.ptr + offs_m * q.row_stride)
+        rows = tl.where(in_image, blurred.ptr + offs_m * blurred.row_stride, q_rows.ptr + offs_m * q.row_stride)
         column_stride = tl.where(in_image, blurred.column_stride, q.column_stride)
         tile = load_rows(rows, column_stride, mask_m, 0, HEAD_DIM, BLOCK_D)
         rest = 0.0
         if BLOCK_R > 0:
             rest = load_rows(rows, column_stride, mask_m, BLOCK_D, HEAD_DIM, BLOCK_R)
     else:
-        tile, rest = load_parts(q, offs_m, mask_m & (in_image == 0), HEAD_DIM, BLOCK_D, BLOCK_R, True)
+        tile, rest = load_parts(q_rows, offs_m, mask_m & (in_image == 0), HEAD_DIM, BLOCK_D, BLOCK_R, True)
     if BLUR == _PROLOGUE:
         if is_blurred & (start + BLOCK_M > 0) & (start < grid.height * grid.width):
-            image = from_row(q, -start)
+            image = from_row(q, grid.start)
             blur = blur_tile(image, weights, grid, start, 0, HEAD_DIM, BLOCK_M, BLOCK_C, BLOCK_D, PRECISION)
             tile = tl.where(in_image[:, None], blur.to(tile.dtype), tile)
             if BLOCK_R > 0:
