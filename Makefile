@@ -5,7 +5,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := segkern integrations studies tests benchmarks setup.py
 JOBS ?= auto
 SECONDS ?= 600
 # The oldest diffusers that is supported: the one that Python 3.10 is tested with.
@@ -49,12 +48,12 @@ docs: $(INSTALLED) ## the documentation site, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(INSTALLED) ## ruff, rules and format
-	$(BIN)/ruff check $(wildcard $(SOURCES))
-	$(BIN)/ruff format --check $(wildcard $(SOURCES))
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 format: $(INSTALLED) ## let ruff mend what it can
-	$(BIN)/ruff check --fix $(wildcard $(SOURCES))
-	$(BIN)/ruff format $(wildcard $(SOURCES))
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 typecheck: $(INSTALLED) ## mypy; links show it integrations/ as segkern.integrations, as which it is installed
 	rm -rf build/typecheck
@@ -89,13 +88,13 @@ wheel: $(INSTALLED) ## dist/*.whl and dist/*.tar.gz
 
 release: $(INSTALLED) ## VERSION=1.2.3: version and date everywhere, dist/ built and checked; nothing is committed or sent
 	$(BIN)/python -m tests.project.set_version $(VERSION)
+	$(MAKE) wheel
 	$(BIN)/python -m pytest -q tests/project/test_release.py tests/project/test_packaging.py
-	rm -rf build/lib dist build/twine
-	$(BIN)/python -m build --no-isolation
+	rm -rf build/twine
 	$(PYTHON) -m venv build/twine
 	build/twine/bin/python -m pip install --disable-pip-version-check --quiet twine
 	build/twine/bin/twine check --strict dist/*
 
 clean: ## everything that the targets above made
 	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
-	find segkern integrations studies tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find segkern integrations studies tests benchmarks docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
