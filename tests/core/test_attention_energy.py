@@ -13,16 +13,11 @@ from hypothesis import strategies as st
 
 import segkern
 from segkern import Grid, reference
-from segkern.core.dispatch import triton_is_installed
 from segkern.core.gaussian import BOUNDARIES
 from segkern.core.sigmas import check_sigma
 from segkern.ops import torch_masses
+from tests.core.backends import BACKENDS, BACKENDS_AND_DTYPES, CUDA, DEVICE, PLAIN_DTYPES
 from tests.core.contract import LAYOUTS, assert_contract, draw, plain_blur
-
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-BACKENDS = ["torch"] + (["triton"] if triton_is_installed() else [])
-PLAIN_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -34,14 +29,6 @@ GRID, SIGMA = Grid(3, 4, start=1), (0.0, 1.5, math.inf)
 WHERE = (3, 4, 1, list(SIGMA))
 
 sigmas = st.one_of(st.just(0.0), st.floats(0.2, 30.0), st.just(math.inf))
-
-
-def dtypes(backend: str) -> list[torch.dtype]:
-    """Triton's interpreter computes wrong bfloat16 products."""
-    return PLAIN_DTYPES if CUDA or backend == "torch" else PLAIN_DTYPES[:2]
-
-
-EVERY = [pytest.param(b, d, id=f"{b}-{str(d).removeprefix('torch.')}") for b in BACKENDS for d in dtypes(b)]
 
 
 def plain_energy(
@@ -79,7 +66,7 @@ def check_energy(
             assert torch.equal(image, image[:, :1].expand_as(image))
 
 
-@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @settings(max_examples=12, suppress_health_check=USUAL)
 @given(data=st.data())
 def test_any_grid_stride_sigma_and_batch(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
@@ -101,7 +88,7 @@ def test_any_grid_stride_sigma_and_batch(backend: str, dtype: torch.dtype, data:
     )
 
 
-@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("dim", [1, 16, 40, 64, 80, 100, 128, 160, 256])
 def test_head_dimensions(dim: int, backend: str, dtype: torch.dtype) -> None:
     check_energy((2, 1, 45, dim), 39, None, 0.0, dtype, backend)
@@ -213,18 +200,6 @@ def test_samples_and_heads_do_not_see_each_other(backend: str) -> None:
         assert torch.equal(after, before)
 
 
-@pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
-@pytest.mark.parametrize("wide", [0, 1], ids=["query", "key"])
-@pytest.mark.slow
-def test_offsets_beyond_32_bits(wide: int) -> None:
-    step = 2**28
-    tensors = [draw((1, 1, 9, 16), torch.float16, DEVICE) for _ in range(2)]
-    dense = segkern.attention_energy(*tensors, Grid(3, 3), 0.8, backend="triton")
-    base = torch.zeros(8 * step + 16, dtype=torch.float16, device=DEVICE)  # memory between is never touched
-    tensors[wide] = base.as_strided((1, 1, 9, 16), (0, 0, step, 1)).copy_(tensors[wide])
-    assert torch.equal(segkern.attention_energy(*tensors, Grid(3, 3), 0.8, backend="triton"), dense)
-
-
 def test_float64_stays_float64() -> None:
     query, key = torch.randn(2, 3, 2, 14, 8, dtype=torch.float64)
     found = segkern.attention_energy(query, key, GRID, SIGMA)
@@ -232,7 +207,7 @@ def test_float64_stays_float64() -> None:
     assert found.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dtype: torch.dtype) -> None:
     query, key = (3.0 * torch.randn(3, 2, 14, 24, device=DEVICE)).to(dtype), torch.randn(3, 2, 29, 24).to(DEVICE, dtype)
     found = segkern.attention_energy(query, key, backend=backend)
@@ -242,23 +217,6 @@ def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dty
     expected = reference.attention_energy(blurred.float(), key.float())
     near = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5  # where sums round otherwise before that
     torch.testing.assert_close(found, expected, rtol=near, atol=near)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_samples_or_no_queries(backend: str) -> None:
-    x = torch.zeros(0, 2, 6, 4, device=DEVICE)
-    assert segkern.attention_energy(x, x, Grid(2, 3), 1.0, backend=backend).shape == (0, 2, 6)
-    none, some = torch.zeros(1, 2, 0, 4, device=DEVICE), torch.zeros(1, 2, 6, 4, device=DEVICE)
-    nothing = segkern.attention_energy(none, some, backend=backend)
-    assert (nothing.shape, nothing.dtype) == ((1, 2, 0), torch.float32)
-
-
-def test_autocast_rounds_inputs_as_for_pytorchs_attention() -> None:
-    query, key = torch.randn(2, 3, 2, 14, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = segkern.attention_energy(query, key, GRID, SIGMA)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, segkern.attention_energy(query.bfloat16(), key.bfloat16(), GRID, SIGMA))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -289,19 +247,6 @@ def test_compiles_without_graph_break(backend: str) -> None:
     found = torch.autograd.grad(compiled(*tensors, 2.5), tensors)
     for ours, theirs in zip(found, torch.autograd.grad(loss(*tensors, 2.5), tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_transforms_are_right_or_refused(backend: str) -> None:
-    query, key, direction = torch.randn(3, 1, 1, 14, 4, device=DEVICE)
-    energy = lambda q: segkern.attention_energy(q, key, GRID, 1.5, backend=backend)  # noqa: E731
-    if backend == "triton":
-        with pytest.raises(ValueError, match="forward-mode"):
-            torch.func.jvp(energy, (query,), (direction,))
-        return
-    _, tangent = torch.func.jvp(energy, (query,), (direction,))
-    _, expected = torch.func.jvp(lambda q: reference.attention_energy(q, key, GRID, 1.5), (query,), (direction,))
-    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
 
 
 BAD_CALLS = {

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from unittest import mock
 
 import pytest
 import torch
@@ -12,15 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import segkern
-from segkern import api, reference
-from segkern.core.dispatch import triton_is_installed
+from segkern import reference
 from segkern.ops import torch_masses
+from tests.core.backends import BACKENDS, BACKENDS_AND_DTYPES, CUDA, DEVICE, PLAIN_DTYPES
 from tests.core.contract import LAYOUTS, assert_contract, draw, plain_mass
-
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
-BACKENDS = ["torch"] + (["triton"] if triton_is_installed() else [])
-PLAIN_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -28,14 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 USUAL = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
-
-
-def dtypes(backend: str) -> list[torch.dtype]:
-    """Triton's interpreter computes wrong bfloat16 products."""
-    return PLAIN_DTYPES if CUDA or backend == "torch" else PLAIN_DTYPES[:2]
-
-
-EVERY = [pytest.param(b, d, id=f"{b}-{str(d).removeprefix('torch.')}") for b in BACKENDS for d in dtypes(b)]
 
 
 def check_mass(
@@ -58,7 +44,7 @@ def check_mass(
     )
 
 
-@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @settings(max_examples=12, suppress_health_check=USUAL)
 @given(data=st.data())
 def test_any_shape_and_strides(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
@@ -69,7 +55,7 @@ def test_any_shape_and_strides(backend: str, dtype: torch.dtype, data: st.DataOb
     check_mass(shape, data.draw(st.integers(1, 70)), dtype, backend, layouts, scale)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("dim", [1, 16, 40, 64, 80, 100, 128, 160, 256])
 def test_head_dimensions(dim: int, backend: str, dtype: torch.dtype) -> None:
     check_mass((2, 1, 45, dim), 39, dtype, backend)
@@ -160,24 +146,6 @@ def test_samples_and_heads_do_not_see_each_other(backend: str) -> None:
         assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_results_are_the_same_at_every_run(backend: str) -> None:
-    tensors = [draw((1, 2, 70, 16), torch.float16, DEVICE) for _ in range(2)]
-    assert torch.equal(*(segkern.attention_mass(*tensors, backend=backend) for _ in range(2)))
-
-
-@pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
-@pytest.mark.parametrize("wide", [0, 1], ids=["query", "key"])
-@pytest.mark.slow
-def test_offsets_beyond_32_bits(wide: int) -> None:
-    step = 2**28
-    tensors = [draw((1, 1, 9, 16), torch.float16, DEVICE) for _ in range(2)]
-    dense = segkern.attention_mass(*tensors, backend="triton")
-    base = torch.zeros(8 * step + 16, dtype=torch.float16, device=DEVICE)  # memory between is never touched
-    tensors[wide] = base.as_strided((1, 1, 9, 16), (0, 0, step, 1)).copy_(tensors[wide])
-    assert torch.equal(segkern.attention_mass(*tensors, backend="triton"), dense)
-
-
 def test_float64_stays_float64() -> None:
     query, key = torch.randn(2, 2, 2, 21, 8, dtype=torch.float64)
     found = segkern.attention_mass(query, key)
@@ -185,7 +153,7 @@ def test_float64_stays_float64() -> None:
     assert found.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dtype: torch.dtype) -> None:
     query, key = (3.0 * torch.randn(2, 2, 37, 24, device=DEVICE)).to(dtype), torch.randn(2, 2, 29, 24).to(DEVICE, dtype)
     found = segkern.attention_mass(query, key, backend=backend)
@@ -218,34 +186,6 @@ def test_gradients_inside_autocast_are_not_rounded() -> None:
         assert ((found - expected).norm() / expected.norm()).item() < 1e-5
 
 
-def test_transforms_are_pytorchs_own() -> None:
-    query, key = torch.randn(2, 1, 2, 9, 4)
-    with mock.patch.object(api, "choose_backend", lambda *asked, **_: (asked[3].replace("auto", "triton"), "")):
-        found = torch.func.grad(lambda q: segkern.attention_mass(q, key).square().sum())(query)
-        with pytest.raises(ValueError, match=r"takes no part in torch\.func's transforms"):
-            torch.func.grad(lambda q: segkern.attention_mass(q, key, backend="triton").sum())(query)
-    expected = torch.func.grad(lambda q: reference.attention_mass(q, key).square().sum())(query)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_samples_or_no_queries(backend: str) -> None:
-    x = torch.zeros(0, 2, 6, 4, device=DEVICE)
-    assert segkern.attention_mass(x, x, backend=backend).shape == (0, 2, 6)
-    none, some = torch.zeros(1, 2, 0, 4, device=DEVICE), torch.zeros(1, 2, 6, 4, device=DEVICE)
-    found = segkern.attention_mass(none, some, backend=backend)
-    assert torch.equal(found, torch.zeros(1, 2, 6, device=DEVICE))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_rounds_inputs_as_for_pytorchs_attention(dtype: torch.dtype) -> None:
-    query, key = torch.randn(2, 2, 2, 30, 8)
-    with torch.autocast("cpu", dtype=dtype):
-        found = segkern.attention_mass(query, key)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, segkern.attention_mass(query.to(dtype), key.to(dtype)))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     query = torch.randn(2, 2, 14, 8, device=DEVICE, requires_grad=True)
@@ -263,16 +203,6 @@ def test_gradients(scale: float | None) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_equal_those_of_the_reference(backend: str) -> None:
-    tensors = [torch.randn(2, 2, n, 8, device=DEVICE, requires_grad=True) for n in (14, 11)]
-    weights = torch.randn(2, 2, 11, device=DEVICE)
-    found = torch.autograd.grad((segkern.attention_mass(*tensors, backend=backend) * weights).sum(), tensors)
-    expected = torch.autograd.grad((reference.attention_mass(*(x.double() for x in tensors)) * weights).sum(), tensors)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_without_graph_break(backend: str) -> None:
     def loss(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (segkern.attention_mass(query, key, backend=backend) - 1.0).relu().square().sum()
@@ -283,21 +213,6 @@ def test_compiles_without_graph_break(backend: str) -> None:
     found = torch.autograd.grad(compiled(*tensors), tensors)
     for ours, theirs in zip(found, torch.autograd.grad(loss(*tensors), tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_transforms_are_right_or_refused(backend: str) -> None:
-    query, key, direction = torch.randn(3, 1, 1, 6, 4, device=DEVICE)
-    mass = lambda q: segkern.attention_mass(q, key, backend=backend)  # noqa: E731
-    if backend == "triton":
-        with pytest.raises(ValueError, match="forward-mode"):
-            torch.func.jvp(mass, (query,), (direction,))
-        return
-    _, tangent = torch.func.jvp(mass, (query,), (direction,))
-    _, expected = torch.func.jvp(lambda q: reference.attention_mass(q, key), (query,), (direction,))
-    torch.testing.assert_close(tangent, expected)
-    stacked = torch.randn(3, 1, 1, 6, 4, device=DEVICE)
-    torch.testing.assert_close(torch.vmap(mass)(stacked), torch.stack([mass(q) for q in stacked]))
 
 
 BAD_CALLS = {
