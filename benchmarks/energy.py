@@ -60,7 +60,7 @@ def measure(folder: Path = FOLDER, quick: bool = False, tell: Callable[[str], No
         cells = [(r.by_query, r.by_key) for r in recorder.records if r.by_key is not None]
         statements["boundaries"][boundary] = count(cells)
     statements["layers"] = [layer.name for layer in recorder.layers]
-    write_json(folder / "statements.json", report.in_words(statements))
+    write_json(folder / "statements.json", report.json_values(statements))
 
     tell("one run")
     request = ImageRequest("a large red ring above a small blue square", "", 64, 64, _SEED, steps, _CFG)

@@ -195,7 +195,7 @@ def attention_mass(
     """
     query, key = autocast_inputs(check_qk, query, key)
     check_qk(query, key)
-    scale = _checked_scale(scale, query)
+    scale = check_scale(scale, query)
     chosen = _chosen(backend, "attention_mass", query, key)
     if chosen == "torch" and is_transformed(query, key):
         return torch_masses.composed_mass(query, key, scale)
@@ -252,7 +252,7 @@ def attention_energy(
     if grid is not None:
         check_grid(grid, query.shape[2])
     check_boundary(boundary)
-    scale = _checked_scale(scale, query)
+    scale = check_scale(scale, query)
     chosen = _chosen(backend, "attention_energy", query, key)
     if grid is None and query.shape[2] == 0:
         return torch_masses.composed_energy(query, key, Grid(1, 1), sigmas, scale, boundary)
@@ -355,8 +355,8 @@ def _coarse_attention(
 def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
     """Log-sum-exp of all tokens; minus infinity, where every key is masked, is so in all rows alike."""
     masked = (lse == -math.inf).all(dim=-1, keepdim=True)
-    found = coarse_outputs(lse.masked_fill(masked, 0.0)[..., None], grid, stride, boundary)[..., 0]
-    return found.masked_fill(masked, -math.inf)
+    every_token = coarse_outputs(lse.masked_fill(masked, 0.0)[..., None], grid, stride, boundary)[..., 0]
+    return every_token.masked_fill(masked, -math.inf)
 
 
 def coarse_queries(
@@ -373,10 +373,6 @@ def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundar
     if is_plain(x):
         return coarse.to_tokens(x, grid, stride, boundary)
     return coarse.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
-
-
-def _checked_scale(scale: float | None, query: torch.Tensor) -> float:
-    return 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
 
 
 def _chosen(backend: str, operation: str, query: torch.Tensor, key: torch.Tensor) -> str:

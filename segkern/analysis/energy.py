@@ -10,28 +10,12 @@ exponentials, and the energy of a layer the sum over its vectors. There are two 
   about: the blur acts within such a vector.
 
 A blur ``B`` over the query grid gives ``B A``, which are the logits of blurred queries (Proposition 3.1). Its weights
-are not negative and its rows add up to 1; its columns do under the boundaries symmetric and circular only. With those,
-for both cuts and exactly:
-
-- Lemma 3.1: the mean of the logits is kept, and their variance is not raised.
-- Lemma 3.2: the log-sum-exp does not rise, so the energy does not fall; of logits with one mean uniform ones have the
-  largest energy.
-  (The lemma's words have the log-sum-exp rise; its proof shows the opposite.) No Taylor series is needed: lse is convex
-  and symmetric, and ``B a`` is a mean of permutations of ``a``. This is so for a vector along the queries and for the
-  sum over rows; one row's energy may fall, but not below its neighbours' blurred energies,
-  ``E'((B A)_i) >= sum_j B_ij E'(A_j)``, which holds under any boundary.
-- Energy does not always grow with sigma: taps are cut off and clamped, so that a wider blur is not a narrower one
-  blurred again. It does not fall when a blur is applied again, and no sigma gives more than infinity.
-- Theorem 3.1 is about ``|det|`` of the Hessian of E', which is ``-(diag(p) - p p^T)`` with the softmax ``p``. That is
-  0: a number added to all logits changes nothing. Dropping ``p p^T``, as the proof does, leaves ``prod_i p_i``, which
-  is exactly the determinant with any one logit held fixed. But ``log prod_i p_i = sum_i a_i + n E'(a)``, so it rises
-  with the energy: the proof's second inequality points the wrong way. What can lower the determinant is the blur's own
-  factor, ``prod_i b_ii`` in the proof and ``det(B)^2`` by the chain rule. It does so if and only if the energies of the
-  vectors rise, on average, by less than minus the logarithm of that factor for each logit: not for peaked logits.
-- At any logits, and for any boundary, what falls is a bound on the curvature: :func:`largest_curvature`.
-
-``tests/core/test_theory.py`` and ``tests/core/test_theory_curvature.py`` test each of these, beside cases in which it
-fails without its assumption.
+are not negative and its rows add up to 1; its columns do under the boundaries symmetric and circular only. With those
+the mean of the logits is kept, their variance is not raised (Lemma 3.1) and a layer's energy does not fall (Lemma 3.2);
+one row's energy may. Energy does not always grow with sigma, because taps are cut off and clamped. ``|det|`` of the
+Hessian (Theorem 3.1) falls only by the blur's own factor, and not for peaked logits; what falls at any logits and for
+any boundary is a bound on the curvature, :func:`largest_curvature`. ``docs/energy.md`` has each statement with what it
+needs and a case in which it fails; ``tests/core/test_theory.py`` and ``test_theory_curvature.py`` test them.
 
 Source: SEG, arXiv 2408.00760: Definition 2.1 (equation 5), section 3, appendices A and B.
 """

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from segkern.core.arguments import check_grid, check_scale, check_tensor
+from segkern.core.arguments import check_grid, check_qk, check_scale, check_tensor
 from segkern.core.gaussian import check_boundary
 from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
@@ -93,21 +92,15 @@ def check_arguments(
     """Query and key in ``dtype``, one sigma per sample, the scale; a ValueError for what does not fit."""
     for name, x in (("query", query), ("key", key)):
         check_tensor(name, x)
-    if key.shape[:2] != query.shape[:2] or key.shape[3] != query.shape[3] or key.shape[2] == 0:
-        raise ValueError(
-            f"key must be [batch, heads, keys, head_dim] with query's batch, heads and head_dim and at least one key, "
-            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
-        )
-    if key.device != query.device:
-        raise ValueError(f"query and key must share a device, got {query.device} and {key.device}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    query, key = query.to(dtype), key.to(dtype)
+    check_qk(query, key)
     check_grid(grid, query.shape[2])
     check_boundary(boundary)
     if over not in get_args(Over):
         raise ValueError(f"over must be one of {', '.join(map(repr, get_args(Over)))}, got {over!r}")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
-    return query.to(dtype), key.to(dtype), check_sigma(sigma, query.shape[0]), scale
+    return query, key, check_sigma(sigma, query.shape[0]), check_scale(scale, query)
 
 
 def blurred_image(query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str) -> torch.Tensor:

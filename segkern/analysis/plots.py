@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkern.analysis.report import chosen_steps, named
+from segkern.analysis.report import chosen_steps, sigma_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,27 +26,25 @@ def map_files(layers: int) -> list[str]:
     return ["maps.png"] if sheets == 1 else [f"maps-{number}.png" for number in range(1, sheets + 1)]
 
 
-def plot_maps(found: dict[str, Any], folder: Path, picture: Image | None = None) -> list[Path]:
+def plot_maps(run: dict[str, Any], folder: Path, picture: Image | None = None) -> list[Path]:
     """Energy of each query over the grid: a row for each layer, with a scale of its own, a column for each chosen step.
 
     Args:
-        found: what :func:`segkern.analysis.report.summary` made.
+        run: the result of :func:`segkern.analysis.report.summary`.
         folder: where the sheets go.
         picture: what the run drew, shown on the left.
     """
-    written = []
-    layers = found["layers"]
-    for number, name in enumerate(map_files(len(layers))):
-        some = layers[number * LAYERS_IN_A_SHEET : (number + 1) * LAYERS_IN_A_SHEET]
-        _sheet(some, found, picture, folder / name)
-        written.append(folder / name)
-    return written
+    layers = run["layers"]
+    paths = [folder / name for name in map_files(len(layers))]
+    for sheet, path in enumerate(paths):
+        _sheet(layers[sheet * LAYERS_IN_A_SHEET : (sheet + 1) * LAYERS_IN_A_SHEET], run, picture, path)
+    return paths
 
 
-def _sheet(layers: Sequence[dict[str, Any]], found: dict[str, Any], picture: Image | None, path: Path) -> None:
+def _sheet(layers: Sequence[dict[str, Any]], run: dict[str, Any], picture: Image | None, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    steps = chosen_steps(found)
+    steps = chosen_steps(run)
     height, width = layers[0]["grid"]
     side = 2.5
     across, down = side * min(1.6, max(0.6, width / height)), side * min(1.6, max(0.6, height / width))
@@ -75,18 +73,18 @@ def _sheet(layers: Sequence[dict[str, Any]], found: dict[str, Any], picture: Ima
             panels.append(panel)
         bar = figure.colorbar(image, ax=panels, pad=0.015)
         bar.set_label("energy (nats)")
-    figure.suptitle(f"Energy of each query, mean over heads\n{_title(found)}", fontsize=12, parse_math=False)
+    figure.suptitle(f"Energy of each query, mean over heads\n{_title(run)}", fontsize=12, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
-def plot_over_steps(found: dict[str, Any], path: Path) -> None:
+def plot_over_steps(run: dict[str, Any], path: Path) -> None:
     """The mean energy of a layer's queries in every step, a curve for each layer."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     panel = figure.subplots()
-    layers = found["layers"]
+    layers = run["layers"]
     for layer, style in zip(layers, _styles(layers), strict=True):
         panel.plot(range(len(layer["energy"])), layer["energy"], **style)
     panel.set_xlabel("step of the denoiser (the first has the most noise)")
@@ -94,17 +92,17 @@ def plot_over_steps(found: dict[str, Any], path: Path) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
     _name_layers(figure, [panel], layers)
-    figure.suptitle(f"Energy of self-attention over a run\n{_title(found)}", fontsize=12, parse_math=False)
+    figure.suptitle(f"Energy of self-attention over a run\n{_title(run)}", fontsize=12, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
-def plot_over_sigma(found: dict[str, Any], path: Path) -> None:
+def plot_over_sigma(run: dict[str, Any], path: Path) -> None:
     """What a blur does to energy, variance and curvature, a row for each chosen step, a curve for each layer."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
 
-    steps, layers, sigmas = chosen_steps(found), found["layers"], found["sigmas"]
+    steps, layers, sigmas = chosen_steps(run), run["layers"], run["sigmas"]
     figure = Figure(figsize=(18, 4.2 * len(steps) + 1.0), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))
     panels = figure.subplots(len(steps), 4, squeeze=False)
     for step, row in zip(steps, panels, strict=True):
@@ -138,7 +136,7 @@ def plot_over_sigma(found: dict[str, Any], path: Path) -> None:
     lines = (("-", "last panel: b_ii, the paper's factor"), (":", "det(B)², the chain rule's, -∞ at σ = ∞"))
     factors = [Line2D([], [], color="black", linestyle=line, label=text) for line, text in lines]
     _name_layers(figure, panels.flatten().tolist(), layers, factors)
-    title = f"What blurring the queries does, boundary {found['boundary']}\n{_title(found)}"
+    title = f"What blurring the queries does, boundary {run['boundary']}\n{_title(run)}"
     figure.suptitle(title, fontsize=13, parse_math=False)
     figure.savefig(path, dpi=110)
 
@@ -167,11 +165,11 @@ def _curve(panel: Axes, sigmas: Sequence[float], values: Sequence[float], style:
 
 def _sigma_axis(panel: Axes, sigmas: Sequence[float]) -> None:
     places = _places(sigmas)
-    kept: list[tuple[float, str]] = []
+    ticks: list[tuple[float, str]] = []
     for place, sigma in sorted(zip(places, sigmas, strict=True)):
-        if not kept or place - kept[-1][0] > 0.3 or math.isinf(sigma):
-            kept.append((place, "none" if sigma == 0.0 else named(sigma)))
-    panel.set_xticks([place for place, _ in kept], [text for _, text in kept])
+        if not ticks or place - ticks[-1][0] > 0.3 or math.isinf(sigma):
+            ticks.append((place, "none" if sigma == 0.0 else sigma_label(sigma)))
+    panel.set_xticks([place for place, _ in ticks], [text for _, text in ticks])
     panel.set_xlabel("sigma (tokens)")
 
 
@@ -208,7 +206,7 @@ def _name_layers(figure: Any, panels: list[Axes], layers: Sequence[dict[str, Any
     bar.set_label("layer, in the order in which they run")
 
 
-def _title(found: dict[str, Any]) -> str:
-    prompt = found["prompt"]
+def _title(run: dict[str, Any]) -> str:
+    prompt = run["prompt"]
     asked = f'"{prompt if len(prompt) <= 48 else prompt[:45] + "..."}"' if prompt else "no prompt"
-    return f"{found['model']}, {asked}, {found['width']} x {found['height']}, seed {found['seed']}"
+    return f"{run['model']}, {asked}, {run['width']} x {run['height']}, seed {run['seed']}"

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recorded run found, as plain numbers: means over heads and samples, maps, and JSON of both."""
+"""The summary of a recorded run in plain numbers: means over heads and samples, maps, and JSON of both."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,24 +54,24 @@ def summary(recorder: EnergyRecorder, details: dict[str, object], boundary: str)
 
 def _at(record: LayerEnergy) -> dict[str, Any]:
     assert record.by_key is not None
-    found = record.by_query
+    by_query = record.by_query
     return {
         "map_by_query": _map(record.map()),
         "map_by_key": _map(record.map(cut="by_key")),
-        "mean": _means(found.mean),
-        "variance": _means(found.variance),
-        "query_variance": _means(found.query_variance),
-        "by_query": _cut(found, record),
+        "mean": _means(by_query.mean),
+        "variance": _means(by_query.variance),
+        "query_variance": _means(by_query.query_variance),
+        "by_query": _cut(by_query, record),
         "by_key": _cut(record.by_key, record),
     }
 
 
-def _cut(found: OverSigma, record: LayerEnergy) -> dict[str, Any]:
+def _cut(cut: OverSigma, record: LayerEnergy) -> dict[str, Any]:
     assert record.layer.grid is not None
     tokens = record.layer.grid.tokens
     return {
-        "energy": _means(found.energies.mean(dim=-1)),
-        "log_curvature": {name: _means(values / tokens**2) for name, values in found.log_curvature.items()},
+        "energy": _means(cut.energies.mean(dim=-1)),
+        "log_curvature": {name: _means(values / tokens**2) for name, values in cut.log_curvature.items()},
     }
 
 
@@ -86,69 +85,62 @@ def _map(energies: torch.Tensor) -> list[list[float]]:
     return [[round(value, _DIGITS) for value in row] for row in energies.flatten(0, 1).mean(dim=0).tolist()]
 
 
-def chosen_steps(found: dict[str, Any]) -> list[int]:
+def chosen_steps(run: dict[str, Any]) -> list[int]:
     """The steps in which all sigmas were recorded."""
-    return sorted({int(step) for layer in found["layers"] for step in layer["at"]})
+    return sorted({int(step) for layer in run["layers"] for step in layer["at"]})
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
+def write(path: Path, run: dict[str, Any]) -> None:
     """As JSON, a line for each entry and each layer; numbers that JSON lacks as words, "inf" and "-inf"."""
-    lines = [f"{json.dumps(name)}: {_line(value)}" for name, value in found.items() if name != "layers"]
-    layers = ",\n  ".join(_line(layer) for layer in found["layers"])
+    lines = [f"{json.dumps(name)}: {_line(value)}" for name, value in run.items() if name != "layers"]
+    layers = ",\n  ".join(map(_line, run["layers"]))
     path.write_text("{\n" + ",\n".join([*lines, f'"layers": [\n  {layers}\n]']) + "\n}\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What ``write`` wrote."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found | {name: in_numbers(found[name]) for name in ("sigmas", "layers") if name in found}
+    """The summary that :func:`write` wrote."""
+    run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return run | {name: from_json_values(run[name]) for name in ("sigmas", "layers") if name in run}
 
 
 def _line(value: object) -> str:
-    return json.dumps(in_words(value), ensure_ascii=False, allow_nan=False)
+    return json.dumps(json_values(value), ensure_ascii=False, allow_nan=False)
 
 
-def in_words(value: object) -> object:
-    """The same with words for numbers that JSON lacks, in dictionaries and lists too; ``read`` takes them back."""
+def json_values(value: object) -> object:
+    """The same with words for numbers that JSON lacks, in dictionaries and lists too."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {name: in_words(each) for name, each in value.items()}
-    return [in_words(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {name: json_values(entry) for name, entry in value.items()}
+    return list(map(json_values, value)) if isinstance(value, (list, tuple)) else value
 
 
-def in_numbers(value: object) -> object:
+def from_json_values(value: object) -> object:
     """The same with those words as numbers again."""
     if value in ("inf", "-inf", "nan"):
         return float(str(value))
     if isinstance(value, dict):
-        return {name: in_numbers(each) for name, each in value.items()}
-    return [in_numbers(each) for each in value] if isinstance(value, list) else value
+        return {name: from_json_values(entry) for name, entry in value.items()}
+    return list(map(from_json_values, value)) if isinstance(value, list) else value
 
 
-def table_rows(found: dict[str, Any], step: int) -> list[tuple[str, ...]]:
+def table_rows(run: dict[str, Any], step: int) -> list[tuple[str, ...]]:
     """A row of words for each layer at one step: its energy, and how far each sigma lifts it."""
     rows = []
-    for layer in found["layers"]:
-        at = layer["at"].get(str(step))
-        if at is None:
-            continue
-        energy = at["by_query"]["energy"]
-        rise = [f"{value - energy[0]:+.3f}" for value in energy[1:]]
-        rows.append((layer["name"], "x".join(map(str, layer["grid"])), f"{energy[0]:.3f}", *rise))
+    for layer in run["layers"]:
+        if str(step) in layer["at"]:
+            energy = layer["at"][str(step)]["by_query"]["energy"]
+            rise = [f"{value - energy[0]:+.3f}" for value in energy[1:]]
+            rows.append((layer["name"], "x".join(map(str, layer["grid"])), f"{energy[0]:.3f}", *rise))
     return rows
 
 
-def named(sigma: float) -> str:
+def sigma_label(sigma: float) -> str:
     """A sigma in words, infinity as its sign.
 
     Example:
-        >>> [named(value) for value in (0.0, 0.5, math.inf)]
+        >>> [sigma_label(value) for value in (0.0, 0.5, math.inf)]
         ['0', '0.5', '∞']
     """
     return "∞" if math.isinf(sigma) else f"{sigma:g}"
-
-
-def labels(sigmas: Sequence[float]) -> list[str]:
-    """The sigmas of a table or an axis in words."""
-    return [named(sigma) for sigma in sigmas]

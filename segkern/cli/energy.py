@@ -104,7 +104,7 @@ def energy(
     plots.plot_over_steps(summary, out / _OVER_STEPS)
 
     step = report.chosen_steps(summary)[-1]
-    blurred = [f"σ {name}" for name in report.labels(summary["sigmas"][1:])]
+    blurred = [f"σ {report.sigma_label(sigma)}" for sigma in summary["sigmas"][1:]]
     title = f"mean energy of a query in nats, step {step}: without a blur, and how far each lifts it"
     table = Table("layer", "tokens", "energy", *blurred, title=title)
     for row in report.table_rows(summary, step):

@@ -22,8 +22,10 @@ def check_tensor(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} must be floating point (float16, bfloat16, float32 or float64), got {x.dtype}")
 
 
-def check_scale(scale: float) -> float:
-    """The scale as a float; a ValueError unless it is finite."""
+def check_scale(scale: float | None, query: torch.Tensor) -> float:
+    """The scale as a float, ``1 / sqrt(head_dim)`` for None; a ValueError unless it is finite."""
+    if scale is None:
+        return 1.0 / math.sqrt(query.shape[3])
     if isinstance(scale, (bool, str)) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     return float(scale)

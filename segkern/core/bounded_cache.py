@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
@@ -15,8 +14,6 @@ from segkern.core.private_apis import no_modes_or_transforms
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-MOST_BYTES = 2**28  # of the tables of one cache
 
 
 def capturing() -> bool:
@@ -46,7 +43,6 @@ class BoundedCache(Generic[P, T]):
         self._make, self._most = make, most
         self._results: dict[Any, T] = {}
         self._captured: dict[Any, T] = {}
-        self._bytes = 0
         update_wrapper(self, make)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -57,21 +53,16 @@ class BoundedCache(Generic[P, T]):
             if result is None:
                 with ordinary_tensors():
                     result = self._make(*args, **kwargs)
-                self._store(key, result)
+                # A graph that is being captured takes no waiting for the device.
+                if len(self._results) >= self._most and not capturing():
+                    self._drop()
+                self._results[key] = result
         if capturing():
             result = self._captured.setdefault(key, result)
         return result
 
-    def _store(self, key: Any, result: T) -> None:
-        size = _size(result)
-        # A graph that is being captured takes no waiting for the device.
-        if (len(self._results) >= self._most or self._bytes + size > MOST_BYTES) and not capturing():
-            self._drop()
-        self._bytes += size
-        self._results[key] = result
-
     def _drop(self) -> None:
-        dropped, self._results, self._bytes = self._results, {}, 0
+        dropped, self._results = self._results, {}
         for device in {part for key in dropped for part in _parts(key) if isinstance(part, torch.device)}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # kernels of other streams than the one that made a table
@@ -81,7 +72,7 @@ class BoundedCache(Generic[P, T]):
 
     def cache_clear(self) -> None:
         """Forget all, also what captured graphs read."""
-        self._results, self._captured, self._bytes = {}, {}, 0
+        self._results, self._captured = {}, {}
 
 
 def bounded_cache(most: int) -> Callable[[Callable[P, T]], BoundedCache[P, T]]:
@@ -101,14 +92,3 @@ def bounded_cache(most: int) -> Callable[[Callable[P, T]], BoundedCache[P, T]]:
 
 def _parts(key: Any) -> list[Any]:
     return [part for entry in key for part in (entry if isinstance(entry, tuple) else (entry,))]
-
-
-def _size(x: Any) -> int:
-    """Bytes of all tensors in a table."""
-    if isinstance(x, torch.Tensor):
-        return x.numel() * x.itemsize
-    if isinstance(x, tuple):
-        return sum(map(_size, x))
-    if dataclasses.is_dataclass(x):
-        return sum(_size(getattr(x, field.name)) for field in dataclasses.fields(x))
-    return 0

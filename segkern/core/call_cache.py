@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +79,7 @@ def check_attention_call(
     sigmas = check_sigma(sigma, query.shape[0])
     check_boundary(boundary)
     stride = check_query_stride(query_stride)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else check_scale(scale)
+    scale = check_scale(scale, query)
     check_backend(backend)
     asked = backend
     if plain:

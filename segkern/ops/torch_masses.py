@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention's scores add up to, in PyTorch: a row's energy, a key's mass, and their gradients.
+"""Energies of rows, masses of keys and their gradients in PyTorch.
 
 Logits are formed a block at a time, some query rows of some heads, 16 MB of float32 on a CPU; nothing of size N x N
 is. Every block lies in the same memory and is turned into probabilities in place.
@@ -43,16 +43,16 @@ def attention_energy(
     """
     energy = torch.empty(*query.shape[:3], dtype=compute_dtype(query.dtype), device=query.device)
     for samples, sigma in equal_runs(sigmas):
-        q, k, found = query[samples], key[samples], energy[samples]
+        q, k, rows = query[samples], key[samples], energy[samples]
         if math.isinf(sigma):
             row = q.new_empty(*q.shape[:2], 1, dtype=energy.dtype)
             _write_energy(grid_mean(q, grid), k, scale, row)
-            found[:, :, grid.start : grid.stop] = row
+            rows[:, :, grid.start : grid.stop] = row
             for outside in (slice(0, grid.start), slice(grid.stop, q.shape[2])):
-                _write_energy(q[:, :, outside], k, scale, found[:, :, outside])
+                _write_energy(q[:, :, outside], k, scale, rows[:, :, outside])
         else:
             q = q if sigma == 0.0 else gaussian_blur(q, grid, sigmas[samples], boundary)
-            _write_energy(q, k, scale, found)
+            _write_energy(q, k, scale, rows)
     return energy
 
 

@@ -23,8 +23,8 @@ def assert_contract(actual: torch.Tensor, oracle: torch.Tensor, plain: torch.Ten
     allowance = torch.finfo(plain.dtype).eps * oracle.abs().max()
     error, plain_error = actual.double() - oracle, plain.double() - oracle
     for name, norm in (("maximum", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
-        found, allowed = norm(error), 2 * norm(plain_error) + allowance
-        assert found <= allowed, f"{name} error {found:.3e} exceeds {allowed:.3e}"
+        size, allowed = norm(error), 2 * norm(plain_error) + allowance
+        assert size <= allowed, f"{name} error {size:.3e} exceeds {allowed:.3e}"
 
 
 def plain_blur(x: torch.Tensor, grid: Grid, sigma: object, boundary: str = "reflect") -> torch.Tensor:

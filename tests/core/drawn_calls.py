@@ -74,21 +74,19 @@ def grid_for(rng: random.Random, largest: int) -> tuple[Grid, int]:
     return grid, grid.stop + rng.choice((0, 0, 1, rng.randint(0, 9)))
 
 
-def sigma_for(rng: random.Random, batch: int, heads: int, by_head: bool = True) -> Any:
+def sigma_for(rng: random.Random, batch: int, heads: int) -> Any:
     """One for all, one per sample in several kinds of sequence, or one per head."""
     one = [rng.choice(SIGMAS) for _ in range(batch)]
     kinds = [lambda: one[0], lambda: tuple(one), lambda: list(one), lambda: torch.tensor(one, dtype=torch.float64)]
-    if by_head:
-        kinds.append(lambda: [[rng.choice(SIGMAS[:1] + SIGMAS[6:]) for _ in range(heads)] for _ in range(batch)])
+    kinds.append(lambda: [[rng.choice(SIGMAS[:1] + SIGMAS[6:]) for _ in range(heads)] for _ in range(batch)])
     return rng.choice(kinds)()
 
 
-def mask_for(rng: random.Random, full: tuple[int, ...], dtype: torch.dtype, per_key: bool) -> torch.Tensor | None:
+def mask_for(rng: random.Random, full: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
     """Any broadcast shape; boolean, or additive with -inf; some rows without keys."""
     if rng.random() < 0.3:
         return None
     shape = tuple(1 if rng.random() < 0.4 else n for n in full)
-    shape = (*shape[:2], 1, shape[3]) if per_key else shape
     shape = shape[rng.randint(0, next((i for i, n in enumerate(shape) if n != 1), 3)) :]
     takes_part = torch.rand(shape, generator=torch.Generator().manual_seed(rng.randrange(2**31))) > rng.random() * 0.6
     if len(shape) > 1 and rng.random() < 0.3:
@@ -98,10 +96,8 @@ def mask_for(rng: random.Random, full: tuple[int, ...], dtype: torch.dtype, per_
     return tensor(rng, shape, dtype).masked_fill(~takes_part, -math.inf)
 
 
-def draw_call(
-    rng: random.Random, dtypes: tuple[torch.dtype, ...], largest: int, *, by_head: bool = True, per_key: bool = False
-) -> Call:
-    """A random call; ``per_key`` for masks that are the same for all rows."""
+def draw_call(rng: random.Random, dtypes: tuple[torch.dtype, ...], largest: int) -> Call:
+    """A random call."""
     dtype, dim = rng.choice(dtypes), rng.choice(HEAD_DIMS)
     grid, tokens = grid_for(rng, largest)
     batch, heads, keys = rng.randint(1, 3), rng.randint(1, 3), rng.choice((tokens, rng.randint(1, 5 * largest)))
@@ -114,10 +110,10 @@ def draw_call(
         key,
         value,
         grid,
-        sigma_for(rng, batch, heads, by_head),
+        sigma_for(rng, batch, heads),
         rng.choice(BOUNDARIES),
         rng.choice((None, None, 0.2, -0.3, 0.0)),
-        mask_for(rng, (batch, heads, tokens, keys), dtype, per_key),
+        mask_for(rng, (batch, heads, tokens, keys), dtype),
     )
 
 
@@ -135,12 +131,12 @@ def by_heads(function: Any, call: Call, mask: torch.Tensor | None) -> torch.Tens
     if mask is not None:
         mask = mask.expand(batch, heads, tokens, call.key.shape[2])
     sigmas = plain_sigmas(call)
-    found = []
+    result = []
     for h in range(heads):
         options = {"attn_mask": None if mask is None else mask[:, [h]], "scale": call.scale, "boundary": call.boundary}
         q, k, v = (x[:, [h]] for x in (call.query, call.key, call.value))
-        found.append(function(q, k, v, call.grid, [row[h] for row in sigmas], **options))
-    return torch.cat(found, dim=1)
+        result.append(function(q, k, v, call.grid, [row[h] for row in sigmas], **options))
+    return torch.cat(result, dim=1)
 
 
 def largest_logit(call: Call) -> float:
@@ -150,24 +146,24 @@ def largest_logit(call: Call) -> float:
     return max(1.0, norms[0] * norms[1] * scale)
 
 
-def assert_exact(call: Call, found: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> None:
+def assert_exact(call: Call, result: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> None:
     """The contract, or in float32 and float64 a few roundings of the logits.
 
     In float64 the oracle itself rounds; in float32 plain PyTorch's error is small by luck in one of many inputs.
     """
-    assert found.shape == oracle.shape
+    assert result.shape == oracle.shape
     eps = torch.finfo(call.query.dtype).eps
     few = 16 if call.query.dtype == torch.float64 else 4
     rounded = few * eps * largest_logit(call) * oracle.abs().max()
-    if call.query.dtype in (torch.float32, torch.float64) and (found.double() - oracle).abs().max() <= rounded:
+    if call.query.dtype in (torch.float32, torch.float64) and (result.double() - oracle).abs().max() <= rounded:
         return
-    assert_contract(found, oracle, plain)
+    assert_contract(result, oracle, plain)
 
 
 def check_attention(call: Call, backend: str) -> None:
     """Output and log-sum-exp under the contract."""
     q, k, v, mask = call.query, call.key, call.value, call.mask
-    found, lse = segkern.seg_attention(
+    result, lse = segkern.seg_attention(
         q, k, v, call.grid, call.sigma, scale=call.scale, attn_mask=mask, boundary=call.boundary, backend=backend,
         return_lse=True,
     )  # fmt: skip
@@ -176,8 +172,8 @@ def check_attention(call: Call, backend: str) -> None:
         q.double(), k.double(), v.double(), call.grid, plain_sigmas(call), scale=call.scale, attn_mask=double,
         boundary=call.boundary, return_lse=True,
     )  # fmt: skip
-    assert found.dtype == q.dtype
-    assert_exact(call, found, oracle, by_heads(plain_attention, call, mask))
+    assert result.dtype == q.dtype
+    assert_exact(call, result, oracle, by_heads(plain_attention, call, mask))
     finite = oracle_lse.isfinite()
     assert torch.equal(lse.isfinite(), finite)
     assert torch.equal(lse[~finite].double(), oracle_lse[~finite])
@@ -189,14 +185,14 @@ def check_attention(call: Call, backend: str) -> None:
 def check_blur(call: Call, backend: str) -> None:
     """The blur: sums of weights that add up to 1, so within roundings of the values themselves."""
     x = call.query
-    found = segkern.gaussian_blur(x, call.grid, call.sigma, boundary=call.boundary, backend=backend)
+    result = segkern.gaussian_blur(x, call.grid, call.sigma, boundary=call.boundary, backend=backend)
     oracle = reference.gaussian_blur(x.double(), call.grid, plain_sigmas(call), boundary=call.boundary)
-    assert found.shape == x.shape
-    assert found.dtype == x.dtype
+    assert result.shape == x.shape
+    assert result.dtype == x.dtype
     eps = torch.finfo(x.dtype).eps
     bound = eps + 16 * (torch.finfo(torch.float64).eps if x.dtype == torch.float64 else 2**-23)
-    assert (found.double() - oracle).abs().max() <= bound * x.double().abs().max()
-    outside = torch.cat([found[:, :, : call.grid.start], found[:, :, call.grid.stop :]], dim=2)
+    assert (result.double() - oracle).abs().max() <= bound * x.double().abs().max()
+    outside = torch.cat([result[:, :, : call.grid.start], result[:, :, call.grid.stop :]], dim=2)
     assert torch.equal(outside, torch.cat([x[:, :, : call.grid.start], x[:, :, call.grid.stop :]], dim=2))
 
 

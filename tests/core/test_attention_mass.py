@@ -35,12 +35,12 @@ def check_mass(
     batch, heads, _, dim = shape
     query = draw(shape, dtype, DEVICE, layouts[0])
     key = draw((batch, heads, keys, dim), dtype, DEVICE, layouts[1])
-    found = segkern.attention_mass(query, key, scale=scale, backend=backend)
-    assert found.dtype == torch.float32
+    result = segkern.attention_mass(query, key, scale=scale, backend=backend)
+    assert result.dtype == torch.float32
     oracle = reference.attention_mass(query.double(), key.double(), scale=scale)
-    assert_contract(found, oracle, plain_mass(query, key, scale))
+    assert_contract(result, oracle, plain_mass(query, key, scale))
     torch.testing.assert_close(
-        found.sum(dim=-1), torch.full(shape[:2], float(shape[2]), device=DEVICE), rtol=1e-5, atol=0
+        result.sum(dim=-1), torch.full(shape[:2], float(shape[2]), device=DEVICE), rtol=1e-5, atol=0
     )
 
 
@@ -110,8 +110,8 @@ def test_pytorchs_path_forms_no_matrix_of_all_scores() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_keys_share_alike(backend: str) -> None:
     query, key = torch.randn(1, 2, 30, 16, device=DEVICE), torch.randn(1, 2, 1, 16, device=DEVICE).expand(1, 2, 50, 16)
-    found = segkern.attention_mass(query, key, backend=backend)
-    torch.testing.assert_close(found, torch.full_like(found, 30 / 50), rtol=1e-5, atol=0)
+    result = segkern.attention_mass(query, key, backend=backend)
+    torch.testing.assert_close(result, torch.full_like(result, 30 / 50), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -127,10 +127,10 @@ def test_it_is_attention_of_ones_seen_from_the_keys(backend: str) -> None:
 @pytest.mark.parametrize("size", [1e4, 1e8, 1e15], ids=str)
 def test_huge_logits_neither_overflow_nor_lose_mass(size: float, backend: str) -> None:
     query, key = (draw((2, 1, 45, 16), torch.float32, DEVICE) * size for _ in range(2))
-    found = segkern.attention_mass(query, key, backend=backend)
-    assert found.isfinite().all()
-    torch.testing.assert_close(found.sum(dim=-1), torch.full((2, 1), 45.0, device=DEVICE))
-    assert_contract(found, reference.attention_mass(query.double(), key.double()), plain_mass(query, key))
+    result = segkern.attention_mass(query, key, backend=backend)
+    assert result.isfinite().all()
+    torch.testing.assert_close(result.sum(dim=-1), torch.full((2, 1), 45.0, device=DEVICE))
+    assert_contract(result, reference.attention_mass(query.double(), key.double()), plain_mass(query, key))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -148,16 +148,16 @@ def test_samples_and_heads_do_not_see_each_other(backend: str) -> None:
 
 def test_float64_stays_float64() -> None:
     query, key = torch.randn(2, 2, 2, 21, 8, dtype=torch.float64)
-    found = segkern.attention_mass(query, key)
-    torch.testing.assert_close(found, reference.attention_mass(query, key), rtol=1e-12, atol=1e-12)
-    assert found.dtype == torch.float64
+    result = segkern.attention_mass(query, key)
+    torch.testing.assert_close(result, reference.attention_mass(query, key), rtol=1e-12, atol=1e-12)
+    assert result.dtype == torch.float64
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dtype: torch.dtype) -> None:
     query, key = (3.0 * torch.randn(2, 2, 37, 24, device=DEVICE)).to(dtype), torch.randn(2, 2, 29, 24).to(DEVICE, dtype)
-    found = segkern.attention_mass(query, key, backend=backend)
-    torch.testing.assert_close(found, reference.attention_mass(query.float(), key.float()), rtol=1e-5, atol=1e-5)
+    result = segkern.attention_mass(query, key, backend=backend)
+    torch.testing.assert_close(result, reference.attention_mass(query.float(), key.float()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS if CUDA else ["torch"])
@@ -165,9 +165,9 @@ def test_a_key_of_infinities_gets_no_mass_and_takes_none(backend: str) -> None:
     """Beside it the kernel's padding of queries has no numbers, of which a device's minimum, not NumPy's, makes 0."""
     query, key = torch.rand(1, 1, 5, 4, device=DEVICE) + 0.1, torch.randn(1, 1, 5, 4, device=DEVICE)
     key[0, 0, 3] = -math.inf
-    found = segkern.attention_mass(query, key, backend=backend)
-    torch.testing.assert_close(found, reference.attention_mass(query, key), rtol=1e-5, atol=1e-6)
-    assert found[0, 0, 3] == 0.0
+    result = segkern.attention_mass(query, key, backend=backend)
+    torch.testing.assert_close(result, reference.attention_mass(query, key), rtol=1e-5, atol=1e-6)
+    assert result[0, 0, 3] == 0.0
 
 
 def test_gradients_inside_autocast_are_not_rounded() -> None:
@@ -182,8 +182,8 @@ def test_gradients_inside_autocast_are_not_rounded() -> None:
         loss = (function(q, k) * weights).sum()
         with torch.autocast("cpu", torch.bfloat16, enabled=not double):
             grads.append(torch.autograd.grad(loss, (q, k)))
-    for found, expected in zip(*grads, strict=True):
-        assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+    for result, expected in zip(*grads, strict=True):
+        assert ((result - expected).norm() / expected.norm()).item() < 1e-5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -210,8 +210,8 @@ def test_compiles_without_graph_break(backend: str) -> None:
     tensors = [torch.randn(2, 2, 14, 8, device=DEVICE, requires_grad=True) for _ in range(2)]
     compiled = torch.compile(loss, fullgraph=True)
     torch.testing.assert_close(compiled(*tensors), loss(*tensors), rtol=1e-5, atol=1e-5)
-    found = torch.autograd.grad(compiled(*tensors), tensors)
-    for ours, theirs in zip(found, torch.autograd.grad(loss(*tensors), tensors), strict=True):
+    result = torch.autograd.grad(compiled(*tensors), tensors)
+    for ours, theirs in zip(result, torch.autograd.grad(loss(*tensors), tensors), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

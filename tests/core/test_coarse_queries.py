@@ -108,8 +108,8 @@ def test_slow_waves_pass_unchanged(length: int, boundary: str, data: st.DataObje
         wave = torch.cos(math.pi / period * (at + shift) * number)
     blurred = blur_matrix(length, sigma, boundary, dtype=torch.float64) @ wave
     at_points = sampling_matrix(length, sigma, count, boundary, dtype=torch.float64) @ wave
-    found = interpolation_matrix(length, count, boundary, dtype=torch.float64) @ at_points
-    torch.testing.assert_close(found, blurred, atol=1e-9, rtol=0)
+    result = interpolation_matrix(length, count, boundary, dtype=torch.float64) @ at_points
+    torch.testing.assert_close(result, blurred, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -122,8 +122,8 @@ def test_close_to_every_row_and_closer_with_more_points(boundary: str, sigma: fl
     spread = (exact - exact.mean(dim=2, keepdim=True)).norm()
 
     def error(query_stride: int) -> float:
-        found = segkern.seg_attention(query, key, value, grid, sigma, boundary=boundary, query_stride=query_stride)
-        return float((found - exact).norm() / spread)
+        result = segkern.seg_attention(query, key, value, grid, sigma, boundary=boundary, query_stride=query_stride)
+        return float((result - exact).norm() / spread)
 
     assert 0 < error(stride) < bound
     assert error(1) < 1e-11
@@ -143,8 +143,8 @@ def test_equals_the_reference(data: st.DataObject) -> None:
     mask = data.draw(st.sampled_from([None, nothing, randn(1, 2, 1, keys), randn(keys)]))
     options = {"attn_mask": mask, "boundary": boundary, "query_stride": stride, "return_lse": True}
     expected, expected_lse = reference.seg_attention(query, key, value, grid, sigma, **options)
-    found, lse = segkern.seg_attention(query, key, value, grid, sigma, backend="torch", **options)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    result, lse = segkern.seg_attention(query, key, value, grid, sigma, backend="torch", **options)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -157,8 +157,8 @@ def test_rounds_no_worse_than_plain_pytorch(dtype: torch.dtype, backend: str, de
     grid, sigma, stride = Grid(7, 9, start=2), (0.0, 2.5, 8.0, math.inf), (2, 3)
     query, key, value = (randn(4, 2, 67, 40).to(device, dtype) for _ in range(3))
     oracle = reference.seg_attention(*(x.double() for x in (query, key, value)), grid, sigma, query_stride=stride)
-    found = segkern.seg_attention(query, key, value, grid, sigma, query_stride=stride, backend=backend)
-    assert found.dtype == dtype
+    result = segkern.seg_attention(query, key, value, grid, sigma, query_stride=stride, backend=backend)
+    assert result.dtype == dtype
     coarse, parts = coarse_grid(grid, stride, "reflect"), []
     for i, one in enumerate(sigma):  # every step at the input's dtype
         part = query[i : i + 1]
@@ -171,7 +171,7 @@ def test_rounds_no_worse_than_plain_pytorch(dtype: torch.dtype, backend: str, de
         if 0 < one < math.inf:
             part = mixed(part, coarse, [interpolation_matrix(n, m, dtype=dtype) for n, m in axes_of(grid, coarse)])
         parts.append(part)
-    assert_contract(found, oracle, torch.cat(parts))
+    assert_contract(result, oracle, torch.cat(parts))
 
 
 def axes_of(grid: Grid, coarse: Grid) -> list[tuple[int, int]]:
@@ -192,11 +192,11 @@ def test_gradients_are_those_of_the_reference(through_operators: bool, monkeypat
     query, key, value = (randn(3, 2, 22, 4).requires_grad_() for _ in range(3))
     weights, lse_weights = randn(3, 2, 22, 4), randn(3, 2, 22)
     options = {"grid": Grid(4, 5, 1), "sigma": (0.0, 1.5, math.inf), "query_stride": (2, 3), "return_lse": True}
-    found = []
+    result = []
     for attend in (segkern.seg_attention, reference.seg_attention):
         output, lse = attend(query, key, value, **options)
-        found.append(torch.autograd.grad((output * weights).sum() + (lse * lse_weights).sum(), (query, key, value)))
-    for ours, expected in zip(*found, strict=True):
+        result.append(torch.autograd.grad((output * weights).sum() + (lse * lse_weights).sum(), (query, key, value)))
+    for ours, expected in zip(*result, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -222,11 +222,11 @@ def test_compiles_whole() -> None:
     for height, width, sigma, stride in ((4, 5, 1.5, 2), (4, 7, 1.5, 3), (6, 5, 2.5, 2)):
         query = randn(3, 2, height * width, 8, dtype=torch.float32).requires_grad_()
         arguments = query, Grid(height, width), (0.0, sigma, math.inf), stride
-        (found, lse), (expected, expected_lse) = compiled(*arguments), attend(*arguments)
-        torch.testing.assert_close(found, expected)
+        (result, lse), (expected, expected_lse) = compiled(*arguments), attend(*arguments)
+        torch.testing.assert_close(result, expected)
         torch.testing.assert_close(lse, expected_lse)
-        weights = torch.randn_like(found)
-        gradients = [torch.autograd.grad((x * weights).sum(), query)[0] for x in (found, expected)]
+        weights = torch.randn_like(result)
+        gradients = [torch.autograd.grad((x * weights).sum(), query)[0] for x in (result, expected)]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
@@ -247,9 +247,9 @@ def test_only_the_points_have_query_rows(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_autocast_takes_its_dtype_and_keeps_the_weights_of_the_blur() -> None:
     query, key, value = (randn(2, 2, 63, 16, dtype=torch.float32) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
-        found = segkern.seg_attention(query, key, value, Grid(7, 9), (0.0, 3.0), query_stride=2)
+        result = segkern.seg_attention(query, key, value, Grid(7, 9), (0.0, 3.0), query_stride=2)
     half = [x.bfloat16() for x in (query, key, value)]
-    assert torch.equal(found, segkern.seg_attention(*half, Grid(7, 9), (0.0, 3.0), query_stride=2))
+    assert torch.equal(result, segkern.seg_attention(*half, Grid(7, 9), (0.0, 3.0), query_stride=2))
 
 
 def test_results_are_the_callers_own_and_empty_batches_stay_empty() -> None:
@@ -264,8 +264,8 @@ def test_results_are_the_callers_own_and_empty_batches_stay_empty() -> None:
 
 def test_a_grid_too_small_to_leave_out_rows_is_exact() -> None:
     x, mask = randn(1, 1, 4, 2), randn(4, 4)
-    found = segkern.seg_attention(x, x, x, Grid(2, 2), 1.0, attn_mask=mask, query_stride=4)
-    assert torch.equal(found, segkern.seg_attention(x, x, x, Grid(2, 2), 1.0, attn_mask=mask))
+    result = segkern.seg_attention(x, x, x, Grid(2, 2), 1.0, attn_mask=mask, query_stride=4)
+    assert torch.equal(result, segkern.seg_attention(x, x, x, Grid(2, 2), 1.0, attn_mask=mask))
 
 
 def test_matrices_and_operators_refuse_what_does_not_fit() -> None:
@@ -298,5 +298,5 @@ def test_masks_with_rows_of_their_own_are_refused_where_rows_are_left_out() -> N
         with pytest.raises(ValueError, match=r"6, 6\)"):
             attend(x, x, x, Grid(2, 3), 1.0, attn_mask=mask, query_stride=2)
     for sigma in (0.0, math.inf):
-        found = segkern.seg_attention(x, x, x, Grid(2, 3), sigma, attn_mask=mask, query_stride=2)
-        torch.testing.assert_close(found, segkern.seg_attention(x, x, x, Grid(2, 3), sigma, attn_mask=mask))
+        result = segkern.seg_attention(x, x, x, Grid(2, 3), sigma, attn_mask=mask, query_stride=2)
+        torch.testing.assert_close(result, segkern.seg_attention(x, x, x, Grid(2, 3), sigma, attn_mask=mask))

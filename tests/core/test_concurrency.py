@@ -67,12 +67,12 @@ def test_streams_do_not_disturb_each_other() -> None:
             torch.cuda.synchronize()
             for table in (_routes.attention_route, _blur_matrices.blur_matrices, _blur_matrices.index_tensor):
                 table.cache_clear()
-        found = []
+        result = []
         for i, stream in enumerate(streams):
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                found.append(segkern.seg_attention(q, k, v, grid, sigmas[(i + turn) % 8]))
+                result.append(segkern.seg_attention(q, k, v, grid, sigmas[(i + turn) % 8]))
                 torch.full((10_000,), math.nan, device=device)
         torch.cuda.synchronize()
-        for i, one in enumerate(found):
+        for i, one in enumerate(result):
             assert torch.equal(one, expected[(i + turn) % 8]), (turn, i)

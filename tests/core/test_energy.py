@@ -43,9 +43,9 @@ def test_energies_are_minus_the_log_sum_exp(
 ) -> None:
     query, key = draw()
     expected = -lse(blurred_logits(query, key, sigma, boundary), 3 if over == "keys" else 2)
-    found = energy.energies(query, key, GRID, sigma, over=over, boundary=boundary, dtype=dtype)
-    assert (found.dtype, found.shape) == (dtype, expected.shape)
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    result = energy.energies(query, key, GRID, sigma, over=over, boundary=boundary, dtype=dtype)
+    assert (result.dtype, result.shape) == (dtype, expected.shape)
+    torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
     layer = energy.layer_energy(query, key, GRID, sigma, over=over, boundary=boundary, dtype=dtype)
     torch.testing.assert_close(layer.double(), expected.sum(dim=-1), rtol=tolerance, atol=10 * tolerance)
 
@@ -57,17 +57,17 @@ def test_moments_are_those_of_the_logits(boundary: str, sigma: float) -> None:
     logits = blurred_logits(query, key, sigma, boundary, scale=0.3)
     options: dict[str, Any] = {"scale": 0.3, "boundary": boundary, "dtype": torch.float64}
     for per_key, axes in ((False, (2, 3)), (True, (2,))):
-        found = energy.logit_moments(query, key, GRID, sigma, per_key=per_key, **options)
-        torch.testing.assert_close(found.mean, logits.mean(dim=axes))
-        torch.testing.assert_close(found.variance, logits.var(dim=axes, correction=0), rtol=1e-9, atol=1e-12)
+        result = energy.logit_moments(query, key, GRID, sigma, per_key=per_key, **options)
+        torch.testing.assert_close(result.mean, logits.mean(dim=axes))
+        torch.testing.assert_close(result.variance, logits.var(dim=axes, correction=0), rtol=1e-9, atol=1e-12)
 
 
 def test_a_small_variance_beside_a_large_mean_keeps_its_digits_in_float32() -> None:
     query, key = draw()
     query, key = 1.0 + 1e-3 * query, 1.0 + 1e-3 * key
     expected = blurred_logits(query, key, 0.0, "reflect").var(dim=(2, 3), correction=0)
-    found = energy.logit_moments(query.float(), key.float(), GRID).variance
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0.0)
+    result = energy.logit_moments(query.float(), key.float(), GRID).variance
+    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=0.0)
 
 
 @BOTH
@@ -99,16 +99,16 @@ def test_log_curvature_is_the_logarithm_of_the_determinant(over: Any, factor: An
         return -lse(whole if factor == "none" else blur @ whole, axis).sum()
 
     options: dict[str, Any] = {"over": over, "factor": factor, "dtype": torch.float64}
-    found = energy.log_curvature(query, key, grid, sigma, **options).item()
+    result = energy.log_curvature(query, key, grid, sigma, **options).item()
     if factor == "paper":
         diagonal = torch.softmax(blur @ logits, dim=axis) * blur.diagonal()[:, None]
-        assert found == pytest.approx(diagonal.log().sum().item())
+        assert result == pytest.approx(diagonal.log().sum().item())
         return
     free = start[:, 1:] if over == "keys" else start[1:]
     matrix = torch.autograd.functional.hessian(layer, free.clone()).reshape(free.numel(), free.numel())
     sign, expected = torch.linalg.slogdet(matrix)
     assert sign.item() == (-1) ** free.numel()
-    assert found == pytest.approx(expected.item())
+    assert result == pytest.approx(expected.item())
 
 
 @BOTH
@@ -116,16 +116,16 @@ def test_log_curvature_is_the_logarithm_of_the_determinant(over: Any, factor: An
 def test_spectrum_is_that_of_the_hessian(over: Any, sigma: float) -> None:
     grid = Grid(2, 3)
     query, key = (torch.randn(2, 2, n, DIM, dtype=torch.float64) for n in (6, 4))
-    found = energy.curvature_spectrum(query, key, grid, sigma, over=over)
+    result = energy.curvature_spectrum(query, key, grid, sigma, over=over)
     blur = dense(grid, sigma, "reflect")
     logits = query @ key.transpose(-2, -1) * DIM**-0.5
     for sample in range(2):
         for head in range(2):
             start = logits[sample, head]
             if over == "keys":
-                cases = [(found[sample, head], start, lambda a: -lse(blur @ a, 1).sum())]
+                cases = [(result[sample, head], start, lambda a: -lse(blur @ a, 1).sum())]
             else:
-                cases = [(found[sample, head, j], start[:, j], lambda a: -lse(blur @ a, 0)) for j in range(4)]
+                cases = [(result[sample, head, j], start[:, j], lambda a: -lse(blur @ a, 0)) for j in range(4)]
             for values, at, function in cases:
                 matrix = torch.autograd.functional.hessian(function, at).reshape(at.numel(), at.numel())
                 expected = (-torch.linalg.eigvalsh(matrix)).sort(descending=True).values
@@ -144,18 +144,18 @@ def test_largest_curvature_is_over_all_pairs_of_rows(boundary: str) -> None:
 @BOTH
 def test_over_sigma_is_each_of_them(over: Any) -> None:
     query, key = draw()
-    found = energy.over_sigma(query, key, GRID, SIGMAS, over=over, boundary="circular", dtype=torch.float64)
-    assert found.sigmas == SIGMAS
+    result = energy.over_sigma(query, key, GRID, SIGMAS, over=over, boundary="circular", dtype=torch.float64)
+    assert result.sigmas == SIGMAS
     for i, sigma in enumerate(SIGMAS):
         options: dict[str, Any] = {"boundary": "circular", "dtype": torch.float64}
-        assert torch.equal(found.energies[i], energy.energies(query, key, GRID, sigma, over=over, **options))
-        assert torch.equal(found.energy[i], energy.layer_energy(query, key, GRID, sigma, over=over, **options))
+        assert torch.equal(result.energies[i], energy.energies(query, key, GRID, sigma, over=over, **options))
+        assert torch.equal(result.energy[i], energy.layer_energy(query, key, GRID, sigma, over=over, **options))
         mean, variance = energy.logit_moments(query, key, GRID, sigma, **options)
-        assert torch.equal(found.mean[i], mean)
-        assert torch.equal(found.variance[i], variance)
+        assert torch.equal(result.mean[i], mean)
+        assert torch.equal(result.variance[i], variance)
         per_key = energy.logit_moments(query, key, GRID, sigma, per_key=True, **options).variance
-        assert torch.equal(found.query_variance[i], per_key.mean(dim=-1))
-        for factor, values in found.log_curvature.items():
+        assert torch.equal(result.query_variance[i], per_key.mean(dim=-1))
+        for factor, values in result.log_curvature.items():
             expected = energy.log_curvature(query, key, GRID, sigma, over=over, factor=factor, **options)
             assert torch.equal(values[i], expected)
 
@@ -164,13 +164,13 @@ def test_over_sigma_is_each_of_them(over: Any) -> None:
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     query, key = draw(dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # nor does autocast round
-        found = energy.energies(query, key, GRID, 1.0)
+        result = energy.energies(query, key, GRID, 1.0)
         variance = energy.logit_moments(query, key, GRID, 1.0).variance
-    assert found.dtype == variance.dtype == torch.float32
+    assert result.dtype == variance.dtype == torch.float32
     expected = blurred_logits(query, key, 1.0, "reflect").var(dim=(2, 3), correction=0)
     torch.testing.assert_close(variance.double(), expected, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(
-        found.double(), -lse(blurred_logits(query, key, 1.0, "reflect"), 3), rtol=1e-5, atol=1e-5
+        result.double(), -lse(blurred_logits(query, key, 1.0, "reflect"), 3), rtol=1e-5, atol=1e-5
     )
 
 

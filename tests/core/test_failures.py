@@ -104,7 +104,7 @@ def test_one_reason_is_told_once_for_all_kernels(reason: str) -> None:
         for dim in (8, 16, 24):
             for call in CALLS.values():
                 call(*tensors(dim=dim))
-    assert len([each for each in told if each.category is RuntimeWarning]) == 1
+    assert len([warning for warning in told if warning.category is RuntimeWarning]) == 1
 
 
 def test_gradients_fall_back_and_an_explicit_choice_does_not() -> None:
@@ -114,8 +114,8 @@ def test_gradients_fall_back_and_an_explicit_choice_does_not() -> None:
         with failing(BROKEN["ptxas fails"]):
             fallback.forget_failures()
             with pytest.warns(RuntimeWarning):
-                found = torch.autograd.grad(call(q, k, v).float().sum(), q)[0]
-            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+                output = torch.autograd.grad(call(q, k, v).float().sum(), q)[0]
+            torch.testing.assert_close(output, expected, rtol=2e-3, atol=2e-3)
             with pytest.raises(fallback.KernelFailure):
                 call(q, k, v, backend="triton")
 
@@ -128,12 +128,12 @@ def test_a_compiled_graph_falls_back_where_it_runs() -> None:
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     with failing(BROKEN["binary is refused"]) as kernel:
         with pytest.warns(RuntimeWarning, match="device kernel image is invalid"):
-            found = compiled(*inputs)
+            output = compiled(*inputs)
         assert kernel.launches == 2
-        assert torch.equal(compiled(*inputs), found)
+        assert torch.equal(compiled(*inputs), output)
         assert kernel.launches == 2
-        assert torch.equal(step(*inputs), found)
-    assert torch.equal(found, 2 * segkern.seg_attention(
+        assert torch.equal(step(*inputs), output)
+    assert torch.equal(output, 2 * segkern.seg_attention(
         inputs[0], inputs[1], segkern.gaussian_blur(inputs[2], GRID, SIGMA, backend="torch"), GRID, SIGMA,
         backend="torch"))  # fmt: skip
 
@@ -149,12 +149,12 @@ def test_fake_tensors_try_no_kernel() -> None:
 
 
 def test_threads_that_fail_together_are_told_once() -> None:
-    inputs, start, found = tensors(), threading.Barrier(8), []
+    inputs, start, output = tensors(), threading.Barrier(8), []
     expected = CALLS["seg_attention"](*inputs, backend="torch")
 
     def work() -> None:
         start.wait()
-        found.extend(CALLS["seg_attention"](*inputs) for _ in range(5))
+        output.extend(CALLS["seg_attention"](*inputs) for _ in range(5))
 
     with failing(BROKEN["no C compiler"]), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -163,8 +163,8 @@ def test_threads_that_fail_together_are_told_once() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert len(found) == 40
-    assert all(torch.equal(each, expected) for each in found)
+    assert len(output) == 40
+    assert all(torch.equal(x, expected) for x in output)
     assert len(told) == 1
 
 

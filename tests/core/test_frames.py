@@ -46,21 +46,21 @@ def frame_by_frame(blur: Any, x: torch.Tensor, grid: Grid, sigma: Any, **options
 def test_frames_are_images(blur: Any, video: tuple[Grid, torch.Tensor, list[float]]) -> None:
     grid, x, sigma = video
     before = x.clone()
-    found = blur(x, grid, sigma)
-    torch.testing.assert_close(found, frame_by_frame(reference.gaussian_blur, x, grid, sigma), rtol=1e-12, atol=1e-12)
+    result = blur(x, grid, sigma)
+    torch.testing.assert_close(result, frame_by_frame(reference.gaussian_blur, x, grid, sigma), rtol=1e-12, atol=1e-12)
     assert torch.equal(x, before)
     outside = [*range(grid.start), *range(grid.stop, x.shape[2])]
-    assert torch.equal(found[:, :, outside], x[:, :, outside])
+    assert torch.equal(result[:, :, outside], x[:, :, outside])
 
 
 @given(videos())
 def test_attention_blurs_the_logits_of_each_frame(video: tuple[Grid, torch.Tensor, list[float]]) -> None:
     grid, query, sigma = video
     key, value = torch.randn(2, *query.shape[:2], 9, 8, dtype=torch.float64)
-    found = segkern.seg_attention(query, key, value, grid, sigma)
+    result = segkern.seg_attention(query, key, value, grid, sigma)
     logits = frame_by_frame(reference.gaussian_blur, query @ key.transpose(-2, -1) * 8**-0.5, grid, sigma)
-    torch.testing.assert_close(found, logits.softmax(-1) @ value, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(reference.seg_attention(query, key, value, grid, sigma), found, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result, logits.softmax(-1) @ value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(reference.seg_attention(query, key, value, grid, sigma), result, rtol=1e-9, atol=1e-9)
 
 
 def test_a_sigma_for_each_head() -> None:
@@ -76,8 +76,8 @@ def test_a_sigma_for_each_head() -> None:
     torch.testing.assert_close(segkern.gaussian_blur(x, grid, by_head), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(reference.gaussian_blur(x, grid, by_head), expected, rtol=1e-12, atol=1e-12)
     key, value = torch.randn(2, 2, 3, 64, 8, dtype=torch.float64)
-    found = segkern.seg_attention(x, key, value, grid, by_head, return_lse=True)
-    torch.testing.assert_close(found[0], reference.attention(expected, key, value)[0])
+    result = segkern.seg_attention(x, key, value, grid, by_head, return_lse=True)
+    torch.testing.assert_close(result[0], reference.attention(expected, key, value)[0])
 
 
 @pytest.mark.parametrize("boundary", ["reflect", "symmetric", "circular"])
@@ -87,9 +87,9 @@ def test_boundaries_and_gradients(boundary: str) -> None:
     key, value = torch.randn(2, 1, 2, 24, 4, dtype=torch.float64, requires_grad=True)
 
     def attend(*qkv: torch.Tensor) -> torch.Tensor:
-        found = segkern.seg_attention(*qkv, grid, 1.3, boundary=boundary)
-        assert isinstance(found, torch.Tensor)
-        return found
+        result = segkern.seg_attention(*qkv, grid, 1.3, boundary=boundary)
+        assert isinstance(result, torch.Tensor)
+        return result
 
     assert torch.autograd.gradcheck(attend, (x, key, value))
 

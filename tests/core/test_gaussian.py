@@ -33,11 +33,11 @@ def test_official_blur_is_reproduced(case: str, blur) -> None:
     image, expected = GOLDEN[f"{case}.input"], GOLDEN[f"{case}.output"]
     height, width = image.shape[-2:]
     tokens = image.flatten(2).transpose(1, 2)[:, None]  # [batch, 1, tokens, channels]
-    found = blur(tokens, Grid(height, width), GOLDEN[f"{case}.sigma"].item())
-    found = found[:, 0].transpose(1, 2).unflatten(2, (height, width))
+    blurred = blur(tokens, Grid(height, width), GOLDEN[f"{case}.sigma"].item())
+    blurred = blurred[:, 0].transpose(1, 2).unflatten(2, (height, width))
     # Of the largest value that is averaged: the official float32 sums are themselves up to 1.6e-6 of the largest
     # output away from the same blur in float64.
-    assert (found - expected).abs().max() <= 1e-6 * image.abs().max()
+    assert (blurred - expected).abs().max() <= 1e-6 * image.abs().max()
 
 
 @given(sigma=finite_sigmas, length=lengths)
@@ -57,8 +57,8 @@ def test_matrix_is_padding_and_convolution(sigma: float, length: int, boundary: 
     taps = gaussian_taps(sigma, length)
     padded = F.pad(x, [taps.numel() // 2] * 2, mode=boundary)
     expected = F.conv1d(padded, taps[None, None])[0, 0]
-    found = blur_matrix(length, sigma, boundary, dtype=torch.float64) @ x[0, 0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    blurred = blur_matrix(length, sigma, boundary, dtype=torch.float64) @ x[0, 0]
+    torch.testing.assert_close(blurred, expected, rtol=0, atol=1e-12)
 
 
 @given(sigma=finite_sigmas, length=lengths)
@@ -67,8 +67,8 @@ def test_symmetric_boundary_repeats_the_edge(sigma: float, length: int) -> None:
     radius = tap_count(sigma, length) // 2
     padded = torch.cat([x.flip(0)[length - radius :], x, x.flip(0)[:radius]])
     expected = padded.unfold(0, 2 * radius + 1, 1) @ gaussian_taps(sigma, length)
-    found = blur_matrix(length, sigma, "symmetric", dtype=torch.float64) @ x
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    blurred = blur_matrix(length, sigma, "symmetric", dtype=torch.float64) @ x
+    torch.testing.assert_close(blurred, expected, rtol=0, atol=1e-12)
 
 
 @given(sigma=finite_sigmas, length=lengths, boundary=st.sampled_from(BOUNDARIES))
@@ -121,27 +121,27 @@ def test_constant_is_unchanged_and_text_is_untouched(
     grid = Grid(height, width, start)
     x = torch.randn(1, 2, grid.tokens + start + 2, 4, dtype=torch.float64)
     x[:, :, grid.start : grid.stop] = x[:, :, grid.start : grid.start + 1]
-    found = segkern.gaussian_blur(x, grid, sigma, boundary=boundary)
-    torch.testing.assert_close(found, x, rtol=0, atol=1e-12)
+    blurred = segkern.gaussian_blur(x, grid, sigma, boundary=boundary)
+    torch.testing.assert_close(blurred, x, rtol=0, atol=1e-12)
     outside = [i for i in range(x.shape[2]) if not grid.start <= i < grid.stop]
-    assert torch.equal(found[:, :, outside], x[:, :, outside])
+    assert torch.equal(blurred[:, :, outside], x[:, :, outside])
 
 
 def test_blur_runs_along_both_axes_of_a_non_square_grid() -> None:
     image = torch.zeros(1, 1, 5, 11, 1)
     image[0, 0, 2, 4] = 1.0
-    found = segkern.gaussian_blur(image.flatten(2, 3), Grid(5, 11), 0.8).unflatten(2, (5, 11))[0, 0, ..., 0]
-    assert found.argmax() == 2 * 11 + 4
-    torch.testing.assert_close(found[2, 3], found[2, 5])
-    torch.testing.assert_close(found[1, 4], found[3, 4])
+    blurred = segkern.gaussian_blur(image.flatten(2, 3), Grid(5, 11), 0.8).unflatten(2, (5, 11))[0, 0, ..., 0]
+    assert blurred.argmax() == 2 * 11 + 4
+    torch.testing.assert_close(blurred[2, 3], blurred[2, 5])
+    torch.testing.assert_close(blurred[1, 4], blurred[3, 4])
 
 
 def test_result_shares_no_memory_with_its_input() -> None:
     x = torch.randn(2, 1, 6, 4)
     for sigma in (0.0, 1.0, math.inf):
-        found = segkern.gaussian_blur(x, Grid(2, 3), sigma)
+        blurred = segkern.gaussian_blur(x, Grid(2, 3), sigma)
         before = x.clone()
-        found.fill_(7.0)  # would fail on an expanded result, and change x on a shared one
+        blurred.fill_(7.0)  # would fail on an expanded result, and change x on a shared one
         assert torch.equal(x, before)
 
 
@@ -189,8 +189,8 @@ def test_grid_must_be_a_grid() -> None:
 def test_runs_cover_the_batch_in_order(sigmas: list[float]) -> None:
     rebuilt = [value for samples, value in equal_runs(sigmas) for _ in range(*samples.indices(len(sigmas)))]
     assert rebuilt == sigmas
-    found = equal_runs(sigmas)
-    assert all(a[1] != b[1] for a, b in itertools.pairwise(found))
+    blurred = equal_runs(sigmas)
+    assert all(a[1] != b[1] for a, b in itertools.pairwise(blurred))
 
 
 def test_sigma_may_be_a_tensor() -> None:

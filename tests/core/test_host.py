@@ -18,7 +18,6 @@ from segkern.core import call_cache
 from tests.core.contract import assert_contract, oracle_attention, plain_attention
 
 pytest.importorskip("triton", reason="kernels need triton")
-from typer.testing import CliRunner
 
 from benchmarks import host, tables
 from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
@@ -57,9 +56,9 @@ def test_other_shapes_dtypes_and_sigmas_are_other_calls() -> None:
             for sigma in ((0.0, 1.0), (0.0, 2.0), (math.inf, 0.0)):
                 q, k, v = draw(2, tokens, dtype)
                 for _ in range(2):
-                    found = segkern.seg_attention(q, k, v, GRID, sigma)
+                    result = segkern.seg_attention(q, k, v, GRID, sigma)
                     assert_contract(
-                        found, oracle_attention(q, k, v, GRID, sigma)[0], plain_attention(q, k, v, GRID, sigma)
+                        result, oracle_attention(q, k, v, GRID, sigma)[0], plain_attention(q, k, v, GRID, sigma)
                     )
     with pytest.raises(ValueError, match="dtype"):
         segkern.seg_attention(q, k.double(), v, GRID, sigma)
@@ -163,12 +162,3 @@ def test_the_host_is_measured() -> None:
     assert len(rows) == 5
     assert all(row["over_us"]["p20"] <= row["over_us"]["p80"] for row in rows)
     assert tables.of_lines(host.HEADINGS, host.lines(rows)).row_count == 5
-
-
-def test_the_command_writes_a_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.__main__ import app
-
-    monkeypatch.setattr(host, "measure_host", lambda device: [])
-    ran = CliRunner().invoke(app, ["host", "--device", "cpu", "--out", str(tmp_path / "host.json")])
-    assert ran.exit_code == 0, ran.output
-    assert (tmp_path / "host.json").exists()

@@ -53,20 +53,20 @@ def test_modes_of_autograd(name: str, backend: str) -> None:
     expected = call(q, k, v, backend=backend)
     wanting = q.clone().requires_grad_()
     with torch.no_grad():
-        found = call(wanting, k, v, backend=backend)
-    assert not found.requires_grad
-    torch.testing.assert_close(found, expected)
-    found = call(torch.nn.Parameter(q), k, v, backend=backend)
-    assert type(found) is torch.Tensor
+        result = call(wanting, k, v, backend=backend)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, expected)
+    result = call(torch.nn.Parameter(q), k, v, backend=backend)
+    assert type(result) is torch.Tensor
     (grad,) = torch.autograd.grad(call(wanting, k, v, backend=backend).square().sum(), wanting)
     double = [x.double() for x in (q, k, v)]
     double[0].requires_grad_()
     (oracle,) = torch.autograd.grad(PLAIN[name](*double).square().sum(), double[0])
     torch.testing.assert_close(grad.double(), oracle, rtol=1e-4, atol=1e-4)
     with torch.inference_mode():
-        found = call(wanting, k, v, backend=backend)
-        assert found.is_inference()
-    torch.testing.assert_close(found.clone(), expected)
+        result = call(wanting, k, v, backend=backend)
+        assert result.is_inference()
+    torch.testing.assert_close(result.clone(), expected)
     with torch.inference_mode():
         inference = [x.clone() for x in (q, k, v)]
     torch.testing.assert_close(call(*inference, backend=backend), expected)  # no gradient: nothing is saved
@@ -97,13 +97,13 @@ def test_autocast_casts_what_pytorchs_attention_casts(backend: str) -> None:
             with pytest.raises(ValueError, match="wrong bfloat16 products"):
                 segkern.seg_attention(q, k, v, GRID, SIGMA, backend=backend)
             return
-        found = segkern.seg_attention(q, k, v, GRID, SIGMA, backend=backend)
-        assert found.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        result = segkern.seg_attention(q, k, v, GRID, SIGMA, backend=backend)
+        assert result.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
         energy = segkern.attention_energy(q, k, GRID, SIGMA, backend=backend)
         mass = segkern.attention_mass(q, k, backend=backend)
         assert energy.dtype == mass.dtype == torch.float32
     cast = [x.bfloat16() for x in (q, k, v)]
-    assert torch.equal(found, segkern.seg_attention(*cast, GRID, SIGMA, backend=backend))
+    assert torch.equal(result, segkern.seg_attention(*cast, GRID, SIGMA, backend=backend))
     assert torch.equal(energy, segkern.attention_energy(*cast[:2], GRID, SIGMA, backend=backend))
     assert torch.equal(mass, segkern.attention_mass(*cast[:2], backend=backend))
 
@@ -113,8 +113,8 @@ def test_autocast_casts_what_pytorchs_attention_casts(backend: str) -> None:
 def test_transforms_are_right_on_pytorchs_path(name: str) -> None:
     call, plain, (q, k, v) = FUNCTIONS[name], PLAIN[name], tensors()
     stacked = torch.randn(3, *SHAPE)
-    found = torch.vmap(lambda q: call(q, k, v))(stacked)
-    torch.testing.assert_close(found, torch.stack([call(q, k, v) for q in stacked]), rtol=1e-5, atol=1e-5)
+    result = torch.vmap(lambda q: call(q, k, v))(stacked)
+    torch.testing.assert_close(result, torch.stack([call(q, k, v) for q in stacked]), rtol=1e-5, atol=1e-5)
     for backend in ("auto", "torch"):
         grad = torch.func.grad(lambda q: call(q, k, v, backend=backend).square().sum())  # noqa: B023
         expected = torch.func.grad(lambda q: plain(q, k, v).square().sum())
@@ -176,9 +176,9 @@ def test_defaults_do_not_matter(name: str, backend: str, dtype: torch.dtype | No
     expected = call(*inputs, backend=backend)
     forget_tables()
     with defaults(dtype, device):
-        found = call(*inputs, backend=backend)
-    assert torch.equal(found, expected)
-    assert found.dtype == expected.dtype
+        result = call(*inputs, backend=backend)
+    assert torch.equal(result, expected)
+    assert result.dtype == expected.dtype
     assert torch.equal(call(*inputs, backend=backend), expected)
 
 
@@ -206,9 +206,9 @@ class Marked(torch.Tensor):
 @every_function
 def test_a_subclass_stays_one(name: str, backend: str) -> None:
     q, k, v = tensors()
-    found = FUNCTIONS[name](q.as_subclass(Marked), k, v, backend=backend)
-    assert type(found) is type(F.scaled_dot_product_attention(q.as_subclass(Marked), k, v)) is Marked
-    torch.testing.assert_close(found.as_subclass(torch.Tensor), FUNCTIONS[name](q, k, v, backend=backend))
+    result = FUNCTIONS[name](q.as_subclass(Marked), k, v, backend=backend)
+    assert type(result) is type(F.scaled_dot_product_attention(q.as_subclass(Marked), k, v)) is Marked
+    torch.testing.assert_close(result.as_subclass(torch.Tensor), FUNCTIONS[name](q, k, v, backend=backend))
 
 
 @pytest.mark.parametrize("far", range(3))

@@ -65,9 +65,9 @@ def test_gradients_equal_those_of_the_reference(backend: str, boundary: str, dev
     def reference(query, key, value, mask):
         return segkern.reference.seg_attention(query, key, value, GRID, SIGMA, attn_mask=mask, **options)
 
-    found = gradients(ours, [*inputs, mask])
+    result = gradients(ours, [*inputs, mask])
     doubled = [x.detach().double().requires_grad_() for x in (*inputs, mask)]
-    for ours_grad, expected in zip(found, gradients(reference, doubled), strict=True):
+    for ours_grad, expected in zip(result, gradients(reference, doubled), strict=True):
         torch.testing.assert_close(ours_grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -100,9 +100,9 @@ def test_compiled_gradients(backend: str, device: torch.device) -> None:
         return segkern.seg_attention(query, key, value, GRID, SIGMA, backend=backend).square().sum()
 
     inputs = tensors(device, grad=True)
-    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
+    result = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
     expected = torch.autograd.grad(loss(*inputs), inputs)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -163,9 +163,9 @@ def test_tables_made_under_a_callers_mode_are_ordinary_tensors(backend: str) -> 
     with torch.device("meta"):
         blurred = segkern.gaussian_blur(x, Grid(11, 2), 1.7, backend="torch")
     assert blurred.isfinite().all()
-    found = segkern.seg_attention(x, x, x, Grid(2, 11), 1.7, backend=backend)
-    assert not isinstance(found, FakeTensor)
-    assert found.isfinite().all()
+    result = segkern.seg_attention(x, x, x, Grid(2, 11), 1.7, backend=backend)
+    assert not isinstance(result, FakeTensor)
+    assert result.isfinite().all()
 
 
 def test_a_tensor_of_sigmas_is_read_when_a_compiled_graph_runs(backend: str, device: torch.device) -> None:
@@ -173,9 +173,9 @@ def test_a_tensor_of_sigmas_is_read_when_a_compiled_graph_runs(backend: str, dev
     q, k, v = tensors(device)
 
     def attend(sigma: torch.Tensor) -> torch.Tensor:
-        found = segkern.seg_attention(q, k, v, GRID, sigma, backend=backend)
-        assert isinstance(found, torch.Tensor)
-        return found
+        result = segkern.seg_attention(q, k, v, GRID, sigma, backend=backend)
+        assert isinstance(result, torch.Tensor)
+        return result
 
     compiled = torch.compile(attend, backend=counter, fullgraph=True)
     for sigmas in ((0.0, 1.5, math.inf), (0.0, math.inf, 0.0), (0.7, 30.0, 2.0)):

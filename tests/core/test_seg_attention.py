@@ -49,8 +49,8 @@ def test_float64_equals_the_reference(data: st.DataObject) -> None:
     )
     options = {"scale": data.draw(st.sampled_from([None, 0.3, -0.5])), "attn_mask": mask, "boundary": "reflect"}
     expected, expected_lse = reference.seg_attention(query, key, value, grid, sigma, return_lse=True, **options)
-    found, lse = segkern.seg_attention(query, key, value, grid, sigma, return_lse=True, backend="torch", **options)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    result, lse = segkern.seg_attention(query, key, value, grid, sigma, return_lse=True, backend="torch", **options)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-6, atol=1e-5)
     assert lse.dtype == torch.float32
 
@@ -61,9 +61,9 @@ def test_contract_holds_in_every_dtype_and_layout(dtype: torch.dtype, layout: st
     grid, sigma = Grid(13, 19, start=2), (0.0, 1.5, 8.0, math.inf)
     query, key, value = (draw((4, 2, 251, 40), dtype, torch.device("cpu"), layout) for _ in range(3))
     oracle, _ = oracle_attention(query, key, value, grid, sigma)
-    found = segkern.seg_attention(query, key, value, grid, sigma)
-    assert found.dtype == dtype
-    assert_contract(found, oracle, plain_attention(query, key, value, grid, sigma))
+    result = segkern.seg_attention(query, key, value, grid, sigma)
+    assert result.dtype == dtype
+    assert_contract(result, oracle, plain_attention(query, key, value, grid, sigma))
 
 
 def test_zero_sigma_is_plain_attention() -> None:
@@ -85,9 +85,9 @@ def test_infinite_sigma_is_attention_of_the_mean_query() -> None:
     grid, (query, key, value) = Grid(6, 7), (randn(2, 2, 42, 8) for _ in range(3))
     mean = query.mean(dim=2, keepdim=True).expand_as(query)
     expected = F.scaled_dot_product_attention(mean, key, value)
-    found = segkern.seg_attention(query, key, value, grid, math.inf)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert torch.equal(found, found[:, :, :1].expand_as(found))
+    result = segkern.seg_attention(query, key, value, grid, math.inf)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+    assert torch.equal(result, result[:, :, :1].expand_as(result))
 
 
 def test_samples_do_not_see_each_other() -> None:
@@ -142,11 +142,11 @@ def test_autocast_behaves_as_for_pytorchs_attention(dtype: torch.dtype) -> None:
     query, key, value = (randn(2, 2, 30, 8, dtype=torch.float32) for _ in range(3))
     with torch.autocast("cpu", dtype=dtype):
         expected = F.scaled_dot_product_attention(query, key, value)
-        found = segkern.seg_attention(query, key, value, Grid(5, 6), (0.0, 2.0))
-    assert found.dtype == expected.dtype == dtype
+        result = segkern.seg_attention(query, key, value, Grid(5, 6), (0.0, 2.0))
+    assert result.dtype == expected.dtype == dtype
     low = [x.to(dtype) for x in (query, key, value)]
     outside = segkern.seg_attention(*low, Grid(5, 6), (0.0, 2.0))
-    assert torch.equal(found, outside)
+    assert torch.equal(result, outside)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1.3, math.inf, (0.0, 2.0, math.inf)], ids=str)

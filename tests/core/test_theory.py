@@ -71,8 +71,8 @@ def test_blurred_logits_are_the_logits_of_blurred_queries(
     query, key = (torch.randn(2, 2, n, 5, generator=draw, dtype=torch.float64) for n in (grid.stop + 1, 4))
     logits = query @ key.transpose(-2, -1)
     expected = gaussian_blur(logits, grid, sigma, boundary=boundary)
-    found = gaussian_blur(query, grid, sigma, boundary=boundary) @ key.transpose(-2, -1)
-    torch.testing.assert_close(found, expected, rtol=0.0, atol=slack(logits))
+    result = gaussian_blur(query, grid, sigma, boundary=boundary) @ key.transpose(-2, -1)
+    torch.testing.assert_close(result, expected, rtol=0.0, atol=slack(logits))
 
 
 def test_without_linearity_blurring_queries_is_something_else() -> None:

@@ -252,8 +252,8 @@ def test_no_direction_gets_steeper_than_the_softmax_is_uneven(
     direction = fields("random", grid, 1, seed)[:, 0]
     none = torch.eye(grid.tokens, dtype=torch.float64)
     assume(bool(torch.isfinite(allowed).all()))
-    found = form(logits, blur, direction)
-    assert (found <= allowed * form(logits, none, direction) * (1 + 1e-9) + 1e-13 * allowed.clamp_min(1)).all()
+    result = form(logits, blur, direction)
+    assert (result <= allowed * form(logits, none, direction) * (1 + 1e-9) + 1e-13 * allowed.clamp_min(1)).all()
 
 
 @pytest.mark.parametrize("over", ["keys", "queries"])
