@@ -163,7 +163,7 @@ def plot(
     files: Annotated[list[Path], typer.Argument(help="Result files.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; beside each file if not given.")] = None,
 ) -> None:
-    """Draw a result file: ratio over sigma, throughput over tokens, or guided steps."""
+    """Draw result files: time relative to unblurred attention over sigma, or of guided steps."""
     with refusing():
         read = {path: plots.read(path) for path in files}
     for path, result in read.items():

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine says about itself: versions, clocks, memory that is free. Nothing here changes a setting."""
+"""A machine as a result file names it: device, versions, commit, driver; and memory that is free."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from segkern.core.environment import environment
 
 _ROOT = Path(__file__).parents[1]
-_CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
 
 
 def described(device: torch.device) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def described(device: torch.device) -> dict[str, Any]:
             "hip": torch.version.hip or "",
             "multiprocessors": properties.multi_processor_count,
             "l2_mib": properties.L2_cache_size / 2**20,
-            "driver": _ask(device, "driver_version") or "not known",
+            "driver": _driver(device),
         }
     return found
 
@@ -46,31 +44,15 @@ def _only_results_differ() -> bool:
     return asked.returncode == 0 and all(path.startswith("benchmarks/results/") for path in changed)
 
 
-def clocks(device: torch.device) -> dict[str, float] | str:
-    """Clocks in MHz at this moment, ``sm`` and ``mem`` with their maxima; or why they are not known."""
-    if device.type != "cuda":
-        return "not measured"
-    answer = _ask(device, ",".join(_CLOCKS))
-    if answer is None:
-        return "not measured: no answer from nvidia-smi"
-    try:
-        values = [float(word) for word in answer.split(",")]
-    except ValueError:
-        return f"not measured: nvidia-smi says {answer!r}"
-    return {name.removeprefix("clocks."): value for name, value in zip(_CLOCKS, values, strict=True)}
-
-
-def _ask(device: torch.device, fields: str) -> str | None:
-    """What nvidia-smi says about a device, by its identity: its own numbering knows no CUDA_VISIBLE_DEVICES."""
-    if shutil.which("nvidia-smi") is None:
-        return None
+def _driver(device: torch.device) -> str:
+    """The driver's version and the device's greatest clock, by its identity: nvidia-smi counts devices otherwise."""
     which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", "-i", which, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "-i", which, "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() if asked.returncode == 0 and asked.stdout.strip() else None
+        return "not known"
+    return asked.stdout.strip() if asked.returncode == 0 else "not known"
 
 
 def free_memory(device: torch.device) -> float:

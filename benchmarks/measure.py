@@ -58,7 +58,6 @@ def _measure_sigma(
             calls[provider.name] = call
     no_graph = {provider.name: provider.no_graph for provider in providers if provider.no_graph is not None}
     samples, missing = timing.time_calls(calls, inputs.device, rounds, no_graph)
-    clocks = machine.clocks(inputs.device)
     clock = timing.headline(inputs.device)
     plain = [provider.name for provider in providers if provider.kind == "plain" and provider.name in samples]
     fastest = min(plain, key=lambda name: statistics.median(samples[name][clock]), default=None)
@@ -70,7 +69,6 @@ def _measure_sigma(
             row[f"{which}_ms"] = missing[name][which] if values is None else timing.spread(values)
         row |= {
             "rounds": len(samples[name][clock]),
-            "clocks": clocks,
             "peak_mib": timing.peak_mib(calls[name], inputs.device),
         }
         if row["kind"] in ("plain", "attention"):
@@ -89,7 +87,7 @@ def _judged(provider: Provider, inputs: Inputs, sigma: float, wanted: checks.Exp
         "kind": provider.kind,
         "exact": provider.exact,
         "error": None,
-        **dict.fromkeys(("reason", "rounds", "ratio", "ratio_to", "tflops", "peak_mib", "clocks")),
+        **dict.fromkeys(("reason", "rounds", "ratio", "ratio_to", "tflops", "peak_mib")),
         **{f"{clock}_ms": None for clock in timing.CLOCKS},
     }
     row["reason"] = provider.why_not(inputs, sigma) or _too_large(provider, inputs)

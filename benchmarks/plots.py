@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A result file as pictures: ratio to plain attention over sigma, throughput over tokens, guided steps."""
+"""A result file as pictures: ratio to plain attention over sigma, or of guided steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ _COLUMNS = 3
 _MARKERS = "osD^vPX*<>hd"
 _HIGHEST_RATIO = 2.0  # where attention's ratios are drawn; what is beyond is named
 _STEP_COLOURS = {"plain": "#888888", "official": "#8c564b", "pag": "#e377c2", "segkern": "#1f77b4"}
-# TFLOP/s of half precision without sparsity, from the makers' data sheets, by torch's name of the device.
-_PEAKS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA A100-SXM4-80GB": 312, "AMD Instinct MI300X": 1307}
 _REFERENCE = "fastest unblurred attention"
 
 
@@ -47,16 +45,8 @@ def pictures(stem: str, result: Result) -> tuple[list[Picture], list[str]]:
         if len(sigmas) > 1:
             what = f"{result['suite']}: time relative to plain attention over sigma, {dtype}"
             drawn.append(Picture(f"{stem}-ratio-{dtype}.png", what, _bound(_ratios, result, rows)))
-        line = _one_family(rows)
-        if len({row["tokens"] for row in line}) > 1 and any(row["kind"] != "plain" for row in line):
-            what = f"{result['suite']}: throughput over tokens, {dtype}"
-            drawn.append(Picture(f"{stem}-throughput-{dtype}.png", what, _bound(_throughput, result, line)))
     if len(sigmas) < 2:
         left_out.append(f"no ratio over sigma: {stem} has {len(sigmas)} sigma")
-    if not any("-throughput-" in picture.name for picture in drawn):
-        left_out.append(
-            f"no throughput over tokens: {stem} has no blurred attention of one head dimension on two grids"
-        )
     return drawn, left_out
 
 
@@ -219,50 +209,6 @@ def _title(case: str, points_of: Sequence[Row]) -> str:
     row = next(row for row in points_of if row["case"] == case)
     label = CASES[case].label if case in CASES else f"{row['height']}x{row['width']} tokens, {row['heads']} heads"
     return f"{case}\n{label} of {row['head_dim']}, {row['batch'] - row['blurred']} plain + {row['blurred']} blurred"
-
-
-def _one_family(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose grids differ and little else: the head dimension and batch that have most grids, no text."""
-    families: dict[tuple[int, int], list[Row]] = {}
-    for row in rows:
-        if row["tokens"] == row["height"] * row["width"] and row["tflops"] is not None:
-            families.setdefault((row["head_dim"], row["batch"]), []).append(row)
-    return max(families.values(), key=lambda family: len({row["tokens"] for row in family}), default=[])
-
-
-def _throughput(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
-    finite = sorted({row["sigma"] for row in rows} - {"inf"}, key=lambda sigma: abs(float(sigma) - 10.0))
-    chosen = [*finite[:1], *(["inf"] if any(row["sigma"] == "inf" for row in rows) else [])]
-    panels = _panels(figure, len(chosen))
-    unit, factor = ("TFLOP/s", 1.0) if max(row["tflops"] for row in rows) > 5 else ("GFLOP/s", 1e3)
-    for panel, sigma in zip(panels, chosen, strict=True):
-        for provider, points in _grouped([row for row in rows if row["sigma"] == sigma]).items():
-            points = sorted(points, key=lambda row: row["tokens"])
-            look = style(provider) | ({"linestyle": "--"} if points[0]["kind"] == "plain" else {})
-            panel.plot([row["tokens"] for row in points], [row["tflops"] * factor for row in points], **look)
-        panel.set_xscale("log", base=2)
-        ticks = _apart(sorted({row["tokens"] for row in rows}))
-        panel.set_xticks(ticks, [str(count) for count in ticks])
-        panel.minorticks_off()
-        panel.set_xlabel("tokens of the grid")
-        _label_first(panel, f"{unit}, of unblurred attention's FLOPs")
-        first = rows[0]
-        where = f"head dimension {first['head_dim']}, batch {first['batch']}, dashed: nothing blurred"
-        panel.set_title(f"sigma {'∞' if sigma == 'inf' else sigma}; {where}", fontsize=10)
-        panel.grid(alpha=0.3)
-    most = factor * max(row["tflops"] for row in rows)
-    peak = _PEAKS.get(result["environment"]["device"])
-    if peak is not None and rows[0]["dtype"] != "float32":
-        most = float(peak)
-        for panel in panels:
-            panel.axhline(peak, color="grey", linestyle="--", label=f"the device's peak, {peak} TFLOP/s")
-    panels[0].set_ylim(0.0, 1.05 * most)  # the panels share it
-    _legend(figure, panels)
-
-
-def _apart(counts: Sequence[int]) -> list[int]:
-    """The largest of those that lie too near to each other to be written side by side."""
-    return [count for count, after in zip(counts, [*counts[1:], 2 * counts[-1]], strict=True) if after > 1.3 * count]
 
 
 def _write_steps(result: Result, path: Path) -> Path:

@@ -33,7 +33,6 @@ class Provider:
 
     Attributes:
         name: in rows, tables and legends.
-        what: in words.
         make: the closure for inputs and a sigma; what can be made once is made here.
         suites: that measure it.
         kind: what it computes: attention without any blur, with blurred queries, the blur alone, or masses of keys.
@@ -44,7 +43,6 @@ class Provider:
     """
 
     name: str
-    what: str
     make: Callable[[Inputs, float], Call]
     suites: tuple[str, ...]
     kind: Literal["plain", "attention", "blur", "mass"] = "attention"
@@ -192,64 +190,40 @@ _HOST_COPY = "it copies a kernel from the host at every call"
 _GUIDED = ("attention", "infinite")
 _ALL = (*_GUIDED, "coarse", "blur")
 
-_BASELINES = (
-    Provider("sdpa", "PyTorch's attention, its own choice of backend, no blur", partial(_sdpa, None),
-             (*_ALL, "mass"), "plain"),
-    Provider("sdpa math", "the same, products and softmax one by one", partial(_sdpa, SDPBackend.MATH),
-             _GUIDED, "plain", scratch=_scores_scratch),
-    Provider("sdpa flash", "the same, FlashAttention", partial(_sdpa, SDPBackend.FLASH_ATTENTION), _ALL, "plain"),
-    Provider("sdpa efficient", "the same, memory-efficient kernels", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-             _ALL, "plain", why_not=_no_gpu_backend),
-    Provider("sdpa cudnn", "the same, cuDNN", partial(_sdpa, SDPBackend.CUDNN_ATTENTION),
-             _ALL, "plain", why_not=_no_gpu_backend),
-)  # fmt: skip
-_OTHERS = (
-    Provider("official", "the official algorithm: 2-D convolution, copy of the batch, attention",
-             partial(_then_sdpa, partial(_blur_only, _official)), _GUIDED, no_graph=_HOST_COPY),
-    Provider("separable", "two products with a matrix per axis in PyTorch, then its attention",
-             partial(_then_sdpa, partial(_blur_only, _separable)), _GUIDED),
-    Provider("dense", "one product with the whole grid's blur matrix, then PyTorch's attention",
-             partial(_then_sdpa, partial(_blur_only, _dense)), _GUIDED, scratch=_dense_scratch),
-    Provider("flex", "our blur, then FlexAttention, compiled", _flex, _GUIDED),
-)  # fmt: skip
 BLURS = {"triton prologue": "PROLOGUE", "triton before": "BEFORE"}  # where the queries are blurred
-_OURS = (
-    Provider("auto", "segkern, its own choice", _ours, (*_GUIDED, "coarse")),
-    Provider("torch", "segkern in PyTorch", partial(_ours, backend="torch"), _GUIDED),
-    Provider("triton", "segkern's Triton kernels", partial(_ours, backend="triton"), _GUIDED, why_not=_no_triton),
-    Provider("triton prologue", "the same, queries blurred in the prologue of each tile",
-             partial(_blurring, BLURS["triton prologue"]), ("attention",), why_not=_no_blurring),
-    Provider("triton before", "the same, queries blurred in launches before",
-             partial(_blurring, BLURS["triton before"]), ("attention",), why_not=_no_blurring),
-    Provider("blur + sdpa", "segkern's blur, then PyTorch's attention", partial(_then_sdpa, _our_blur), _GUIDED),
-    *(
-        Provider(f"stride {stride}", f"segkern, blurred rows {stride} tokens apart, an approximation",
-                 partial(_ours, stride=stride), suites, exact=False)
-        for stride, suites in ((2, ("attention", "coarse")), (3, ("coarse",)), (4, ("attention", "coarse")),
-                               (8, ("coarse",)))
-    ),
-)  # fmt: skip
-_BLURS = (
-    Provider("blur official", "the official 2-D convolution and copy of the batch", partial(_blur_only, _official),
-             ("blur",), "blur", no_graph=_HOST_COPY),
-    Provider("blur separable", "two products with a matrix per axis in PyTorch", partial(_blur_only, _separable),
-             ("blur",), "blur"),
-    Provider("blur dense", "one product with the whole grid's blur matrix", partial(_blur_only, _dense),
-             ("blur",), "blur", scratch=_dense_scratch),
-    Provider("blur torch", "segkern's blur in PyTorch", partial(_our_blur, backend="torch"), ("blur",), "blur"),
-    Provider("blur triton", "segkern's blur, Triton kernel", partial(_our_blur, backend="triton"),
-             ("blur",), "blur", why_not=_no_triton),
-)  # fmt: skip
-_MASSES = (
-    Provider("mass naive", "softmax of all scores, then their sum over the queries", _naive_mass,
-             ("mass",), "mass", scratch=_scores_scratch),
-    Provider("mass auto", "segkern's masses, its own choice", _mass, ("mass",), "mass"),
-    Provider("mass torch", "segkern's masses in PyTorch, block by block", partial(_mass, backend="torch"),
-             ("mass",), "mass"),
-    Provider("mass triton", "segkern's masses, Triton kernels", partial(_mass, backend="triton"),
-             ("mass",), "mass", why_not=_no_triton),
-)  # fmt: skip
-PROVIDERS = {provider.name: provider for provider in (*_BASELINES, *_OTHERS, *_OURS, *_BLURS, *_MASSES)}
+_ALL_PROVIDERS = (
+    # PyTorch's attention without a blur, by its own choice of backend and by each backend.
+    Provider("sdpa", partial(_sdpa, None), (*_ALL, "mass"), "plain"),
+    Provider("sdpa math", partial(_sdpa, SDPBackend.MATH), _GUIDED, "plain", scratch=_scores_scratch),
+    Provider("sdpa flash", partial(_sdpa, SDPBackend.FLASH_ATTENTION), _ALL, "plain"),
+    Provider("sdpa efficient", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), _ALL, "plain", why_not=_no_gpu_backend),
+    Provider("sdpa cudnn", partial(_sdpa, SDPBackend.CUDNN_ATTENTION), _ALL, "plain", why_not=_no_gpu_backend),
+    # A blur, then PyTorch's attention: the official 2-D convolution, two products, one product; then FlexAttention.
+    Provider("official", partial(_then_sdpa, partial(_blur_only, _official)), _GUIDED, no_graph=_HOST_COPY),
+    Provider("separable", partial(_then_sdpa, partial(_blur_only, _separable)), _GUIDED),
+    Provider("dense", partial(_then_sdpa, partial(_blur_only, _dense)), _GUIDED, scratch=_dense_scratch),
+    Provider("flex", _flex, _GUIDED),
+    # segkern: its own choice, each backend, each place to blur, its blur before PyTorch's attention, coarse queries.
+    Provider("auto", _ours, (*_GUIDED, "coarse")),
+    Provider("torch", partial(_ours, backend="torch"), _GUIDED),
+    Provider("triton", partial(_ours, backend="triton"), _GUIDED, why_not=_no_triton),
+    *(Provider(name, partial(_blurring, how), ("attention",), why_not=_no_blurring) for name, how in BLURS.items()),
+    Provider("blur + sdpa", partial(_then_sdpa, _our_blur), _GUIDED),
+    *(Provider(f"stride {n}", partial(_ours, stride=n), ("attention", "coarse"), exact=False) for n in (2, 4)),
+    *(Provider(f"stride {n}", partial(_ours, stride=n), ("coarse",), exact=False) for n in (3, 8)),
+    # The blur alone, with the copy of the batch that follows it where it is not segkern's.
+    Provider("blur official", partial(_blur_only, _official), ("blur",), "blur", no_graph=_HOST_COPY),
+    Provider("blur separable", partial(_blur_only, _separable), ("blur",), "blur"),
+    Provider("blur dense", partial(_blur_only, _dense), ("blur",), "blur", scratch=_dense_scratch),
+    Provider("blur torch", partial(_our_blur, backend="torch"), ("blur",), "blur"),
+    Provider("blur triton", partial(_our_blur, backend="triton"), ("blur",), "blur", why_not=_no_triton),
+    # Masses of keys: a softmax of all scores, then its sum; and segkern's.
+    Provider("mass naive", _naive_mass, ("mass",), "mass", scratch=_scores_scratch),
+    Provider("mass auto", _mass, ("mass",), "mass"),
+    Provider("mass torch", partial(_mass, backend="torch"), ("mass",), "mass"),
+    Provider("mass triton", partial(_mass, backend="triton"), ("mass",), "mass", why_not=_no_triton),
+)
+PROVIDERS = {provider.name: provider for provider in _ALL_PROVIDERS}
 # Each suite's sigmas of the blurred third; its providers name it.
 SUITES: dict[str, tuple[float, ...]] = {
     "attention": (0.5, 1.0, 3.0, 10.0, 30.0, math.inf),  # a layer's attention, a third of the batch blurred

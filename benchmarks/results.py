@@ -29,8 +29,7 @@ A row holds
   is ``ratio_to``; both null where none ran;
 * ``tflops``: FLOPs of unblurred attention of the whole batch over the median headline, so that it ranks as time does
   (null for ``blur`` and ``mass``);
-* ``peak_mib``: memory that a call allocates at most, result included; ``clocks``: in MHz, right after the rounds;
-  either may be a text that says why it is not known.
+* ``peak_mib``: memory that a call allocates at most, result included, or a text that says why it is not known.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def describe_case(case: Case) -> Row:
     }
 
 
-_TIMES = {"wall_ms", "hot_ms", "cold_ms", "graph_ms", "rounds", "ratio", "ratio_to", "tflops", "peak_mib", "clocks"}
+_TIMES = {"wall_ms", "hot_ms", "cold_ms", "graph_ms", "rounds", "ratio", "ratio_to", "tflops", "peak_mib"}
 _REST = {"sigma", "provider", "kind", "exact", "error", "reason"}
 ROW_KEYS = frozenset(describe_case(next(iter(CASES.values())))) | _TIMES | _REST
 

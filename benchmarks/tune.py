@@ -63,7 +63,7 @@ def candidates(case: Case, device: torch.device) -> tuple[Tile, ...]:
 def screen(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, rounds: int) -> Record:
     """Every tile's time or the reason why it has none, the fastest first.
 
-    The result has ``environment``, ``clocks``, the shape, ``sigma``, ``now`` (the present tile) and ``tiles``: a list
+    The result has ``environment``, the shape, ``sigma``, ``now`` (the present tile) and ``tiles``: a list
     of ``tile``, ``blur`` (which the tile would get), ``error``, ``reason``, and ``ms`` with median, p20 and p80.
     """
     inputs = case.inputs(device)
@@ -105,7 +105,6 @@ def confirm(case: Case, sigma: float, best: Tile, device: torch.device, rounds: 
 def _described(case: Case, sigma: float, device: torch.device, rounds: int) -> Record:
     return {
         "environment": machine.described(device),
-        "clocks": machine.clocks(device),
         "architecture": _configs.architecture(device),
         **describe_case(case),
         "sigma": f"{sigma:g}",

@@ -54,7 +54,7 @@ def test_rows_have_times_errors_and_ratios_or_a_reason(quick: Path) -> None:
             continue
         time = row["wall_ms"]
         assert 0 < time["p20"] <= time["median"] <= time["p80"]
-        assert row["hot_ms"] == row["cold_ms"] == row["graph_ms"] == row["peak_mib"] == row["clocks"] == "not measured"
+        assert row["hot_ms"] == row["cold_ms"] == row["graph_ms"] == row["peak_mib"] == "not measured"
         assert row["ratio_to"].startswith("sdpa")
         assert (row["error"]["relative"] < 1e-6) == (row["exact"] or row["sigma"] == "inf")
     same = [row for row in rows if row["provider"] == row["ratio_to"]]
