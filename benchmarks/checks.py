@@ -80,11 +80,11 @@ def _masses(
     query: torch.Tensor, key: torch.Tensor, compute: Callable[..., torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
     """Masses ``[samples, heads, keys]``, one head at a time: their scores all at once would fill the memory."""
-    found = [
+    masses = [
         [compute(q[None, None], k[None, None])[0, 0] for q, k in zip(*both, strict=True)]
         for both in zip(query.to(dtype), key.to(dtype), strict=True)
     ]
-    return torch.stack([torch.stack(heads) for heads in found])
+    return torch.stack([torch.stack(heads) for heads in masses])
 
 
 def judge(provider: Provider, result: torch.Tensor, inputs: Inputs, wanted: Expected) -> tuple[dict[str, Any], str]:
@@ -101,11 +101,11 @@ def judge(provider: Provider, result: torch.Tensor, inputs: Inputs, wanted: Expe
         return {}, f"the result's shape is {tuple(result.shape)}, not {shape}"
     if result.dtype != dtype:
         return {}, f"the result's dtype is {result.dtype}, not {dtype}"
-    found = wanted.part.of(result)
-    if not found.isfinite().all():
-        return {}, f"{(~found.isfinite()).sum()} of {found.numel()} values are not finite"
+    looked_at = wanted.part.of(result)
+    if not looked_at.isfinite().all():
+        return {}, f"{(~looked_at.isfinite()).sum()} of {looked_at.numel()} values are not finite"
     oracle = wanted.oracle[-1]
-    error, plain = found[-1].double() - oracle, wanted.plain[-1].double() - oracle
+    error, plain = looked_at[-1].double() - oracle, wanted.plain[-1].double() - oracle
     errors = {
         "maximum": error.abs().max().item(),
         "rms": error.square().mean().sqrt().item(),
@@ -117,7 +117,7 @@ def judge(provider: Provider, result: torch.Tensor, inputs: Inputs, wanted: Expe
     }
     if provider.exact:
         try:
-            assert_contract(found, wanted.oracle, wanted.plain)
+            assert_contract(looked_at, wanted.oracle, wanted.plain)
         except AssertionError as failure:
             return errors, f"wrong under the numerics contract: {failure}"
         share = share_of_allowed(errors, case.dtype)

@@ -18,19 +18,19 @@ _ROOT = Path(__file__).parents[1]
 
 def described(device: torch.device) -> dict[str, Any]:
     """Device, versions, commit and driver, as a result file holds them."""
-    found = environment(device, "triton", "numpy") | {"device_type": device.type}
+    known = environment(device, "triton", "numpy") | {"device_type": device.type}
     if _only_results_differ():
-        found["commit"] = found["commit"].removesuffix("-dirty")
+        known["commit"] = known["commit"].removesuffix("-dirty")
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        known |= {
             "cuda": torch.version.cuda or "",
             "hip": torch.version.hip or "",
             "multiprocessors": properties.multi_processor_count,
             "l2_mib": properties.L2_cache_size / 2**20,
             "driver": _driver(device),
         }
-    return found
+    return known
 
 
 def _only_results_differ() -> bool:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,17 +46,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to make a run.
-
-    Attributes:
-        name: of the row.
-        kind: ``plain``, ``official``, ``pag`` or ``segkern``.
-        cfg: with classifier-free guidance.
-        sigma: of the blur, if there is one.
-        layers: perturbed.
-        compiled: the denoiser.
-        family: with kind ``segkern``, which guidance: ``SEG`` or ``PAG``.
-    """
+    """A way to make a run: ``plain``, ``official`` SEG, diffusers' ``pag``, or ``segkern`` with ``family`` SEG or PAG."""
 
     name: str
     kind: str
@@ -81,17 +71,18 @@ class Way:
 
 def ways(compiled: bool = False) -> tuple[Way, ...]:
     """All of them, first the two that others are compared with; ``compiled`` adds each with a compiled denoiser."""
-    found = [Way("no guidance", "plain", False), Way("CFG", "plain", True)]
+    chosen = [Way("no guidance", "plain", False), Way("CFG", "plain", True)]
     for cfg in (False, True):
         prefix = "CFG + " if cfg else ""
-        found += [Way(f"{prefix}official SEG sigma {s:g}", "official", cfg, s, ("mid",)) for s in SIGMAS]
-        found.append(Way(f"{prefix}PAG of diffusers", "pag", cfg, layers=("mid",)))
-        found.append(Way(f"{prefix}segkern PAG mid", "segkern", cfg, layers=("mid",), family="PAG"))
+        chosen += [Way(f"{prefix}official SEG sigma {s:g}", "official", cfg, s, ("mid",)) for s in SIGMAS]
+        chosen.append(Way(f"{prefix}PAG of diffusers", "pag", cfg, layers=("mid",)))
+        chosen.append(Way(f"{prefix}segkern PAG mid", "segkern", cfg, layers=("mid",), family="PAG"))
         for layers in LAYERS:
-            found += [Way(f"{prefix}segkern {'+'.join(layers)} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS]
+            where = "+".join(layers)
+            chosen += [Way(f"{prefix}segkern {where} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS]
     if compiled:
-        found += [replace(way, name=f"{way.name}{COMPILED}", compiled=True) for way in found]
-    return tuple(found)
+        chosen += [replace(way, name=f"{way.name}{COMPILED}", compiled=True) for way in chosen]
+    return tuple(chosen)
 
 
 def find_ways(patterns: Sequence[str], compiled: bool) -> tuple[Way, ...]:
@@ -105,14 +96,7 @@ def find_ways(patterns: Sequence[str], compiled: bool) -> tuple[Way, ...]:
 
 
 class Bench:
-    """Pipelines on one denoiser, and the inputs of their runs.
-
-    Args:
-        size: of the denoiser.
-        device: of it.
-        dtype: of it.
-        backend: of ``torch.compile``.
-    """
+    """Pipelines on one denoiser, as it is and compiled, and the inputs of their runs."""
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype, backend: str = "inductor") -> None:
         self.size = size
@@ -158,9 +142,8 @@ class Bench:
 
         def run() -> torch.Tensor:
             pipe = self.pipes[way.compiled]
-            with guided(pipe, way):
-                latents = pipe(**call).images
-            assert isinstance(latents, torch.Tensor)
+            with guide(pipe, way.spec) if way.kind == "segkern" else nullcontext():
+                latents: torch.Tensor = pipe(**call).images
             return latents
 
         return run
@@ -182,16 +165,6 @@ class Bench:
         return error, None if error <= limit else f"{error:.1e} off the latents of {of}, above {limit:g}"
 
 
-@contextmanager
-def guided(pipe: Any, way: Way) -> Iterator[None]:
-    """The pipeline guided as a way wants it."""
-    if way.kind != "segkern":
-        yield
-        return
-    with guide(pipe, way.spec):
-        yield
-
-
 def counted(size: Size, names: Collection[str] | None = None) -> dict[str, float]:
     """Floating-point operations of one step of ways of ours and of the plain ones, by name; of all if not told."""
     pipe = sdxl.pipeline(sdxl.denoiser(size, "meta"))
@@ -201,13 +174,9 @@ def counted(size: Size, names: Collection[str] | None = None) -> dict[str, float
 
 def count(pipe: Any, size: Size, way: Way, share: bool = True) -> float:
     """Floating-point operations of one step on a denoiser without data."""
-    guidance = guide(pipe, way.spec, share=share) if way.kind == "segkern" else None
-    try:
-        with FlopCounterMode(display=False) as counter:
-            sdxl.forward(pipe, size, way.guidance_scale)
-    finally:
-        if guidance is not None:
-            guidance.remove()
+    guidance = guide(pipe, way.spec, share=share) if way.kind == "segkern" else nullcontext()
+    with guidance, FlopCounterMode(display=False) as counter:
+        sdxl.forward(pipe, size, way.guidance_scale)
     return float(counter.get_total_flops())
 
 
@@ -245,12 +214,12 @@ def measure(
                 _, milliseconds = bench.run(way, steps)
                 whole.setdefault(way.name, []).append(time.perf_counter() - start)
                 times.setdefault(way.name, []).append(spread(milliseconds)["median"])
-    for name, found in times.items():
+    for name, ms in times.items():
         row = rows[name]
-        row["ms"] = spread(found)
+        row["ms"] = spread(ms)
         row["run_seconds"] = spread(whole[name])["median"]
         if row["ratio_to"] in times:
-            row["ratio"] = spread(a / b for a, b in zip(found, times[row["ratio_to"]], strict=True))
+            row["ratio"] = spread(a / b for a, b in zip(ms, times[row["ratio_to"]], strict=True))
     return list(rows.values())
 
 
@@ -272,11 +241,6 @@ def _on_a_gpu(bench: Bench, way: Way, steps: int) -> Row:
     return {"peak_mib": peak, "host_ms": 1e3 * host / steps}
 
 
-def size_for(device: torch.device) -> tuple[Size, torch.dtype]:
-    """What a device is measured with."""
-    return (SDXL, torch.bfloat16) if device.type == "cuda" else (REDUCED, torch.float32)
-
-
 def run_steps(
     device: torch.device,
     chosen: Sequence[Way],
@@ -287,10 +251,10 @@ def run_steps(
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Measure and write ``benchmarks/results/step/<device>.json``."""
-    usual, dtype = size_for(device)
+    usual, dtype = (SDXL, torch.bfloat16) if device.type == "cuda" else (REDUCED, torch.float32)
     bench = Bench(size or usual, device, dtype)
     environment = machine.described(device)
-    found = {
+    result = {
         "environment": environment,
         "size": bench.size.name,
         "latent": list(bench.size.latent),
@@ -303,19 +267,19 @@ def run_steps(
     # Every way compiles the same denoiser; past a limit it would run as it is written, and be called compiled.
     limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "fail_on_recompile_limit_hit": True}
     with dynamo_settings(**limits):
-        found["rows"] = measure(bench, chosen, steps, rounds, progress)
+        result["rows"] = measure(bench, chosen, steps, rounds, progress)
     path = out or FOLDER / f"{machine.slug(environment['device'])}.json"
-    write_json(path, found)
-    return path, found
+    write_json(path, result)
+    return path, result
 
 
 HEADINGS = ("run", "ms per step", "x plain", "p20 to p80", "x counted", "s per run", "peak MiB", "host ms", "error")
 
 
-def lines(found: dict[str, Any]) -> list[list[str]]:
+def lines(result: dict[str, Any]) -> list[list[str]]:
     """Rows as text."""
     shown = []
-    for row in found["rows"]:
+    for row in result["rows"]:
         if row["reason"] is not None:
             shown.append([row["way"], f"no time: {row['reason']}", *[""] * (len(HEADINGS) - 2)])
             continue

@@ -43,12 +43,12 @@ def of_rows(result: Result) -> Table:
 
 def without_time(rows: Sequence[Row]) -> list[str]:
     """A line per provider and reason."""
-    found: dict[tuple[str, str], int] = {}
+    counts: dict[tuple[str, str], int] = {}
     for row in rows:
         if row["reason"] is not None:
             which = (row["provider"], row["reason"])
-            found[which] = found.get(which, 0) + 1
-    return [f"no time, {count} rows: {provider}: {reason}" for (provider, reason), count in found.items()]
+            counts[which] = counts.get(which, 0) + 1
+    return [f"no time, {count} rows: {provider}: {reason}" for (provider, reason), count in counts.items()]
 
 
 def of_lines(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:

@@ -50,29 +50,29 @@ def time_calls(
         no_graph: names of calls that no CUDA graph can hold, with the reason.
     """
     names = list(calls)
-    found: dict[str, Samples] = {name: {} for name in names}
+    samples: dict[str, Samples] = {name: {} for name in names}
     missing: dict[str, dict[str, str]] = {name: {} for name in names}
     if device.type != "cuda":
         for turn in range(rounds):
             for name in shuffled(names, turn):
-                if turn < _ROUNDS_OF_SLOW or found[name]["wall"][0] < _SLOW_MS:
-                    found[name].setdefault("wall", []).append(wall(calls[name], device))
+                if turn < _ROUNDS_OF_SLOW or samples[name]["wall"][0] < _SLOW_MS:
+                    samples[name].setdefault("wall", []).append(wall(calls[name], device))
         for name in names:
             missing[name] = dict.fromkeys(CLOCKS[1:], _NOT_HERE)
-        return found, missing
+        return samples, missing
     with torch.cuda.device(device):
         graphs = _captured(calls, no_graph or {}, missing)
         flush = _flush_buffer(device)
         for turn in range(rounds):
             for name in shuffled(names, turn):
-                found[name].setdefault("wall", []).append(wall(calls[name], device))
+                samples[name].setdefault("wall", []).append(wall(calls[name], device))
                 for clock, before in (("cold", None), ("hot", calls[name])):
-                    found[name].setdefault(clock, []).append(_on_device(calls[name], flush, before))
+                    samples[name].setdefault(clock, []).append(_on_device(calls[name], flush, before))
                 if name in graphs:
                     graph, held = graphs[name]
                     replayed = _on_device(graph.replay, flush, graph.replay)
-                    found[name].setdefault("graph", []).append(replayed / held)
-    return found, missing
+                    samples[name].setdefault("graph", []).append(replayed / held)
+    return samples, missing
 
 
 def shuffled(names: Sequence[str], turn: int) -> list[str]:
