@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make a run: ``plain``, ``official`` SEG, diffusers' ``pag``, or ``segkern`` with ``family`` SEG or PAG."""
+    """A way to make a run: ``plain``, ``official`` SEG, ``pag`` of diffusers, or ``segkern`` with its ``family``."""
 
     name: str
     kind: str
