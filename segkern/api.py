@@ -168,7 +168,7 @@ def seg_attention(
 def attention_mass(
     query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """How much attention each key receives: ``mass[k] = sum over queries of softmax(scale * query key^T)[:, k]``.
+    """The attention that each key receives: ``mass[k] = sum over queries of softmax(scale * query key^T)[:, k]``.
 
     Every query gives away a mass of 1, so that the masses of a head sum to the number of queries, and a key that
     receives as much as all others has ``queries / keys``. The matrix of probabilities is never formed.

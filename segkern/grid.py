@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the image, or the frames of a video, lie in a sequence of tokens."""
+"""The place of an image, or of the frames of a video, in a sequence of tokens."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def plot_over_steps(run: dict[str, Any], path: Path) -> None:
 
 
 def plot_over_sigma(run: dict[str, Any], path: Path) -> None:
-    """What a blur does to energy, variance and curvature, a row for each chosen step, a curve for each layer."""
+    """Effects of a blur on energy, variance and curvature, a row for each chosen step, a curve for each layer."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
@@ -142,7 +142,7 @@ def plot_over_sigma(run: dict[str, Any], path: Path) -> None:
 
 
 def _places(sigmas: Sequence[float]) -> list[float]:
-    """Where sigmas stand on an axis: powers of two, 0 and infinity a step outside of the finite ones."""
+    """Places of sigmas on an axis: powers of two, 0 and infinity a step outside of the finite ones."""
     powers = [math.log2(sigma) for sigma in sigmas if 0.0 < sigma < math.inf] or [0.0]
     return [
         min(powers) - _GAP if sigma == 0.0 else max(powers) + _GAP if math.isinf(sigma) else math.log2(sigma)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
+    """True while a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from segkern.core.arguments import check_grid, check_qkv, check_scale
 from segkern.core.coarse_queries import check_query_stride, coarse_grid
-from segkern.core.dispatch import check_backend, choose_backend
+from segkern.core.dispatch import check_backend, choose_attention_backend
 from segkern.core.fallback import failure_count
 from segkern.core.gaussian import check_boundary
 from segkern.core.sigmas import check_sigma, is_finite_blur
@@ -83,8 +83,7 @@ def check_attention_call(
     check_backend(backend)
     asked = backend
     if plain:
-        fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
-        backend, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)
+        backend = choose_attention_backend(query, key, value, sigmas, backend)
     coarse = any(map(is_finite_blur, sigmas)) and coarse_grid(grid, stride, boundary).tokens != grid.tokens
     call = CheckedCall(sigmas, scale, stride, coarse, backend, asked)
     if cache_key is not None:
@@ -100,7 +99,7 @@ def forget_calls() -> None:
 
 
 def _is_hashable(grid: object, sigma: object, scale: object, stride: object) -> bool:
-    """Whether these are numbers as such, not tensors, generators or NumPy's; True equals 1 but is no number here."""
+    """True for numbers as such, not tensors, generators or NumPy's; True equals 1 but is no number here."""
     sigmas = sigma if type(sigma) is tuple else (sigma,)
     strides = stride if type(stride) is tuple else (stride,)
     return (

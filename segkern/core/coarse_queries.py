@@ -69,7 +69,7 @@ def coarse_grid(grid: Grid, stride: tuple[int, int], boundary: str) -> Grid:
 
 
 def points(length: int, count: int, boundary: str) -> torch.Tensor:
-    """Where the points lie, in tokens: float64 ``[count]``; all tokens themselves when there are as many.
+    """Places of the points, in tokens: float64 ``[count]``; all tokens themselves when there are as many.
 
     Example:
         >>> points(9, 3, "reflect").tolist(), points(9, 3, "symmetric").tolist(), points(9, 3, "circular").tolist()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend serves a call, and why another one cannot. The predicate that refuses is the one that explains."""
+"""The choice of a backend; the predicate that refuses one is the one that explains."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -19,13 +20,13 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @lru_cache(maxsize=1)
 def triton_is_installed() -> bool:
-    """Whether ``import triton`` would find a package; it is not imported."""
+    """True if ``import triton`` would find a package; it is not imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)
 def why_triton_is_broken() -> str | None:
-    """What ``import triton`` raises; None where it works."""
+    """The error that ``import triton`` raises; None where it works."""
     try:
         import triton  # noqa: F401
     except Exception as error:  # of a package of many parts, and native ones
@@ -34,7 +35,7 @@ def why_triton_is_broken() -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before their first use)."""
+    """True if Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before their first use)."""
     if not triton_is_installed() or why_triton_is_broken() is not None:
         return False
     import triton
@@ -131,3 +132,11 @@ def choose_backend(
     if failure is not None:
         return "torch", f"the kernels failed: {failure}"
     return "triton", "fused kernels"
+
+
+def choose_attention_backend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sigmas: Sequence[float], backend: str
+) -> str:
+    """The backend that serves ``seg_attention`` with one sigma per sample; see :func:`choose_backend`."""
+    fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
+    return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)[0]

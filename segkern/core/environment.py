@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a measurement names beside its numbers: device, versions, commit."""
+"""Device, versions and commit that a measurement names beside its numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from segkern.version import __version__
 
 
 def environment(device: torch.device, *packages: str) -> dict[str, Any]:
-    """Where and with what something is measured.
+    """The machine and the versions that something is measured with.
 
     Args:
         device: that computes.

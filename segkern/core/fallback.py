@@ -85,7 +85,7 @@ def run_with_fallback(
 
 
 def is_kernel_failure(error: BaseException) -> bool:
-    """Whether what a launch raised is about compiling and launching the kernel.
+    """True if an error that a launch raised is about compiling and launching the kernel.
 
     Example:
         >>> [is_kernel_failure(RuntimeError(f"Triton Error [CUDA]: {text}")) for text in

@@ -48,7 +48,7 @@ def gaussian_taps(sigma: float, length: int, count: int | None = None) -> torch.
 
 
 def blur_reach(sigma: float, length: int, boundary: str) -> int:
-    """How far, in tokens, a blurred token looks along an axis; ``length`` when it may look anywhere."""
+    """The distance, in tokens, that a blurred token looks along an axis; ``length`` when it may look anywhere."""
     if sigma == 0.0:
         return 0
     if math.isinf(sigma) or boundary == "circular":

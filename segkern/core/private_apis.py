@@ -15,17 +15,17 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def dispatch_mode_is_active() -> bool:
-    """Whether a ``TorchDispatchMode`` (fake tensors, a FLOP counter) sees operations; torch 2.11 to 2.13."""
+    """True if a ``TorchDispatchMode`` (fake tensors, a FLOP counter) sees operations; torch 2.11 to 2.13."""
     return torch._C._len_torch_dispatch_stack() != 0
 
 
 def transform_is_active() -> bool:
-    """Whether a ``torch.func`` transform (``vmap``, ``grad``, ``jvp``) runs; torch 2.11 to 2.13."""
+    """True if a ``torch.func`` transform (``vmap``, ``grad``, ``jvp``) runs; torch 2.11 to 2.13."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def forward_mode_is_active() -> bool:
-    """Whether a ``forward_ad.dual_level`` is open; torch 2.11 to 2.13."""
+    """True if a ``forward_ad.dual_level`` is open; torch 2.11 to 2.13."""
     return forward_ad._current_level >= 0
 
 
@@ -47,12 +47,12 @@ def module_call_code() -> CodeType:
 
 
 def is_compiled_in_place(module: torch.nn.Module) -> bool:
-    """Whether ``module.compile()`` was called, rather than ``torch.compile(module)``; torch 2.11 to 2.13."""
+    """True if ``module.compile()`` was called, rather than ``torch.compile(module)``; torch 2.11 to 2.13."""
     return module._compiled_call_impl is not None
 
 
 def has_forward_hooks(module: torch.nn.Module) -> bool:
-    """Whether any forward hook is registered on the module itself; torch 2.11 to 2.13."""
+    """True if any forward hook is registered on the module itself; torch 2.11 to 2.13."""
     return bool(module._forward_hooks)
 
 

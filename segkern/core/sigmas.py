@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def is_finite_blur(sigma: float) -> bool:
-    """Whether sigma is neither 0 (no blur) nor infinite (the mean)."""
+    """True if sigma is neither 0 (no blur) nor infinite (the mean)."""
     return 0.0 < sigma < math.inf
 
 
@@ -50,7 +50,7 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
 
 
 def has_head_sigmas(sigma: object) -> bool:
-    """Whether any sample has a sequence of sigmas, one for each head."""
+    """True if any sample has a sequence of sigmas, one for each head."""
     dimensions = getattr(sigma, "ndim", None)  # of a tensor or a NumPy array
     if dimensions is not None:
         return bool(dimensions > 1)

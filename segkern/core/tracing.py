@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who follows a call: tracers, transforms, derivatives, autocast."""
+"""Tracers, transforms, derivatives and autocast around a call, and what they require of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segkern.core.private_apis import dispatch_mode_is_active, forward_mode_is_a
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are real tensors in an eager run, none that a tracer follows.
+    """True if these are real tensors in an eager run, none that a tracer follows.
 
     Only then may tables be made here, and a backend be chosen; operators do both when they run.
     """
@@ -23,7 +23,7 @@ def is_plain(*tensors: torch.Tensor) -> bool:
 
 
 def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
-    """Whether nobody follows a call: no gradient, no transform, no mode. Then the operator's own function is called.
+    """True if nothing follows a call (no gradient, transform or mode), so that its function may be called directly.
 
     Tensors without data are seen: the operator tells shapes of results, where its function would go through blocks.
     """
@@ -35,7 +35,7 @@ def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:
-    """Whether only PyTorch's own operations will do: under ``torch.func`` or with forward-mode derivatives."""
+    """True if only PyTorch's own operations will do: under ``torch.func`` or with forward-mode derivatives."""
     if torch.compiler.is_compiling():
         return False
     return transform_is_active() or _has_tangent(*tensors)
@@ -61,7 +61,7 @@ def _has_tangent(*tensors: torch.Tensor) -> bool:
 
 
 def autocast_inputs(check: Callable[..., None], *tensors: Any) -> tuple[Any, ...]:
-    """What autocast does to the arguments of PyTorch's attention; they are checked before they are cast."""
+    """The arguments as autocast casts those of PyTorch's attention; they are checked before they are cast."""
     if not isinstance(tensors[0], torch.Tensor):
         return tensors
     device_type = tensors[0].device.type
@@ -73,7 +73,7 @@ def autocast_inputs(check: Callable[..., None], *tensors: Any) -> tuple[Any, ...
 
 
 def _has_autocast(device_type: str) -> bool:
-    """Whether PyTorch knows autocast for a kind of device. The compiler of torch 2.11 cannot trace that question."""
+    """True if PyTorch knows autocast for a kind of device. The compiler of torch 2.11 cannot trace that question."""
     if torch.compiler.is_compiling():
         return device_type != "meta"
     return torch.amp.is_autocast_available(device_type)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from segkern.core.dispatch import choose_backend
+from segkern.core.dispatch import choose_attention_backend, choose_backend
 from segkern.core.fallback import run_with_fallback
 from segkern.grid import Grid
 from segkern.ops import torch_attention, torch_blur
@@ -98,11 +98,6 @@ def run_attention(chosen: str, asked: str, *arguments: Any) -> tuple[torch.Tenso
     return run_with_fallback("seg_attention", asked, fused_attention, torch_attention.seg_attention, *arguments)
 
 
-def _choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sigmas: Sequence[float], backend: str) -> str:
-    fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
-    return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)[0]
-
-
 @operator("segkern::seg_attention")
 def seg_attention(
     query: torch.Tensor,
@@ -120,7 +115,7 @@ def seg_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
-    chosen = _choose(query, key, value, sigmas, backend)
+    chosen = choose_attention_backend(query, key, value, sigmas, backend)
     arguments = (query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
     out, lse = run_attention(chosen, backend, *arguments)
     return tokens_first(out), query.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
@@ -148,7 +143,7 @@ def seg_attention_at(
 ) -> torch.Tensor:
     """The same with sigmas that are read when it runs, from a CPU tensor ``[batch]``; it has no gradient."""
     grid, sigmas = check_call(query, height, width, start, sigma.tolist(), boundary)
-    chosen = _choose(query, key, value, sigmas, backend)
+    chosen = choose_attention_backend(query, key, value, sigmas, backend)
     return tokens_first(
         run_attention(chosen, backend, query, key, value, attn_mask, grid, sigmas, scale, boundary, False)[0]
     )

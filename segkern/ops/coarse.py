@@ -139,7 +139,7 @@ def _coarse_outputs_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _saved_tokens(height: int, width: int, stride: Sequence[int], boundary: str) -> int:
-    """How many tokens more a grid has than its coarse grid has points."""
+    """The tokens of a grid less the points of its coarse grid."""
     return height * width - point_count(height, stride[0], boundary) * point_count(width, stride[1], boundary)
 
 

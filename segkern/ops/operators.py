@@ -44,5 +44,5 @@ def check_call(
 
 
 def save_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    """What the gradient of ``f(x, *arguments, adjoint)`` needs, which is ``f(grad, *arguments, not adjoint)``."""
+    """Save the arguments of ``f(x, *arguments, adjoint)``, whose gradient is ``f(grad, *arguments, not adjoint)``."""
     ctx.arguments, ctx.adjoint = inputs[1:-1], inputs[-1]

@@ -64,5 +64,5 @@ def lse(logits: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def slack(logits: torch.Tensor) -> float:
-    """What rounding in float64 may do to a sum of so many such logits."""
+    """The most that rounding in float64 does to a sum of so many such logits."""
     return 64 * 2.0**-52 * (1.0 + logits.abs().max().item()) * math.sqrt(logits.numel())

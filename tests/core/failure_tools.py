@@ -88,7 +88,7 @@ def as_on_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "_compute_capability", return_value=(9, 0)))
         stack.enter_context(mock.patch.object(dispatch, "failure_reason", failure_reason))
-        for module in (api, attention, masses, call_cache):
+        for module in (api, attention, masses, dispatch):
             stack.enter_context(mock.patch.object(module, "choose_backend", choose))
         forget()
         yield

@@ -64,7 +64,7 @@ def test_head_dimensions(dim: int, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tokens", "keys"), [(300, 9), (9, 300), (1, 1), (1, 40), (40, 1), (160, 128)], ids=str)
 def test_few_of_one_and_many_of_the_other(tokens: int, keys: int, backend: str) -> None:
-    """Where keys are few, programs share the queries."""
+    """If keys are few, programs share the queries."""
     check_mass((3, 4, tokens, 24), keys, torch.float32, backend)
 
 

@@ -58,7 +58,7 @@ def test_a_point_at_every_token_is_the_blur(length: int, sigma: float, boundary:
 
 @given(axes, boundaries)
 def test_interpolation_meets_its_points(axis: tuple[int, int], boundary: str) -> None:
-    """Where a point is a token, the token gets that point's value."""
+    """A token that is a point gets that point's value."""
     length, stride = axis
     count = point_count(length, stride, boundary)
     at = points(length, count, boundary)
@@ -95,7 +95,7 @@ def test_points_are_at_most_a_stride_apart(axis: tuple[int, int], boundary: str)
 
 @given(st.integers(3, 40), boundaries, st.data())
 def test_slow_waves_pass_unchanged(length: int, boundary: str, data: st.DataObject) -> None:
-    """What the blur leaves of a wave is known; sampled and carried back, it is that at every token."""
+    """The blur's effect on a wave is known; sampled and carried back, it is that at every token."""
     count = data.draw(st.integers(2, length - 1))
     sigma = data.draw(st.floats(0.3, length / 3))
     at = torch.arange(length, dtype=torch.float64)

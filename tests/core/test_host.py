@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call costs the host: arguments are checked once, tables are made once, and nothing else changes by that."""
+"""The host's share of a call: arguments are checked once, tables are made once, and nothing else changes by that."""
 
 from __future__ import annotations
 

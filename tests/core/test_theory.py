@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a blur of attention's logits does to their mean, variance and energy, and what each statement rests on.
+"""The effect of a blur of logits on their mean, variance and energy, with the assumptions of each statement.
 
 Everything is float64. Logits are ``[queries, keys]``; a key that is a unit vector makes the queries the logits. Each
 statement is followed by a case in which it fails once an assumption of it is dropped.
@@ -54,7 +54,7 @@ def energies(logits: torch.Tensor, grid: Grid, sigma: float, boundary: str, over
 
 
 def column_sums(grid: Grid, sigma: float, boundary: str) -> torch.Tensor:
-    """What each token weighs in the sum of all blurred tokens."""
+    """The weight of each token in the sum of all blurred tokens."""
     return dense(grid, sigma, boundary).sum(dim=0)
 
 

@@ -61,7 +61,7 @@ def modules() -> dict[str, Path]:
 
 
 def is_for_types(node: ast.AST) -> bool:
-    """Whether it is an ``if TYPE_CHECKING:``."""
+    """True for an ``if TYPE_CHECKING:``."""
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
