@@ -7,7 +7,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.runtime.query_rows import LayerRows, Rows, Stride
+from segkern.integrations.diffusers.runtime.projections import Projections
+from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, LayerRows, Stride
 from segkern.integrations.diffusers.specs.sigmas import Perturbed
 
 
@@ -73,18 +74,11 @@ def self_attention(
         attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
         attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
 
-    layer = LayerRows(attn, grid, boundary, backend, fused, values)
-    rows = layer.rows(sigmas, strides, attention_mask)
+    strides = (EVERY_TOKEN,) * batch if strides is None else strides
     blends = (1.0,) * batch if blends is None else blends
-    own = batch if own is None else own
-    few_rows = any(needed not in (Rows.EVERY, Rows.NONE) for needed in rows)
-    alone = layer.projects_rows(tokens, attention_mask) if few_rows else layer.projections.apart
-    if alone and (few_rows or own < batch or Rows.NONE in rows):
-        output = layer.attend_by_kind(hidden_states, sigmas, rows, blends, attention_mask, own, source)
-    else:
-        qkv = layer.projections.all(hidden_states)
-        output = layer.projections.out(layer.attend_by_stride(qkv, sigmas, rows, blends, attention_mask))
-
+    projections = Projections(attn, fused)
+    layer = LayerRows(attn, grid, sigmas, strides, blends, attention_mask, boundary, backend, projections, values)
+    output = layer.attend(hidden_states, batch if own is None else own, source)
     if image_shape is not None:
         output = output.transpose(1, 2).unflatten(2, image_shape[2:])
     if attn.residual_connection:

@@ -109,29 +109,19 @@ class Batch:
         tensors whose first dimension is no such batch, and anything that is not a tensor, list, tuple or
         dictionary, come back as they are.
         """
-        if isinstance(value, torch.Tensor):
-            return self._fit_tensor(value, count)
-        if isinstance(value, dict):
-            return {key: self.fit(item, count) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)([self.fit(item, count) for item in value])
-        return value
+        return _map_tensors(value, lambda x: self._fit_tensor(x, count))
 
     def grow(self, value: Any, count: int) -> Any:
         """``value``, an argument of the denoiser, with ``count`` branches behind every batch-first tensor in it.
 
         A tensor may have several rows for each sample, one after the other (two pictures of a sample, for example).
         """
-        if isinstance(value, torch.Tensor):
-            rows, rest = divmod(value.shape[0], self.size) if value.ndim else (0, 1)
-            if rest or not rows:
-                return value
-            return torch.cat([value, *[value[self.times(rows).conditional]] * count]) if count else value
-        if isinstance(value, dict):
-            return {key: self.grow(item, count) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)([self.grow(item, count) for item in value])
-        return value
+
+        def grown(x: torch.Tensor) -> torch.Tensor:
+            rows, rest = divmod(x.shape[0], self.size) if x.ndim else (0, 1)
+            return x if rest or not rows or not count else torch.cat([x, *[x[self.times(rows).conditional]] * count])
+
+        return _map_tensors(value, grown)
 
     def grow_list(self, value: Any, count: int) -> Any:
         """A list with one item per sample and ``count`` branches; one of another length is for all samples alike."""
@@ -152,13 +142,18 @@ class Batch:
 
     def take(self, value: Any, samples: slice) -> Any:
         """``value`` with every tensor of the pipeline's own batch in it cut to some samples."""
-        if isinstance(value, torch.Tensor):
-            return value[samples] if value.ndim and value.shape[0] == self.size else value
-        if isinstance(value, dict):
-            return {key: self.take(item, samples) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)([self.take(item, samples) for item in value])
-        return value
+        return _map_tensors(value, lambda x: x[samples] if x.ndim and x.shape[0] == self.size else x)
+
+
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with every tensor changed that it is, or that is in its lists, tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([_map_tensors(item, change) for item in value])
+    return value
 
 
 @dataclass(frozen=True)

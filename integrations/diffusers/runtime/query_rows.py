@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -99,31 +100,47 @@ def _shift(samples: slice, by: int) -> slice:
     return slice(samples.start + by, samples.stop + by)
 
 
+@dataclass
 class LayerRows:
-    """The steps of one layer between its norms and its residual; made anew for every call."""
+    """The steps of one layer between its norms and its residual; made anew for every call.
 
-    def __init__(
-        self, attn: Attention, grid: Grid, boundary: str, backend: str, fused: bool, values: torch.Tensor | None
-    ) -> None:
-        self.values = values
-        self.attn = attn
-        self.grid = grid
-        self.boundary = boundary
-        self.backend = backend
-        self.projections = Projections(attn, fused)
+    Args:
+        attn: the layer.
+        grid: of the image in its tokens.
+        sigmas: one per sample.
+        strides: one per sample, of its query rows.
+        blends: one per sample; less than 1 mixes the output with that of the same sample's plain attention.
+        mask: additive, ``[batch, heads, 1 or tokens, tokens]``.
+        boundary: of the blur.
+        backend: of the attention.
+        projections: of the layer.
+        values: the sigmas in a CPU tensor that a graph reads when it runs, or None.
+    """
 
-    def rows(
-        self, sigmas: tuple[Perturbed, ...], strides: tuple[Stride, ...] | None, attention_mask: torch.Tensor | None
-    ) -> tuple[Rows | Stride, ...]:
-        """The query rows that each sample needs."""
-        masked_rows = attention_mask is not None and attention_mask.shape[2] != 1
-        strides = (EVERY_TOKEN,) * len(sigmas) if strides is None else strides
-        return tuple(self._rows_of(sigma, stride, masked_rows) for sigma, stride in zip(sigmas, strides, strict=True))
+    attn: Attention
+    grid: Grid
+    sigmas: tuple[Perturbed, ...]
+    strides: tuple[Stride, ...]
+    blends: tuple[float, ...]
+    mask: torch.Tensor | None
+    boundary: str
+    backend: str
+    projections: Projections
+    values: torch.Tensor | None
 
-    def _rows_of(self, sigma: Perturbed, stride: Stride, masked_rows: bool) -> Rows | Stride:
+    def attend(self, hidden_states: torch.Tensor, own: int, source: slice) -> torch.Tensor:
+        """Output ``[batch, tokens, channels]``; samples after ``own`` repeat ``source``."""
+        rows = [self._rows_of(sigma, stride) for sigma, stride in zip(self.sigmas, self.strides, strict=True)]
+        few_rows = any(needed not in (Rows.EVERY, Rows.NONE) for needed in rows)
+        apart = self.projections.apart and (not few_rows or self._projects_means(hidden_states.shape[1]))
+        if apart and (few_rows or own < len(rows) or Rows.NONE in rows):
+            return self._attend_apart(hidden_states, rows, own, source)
+        return self.projections.out(self._attend_projected(self.projections.all(hidden_states), rows))
+
+    def _rows_of(self, sigma: Perturbed, stride: Stride) -> Rows | Stride:
         if sigma is Perturbation.IDENTITY:
             return Rows.NONE
-        if masked_rows:
+        if self.mask is not None and self.mask.shape[2] != 1:
             return Rows.EVERY
         if sigma == math.inf:
             return Rows.ONE
@@ -132,30 +149,19 @@ class LayerRows:
         points = coarse_grid(self.grid, stride, self.boundary)
         return Rows.EVERY if points.tokens == self.grid.tokens else stride
 
-    def projects_rows(self, tokens: int, attention_mask: torch.Tensor | None) -> bool:
+    def _projects_means(self, tokens: int) -> bool:
         """True if queries at weighted means of tokens are the query projection of those means.
 
         The mean of the whole image is one, the points of a coarse grid are others.
         """
-        affine = self.attn.norm_q is None and self.projections.apart
-        one_row_mask = attention_mask is None or attention_mask.shape[2] == 1
-        return affine and one_row_mask and self.grid.start == 0 and self.grid.tokens == tokens
+        one_row_mask = self.mask is None or self.mask.shape[2] == 1
+        return self.attn.norm_q is None and one_row_mask and self.grid.start == 0 and self.grid.tokens == tokens
 
-    def attend_by_kind(
-        self,
-        hidden_states: torch.Tensor,
-        sigmas: tuple[Perturbed, ...],
-        rows: tuple[Rows | Stride, ...],
-        blends: tuple[float, ...],
-        attention_mask: torch.Tensor | None,
-        own: int,
-        source: slice,
+    def _attend_apart(
+        self, hidden_states: torch.Tensor, rows: list[Rows | Stride], own: int, source: slice
     ) -> torch.Tensor:
-        """Output ``[batch, tokens, channels]`` of samples some of which need few query rows, projected alone.
-
-        Samples after ``own`` repeat ``source``: they are read there.
-        """
-        kinds = list(zip(rows, blends, strict=True))
+        """Output of samples some of which need few query rows, projected alone."""
+        kinds = list(zip(rows, self.blends, strict=True))
         keys = [needed is not Rows.NONE or blend != 1.0 for needed, blend in kinds[:own]]
         inputs = _Inputs(self.projections, hidden_states[:own], keys)
         # Runs of samples of a kind, and where their inputs are.
@@ -166,85 +172,68 @@ class LayerRows:
         plain: list[tuple[slice, torch.Tensor]] = []  # outputs of plain samples, which repeats may be mixed with
         outputs = []
         for samples, where, (needed, blend) in alike:
-            mask = None if attention_mask is None else attention_mask[samples]
-            output = self._attend_rows(needed, inputs, where, sigmas, samples, mask)
+            output = self._attend_rows(needed, inputs, where, samples)
             if samples.start < own and needed is Rows.EVERY and blend == 1.0:
                 plain.append((samples, output))
             if blend != 1.0:
                 unblurred = _within(plain, where) if samples.start >= own else None
                 if unblurred is None:
                     qkv = inputs.query(where), inputs.key(where), inputs.value(where)
-                    unblurred = self.projections.out(self._attend(qkv, (0.0,) * len(output), mask))
+                    unblurred = self.projections.out(self._attend(qkv, samples, (0.0,) * len(output)))
                 output = torch.lerp(unblurred, output, blend)
             outputs.append(output)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _attend_rows(
-        self,
-        rows: Rows | Stride,
-        inputs: _Inputs,
-        where: slice,
-        sigmas: tuple[Perturbed, ...],
-        samples: slice,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _attend_rows(self, rows: Rows | Stride, inputs: _Inputs, where: slice, samples: slice) -> torch.Tensor:
         """Output of one run of samples whose inputs are ``where``; one-row outputs are expanded."""
         if rows is Rows.NONE:
             return self.projections.out(inputs.value(where))
         tokens, grid = inputs.hidden_states[where], self.grid
-        some: Any = sigmas[samples]
+        some: Any = self.sigmas[samples]
         if rows is Rows.EVERY:
-            queries, some = inputs.query(where), self._sigmas(sigmas, samples)
+            queries, some = inputs.query(where), self._sigmas(samples)
         elif rows is Rows.ONE:  # one query row is its own mean; saying so chooses the kernel for few rows
             queries, grid = self.projections.query(_mean_token(tokens)), Grid(1, 1)
         else:
             points = coarse_queries(tokens[:, None], self.grid, some, rows, self.boundary)[:, 0]
             queries, some, grid = self.projections.query(points), (0.0,) * len(some), Grid(1, 1)
-        output = self.projections.out(self._attend((queries, inputs.key(where), inputs.value(where)), some, mask, grid))
+        qkv = queries, inputs.key(where), inputs.value(where)
+        output = self.projections.out(self._attend(qkv, samples, some, grid))
         if rows is Rows.ONE:
             return output.expand(-1, tokens.shape[1], -1)
         if rows is Rows.EVERY:
             return output
         return coarse_outputs(output[:, None], self.grid, rows, self.boundary)[:, 0]
 
-    def attend_by_stride(
-        self,
-        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        sigmas: tuple[Perturbed, ...],
-        rows: tuple[Rows | Stride, ...],
-        blends: tuple[float, ...],
-        attention_mask: torch.Tensor | None,
+    def _attend_projected(
+        self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rows: list[Rows | Stride]
     ) -> torch.Tensor:
         """Attention output ``[batch, heads, tokens, head_dim]`` where every query is projected already."""
-        strides = [
-            EVERY_TOKEN if needed in (Rows.ONE, Rows.EVERY) else None if needed is Rows.NONE else needed
-            for needed in rows
-        ]
-        kinds = equal_runs(list(zip(strides, blends, strict=True)))
+        kinds = equal_runs([(Rows.EVERY if r is Rows.ONE else r, b) for r, b in zip(rows, self.blends, strict=True)])
         outputs = []
-        for samples, (stride, blend) in kinds:
+        for samples, (needed, blend) in kinds:
             query, key, value = (x[samples] for x in qkv) if len(kinds) > 1 else qkv
-            mask = None if attention_mask is None else attention_mask[samples]
-            if stride is None:  # identity attention
+            if needed is Rows.NONE:
                 output = value
             else:
-                output = self._attend((query, key, value), self._sigmas(sigmas, samples), mask, query_stride=stride)
+                stride = needed if isinstance(needed, tuple) else EVERY_TOKEN
+                output = self._attend((query, key, value), samples, self._sigmas(samples), query_stride=stride)
             if blend != 1.0:
-                unblurred = self._attend((query, key, value), (0.0,) * query.shape[0], mask)
+                unblurred = self._attend((query, key, value), samples, (0.0,) * query.shape[0])
                 output = torch.lerp(unblurred, output, blend)
             outputs.append(output)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _sigmas(self, known: tuple[Perturbed, ...], samples: slice) -> Any:
+    def _sigmas(self, samples: slice) -> Any:
         """Of some samples: numbers, or the tensor's where it has any to tell."""
-        some = known[samples]
+        some = self.sigmas[samples]
         return some if self.values is None or not any(map(is_finite, some)) else self.values[samples]
 
     def _attend(
         self,
         qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        samples: slice,
         sigmas: Any,
-        attention_mask: torch.Tensor | None,
         grid: Grid | None = None,
         query_stride: Stride = EVERY_TOKEN,
     ) -> torch.Tensor:
@@ -254,7 +243,7 @@ class LayerRows:
             grid or self.grid,
             sigmas,
             scale=self.attn.scale,
-            attn_mask=attention_mask,
+            attn_mask=None if self.mask is None else self.mask[samples],
             boundary=self.boundary,
             query_stride=query_stride,
             backend=self.backend,
