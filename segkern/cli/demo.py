@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,8 +64,8 @@ def demo(
     typer.echo("attention moved: |perturbed - conditional| / |conditional| of the guided layers' output")
 
     evaluation = json.loads((loading.DEMO / "evaluation.json").read_text(encoding="utf-8"))
-    for table in _evaluation_tables(evaluation):
-        wide(table).print(table)
+    evaluated = _evaluation_table(evaluation)
+    wide(evaluated).print(evaluated)
     typer.echo(f"{evaluation['images_per_seed']} images for each of {len(evaluation['seeds'])} seeds")
     typer.echo(evaluation["verdict"])
     for name in _SHEETS:
@@ -102,33 +102,22 @@ def _save_sheet(
 
 
 def _moved(result: ImageResult) -> str:
-    """How far guidance moved the output of each guided layer."""
+    """Relative distance by which guidance moved the output of each guided layer."""
     if result.report is None:
         return "-"
     return ", ".join(f"{row['layer']} {percent(row['moved'])}" for row in result.report.to_dict()["layers"])
 
 
-def _evaluation_tables(evaluation: dict[str, Any]) -> Iterator[Table]:
-    """For each mode: no guidance, CFG alone, the paper's settings, and the one chosen on other seeds."""
-    rows = [row for row in evaluation["rows"] if _is_shown(row["setting"], evaluation["chosen"])]
-    for mode in dict.fromkeys(row["setting"]["mode"] for row in rows):
-        rows_of_mode = [row for row in rows if row["setting"]["mode"] == mode]
-        measures = [name for name in _MEASURES if name in rows_of_mode[0]["measures"]]
-        table = Table("guidance", *(_MEASURES[name] for name in measures), title=f"measured before, {mode}")
-        for row in rows_of_mode:
-            values = (row["measures"][name] for name in measures)
-            table.add_row(_words(row["setting"]), *(f"{value['mean']:.2f} ± {value['spread']:.2f}" for value in values))
-        yield table
-
-
-def _is_shown(setting: dict[str, Any], chosen: dict[str, Any]) -> bool:
-    by_paper = setting["cfg"] == 1.0 and setting["seg"] == _SCALE and float(setting["sigma"]) in _PAPER_SIGMAS
-    return not setting["seg"] or by_paper or setting == chosen
-
-
-def _words(setting: dict[str, Any]) -> str:
-    """A setting of the evaluation, such as ``SEG σ=inf scale 3``."""
-    words = [f"CFG {setting['cfg']:g}"] if setting["cfg"] > 1 else []
-    if setting["seg"]:
-        words.append(f"SEG σ={float(setting['sigma']):g} scale {setting['seg']:g}")
-    return " + ".join(words) or "none"
+def _evaluation_table(evaluation: dict[str, Any]) -> Table:
+    """No guidance, CFG alone, the paper's settings, and the one chosen on other seeds."""
+    table = Table("mode", "guidance", *_MEASURES.values(), title="measured before")
+    for row in evaluation["rows"]:
+        setting = row["setting"]
+        cfg, scale, sigma = setting["cfg"], setting["seg"], float(setting["sigma"])
+        by_paper = (cfg, scale) == (1.0, _SCALE) and sigma in _PAPER_SIGMAS
+        if not scale or by_paper or setting == evaluation["chosen"]:
+            guidance = [f"CFG {cfg:g}"] * (cfg > 1) + [f"SEG σ={sigma:g} scale {scale:g}"] * (scale > 0)
+            measures = (row["measures"].get(name) for name in _MEASURES)
+            cells = ("" if value is None else f"{value['mean']:.2f} ± {value['spread']:.2f}" for value in measures)
+            table.add_row(setting["mode"], " + ".join(guidance) or "none", *cells)
+    return table

@@ -30,7 +30,7 @@ _RECORDED_FIELDS = ("scale", "sigma", "layers", "layer", "start", "stop")
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """What to draw, whatever the guidance.
+    """Arguments of a pipeline's call that are the same for every guidance.
 
     Attributes:
         prompt: what the picture shows.
@@ -134,7 +134,7 @@ def denoiser_calls(pipe: Any, steps: int) -> int:
 
 
 def report_rows(plan: Sequence[Specs], results: Sequence[ImageResult]) -> tuple[list[str], list[list[str]]]:
-    """What guidance did in each run: headings, and a row of words for each run, guidance and layer."""
+    """The guidance report of several runs: headings, and a row for each run, guidance and layer."""
     reports = [
         (label(specs), result.report) for specs, result in zip(plan, results, strict=True) if result.report is not None
     ]

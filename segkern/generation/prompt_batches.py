@@ -203,7 +203,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that decides what is missing."""
+        """True for the process that decides which items are missing."""
         return self._state is None or self._state.is_main_process
 
     def share(self, decide: Callable[[], list[BatchItem]]) -> list[BatchItem]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tables are printed and numbers in them written."""
+"""Printing of tables and of numbers in them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page's fields, checked and turned into what is drawn; every error quotes the field."""
+"""The page's fields, checked and turned into a request and its guidance; every error quotes the field."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIZE = re.compile(r"\s*(-?\d+)\s*[x×*]\s*(-?\d+)\s*", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is drawn.
+    """The checked fields.
 
     Attributes:
         request: whatever the guidance.

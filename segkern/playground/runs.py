@@ -53,7 +53,7 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether somebody has stopped it."""
+        """True once somebody has stopped it."""
         return self._stop.is_set()
 
     def check(self) -> None:

@@ -35,7 +35,7 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def fields(playground: Any, **changes: Any) -> list[Any]:
-    """What stands in the fields of a new page, with few steps and no map."""
+    """Values in the fields of a new page, with few steps and no map."""
     values = {name: component.value for name, component in playground._fields.items()}
     return list((values | {"steps": 2, "energy": False} | changes).values())
 
