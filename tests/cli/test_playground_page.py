@@ -68,13 +68,13 @@ def test_nothing_is_reported_shared_or_open_to_programs(playground: Any) -> None
     config = playground.blocks.get_config_file()
     assert playground.blocks.analytics_enabled is False
     assert config["analytics_enabled"] is False
-    served = [each for each in config["dependencies"] if each["backend_fn"]]
+    served = [action for action in config["dependencies"] if action["backend_fn"]]
     assert len(served) >= 8
-    assert {each["api_visibility"] for each in served} == {"private"}
+    assert {action["api_visibility"] for action in served} == {"private"}
 
 
 def test_one_pipeline_draws_or_loads_at_a_time(playground: Any) -> None:
-    functions = {each.fn.__name__: each for each in playground.blocks.fns.values() if each.fn is not None}
+    functions = {action.fn.__name__: action for action in playground.blocks.fns.values() if action.fn is not None}
     for name in ("_run", "_load"):
         assert (functions[name].concurrency_limit, functions[name].concurrency_id) == (1, "pipeline")
 
@@ -97,26 +97,26 @@ def test_draw_pressed_again_before_the_run_ends_changes_nothing(playground: Any)
     assert all(map(skipped, take(playground, seed=2)))
     assert list(playground._runs) == [ticket]
     request = SimpleNamespace(session_hash="one")
-    assert [each["interactive"] for each in playground._buttons(request)] == [False, True]
+    assert [button["interactive"] for button in playground._buttons(request)] == [False, True]
     assert "Drawn in" in shown(playground, list(playground._run(ticket))[-1])["message"]
     (again,) = playground._run(ticket)  # the page may send it twice
     assert all(map(skipped, again.values()))
-    assert [each["interactive"] for each in playground._buttons(request)] == [True, False]
+    assert [button["interactive"] for button in playground._buttons(request)] == [True, False]
     assert not skipped(take(playground)[0])
     playground._runs.clear()
 
 
 def test_two_pages_get_their_own_pictures(playground: Any) -> None:
     tickets = [take(playground, name, seed=seed)[0] for name, seed in (("one", 1), ("two", 2))]
-    found = {}
+    results = {}
     for ticket in reversed(tickets):
         *steps, last = [shown(playground, updates) for updates in playground._run(ticket)]
-        assert [set(each) for each in steps] == [{"message"}] * 4
+        assert [set(step) for step in steps] == [{"message"}] * 4
         assert "step 4 of 4" in steps[-1]["message"]
-        found[ticket] = last
-    seeds = [picture(Path(found[ticket]["guided"]["value"])).text["seed"] for ticket in tickets]
+        results[ticket] = last
+    seeds = [picture(Path(results[ticket]["guided"]["value"])).text["seed"] for ticket in tickets]
     assert seeds == ["1", "2"]
-    first, second = (picture(Path(found[ticket]["plain"]["value"])) for ticket in tickets)
+    first, second = (picture(Path(results[ticket]["plain"]["value"])) for ticket in tickets)
     assert difference(first, second) > 1
     assert not playground._runs
 

@@ -190,8 +190,8 @@ class Group:
 
 
 def test_whatever_goes_wrong_in_the_first_process_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[object] = []
-    monkeypatch.setattr("accelerate.utils.broadcast_object_list", told.extend)
+    sent: list[object] = []
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", sent.extend)
     processes = prompt_batches.Processes("cpu", many=True)
     processes._state = group = Group()
 
@@ -200,5 +200,5 @@ def test_whatever_goes_wrong_in_the_first_process_reaches_the_others(monkeypatch
 
     with pytest.raises(ValueError, match="not yours"):
         processes.share(decide)
-    assert told == [None, "not yours"]
+    assert sent == [None, "not yours"]
     assert group.left
