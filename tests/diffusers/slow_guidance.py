@@ -310,7 +310,7 @@ def looped_run(
 ) -> torch.Tensor:
     """What ``small_pipelines.run`` must return under these guidances; ``seed`` is of the noise that a sampler draws."""
     cfg = guidance_scale > 1.0
-    conditional, unconditional = _conditions(pipe, prompt, latents, num_images_per_prompt, cfg)
+    conditional, unconditional = conditions(pipe, prompt, latents, num_images_per_prompt, cfg)
     modules = {layer.name: layer.module for layer in list_layers(pipe)}
     place_of = unet_places(tuple(latents.shape[2:]))
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
@@ -345,7 +345,7 @@ def looped_run(
     return x
 
 
-def _conditions(
+def conditions(
     pipe: Any, prompt: str | list[str], latents: torch.Tensor, images: int, cfg: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The denoiser's arguments for the prompts and for no prompt."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +25,15 @@ def in_place(pipe: Any, backend: Any) -> None:
 
 def repeated_blocks(pipe: Any, backend: Any) -> None:
     pipe.unet.compile_repeated_blocks(backend=backend, fullgraph=True)
+
+
+def drawn(pipe: Any, guidances: Sequence[Sequence[Any]], **arguments: Any) -> list[torch.Tensor]:
+    """Latents of a run under each of these guidances."""
+    outputs = []
+    for specs in guidances:
+        with guide(pipe, *specs):
+            outputs.append(run(pipe, **arguments))
+    return outputs
 
 
 @pytest.fixture(autouse=True)
@@ -64,16 +73,12 @@ def test_a_compiled_denoiser_is_guided_and_left_alone_afterwards(
 
 @pytest.mark.slow
 def test_another_guidance_does_not_run_what_was_compiled_for_the_last_one() -> None:
-    pipe, latents = smaller_pipeline(), noise()
+    pipe, arguments = smaller_pipeline(), {"latents": noise(), "num_inference_steps": 1}
     guidances = [[SEG(sigma=2.0, layers="m0")], [SEG(layers="m0"), SEG(1.0, math.inf, "u0")]]
-    expected = []
-    for specs in guidances:
-        with guide(pipe, *specs):
-            expected.append(run(pipe, latents=latents, num_inference_steps=1))
+    expected = drawn(pipe, guidances, **arguments)
     wrapped(pipe, "eager")
-    for specs, output in zip(guidances, expected, strict=True):
-        with guide(pipe, *specs):
-            assert relative(run(pipe, latents=latents, num_inference_steps=1), output) < PIPELINE_TOLERANCE
+    for output, eager in zip(drawn(pipe, guidances, **arguments), expected, strict=True):
+        assert relative(output, eager) < PIPELINE_TOLERANCE
 
 
 @pytest.mark.slow
@@ -104,20 +109,15 @@ def test_a_compiled_denoiser_is_guided_at_every_size() -> None:
 
 @pytest.mark.slow
 def test_other_sigmas_and_scales_need_no_compilation() -> None:
-    pipe, latents = smaller_pipeline(), noise()
-    specs = [SEG(9.0, 2.0, "m0"), SEG(30.0, 2.0, "m0"), SEG(30.0, 0.7, "m0"), SEG(-20.0, 0.6, "m0")]
-    expected = []
-    for spec in specs:
-        with guide(pipe, spec):
-            expected.append(run(pipe, latents=latents, num_inference_steps=1))
+    pipe, arguments = smaller_pipeline(), {"latents": noise(), "num_inference_steps": 1}
+    values = [(9.0, 2.0), (30.0, 2.0), (30.0, 0.7), (-20.0, 0.6)]
+    guidances = [[SEG(scale, sigma, "m0")] for scale, sigma in values]
+    expected = drawn(pipe, guidances, **arguments)
     counter = CompileCounter()
     wrapped(pipe, counter)
-    frames = []
-    for spec, output in zip(specs, expected, strict=True):
-        with guide(pipe, spec):
-            assert relative(run(pipe, latents=latents, num_inference_steps=1), output) < PIPELINE_TOLERANCE
-        frames.append(counter.frame_count)
-    assert frames == [1] * len(specs)
+    for output, eager in zip(drawn(pipe, guidances, **arguments), expected, strict=True):
+        assert relative(output, eager) < PIPELINE_TOLERANCE
+    assert counter.frame_count == 1
     assert relative(expected[2], expected[1]) > 1e-4, "the sigma would not be noticed"
 
 
@@ -172,16 +172,12 @@ def test_a_compiled_denoiser_in_channels_last_with_slicing() -> None:
 
 @pytest.mark.slow
 def test_the_code_that_inductor_writes_gives_the_same_latents() -> None:
-    pipe, latents = smaller_pipeline(), noise()
-    specs = [SEG(2.0, 2.0, "m0"), SEG(2.0, 0.8, "m0")]
-    expected = []
-    for spec in specs:
-        with guide(pipe, spec):
-            expected.append(run(pipe, latents=latents, num_inference_steps=1))
+    pipe, arguments = smaller_pipeline(), {"latents": noise(), "num_inference_steps": 1}
+    guidances = [[SEG(2.0, 2.0, "m0")], [SEG(2.0, 0.8, "m0")]]
+    expected = drawn(pipe, guidances, **arguments)
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, mode="reduce-overhead")
-    for spec, output in zip(specs, expected, strict=True):
-        with guide(pipe, spec):
-            assert relative(run(pipe, latents=latents, num_inference_steps=1), output) < PIPELINE_TOLERANCE
+    for output, eager in zip(drawn(pipe, guidances, **arguments), expected, strict=True):
+        assert relative(output, eager) < PIPELINE_TOLERANCE
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,7 +7,6 @@ import copy
 import gc
 import io
 import math
-import multiprocessing
 import pickle
 import weakref
 from collections.abc import Callable
@@ -122,27 +121,6 @@ def test_what_is_saved_while_guided_is_what_is_saved_without(subject: Subject, t
         guided = files(tmp_path / "guided")
     assert len(guided) >= 2
     assert files(tmp_path / "plain") == guided
-
-
-def _drawn(subject: str, pipe: Any) -> list[torch.Tensor]:
-    """In a process of its own: latents without guidance, and with it."""
-    from tests.diffusers.subjects import SUBJECTS
-
-    torch.set_num_threads(1)
-    pipe.set_progress_bar_config(disable=True)
-    return [SUBJECTS[subject].run(pipe), SUBJECTS[subject].guided(pipe)]
-
-
-@pytest.mark.robustness
-def test_a_guided_pipeline_sent_to_another_process() -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for subject in (SD1, SD3):
-            with left_as_it_was(subject) as (pipe, _):
-                guided = subject.run(pipe)
-                plain = subject.run(subject.build())
-                found = pool.apply(_drawn, (subject.name, pipe))
-                assert torch.equal(found[0], plain)
-                assert torch.equal(found[1], guided)
 
 
 def halving(fraction: float) -> float:

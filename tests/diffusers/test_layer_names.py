@@ -149,13 +149,16 @@ def test_comfyui_counts_blocks_within_a_transformer() -> None:
     assert select_layers(layers_of("unet"), "u1.0-1") == [layers["u1.0"], layers["u1.1"]]
 
 
-@pytest.mark.parametrize(
-    "name", ["u0.0-9", "u9.0", "u0.", "u0.1-", "0", "0-1", "d0-", "-1", "d-1", "d٣", "u0-9999999999999"]
-)
+RANGES = ("u0.0-9", "u0.1-", "0-1", "d0-", "-1", "d-1", "u7-9", "u4-2", "u0-d3", "u0-9999999999999")
+WORDS = ("", "middle", "d6", "x0", "M0", "0", "d٣", "u9.0", "u0.", "mid_bloc", "mid_block.", "up_blocks.2", "*.attn2")
+
+
+@pytest.mark.parametrize("name", RANGES + WORDS)
 def test_names_that_no_layer_of_a_unet_has(name: str) -> None:
     """Also long ranges, which are not counted out."""
-    with pytest.raises(ValueError, match=f"unknown layer {re.escape(repr(name))}; valid are 'down'"):
-        select_layers(layers_of("unet"), name)
+    with pytest.raises(ValueError, match=f"unknown layer {re.escape(repr(name))}; valid are ") as error:
+        select_layers(layers_of("unet"), ["mid", name])
+    assert "'down' (d0 to d5), 'mid' (m0 to m1), 'up' (u0 to u8)" in str(error.value)
 
 
 def test_a_block_with_two_attentions_is_named_as_a_whole_and_in_parts() -> None:

@@ -75,37 +75,6 @@ def test_names_select_layers_in_execution_order(layers: str | list[str], names: 
     assert selected(layers) == names
 
 
-def test_a_prefix_ends_at_a_dot() -> None:
-    available = [LayerInfo(f"u{i}", f"up_blocks.{i}.attn1", "up", 1, 1) for i in (1, 10)]
-    assert [layer.name for layer in select_layers(available, "up_blocks.1")] == ["u1"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "middle",
-        "d6",
-        "u7-9",
-        "u4-2",
-        "x0",
-        "mid_bloc",
-        "mid_block.",
-        "*.attn2",
-        "",
-        "u0-d3",
-        "M0",
-        "up_blocks.2",
-    ],
-)
-def test_an_unknown_layer_is_quoted_with_what_is_valid(name: str) -> None:
-    with pytest.raises(ValueError, match="unknown layer") as error:
-        selected(["mid", name])
-    message = str(error.value)
-    assert repr(name) in message
-    assert "'down' (d0 to d5), 'mid' (m0 to m1), 'up' (u0 to u8)" in message
-    assert len(message) < 500
-
-
 @settings(max_examples=8)
 @given(st.integers(3, 40), st.integers(3, 40))
 def test_listed_grids_are_those_of_the_run(height: int, width: int) -> None:

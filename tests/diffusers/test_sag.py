@@ -24,6 +24,7 @@ from segkern.integrations.diffusers import CFG, SAG, SEG, guide
 from segkern.integrations.diffusers.runtime.sag_blur import levels
 from tests.compatibility import proves
 from tests.diffusers.probes import hooks_of
+from tests.diffusers.slow_guidance import conditions
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline, tiny_sd
 
 
@@ -64,29 +65,14 @@ def test_it_is_that_of_the_pipeline_with_sag(prediction: str, guidance_scale: fl
 def sag_run(pipe: Any, latents: torch.Tensor, guidance_scale: float, steps: int, scale: float, layer: Any) -> Any:
     """SDXL with SAG by the definition: attention as a matrix, a two-dimensional convolution, the scheduler's noise."""
     cfg = guidance_scale > 1.0
-    height, width = (size * pipe.vae_scale_factor for size in latents.shape[2:])
-    conditional, unconditional, pooled, unconditional_pooled = pipe.encode_prompt(
-        "a red fox", num_images_per_prompt=1, do_classifier_free_guidance=cfg
-    )
-    ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-    texts = [(unconditional, unconditional_pooled)] * cfg + [(conditional, pooled)]
+    conditional, unconditional = conditions(pipe, "a red fox", latents, 1, cfg)
+    degraded_prompt = unconditional if cfg else conditional
     seen: list[torch.Tensor] = []
 
     def mass(module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         q, k = (lin(x[:1]).unflatten(-1, (module.heads, -1)).transpose(1, 2) for lin in (module.to_q, module.to_k))
         seen.append((q @ k.transpose(-2, -1) * module.scale).softmax(-1).mean(1).sum(1))
-
-    def predict(x: torch.Tensor, t: Any, texts: Any) -> Any:
-        return pipe.unet(
-            torch.cat([x] * len(texts)),
-            t,
-            encoder_hidden_states=torch.cat([text for text, _ in texts]),
-            added_cond_kwargs={
-                "text_embeds": torch.cat([each for _, each in texts]),
-                "time_ids": ids.repeat(len(texts), 1),
-            },
-        ).sample.chunk(len(texts))
 
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
@@ -98,9 +84,9 @@ def sag_run(pipe: Any, latents: torch.Tensor, guidance_scale: float, steps: int,
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
         hook = layer.register_forward_pre_hook(mass, with_kwargs=True)
-        predictions = predict(scaled, t, texts)
+        u = pipe.unet(scaled, t, **degraded_prompt).sample
         hook.remove()
-        u, c = predictions[0], predictions[-1]
+        c = pipe.unet(scaled, t, **conditional).sample
         guided = u + guidance_scale * (c - u)
         if isinstance(scheduler, EulerDiscreteScheduler):
             sigma = scheduler.sigmas[scheduler.step_index]
@@ -114,7 +100,7 @@ def sag_run(pipe: Any, latents: torch.Tensor, guidance_scale: float, steps: int,
         kernel = torch.outer(taps, taps) / taps.sum() ** 2
         smooth = F.conv2d(F.pad(clean, (4,) * 4, mode="reflect"), kernel.expand(4, 1, 9, 9), groups=4)
         degraded = signal * (smooth * mask + clean * (1 - mask)) + amount * u
-        guided = guided + scale * (u - predict(degraded, t, texts[:1])[0])
+        guided = guided + scale * (u - pipe.unet(degraded, t, **degraded_prompt).sample)
         x = scheduler.step(guided, t, x).prev_sample
     return x
 
