@@ -59,8 +59,8 @@ class ExactBlock(nn.Module):
         x = hidden_states.flatten(2).transpose(1, 2)  # [batch, tokens, channels], as everything below
         x0 = self.posterior_mean(x, a, s, encoder_hidden_states, (height, width))
         noise = (x - a * x0) / s
-        found = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[self.prediction]
-        return found.transpose(1, 2).unflatten(2, (height, width))
+        prediction = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[self.prediction]
+        return prediction.transpose(1, 2).unflatten(2, (height, width))
 
     def posterior_mean(
         self, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor, text: torch.Tensor, size: tuple[int, int]

@@ -21,8 +21,8 @@ from diffusers.utils import logging
 from tests.diffusers.transformer_cases import MODELS
 
 # Guiders say that they are experimental, components that they were made by hand, and blocks tell what is raised anyway.
-for each in ("guiders.guider_utils", "modular_pipelines.modular_pipeline", "modular_pipelines.modular_pipeline_utils"):
-    logging.get_logger(f"diffusers.{each}").setLevel(logging.CRITICAL)
+for name in ("guiders.guider_utils", "modular_pipelines.modular_pipeline", "modular_pipelines.modular_pipeline_utils"):
+    logging.get_logger(f"diffusers.{name}").setLevel(logging.CRITICAL)
 
 _SDXL = {
     "input": sdxl.StableDiffusionXLInputStep,

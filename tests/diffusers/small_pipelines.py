@@ -41,6 +41,14 @@ def tiny_pipeline(kind: type = StableDiffusionXLPipeline, own_unet: bool = False
     return pipe
 
 
+def tiny_pipeline_of_embeddings() -> tuple[Any, dict[str, torch.Tensor]]:
+    """A pipeline without text encoders, with a denoiser of its own, and the embeddings of a prompt for its call."""
+    texts = tiny_pipeline().encode_prompt("a red fox")
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    pipe = tiny_pipeline(own_unet=True, text_encoder=None, text_encoder_2=None)
+    return pipe, dict(zip(names, texts, strict=True))
+
+
 def smaller_pipeline() -> Any:
     """A pipeline whose denoiser has few layers, because tracing takes seconds."""
     torch.manual_seed(0)

@@ -95,40 +95,39 @@ def _transformer(name: str, inside: str) -> Subject:
 
 
 # Two UNets; a transformer whose batch has both halves, and two that are called once for each.
-SUBJECTS = {
-    each.name: each
-    for each in (
-        _unet("sdxl", "up_blocks.1"),
-        _unet("sd1", "up_blocks.1"),
-        _transformer("sd3", "norm_out"),
-        _transformer("flux", "norm_out"),
-        _transformer("qwen-image", "norm_out"),
-    )
-}
-ALL = tuple(SUBJECTS.values())
+ALL = (
+    _unet("sdxl", "up_blocks.1"),
+    _unet("sd1", "up_blocks.1"),
+    _transformer("sd3", "norm_out"),
+    _transformer("flux", "norm_out"),
+    _transformer("qwen-image", "norm_out"),
+)
 SDXL, SD1, SD3, FLUX, QWEN = ALL
 
 
 def every(*quick: Subject) -> list[Any]:
     """All of them as parameters, those that are not named left to `make robustness`."""
-    return [pytest.param(each, marks=[pytest.mark.robustness] * (each not in quick), id=each.name) for each in ALL]
+    return [
+        pytest.param(subject, marks=[pytest.mark.robustness] * (subject not in quick), id=subject.name)
+        for subject in ALL
+    ]
 
 
 def kinds(subject: Subject) -> dict[str, tuple[Any, ...]]:
     """Every kind of guidance that it takes beside its own classifier-free guidance, and ways to save."""
-    found: dict[str, tuple[Any, ...]] = {
+    specs: dict[str, tuple[Any, ...]] = {
         "SEG": (subject.seg(),),
         "SEG, infinite": (subject.seg(sigma=float("inf")),),
         "SEG, reuse": (subject.seg(reuse=2),),
         "PAG": (PAG(layers=subject.layers),),
     }
     if subject.part == "unet":
-        found |= {
+        specs |= {
             "SEG, strides": (subject.seg(query_stride=2, sigma=4.0),),
             "SAG": (SAG(),),
             "SEG, PAG, SAG": (subject.seg(), PAG(layers="u0"), SAG(reuse=2)),
         }
-    return found
+    return specs
 
 
 class Picture:
@@ -138,9 +137,9 @@ class Picture:
         self.names = set(vars(pipe))
         self.modules = {name: (module, _attributes(module)) for name, module in _modules(pipe)}
         self.processors = {
-            name: (each, dict(vars(each)))
+            name: (processor, dict(vars(processor)))
             for name, module in _modules(pipe)
-            if (each := getattr(module, "processor", None)) is not None
+            if (processor := getattr(module, "processor", None)) is not None
         }
 
     def assert_same(self, pipe: Any) -> None:
@@ -151,11 +150,11 @@ class Picture:
         for name, (module, attributes) in self.modules.items():
             assert now[name] is module, name
             assert "forward" not in vars(module), name
-            found = _attributes(module)
-            assert found.keys() == attributes.keys(), name
+            present = _attributes(module)
+            assert present.keys() == attributes.keys(), name
             for key, (value, inside) in attributes.items():
-                assert found[key][0] is value, (name, key)
-                assert _same(found[key][1], inside), (name, key)
+                assert present[key][0] is value, (name, key)
+                assert _same(present[key][1], inside), (name, key)
         for name, (processor, attributes) in self.processors.items():
             assert now[name].processor is processor, name
             assert not isinstance(processor, GuidedProcessor), name
@@ -169,22 +168,22 @@ def _modules(pipe: Any) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
-    found = {}
+    attributes = {}
     for name, value in vars(module).items():
         simple = isinstance(value, (bool, int, float, str, tuple))
         told = name == "_internal_dict"  # its configuration, to which saving adds its name
         inside = list(value.items()) if isinstance(value, Mapping) and not told else None
-        found[name] = (None, [(name, value)]) if simple else (None if told else value, inside)
-    return found
+        attributes[name] = (None, [(name, value)]) if simple else (None if told else value, inside)
+    return attributes
 
 
-def _same(found: Any, before: Any) -> bool:
-    if found is None or before is None:
-        return found is before
+def _same(after: Any, before: Any) -> bool:
+    if after is None or before is None:
+        return after is before
     simple = (bool, int, float, str, tuple)
-    pairs = zip(found, before, strict=False)
+    pairs = zip(after, before, strict=False)
     equal = all(a == b and (x is y or (isinstance(x, simple) and x == y)) for (a, x), (b, y) in pairs)
-    return len(found) == len(before) and equal
+    return len(after) == len(before) and equal
 
 
 @contextmanager

@@ -183,13 +183,13 @@ def test_ode_samplers_tend_to_the_guided_probability_flow(sampler: str, cfg: flo
             gain = ((made[1 + place] - made[0]) @ direction).item()
             errors.setdefault((mode, "mean"), []).append((made[0] @ direction).item() - mean)
             errors.setdefault((mode, "variance"), []).append(gain**2 / variance - 1)
-    for (mode, moment), found in errors.items():
+    for (mode, moment), values in errors.items():
         if moment == "mean" and mode != "contrast":
-            assert max(map(abs, found)) < 1e-6  # it is 0, and stays
+            assert max(map(abs, values)) < 1e-6  # it is 0, and stays
             continue
-        assert abs(found[1]) < 0.65 * abs(found[0]), (mode, moment, found)
-        assert abs(found[2]) < 0.65 * abs(found[1]), (mode, moment, found)
-        assert abs(found[2]) < 0.02, (mode, moment, found)
+        assert abs(values[1]) < 0.65 * abs(values[0]), (mode, moment, values)
+        assert abs(values[2]) < 0.65 * abs(values[1]), (mode, moment, values)
+        assert abs(values[2]) < 0.02, (mode, moment, values)
 
 
 @pytest.mark.parametrize("sampler", SDES)
@@ -202,7 +202,7 @@ def test_sde_samplers_tend_to_the_guided_sde(sampler: str) -> None:
     pipe = exact_pipeline(GaussianBlock(CHANNELS, prediction), scheduler(name, prediction, **options), 3)
     eta = {"eta": 1.0} if sampler == "ddim, eta 1" else {}
     count = 1500
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}  # value and its standard error
+    estimates: dict[tuple[str, str], list[tuple[float, float]]] = {}  # value and its standard error
     for steps in (25, 50, 100):
         with guide(pipe, SEG(SCALE, math.inf)):
             made = draw(
@@ -217,9 +217,9 @@ def test_sde_samplers_tend_to_the_guided_sde(sampler: str) -> None:
         for mode, direction in MODES.items():
             values, number = made @ direction, count * CHANNELS
             mean, variance = values.mean().item(), values.var().item()
-            found.setdefault((mode, "mean"), []).append((mean, math.sqrt(variance / number)))
-            found.setdefault((mode, "variance"), []).append((variance, variance * math.sqrt(2 / number)))
-    for (mode, moment), ((first, e1), (second, e2), (third, e3)) in found.items():
+            estimates.setdefault((mode, "mean"), []).append((mean, math.sqrt(variance / number)))
+            estimates.setdefault((mode, "variance"), []).append((variance, variance * math.sqrt(2 / number)))
+    for (mode, moment), ((first, e1), (second, e2), (third, e3)) in estimates.items():
         mean, variance = expected_moments(pipe, mode, cfg, random=True)
         exact = mean if moment == "mean" else variance
         left = [abs(value - exact) for value in (first, second, third)]

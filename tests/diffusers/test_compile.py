@@ -102,8 +102,8 @@ def test_a_compiled_denoiser_is_guided_at_every_size() -> None:
     wrapped(pipe, counter)
     with guide(pipe, SEG(sigma=2.0, layers="m0")):
         for size, output in zip(sizes, expected, strict=True):
-            found = run(pipe, latents=noise(1, *size), num_inference_steps=1)
-            assert relative(found, output) < PIPELINE_TOLERANCE
+            result = run(pipe, latents=noise(1, *size), num_inference_steps=1)
+            assert relative(result, output) < PIPELINE_TOLERANCE
     assert counter.frame_count < len(sizes), "sizes do not share what was compiled"
 
 
@@ -194,9 +194,11 @@ def test_a_guided_step_in_a_cuda_graph(sigma: float) -> None:
     step = torch.tensor(10.0, device="cuda")
 
     def forward() -> torch.Tensor:
-        found = pipe.unet(sample, step, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False)
-        assert isinstance(found[0], torch.Tensor)
-        return found[0]
+        prediction = pipe.unet(
+            sample, step, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False
+        )
+        assert isinstance(prediction[0], torch.Tensor)
+        return prediction[0]
 
     with torch.no_grad(), guide(pipe, SEG(sigma=sigma, layers="m0")):
         expected = forward()

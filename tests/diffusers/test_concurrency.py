@@ -36,10 +36,10 @@ SECONDS = 60  # after which a thread that waits is taken to wait forever
 def test_two_guided_pipelines_at_once(outer: Subject, inner: Subject) -> None:
     first, second = outer.build(), inner.build()
     expected = outer.guided(first), inner.guided(second)
-    found = []
+    outputs = []
 
     def within(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        found.append(inner.run(second))
+        outputs.append(inner.run(second))
         with pytest.raises(ValueError, match="guided already"):
             guide(first, outer.seg(scale=1.0))
         return given
@@ -47,8 +47,8 @@ def test_two_guided_pipelines_at_once(outer: Subject, inner: Subject) -> None:
     with guide(second, inner.seg()), guide(first, outer.seg()):
         assert torch.equal(outer.run(first, callback_on_step_end=within), expected[0])
         assert torch.equal(outer.run(first), expected[0])
-    assert len(found) == STEPS
-    assert all(torch.equal(each, expected[1]) for each in found)
+    assert len(outputs) == STEPS
+    assert all(torch.equal(output, expected[1]) for output in outputs)
 
 
 @pytest.mark.parametrize("reuse", [1, 2])
@@ -57,14 +57,14 @@ def test_a_denoiser_shared_between_steps(subject: Subject, reuse: int) -> None:
     with left_as_it_was(subject, subject.seg(reuse=reuse)) as (pipe, _):
         other = subject.beside(pipe)
         guided, plain = subject.run(pipe), subject.run(other)
-        found = []
+        outputs = []
 
         def within(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-            found.append(subject.run(other))
+            outputs.append(subject.run(other))
             return given
 
         assert torch.equal(subject.run(pipe, callback_on_step_end=within), guided)
-        assert all(torch.equal(each, plain) for each in found)
+        assert all(torch.equal(output, plain) for output in outputs)
         with pytest.raises(ValueError, match="guided already"):
             guide(other, subject.seg())
 
@@ -76,17 +76,17 @@ def test_a_denoiser_shared_between_the_calls_of_a_step(subject: Subject) -> None
     with left_as_it_was(subject) as (pipe, _):
         other = subject.beside(pipe)
         guided, plain = subject.run(pipe), subject.run(other)
-        calls, found = [], []
+        calls, outputs = [], []
 
         def between(*_: Any) -> None:
             calls.append(None)
             if len(calls) == 4:  # for the negative prompt, in the second step
-                found.append(subject.run(other))
+                outputs.append(subject.run(other))
 
         handle = pipe.transformer.register_forward_pre_hook(between, prepend=True)
         assert torch.equal(subject.run(pipe), guided)
         handle.remove()
-        assert torch.equal(found[0], plain)
+        assert torch.equal(outputs[0], plain)
 
 
 @pytest.mark.robustness
@@ -96,8 +96,8 @@ def test_contexts_left_in_the_wrong_order() -> None:
     pictures = Picture(first), Picture(second)
     guidances = guide(first, SD1.seg()), guide(second, SDXL.seg())
     recorder = record_energy(first, "mid")
-    for each in (*guidances, recorder):
-        each.__enter__()
+    for context in (*guidances, recorder):
+        context.__enter__()
     SD1.run(first)
     recorded = len(recorder.records)
     assert recorded > 0
@@ -153,12 +153,12 @@ def test_removal_during_a_run_ends_the_guidance_after_the_step(subject: Subject,
 
     if place == "callback of another thread's run":
         with ThreadPoolExecutor(1) as threads:
-            found = threads.submit(draw).result(SECONDS)
+            result = threads.submit(draw).result(SECONDS)
     else:
-        found = draw()
+        result = draw()
     handle.remove()
     assert steps == list(range(STEPS))
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     picture.assert_same(pipe)
     assert torch.equal(subject.run(pipe), plain)
     guidance.remove()
@@ -184,9 +184,9 @@ def test_removal_by_another_thread_waits_for_the_forward(subject: Subject) -> No
         threading.Timer(0.1, asked.set).start()
         guidance.remove()
         assert asked.is_set(), "the guidance was taken off in the midst of a forward"
-        found = drawn.result(SECONDS)
+        result = drawn.result(SECONDS)
     handle.remove()
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     picture.assert_same(pipe)
 
 
@@ -233,7 +233,7 @@ def test_a_guided_pipeline_in_a_server() -> None:
 
             return await asyncio.gather(*(answer() for _ in range(6)))
 
-        assert all(torch.equal(each, expected) for each in asyncio.run(serve()))
+        assert all(torch.equal(output, expected) for output in asyncio.run(serve()))
         for index in range(3):
             thread = threading.Thread(target=draw, name=f"request {index}")
             thread.start()
@@ -256,8 +256,8 @@ def test_threads_that_share_a_denoiser(subject: Subject, kind: str) -> None:
             return [subject.run([pipe, *others][index]) for _ in range(2)]
 
         with ThreadPoolExecutor(3) as threads:
-            for index, found in enumerate(threads.map(draw, range(3), timeout=SECONDS)):
-                assert all(torch.equal(each, plain if index else guided) for each in found)
+            for index, outputs in enumerate(threads.map(draw, range(3), timeout=SECONDS)):
+                assert all(torch.equal(output, plain if index else guided) for output in outputs)
 
 
 def test_a_removal_in_the_second_of_two_denoisers_takes_all_off() -> None:

@@ -109,15 +109,15 @@ def test_a_copy_keeps_nothing_of_the_guided_pipeline(way: Callable[[Any], Any]) 
 def test_what_is_saved_while_guided_is_what_is_saved_without(subject: Subject, tmp_path: Path) -> None:
     def files(folder: Path) -> dict[str, bytes]:
         subject.denoiser(pipe).save_pretrained(folder)
-        return {str(each.relative_to(folder)): each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     with left_as_it_was(subject) as (pipe, _):
         subject.run(pipe)
         denoiser, other = subject.denoiser(pipe), subject.denoiser(subject.build())
         assert [name for name, _ in denoiser.named_modules()] == [name for name, _ in other.named_modules()]
-        found, expected = denoiser.state_dict(), other.state_dict()
-        assert list(found) == list(expected)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        state, expected = denoiser.state_dict(), other.state_dict()
+        assert list(state) == list(expected)
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
         guided = files(tmp_path / "guided")
     assert len(guided) >= 2
     assert files(tmp_path / "plain") == guided
@@ -163,10 +163,10 @@ def test_reports_processors_and_guiders_are_pickled(way: Callable[[Any], Any]) -
     for guider in (SEGGuider(sigma=2.0, schedule=halving), PAGGuider(scale=2.0), SAGGuider(guidance_scale=3.0)):
         modular = modular_sdxl(pipe, guider)
         expected = run_sdxl(modular, pipe, latents=noise(1, 8, 12), num_inference_steps=2)
-        found = way(guider)
-        assert (type(found), found.spec, dict(found.config)) == (type(guider), guider.spec, dict(guider.config))
+        copied = way(guider)
+        assert (type(copied), copied.spec, dict(copied.config)) == (type(guider), guider.spec, dict(guider.config))
         assert len(pickle.dumps(guider)) < 20_000, "the denoiser goes along"
-        modular = modular_sdxl(pipe, found)
+        modular = modular_sdxl(pipe, copied)
         assert torch.equal(run_sdxl(modular, pipe, latents=noise(1, 8, 12), num_inference_steps=2), expected)
         guider.disable()
         assert not way(guider)._enabled

@@ -21,11 +21,11 @@ def test_another_dtype(subject: Subject, kind: str) -> None:
         first = subject.run(pipe)
         for dtype in (torch.float64, torch.bfloat16):
             model = subject.denoiser(pipe)
-            kept = [(each, each.data) for each in model.parameters()]
-            buffers = [(each, dict(each._buffers)) for each in model.modules()]
+            kept = [(parameter, parameter.data) for parameter in model.parameters()]
+            buffers = [(module, dict(module._buffers)) for module in model.modules()]
             model.to(dtype)
             with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
-                found = _in(subject, pipe, dtype)
+                result = _in(subject, pipe, dtype)
             fresh = subject.build()  # moved first, then guided
             subject.denoiser(fresh).to(dtype)
             with guide(fresh, *specs), torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
@@ -34,8 +34,8 @@ def test_another_dtype(subject: Subject, kind: str) -> None:
                 parameter.data = values
             for module, own in buffers:
                 module._buffers.update(own)
-            assert found.isfinite().all()
-            assert torch.equal(found, moved)
+            assert result.isfinite().all()
+            assert torch.equal(result, moved)
             assert torch.equal(subject.run(pipe), first)
 
 
@@ -45,7 +45,7 @@ def _in(subject: Subject, pipe: Any, dtype: torch.dtype) -> torch.Tensor:
 
     def cast(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: cast(each) for name, each in value.items()}
+            return {name: cast(item) for name, item in value.items()}
         return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     def convert(_: Any, args: Any, kwargs: Any) -> Any:
@@ -66,10 +66,10 @@ def test_autocast(subject: Subject) -> None:
             model, dtypes = subject.denoiser(pipe), []
             handle = model.register_forward_hook(lambda _, __, output, seen=dtypes: seen.append(output[0].dtype))
             with torch.autocast("cpu", torch.bfloat16):
-                found = subject.run(pipe)
+                result = subject.run(pipe)
             handle.remove()
             assert set(dtypes) == {torch.bfloat16}
-            assert 0.0 < relative(found.float(), first) < 0.5
+            assert 0.0 < relative(result.float(), first) < 0.5
             assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
 
 
@@ -108,6 +108,6 @@ def test_deterministic_algorithms(subject: Subject) -> None:
             first = subject.run(pipe)
             assert first.isfinite().all()
             torch.use_deterministic_algorithms(False)
-            found = subject.run(pipe)
+            result = subject.run(pipe)
             torch.use_deterministic_algorithms(True, warn_only=True)
-            assert relative(found, first) < PIPELINE_TOLERANCE
+            assert relative(result, first) < PIPELINE_TOLERANCE

@@ -81,13 +81,13 @@ def test_records_are_of_what_attention_gets(how: str, guidance_scale: float, mon
         grid = record.layer.grid
         assert grid is not None
         half = slice(1, 2) if guidance_scale > 1 else slice(0, 1)
-        for cut, found in (("keys", record.by_query), ("queries", record.by_key)):
-            assert found is not None
-            assert found.sigmas == (0.0, *SIGMAS)
-            for i, sigma in enumerate(found.sigmas):
+        for cut, recorded in (("keys", record.by_query), ("queries", record.by_key)):
+            assert recorded is not None
+            assert recorded.sigmas == (0.0, *SIGMAS)
+            for i, sigma in enumerate(recorded.sigmas):
                 options: dict[str, Any] = {"over": cut, "dtype": torch.float64}
                 expected = energy.energies(query[half], key[half], grid, sigma, **options)
-                torch.testing.assert_close(found.energies[i], expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(recorded.energies[i], expected, rtol=1e-5, atol=1e-5)
         assert record.map(math.inf).shape == (1, record.layer.heads, grid.height, grid.width)
         assert torch.equal(record.map().flatten(2), record.by_query.energies[0])
 

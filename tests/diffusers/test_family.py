@@ -191,7 +191,7 @@ def test_a_report_is_plain() -> None:
     specs = (CFG(negative_prompt_embeds=embeds), SEG(sigma={"m0": 1.0}, schedule=lambda done: 1.0))
     with torch.no_grad(), guide(pipe, *specs) as guidance:
         run(pipe, latents=noise(1, 8, 12), guidance_scale=1.0)
-    found = json.loads(json.dumps(guidance.report().to_dict()))
-    assert [sorted(spec)[0] for spec in found["specs"]] == ["negative_prompt", "backend"]
-    assert found["specs"][1]["sigma"] == {"m0": 1.0}
-    assert "lambda" in found["specs"][1]["schedule"]
+    values = json.loads(json.dumps(guidance.report().to_dict()))
+    assert [sorted(spec)[0] for spec in values["specs"]] == ["negative_prompt", "backend"]
+    assert values["specs"][1]["sigma"] == {"m0": 1.0}
+    assert "lambda" in values["specs"][1]["schedule"]

@@ -33,8 +33,8 @@ def parts(pipe: Any) -> dict[str, int]:
         sdxl.forward(pipe, SDXL, 1.0)
     name = type(pipe.unet).__name__
     return {
-        module.removeprefix(name).removeprefix("."): sum(found.values())
-        for module, found in counter.get_flop_counts().items()
+        module.removeprefix(name).removeprefix("."): sum(counts.values())
+        for module, counts in counter.get_flop_counts().items()
     }
 
 
@@ -100,12 +100,12 @@ def test_a_branch_costs_what_comes_after_its_first_layers_inputs(
     layer: str, cfg: bool, pipe: Any, parts: dict[str, int]
 ) -> None:
     """The bound, branch by branch: everything from the first perturbed attention on, with a finite blur."""
-    (first,) = [found for found in list_layers(pipe) if found.name == layer]
+    (first,) = [info for info in list_layers(pipe) if info.name == layer]
     projections = sum(parts[f"{first.module}.{name}"] for name in ("to_q", "to_k", "to_v"))
     bound = parts[""] - sum(parts[name] for name in BEFORE[layer]) - projections
     # The time embedding is the pipeline's, but every resnet projects it, and no sooner than it runs.
     extra = guided(pipe, layer, 3.0, cfg) - plain(pipe, cfg)
-    (located,) = [found for found in list_layers(pipe, 1024, 1024) if found.name == layer]
+    (located,) = [info for info in list_layers(pipe, 1024, 1024) if info.name == layer]
     assert located.grid is not None
     channels = located.heads * located.head_dim
     blur = 2 * channels * located.grid.tokens * (located.grid.height + located.grid.width)

@@ -48,7 +48,7 @@ def count(pipe: Any) -> dict[str, float]:
             pooled_projections=torch.empty(1, 2048),
             timestep=torch.empty(1),
         )
-    return {name: float(sum(found.values())) for name, found in counter.get_flop_counts().items()}
+    return {name: float(sum(counts.values())) for name, counts in counter.get_flop_counts().items()}
 
 
 @pytest.mark.filterwarnings("ignore:.*moved by nan")

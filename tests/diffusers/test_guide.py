@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from segkern.integrations.diffusers import SEG, guide
 from tests.diffusers.probes import batches_seen
 from tests.diffusers.slow_guidance import looped_run
-from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
+from tests.diffusers.small_pipelines import (
+    PIPELINE_TOLERANCE,
+    noise,
+    relative,
+    run,
+    tiny_pipeline,
+    tiny_pipeline_of_embeddings,
+)
 
 both_ways = pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
 
@@ -123,14 +130,7 @@ def test_the_boundary_reaches_the_layers(boundary: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
 def test_half_precision_stays_as_near_to_float32_as_the_stock_run(dtype: torch.dtype, sigma: float) -> None:
-    names = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-    texts = dict(zip(names, tiny_pipeline().encode_prompt("a red fox"), strict=True))
-    pipe = tiny_pipeline(own_unet=True, text_encoder=None, text_encoder_2=None)
+    pipe, texts = tiny_pipeline_of_embeddings()
     guided, stock = [], []
     for to in (torch.float32, dtype):
         pipe.unet.to(to)

@@ -140,9 +140,9 @@ def test_diffusers_own_guider_does_nothing_at_the_price_of_a_third_call() -> Non
         assert len(calls) == with_three + 2 * with_two, "no call of its own"
     finally:
         handle.remove()
-    perturbed = [each for each in seen if "pred_cond_seg" in each]
+    perturbed = [predictions for predictions in seen if "pred_cond_seg" in predictions]
     assert len(perturbed) == 2  # of three steps: it leaves out the first
-    assert all(torch.equal(each["pred_cond_seg"], each["pred_cond"]) for each in perturbed)
+    assert all(torch.equal(predictions["pred_cond_seg"], predictions["pred_cond"]) for predictions in perturbed)
     assert (with_three, with_two) == (8, 6)
     assert torch.equal(output, plain)
     assert relative(ours, plain) > 1e-2
@@ -157,7 +157,7 @@ def test_without_cfg_diffusers_own_guiders_perturb_the_negative_prompt() -> None
     ours = SEGGuider(guidance_scale=1.0)
     for guider, asked in ((seg, [1.0, 0.0]), (pag, [1.0, 0.0]), (ours, [1.0])):
         guider.set_state(1, 3, torch.tensor(1.0))
-        assert [each.prompt_embeds.item() for each in guider.prepare_inputs(prompts)] == asked
+        assert [batch.prompt_embeds.item() for batch in guider.prepare_inputs(prompts)] == asked
     assert ours.num_conditions == 1
     assert SEGGuider(guidance_scale=5.0).num_conditions == 2
 

@@ -51,7 +51,7 @@ def fail(*_: Any) -> None:
 
 def is_untouched(pipe: Any, processors: dict[str, Any]) -> bool:
     now = pipe.unet.attn_processors
-    return hooks_of(pipe.unet) == 0 and all(now[name] is each for name, each in processors.items())
+    return hooks_of(pipe.unet) == 0 and all(now[name] is processor for name, processor in processors.items())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda error: error.__name__)
@@ -136,7 +136,7 @@ def test_a_loop_of_ones_own(controlled: bool) -> None:
 def shapes_of(output: Any) -> list[torch.Size]:
     """Of what a block hands on to the up blocks."""
     if isinstance(output, tuple):
-        return [each.shape for each in output[1]]
+        return [skip.shape for skip in output[1]]
     return [output.shape]
 
 

@@ -72,19 +72,19 @@ def in_place(place: str, subject: Subject, pipe: Any, error: type[BaseException]
 @contextmanager
 def seen(*modules: torch.nn.Module) -> Iterator[list[weakref.ref[torch.Tensor]]]:
     """Images, texts and activations that come to modules inside, without keeping them."""
-    found: list[weakref.ref[torch.Tensor]] = []
+    references: list[weakref.ref[torch.Tensor]] = []
 
     def note(_: Any, args: Any, kwargs: Any) -> None:
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
-        found.extend(weakref.ref(each) for each in tensors if each.ndim >= 3)
+        tensors = [tensor for tensor in (*args, *kwargs.values()) if isinstance(tensor, torch.Tensor)]
+        references.extend(weakref.ref(tensor) for tensor in tensors if tensor.ndim >= 3)
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for module in modules]
-    yield found
+    yield references
     for handle in handles:
         handle.remove()
-    assert found
+    assert references
     gc.collect()
-    assert not [each for each in found if each() is not None]
+    assert not [reference for reference in references if reference() is not None]
 
 
 PLACES = ["a block", "a perturbed layer", "the scheduler", "the callback"]

@@ -31,30 +31,30 @@ def names(available: list[LayerInfo] | tuple[LayerInfo, ...], wanted: str | list
 @st.composite
 def unets(draw: st.DrawFn) -> list[LayerInfo]:
     """Layers of a UNet with any number of transformers in each part and of blocks in each transformer."""
-    found = []
+    layers = []
     for letter, part in (("d", "down"), ("m", "mid"), ("u", "up")):
         count = 0
         for transformer, depth in enumerate(draw(st.lists(st.integers(1, 12), max_size=12))):
             for block in range(depth):
                 module = f"{part}_blocks.{transformer}.transformer_blocks.{block}.attn1"
                 comfyui = f"{letter}{transformer}.{block}"
-                found.append(LayerInfo(f"{letter}{count}", module, part, 1, 1, comfyui=comfyui))
+                layers.append(LayerInfo(f"{letter}{count}", module, part, 1, 1, comfyui=comfyui))
                 count += 1
-    return found
+    return layers
 
 
 @st.composite
 def transformers(draw: st.DrawFn) -> list[LayerInfo]:
     """Layers of one or two lists of blocks, some blocks with two self-attentions."""
-    found: list[LayerInfo] = []
+    layers: list[LayerInfo] = []
     before = 0
     for letter, part in draw(st.sampled_from([(("b", "blocks"),), (("b", "blocks"), ("s", "single_blocks"))])):
         for number, kinds in enumerate(draw(st.lists(st.integers(1, 2), min_size=1, max_size=14))):
             for kind in ("attn", "attn2")[:kinds]:
                 name = f"{letter}{number}" + (f".{kind}" if kinds > 1 else "")
-                found.append(LayerInfo(name, f"{part}.{number}.{kind}", part, 1, 1, block=before + number))
-        before = (found[-1].block or 0) + 1
-    return found
+                layers.append(LayerInfo(name, f"{part}.{number}.{kind}", part, 1, 1, block=before + number))
+        before = (layers[-1].block or 0) + 1
+    return layers
 
 
 def check_names(available: list[LayerInfo] | tuple[LayerInfo, ...]) -> None:
@@ -86,11 +86,11 @@ def test_each_name_of_drawn_layers_selects_that_layer(available: list[LayerInfo]
 def test_any_names_select_each_layer_once_in_execution_order(available: list[LayerInfo], data: st.DataObject) -> None:
     everything = [name for layer in available for name in (layer.name, layer.comfyui, layer.module, layer.part) if name]
     wanted = data.draw(st.lists(st.sampled_from(everything), min_size=1, max_size=8)) if everything else []
-    found = select_layers(available, wanted)
-    assert found == [layer for layer in available if layer in found]
-    assert len({layer.module for layer in found}) == len(found)
+    selected = select_layers(available, wanted)
+    assert selected == [layer for layer in available if layer in selected]
+    assert len({layer.module for layer in selected}) == len(selected)
     shuffled = random.Random(0).sample([*wanted, *wanted], 2 * len(wanted))
-    assert select_layers(available, shuffled) == found
+    assert select_layers(available, shuffled) == selected
 
 
 @settings(max_examples=60)

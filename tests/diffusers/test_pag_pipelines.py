@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``guide(pipe, PAG(...))`` on the pipeline of a task is diffusers' own pipeline with PAG for that task.
 
-``test_diffusers_pag.py`` has text to image with Stable Diffusion 1 and XL, and what the arguments mean.
+``test_pag.py`` has text to image with Stable Diffusion 1 and XL, and what the arguments mean.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 import diffusers
 import pytest
-import torch
 
 from segkern.integrations.diffusers import PAG, guide
 from tests.compatibility import proves
 from tests.diffusers import transformer_cases, unet_cases
 from tests.diffusers.proven_cells import of_transformer, of_unet
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
+from tests.diffusers.transformer_task_cases import TASKS
 from tests.diffusers.unet_image_cases import IMAGES
 from tests.diffusers.unet_video_cases import MOTION
 
@@ -63,22 +63,9 @@ def other(kind: Any, pipe: Any, layers: str | list[str], **more: Any) -> Any:
     return made
 
 
-def _vae() -> Any:
-    """A small VAE, whose latents are half as high and wide."""
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        shift_factor=0.06,
-    ).eval()
-
-
 @proves(guidance="PAG")
 @pytest.mark.parametrize(
-    ("name", "cfg"), [pytest.param(*each, marks=of_unet(each[0], UNETS[each[0]])) for each in UNET_RUNS]
+    ("name", "cfg"), [pytest.param(*case, marks=of_unet(case[0], UNETS[case[0]])) for case in UNET_RUNS]
 )
 def test_unets(name: str, cfg: bool) -> None:
     """Latents of diffusers' own pipeline with PAG for the task."""
@@ -96,7 +83,7 @@ def test_unets(name: str, cfg: bool) -> None:
 
 @proves(guidance="PAG")
 @pytest.mark.parametrize(
-    ("name", "cfg"), [pytest.param(*each, marks=of_transformer(each[0])) for each in TRANSFORMER_RUNS]
+    ("name", "cfg"), [pytest.param(*case, marks=of_transformer(case[0])) for case in TRANSFORMER_RUNS]
 )
 def test_transformers(name: str, cfg: bool) -> None:
     """Latents of diffusers' own pipeline with PAG for the model."""
@@ -115,16 +102,13 @@ def test_transformers(name: str, cfg: bool) -> None:
 @CFG_OR_NOT
 def test_stable_diffusion_3_from_an_image(cfg: bool) -> None:
     """Latents of diffusers' own pipeline with PAG for the task."""
-    model = transformer_cases.MODELS["sd3"]
-    parts = {"vae": _vae(), "image_encoder": None, "feature_extractor": None}
-    pipe = other(diffusers.StableDiffusion3Img2ImgPipeline, model.build(), "", **parts)
-    # A token is 2 latents wide, a latent 2 pixels.
-    given = {"image": torch.rand(2, 3, 24, 16, generator=torch.Generator().manual_seed(3)), "strength": 0.7}
-    given |= {"height": 24, "width": 16, "num_inference_steps": 3}
-    plain = transformer_cases.run(model, pipe, samples=2, cfg=cfg, **given)
+    model = TASKS["sd3 img2img"]
+    pipe = model.build()
+    given = {"samples": 2, "cfg": cfg, "strength": 0.7}
+    plain = transformer_cases.run(model, pipe, **given)
     with guide(pipe, PAG(scale=2.5, layers=2)):
-        ours = transformer_cases.run(model, pipe, samples=2, cfg=cfg, **given)
+        ours = transformer_cases.run(model, pipe, **given)
     theirs = other(diffusers.StableDiffusion3PAGImg2ImgPipeline, pipe, "blocks.2")
-    expected = transformer_cases.run(model, theirs, samples=2, cfg=cfg, **given, pag_scale=2.5)
+    expected = transformer_cases.run(model, theirs, **given, pag_scale=2.5)
     assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
     assert relative(ours, expected) < PIPELINE_TOLERANCE

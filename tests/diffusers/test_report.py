@@ -12,7 +12,7 @@ import torch
 
 from segkern.integrations.diffusers import SEG, guide
 from tests.diffusers.probes import problems_warned
-from tests.diffusers.small_pipelines import noise, run, tiny_pipeline
+from tests.diffusers.small_pipelines import noise, run, tiny_pipeline, tiny_pipeline_of_embeddings
 
 MID = "mid_block.attentions.0.transformer_blocks"
 
@@ -128,14 +128,7 @@ def test_leaving_by_an_exception_does_not_add_warnings() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_of_half_precision_is_not_movement(dtype: torch.dtype) -> None:
-    names = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-    texts = dict(zip(names, tiny_pipeline().encode_prompt("a red fox"), strict=True))
-    pipe = tiny_pipeline(own_unet=True, text_encoder=None, text_encoder_2=None)
+    pipe, texts = tiny_pipeline_of_embeddings()
     pipe.unet.to(dtype)
     arguments = {"prompt": None, **{name: text.to(dtype) for name, text in texts.items()}}
     with problems_warned() as caught, guide(pipe, SEG()):

@@ -55,6 +55,6 @@ def test_a_run_takes_nothing_from_the_one_before_wherever_a_guidance_begins() ->
     pipe, spec = tiny_pipeline(), SEG(2.0, 1.0, reuse=3, start=0.3)
     with guide(pipe, spec):
         run(pipe, latents=noise(seed=4))
-        found, seen = batches(pipe, latents=noise(seed=5))
+        result, seen = batches(pipe, latents=noise(seed=5))
     assert seen == [2, 3, 2]
-    assert relative(found, looped_run(pipe, [spec], latents=noise(seed=5))) < PIPELINE_TOLERANCE
+    assert relative(result, looped_run(pipe, [spec], latents=noise(seed=5))) < PIPELINE_TOLERANCE

@@ -165,15 +165,15 @@ def test_with_others_its_part_is_added() -> None:
     """One step: the prediction is linear in the guidances, so two together move it by the sum of both."""
     pipe = tiny_sd()
     arguments = {"latents": noise(), "num_inference_steps": 1}
-    found = {}
+    outputs = {}
     for name, specs in {"none": (), "both": (SEG(sigma=2.0), SAG()), "seg": (SEG(sigma=2.0),), "sag": (SAG(),)}.items():
         if not specs:
-            found[name] = run(pipe, **arguments).double()
+            outputs[name] = run(pipe, **arguments).double()
             continue
         with guide(pipe, *specs):
-            found[name] = run(pipe, **arguments).double()
-    moved = found["both"] - found["none"]
-    apart = found["seg"] + found["sag"] - 2 * found["none"]
+            outputs[name] = run(pipe, **arguments).double()
+    moved = outputs["both"] - outputs["none"]
+    apart = outputs["seg"] + outputs["sag"] - 2 * outputs["none"]
     assert relative(moved, apart) < 1e-4
 
 

@@ -73,8 +73,8 @@ def distance(model: str, sampler: str, prediction: str, dtype: torch.dtype, spec
     pipe = pipeline(model, sampler, prediction, dtype)
     latents, arguments = noise(1, 12, 16).to(dtype), SAMPLERS[sampler][3]
     with guide(pipe, spec) as guidance:
-        found = sample(pipe, latents, cfg, **arguments)
-    assert found.dtype == dtype
+        output = sample(pipe, latents, cfg, **arguments)
+    assert output.dtype == dtype
     expected = looped_run(pipe, [spec], latents=latents, num_inference_steps=STEPS, guidance_scale=cfg, **arguments)
     report = guidance.report()
     assert report.forwards == FORWARDS.get(sampler, STEPS)
@@ -83,7 +83,7 @@ def distance(model: str, sampler: str, prediction: str, dtype: torch.dtype, spec
         assert layer.moved is not None
         assert layer.moved > 1e-3
     assert relative(sample(pipe, latents, cfg, **arguments), expected) > 1e-3, "the case would not notice guidance"
-    return relative(found, expected)
+    return relative(output, expected)
 
 
 @pytest.mark.parametrize("cfg", [5.0, 1.0], ids=["cfg", "no cfg"])
@@ -120,9 +120,9 @@ def guided_calls(pipe: Any, spec: SEG, steps: int) -> tuple[torch.Tensor, list[b
     calls: list[bool] = []
     handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, output: calls.append(len(output) == 3))
     with guide(pipe, spec):
-        found = sample(pipe, noise(), 5.0, num_inference_steps=steps)
+        output = sample(pipe, noise(), 5.0, num_inference_steps=steps)
     handle.remove()
-    return found, calls
+    return output, calls
 
 
 @pytest.mark.parametrize("kind, steps", [(TWICE[0], 3), (TWICE[0], 4), (TWICE[1], 3), (TWICE[2], 3)])
@@ -131,10 +131,10 @@ def test_both_calls_of_a_step_are_guided_or_neither(kind: str, steps: int) -> No
     for start, stop in [(0.0, 0.5), (0.5, 1.0)]:
         spec = SEG(2.0, 1.0, start=start, stop=stop)
         inside = [start <= step / steps < stop for step in range(steps)]
-        found, calls = guided_calls(pipe, spec, steps)
+        output, calls = guided_calls(pipe, spec, steps)
         assert calls == [inside[call // 2] for call in range(2 * steps - 1)]
         expected = looped_run(pipe, [spec], latents=noise(), num_inference_steps=steps)
-        assert relative(found, expected) < PIPELINE_TOLERANCE
+        assert relative(output, expected) < PIPELINE_TOLERANCE
 
 
 @pytest.mark.parametrize("reuse, start", [(2, 0.0), (3, 0.2)])
@@ -144,10 +144,10 @@ def test_a_branch_serves_steps_and_not_calls(reuse: int, start: float) -> None:
     first = math.ceil(start * steps)
     spec = SEG(2.0, 1.0, reuse=reuse, start=start)
     computes = [step >= first and (step - first) % reuse == 0 for step in range(steps)]
-    found, calls = guided_calls(pipe, spec, steps)
+    output, calls = guided_calls(pipe, spec, steps)
     assert calls == [computes[call // 2] for call in range(2 * steps - 1)]
     expected = looped_run(pipe, [spec], latents=noise(), num_inference_steps=steps)
-    assert relative(found, expected) < PIPELINE_TOLERANCE
+    assert relative(output, expected) < PIPELINE_TOLERANCE
 
 
 def test_a_run_that_starts_late_counts_its_own_steps() -> None:

@@ -93,13 +93,13 @@ def test_any_guidances_share_what_they_can(chosen: list[SEG], scale: float, imag
     if freeu:
         pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.4)
     try:
-        found = []
+        outputs = []
         for share in (True, False):
             with guide(pipe, *chosen, share=share):
-                found.append(run(pipe, **arguments))
+                outputs.append(run(pipe, **arguments))
     finally:
         pipe.disable_freeu()
-    assert relative(*found) < PIPELINE_TOLERANCE
+    assert relative(*outputs) < PIPELINE_TOLERANCE
 
 
 @pytest.mark.parametrize("layer", ["m1", "u4"])
@@ -114,15 +114,15 @@ def test_a_controlnet_runs_once_for_all_branches(layer: str) -> None:
     image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     call = {"image": image, "latents": noise(1, 16, 24), "num_inference_steps": 1, "guidance_scale": 4.0}
     call |= {"height": 32, "width": 48, "output_type": "latent"}
-    found = []
+    outputs = []
     for share in (True, False):
         with guide(pipe, SEG(2.0, 1.0, layer), share=share):
-            found.append(pipe("a red fox", **call).images)
+            outputs.append(pipe("a red fox", **call).images)
     plain = pipe("a red fox", **call).images
     handle.remove()
     assert sizes == [2, 2, 2]
-    assert relative(*found) < PIPELINE_TOLERANCE
-    assert relative(found[0], plain) > 1e-5
+    assert relative(*outputs) < PIPELINE_TOLERANCE
+    assert relative(outputs[0], plain) > 1e-5
 
 
 def test_blocks_that_are_not_known_are_joined_as_a_whole() -> None:
@@ -130,13 +130,13 @@ def test_blocks_that_are_not_known_are_joined_as_a_whole() -> None:
     unet = deep_unet()
     unet.mid_block.__class__ = type("Other", (type(unet.mid_block),), {})
     pipe, latents = tiny_pipeline(unet=unet), noise()
-    found = []
+    outputs = []
     for share in (True, False):
         with guide(pipe, SEG(2.0, 1.0, "m1"), share=share), batch_sizes(unet) as seen:
-            found.append(run(pipe, latents=latents, num_inference_steps=1))
+            outputs.append(run(pipe, latents=latents, num_inference_steps=1))
         assert seen["mid_block.resnets.0"] == {3}
     assert seen["down_blocks.0.resnets.0"] == {3}
-    assert relative(*found) < PIPELINE_TOLERANCE
+    assert relative(*outputs) < PIPELINE_TOLERANCE
 
 
 @pytest.mark.parametrize("sigma", [1.0, math.inf], ids=str)
@@ -146,10 +146,10 @@ def test_up_blocks_of_other_types_get_skip_connections_of_the_whole_batch(sigma:
         {**UNET.config, "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("AttnUpBlock2D",)}
     )
     pipe, latents = tiny_pipeline(unet=unet.eval()), noise(1, 8, 12)
-    found = []
+    outputs = []
     for share in (True, False):
         with guide(pipe, SEG(2.0, sigma, "m1"), share=share), batch_sizes(unet) as seen:
-            found.append(run(pipe, latents=latents, num_inference_steps=1))
+            outputs.append(run(pipe, latents=latents, num_inference_steps=1))
     assert seen["up_blocks.2.resnets.0"] == {3}
-    assert relative(*found) < PIPELINE_TOLERANCE
-    assert relative(found[0], run(pipe, latents=latents, num_inference_steps=1)) > 1e-5
+    assert relative(*outputs) < PIPELINE_TOLERANCE
+    assert relative(outputs[0], run(pipe, latents=latents, num_inference_steps=1)) > 1e-5

@@ -52,6 +52,16 @@ def test_skip_layer_guidance_of_stable_diffusion_3() -> None:
     assert relative(guided[0] - without[0], guided[1] - without[1]) < 1e-3
 
 
+def test_cfg_normalization_of_z_image_measures_the_unguided_prediction() -> None:
+    """A limit that every prediction exceeds: the result has the conditional prediction's norm, with guidance too."""
+    model = MODELS["z-image"]
+    pipe = model.build()
+    (plain, *_) = predictions(pipe, lambda: run(model, pipe, cfg_normalization=0.1))
+    with guide(pipe, SEG(layers=model.layers)):
+        (guided, *_) = predictions(pipe, lambda: run(model, pipe, cfg_normalization=0.1))
+    assert guided.norm().item() == pytest.approx(plain.norm().item(), rel=PIPELINE_TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_a_cache_is_refused(name: str) -> None:
     """It takes what earlier forwards gave, of another batch."""

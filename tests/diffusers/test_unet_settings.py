@@ -38,8 +38,8 @@ def test_the_size_changes_between_calls(name: str) -> None:
     with guide(pipe, SEG(2.0, 1.5)):
         guided = [run(replace(case, size=size), pipe, True) for size in (*sizes, (8, 12))]
     for size, output in zip(sizes, guided, strict=False):
-        each = replace(case, size=size)
-        slow = unet_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda each=each: run(each, pipe, True), size, True)
+        resized = replace(case, size=size)
+        slow = unet_run(pipe, [Perturbed(2.0, 1.5, modules)], lambda case=resized: run(case, pipe, True), size, True)
         assert relative(output, slow) < PIPELINE_TOLERANCE
     assert torch.equal(guided[3], guided[0])
 

@@ -38,8 +38,8 @@ def built(name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "cfg"),
-    [pytest.param(*each, marks=proved(*each)) for each in RUNS],
-    ids=lambda each: each if isinstance(each, str) else ("", "cfg")[each],
+    [pytest.param(*case, marks=proved(*case)) for case in RUNS],
+    ids=lambda value: value if isinstance(value, str) else ("", "cfg")[value],
 )
 def test_equals_the_slow_way(name: str, cfg: bool) -> None:
     """Every branch in a forward of its own, attention by blurred logits in float64; not square, mostly two samples."""

@@ -71,10 +71,10 @@ def test_arguments_that_change_between_runs(subject: Subject, kind: str) -> None
     with left_as_it_was(subject, *specs) as (pipe, _):
         first = subject.run(pipe)
         for change in changes:
-            found = subject.run(pipe, **seeded(change))
+            result = subject.run(pipe, **seeded(change))
             fresh = subject.build()
             with guide(fresh, *specs):
-                assert torch.equal(found, subject.run(fresh, **seeded(change)))
+                assert torch.equal(result, subject.run(fresh, **seeded(change)))
         assert torch.equal(subject.run(pipe), first)
 
 
@@ -163,12 +163,12 @@ def test_processors_that_are_set_inside_the_context_stay(subject: Subject) -> No
         mine = AttnProcessor()
         pipe.unet.set_attn_processor(mine)
         assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
-        assert all(each is mine for each in pipe.unet.attn_processors.values())
+        assert all(processor is mine for processor in pipe.unet.attn_processors.values())
         pipe.enable_attention_slicing("max")
         sliced = dict(pipe.unet.attn_processors)
-        assert {type(each) for each in sliced.values()} == {SlicedAttnProcessor}
+        assert {type(processor) for processor in sliced.values()} == {SlicedAttnProcessor}
         assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
-    assert all(each is sliced[name] for name, each in pipe.unet.attn_processors.items())
+    assert all(processor is sliced[name] for name, processor in pipe.unet.attn_processors.items())
     with guide(pipe, subject.seg()):
         pipe.disable_attention_slicing()
         assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
@@ -178,7 +178,7 @@ def test_processors_that_are_set_inside_the_context_stay(subject: Subject) -> No
         embeds = image_embeds(IMAGES[subject.name], 2, True)
         with_image = subject.run(pipe, ip_adapter_image_embeds=embeds)
         assert relative(with_image, first) > 1e-3
-    kinds_of = {type(each) for name, each in pipe.unet.attn_processors.items() if "attn2" in name}
+    kinds_of = {type(processor) for name, processor in pipe.unet.attn_processors.items() if "attn2" in name}
     assert kinds_of == {IPAdapterAttnProcessor2_0}
     assert stand_ins(subject, pipe) == 0
     with guide(pipe, subject.seg()):
@@ -224,9 +224,8 @@ def test_a_clean_run_warns_and_logs_nothing(
             with guide(pipe, *specs) as guidance:
                 subject.run(pipe)
                 guidance.report()
-        ours = [each for each in told if "segkern" in f"{each.filename} {each.category}" or "guid" in str(each.message)]
-        assert not ours
-        assert not [each for each in caplog.records if each.name.startswith("segkern")]
+        assert not [w for w in told if "segkern" in f"{w.filename} {w.category}" or "guid" in str(w.message)]
+        assert not [record for record in caplog.records if record.name.startswith("segkern")]
     assert capsys.readouterr() == ("", "")
     guidance = guide(pipe, subject.seg(start=0.9), subject.seg(), subject.seg(scale=0.0))
     subject.run(pipe)
@@ -239,7 +238,7 @@ def test_a_clean_run_warns_and_logs_nothing(
 def test_a_refused_processor_leaves_no_stand_in(subject: Subject) -> None:
     with left_as_it_was(subject, subject.seg(layers=["down", "mid", "up"])) as (pipe, guidance):
         first = subject.run(pipe)
-        last = pipe.unet.get_submodule([layer.info.module for layer in guidance._layers][-1])
+        last = pipe.unet.get_submodule(guidance.report().layers[-1].module)
         own = last.processor
         last.set_processor(IPAdapterAttnProcessor2_0(8, 8))
         with pytest.raises(ValueError, match="was given another processor while guided"):

@@ -115,7 +115,7 @@ def pipeline(case: Case, model: Any, noise: Any = None, **parts: Any) -> Any:
     taken = inspect.signature(kind.__init__).parameters
     if "requires_safety_checker" in taken:
         given["requires_safety_checker"] = False
-    required = [name for name, each in taken.items() if each.default is each.empty and name not in ("self", "kwargs")]
+    required = [name for name, p in taken.items() if p.default is p.empty and name not in ("self", "kwargs")]
     pipe = kind(**{**dict.fromkeys(required), **given})
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -139,7 +139,7 @@ def with_options(**options: Any) -> Call:
     """A call with embeddings and more; functions among the options are told the case and the number of samples."""
 
     def call(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
-        more = {name: each(case, samples, cfg) if callable(each) else each for name, each in options.items()}
+        more = {name: option(case, samples, cfg) if callable(option) else option for name, option in options.items()}
         return {**embeds(case, samples, cfg), **more}
 
     return call
@@ -298,6 +298,7 @@ def low_rank(pipe: Any) -> None:
     """Put such a layer into every projection of every attention."""
     for name, module in list(pipe.unet.named_modules()):
         if name.endswith(("attn1", "attn2")):
-            module.to_q, module.to_k, module.to_v = (LowRank(each) for each in (module.to_q, module.to_k, module.to_v))
+            for projection in ("to_q", "to_k", "to_v"):
+                setattr(module, projection, LowRank(getattr(module, projection)))
             module.to_out[0] = LowRank(module.to_out[0])
     pipe.unet.requires_grad_(False)

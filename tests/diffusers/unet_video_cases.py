@@ -162,7 +162,7 @@ MOTION = {
         "AnimateDiffSparseControlNetPipeline",
         built_of(motion, parts=_sparse_control),
         with_options(
-            conditioning_frames=lambda *given: [each[None] for each in frames(*given)[:2]],
+            conditioning_frames=lambda *given: [frame[None] for frame in frames(*given)[:2]],
             controlnet_frame_indices=[0, 2],
             **_ARGUMENTS,
         ),
