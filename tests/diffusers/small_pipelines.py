@@ -18,8 +18,6 @@ from safetensors import safe_open
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 PIPELINE_TOLERANCE = 2e-5  # relative norm of latents after a whole run in float32
 
-# Many small operations and several test processes: more threads only wait for each other.
-torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 

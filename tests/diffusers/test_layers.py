@@ -146,11 +146,12 @@ def test_an_adaptive_scale_is_no_negative_number() -> None:
 
 
 def test_a_spec_does_not_change_with_the_list_it_was_made_from() -> None:
-    layers = ["mid"]
-    spec = SEG(layers=layers)
+    layers, stride = ["mid"], [2, 3]
+    spec = SEG(sigma=4.0, layers=layers, query_stride=stride)
     layers.append("up")
-    assert spec.layers == ("mid",)
-    assert hash(spec) == hash(SEG(layers=["mid"]))
+    stride[0] = 5
+    assert (spec.layers, spec.query_stride) == (("mid",), (2, 3))
+    assert hash(spec) == hash(SEG(sigma=4.0, layers=["mid"], query_stride=(2, 3)))
 
 
 @pytest.mark.parametrize(

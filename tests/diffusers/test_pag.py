@@ -21,9 +21,11 @@ PROVED = [
 ]
 
 
-def theirs(model: str, layers: str | list[str], scale: float, adaptive: float, **arguments: Any) -> torch.Tensor:
+def theirs(
+    model: str, layers: str | list[str], scale: float, adaptive: float, parts: Any = None, **arguments: Any
+) -> torch.Tensor:
     make, kind = MODELS[model]
-    pipe = make(kind)
+    pipe = make(kind, **(parts or {}))
     pipe.set_pag_applied_layers(layers)
     original = dict(pipe.unet.attn_processors)
     try:
@@ -74,15 +76,9 @@ def test_rescaled_guidance_is_theirs() -> None:
 
 def test_a_scheduler_that_scales_its_latents() -> None:
     arguments = {"latents": noise(1, 8, 12), "num_inference_steps": 3}
-    expected = None
-    for kind in (StableDiffusionPAGPipeline, None):
-        scheduler = EulerDiscreteScheduler(timestep_spacing="linspace")
-        if kind is None:
-            pipe = tiny_sd(scheduler=scheduler)
-            with guide(pipe, PAG(scale=3.0)):
-                assert relative(run(pipe, **arguments), expected) < PIPELINE_TOLERANCE
-        else:
-            pipe = tiny_sd(kind, scheduler=scheduler)
-            original = dict(pipe.unet.attn_processors)
-            expected = run(pipe, pag_scale=3.0, **arguments)
-            pipe.unet.set_attn_processor(original)
+    scheduler = EulerDiscreteScheduler(timestep_spacing="linspace")
+    pipe = tiny_sd(scheduler=scheduler)
+    with guide(pipe, PAG(scale=3.0)):
+        ours = run(pipe, **arguments)
+    expected = theirs("SD 1", "mid", 3.0, 0.0, {"scheduler": scheduler}, **arguments)
+    assert relative(ours, expected) < PIPELINE_TOLERANCE
