@@ -105,16 +105,6 @@ def test_measures_do_not_depend_on_the_size_of_features(judge: Judge, pipe: Any,
         assert measures[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.slow
-def test_real_drawings_of_prompts_are_what_their_captions_say(judge: Judge, pipe: Any, tmp_path: Path) -> None:
-    study = Study(pipe, judge, tmp_path / "cells.jsonl", 64, STEPS)
-    drawn = study.drawn(3)
-    assert drawn["caption_accuracy"] > 0.95
-    unguided = study.measure(Setting("prompts"), 3, lambda name, count: None)["measures"]  # two steps draw nothing yet
-    assert drawn["frechet_distance"] < unguided["frechet_distance"]
-    assert drawn["caption_accuracy"] > unguided["caption_accuracy"]
-
-
 def test_settings_differ_and_survive_json() -> None:
     settings = [*grid("prompts", [0.25, 3.0], [1.0, math.inf], [1.5]), *variants("unconditional", [1.0], math.inf)]
     settings += [*comparisons.family(), *comparisons.approximations()[2:]]
@@ -157,11 +147,10 @@ def test_measurements_of_another_model_are_refused(pipe: Any, judge: Judge, tmp_
 
 
 @pytest.mark.slow
-def test_the_command_writes_everything_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    design = Design((1.0,), (math.inf,), (1, 2), (9,), (2.0,))
+def test_the_command_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    design = Design((1.0,), (math.inf,), (1, 2), (9,), ())
     monkeypatch.setattr(command, "Design", lambda: design)
-    arguments = ("--images", "8", "--steps", "2", "--device", "cpu", "--out", tmp_path)
-    output = done(*arguments, program=command.app)
+    output = done("--images", "8", "--steps", "2", "--device", "cpu", "--out", tmp_path, program=command.app)
     evaluation = report.read(tmp_path / "evaluation.json")
     assert picture(tmp_path / "evaluation.png").width > 1000
     assert {"model", "device", "threads", "torch", "diffusers", "commit", "weights", "dtype"} <= set(evaluation)
@@ -177,8 +166,6 @@ def test_the_command_writes_everything_and_goes_on(tmp_path: Path, monkeypatch: 
     recalls = [cell["measures"]["recall"] for cell in plain]
     recall = rows[design.reported[0]]["measures"]["recall"]
     assert (recall["mean"], recall["spread"]) == pytest.approx((statistics.fmean(recalls), statistics.stdev(recalls)))
-    done(*arguments, program=command.app)
-    assert len((tmp_path / "cells.jsonl").read_text(encoding="utf-8").splitlines()) == 1 + len(cells)
 
 
 @pytest.mark.parametrize(
