@@ -167,11 +167,11 @@ def plot(
     with refusing():
         read = {path: plots.read(path) for path in files}
     for path, result in read.items():
-        written, left_out = plots.write(path.stem, result, out or path.parent)
-        for picture in written:
+        pictures = plots.write(path.stem, result, out or path.parent)
+        for picture in pictures:
             typer.echo(f"wrote {picture}")
-        for reason in left_out:
-            typer.echo(reason)
+        if not pictures:
+            typer.echo(f"nothing is drawn of {path}: it has one sigma")
 
 
 @app.command()

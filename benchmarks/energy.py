@@ -88,19 +88,16 @@ def count(cells: _Cells) -> dict[str, Any]:
     The first sigma of a record is 0; there is a number for each of the others.
     """
     by_query, by_key = (_joined([cell[cut] for cell in cells], "energy") for cut in (0, 1))
-    # [sigmas, cells, queries or keys]
-    queries, keys = (torch.cat([cell[cut].energies.flatten(1, 2) for cell in cells], dim=1) for cut in (0, 1))
-    mean, variance, within = (_joined([cell[0] for cell in cells], n) for n in ("mean", "variance", "query_variance"))
+    # [sigmas, cells, queries]
+    queries = torch.cat([cell[0].energies.flatten(1, 2) for cell in cells], dim=1)
+    within = _joined([cell[0] for cell in cells], "query_variance")
     tokens = queries.shape[2]
     counts: dict[str, Any] = {
         "cells": queries.shape[1],
         "energy_by_query_rises": _share(_above(by_query[1:], by_query[:1])),
         "energy_by_key_rises": _share(_above(by_key[1:], by_key[:1])),
-        "rises_over_the_sigma_before": _share(_above(by_query[1:], by_query[:-1])),
         "a_querys_own_rises": _share(_above(queries[1:], queries[:1]).flatten(1)),
-        "a_keys_own_rises": _share(_above(keys[1:], keys[:1]).flatten(1)),
         "energy_rise": _median((by_query[1:] - by_query[:1]) / tokens),
-        "mean_drift": _largest((mean[1:] - mean[:1]).abs() / variance[:1].sqrt()),
         "variance_left": _median(within[1:] / within[:1]),
     }
     for factor in ("none", "paper", "chain"):
@@ -125,7 +122,3 @@ def _share(holds: torch.Tensor) -> list[float]:
 
 def _median(values: torch.Tensor) -> list[float]:
     return [float(value) for value in values.median(dim=1).values]
-
-
-def _largest(values: torch.Tensor) -> list[float]:
-    return [float(value) for value in values.amax(dim=1)]

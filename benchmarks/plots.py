@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A result file as pictures: ratio to plain attention over sigma, or of guided steps."""
+"""Pictures of a result file: time relative to plain attention over sigma, or cost of guided steps."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,28 +25,13 @@ _STEP_COLOURS = {"plain": "#888888", "official": "#8c564b", "pag": "#e377c2", "s
 _REFERENCE = "fastest unblurred attention"
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a result: its file's name and the function that draws it."""
-
-    name: str
-    title: str
-    draw: Callable[[Figure], None]
-
-
-def pictures(stem: str, result: Result) -> tuple[list[Picture], list[str]]:
-    """The pictures that a result gives, and why it does not give others."""
-    drawn, left_out = [], []
+def rows_by_picture(stem: str, result: Result) -> dict[str, list[Row]]:
+    """File names of the pictures that a suite's result gives, one for each dtype, and the rows with a time in each."""
     timed = [row for row in result["rows"] if row["reason"] is None]
-    sigmas = {row["sigma"] for row in timed if row["kind"] != "plain"}
-    for dtype in dict.fromkeys(row["dtype"] for row in timed):
-        rows = [row for row in timed if row["dtype"] == dtype]
-        if len(sigmas) > 1:
-            what = f"{result['suite']}: time relative to plain attention over sigma, {dtype}"
-            drawn.append(Picture(f"{stem}-ratio-{dtype}.png", what, _bound(_ratios, result, rows)))
-    if len(sigmas) < 2:
-        left_out.append(f"no ratio over sigma: {stem} has {len(sigmas)} sigma")
-    return drawn, left_out
+    if len({row["sigma"] for row in timed if row["kind"] != "plain"}) < 2:
+        return {}
+    dtypes = dict.fromkeys(row["dtype"] for row in timed)
+    return {f"{stem}-ratio-{dtype}.png": [row for row in timed if row["dtype"] == dtype] for dtype in dtypes}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -63,30 +47,23 @@ def read(path: Path) -> dict[str, Any]:
     return content if "size" in content else read_result(path)
 
 
-def write(stem: str, result: Result, folder: Path) -> tuple[list[Path], list[str]]:
-    """Draw all of them into a folder; their paths, and why others are missing."""
+def write(stem: str, result: Result, folder: Path) -> list[Path]:
+    """Draw a result's pictures into a folder; their paths."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     if "size" in result:
-        return [_write_steps(result, folder / f"{stem}.png")], []
-    drawn, left_out = pictures(stem, result)
+        return [_write_steps(result, folder / f"{stem}.png")]
     paths = []
-    for picture in drawn:
+    for name, rows in rows_by_picture(stem, result).items():
         figure = Figure(layout="constrained")
-        picture.draw(figure)
-        figure.suptitle(f"{picture.title}\n{_where(result)}", fontsize=11)
-        path = folder / picture.name
+        draw_ratios(figure, rows)
+        title = f"{result['suite']}: time relative to plain attention over sigma, {rows[0]['dtype']}"
+        figure.suptitle(f"{title}\n{_where(result)}", fontsize=11)
         # No time and no version inside: the same file gives the same bytes with the same matplotlib.
-        figure.savefig(path, dpi=100, metadata={"Software": None})
-        paths.append(path)
-    return paths, left_out
-
-
-def _bound(
-    draw: Callable[[Figure, Result, Sequence[Row]], None], result: Result, rows: Sequence[Row]
-) -> Callable[[Figure], None]:
-    return lambda figure: draw(figure, result, rows)
+        figure.savefig(folder / name, dpi=100, metadata={"Software": None})
+        paths.append(folder / name)
+    return paths
 
 
 def _where(result: Result) -> str:
@@ -145,7 +122,8 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=9)
 
 
-def _ratios(figure: Figure, result: Result, rows: Sequence[Row]) -> None:
+def draw_ratios(figure: Figure, rows: Sequence[Row]) -> None:
+    """A panel for each layer: ratios of all providers over sigma, with their spread."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     panels = _panels(figure, len(cases))
     ratios = [row["ratio"]["median"] for row in rows if row["ratio"] and row["kind"] != "plain"]

@@ -18,10 +18,8 @@ A row holds
 * ``case``, ``height``, ``width``, ``start``, ``tokens``, ``heads``, ``head_dim``, ``batch``, ``blurred`` (samples at
   the batch's end), ``dtype``, ``sigma`` (text, ``"inf"`` included), ``provider``, ``kind`` (``plain``: nothing is
   blurred, ``attention``, ``blur``, ``mass``) and ``exact`` (false for an approximation);
-* ``error`` of the last sample, which is a blurred one: ``maximum``, ``rms`` and ``relative`` (of norms) against the
-  float64 reference, the plain computation's ``plain_maximum`` and ``plain_rms``, ``largest_value``, and the part that
-  was looked at: ``samples`` (both are held to the contract), ``heads``, ``rows`` (a count); null where it was not found
-  out;
+* ``error`` of the last sample, which is a blurred one, on the part that was looked at: ``rms`` and ``relative`` (of
+  norms) against the float64 reference, the plain computation's ``plain_rms``, and ``largest_value``; or null;
 * ``reason``: why there is no time: wrong, or it cannot run; null where there is one;
 * ``wall_ms``, ``hot_ms``, ``cold_ms``, ``graph_ms``: ``median``, ``p20`` and ``p80`` over ``rounds`` rounds, or a text
   that says why that clock has nothing;

@@ -32,8 +32,8 @@ def test_every_table_is_shown_and_unknown_ones_are_refused() -> None:
 
 def test_every_suite_has_its_pictures() -> None:
     for stem, result in results.committed().items():
-        for picture in plots.pictures(stem, result)[0]:
-            assert (results.RESULTS / picture.name).exists(), "run python -m benchmarks plot"
+        for name in plots.rows_by_picture(stem, result):
+            assert (results.RESULTS / name).exists(), "run python -m benchmarks plot"
 
 
 def test_it_opens_with_the_two_commands() -> None:
