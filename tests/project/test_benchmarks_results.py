@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import plots, results
 from benchmarks.compare import compare, regressed
-from benchmarks.providers import PROVIDERS
 from tests.project.benchmark_tools import command, quick_run
 
 
@@ -92,8 +91,8 @@ def test_pictures_show_every_point(quick: Path) -> None:
     figure = Figure()
     plots.draw_ratios(figure, rows)
     for panel in figure.axes:
-        heights = [y for line in panel.get_lines() for y in line.get_ydata() if line.get_label() in PROVIDERS]
-        assert heights
+        heights = [y for line in panel.get_lines() for y in line.get_ydata()]
+        assert len(heights) > 20
         low, high = panel.get_ylim()
         assert all(low <= y <= high for y in heights), "points are left out"
 
