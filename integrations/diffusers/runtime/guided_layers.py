@@ -125,29 +125,24 @@ class GuidedLayers:
         place = self._places.of(module)
         joined = forward.joined(place)
         new = joined - forward.joined(place - 1) if forward.share and self._places.shares_inputs(place) else 0
-        samples = batch.samples
-        sigmas: list[Perturbed] = [0.0] * batch.size
-        strides: list[Stride] = [EVERY_TOKEN] * batch.size
-        blends = [1.0] * batch.size
+        plain: tuple[Perturbed, Stride, float] = (0.0, EVERY_TOKEN, 1.0)
+        samples = [plain] * batch.size  # sigma, stride and blend
         for index in forward.branches[:joined]:
             spec = self._placed[index].spec
             if index not in layer.specs:
-                sigmas += [0.0] * samples
-                strides += [EVERY_TOKEN] * samples
-                blends += [1.0] * samples
+                samples += [plain] * batch.samples
                 continue
             assert isinstance(spec, AttentionSpec)
             of_layer = self._placed[index].sigmas.get(module)
             if of_layer is None:
-                sigmas += [Perturbation.IDENTITY] * samples
+                sigmas: Sequence[Perturbed] = [Perturbation.IDENTITY] * forward.batch.samples
             else:
-                given = per_sample(type(spec).__name__, of_layer, forward.batch.samples)
-                sigmas += [sigma for sigma in given for _ in range(forward.frames)]
-            strides += [check_query_stride(spec.query_stride)] * samples
-            blends += [float(spec.blend)] * samples
-        processor.tell(tuple(sigmas))
-        processor.strides = tuple(strides)
-        processor.blends = tuple(blends)
+                sigmas = per_sample(type(spec).__name__, of_layer, forward.batch.samples)
+            stride, blend = check_query_stride(spec.query_stride), float(spec.blend)
+            samples += [(sigma, stride, blend) for sigma in sigmas for _ in range(forward.frames)]
+        processor.tell(tuple(sigma for sigma, _, _ in samples))
+        processor.strides = tuple(stride for _, stride, _ in samples)
+        processor.blends = tuple(blend for _, _, blend in samples)
         processor.conditional = batch.conditional
         processor.own = batch.with_branches(joined - new)
         processor.perturbed = tuple(batch.branch(i) for i, index in enumerate(forward.branches) if index in layer.specs)

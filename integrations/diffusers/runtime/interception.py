@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from segkern.api import seg_attention
 from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
-from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, norms
+from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 from segkern.integrations.diffusers.specs.sigmas import Perturbation
 
 
@@ -59,10 +59,7 @@ class InterceptingProcessor(GuidedProcessor):
                 f"torch.nn.functional.scaled_dot_product_attention on [batch, heads, tokens, head_dim] with the "
                 f"image's {self.grid} in its tokens"
             )
-        image = output[0] if isinstance(output, tuple) else output
-        conditional = image[self.conditional]
-        reference = norms(conditional)
-        self.moved = tuple(torch.stack([norms(image[p] - conditional), reference]) for p in self.perturbed)
+        self.measure(output[0] if isinstance(output, tuple) else output)
         return output
 
     def attend(

@@ -207,10 +207,14 @@ class GuidedProcessor:
             own=self.own,
             source=self.conditional,
         )
+        self.measure(output)
+        return output
+
+    def measure(self, output: torch.Tensor) -> None:
+        """Keep how far the perturbed samples of the layer's output are from the conditional ones."""
         conditional = output[self.conditional]
         reference = norms(conditional)
         self.moved = tuple(torch.stack([norms(output[p] - conditional), reference]) for p in self.perturbed)
-        return output
 
     def renew(self) -> None:
         """Take over what was changed on the original since it was last stood in for."""
