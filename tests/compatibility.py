@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tests prove that a guidance works on a model in a task, and what became of them in a run.
+"""Marks of tests that prove a guidance on a model in a task, and a record of their outcomes.
 
 A test says with ``proves(...)`` what it proves, in one mark or in several that add up: one on the function, others on
 its parameters, ``pytest.param("sdxl", marks=proves(model="Stable Diffusion XL"))``. With ``--compatibility FILE`` the
@@ -39,10 +39,10 @@ _KNOWN = {"group": GROUPS, "task": TASKS, "guidance": GUIDANCES}
 _PROPERTY = "proves"
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
+def write(path: Path, outcomes: dict[str, Any]) -> None:
     """A file with a line for each test."""
     parts = []
-    for name, value in found.items():
+    for name, value in outcomes.items():
         if isinstance(value, list):
             parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, value)) + "\n]")
         else:
@@ -107,19 +107,19 @@ class Outcomes:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._found: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, dict[str, Any]] = {}
         self._about: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note a test's worst phase: an error of a fixture is a failure too."""
-        told = dict(report.user_properties).get(_PROPERTY)
-        if told is None or (report.passed and report.when != "call"):
+        proved = dict(report.user_properties).get(_PROPERTY)
+        if proved is None or (report.passed and report.when != "call"):
             return
-        cell = dict(told)
+        cell = dict(proved)
         self._about[report.nodeid.partition("[")[0]] = cell.pop("about")
         row = {**cell, "outcome": report.outcome, "reason": reason_of(report), "test": report.nodeid}
-        if self._found.get(report.nodeid, {}).get("outcome") != "failed":
-            self._found[report.nodeid] = row
+        if self._rows.get(report.nodeid, {}).get("outcome") != "failed":
+            self._rows[report.nodeid] = row
 
     def pytest_sessionfinish(self) -> None:
         """Write them, with versions and commit."""
@@ -127,17 +127,17 @@ class Outcomes:
 
         from segkern.core.environment import environment, version_of
 
-        found = environment(torch.device("cpu"), "transformers", "accelerate")
-        found = {key: value for key, value in found.items() if key not in ("device", "threads")}
+        about = environment(torch.device("cpu"), "transformers", "accelerate")
+        about = {key: value for key, value in about.items() if key not in ("device", "threads")}
         # With xdist the tests, and with them diffusers, are in other processes; they have the same search path.
         version = getattr(sys.modules.get("diffusers"), "__version__", version_of("diffusers"))
         write(
             self._path,
             {
                 "schema": SCHEMA,
-                "environment": {"diffusers": version, **found},
+                "environment": {"diffusers": version, **about},
                 "about": {test: self._about[test] for test in sorted(self._about)},
-                "tests": [self._found[test] for test in sorted(self._found)],
+                "tests": [self._rows[test] for test in sorted(self._rows)],
             },
         )
 

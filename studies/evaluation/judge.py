@@ -45,12 +45,12 @@ class Judge(nn.Module):
         y = torch.linspace(-1, 1, height, device=pictures.device)[:, None].expand(height, width)
         x = torch.linspace(-1, 1, width, device=pictures.device)[None, :].expand(height, width)
         state = torch.cat([pictures, torch.stack([y, x]).expand(batch, 2, height, width)], dim=1)
-        found = []
+        maps = []
         for halving, normal, residual in zip(self.halving, self.normal, self.residual, strict=True):
             state = F.silu(halving(state))
             state = state + F.silu(residual(normal(state)))
-            found.append(state)
-        return found
+            maps.append(state)
+        return maps
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
         """float ``[batch, FEATURES]``, from pictures as in ``maps``."""

@@ -69,7 +69,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a drawing shows.
+    """The content of a drawing.
 
     Attributes:
         layout: one of ``LAYOUTS``.
@@ -104,7 +104,7 @@ class Scene:
 
     @property
     def names_background(self) -> bool:
-        """Whether the caption says what the background is; everything else it always says."""
+        """True if the caption names the background; everything else it always names."""
         return self.caption.endswith("background")
 
 
@@ -215,7 +215,7 @@ def _gradient(background: str, width: int, height: int, rng: random.Random) -> t
 
 
 def _place(scene: Scene, width: int, height: int, rng: random.Random) -> list[_Mark]:
-    """Where everything stands, front first."""
+    """The objects with their places, front first."""
     unit = min(width, height)
 
     def mark(thing: Thing, x: float, y: float, radius: float, tilt: float, colour: tuple[float, ...]) -> _Mark:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the bundled model and its judge are made: ``python -m studies.training --help``."""
+"""Training of the bundled model and its judge: ``python -m studies.training --help``."""

@@ -31,7 +31,7 @@ def half_precision() -> torch.autocast:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast to train.
+    """Length and rates of a training.
 
     Attributes:
         steps: of the optimiser.

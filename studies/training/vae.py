@@ -50,20 +50,20 @@ def lead_colours_through(vae: AutoencoderKL) -> None:
     The first channels everywhere are (colours, -colours, constant): ``silu(x) - silu(-x) = x`` at both ends, and the
     constant keeps normalisation from losing how bright a picture is. Every residual branch begins at zero.
     """
-    kept = torch.eye(CONSTANT + 1)
+    passed = torch.eye(CONSTANT + 1)
     pair = torch.cat([torch.eye(COLOURS), -torch.eye(COLOURS)])
     for layer in vae.modules():
         if isinstance(layer, ResnetBlock2D):
             layer.conv2.weight.zero_()
             layer.conv2.bias.zero_()
             if layer.conv_shortcut is not None:
-                _put(layer.conv_shortcut, kept)
+                _put(layer.conv_shortcut, passed)
         elif isinstance(layer, Upsample2D):
-            _put(layer.conv, kept)
+            _put(layer.conv, passed)
         elif isinstance(layer, Downsample2D):
-            _put(layer.conv, kept)
+            _put(layer.conv, passed)
             for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):  # of the taps, those on the pixels that become one
-                layer.conv.weight[: CONSTANT + 1, : CONSTANT + 1, row, column] = kept / 4
+                layer.conv.weight[: CONSTANT + 1, : CONSTANT + 1, row, column] = passed / 4
     for half in (vae.encoder, vae.decoder):
         _put(half.conv_in, torch.cat([pair, torch.zeros(1, COLOURS)]))
         half.conv_in.bias[CONSTANT] = CONSTANT_LEVEL

@@ -100,9 +100,9 @@ def _installs(words: list[str]) -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = re.findall(r"^(\w+) = \[", text.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M)
     for word in words:
-        found = re.fullmatch(r"(?:segkern|\.)(?:\[([\w,]+)\])?", word)
-        assert found or word == "-e", f"pip install {word!r}"
-        for extra in (found[1] or "").split(",") if found and found[1] else []:
+        wanted = re.fullmatch(r"(?:segkern|\.)(?:\[([\w,]+)\])?", word)
+        assert wanted or word == "-e", f"pip install {word!r}"
+        for extra in (wanted[1] or "").split(",") if wanted and wanted[1] else []:
             assert extra in extras, extra
 
 

@@ -55,7 +55,7 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     """Every fenced and every indented block of a page."""
     text = page.read_text(encoding="utf-8")
-    found = []
+    parsed = []
     for match in _BLOCK.finditer(text):
         language, source, indented = match.groups()
         if indented is not None:
@@ -65,8 +65,8 @@ def blocks(page: Path) -> list[Block]:
         comment = _COMMENT.search(before)
         line, section = before.count("\n") + (indented is None), before.count("\n## ")
         raises = after.lstrip().startswith("<!-- raises -->")
-        found.append(Block(language, source, comment[1] if comment else "", line, section, raises))
-    return found
+        parsed.append(Block(language, source, comment[1] if comment else "", line, section, raises))
+    return parsed
 
 
 def _guessed(source: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a release rests on: one version everywhere, forms that a host accepts, pages that name what exists."""
+"""A release: one version everywhere, forms that a host accepts, pages that name files and targets that exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
 
 
 def versions(root: Path) -> dict[str, str]:
-    """What each file says that the version is."""
+    """The version that each file names."""
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     heading = re.search(r"^## (\S+) - (unreleased|\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
     source = re.search(r'__version__ = "(.*)"', (root / "segkern" / "version.py").read_text(encoding="utf-8"))
@@ -31,8 +31,7 @@ def versions(root: Path) -> dict[str, str]:
 
 
 def test_one_version_everywhere() -> None:
-    found = versions(ROOT)
-    assert set(found.values()) == {segkern.__version__}, found
+    assert set(versions(ROOT).values()) == {segkern.__version__}
     assert VERSION.fullmatch(segkern.__version__)
 
 
