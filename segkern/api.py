@@ -19,7 +19,8 @@ from segkern.core.parts import blur_by_frame, call_by_head
 from segkern.core.sigmas import check_sigma, equal_runs, has_head_sigmas, head_sigmas, is_finite_blur
 from segkern.core.tracing import autocast_inputs, can_skip_operator, differentiable_backend, is_plain, is_transformed
 from segkern.grid import Grid
-from segkern.ops import attention, coarse, masses, torch_blur, torch_masses
+from segkern.ops import attention, masses, torch_blur, torch_masses
+from segkern.ops.coarse import coarse_outputs, coarse_queries
 
 
 def gaussian_blur(
@@ -357,22 +358,6 @@ def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary
     masked = (lse == -math.inf).all(dim=-1, keepdim=True)
     every_token = coarse_outputs(lse.masked_fill(masked, 0.0)[..., None], grid, stride, boundary)[..., 0]
     return every_token.masked_fill(masked, -math.inf)
-
-
-def coarse_queries(
-    x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], stride: tuple[int, int], boundary: str
-) -> torch.Tensor:
-    """The blurred image at the points of its coarse grid; see :func:`segkern.ops.coarse.to_points`."""
-    if is_plain(x):
-        return coarse.to_points(x, grid, sigmas, stride, boundary)
-    return coarse.coarse_queries(x, grid.height, grid.width, grid.start, sigmas, stride, boundary)
-
-
-def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
-    """From the points of the coarse grid to all tokens; see :func:`segkern.ops.coarse.to_tokens`."""
-    if is_plain(x):
-        return coarse.to_tokens(x, grid, stride, boundary)
-    return coarse.coarse_outputs(x, grid.height, grid.width, grid.start, stride, boundary)
 
 
 def _chosen(backend: str, operation: str, query: torch.Tensor, key: torch.Tensor) -> str:

@@ -65,14 +65,14 @@ def autocast_inputs(check: Callable[..., None], *tensors: Any) -> tuple[Any, ...
     if not isinstance(tensors[0], torch.Tensor):
         return tensors
     device_type = tensors[0].device.type
-    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+    if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
         return tensors
     check(*tensors)
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _has_autocast(device_type: str) -> bool:
+def has_autocast(device_type: str) -> bool:
     """True if PyTorch knows autocast for a kind of device. The compiler of torch 2.11 cannot trace that question."""
     if torch.compiler.is_compiling():
         return device_type != "meta"

@@ -17,11 +17,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from segkern.core.coarse_queries import coarse_grid
 from segkern.core.sigmas import is_finite_blur
-from segkern.grid import Grid
 from segkern.ops import attention, masses  # noqa: F401  their operators are defined there
-from segkern.ops import coarse as coarse_ops  # noqa: F401
 
 Shape = Sequence[int]
 
@@ -91,23 +88,3 @@ def attention_energy_backward_flop(grad: Shape, query: Shape, key: Shape, *argum
     """The same of every row, and the blur there and back."""
     height, width, _start, sigma = arguments[:4]
     return attention_mass_backward_flop(grad, query, key) + 2 * _blur(query, height, width, sigma)
-
-
-@register_flop_formula(torch.ops.segkern.coarse_queries)
-def coarse_queries_flop(x: Shape, *arguments: Any, **_: Any) -> int:
-    """``segkern::coarse_queries``."""
-    height, width, _start, _sigma, stride, boundary = arguments[:6]
-    return _resample(x, Grid(height, width), coarse_grid(Grid(height, width), tuple(stride), boundary))
-
-
-@register_flop_formula(torch.ops.segkern.coarse_outputs)
-def coarse_outputs_flop(x: Shape, *arguments: Any, **_: Any) -> int:
-    """``segkern::coarse_outputs``."""
-    height, width, _start, stride, boundary = arguments[:5]
-    return _resample(x, coarse_grid(Grid(height, width), tuple(stride), boundary), Grid(height, width))
-
-
-def _resample(x: Shape, old: Grid, new: Grid) -> int:
-    """From one grid to another: over the width at all old rows, then over the height at all new columns."""
-    batch, heads, _, dim = x
-    return 2 * batch * heads * dim * new.width * old.height * (old.width + new.height)

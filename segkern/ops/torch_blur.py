@@ -10,6 +10,7 @@ import torch
 
 from segkern.core.gaussian import cached_blur_matrix
 from segkern.core.sigmas import equal_runs, is_finite_blur
+from segkern.core.tracing import has_autocast
 from segkern.grid import Grid
 
 
@@ -19,11 +20,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: blur weights and logits keep their dtype."""
-    kind = device.type
-    # Meta tensors, for example, know no autocast.
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
-    return torch.autocast(device_type=kind, enabled=False)
+    return torch.autocast(device_type=device.type, enabled=False)
 
 
 def grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:

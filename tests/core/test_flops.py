@@ -27,18 +27,6 @@ def test_operators_count_as_the_path_that_is_open(sigma: tuple[float, ...]) -> N
     assert behind.get_total_flops() == counter.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("stride", [(2, 2), (3, 1)], ids=str)
-def test_coarse_operators_count_too(stride: tuple[int, int]) -> None:
-    x = torch.empty(2, 3, 9 * 11, 16, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        coarse = segkern.ops.coarse.to_points(x, Grid(9, 11), (2.0, 3.0), stride, "reflect")
-        segkern.ops.coarse.to_tokens(coarse, Grid(9, 11), stride, "reflect")
-    with FlopCounterMode(display=False) as behind:
-        torch.ops.segkern.coarse_queries(x, 9, 11, 0, [2.0, 3.0], list(stride), "reflect")
-        torch.ops.segkern.coarse_outputs(coarse, 9, 11, 0, list(stride), "reflect")
-    assert behind.get_total_flops() == counter.get_total_flops() > 0
-
-
 def test_the_counter_sees_sigmas_that_are_known_only_when_it_runs_as_every_row() -> None:
     query = torch.empty(2, 3, 30, 16, device="meta")
     sigma = torch.tensor([0.0, 2.0])
