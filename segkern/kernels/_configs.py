@@ -22,7 +22,7 @@ from segkern.core.dispatch import interpreting
 
 @dataclass(frozen=True)
 class Options:
-    """What the compiler is told: warps of a program, depth of its pipeline, registers of a thread (CUDA only)."""
+    """Compiler options: warps of a program, depth of its pipeline, most registers of a thread (CUDA only)."""
 
     num_warps: int
     num_stages: int
@@ -164,7 +164,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was fastest on a device, for attention without a mask.
+    """The fastest way measured on a device, for attention without a mask.
 
     Attributes:
         tile: of the attention kernel.
@@ -178,17 +178,17 @@ class Tuned:
 @lru_cache(maxsize=1)
 def tuned() -> dict[tuple[str, str, int], Tuned]:
     """By architecture, dtype and head dimension, such as ``("sm_90", "bfloat16", 64)``."""
-    found = json.loads(TUNED.read_text(encoding="utf-8"))
+    table = json.loads(TUNED.read_text(encoding="utf-8"))
     return {
         (arch, dtype, int(head_dim)): Tuned(Tile(**entry["tile"]), entry["sdpa"])
-        for arch, dtypes in found.items()
+        for arch, dtypes in table.items()
         for dtype, entries in dtypes.items()
         for head_dim, entry in entries.items()
     }
 
 
 def measured(arch: str, head_dim: int, dtype: torch.dtype) -> Tuned | None:
-    """What was measured for an architecture by name, if anything."""
+    """The measured way for an architecture by name, if there is one."""
     return tuned().get((arch, str(dtype).removeprefix("torch."), head_dim))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every launch does the same way: the right device, told failures, fixed compiler options, no autotuning."""
+"""Launch kernels: on the tensors' device, with failures of kernels told apart, with fixed compiler options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 class _Launching:
-    """What goes wrong inside is a KernelFailure, if it is the kernel's."""
+    """Turn an exception inside into a KernelFailure, if it is the kernel's."""
 
     def __enter__(self) -> None:
         return None
@@ -64,22 +64,17 @@ def strides_are_wide(*strides: tuple[int, ...]) -> bool:
     return any(max(stride[2], stride[3]) * _LARGEST_TILE >= 2**31 for stride in strides)
 
 
-_DESCRIBED_BYTES = 16  # what addresses and strides of a tensor descriptor are multiples of
+_DESCRIBED_BYTES = 16  # addresses and strides of a tensor descriptor are multiples of it
 
 
 def can_be_described(*tensors: torch.Tensor) -> bool:
     """Whether kernels can make tensor descriptors of each head: aligned, and channels next to each other."""
     for x in tensors:
         *outer, last = x.stride()
-        if last != 1 or outer[-1] <= 0 or any(n * x.itemsize % _DESCRIBED_BYTES for n in outer):
-            return False
-        if x.data_ptr() % _DESCRIBED_BYTES:
+        sizes = x.data_ptr(), *(n * x.itemsize for n in outer)
+        if last != 1 or outer[-1] <= 0 or any(n % _DESCRIBED_BYTES for n in sizes):
             return False
     return True
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def scratch_memory(wanted: bool) -> AbstractContextManager[Any]:
@@ -90,7 +85,7 @@ def scratch_memory(wanted: bool) -> AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _allocating() -> Iterator[None]:
     before = triton_allocator()
-    triton.set_allocator(_scratch)
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     try:
         yield
     finally:
@@ -110,13 +105,13 @@ def next_power_of_2(n: int) -> int:
 def compile_options(options: Tile | Options, hip: bool | None = None) -> dict[str, Any]:
     """Keyword options of a launch; fused multiply-adds are asked for by name because Triton's default varies."""
     hip = torch.version.hip is not None if hip is None else hip
-    found = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
-    return found if options.max_registers is None or hip else found | {"maxnreg": options.max_registers}
+    keywords = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
+    return keywords if options.max_registers is None or hip else keywords | {"maxnreg": options.max_registers}
 
 
 @lru_cache(maxsize=256)
 def tile_constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What a tile settles for the compiler."""
+    """The constants and options of a kernel's launch that follow from its tile."""
     block_d, block_r = split_head_dim(head_dim)
     return {
         "HEAD_DIM": head_dim,

@@ -19,9 +19,6 @@ read, the output once.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -297,18 +294,11 @@ def _launch(
             rows,
             copies,
             splits,
+            HEAD_DIM=head_dim,
+            BLOCK_S=next_power_of_2(splits),
             BLOCK_T=block_t,
+            BLOCK_D=next_power_of_2(head_dim),
             WITH_LSE=lse is not None,
             WIDE=strides_are_wide(out_strides),
-            **_combine_constants(splits, head_dim),
+            **compile_options(COMBINE_OPTIONS),
         )
-
-
-@lru_cache(maxsize=256)
-def _combine_constants(splits: int, head_dim: int) -> dict[str, Any]:
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_S": next_power_of_2(splits),
-        "BLOCK_D": next_power_of_2(head_dim),
-        **compile_options(COMBINE_OPTIONS),
-    }

@@ -27,8 +27,8 @@ SHAPE = (3, 3, 6, 16)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def spread(shape: tuple[int, ...], dim: int, step: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Normal values whose neighbours along ``dim`` lie ``step`` elements apart; memory between is never touched."""
+def spread(shape: tuple[int, ...], dim: int, step: int) -> torch.Tensor:
+    """Normal float16 values, ``step`` elements from one to the next along ``dim``; memory between is never touched."""
     inner = [i for i in range(len(shape)) if i != dim]
     strides = [0] * len(shape)
     for place, i in enumerate(inner):
@@ -36,7 +36,8 @@ def spread(shape: tuple[int, ...], dim: int, step: int, dtype: torch.dtype = tor
     strides[dim] = step
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)  # which would fill all of it
-    base = torch.empty((shape[dim] - 1) * step + math.prod(shape[i] for i in inner), dtype=dtype, device=DEVICE)
+    size = (shape[dim] - 1) * step + math.prod(shape[i] for i in inner)
+    base = torch.empty(size, dtype=torch.float16, device=DEVICE)
     torch.use_deterministic_algorithms(before)
     return base.as_strided(shape, strides).normal_()
 
@@ -70,9 +71,9 @@ def test_samples_and_heads_far_apart(dim: int) -> None:
 def test_masks_of_samples_and_heads_far_apart(dim: int) -> None:
     q, k, v = (torch.randn(SHAPE, device=DEVICE).half() for _ in range(3))
     mask = spread((3, 3, 6, 6), dim, STEP)
-    found = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask, backend="triton")
+    output = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask, backend="triton")
     dense = segkern.seg_attention(q, k, v, GRID, SIGMA, attn_mask=mask.contiguous(), backend="triton")
-    assert torch.equal(found, dense)
+    assert torch.equal(output, dense)
 
 
 @pytest.mark.robustness
@@ -89,6 +90,33 @@ def test_tokens_and_channels_far_apart(name: str, dim: int) -> None:
         }[name]
         assert torch.equal(call(*tensors[:2]), call(*(x.contiguous() for x in tensors[:2])))
         del tensors
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.2, math.inf], ids=str)
+@pytest.mark.slow
+def test_offsets_beyond_32_bits(sigma: float) -> None:
+    shape, step = (1, 1, 9, 16), 2**28
+    assert (shape[2] - 1) * step >= 2**31
+    for wide in range(3):  # query, key, value in turn
+        tensors = [torch.randn(shape, device=DEVICE).half() for _ in range(3)]
+        tensors[wide] = spread(shape, 2, step)
+        output = segkern.seg_attention(*tensors, Grid(1, 9), sigma, backend="triton")
+        dense = [x.contiguous() for x in tensors]
+        assert torch.equal(output, segkern.seg_attention(*dense, Grid(1, 9), sigma, backend="triton"))
+        if wide == 0:
+            blurred = segkern.gaussian_blur(tensors[0], Grid(1, 9), sigma, backend="triton")
+            assert torch.equal(blurred, segkern.gaussian_blur(dense[0], Grid(1, 9), sigma, backend="triton"))
+        del tensors, dense
+
+
+@pytest.mark.parametrize("dim", [2, 3], ids=["rows", "keys"])
+@pytest.mark.slow
+def test_mask_offsets_beyond_32_bits(dim: int) -> None:
+    mask = spread((1, 1, 9, 9), dim, 2**28)
+    tensors = [torch.randn(1, 1, 9, 16, device=DEVICE).half() for _ in range(3)]
+    output = segkern.seg_attention(*tensors, Grid(1, 9), 1.2, attn_mask=mask, backend="triton")
+    dense = segkern.seg_attention(*tensors, Grid(1, 9), 1.2, attn_mask=mask.contiguous(), backend="triton")
+    assert torch.equal(output, dense)
 
 
 class Recorder:
