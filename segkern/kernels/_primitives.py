@@ -207,17 +207,20 @@ def attend_keys(
             mask_n = n + offs_n < keys
             if DESCRIPTORS:
                 k_tile = k_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
-                k_rest = 0.0
-                if BLOCK_R > 0:
-                    k_rest = k_rest_blocks.load([n, BLOCK_D])
             else:
-                k_tile, k_rest = load_parts(from_row(k, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
-            products = multiply_tiles(q, q_rest, k_tile, k_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
+                k_tile = load_tile(from_row(k, n), offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, TAIL == 1)
+            products = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if BLOCK_R > 0:  # one part after the other: both at once spill on some targets
+                if DESCRIPTORS:
+                    k_rest = k_rest_blocks.load([n, BLOCK_D])
+                else:
+                    k_rest = load_tile(from_row(k, n), offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL == 1)
+                products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision=PRECISION)
             if TAIL or MASK != _NO_MASK:
                 logits = products * scale
                 if MASK != _NO_MASK:
-                    mask_ptrs = mask.ptr + tl.cast(n, tl.int64) * mask.column_stride
-                    mask_ptrs += offs_m[:, None] * mask.row_stride + offs_n[None, :] * mask.column_stride
+                    mask_tile = mask.ptr + tl.cast(n, tl.int64) * mask.column_stride
+                    mask_ptrs = mask_tile + offs_m[:, None] * mask.row_stride + offs_n[None, :] * mask.column_stride
                     bounds = mask_m[:, None] & mask_n[None, :]
                     if MASK == _ADDITIVE:
                         logits += log2_bias(tl.load(mask_ptrs, mask=bounds, other=0.0))
@@ -230,13 +233,14 @@ def attend_keys(
                 weights, row_max, row_sum, factor = scaled_softmax_update(products, scale, row_max, row_sum)
             if DESCRIPTORS:
                 v_tile = v_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
-                v_rest = 0.0
-                if BLOCK_R > 0:
-                    v_rest = v_rest_blocks.load([n, BLOCK_D])
             else:
-                v_tile, v_rest = load_parts(from_row(v, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
+                v_tile = load_tile(from_row(v, n), offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, TAIL == 1)
             weights = weights.to(v_tile.dtype)
             acc = tl.dot(weights, v_tile, acc * factor[:, None], input_precision=PRECISION)
             if BLOCK_R > 0:
+                if DESCRIPTORS:
+                    v_rest = v_rest_blocks.load([n, BLOCK_D])
+                else:
+                    v_rest = load_tile(from_row(v, n), offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL == 1)
                 acc_rest = tl.dot(weights, v_rest, acc_rest * factor[:, None], input_precision=PRECISION)
     return acc, acc_rest, row_max, row_sum

@@ -114,6 +114,7 @@ def _tiled_attention_kernel(
     v = matrix(v_ptr + sample * stride_vb + head * stride_vh, stride_vn, stride_vd, WIDE)
     out = matrix(out_ptr + sample * stride_ob + head * stride_oh, stride_on, stride_od, WIDE)
     mask = matrix(mask_ptr + sample * stride_mb + head * stride_mh, stride_mm, stride_mn, WIDE)
+    mask = from_row(mask, start_m)
     blurred = q
     if BLUR == _BEFORE:
         image = tl.cast(blur, tl.int64) * height * width * heads + head
@@ -143,7 +144,7 @@ def _tiled_attention_kernel(
         q_rest,
         k,
         v,
-        from_row(mask, start_m),
+        mask,
         offs_m,
         mask_m,
         0,
