@@ -93,7 +93,7 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
     "sm_86": {
         2: (
             (64, Tile(128, 64, 16, 8, 3)),
-            (80, Tile(128, 64, 16, 8, 2)),  # of 3 stages it spills on sm_120
+            (80, Tile(128, 32, 16, 8, 3)),  # 64 keys spill on sm_120
             (128, Tile(128, 32, 16, 8, 3)),
             (160, Tile(64, 64, 16, 8, 2)),
             (192, Tile(64, 16, 16, 8, 2)),

@@ -129,7 +129,7 @@ def query_tile(
     else:
         tile, rest = load_parts(q_rows, offs_m, mask_m & (in_image == 0), HEAD_DIM, BLOCK_D, BLOCK_R, True)
     if BLUR == _PROLOGUE:
-        if is_blurred & (start + BLOCK_M > 0) & (start < grid.height * grid.width):
+        if is_blurred & (start_m + BLOCK_M > grid.start) & (start_m < grid.start + grid.height * grid.width):
             image = from_row(q, grid.start)
             blur = blur_tile(image, weights, grid, start, 0, HEAD_DIM, BLOCK_M, BLOCK_C, BLOCK_D, PRECISION)
             tile = tl.where(in_image[:, None], blur.to(tile.dtype), tile)

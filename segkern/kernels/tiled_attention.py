@@ -110,8 +110,6 @@ def _tiled_attention_kernel(
             return
 
     q = matrix(q_ptr + sample * stride_qb + head * stride_qh, stride_qn, stride_qd, WIDE)
-    k = matrix(k_ptr + sample * stride_kb + head * stride_kh, stride_kn, stride_kd, WIDE)
-    v = matrix(v_ptr + sample * stride_vb + head * stride_vh, stride_vn, stride_vd, WIDE)
     out = matrix(out_ptr + sample * stride_ob + head * stride_oh, stride_on, stride_od, WIDE)
     mask = matrix(mask_ptr + sample * stride_mb + head * stride_mh, stride_mm, stride_mn, WIDE)
     mask = from_row(mask, start_m)
@@ -139,6 +137,8 @@ def _tiled_attention_kernel(
         BLUR,
         BLUR_PRECISION,
     )
+    k = matrix(k_ptr + sample * stride_kb + head * stride_kh, stride_kn, stride_kd, WIDE)
+    v = matrix(v_ptr + sample * stride_vb + head * stride_vh, stride_vn, stride_vd, WIDE)
     acc, acc_rest, row_max, row_sum = attend_keys(
         q_tile,
         q_rest,
