@@ -101,7 +101,7 @@ def replace_models(patch: pytest.MonkeyPatch, **always: Any) -> None:
     """Let ``from_pretrained`` of a hub's name make a small pipeline, and leave it on the CPU where there is no GPU.
 
     The official script's module is there too: segkern's pipeline with its arguments, whose latents are the official
-    ones by ``test_diffusers_golden.py``.
+    ones by ``tests/diffusers/test_golden.py``.
     """
     official = types.ModuleType("pipeline_seg")
     official.StableDiffusionXLSEGPipeline = StableDiffusionXLSEGPipeline  # type: ignore[attr-defined]

@@ -51,13 +51,13 @@ FOLDERS = {
 @cache
 def modules() -> dict[str, Path]:
     """Every module by its dotted name, the integrations under the name they are installed with."""
-    found = {}
+    paths = {}
     for name in FOLDERS:
         folder, prefix = ROOT / name, "segkern.integrations" if name == "integrations" else name
         for path in folder.rglob("*.py"):
             parts = [prefix, *path.relative_to(folder).with_suffix("").parts]
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 def is_for_types(node: ast.AST) -> bool:
@@ -68,21 +68,21 @@ def is_for_types(node: ast.AST) -> bool:
 @cache
 def imports(name: str, *, lazy: bool) -> frozenset[str]:
     """Modules of the package that a module imports; with ``lazy`` those that its functions import too."""
-    found: set[str] = set()
+    targets: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
             if is_for_types(child) or (not lazy and isinstance(child, (ast.FunctionDef, ast.Lambda))):
                 continue
             if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
+                targets.update(alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom) and child.module:
                 submodules = {f"{child.module}.{alias.name}" for alias in child.names} & modules().keys()
-                found.update(submodules or {child.module})
+                targets.update(submodules or {child.module})
             visit(child)
 
     visit(ast.parse(modules()[name].read_text(encoding="utf-8")))
-    return frozenset(found & modules().keys() - {name})
+    return frozenset(targets & modules().keys() - {name})
 
 
 def room(name: str) -> str:
