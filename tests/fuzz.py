@@ -26,7 +26,7 @@ def main() -> int:
         print(f"seed {seed}", flush=True)
         code = subprocess.run(command).returncode
         if code:
-            repeat = ["python -m tests.fuzz --seconds 0", f"--seed {seed}", *options.tests]
+            repeat = [f"{sys.executable} -m tests.fuzz --seconds 0", f"--seed {seed}", *options.tests]
             print("A test failed. To repeat the round:", *repeat)
             print("To repeat its example alone: the @reproduce_failure that hypothesis printed.")
             return code

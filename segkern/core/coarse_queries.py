@@ -164,5 +164,5 @@ def _tokens(length: int, count: int, boundary: str) -> torch.Tensor:
     return _waves(torch.arange(length, dtype=torch.float64, device="cpu"), count, length, boundary)
 
 
-cached_sampling_matrix = bounded_cache(most=1024)(sampling_matrix)
-cached_interpolation_matrix = bounded_cache(most=1024)(interpolation_matrix)
+cached_sampling_matrix = bounded_cache(most=64)(sampling_matrix)
+cached_interpolation_matrix = bounded_cache(most=64)(interpolation_matrix)

@@ -112,7 +112,7 @@ def blur_matrix(
     return matrix.to(device=device, dtype=dtype)
 
 
-cached_blur_matrix = bounded_cache(most=1024)(blur_matrix)
+cached_blur_matrix = bounded_cache(most=64)(blur_matrix)
 
 
 def check_boundary(boundary: str) -> None:

@@ -44,7 +44,7 @@ class BlurMatrices:
     reach: torch.Tensor
 
 
-@bounded_cache(most=1024)
+@bounded_cache(most=64)
 def blur_matrices(
     samples: tuple[int, ...],
     sigmas: tuple[float, ...],

@@ -126,7 +126,7 @@ class Route:
     matrices: BlurMatrices | None = None
 
 
-@bounded_cache(most=1024)
+@bounded_cache(most=64)
 def attention_route(
     device: torch.device,
     dtype: torch.dtype,

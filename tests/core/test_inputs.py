@@ -49,6 +49,7 @@ def every_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _routes.attention_route.cache_clear()
 
 
+@pytest.mark.hypothesis  # `make fuzz` runs what has this mark, which hypothesis sets on tests that are drawn themselves
 @pytest.mark.usefixtures("every_route")
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)

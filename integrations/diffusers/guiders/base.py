@@ -41,7 +41,7 @@ class SpecGuider(ClassifierFreeGuidance):
     def __init_subclass__(cls) -> None:
         """Name the spec's fields in the signature of ``__init__``, which diffusers reads to load a configuration."""
         super().__init_subclass__()
-        if "spec_class" not in vars(cls):
+        if "spec_class" not in vars(cls) or "__init__" in vars(cls):
             return
 
         def __init__(self: SpecGuider, spec: Spec | None = None, **arguments: Any) -> None:
@@ -92,6 +92,10 @@ class SpecGuider(ClassifierFreeGuidance):
     def _spec(self, spec: Spec | None, values: Mapping[str, Any]) -> Spec:
         """The spec that was given, or the one that the values make."""
         owner = type(self).__name__
+        known = inspect.signature(self.spec_class).parameters
+        for name in values:
+            if name not in known:
+                raise TypeError(f"{owner} got an unexpected argument {name!r}; its spec takes {', '.join(known)}")
         given = {name: value for name, value in values.items() if value is not None}
         if spec is None:
             return self.spec_class(**{**given, **({"sigma": _numbers(given["sigma"])} if "sigma" in given else {})})

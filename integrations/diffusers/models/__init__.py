@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptions of denoisers: architectures, layers, names, blocks and costs."""
+"""Descriptions of denoisers: architectures, layers and names."""

@@ -57,7 +57,7 @@ def layer_name(layer: Any) -> str | None:
 
 
 def select_layers(available: Sequence[LayerInfo], wanted: str | Iterable[str]) -> list[LayerInfo]:
-    """The layers that the names in ``wanted`` stand for, n once, in execution order.
+    """The layers that the names in ``wanted`` stand for, each once, in execution order.
 
     Raises:
         ValueError: for a name that stands for none of the ``available`` layers; the message lists what would.
