@@ -80,7 +80,7 @@ def committed() -> dict[str, dict[str, Any]]:
 
 
 def outcome(file: Mapping[str, Any], group: str, model: str, task: str, guidance: str) -> str:
-    """What a file says of a guidance on a model in a task: that all its tests passed, that one failed, or none ran."""
+    """The outcome of a guidance on a model in a task: all its tests passed, one failed, or none ran."""
     tests = [
         test
         for test in file["tests"]

@@ -51,7 +51,7 @@ _MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"
 
 @dataclass
 class Compiled:
-    """What one kernel's code for one target uses."""
+    """The resources that one kernel's code uses on one target."""
 
     kernel: str
     target: str

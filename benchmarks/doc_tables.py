@@ -137,7 +137,7 @@ def evaluation_summary() -> str:
 
 
 def compiled() -> str:
-    """What the compiled kernels use: a row for each target."""
+    """The resources that the compiled kernels use: a row for each target."""
     file = results.read_json(results.RESULTS / "compiled" / "kernels.json")
     lines = []
     for target in dict.fromkeys(record["target"] for record in file["kernels"]):

@@ -17,17 +17,17 @@ Rounds = Callable[[Case], int]
 
 
 def usual_cases(device: torch.device) -> tuple[str, ...]:
-    """Names of the cases that a device is measured with unless told otherwise."""
+    """Names of the cases that a device is measured with by default."""
     return ON_A_CPU if device.type == "cpu" else REAL
 
 
 def usual_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Dtypes that a device is measured with unless told otherwise."""
+    """Dtypes that a device is measured with by default."""
     return (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
 
 
 def usual_rounds(device: torch.device) -> Rounds:
-    """How often each call is timed; a CPU takes up to a second for one."""
+    """The number of rounds of a case; a CPU takes up to a second for one call."""
     if device.type == "cuda":
         return lambda case: 50 if case.tokens <= 5000 else 20
     return lambda case: 15 if case.tokens <= 1024 else 7

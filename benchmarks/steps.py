@@ -166,7 +166,7 @@ class Bench:
 
 
 def counted(size: Size, names: Collection[str] | None = None) -> dict[str, float]:
-    """Floating-point operations of one step of ways of ours and of the plain ones, by name; of all if not told."""
+    """Floating-point operations of one step, guided by segkern and plain, by name; ``names`` restricts them."""
     pipe = sdxl.pipeline(sdxl.denoiser(size, "meta"))
     countable = [way for way in ways() if way.kind in ("plain", "segkern")]
     return {way.name: count(pipe, size, way) for way in countable if names is None or way.name in names}

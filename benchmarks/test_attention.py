@@ -28,7 +28,7 @@ def test_attention(
     benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch, name: str, sigma: float, way: str
 ) -> None:
     """Time a layer's attention of a batch of three whose last third is blurred, once it is seen to be right."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the official convolution is held to float32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the official convolution is checked in float32
     case, provider = CASES[name], PROVIDERS[way]
     inputs = case.inputs(DEVICE)
     call = provider.make(inputs, sigma)

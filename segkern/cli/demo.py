@@ -48,7 +48,10 @@ def demo(
         dtype = loading.find_dtype("auto", device)
         source = loading.find_model("demo")
         pipe = loading.load_pipeline(source, dtype, device)
-    plan: list[Specs] = [(), *((SEG(_SCALE, sigma),) for sigma in parse_list("--sigmas", SIGMAS, float, NUMBERS))]
+    plan: list[Specs] = [
+        (),
+        *((SEG(_SCALE, sigma, "mid"),) for sigma in parse_list("--sigmas", SIGMAS, float, NUMBERS)),
+    ]
     table = Table("picture", "run", "seconds", "attention moved", "picture changed")
     for name, subjects in _SHEETS.items():
         results: dict[Subject, list[ImageResult]] = {}

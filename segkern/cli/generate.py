@@ -95,6 +95,7 @@ def generate(
         for option, given in (("--compare", compare), (f"--sigma {sigma}", sigma is not None)):
             if given and "seg" not in names:
                 raise ValueError(f"{option} is of seg, which is not in --guidance {guidance}")
+        _refuse_unused(names, guidance, layers, start, stop, schedule)
         usual = SIGMAS if compare else "inf"
         sigmas = parse_list("--sigma", usual if sigma is None else sigma, float, NUMBERS)
         if len(sigmas) > 1 and not compare:
@@ -149,6 +150,16 @@ def generate(
         wide(table).print(table)
     _warn(problem for result in results if result.report is not None for problem in result.report.problems)
     typer.echo(f"wrote {out}" + ("" if has_settings else " (only PNG keeps the settings as text)"))
+
+
+def _refuse_unused(names: Sequence[str], guidance: str, layers: str, start: float, stop: float, schedule: str) -> None:
+    """Raise a ValueError for an option that is not at its default and that no guidance takes."""
+    unused = {} if names else {"--start": (start, 0.0), "--stop": (stop, 1.0), "--schedule": (schedule, "constant")}
+    if not {"seg", "pag"} & set(names):
+        unused["--layers"] = layers, "mid"
+    for option, (value, default) in unused.items():
+        if value != default:
+            raise ValueError(f"{option} {value} is for a guidance that is not in --guidance {guidance}")
 
 
 def _draw_items(

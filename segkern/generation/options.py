@@ -75,7 +75,7 @@ def guidance_scales(names: Sequence[str], given: Mapping[str, float | None]) -> 
     """
     for name, scale in given.items():
         if scale is not None and name not in names:
-            raise ValueError(f"scale {scale:g} is of {name}, which is not in guidance {','.join(names) or 'none'}")
+            raise ValueError(f"{name} has the scale {scale:g} but is not in guidance {','.join(names) or 'none'}")
     scales = {name: given.get(name) for name in names}
     return {name: _USUAL_SCALES[name] if scale is None else scale for name, scale in scales.items()}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch kernels: on the tensors' device, with failures of kernels told apart, with fixed compiler options."""
+"""Launch kernels on the tensors' device, with fixed compiler options; raise a class of its own for their failures."""
 
 from __future__ import annotations
 

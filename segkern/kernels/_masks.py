@@ -9,7 +9,7 @@ import torch
 
 
 class MaskKind(IntEnum):
-    """What a mask's elements mean; kernels have the number as a constant."""
+    """The meaning of a mask's elements, as a number that kernels have as a constant."""
 
     NONE = 0
     ADDITIVE = 1

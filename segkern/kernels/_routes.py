@@ -30,7 +30,7 @@ _DEFAULT_BYTES_PER_MICROSECOND = 3.0e6
 
 
 class BlurPlace(IntEnum):
-    """Where queries are blurred; kernels have the number as a constant."""
+    """The place at which queries are blurred, as a number that kernels have as a constant."""
 
     NOWHERE = 0
     PROLOGUE = 1

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from segkern.integrations.diffusers import GuidanceWarning
+
 
 def hooks_of(model: torch.nn.Module) -> int:
     """How many hooks sit on a denoiser and its parts."""
@@ -70,5 +72,5 @@ def problems_warned() -> Iterator[list[warnings.WarningMessage]]:
     """The adapter's own warnings inside."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", message=r"SEG\(", category=UserWarning)
+        warnings.filterwarnings("always", category=GuidanceWarning)
         yield caught

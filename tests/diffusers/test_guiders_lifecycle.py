@@ -326,3 +326,19 @@ def test_the_page_has_an_example_that_runs(capsys: pytest.CaptureFixture[str]) -
     exec(example, scope)
     assert scope["image"].size == (96, 64)
     assert "10 forwards of the denoiser" in capsys.readouterr().out
+
+
+def test_an_argument_that_its_spec_does_not_take_is_refused() -> None:
+    for value in (None, 2.0):
+        with pytest.raises(TypeError, match="SEGGuider got an unexpected argument 'sclae'; its spec takes scale, "):
+            SEGGuider(sclae=value)
+
+
+def test_a_subclass_may_have_arguments_of_its_own() -> None:
+    class Strong(SEGGuider):
+        spec_class = SEG
+
+        def __init__(self, strength: float = 4.0) -> None:
+            super().__init__(SEG(scale=strength))
+
+    assert Strong(strength=5.0).spec.scale == 5.0

@@ -73,8 +73,8 @@ class StepPlanner:
         negative = [batch.branch(i) for i, index in enumerate(ordered) if index in self.negative]
         reference = negative[0] if negative else batch.reference
         rescaled = self._denoiser.rescaled_guidance_scale(self._run, caller) if cfg else None
-        told = strengths, reused, sag, reference, cfg, rescaled, self._denoiser.frames(sample)
-        forward = Forward(batch, ordered, self._first, True, *told)
+        step_values = strengths, reused, sag, reference, cfg, rescaled, self._denoiser.frames(sample)
+        forward = Forward(batch, ordered, self._first, True, *step_values)
         shares = self._share and self._denoiser.can_share(forward, args, kwargs)
         return replace(forward, share=shares)
 
