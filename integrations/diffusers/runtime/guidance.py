@@ -18,6 +18,7 @@ from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGui
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.forward_lock import ForwardLock
 from segkern.integrations.diffusers.runtime.hooks import Outer
+from segkern.integrations.diffusers.runtime.outputs import check_size, prediction_of, with_prediction
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
 from segkern.integrations.diffusers.runtime.run_context import RunContext
@@ -102,6 +103,7 @@ class Guidance:
         self._forward: Forward | None = None  # the one under way; None when it is a plain one
         self._given: Arguments = ((), {})  # its arguments, where another forward follows
         self._part = "other"  # what the last call was for
+        self._size: int | None = None  # of the batch in the forward under way; None for another pipeline's
         self._pending: PendingShift | None = None
         self._differences = self._planner.differences
 
@@ -232,6 +234,8 @@ class Guidance:
         self._forward = None
         caller = self._run.caller()
         self._part = "foreign" if caller is None else self._denoiser.part(caller, args, kwargs)
+        given = None if caller is None else self._arguments.get(self._denoiser.sample_name, args, kwargs)
+        self._size = None if given is None else len(given)
         if self._first_of_run._leaving and self._part not in ("foreign", "unconditional"):
             self._first_of_run._take_off(warn=True)  # the forward that it waited for did not come to its end
             self._lock.release()  # no hook will
@@ -278,10 +282,13 @@ class Guidance:
                 self._differences.forget()
             return None
         forward, owed = self._forward, self._pending if self._part == "unconditional" else None
+        if forward is None and self._size is not None:
+            check_size(output, self._size, type(self._denoiser.model).__name__)
         if forward is None and owed is None:
             return None
         try:
-            sample = batch_of(output[0])
+            prediction = prediction_of(output)
+            sample = batch_of(prediction)
             if forward is not None:
                 owes, folded = self._folded(forward, sample)
             else:
@@ -292,8 +299,8 @@ class Guidance:
             raise
         self._clear()
         self._pending = owes
-        result = list(folded.unbind()) if isinstance(output[0], list) else folded
-        return (result, *output[1:]) if isinstance(output, tuple) else type(output)(sample=result)
+        result = list(folded.unbind()) if isinstance(prediction, list) else folded
+        return with_prediction(output, result, None if forward is None else forward.batch)
 
     def _folded(self, forward: Forward, sample: torch.Tensor) -> tuple[PendingShift | None, torch.Tensor]:
         """The shift that the next call adds, and the guided prediction of the pipeline's own batch."""

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The output of a denoiser: a tuple, a list or one of diffusers' output classes, with the prediction first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sized
+from typing import Any
+
+from diffusers.utils import BaseOutput
+
+from segkern.integrations.diffusers.runtime.branches import Batch
+
+_PREDICTION = "sample"  # its usual name
+
+
+def prediction_of(output: Any) -> Any:
+    """The prediction in a denoiser's output, a tensor or a list of tensors.
+
+    Raises:
+        RuntimeError: for an output of another kind.
+    """
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    if isinstance(output, BaseOutput) and output:
+        return output[_first(output)]
+    raise RuntimeError(
+        f"guide reads the prediction of a denoiser from a tuple, a list or an output class of diffusers, the denoiser "
+        f"gave a {type(output).__name__}"
+    )
+
+
+def with_prediction(output: Any, prediction: Any, batch: Batch | None = None) -> Any:
+    """The output with another prediction, of its own kind and with all its further fields.
+
+    Args:
+        output: the denoiser's.
+        prediction: of the pipeline's own batch.
+        batch: the pipeline's own where the denoiser ran with branches: tensors in further fields that hold an entry
+            for each sample are cut to it. None leaves further fields as they are.
+    """
+
+    def own(value: Any) -> Any:
+        return value if batch is None else batch.fit(value, 0)
+
+    if isinstance(output, (tuple, list)):
+        values = (prediction, *map(own, output[1:]))
+        make: Any = getattr(type(output), "_make", type(output))  # of a named tuple
+        return make(values)
+    changed, name = copy.copy(output), _first(output)
+    for key, value in output.items():
+        changed[key] = prediction if key == name else own(value)
+    return changed
+
+
+def check_size(output: Any, size: int, denoiser: str) -> None:
+    """Raise a RuntimeError for an output that is not of the batch that the pipeline passed."""
+    prediction = prediction_of(output)
+    if isinstance(prediction, Sized) and len(prediction) != size:
+        raise RuntimeError(
+            f"{denoiser} gave {len(prediction)} predictions for a batch of {size} under guide: something in it gave "
+            f"what belongs to another forward; a cache, or a module whose forward was replaced, does"
+        )
+
+
+def _first(output: Any) -> str:
+    return _PREDICTION if _PREDICTION in output else next(iter(output))
