@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.nn.modules import module as global_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -52,8 +53,14 @@ def is_compiled_in_place(module: torch.nn.Module) -> bool:
 
 
 def has_forward_hooks(module: torch.nn.Module) -> bool:
-    """True if any forward hook is registered on the module itself; torch 2.11 to 2.13."""
-    return bool(module._forward_hooks)
+    """True if a hook or pre-hook may change what the module's forward gives; torch 2.11 to 2.13.
+
+    Global hooks count, but for those of torch itself, which only look on (a FLOP counter has some).
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    of_all = (*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in of_all)
 
 
 def triton_allocator() -> Callable[[int, int, int | None], Any]:

@@ -42,29 +42,29 @@ def batches_seen(pipe: Any, act: Callable[[], Any]) -> dict[str, set[int]]:
 
 @contextmanager
 def shapes_seen(attn: torch.nn.Module) -> Iterator[dict[str, list[tuple[int, ...]]]]:
-    """Shapes that reach a layer's projections and PyTorch's attention inside, in calls."""
-    seen: dict[str, list[tuple[int, ...]]] = {"attention": [], "keys": []}
-    handles = []
-    for name in ("to_q", "to_k", "to_v", "to_out.0"):
-        seen[name] = []
-        module = attn.get_submodule(name)
-        handles.append(
-            module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(tuple(args[0].shape)))
-        )
-    real = F.scaled_dot_product_attention
+    """Shapes that reach a layer's linear projections and PyTorch's attention inside, in calls.
 
-    def spy(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    Without hooks on the projections, which a layer cannot tell from hooks that change something.
+    """
+    seen: dict[str, list[tuple[int, ...]]] = {"attention": [], "keys": []}
+    seen |= {name: [] for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    names = {id(attn.get_submodule(name).weight): name for name in seen if name.startswith("to_")}
+    attend, project = F.scaled_dot_product_attention, F.linear
+
+    def attended(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         seen["attention"].append(tuple(query.shape))
         seen["keys"].append(tuple(key.shape))
-        return real(query, key, *args, **kwargs)
+        return attend(query, key, *args, **kwargs)
+
+    def projected(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
+        if id(weight) in names:
+            seen[names[id(weight)]].append(tuple(x.shape))
+        return project(x, weight, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", spy)
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+        patch.setattr(F, "scaled_dot_product_attention", attended)
+        patch.setattr(F, "linear", projected)
+        yield seen
 
 
 @contextmanager

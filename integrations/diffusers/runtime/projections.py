@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from segkern.core.private_apis import has_forward_hooks
+from segkern.integrations.diffusers.runtime.affine import is_affine, is_plain_linear, passes_on
 
 
 class Projections:
@@ -26,7 +26,17 @@ class Projections:
     @property
     def apart(self) -> bool:
         """True if queries, keys and values can be projected without each other."""
-        return not self.fused or _is_plain_linear(self.attn.to_qkv)
+        return not self.fused or is_plain_linear(self.attn.to_qkv)
+
+    @property
+    def query_is_affine(self) -> bool:
+        """True if the query of a weighted mean of tokens is known to be that mean of their queries, but for norms."""
+        return is_affine(self.attn.to_qkv if self.fused else self.attn.to_q)
+
+    @property
+    def out_is_affine(self) -> bool:
+        """The same of what comes after the attention; it says that equal rows have equal outputs too."""
+        return is_affine(self.attn.to_out[0]) and passes_on(self.attn.to_out[1])
 
     def all(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values."""
@@ -77,8 +87,3 @@ class Projections:
         third = linear.out_features // 3
         rows = slice(first * third, last * third)
         return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
-
-
-def _is_plain_linear(linear: nn.Module) -> bool:
-    """True if it is ``F.linear`` on its weight and nothing else, so that rows can be used alone."""
-    return type(linear) is nn.Linear and "forward" not in vars(linear) and not has_forward_hooks(linear)

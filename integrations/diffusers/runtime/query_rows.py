@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-attention with only the query rows that each sample needs.
 
-At infinite sigma a perturbed sample has one query, the mean query, and because the projections are affine it
+At infinite sigma a perturbed sample has one query, the mean query, and where the projections are affine it
 is the projection of the mean token. Such samples therefore spend no query projection, one row of attention
 per head and one row of output projection, whose result every token shares; only their keys and values are
-computed in full.
+computed in full. Where a projection is not known to be affine, the mean is that of every token's query, and every
+token has its own output projection.
 
 At a finite sigma with a query stride a perturbed sample has queries at a few points of its grid. Sampling the blurred
 tokens there, and interpolating between them, are sums over tokens with weights that add up to 1, so both commute with
-the affine projections: the query projection, the attention and the output projection see the points alone.
+affine projections: the query projection, the attention and the output projection see the points alone. Where one is not
+known to be affine, the attention alone does.
 
 A sample of identity attention has its values as output: it spends no query or key projection and no attention.
 """
@@ -189,22 +191,35 @@ class LayerRows:
         """Output of one run of samples whose inputs are ``where``; one-row outputs are expanded."""
         if rows is Rows.NONE:
             return self.projections.out(inputs.value(where))
-        tokens, grid = inputs.hidden_states[where], self.grid
-        some: Any = self.sigmas[samples]
-        if rows is Rows.EVERY:
-            queries, some = inputs.query(where), self._sigmas(samples)
-        elif rows is Rows.ONE:  # one query row is its own mean; saying so chooses the kernel for few rows
-            queries, grid = self.projections.query(_mean_token(tokens)), Grid(1, 1)
-        else:
-            points = coarse_queries(tokens[:, None], self.grid, some, rows, self.boundary)[:, 0]
-            queries, some, grid = self.projections.query(points), (0.0,) * len(some), Grid(1, 1)
-        qkv = queries, inputs.key(where), inputs.value(where)
-        output = self.projections.out(self._attend(qkv, samples, some, grid))
         if rows is Rows.ONE:
-            return output.expand(-1, tokens.shape[1], -1)
+            return self._attend_mean(inputs, where, samples)
+        key, value = inputs.key(where), inputs.value(where)
         if rows is Rows.EVERY:
-            return output
+            return self.projections.out(self._attend((inputs.query(where), key, value), samples, self._sigmas(samples)))
+        some: Any = self.sigmas[samples]
+        assert isinstance(rows, tuple)
+        if not (self.projections.query_is_affine and self.projections.out_is_affine):
+            qkv = inputs.query(where), key, value
+            return self.projections.out(self._attend(qkv, samples, some, query_stride=rows))
+        points = coarse_queries(inputs.hidden_states[where][:, None], self.grid, some, rows, self.boundary)[:, 0]
+        qkv = self.projections.query(points), key, value
+        output = self.projections.out(self._attend(qkv, samples, (0.0,) * len(some), Grid(1, 1)))
         return coarse_outputs(output[:, None], self.grid, rows, self.boundary)[:, 0]
+
+    def _attend_mean(self, inputs: _Inputs, where: slice, samples: slice) -> torch.Tensor:
+        """Output of samples with the mean query alone, expanded to every token."""
+        tokens = inputs.hidden_states[where]
+        if self.projections.query_is_affine:
+            query = self.projections.query(_mean(tokens, 1))
+        else:
+            query = _mean(inputs.query(where), 2)
+        # One query row is its own mean; saying so chooses the kernel for few rows.
+        output = self._attend(
+            (query, inputs.key(where), inputs.value(where)), samples, self.sigmas[samples], Grid(1, 1)
+        )
+        if self.projections.out_is_affine:
+            return self.projections.out(output).expand(-1, tokens.shape[1], -1)
+        return self.projections.out(output.expand(-1, -1, tokens.shape[1], -1))
 
     def _attend_projected(
         self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rows: list[Rows | Stride]
@@ -253,6 +268,6 @@ class LayerRows:
         return output
 
 
-def _mean_token(x: torch.Tensor) -> torch.Tensor:
-    """``[samples, tokens, channels]`` to ``[samples, 1, channels]``; sums in float32 at least."""
-    return x.mean(dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+def _mean(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The mean over a dimension of tokens, which stays; sums in float32 at least."""
+    return x.mean(dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
