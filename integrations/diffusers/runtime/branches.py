@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.runtime.hooks import Hook
 
@@ -196,45 +197,56 @@ class Forward:
         return sum(self.first[index] <= place for index in self.branches) if self.share else len(self.branches)
 
 
+@dataclass(frozen=True)
+class JoinPlan:
+    """What happens at one module in one forward.
+
+    Attributes:
+        batch: of the forward.
+        branches: how many the module runs with; for an up block's skip connections, how many each resnet runs with.
+    """
+
+    batch: Batch
+    branches: tuple[int, ...]
+
+
 class Join(Hook):
     """Forward pre-hook of a module: its arguments get the branches that it runs with, no more and no fewer.
 
     Attributes:
         module: the one it was made for.
-        batch: of the forward under way; None while no guidance acts.
-        branches: how many the module runs with.
+        plan: of the forward under way; None while no branch joins inside.
     """
 
     def __init__(self, module: nn.Module, batched: frozenset[str] = MODULE_ARGUMENTS) -> None:
         self.module = module
         self._names = _parameter_names(module)
         self._batched = batched
-        self.batch: Batch | None = None
-        self.branches = 0
+        self.plan: JoinPlan | None = None
+
+    def hook(self) -> RemovableHandle:
+        """Register it on its module."""
+        return self.module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        if self.batch is None or module is not self.module:  # a copy of the module is not guided
+        plan = self.plan
+        if plan is None or module is not self.module:  # a copy of the module is not guided
             return None
-        batch, count = self.batch, self.branches
+        batch, (count,) = plan.batch, plan.branches
         return _map_arguments(self._names, self._batched, args, kwargs, lambda value: batch.fit(value, count))
 
 
 class JoinSkips(Join):
-    """Forward pre-hook of an up block: each skip connection gets the branches that its resnet runs with.
-
-    Attributes:
-        by_resnet: how many branches each resnet runs with; the first one takes the last skip connection.
-    """
-
-    by_resnet: tuple[int, ...] = ()
+    """Forward pre-hook of an up block: each skip connection gets the branches that its resnet runs with."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        batch = self.batch
-        if batch is None or module is not self.module:
+        plan = self.plan
+        if plan is None or module is not self.module:
             return None
+        batch = plan.batch
         place = self._names.index(_SKIPS)
         skips = args[place] if place < len(args) else kwargs[_SKIPS]
-        counts = reversed(self.by_resnet)
+        counts = reversed(plan.branches)  # the first resnet takes the last skip connection
         skips = tuple(batch.fit(skip, count) for skip, count in zip(skips, counts, strict=True))
         if place < len(args):
             return (*args[:place], skips, *args[place + 1 :]), kwargs

@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.runtime.branches import Forward
+from segkern.integrations.diffusers.runtime.branches import Forward, JoinPlan
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
 from segkern.integrations.diffusers.runtime.hooks import hook_grids
+from segkern.integrations.diffusers.runtime.plans import ForwardPlan
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec
+
+_MOST_PLANS = 64  # kept; a run has a few
 
 
 class DenoiserGuidance:
@@ -34,6 +37,10 @@ class DenoiserGuidance:
         self.recorder = Recorder(placed)
         self.layers = GuidedLayers(denoiser, placed)
         self.first = [self._place(placed_spec) for placed_spec in placed]
+        places = [place for place in self.first if place >= 0]
+        self._joins = self._places.joins()
+        self._hooked = self._places.joins_from(min(places)) if places else []
+        self._plans: dict[Any, ForwardPlan] = {}
 
     def _place(self, placed_spec: PlacedSpec) -> int:
         """The place of the first perturbed layer; before all of them where the whole input differs."""
@@ -46,12 +53,11 @@ class DenoiserGuidance:
         if not self._inner:
             modules = [layer.info.module for layer in self.layers]
             self._inner += hook_grids(self._denoiser.model, modules, self.layers.set_grid)
-            places = [place for place in self.first if place >= 0]
-            self._inner += self._places.hook(min(places)) if places else []
+            self._inner += [join.hook() for join in self._hooked]
 
     def detach(self) -> None:
         """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
-        self._places.tell(None, ())
+        self._tell_joins(None)
         while self._inner:
             self._inner.pop().remove()
         self.layers.step_aside()
@@ -62,9 +68,32 @@ class DenoiserGuidance:
         if grid is not None:
             for layer in self.layers:
                 layer.processor.grid = grid
-        counts = [forward.joined(place) for place in range(len(self._places))]
-        self._places.tell(forward.inside if forward.share and forward.branches else None, counts)
-        self.layers.tell(forward)
+        plan = self._plan(forward)
+        self._tell_joins(plan.joins)
+        self.layers.tell(plan.layers)
+
+    def _plan(self, forward: Forward) -> ForwardPlan:
+        """The plan of a forward; one for all that are alike."""
+        samples = (forward.reference.start, forward.reference.stop)
+        key = (forward.batch, forward.branches, forward.share, forward.frames, forward.sag, samples)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            counts = [forward.joined(place) for place in range(len(self._places))]
+            inside = forward.share and forward.branches
+            joins = self._places.plan(forward.inside, counts) if inside else None
+            plan = self._plans[key] = ForwardPlan(self.layers.plans(forward), joins)
+        return plan
+
+    def _tell_joins(self, plans: Sequence[JoinPlan] | None) -> None:
+        """Give each join its part in the coming forward; None if no branch joins inside."""
+        if plans is not None:
+            for join, plan in zip(self._joins, plans, strict=True):
+                join.plan = plan
+        else:
+            for join in self._joins:
+                join.plan = None
 
     def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
         """The distance that each layer moved, for each guidance that acted there."""
@@ -79,6 +108,6 @@ class DenoiserGuidance:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inside, the denoiser runs as it is, on whatever batch."""
-        self._places.tell(None, ())
+        self._tell_joins(None)
         self.layers.rest()
         yield

@@ -12,6 +12,7 @@ from segkern.grid import Grid
 from segkern.integrations.diffusers.models.names import LayerInfo
 from segkern.integrations.diffusers.runtime.branches import Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride
 from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec
@@ -88,7 +89,7 @@ class GuidedLayers:
                         f"layer {layer.info.module!r} was given another processor while guided: {error}; set it "
                         f"after the guidance is removed"
                     ) from None
-                old.tell(None)  # someone may have kept it
+                old.plan = None  # someone may have kept it
                 layer.processor = new
             layer.attention.set_processor(layer.processor)
 
@@ -102,7 +103,7 @@ class GuidedLayers:
     def rest(self) -> None:
         """Do what the layers' own processors do."""
         for layer in self:
-            layer.processor.tell(None)  # someone may have kept it
+            layer.processor.plan = None  # someone may have kept it
 
     def forget(self) -> None:
         """Free what the last forward left."""
@@ -112,16 +113,20 @@ class GuidedLayers:
     def set_grid(self, module: str, grid: Grid) -> None:
         """Tell a layer its grid in the forward under way, if a guidance acts in that."""
         processor = self._layers[module].processor
-        if processor.graph_sigmas:
+        if processor.plan is not None:
             processor.grid = grid
 
-    def tell(self, forward: Forward) -> None:
-        """Prepare each layer for the coming forward."""
-        for layer in self:
-            self._tell(layer, forward)
+    def plans(self, forward: Forward) -> tuple[LayerPlan, ...]:
+        """Each layer's part in a forward."""
+        return tuple(self._plan(layer, forward) for layer in self)
 
-    def _tell(self, layer: GuidedLayer, forward: Forward) -> None:
-        batch, module, processor = forward.inside, layer.info.module, layer.processor
+    def tell(self, plans: Sequence[LayerPlan]) -> None:
+        """Give each layer its part in the coming forward."""
+        for layer, plan in zip(self, plans, strict=True):
+            layer.processor.plan = plan
+
+    def _plan(self, layer: GuidedLayer, forward: Forward) -> LayerPlan:
+        batch, module = forward.inside, layer.info.module
         place = self._places.of(module)
         joined = forward.joined(place)
         new = joined - forward.joined(place - 1) if forward.share and self._places.shares_inputs(place) else 0
@@ -140,10 +145,13 @@ class GuidedLayers:
                 sigmas = per_sample(type(spec).__name__, of_layer, forward.batch.samples)
             stride, blend = check_query_stride(spec.query_stride), float(spec.blend)
             samples += [(sigma, stride, blend) for sigma in sigmas for _ in range(forward.frames)]
-        processor.tell(tuple(sigma for sigma, _, _ in samples))
-        processor.strides = tuple(stride for _, stride, _ in samples)
-        processor.blends = tuple(blend for _, _, blend in samples)
-        processor.conditional = batch.conditional
-        processor.own = batch.with_branches(joined - new)
-        processor.perturbed = tuple(batch.branch(i) for i, index in enumerate(forward.branches) if index in layer.specs)
-        processor.read = forward.reference if any(index in forward.sag for index in layer.readers) else None
+        sigmas, strides, blends = zip(*samples, strict=True)
+        return LayerPlan(
+            sigmas,
+            strides,
+            blends,
+            conditional=batch.conditional,
+            own=batch.with_branches(joined - new),
+            perturbed=tuple(batch.branch(i) for i, index in enumerate(forward.branches) if index in layer.specs),
+            read=forward.reference if any(index in forward.sag for index in layer.readers) else None,
+        )

@@ -48,7 +48,8 @@ class InterceptingProcessor(GuidedProcessor):
 
     def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """The original's output, with another attention for perturbed samples."""
-        if not any(self.graph_sigmas):
+        plan = self.plan
+        if plan is None or not plan.acts:
             return self.original(attn, *args, **kwargs)
         self.caught = False
         with _Meeting(self):
@@ -59,7 +60,7 @@ class InterceptingProcessor(GuidedProcessor):
                 f"torch.nn.functional.scaled_dot_product_attention on [batch, heads, tokens, head_dim] with the "
                 f"image's {self.grid} in its tokens"
             )
-        self.measure(output[0] if isinstance(output, tuple) else output)
+        self.measure(output[0] if isinstance(output, tuple) else output, plan)
         return output
 
     def attend(
@@ -74,13 +75,14 @@ class InterceptingProcessor(GuidedProcessor):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """The result of ``scaled_dot_product_attention``, perturbed where a sample is."""
-        grid = self.grid
+        plan, grid = self.plan, self.grid
+        assert plan is not None
         assert grid is not None
         if (
             self.caught
             or query.ndim != 4
             or key.shape[2] != query.shape[2]
-            or query.shape[0] != len(self.graph_sigmas)
+            or query.shape[0] != len(plan.sigmas)
             or query.shape[2] < grid.stop
             or is_causal
         ):
@@ -97,11 +99,11 @@ class InterceptingProcessor(GuidedProcessor):
         by_sample = attn_mask is not None and attn_mask.ndim == 4
         if attn_mask is not None and by_sample:
             attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
-        blends = self.blends or (1.0,) * len(self.graph_sigmas)
-        kinds = [(kind is Perturbation.IDENTITY, blend) for kind, blend in zip(self.graph_sigmas, blends, strict=True)]
-        sigmas, values = self._sigmas()
+        pairs = zip(plan.graph_sigmas, plan.blends, strict=True)
+        kinds = [(kind is Perturbation.IDENTITY, blend) for kind, blend in pairs]
+        sigmas, values = plan.told_sigmas()
         # Frames are blurred before the attention, which takes numbers.
-        given: Any = self.sigmas if grid.frames > 1 else sigmas if values is None else values
+        given: Any = plan.sigmas if grid.frames > 1 else sigmas if values is None else values
         outputs = []
         for samples, (identity, blend) in equal_runs(kinds):
             qkv = query[samples], key[samples], value[samples]

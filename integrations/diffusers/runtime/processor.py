@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,16 +18,14 @@ from diffusers.models.attention_processor import (
 )
 
 from segkern.api import attention_mass
-from segkern.core.bounded_cache import ordinary_tensors
 from segkern.core.coarse_queries import check_query_stride
 from segkern.core.dispatch import check_backend
 from segkern.core.gaussian import check_boundary
 from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.attention import self_attention, tokens_of
+from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.projections import Projections
-from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride, is_finite
-from segkern.integrations.diffusers.specs.sigmas import Perturbed
 
 STANDARD_PROCESSORS = (
     AttnProcessor,
@@ -125,24 +122,15 @@ class SEGAttnProcessor:
 class GuidedProcessor:
     """Stands in for a layer's own processor while it is guided; an inactive forward runs that very processor.
 
-    ``guide`` tells it before each forward of the denoiser what to do; nothing is counted in here, so that a
-    compiled denoiser need not be compiled again from step to step.
+    ``guide`` gives it a plan before each forward of the denoiser; nothing is counted in here, so that a compiled
+    denoiser need not be compiled again from step to step.
 
     Attributes:
         original: the processor it stands in for.
-        sigmas: one per sample of the batch that reaches this layer; None while no guidance acts.
-        graph_sigmas: the same with 1 for any finite one, which is all that a compiled graph knows of them.
-        values: the same in a CPU tensor, which a compiled graph reads when it runs.
-        conditional: the samples of the conditional branch.
-        own: how many samples, from the first, have hidden states of their own; those after them, whose branches have
-            just joined, repeat the conditional ones.
-        perturbed: for each guidance that acts on this layer, the samples of its branch.
-        strides: of the query rows, one per sample like ``sigmas``; None computes every row.
-        blends: one per sample; less than 1 mixes in the sample's own attention. None mixes nowhere.
-        read: samples of which to tell how much attention each token receives; None for none.
+        plan: of the forward under way; None while no guidance acts.
         grid: of the layer's tokens in this forward.
-        mass: after a forward, that of the samples ``read``, ``[samples, heads, tokens]``.
-        moved: after a forward, for each of ``perturbed``, the norms ``[2, samples]`` of the difference
+        mass: after a forward, that of the samples to read, ``[samples, heads, tokens]``.
+        moved: after a forward, for each branch that is perturbed here, the norms ``[2, samples]`` of the difference
             between its output and the conditional one, and of the conditional one.
     """
 
@@ -152,17 +140,9 @@ class GuidedProcessor:
         self.boundary = boundary
         self.backend = backend
         self.fused = isinstance(self.original, FusedAttnProcessor2_0)
-        self.sigmas: tuple[Perturbed, ...] | None = None
-        self.graph_sigmas: tuple[Perturbed, ...] = ()
-        self.values: torch.Tensor | None = None
-        self.conditional = slice(0, 0)
-        self.own = 0
-        self.perturbed: tuple[slice, ...] = ()
-        self.strides: tuple[Stride, ...] | None = None
-        self.blends: tuple[float, ...] | None = None
-        self.read: slice | None = None
-        self.mass: torch.Tensor | None = None
+        self.plan: LayerPlan | None = None
         self.grid: Grid | None = None
+        self.mass: torch.Tensor | None = None
         self.moved: tuple[torch.Tensor, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -179,9 +159,10 @@ class GuidedProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if self.read is not None:
-            self.mass = self._mass(attn, hidden_states, attention_mask, temb, self.read)
-        if not any(self.graph_sigmas):
+        plan = self.plan
+        if plan is not None and plan.read is not None:
+            self.mass = self._mass(attn, hidden_states, attention_mask, temb, plan.read)
+        if plan is None or not plan.acts:
             known = {} if temb is None else {"temb": temb}
             return self.original(
                 attn,
@@ -190,7 +171,7 @@ class GuidedProcessor:
                 attention_mask=attention_mask,
                 **known,
             )
-        sigmas, values = self._sigmas()
+        sigmas, values = plan.told_sigmas()
         output = self_attention(
             attn,
             hidden_states,
@@ -202,44 +183,22 @@ class GuidedProcessor:
             boundary=self.boundary,
             backend=self.backend,
             fused=self.fused,
-            strides=self.strides,
-            blends=self.blends,
-            own=self.own,
-            source=self.conditional,
+            strides=plan.strides,
+            blends=plan.blends,
+            own=plan.own,
+            source=plan.conditional,
         )
-        self.measure(output)
+        self.measure(output, plan)
         return output
 
-    def measure(self, output: torch.Tensor) -> None:
+    def measure(self, output: torch.Tensor, plan: LayerPlan) -> None:
         """Keep how far the perturbed samples of the layer's output are from the conditional ones."""
-        conditional = output[self.conditional]
+        conditional = output[plan.conditional]
         reference = norms(conditional)
-        self.moved = tuple(torch.stack([norms(output[p] - conditional), reference]) for p in self.perturbed)
+        self.moved = tuple(torch.stack([norms(output[p] - conditional), reference]) for p in plan.perturbed)
 
     def renew(self) -> None:
         """Take over what was changed on the original since it was last stood in for."""
-
-    def tell(self, sigmas: tuple[Perturbed, ...] | None) -> None:
-        """The sigmas of the coming forward; None for a plain one."""
-        self.sigmas = sigmas
-        self.graph_sigmas = () if sigmas is None else tuple(1.0 if is_finite(sigma) else sigma for sigma in sigmas)
-        self.values = None
-        if sigmas is None:
-            self.read = None
-        # Where a sample has a sigma for each head, calls with numbers from here would not know them.
-        elif any(map(is_finite, sigmas)) and not any(isinstance(sigma, tuple) for sigma in sigmas):
-            self.values = _tensor(tuple(sigma if isinstance(sigma, float) else 0.0 for sigma in sigmas))
-
-    def _sigmas(self) -> tuple[tuple[Perturbed, ...], torch.Tensor | None]:
-        """Numbers, or in a graph that is being compiled kinds and the tensor with the numbers.
-
-        Points between tokens, heads with sigmas of their own, and gradients are made for certain numbers.
-        """
-        rows = self.strides is None or all(stride == EVERY_TOKEN for stride in self.strides)
-        if torch.compiler.is_compiling() and self.values is not None and rows and not torch.is_grad_enabled():
-            return self.graph_sigmas, self.values
-        assert self.sigmas is not None
-        return self.sigmas, None
 
     def _mass(
         self,
@@ -257,13 +216,6 @@ class GuidedProcessor:
         tokens = tokens_of(attn, hidden_states[samples], None if temb is None else temb[samples])
         query, key = Projections(attn, self.fused).query_key(tokens)
         return attention_mass(query.detach(), key.detach(), scale=attn.scale, backend=self.backend)
-
-
-@lru_cache(maxsize=256)
-def _tensor(sigmas: tuple[float, ...]) -> torch.Tensor:
-    """On the CPU, made once, whatever the caller's modes."""
-    with ordinary_tensors():
-        return torch.tensor(sigmas, dtype=torch.float64, device="cpu")
 
 
 def norms(x: torch.Tensor) -> torch.Tensor:

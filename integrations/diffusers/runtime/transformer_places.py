@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.models.architectures import Architecture
-from segkern.integrations.diffusers.runtime.branches import Batch, Join
+from segkern.integrations.diffusers.runtime.branches import Batch, Join, JoinPlan
 
 
 class BlockPlaces:
@@ -41,17 +40,17 @@ class BlockPlaces:
         """
         return False
 
-    def hook(self, first: int) -> list[RemovableHandle]:
-        """Hook all blocks, if there are any before the one of that number, at which the first branch joins."""
-        if first == 0:
-            return []
-        return [join.module.register_forward_pre_hook(join, with_kwargs=True) for join in self._joins]
+    def joins(self) -> list[Join]:
+        """The hooks of all blocks."""
+        return self._joins
 
-    def tell(self, batch: Batch | None, branches: Sequence[int]) -> None:
-        """Before a forward: its batch, None if no branch joins inside, and the branches that each block runs with."""
-        for place, join in enumerate(self._joins):
-            join.batch = batch
-            join.branches = branches[place] if batch is not None else 0
+    def joins_from(self, first: int) -> list[Join]:
+        """The hooks that are needed when the first branch joins at the block of that number: none, or all."""
+        return self._joins if first > 0 else []
+
+    def plan(self, batch: Batch, branches: Sequence[int]) -> tuple[JoinPlan, ...]:
+        """For each of the joins its part in a forward of a batch in which each block runs with so many branches."""
+        return tuple(JoinPlan(batch, (count,)) for count in branches)
 
     def __len__(self) -> int:
         return len(self._names)

@@ -27,10 +27,9 @@ from diffusers.models.unets.unet_2d_blocks import (
     UpBlock2D,
 )
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.models.layers import execution_order
-from segkern.integrations.diffusers.runtime.branches import Batch, Join, JoinSkips
+from segkern.integrations.diffusers.runtime.branches import Batch, Join, JoinPlan, JoinSkips
 
 
 @dataclass(frozen=True)
@@ -92,22 +91,21 @@ class Places:
         """True if a branch that joins there still equals the conditional one when its first layer gets it."""
         return isinstance(self._places[place].module, BasicTransformerBlock)
 
-    def hook(self, first: int) -> list[RemovableHandle]:
-        """Hook all that a branch runs through that joins at the place of that number, or after it."""
+    def joins(self) -> list[Join]:
+        """The hooks of all modules at which a branch may join."""
+        return [*(join for join, _ in self._joins), *(skips for skips, _ in self._skips)]
+
+    def joins_from(self, first: int) -> list[Join]:
+        """The hooks of all that a branch runs through that joins at the place of that number, or after it."""
         around = self._places[first].around
         begin = next(i for i, place in enumerate(self._places) if place.around == around)
         joins: list[Join] = [join for join, place in self._joins if place >= begin]
-        joins += [join for join, resnets in self._skips if resnets and resnets[-1] >= begin]
-        return [join.module.register_forward_pre_hook(join, with_kwargs=True) for join in joins]
+        return joins + [join for join, resnets in self._skips if resnets and resnets[-1] >= begin]
 
-    def tell(self, batch: Batch | None, branches: Sequence[int]) -> None:
-        """Before a forward: its batch, None if no branch joins inside, and the branches that each place runs with."""
-        for join, place in self._joins:
-            join.batch = batch
-            join.branches = branches[place] if batch is not None else 0
-        for skips, resnets in self._skips:
-            skips.batch = batch
-            skips.by_resnet = tuple(branches[place] for place in resnets) if batch is not None else ()
+    def plan(self, batch: Batch, branches: Sequence[int]) -> tuple[JoinPlan, ...]:
+        """For each of the joins its part in a forward of a batch in which each place runs with so many branches."""
+        plans = [JoinPlan(batch, (branches[place],)) for _, place in self._joins]
+        return (*plans, *(JoinPlan(batch, tuple(branches[place] for place in resnets)) for _, resnets in self._skips))
 
     def __len__(self) -> int:
         return len(self._places)
