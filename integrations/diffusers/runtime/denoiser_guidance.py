@@ -15,6 +15,7 @@ from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
 from segkern.integrations.diffusers.runtime.hooks import hook_grids
 from segkern.integrations.diffusers.runtime.plans import ForwardPlan
+from segkern.integrations.diffusers.runtime.recomputation import Recomputation
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec
 
@@ -28,6 +29,7 @@ class DenoiserGuidance:
         layers: those that are perturbed or read.
         first: for every guidance the place at which its branch joins.
         recorder: of what the layers report.
+        recomputation: of its parts under gradient checkpointing.
     """
 
     def __init__(self, denoiser: Denoiser, placed: tuple[PlacedSpec, ...]) -> None:
@@ -40,6 +42,7 @@ class DenoiserGuidance:
         places = [place for place in self.first if place >= 0]
         self._joins = self._places.joins()
         self._hooked = self._places.joins_from(min(places)) if places else []
+        self.recomputation = Recomputation(denoiser.model, self.layers, self._hooked)
         self._plans: dict[Any, ForwardPlan] = {}
 
     def _place(self, placed_spec: PlacedSpec) -> int:
@@ -54,9 +57,11 @@ class DenoiserGuidance:
             modules = [layer.info.module for layer in self.layers]
             self._inner += hook_grids(self._denoiser.model, modules, self.layers.set_grid)
             self._inner += [join.hook() for join in self._hooked]
+        self.recomputation.attach()
 
     def detach(self) -> None:
         """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
+        self.recomputation.detach()
         self._tell_joins(None)
         while self._inner:
             self._inner.pop().remove()
@@ -71,6 +76,7 @@ class DenoiserGuidance:
         plan = self._plan(forward)
         self._tell_joins(plan.joins)
         self.layers.tell(plan.layers)
+        self.recomputation.begin()
 
     def _plan(self, forward: Forward) -> ForwardPlan:
         """The plan of a forward; one for all that are alike."""
@@ -108,6 +114,7 @@ class DenoiserGuidance:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Inside, the denoiser runs as it is, on whatever batch."""
+        self.recomputation.end()
         self._tell_joins(None)
         self.layers.rest()
         yield

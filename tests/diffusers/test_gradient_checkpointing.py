@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of guided runs under gradient checkpointing are those without it, whenever backward comes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
+from tests.diffusers.probes import hooks_of
+from tests.diffusers.small_pipelines import noise, relative, smaller_pipeline
+from tests.diffusers.transformer_cases import MODELS
+
+
+def small() -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+    """A UNet and a short differentiable run of its pipeline, whose arguments can be changed."""
+    pipe = smaller_pipeline()
+    given = {"prompt": "a red fox", "latents": noise(1, 8, 8), "num_inference_steps": 2, "guidance_scale": 5.0}
+    return pipe.unet, partial(differentiable, pipe, **given)
+
+
+def transformer(name: str) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+    """The same of a transformer."""
+    model = MODELS[name]
+    pipe = model.build()
+    given = model.call(4, 4, 1, True) | {"height": 4 * model.factor, "width": 4 * model.factor}
+    return pipe.transformer, partial(differentiable, pipe, **given, num_inference_steps=2)
+
+
+def differentiable(
+    pipe: Any, specs: Sequence[Any] = (), share: bool = True, loss: Callable[..., None] | None = None, **given: Any
+) -> torch.Tensor:
+    """A weighted sum of the latents of a run under guidance; a ``loss`` gets it before the guidance is removed."""
+    if "latents" in given:
+        given |= {"height": pipe.vae_scale_factor * given["latents"].shape[2]}
+        given |= {"width": pipe.vae_scale_factor * given["latents"].shape[3]}
+    call = partial(type(pipe).__call__.__wrapped__, pipe, output_type="latent")  # it is under no_grad otherwise
+    generator = torch.Generator().manual_seed(5)
+
+    def total() -> torch.Tensor:
+        output = call(generator=generator, **given)
+        latents = output.images if hasattr(output, "images") else output.frames
+        return (latents * torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))).sum()
+
+    if not specs:
+        return total()
+    with guide(pipe, *specs, share=share) as guidance:
+        result = total()
+        if loss is not None:
+            before = guidance.report()
+            loss(result)
+            if loss is torch.Tensor.backward:
+                assert guidance.report() == before, "what is computed again is no further forward"
+    return result
+
+
+def gradients(model: nn.Module, act: Callable[[], Any]) -> torch.Tensor:
+    """Of all parameters."""
+    model.zero_grad()
+    act()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def reentrant(module: Any, *args: Any) -> Any:
+    return checkpoint(module, *args, use_reentrant=True)
+
+
+def of_bound_method(module: Any, *args: Any) -> Any:
+    return checkpoint(module.__call__, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+SPECS = {
+    "SEG": (SEG(sigma=1.0, layers="mid"),),
+    "SEG of infinite sigma": (SEG(layers=["d0", "u0"]),),
+    "SEG with a stride": (SEG(sigma=2.0, layers="mid", query_stride=2, blend=0.5),),
+    "PAG": (PAG(layers="m0"),),
+    "SAG": (SAG(),),
+    "several": (SEG(sigma=1.0, layers="u0"), PAG(layers="mid"), SAG()),
+}
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_gradients_are_those_without_checkpointing(specs: Sequence[Any], share: bool) -> None:
+    unet, run = small()
+    expected = gradients(unet, lambda: run(specs, share).backward())
+    assert relative(gradients(unet, lambda: run().backward()), expected) > 1e-4, "guidance would not be noticed"
+    unet.enable_gradient_checkpointing()
+    functions = {id(module): vars(module).get("_gradient_checkpointing_func") for module in unet.modules()}
+    after = gradients(unet, lambda: run(specs, share).backward())
+    inside = gradients(unet, lambda: run(specs, share, loss=torch.Tensor.backward))
+    assert relative(after, expected) < 1e-6
+    assert relative(inside, expected) < 1e-6
+    assert hooks_of(unet) == 0
+    assert functions == {id(module): vars(module).get("_gradient_checkpointing_func") for module in unet.modules()}
+
+
+def test_with_a_guidance_that_leads_away_from_a_text() -> None:
+    unet, run = small()
+    specs = (CFG(scale=3.0, negative_prompt="blurry"), SEG(sigma=1.0, layers="u0"))
+    expected = gradients(unet, lambda: run(specs, guidance_scale=1.0).backward())
+    unet.enable_gradient_checkpointing()
+    assert relative(gradients(unet, lambda: run(specs, guidance_scale=1.0).backward()), expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux", "qwen-image", "z-image", "pixart-sigma", "wan"])
+def test_transformers(name: str) -> None:
+    model, run = transformer(name)
+    for spec in (SEG(sigma=1.0, layers=MODELS[name].layers), PAG(layers=MODELS[name].layers)):
+        model.disable_gradient_checkpointing()
+        expected = gradients(model, lambda spec=spec: run((spec,)).backward())
+        model.enable_gradient_checkpointing()
+        after = gradients(model, lambda spec=spec: run((spec,)).backward())
+        inside = gradients(model, lambda spec=spec: run((spec,), loss=torch.Tensor.backward))
+        assert relative(after, expected) < 1e-6
+        assert relative(inside, expected) < 1e-6
+
+
+@pytest.mark.parametrize("function", [reentrant, of_bound_method])
+def test_another_checkpointing_function(function: Callable[..., Any]) -> None:
+    unet, run = small()
+    specs, latents = (SEG(sigma=1.0, layers=["d0", "mid"]),), noise(1, 8, 8).requires_grad_()
+    expected = gradients(unet, lambda: run(specs, latents=latents).backward())
+    unet.enable_gradient_checkpointing(function)
+    # Nested backward passes add the gradients of a parameter up in another order.
+    assert relative(gradients(unet, lambda: run(specs, latents=latents).backward()), expected) < 1e-5
+
+
+def test_other_forwards_come_before_backward() -> None:
+    """Of other guidances, sizes and batches, and plain ones; each is computed again as it was."""
+    unet, run = small()
+
+    def act() -> None:
+        losses = [
+            run((SEG(sigma=1.0, layers="mid"),)),
+            run(),
+            run((PAG(layers="u0"), SEG(layers="d0")), False, latents=noise(1, 16, 8)),
+            run((SEG(sigma=2.0, layers="u0", start=0.5),), prompt=["a", "b"], latents=noise(2, 8, 16)),
+        ]
+        for loss in (losses[2], losses[0], losses[3], losses[1]):
+            loss.backward()
+
+    expected = gradients(unet, act)
+    unet.enable_gradient_checkpointing()
+    assert relative(gradients(unet, act), expected) < 1e-6
+
+
+def test_backward_in_the_middle_of_another_run() -> None:
+    unet, run = small()
+
+    def act() -> None:
+        losses = [run((SEG(sigma=1.0, layers="mid"),))]
+
+        def between(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            if losses:
+                losses.pop().backward(retain_graph=True)
+            return kwargs
+
+        with torch.no_grad():
+            drawn.append(run((PAG(layers=["d0", "u0"]),), callback_on_step_end=between))
+
+    drawn: list[torch.Tensor] = []
+    expected = gradients(unet, act)
+    unet.enable_gradient_checkpointing()
+    assert relative(gradients(unet, act), expected) < 1e-6
+    assert torch.equal(*drawn)
+
+
+def test_backward_while_another_thread_draws() -> None:
+    unet, run = small()
+    specs = (SEG(sigma=1.0, layers=["d0", "mid"]),)
+    drawn: list[torch.Tensor] = []
+
+    def draw() -> None:
+        with torch.no_grad():
+            drawn.append(run(latents=noise(1, 16, 8)))
+
+    def beside(loss: torch.Tensor) -> None:
+        """Backward of a run in the midst of a guided one."""
+        threads = [threading.Thread(target=loss.backward), threading.Thread(target=draw)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def one_by_one(loss: torch.Tensor) -> None:
+        loss.backward()
+        draw()
+
+    expected = gradients(unet, lambda: run(specs, loss=one_by_one))
+    unet.enable_gradient_checkpointing()
+    assert relative(gradients(unet, lambda: run(specs, loss=beside)), expected) < 1e-6
+    assert torch.equal(*drawn)
+
+
+def test_what_is_checkpointed_may_be_checkpointed_inside() -> None:
+    """A transformer as a whole, and its blocks again: these are computed three times."""
+    unet, run = small()
+    specs = (SEG(sigma=1.0, layers=["d0", "mid"]), PAG(layers="u0"))
+    expected = gradients(unet, lambda: run(specs).backward())
+    unet.enable_gradient_checkpointing()
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        for attention in getattr(block, "attentions", None) or ():
+            attention.forward = partial(_whole, block, attention, attention.forward)
+    assert relative(gradients(unet, lambda: run(specs).backward()), expected) < 1e-6
+
+
+def _whole(block: Any, module: Any, forward: Callable[..., Any], hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+    return block._gradient_checkpointing_func(_Bound(module, partial(forward, **kwargs)), hidden_states)
+
+
+class _Bound:
+    def __init__(self, module: Any, function: Callable[..., Any]) -> None:
+        self.__self__, self._function = module, function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
