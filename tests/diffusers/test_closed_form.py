@@ -16,6 +16,7 @@ import torch
 
 from segkern.integrations.diffusers import SEG, guide
 from tests.diffusers.exact_denoisers import (
+    ExactBlock,
     GaussianBlock,
     Line,
     MixtureBlock,
@@ -81,7 +82,7 @@ def test_the_prediction_is_that_of_the_guided_score(prediction: str, cfg: float,
     spec = SEG(gamma - 1, blur)
     pipe = exact_pipeline(MixtureBlock(*some_mixture(), prediction), ddim(prediction), 3)
     made = record_steps(pipe.scheduler)
-    with guide(pipe, spec) as guidance:
+    with guide(pipe, spec, trust=[ExactBlock]) as guidance:
         draw(pipe, normal(3, 2, *SIZE), MIXED[0], MIXED[1], cfg, num_inference_steps=4, eta=1.0)
     assert [layer.fired for layer in guidance.report().layers] == [4]
     for t, (predicted, x, _) in zip(pipe.scheduler.timesteps, made, strict=True):
@@ -106,7 +107,7 @@ def test_a_step_drifts_by_the_guided_score_and_diffuses_by_noise(cfg: float, gam
     )
     made = record_steps(pipe.scheduler)
     generator, same = (torch.Generator().manual_seed(7) for _ in range(2))
-    with guide(pipe, spec):
+    with guide(pipe, spec, trust=[ExactBlock]):
         draw(pipe, normal(3, 2, *SIZE), MIXED[0], MIXED[1], cfg, num_inference_steps=5, generator=generator, eta=0.0)
     levels = pipe.scheduler.sigmas.double().tolist()
     for (_, y, following), sigma, lower in zip(made, levels, levels[1:], strict=False):
@@ -176,7 +177,7 @@ def test_ode_samplers_tend_to_the_guided_probability_flow(sampler: str, cfg: flo
     exact = {mode: expected_moments(pipe, mode, cfg, random=False) for mode in MODES}
     errors: dict[tuple[str, str], list[float]] = {}
     for steps in (50, 100, 200):
-        with guide(pipe, SEG(SCALE, math.inf)):
+        with guide(pipe, SEG(SCALE, math.inf), trust=[ExactBlock]):
             made = draw(pipe, latents, *JOINT, cfg, num_inference_steps=steps)[:, 0, 0]
         for place, (mode, direction) in enumerate(MODES.items()):
             mean, variance = exact[mode]
@@ -204,7 +205,7 @@ def test_sde_samplers_tend_to_the_guided_sde(sampler: str) -> None:
     count = 1500
     estimates: dict[tuple[str, str], list[tuple[float, float]]] = {}  # value and its standard error
     for steps in (25, 50, 100):
-        with guide(pipe, SEG(SCALE, math.inf)):
+        with guide(pipe, SEG(SCALE, math.inf), trust=[ExactBlock]):
             made = draw(
                 pipe,
                 normal(count, CHANNELS, HEIGHT, WIDTH, seed=steps),

@@ -21,6 +21,7 @@ from segkern.integrations.diffusers.runtime.branches import (
     Forward,
 )
 from segkern.integrations.diffusers.runtime.interception import intercepting
+from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, GuidedProcessor
 from segkern.integrations.diffusers.runtime.run_context import RunContext
 from segkern.integrations.diffusers.runtime.transformer_places import BlockPlaces
@@ -139,7 +140,7 @@ class UNet(Denoiser):
 
     def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
         if type(original) not in STANDARD_PROCESSORS:
-            raise ValueError(f"a {type(original).__name__} is not standard self-attention")
+            raise ValueError(f"a {name_of(type(original))} is not standard self-attention")
         return GuidedProcessor(original, boundary, backend)
 
 

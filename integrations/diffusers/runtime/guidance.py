@@ -18,6 +18,8 @@ from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGui
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.forward_lock import ForwardLock
 from segkern.integrations.diffusers.runtime.hooks import Outer
+from segkern.integrations.diffusers.runtime.module_checks import ModuleChecks
+from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.outputs import check_size, prediction_of, with_prediction
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
@@ -31,7 +33,7 @@ from segkern.integrations.diffusers.specs.base import PlacedSpec, Spec
 PendingShift = tuple[torch.Tensor | None, float | None]
 
 
-def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
+def guide(pipe: Any, *specs: Spec, share: bool = True, trust: Trust = ()) -> Guidance:
     """Turn on guidance for every run of a pipeline, until the context is left or ``remove()`` is called.
 
     The pipeline stays the stock one, whatever its task (text to image, image to image, inpainting,
@@ -49,6 +51,10 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
         share: let a branch join the batch only at the transformer block of its first layer, since it equals the
             conditional branch before; a UNet's layer projects the branch's queries, keys and values once for both.
             The result is the same, up to rounding, and costs less; False is there to check.
+        trust: classes of attention processors and blocks, and functions that replaced a module's ``forward``, which are
+            not of PyTorch or diffusers: the statement that each treats every sample of a batch by itself, wherever it
+            stands, and keeps nothing from one forward to the next. Guidance appends samples to the batch, so any that
+            would see them and is not named here is refused.
 
     Returns:
         The active guidance, a context manager. Leaving it, by an exception too, puts back the very objects
@@ -67,9 +73,12 @@ def guide(pipe: Any, *specs: Spec, share: bool = True) -> Guidance:
         ...     image = pipe("a red fox", guidance_scale=5.0).images[0]
         >>> print(guidance.report())  # doctest: +SKIP
     """
+    trust = check_trust(trust)
     placed = [(denoiser, choose_layers(denoiser, specs)) for denoiser in check_pipeline(pipe)]
-    guidance = Guidance(pipe, *placed[0], share)
-    guidance._others = [Guidance(pipe, *denoiser_specs, share, guidance) for denoiser_specs in placed[1:]]
+    guidance = Guidance(pipe, *placed[0], share, trust)
+    guidance._others = [Guidance(pipe, *denoiser_specs, share, trust, guidance) for denoiser_specs in placed[1:]]
+    for each in (guidance, *guidance._others):
+        each._checks.check()
     guidance._install()
     return guidance
 
@@ -78,7 +87,13 @@ class Guidance:
     """Guidance at work on a pipeline; made by :func:`guide`."""
 
     def __init__(
-        self, pipe: Any, denoiser: Denoiser, placed: tuple[PlacedSpec, ...], share: bool, beside: Guidance | None = None
+        self,
+        pipe: Any,
+        denoiser: Denoiser,
+        placed: tuple[PlacedSpec, ...],
+        share: bool,
+        trust: Trust = (),
+        beside: Guidance | None = None,
     ) -> None:
         self._pipe = pipe
         self._others: list[Guidance] = []  # of denoisers that take turns with this one in a run
@@ -89,6 +104,7 @@ class Guidance:
         self._run: RunContext = RunContext(pipe) if beside is None else beside._run
         self._for_others = 0  # forwards that other pipelines asked for
         self._denoiser_guidance = DenoiserGuidance(denoiser, placed)
+        self._checks = ModuleChecks(denoiser, self._denoiser_guidance.first, share, trust)
         self._recorder: Recorder = self._denoiser_guidance.recorder if beside is None else beside._recorder
         self._arguments = denoiser.arguments
         self._installed = False
@@ -248,6 +264,7 @@ class Guidance:
             return None
         self._pending = None
         forward = self._planner.forward(caller, args, kwargs)
+        self._checks.before(self._run.count, forward)
         plain = forward is None or not (forward.branches or forward.sag)
         if plain:
             self._denoiser_guidance.detach()

@@ -22,6 +22,7 @@ from segkern.integrations.diffusers.models.layers import (
     select_layers,
 )
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
+from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
 from segkern.integrations.diffusers.runtime.run_context import ANSWERS
 from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
@@ -264,6 +265,7 @@ def check_layer(unet: nn.Module, layer: LayerInfo) -> None:
     processor = unwrap(attention.processor)
     if type(processor) not in STANDARD_PROCESSORS:
         raise ValueError(
-            f"layer {layer.name} ({layer.module}) has a {type(processor).__name__}, which is not standard "
-            f"self-attention; known are {', '.join(p.__name__ for p in STANDARD_PROCESSORS)}"
+            f"layer {layer.name} ({layer.module}) has a {name_of(type(processor))}, which is not standard "
+            f"self-attention; known are {', '.join(map(name_of, STANDARD_PROCESSORS))}. Guide other layers, or set one "
+            f"of these"
         )

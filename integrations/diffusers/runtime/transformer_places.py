@@ -29,6 +29,11 @@ class BlockPlaces:
                 self._names.append(f"{stage.blocks}.{number}")
                 self._joins.append(Join(block, stage.batched))
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the blocks."""
+        return self._names
+
     def of(self, module: str) -> int:
         """The number of the block that holds a module."""
         return next(i for i, name in enumerate(self._names) if f"{module}.".startswith(f"{name}."))

@@ -77,6 +77,11 @@ class Places:
         self._joins.append((Join(module), len(self._places)))
         self._places.append(Place(name, module, around))
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the modules at the places."""
+        return [place.name for place in self._places]
+
     def of(self, module: str) -> int:
         """The number of the place that holds a module."""
         return next(i for i, place in enumerate(self._places) if f"{module}.".startswith(f"{place.name}."))

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a denoiser's modules: caches, replaced forwards, and processors and blocks of other packages.
+
+Guidance appends samples to the batch, in some forwards and from some block on. A cache gives what another batch gave,
+and code that reads the place of a sample in the batch takes an appended one for another. Neither can be seen from the
+outside, so what is not known is refused, unless the user says that it treats every sample by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import diffusers.models.attention_processor as diffusers_processors
+from diffusers.hooks import group_offloading, layerwise_casting
+from torch import nn
+
+from segkern.integrations.diffusers.models.layers import UNETS, execution_order
+from segkern.integrations.diffusers.runtime.branches import Forward
+from segkern.integrations.diffusers.runtime.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.origins import (
+    Trust,
+    foreign_link,
+    is_known,
+    is_trusted,
+    module_of,
+    name_of,
+)
+from segkern.integrations.diffusers.runtime.processor import unwrap
+
+# Hooks of diffusers' registry that move or cast weights and change no result.
+_HARMLESS = tuple(
+    getattr(package, name)
+    for package, names in (
+        (
+            group_offloading,
+            ("GroupOffloadingHook", "LazyPrefetchGroupOffloadingHook", "LayerExecutionTrackerHook"),
+        ),
+        (layerwise_casting, ("LayerwiseCastingHook", "PeftInputAutocastDisableHook")),
+    )
+    for name in names
+    if hasattr(package, name)
+)
+
+# Processors of diffusers that take the batch apart.
+_BY_PLACE = tuple(
+    getattr(diffusers_processors, name)
+    for name in dir(diffusers_processors)
+    if name.startswith("PAG") and isinstance(getattr(diffusers_processors, name), type)
+)
+_PIPELINES = "diffusers.pipelines."  # whose own processors read places, but for those that split a batch
+
+# Modules of a UNet that run after its blocks.
+_UNET_END = ("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
+
+
+class ModuleChecks:
+    """The checks of one guided denoiser: of all its modules once in a run, and of what may have changed since.
+
+    Args:
+        denoiser: the denoiser.
+        first: for every guidance the place at which its branch joins.
+        share: whether branches may join inside.
+        trust: classes and functions that treat every sample by itself, as the user says.
+    """
+
+    def __init__(self, denoiser: Denoiser, first: Sequence[int], share: bool, trust: Trust) -> None:
+        self._denoiser = denoiser
+        self._model = denoiser.model
+        self._trust = trust
+        self._place = min(first, default=-1) if share else -1
+        self._checked = self._place  # the lowest place since which modules were checked
+        self._run: Any = None
+        self._watched: list[tuple[nn.Module, Any, Any]] = []  # modules, with their own forwards and processors
+
+    def before(self, run: Any, forward: Forward | None) -> None:
+        """Check the denoiser before a forward: everything in a new run, and again where something was replaced.
+
+        Args:
+            run: anything that differs from run to run.
+            forward: the plan of the forward; None for a plain one.
+
+        Raises:
+            ValueError: for a module that guidance cannot follow; the message names it.
+        """
+        place = self._place if forward is None or (forward.share and not forward.sag) else -1
+        if run != self._run or place < self._checked or self._changed():
+            self._run = run
+            self.check(place)
+
+    def check(self, place: int | None = None) -> None:
+        """Check every module.
+
+        Args:
+            place: where the first branch joins, -1 before all; by default where the guidances ask for it.
+
+        Raises:
+            ValueError: for a module that guidance cannot follow; the message names it.
+        """
+        self._watched = []
+        self._checked = self._place if place is None else place
+        modules = list(_walk(self._model, frozenset(self._outside(self._checked))))
+        asked = self._asked(name for name, module, _ in modules if _processor_of(module) is not None)
+        watched = []
+        for name, module, inside in modules:
+            check_registry(self._model, name, module)
+            forward, processor = vars(module).get("forward"), _processor_of(module)
+            if inside and forward is not None:
+                self._check_forward(name, module, forward)
+            if inside and name in asked:
+                self._check_class(name, module)
+            if inside and processor is not None:
+                self._check_processor(name, processor)
+            if name in asked:
+                watched.append((module, forward, processor))
+        self._watched = watched
+
+    def _changed(self) -> bool:
+        """True if a forward or a processor is another since the last check; few modules are asked."""
+        return any(
+            vars(module).get("forward") is not forward or _processor_of(module) is not processor
+            for module, forward, processor in self._watched
+        )
+
+    def _asked(self, attentions: Iterable[str]) -> set[str]:
+        """Names of blocks, resnets and attention modules, and of everything around them."""
+        asked = {""}
+        for name in (*self._denoiser.places.names, *attentions):
+            while name and name not in asked:
+                asked.add(name)
+                name = name.rpartition(".")[0]
+        return asked
+
+    def _outside(self, place: int) -> Iterator[str]:
+        """Names of modules that run on the pipeline's own batch where the first branch joins at a place."""
+        if place < 0:
+            return
+        names = self._denoiser.places.names
+        yield from names[:place]
+        if not isinstance(self._model, UNETS):
+            return
+        later = names[place:]
+        yield from (
+            name
+            for name, _ in execution_order(self._model)
+            if not any(f"{other}.".startswith(f"{name}.") for other in later)
+        )
+        yield from (name for name, _ in self._model.named_children() if name not in _UNET_END)
+
+    def _check_forward(self, name: str, module: nn.Module, forward: Any) -> None:
+        """Of an instance, which hides that of its class."""
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):  # adapters of other packages
+            return
+        for link in (forward, vars(module).get("_old_forward")):  # the second is what accelerate's hook wraps
+            foreign = foreign_link(link)
+            if foreign is not None and not is_trusted(foreign, self._trust) and not is_trusted(link, self._trust):
+                raise ValueError(
+                    f"guide cannot follow {self._at(name)}, whose forward was replaced by {name_of(foreign)}: it may "
+                    f"give what another forward or another place in the batch gave, as a cache (DeepCache) does, while "
+                    f"guidance appends samples to the batch. Remove it before guide; if it treats every sample by "
+                    f"itself and keeps nothing from one forward to the next, say so: "
+                    f"guide(..., trust=[{self._path(name)}.forward])"
+                )
+
+    def _check_class(self, name: str, module: nn.Module) -> None:
+        """Of a block; of the denoiser, whose subclass may leave the forward alone, this alone is asked about."""
+        kind = type(module)
+        foreign = foreign_link(kind.forward)
+        if (foreign is None and (not name or is_known(kind.__module__))) or is_trusted(module, self._trust):
+            return
+        if foreign is not None and is_trusted(foreign, self._trust):
+            return
+        replaced = foreign is not None and is_known(kind.__module__)
+        unknown = name_of(foreign) if replaced else name_of(kind)
+        what = f"has a forward that was replaced by {unknown}" if replaced else f"is a {unknown}"
+        raise ValueError(f"{self._at(name)} {what}{_WHY.format(trust=unknown.rpartition('.')[2])}")
+
+    def _check_processor(self, name: str, processor: Any) -> None:
+        if is_trusted(processor, self._trust):
+            return
+        named = processor if hasattr(processor, "__qualname__") else type(processor)
+        if isinstance(processor, _BY_PLACE):
+            raise ValueError(
+                f"{self._at(name)} has a {name_of(named)} as its processor, which takes the batch apart by the places "
+                f"of samples, and guidance appends samples to the batch; set the model's own processor"
+            )
+        modules = str(named.__module__), module_of(processor)
+        if not all(map(is_known, modules)) or modules[0].startswith(_PIPELINES):
+            unknown = name_of(named)
+            why = _WHY.format(trust=unknown.rpartition(".")[2])
+            raise ValueError(f"{self._at(name)} has a {unknown} as its processor{why}")
+
+    def _path(self, name: str) -> str:
+        """In Python, from the pipeline on."""
+        parts = ["pipe", self._denoiser.name, *name.split(".")]
+        return "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in parts if part).lstrip(".")
+
+    def _at(self, name: str) -> str:
+        model = type(self._model).__name__
+        return f"{name} of this {model}" if name else f"this {model}"
+
+
+_WHY = (
+    ", which segkern does not know. Guidance appends samples to the batch, and it cannot know whether this code treats "
+    "every sample by itself, wherever it stands in the batch. If it does, say so: guide(..., trust=[{trust}]); else "
+    "take it off before guide"
+)
+
+
+def check_registry(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise a ValueError for hooks in diffusers' registry that may change what a module gives."""
+    hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None)
+    if not hooks:
+        return
+    for hook_name, hook in hooks.items():
+        if type(hook) in _HARMLESS:
+            continue
+        what = "a cache" if getattr(hook, "_is_stateful", False) or "cache" in type(hook).__module__ else "a hook"
+        at = f"{name} of this {type(model).__name__}" if name else f"this {type(model).__name__}"
+        raise ValueError(
+            f"guide cannot handle a {type(model).__name__} with {what}: {at} has {hook_name!r}, a "
+            f"{name_of(type(hook))}. A cache gives what earlier forwards of another batch gave, and a hook that skips "
+            f"or changes a module does so for appended samples too. Remove it: call disable_cache() where enable_cache "
+            f"was called, else diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)"
+            f".remove_hook({hook_name!r}, recurse=True), and so for others; see SEG(reuse=...)"
+        )
+
+
+def _processor_of(module: nn.Module) -> Any:
+    """Of an attention module, the one that guidances stand in for; None of others."""
+    own = vars(module)
+    processor = own.get("processor")
+    if processor is None:
+        processor = own["_modules"].get("processor")
+    return None if processor is None else unwrap(processor)
+
+
+def _walk(model: nn.Module, outside: frozenset[str]) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Every module once with its name, and whether it runs with branches."""
+    seen = set()
+    stack = [("", model, True)]
+    while stack:
+        name, module, inside = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        inside = inside and name not in outside
+        yield name, module, inside
+        children = [(f"{name}.{child}" if name else child, part, inside) for child, part in module.named_children()]
+        stack += reversed(children)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package that a callable's code comes from, and the user's trust in code of other packages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# What a user may trust: classes of processors or blocks, and functions.
+Trust = Sequence[Callable[..., Any]]
+
+# Packages whose blocks and forwards treat every sample by itself, but for what is checked elsewhere.
+_KNOWN = frozenset({"diffusers", "torch", "segkern", "peft", "accelerate"})
+
+
+def check_trust(trust: Any) -> tuple[Callable[..., Any], ...]:
+    """The classes and functions that are trusted.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not isinstance(trust, (list, tuple, set, frozenset)) or not all(map(callable, trust)):
+        raise ValueError(f"trust takes a list of classes or functions, such as trust=[TheirProcessor], got {trust!r}")
+    return tuple(trust)
+
+
+def is_trusted(call: Any, trust: Trust) -> bool:
+    """True if an object, its class or its function is one that the user trusts."""
+    function = function_of(call)
+    code = getattr(function, "__code__", None)
+    for trusted in trust:
+        if isinstance(trusted, type):
+            if isinstance(call, trusted) or isinstance(getattr(call, "__self__", None), trusted):
+                return True
+        elif call is trusted or (code is not None and code is getattr(function_of(trusted), "__code__", None)):
+            return True
+    return False
+
+
+def function_of(call: Any) -> Any:
+    """The Python function that runs when something is called: of a partial, a method, an instance with ``__call__``."""
+    while True:
+        if isinstance(call, functools.partial):
+            call = call.func
+        elif hasattr(call, "__func__"):
+            call = call.__func__
+        elif hasattr(call, "__code__") or isinstance(call, type):
+            return call
+        elif callable(call):
+            return type(call).__call__
+        else:
+            return call
+
+
+def module_of(call: Any) -> str:
+    """The module whose code runs when something is called, which a decorator may have hidden from ``__module__``."""
+    function = function_of(call)
+    namespace = getattr(function, "__globals__", None)
+    name = namespace.get("__name__") if namespace is not None else getattr(function, "__module__", None)
+    return name if isinstance(name, str) else ""
+
+
+def is_known(module: str) -> bool:
+    """True for a module of the packages that are known."""
+    return module.partition(".")[0] in _KNOWN
+
+
+def name_of(call: Any) -> str:
+    """Module and qualified name of a class or of the function that runs, whatever a decorator says of it."""
+    function = call if isinstance(call, type) else function_of(call)
+    if isinstance(function, type):
+        return f"{function.__module__}.{function.__qualname__}"
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", repr(function))
+    return f"{module_of(function)}.{getattr(code, 'co_qualname', getattr(code, 'co_name', name))}"
+
+
+def foreign_link(forward: Any) -> Any:
+    """The first function of another package in a chain of wrappers around a forward; None where all are known."""
+    seen = 0
+    while forward is not None and seen < 100:
+        if not is_known(module_of(forward)):
+            return forward
+        forward = getattr(forward, "__wrapped__", None)
+        seen += 1
+    return None
