@@ -63,6 +63,12 @@ def has_forward_hooks(module: torch.nn.Module) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in of_all)
 
 
+def pytorch_attention() -> Callable[..., Any]:
+    """``scaled_dot_product_attention`` as PyTorch has it, whatever has been put in its place; torch 2.11 to 2.13."""
+    attention: Callable[..., Any] = torch._C._nn.scaled_dot_product_attention
+    return attention
+
+
 def triton_allocator() -> Callable[[int, int, int | None], Any]:
     """The function that ``triton.set_allocator`` has set in this context; Triton 3.6 to 3.9."""
     from triton.runtime._allocation import _allocator

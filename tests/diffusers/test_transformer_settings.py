@@ -84,7 +84,7 @@ def test_between_forwards_processors_are_the_models_own() -> None:
     model = MODELS["flux"]
     pipe = model.build()
     own = dict(pipe.transformer.attn_processors)
-    with guide(pipe, SEG(layers=model.layers)):
+    with attention_backend(), guide(pipe, SEG(layers=model.layers)):
         assert dict(pipe.transformer.attn_processors) == own
         run(model, pipe)
         assert dict(pipe.transformer.attn_processors) == own

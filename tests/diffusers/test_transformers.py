@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
@@ -187,14 +188,17 @@ def test_under_compile(name: str, compilations: int, compile_first: bool) -> Non
     assert counter.frame_count == compilations
 
 
+class Multiplying(AttnProcessor):
+    """It multiplies matrices itself."""
+
+
 def test_attention_that_is_not_met_is_an_error() -> None:
     model = MODELS["pixart-sigma"]
     pipe = model.build()
-    from diffusers.models.attention_processor import AttnProcessor  # multiplies matrices itself
-
-    pipe.transformer.transformer_blocks[2].attn1.set_processor(AttnProcessor())
+    pipe.transformer.transformer_blocks[2].attn1.set_processor(Multiplying())
     plain = run(model, pipe)
-    with pytest.raises(RuntimeError, match=r"did not meet the attention.*AttnProcessor"), guide(pipe, SEG(layers=2)):
+    guidance = guide(pipe, SEG(layers=2), trust=[Multiplying])
+    with pytest.raises(RuntimeError, match=r"did not meet the attention.*test_transformers.Multiplying"), guidance:
         run(model, pipe)
     assert torch.equal(run(model, pipe), plain)
     assert hooks_of(pipe.transformer) == 0

@@ -151,10 +151,21 @@ def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _map_tensors(item, change) for key, item in value.items()}
+        return {key: item if _is_of_all(key, item) else _map_tensors(item, change) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)([_map_tensors(item, change) for item in value])
     return value
+
+
+def _is_of_all(name: Any, value: Any) -> bool:
+    """True for a named tensor that is for all samples alike, whatever its size.
+
+    PyTorch's attention takes masks ``[tokens, tokens]`` and ``[heads, tokens, tokens]``; one entry for each sample have
+    only those of 4 dimensions, and those ``[samples, keys]`` that diffusers' native backend takes beside them.
+    """
+    if name == "attention_mask" and isinstance(value, torch.Tensor):
+        return value.ndim == 3 or (value.ndim == 2 and value.shape[0] == value.shape[1])
+    return name == "ip_adapter_masks"
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class DenoiserGuidance:
 
     def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
         """The distance that each layer moved, for each guidance that acted there."""
+        self.recorder.kernels |= self.layers.kernels
         moved: dict[tuple[int, str], torch.Tensor] = {}
         for layer in self.layers:
             processor, name = layer.processor, layer.info.module

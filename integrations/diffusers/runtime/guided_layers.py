@@ -12,6 +12,7 @@ from segkern.grid import Grid
 from segkern.integrations.diffusers.models.names import LayerInfo
 from segkern.integrations.diffusers.runtime.branches import Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.kernels import NativeAttention, chosen_kernel
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride
@@ -39,13 +40,19 @@ class GuidedLayer:
 
 
 class GuidedLayers:
-    """All of them, each once."""
+    """All of them, each once.
+
+    Attributes:
+        kernels: that were chosen for the attention of some, by the name of the module.
+    """
 
     def __init__(self, denoiser: Denoiser, placed: Sequence[PlacedSpec]) -> None:
         self._denoiser = denoiser
         self._placed = placed
         self._places = denoiser.places
         self._layers: dict[str, GuidedLayer] = {}
+        self.kernels: dict[str, str] = {}
+        self._native = NativeAttention()
         for index, placed_spec in enumerate(placed):
             for info in placed_spec.layers:
                 layer = self._layers.get(info.module)
@@ -79,7 +86,6 @@ class GuidedLayers:
             current = layer.attention.processor
             if current is layer.processor:
                 continue
-            layer.processor.renew()
             original, old = unwrap(current), layer.processor
             if original is not old.original:  # fused projections, for example
                 try:
@@ -92,10 +98,16 @@ class GuidedLayers:
                 old.plan = None  # someone may have kept it
                 layer.processor = new
             layer.attention.set_processor(layer.processor)
+        chosen = [(layer, chosen_kernel(layer.processor.original)) for layer in self]  # layers may share processors
+        for layer, kernel in chosen:
+            if kernel is not None:
+                self.kernels[layer.info.module] = kernel
+                self._native.take(layer.processor.original)
 
     def step_aside(self) -> None:
         """Put the layers' own processors back."""
         self.rest()
+        self._native.put_back()
         for layer in self:
             if layer.attention.processor is not unwrap(layer.attention.processor):
                 layer.attention.set_processor(unwrap(layer.attention.processor))

@@ -8,19 +8,38 @@ There the logits are what they are, and there the queries are blurred.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+    XFormersJointAttnProcessor,
+)
 from torch.overrides import TorchFunctionMode
 
 from segkern.api import seg_attention
+from segkern.core.private_apis import pytorch_attention
 from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
+from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 from segkern.integrations.diffusers.specs.sigmas import Perturbation
+
+_PYTORCHS = pytorch_attention()
+
+# Processors that do not call PyTorch's attention, and those that do the same steps and call it.
+_CALLING_PYTORCHS: dict[type, type] = {
+    AttnProcessor: AttnProcessor2_0,
+    SlicedAttnProcessor: AttnProcessor2_0,
+    XFormersAttnProcessor: AttnProcessor2_0,
+    XFormersJointAttnProcessor: JointAttnProcessor2_0,
+}
 
 
 class InterceptingProcessor(GuidedProcessor):
@@ -28,43 +47,57 @@ class InterceptingProcessor(GuidedProcessor):
 
     The class of an instance comes from :func:`intercepting`, whose ``__call__`` has the signature of the original's,
     since models pass a processor the arguments that it names.
-
-    Attributes:
-        caught: whether the attention of the forward under way was met.
     """
 
     def __init__(self, original: Any, boundary: str = "reflect", backend: str = "auto") -> None:
         super().__init__(original, boundary, backend)
-        self.caught = False
-        self._runs = original
-        if hasattr(original, "_attention_backend"):  # another kernel than PyTorch's would be missed
-            self._runs = copy.copy(original)
-            self.renew()
-
-    def renew(self) -> None:
-        """Take over what was changed on the original, but for its kernel."""
-        if self._runs is not self.original:
-            self._runs.__dict__.update(self.original.__dict__, _attention_backend="native")
+        calling = _CALLING_PYTORCHS.get(type(original))
+        self._runs = original if calling is None else calling()
 
     def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """The original's output, with another attention for perturbed samples."""
         plan = self.plan
         if plan is None or not plan.acts:
             return self.original(attn, *args, **kwargs)
-        self.caught = False
-        with _Meeting(self):
+        if self._runs is not self.original:
+            self._check_steps(attn)
+        meeting = _Meeting(self)
+        with meeting:
             output = self._runs(attn, *args, **kwargs)
-        if not self.caught:
-            raise RuntimeError(
-                f"guide did not meet the attention of a layer with a {type(self.original).__name__}: it must call "
-                f"torch.nn.functional.scaled_dot_product_attention on [batch, heads, tokens, head_dim] with the "
-                f"image's {self.grid} in its tokens"
-            )
+        if not meeting.met:
+            raise RuntimeError(self._missed())
         self.measure(output[0] if isinstance(output, tuple) else output, plan)
         return output
 
+    def _check_steps(self, attn: Any) -> None:
+        """Raise a ValueError where the processor that runs would do other steps than the original."""
+        norms = type(self._runs) is AttnProcessor2_0 and (attn.norm_q is not None or attn.norm_k is not None)
+        if norms or not attn.scale_qk:
+            what = "no norm of queries and keys" if norms else "a scale of its own"
+            raise ValueError(
+                f"guide cannot act in a layer with a {name_of(type(self.original))}, which computes with {what} and "
+                f"does not call PyTorch's attention: set the model's own processors"
+            )
+
+    def _missed(self) -> str:
+        """The words for an attention that was not met."""
+        missed = f"guide did not meet the attention of a layer with a {name_of(type(self.original))}: "
+        function = F.scaled_dot_product_attention
+        if function is not _PYTORCHS:
+            name = name_of(function)
+            return (
+                f"{missed}torch.nn.functional.scaled_dot_product_attention was replaced by {name}, inside of which "
+                f"guidance cannot act; put PyTorch's own back before the run, or choose the kernel with the model's "
+                f"set_attention_backend instead, which guidance steps around"
+            )
+        return (
+            f"{missed}it must call torch.nn.functional.scaled_dot_product_attention on [batch, heads, tokens, "
+            f"head_dim] with the image's {self.grid} in its tokens; set the model's own processors"
+        )
+
     def attend(
         self,
+        meeting: _Meeting,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -79,17 +112,19 @@ class InterceptingProcessor(GuidedProcessor):
         assert plan is not None
         assert grid is not None
         if (
-            self.caught
-            or query.ndim != 4
+            query.ndim != 4
             or key.shape[2] != query.shape[2]
             or query.shape[0] != len(plan.sigmas)
             or query.shape[2] < grid.stop
             or is_causal
         ):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            return _PYTORCHS(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if meeting.met:
+            raise RuntimeError(
+                f"{name_of(type(self.original))} calls attention twice on the image's tokens, and guide cannot tell "
+                f"which call is self-attention: set a processor that calls it once, or name other layers"
             )
-        self.caught = True
+        meeting.met = True
         device = query.device.type
         if not query.dtype == key.dtype == value.dtype and torch.is_autocast_enabled(device):
             # As autocast itself does before attention: norms may have left some of them in float32.
@@ -122,15 +157,20 @@ class InterceptingProcessor(GuidedProcessor):
 
 
 class _Meeting(TorchFunctionMode):
-    """Inside, attention is the processor's."""
+    """Inside, attention is the processor's.
+
+    Attributes:
+        met: whether self-attention was called.
+    """
 
     def __init__(self, processor: InterceptingProcessor) -> None:
         super().__init__()
         self._processor = processor
+        self.met = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return self._processor.attend(*args, **(kwargs or {}))
+        if func is _PYTORCHS:
+            return self._processor.attend(self, *args, **(kwargs or {}))
         if func is torch.Tensor.unflatten:  # calls super(), which torch.compile cannot follow from here
             func = torch.unflatten
         return func(*args, **(kwargs or {}))

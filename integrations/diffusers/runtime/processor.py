@@ -197,9 +197,6 @@ class GuidedProcessor:
         reference = norms(conditional)
         self.moved = tuple(torch.stack([norms(output[p] - conditional), reference]) for p in plan.perturbed)
 
-    def renew(self) -> None:
-        """Take over what was changed on the original since it was last stood in for."""
-
     def _mass(
         self,
         attn: Attention,

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.branches import Join, JoinPlan
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
+from segkern.integrations.diffusers.runtime.kernels import NativeAttention
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 
@@ -164,8 +165,10 @@ class _Parts:
         layers = [(attn, attn.processor, p, dict(vars(p))) for attn, p, _, _ in self._layers]
         plans = [(join, join.plan) for join, _ in self._joins]
         handles: list[RemovableHandle] = []
+        native = NativeAttention()
         try:
             for attn, processor, plan, grid in self._layers:
+                native.take(processor.original)
                 if attn.processor is not processor:
                     attn.set_processor(processor)
                 processor.plan, processor.grid = plan, grid
@@ -175,6 +178,7 @@ class _Parts:
                     handles.append(join.hook())
             yield
         finally:
+            native.put_back()
             for handle in handles:
                 handle.remove()
             for join, told in plans:

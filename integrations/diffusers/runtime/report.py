@@ -54,12 +54,14 @@ class Report:
         specs: the guidances.
         layers: one entry for each guidance and layer.
         problems: one sentence for each guidance that fired never or moved nothing.
+        notes: one sentence for each attention kernel that was chosen for some layers and that guidance replaced there.
     """
 
     forwards: int
     specs: tuple[Spec, ...]
     layers: tuple[LayerReport, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain dictionaries and lists, ready for JSON but for infinite sigmas.
@@ -71,6 +73,7 @@ class Report:
             "specs": [_plain(spec.to_dict()) for spec in self.specs],
             "layers": [asdict(row) for row in self.layers],
             "problems": list(self.problems),
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -83,7 +86,8 @@ class Report:
                 moved = "-" if row.moved is None else f"{row.moved:.2%}"
                 lines.append(f"  {row.layer:<{width}}  {row.fired:>5}  {moved:>8}  {row.module}")
             blocks.append("\n".join(lines))
-        return "\n\n".join([*blocks, *(f"warning: {problem}" for problem in self.problems)])
+        told = [*(f"warning: {problem}" for problem in self.problems), *(f"note: {note}" for note in self.notes)]
+        return "\n\n".join([*blocks, *told])
 
 
 def _plain(value: Any) -> Any:
@@ -104,10 +108,12 @@ class Recorder:
     Attributes:
         placed: the guidances and their layers.
         forwards: of the denoiser so far.
+        kernels: of attention that were chosen for layers, by the name of the module.
     """
 
     placed: tuple[PlacedSpec, ...]
     forwards: int = 0
+    kernels: dict[str, str] = field(default_factory=dict)
     # Which (guidance, module) pairs fired together -> in how many forwards, and the sum of their relative
     # distances.
     _sums: dict[tuple[tuple[int, str], ...], tuple[int, torch.Tensor]] = field(default_factory=dict, init=False)
@@ -143,7 +149,18 @@ class Recorder:
                 moved = totals[pair] / count if pair in totals else None
                 rows.append(LayerReport(index, name, module, count, moved))
         specs = tuple(placed_spec.spec for placed_spec in self.placed)
-        return Report(self.forwards, specs, tuple(rows), self._problems(rows))
+        return Report(self.forwards, specs, tuple(rows), self._problems(rows), self._notes(rows))
+
+    def _notes(self, rows: list[LayerReport]) -> tuple[str, ...]:
+        layers: dict[str, dict[str, None]] = {}
+        for row in rows:
+            if row.fired and row.module in self.kernels:
+                layers.setdefault(self.kernels[row.module], {})[row.layer] = None
+        return tuple(
+            f"in guided steps the attention of layers {', '.join(names)} ran on PyTorch's and segkern's kernels, "
+            f"not on {kernel}, which was chosen for it"
+            for kernel, names in layers.items()
+        )
 
     def warn(self, report: Report, stacklevel: int) -> None:
         """Warn of each problem, at the caller ``stacklevel - 1`` calls above this one."""
