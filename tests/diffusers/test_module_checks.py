@@ -316,6 +316,9 @@ def test_processors_of_transformers_are_asked_about_too() -> None:
     class Other(type(processor)):  # type: ignore[misc]
         """The same computation, in a class of somebody's own."""
 
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
     block.attn.processor = Other()
     with pytest.raises(ValueError, match=r"transformer_blocks\.\d.attn .*Other as its processor"):
         guide(pipe, SEG(layers=0))

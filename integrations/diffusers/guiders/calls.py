@@ -176,7 +176,7 @@ class GuiderCalls:
         else:
             layer = next(iter(self._denoiser_guidance.layers))
             moved = {key: pair.clone() for key, pair in moved.items()}
-            with self._denoiser_guidance.quiet():
+            with self._denoiser_guidance.quiet(forward):
                 self.kept, moved[0, layer.info.module] = self._sag.difference(
                     0, self._module, self._denoiser.arguments, self._given, sample.clone(), layer
                 )

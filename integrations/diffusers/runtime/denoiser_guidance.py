@@ -14,6 +14,7 @@ from segkern.integrations.diffusers.runtime.branches import Forward, JoinPlan
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
 from segkern.integrations.diffusers.runtime.hooks import hook_grids
+from segkern.integrations.diffusers.runtime.per_sample import KeptEmbeddings
 from segkern.integrations.diffusers.runtime.plans import ForwardPlan
 from segkern.integrations.diffusers.runtime.recomputation import Recomputation
 from segkern.integrations.diffusers.runtime.report import Recorder
@@ -44,6 +45,7 @@ class DenoiserGuidance:
         self._hooked = self._places.joins_from(min(places)) if places else []
         self.recomputation = Recomputation(denoiser.model, self.layers, self._hooked)
         self._plans: dict[Any, ForwardPlan] = {}
+        self._kept = KeptEmbeddings(denoiser.model)
 
     def _place(self, placed_spec: PlacedSpec) -> int:
         """The place of the first perturbed layer; before all of them where the whole input differs."""
@@ -63,6 +65,7 @@ class DenoiserGuidance:
         """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
         self.recomputation.detach()
         self._tell_joins(None)
+        self._kept.restore()
         while self._inner:
             self._inner.pop().remove()
         self.layers.step_aside()
@@ -74,6 +77,7 @@ class DenoiserGuidance:
             for layer in self.layers:
                 layer.processor.grid = grid
         plan = self._plan(forward)
+        self._kept.grow(forward.batch, forward.joined(-1))
         self._tell_joins(plan.joins)
         self.layers.tell(plan.layers)
         self.recomputation.begin()
@@ -113,9 +117,14 @@ class DenoiserGuidance:
         return moved
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Inside, the denoiser runs as it is, on whatever batch."""
+    def quiet(self, forward: Forward) -> Iterator[None]:
+        """Inside, the denoiser runs as it is, on the samples that a forward's guidance degrades."""
+        own = forward.reference.stop <= forward.batch.size
         self.recomputation.end()
         self._tell_joins(None)
         self.layers.rest()
-        yield
+        self._kept.take(forward.batch, forward.reference if own else forward.batch.conditional)
+        try:
+            yield
+        finally:
+            self._kept.restore()

@@ -21,6 +21,7 @@ from segkern.integrations.diffusers.runtime.hooks import Outer
 from segkern.integrations.diffusers.runtime.module_checks import ModuleChecks
 from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.outputs import check_size, prediction_of, with_prediction
+from segkern.integrations.diffusers.runtime.per_sample import check_attention_arguments
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
 from segkern.integrations.diffusers.runtime.run_context import RunContext
@@ -251,6 +252,8 @@ class Guidance:
         self._forward = None
         caller = self._run.caller()
         self._part = "foreign" if caller is None else self._denoiser.part(caller, args, kwargs)
+        if caller is not None:
+            check_attention_arguments(self._arguments, args, kwargs, self._denoiser.model)
         given = None if caller is None else self._arguments.get(self._denoiser.sample_name, args, kwargs)
         self._size = None if given is None else len(given)
         if self._first_of_run._leaving and self._part not in ("foreign", "unconditional"):
@@ -264,7 +267,7 @@ class Guidance:
             return None
         self._pending = None
         forward = self._planner.forward(caller, args, kwargs)
-        self._checks.before(self._run.count, forward)
+        self._checks.before(self._run.count, forward, self._size or 1)
         plain = forward is None or not (forward.branches or forward.sag)
         if plain:
             self._denoiser_guidance.detach()
@@ -337,7 +340,7 @@ class Guidance:
                 moved[index, ""] = torch.stack([norms(delta), norms(sample[batch.conditional])])
         for index in forward.sag:
             layer = next(layer for layer in self._layers if index in layer.readers)
-            with self._denoiser_guidance.quiet():
+            with self._denoiser_guidance.quiet(forward):
                 delta, moved[index, layer.info.module] = self._sag.difference(
                     index, self._module, self._arguments, self._given, sample[forward.reference], layer
                 )

@@ -21,11 +21,12 @@ from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.origins import (
     Trust,
     foreign_link,
+    foreign_part,
     is_known,
     is_trusted,
-    module_of,
     name_of,
 )
+from segkern.integrations.diffusers.runtime.per_sample import samples_on
 from segkern.integrations.diffusers.runtime.processor import unwrap
 
 # Hooks of diffusers' registry that move or cast weights and change no result.
@@ -73,12 +74,13 @@ class ModuleChecks:
         self._run: Any = None
         self._watched: list[tuple[nn.Module, Any, Any]] = []  # modules, with their own forwards and processors
 
-    def before(self, run: Any, forward: Forward | None) -> None:
+    def before(self, run: Any, forward: Forward | None, batch: int) -> None:
         """Check the denoiser before a forward: everything in a new run, and again where something was replaced.
 
         Args:
             run: anything that differs from run to run.
             forward: the plan of the forward; None for a plain one.
+            batch: samples that the pipeline passes.
 
         Raises:
             ValueError: for a module that guidance cannot follow; the message names it.
@@ -86,13 +88,16 @@ class ModuleChecks:
         place = self._place if forward is None or (forward.share and not forward.sag) else -1
         if run != self._run or place < self._checked or self._changed():
             self._run = run
-            self.check(place)
+            frames = 1 if forward is None else forward.frames
+            # A tensor for one sample fits its branches too.
+            self.check(place, frozenset({batch, batch * frames} - {1}))
 
-    def check(self, place: int | None = None) -> None:
+    def check(self, place: int | None = None, sizes: frozenset[int] = frozenset()) -> None:
         """Check every module.
 
         Args:
             place: where the first branch joins, -1 before all; by default where the guidances ask for it.
+            sizes: of the batch, for the denoiser and for its blocks, where a run has begun.
 
         Raises:
             ValueError: for a module that guidance cannot follow; the message names it.
@@ -111,6 +116,8 @@ class ModuleChecks:
                 self._check_class(name, module)
             if inside and processor is not None:
                 self._check_processor(name, processor)
+            if inside and sizes:
+                self._check_tensors(name, module, sizes)
             if name in asked:
                 watched.append((module, forward, processor))
         self._watched = watched
@@ -163,17 +170,15 @@ class ModuleChecks:
                 )
 
     def _check_class(self, name: str, module: nn.Module) -> None:
-        """Of a block; of the denoiser, whose subclass may leave the forward alone, this alone is asked about."""
+        """Of a block or an attention module; of the denoiser itself, the forward alone."""
         kind = type(module)
-        foreign = foreign_link(kind.forward)
-        if (foreign is None and (not name or is_known(kind.__module__))) or is_trusted(module, self._trust):
+        foreign = foreign_part(kind) if name else foreign_link(kind.forward)
+        if foreign is None or is_trusted(module, self._trust) or is_trusted(foreign, self._trust):
             return
-        if foreign is not None and is_trusted(foreign, self._trust):
-            return
-        replaced = foreign is not None and is_known(kind.__module__)
-        unknown = name_of(foreign) if replaced else name_of(kind)
-        what = f"has a forward that was replaced by {unknown}" if replaced else f"is a {unknown}"
-        raise ValueError(f"{self._at(name)} {what}{_WHY.format(trust=unknown.rpartition('.')[2])}")
+        replaced = is_known(kind.__module__)
+        what = "has a forward that was replaced by" if replaced else "is a"
+        unknown = name_of(foreign if replaced else kind)
+        raise ValueError(f"{self._at(name)} {what} {unknown}{_WHY.format(trust=unknown.rpartition('.')[2])}")
 
     def _check_processor(self, name: str, processor: Any) -> None:
         if is_trusted(processor, self._trust):
@@ -184,11 +189,22 @@ class ModuleChecks:
                 f"{self._at(name)} has a {name_of(named)} as its processor, which takes the batch apart by the places "
                 f"of samples, and guidance appends samples to the batch; set the model's own processor"
             )
-        modules = str(named.__module__), module_of(processor)
-        if not all(map(is_known, modules)) or modules[0].startswith(_PIPELINES):
+        foreign = foreign_part(named) if isinstance(named, type) else foreign_link(processor)
+        if foreign is not None or str(named.__module__).startswith(_PIPELINES):
             unknown = name_of(named)
             why = _WHY.format(trust=unknown.rpartition(".")[2])
             raise ValueError(f"{self._at(name)} has a {unknown} as its processor{why}")
+
+    def _check_tensors(self, name: str, module: nn.Module, sizes: frozenset[int]) -> None:
+        attribute = samples_on(module, sizes)
+        if attribute is not None and not is_trusted(module, self._trust):
+            kind = type(module).__qualname__
+            raise ValueError(
+                f"{self._at(name)}, a {name_of(type(module))}, keeps a tensor {attribute!r} with as many entries as "
+                f"the batch has samples, {max(sizes)}, and guidance appends samples to the batch. If it does not "
+                f"belong to samples, register it as a buffer, or say so: guide(..., trust=[{kind}]); else take it off "
+                f"before guide"
+            )
 
     def _path(self, name: str) -> str:
         """In Python, from the pipeline on."""

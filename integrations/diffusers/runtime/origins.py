@@ -85,3 +85,29 @@ def foreign_link(forward: Any) -> Any:
         forward = getattr(forward, "__wrapped__", None)
         seen += 1
     return None
+
+
+def foreign_part(kind: type) -> Any:
+    """Code of another package that instances of a class run: the class that overrides a method of a known one, or the
+    function that replaced a known class's forward; None for none.
+
+    A subclass that only adds attributes or methods of its own runs what its base does.
+    """
+    for base in kind.__mro__:
+        if is_known(base.__module__):
+            break
+        rest = kind.__mro__[kind.__mro__.index(base) + 1 :]
+        known = [other for other in rest if is_known(other.__module__)]
+        if not known or any(_overrides(name, value, known) for name, value in vars(base).items()):
+            return base
+    for name in ("forward", "__call__"):
+        foreign = foreign_link(getattr(kind, name, None))
+        if foreign is not None:
+            return foreign
+    return None
+
+
+def _overrides(name: str, value: Any, bases: Sequence[type]) -> bool:
+    """True for a method or property that one of these classes has too, but for what makes and prints an instance."""
+    code = callable(value) or isinstance(value, (property, staticmethod, classmethod))
+    return code and name not in ("__init__", "__repr__") and any(name in vars(base) for base in bases)
