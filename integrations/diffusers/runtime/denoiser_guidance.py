@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.runtime.branches import Forward, JoinPlan
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
-from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
+from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer, GuidedLayers
 from segkern.integrations.diffusers.runtime.hooks import hook_grids
+from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.per_sample import KeptEmbeddings
 from segkern.integrations.diffusers.runtime.plans import ForwardPlan
 from segkern.integrations.diffusers.runtime.recomputation import Recomputation
@@ -106,13 +107,20 @@ class DenoiserGuidance:
                 join.plan = None
 
     def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
-        """The distance that each layer moved, for each guidance that acted there."""
+        """The distance that each layer moved, for each guidance that acted there.
+
+        Raises:
+            RuntimeError: for a layer in which one should have acted and did not.
+        """
         self.recorder.kernels |= self.layers.kernels
         moved: dict[tuple[int, str], torch.Tensor] = {}
         for layer in self.layers:
             processor, name = layer.processor, layer.info.module
             acting = [index for index in forward.branches if index in layer.specs]
-            for index, distance in zip(acting, processor.moved or (), strict=False):
+            read = any(index in forward.sag for index in layer.readers)
+            if (acting and processor.moved is None) or (read and processor.mass is None):
+                raise RuntimeError(_left_out(layer))
+            for index, distance in zip(acting, processor.moved or (), strict=True):
                 moved[index, name] = distance
         return moved
 
@@ -128,3 +136,14 @@ class DenoiserGuidance:
             yield
         finally:
             self._kept.restore()
+
+
+def _left_out(layer: GuidedLayer) -> str:
+    """The words for a layer in which guidance should have acted in the forward that is over."""
+    at, now = f"layer {layer.info.name} ({layer.info.module})", layer.attention.processor
+    if now is layer.processor:
+        return f"{at} did not run in a step in which guidance acts there: take off what skips it, or name other layers"
+    return (
+        f"{at} was given a {name_of(type(now))} while the denoiser ran, so that guidance did not act there: change "
+        f"processors (attention slicing, xFormers, IP-Adapters) between steps, as in callback_on_step_end"
+    )
