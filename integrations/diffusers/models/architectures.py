@@ -254,6 +254,13 @@ _ALL = (
 
 ARCHITECTURES: Mapping[str, Architecture] = {architecture.model: architecture for architecture in _ALL}
 
+
+def architecture_of(model: object) -> Architecture | None:
+    """The architecture of a diffusers model or of a subclass of one; None for any other."""
+    names = (base.__name__ for base in type(model).__mro__ if base.__module__.partition(".")[0] == "diffusers")
+    return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+
+
 # Models whose image tokens do not meet in a softmax: there are no queries that could be blurred.
 LINEAR = {
     "SanaTransformer2DModel": "its self-attention is linear attention",

@@ -16,6 +16,7 @@ from segkern.integrations.diffusers.models.architectures import (
     UNET_DEFAULT,
     Architecture,
     advised_layers,
+    architecture_of,
 )
 from segkern.integrations.diffusers.models.names import PARTS, LayerInfo, select_layers
 
@@ -62,7 +63,7 @@ def list_layers(
         latent = latent_size(pipe_or_model, height, width, frames)
     if isinstance(model, UNETS):
         return _of_unet(model, latent)
-    return _of_transformer(model, ARCHITECTURES[type(model).__name__], latent)
+    return _of_transformer(model, _architecture(model), latent)
 
 
 def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
@@ -124,7 +125,7 @@ def default_layers_of(pipe_or_model: object) -> tuple[str, str]:
     if isinstance(model, UNETS):
         return UNET_DEFAULT
     blocks = {layer.block for layer in list_layers(model)}
-    return advised_layers(ARCHITECTURES[type(model).__name__], len(blocks))
+    return advised_layers(_architecture(model), len(blocks))
 
 
 def latent_size(pipe: object, height: int, width: int, frames: int | None = None) -> tuple[int, int, int]:
@@ -156,7 +157,13 @@ def pixels(pipe: object) -> tuple[int, int]:
     factor = _factor(pipe, _SPATIAL)
     if factor is None:
         raise ValueError(f"a {type(pipe).__name__} does not say how many pixels a latent stands for")
-    return factor, factor * ARCHITECTURES[type(model).__name__].pixels(model)
+    return factor, factor * _architecture(model).pixels(model)
+
+
+def _architecture(model: nn.Module) -> Architecture:
+    architecture = architecture_of(model)
+    assert architecture is not None
+    return architecture
 
 
 _SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
@@ -191,12 +198,14 @@ def find_model(pipe_or_model: object) -> nn.Module:
     models = [getattr(pipe_or_model, name, None) for name in ("unet", "transformer", "transformer_2")]
     models = [model for model in models if model is not None] or [pipe_or_model]
     for model in (getattr(model, "_orig_mod", model) for model in models):
-        if isinstance(model, UNETS) or type(model).__name__ in ARCHITECTURES:
+        if isinstance(model, UNETS) or architecture_of(model) is not None:
             assert isinstance(model, nn.Module)
             return model
     name = type(getattr(models[0], "_orig_mod", models[0])).__name__
     within = "" if models[0] is pipe_or_model else f" with a {name}"
     reason = f"; of a {name} it cannot: {LINEAR[name]}" if name in LINEAR else ""
+    if name in ARCHITECTURES:
+        within += f" of another package, {type(models[0]).__module__}, not diffusers' or a subclass of it"
     known = ", ".join(architecture.users for architecture in ARCHITECTURES.values())
     raise ValueError(
         f"segkern guides pipelines with a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), a UNetMotionModel "

@@ -10,7 +10,6 @@ module asks for it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.runtime.hooks import Hook
+from segkern.integrations.diffusers.runtime.signatures import parameter_names
 
 # Arguments of a UNet and of its blocks that hold one entry per sample. Others (cross_attention_kwargs, upsample_size)
 # pass through untouched.
@@ -231,7 +231,7 @@ class Join(Hook):
 
     def __init__(self, module: nn.Module, batched: frozenset[str] = MODULE_ARGUMENTS) -> None:
         self.module = module
-        self._names = _parameter_names(module)
+        self._names = parameter_names(module)
         self._batched = batched
         self.plan: JoinPlan | None = None
 
@@ -279,8 +279,8 @@ class DenoiserArguments:
         batched: frozenset[str] = DENOISER_ARGUMENTS,
         listed: frozenset[str] = frozenset(),
     ) -> None:
-        self._names = _parameter_names(denoiser)
-        self._batched = batched
+        self._names = parameter_names(denoiser)
+        self.batched = batched
         self._listed = listed
 
     def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -293,7 +293,7 @@ class DenoiserArguments:
     def grow_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
         """Every batch-first argument with ``count`` branches, so that every block runs with them."""
         args, kwargs = _map_arguments(self._names, self._listed, args, kwargs, lambda x: batch.grow_list(x, count))
-        return _map_arguments(self._names, self._batched - self._listed, args, kwargs, lambda x: batch.grow(x, count))
+        return _map_arguments(self._names, self.batched - self._listed, args, kwargs, lambda x: batch.grow(x, count))
 
     def grow(
         self, names: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int
@@ -303,14 +303,14 @@ class DenoiserArguments:
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, samples: slice) -> Arguments:
         """Every batch-first argument cut to some samples of the pipeline's own batch."""
-        return _map_arguments(self._names, self._batched, args, kwargs, lambda value: batch.take(value, samples))
+        return _map_arguments(self._names, self.batched, args, kwargs, lambda value: batch.take(value, samples))
 
     def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], **values: Any) -> Arguments:
         """The arguments with other values for some of them."""
         changed = list(args)
         named = dict(kwargs)
         for name, value in values.items():
-            position = self._names.index(name)
+            position = self._names.index(name) if name in self._names else len(changed)
             if position < len(changed):
                 changed[position] = value
             else:
@@ -383,12 +383,6 @@ def shifted(
     """
     by = shift if rescaled_guidance_scale is None else shift / (1.0 - rescaled_guidance_scale)
     return (prediction.to(by.dtype) + by).to(prediction.dtype)
-
-
-def _parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the positional parameters of its class's forward (offloading replaces the instance's)."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())
-    return tuple(p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def _map_arguments(

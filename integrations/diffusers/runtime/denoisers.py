@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import nn
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.models.architectures import ARCHITECTURES, Architecture, batch_of
+from segkern.integrations.diffusers.models.architectures import Architecture, architecture_of, batch_of
 from segkern.integrations.diffusers.runtime.branches import (
     DENOISER_ARGUMENTS,
     Arguments,
@@ -246,5 +246,5 @@ def _denoiser(model: Any) -> Denoiser | None:
         return UNet(model)
     if isinstance(model, UNetMotionModel):
         return MotionUNet(model)
-    architecture = ARCHITECTURES.get(type(model).__name__)
+    architecture = architecture_of(model)
     return None if architecture is None else Transformer(model, architecture)

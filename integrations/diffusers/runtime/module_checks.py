@@ -16,7 +16,7 @@ from diffusers.hooks import group_offloading, layerwise_casting
 from torch import nn
 
 from segkern.integrations.diffusers.models.layers import UNETS, execution_order
-from segkern.integrations.diffusers.runtime.branches import Forward
+from segkern.integrations.diffusers.runtime.branches import MODULE_ARGUMENTS, Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.origins import (
     Trust,
@@ -28,6 +28,7 @@ from segkern.integrations.diffusers.runtime.origins import (
 )
 from segkern.integrations.diffusers.runtime.per_sample import samples_on
 from segkern.integrations.diffusers.runtime.processor import unwrap
+from segkern.integrations.diffusers.runtime.signatures import check_signature
 
 # Hooks of diffusers' registry that move or cast weights and change no result.
 _HARMLESS = tuple(
@@ -50,6 +51,9 @@ _BY_PLACE = tuple(
     if name.startswith("PAG") and isinstance(getattr(diffusers_processors, name), type)
 )
 _PIPELINES = "diffusers.pipelines."  # whose own processors read places, but for those that split a batch
+
+# Arguments of blocks that hold an entry for each sample.
+_OF_BLOCKS = MODULE_ARGUMENTS | {"x"}
 
 # Modules of a UNet that run after its blocks.
 _UNET_END = ("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
@@ -173,7 +177,11 @@ class ModuleChecks:
         """Of a block or an attention module; of the denoiser itself, the forward alone."""
         kind = type(module)
         foreign = foreign_part(kind) if name else foreign_link(kind.forward)
-        if foreign is None or is_trusted(module, self._trust) or is_trusted(foreign, self._trust):
+        if foreign is None:
+            return
+        if name in ("", *self._denoiser.places.names):
+            check_signature(module, _OF_BLOCKS if name else self._denoiser.arguments.batched, self._at(name))
+        if is_trusted(module, self._trust) or is_trusted(foreign, self._trust):
             return
         replaced = is_known(kind.__module__)
         what = "has a forward that was replaced by" if replaced else "is a"
