@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -127,10 +128,12 @@ def _run_with_a_hook(pipe: Any, spec: Any, where: str) -> None:
             handle.remove()
 
 
-def test_a_layer_that_is_skipped_in_a_step_is_refused() -> None:
+def test_a_layer_that_is_replaced_by_another_is_refused() -> None:
     pipe = tiny_pipeline(own_unet=True)
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[1]
-    block.attn1.forward = lambda hidden_states, **kwargs: hidden_states
-    guidance = guide(pipe, SEG(), trust=[block.attn1.forward])
-    with pytest.raises(RuntimeError, match=r"layer m1 .*did not run in a step in which guidance acts"), guidance:
-        run_unet(pipe, latents=noise(1, *SIZE))
+
+    def replace(pipe: Any) -> None:
+        block.attn1 = copy.deepcopy(block.attn1)
+
+    with pytest.raises(RuntimeError, match=r"layer m1 .*did not run in a step.*replaced"), guide(pipe, SEG()):
+        run_unet(pipe, latents=noise(1, *SIZE), callback_on_step_end=in_step(0, replace))

@@ -31,14 +31,16 @@ class DenoiserGuidance:
         layers: those that are perturbed or read.
         first: for every guidance the place at which its branch joins.
         recorder: of what the layers report.
+        may_skip: whether layers may be skipped in a step, by code that the user trusts.
         recomputation: of its parts under gradient checkpointing.
     """
 
-    def __init__(self, denoiser: Denoiser, placed: tuple[PlacedSpec, ...]) -> None:
+    def __init__(self, denoiser: Denoiser, placed: tuple[PlacedSpec, ...], may_skip: bool = False) -> None:
         self._denoiser = denoiser
         self._places = denoiser.places
         self._inner: list[RemovableHandle] = []  # hooks on the parts, from attach to detach
         self.recorder = Recorder(placed)
+        self.may_skip = may_skip
         self.layers = GuidedLayers(denoiser, placed)
         self.first = [self._place(placed_spec) for placed_spec in placed]
         places = [place for place in self.first if place >= 0]
@@ -119,6 +121,8 @@ class DenoiserGuidance:
             acting = [index for index in forward.branches if index in layer.specs]
             read = any(index in forward.sag for index in layer.readers)
             if (acting and processor.moved is None) or (read and processor.mass is None):
+                if self.may_skip and layer.attention.processor is processor:
+                    continue
                 raise RuntimeError(_left_out(layer))
             for index, distance in zip(acting, processor.moved or (), strict=True):
                 moved[index, name] = distance
@@ -142,7 +146,9 @@ def _left_out(layer: GuidedLayer) -> str:
     """The words for a layer in which guidance should have acted in the forward that is over."""
     at, now = f"layer {layer.info.name} ({layer.info.module})", layer.attention.processor
     if now is layer.processor:
-        return f"{at} did not run in a step in which guidance acts there: take off what skips it, or name other layers"
+        return (
+            f"{at} did not run in a step in which guidance acts: take off what skips it; guide anew if it was replaced"
+        )
     return (
         f"{at} was given a {name_of(type(now))} while the denoiser ran, so that guidance did not act there: change "
         f"processors (attention slicing, xFormers, IP-Adapters) between steps, as in callback_on_step_end"

@@ -104,9 +104,10 @@ class Guidance:
         self._specs = tuple(placed_spec.spec for placed_spec in placed)
         self._run: RunContext = RunContext(pipe) if beside is None else beside._run
         self._for_others = 0  # forwards that other pipelines asked for
-        self._denoiser_guidance = DenoiserGuidance(denoiser, placed)
+        self._denoiser_guidance = DenoiserGuidance(denoiser, placed, may_skip=bool(trust))
         self._checks = ModuleChecks(denoiser, self._denoiser_guidance.first, share, trust)
         self._recorder: Recorder = self._denoiser_guidance.recorder if beside is None else beside._recorder
+        self._denoiser_guidance.recorder = self._recorder
         self._arguments = denoiser.arguments
         self._installed = False
         self._entered = 0  # contexts that are open
