@@ -163,15 +163,25 @@ def test_replaced_forwards_are_refused(spec: Any) -> None:
         guide(pipe, spec)
 
 
-def test_replaced_forwards_that_are_trusted_do_as_in_diffusers_pag() -> None:
-    latents = noise()
-    pipe = tiny_pipeline(own_unet=True)
-    Keeper(pipe.unet)
+def test_replaced_forwards_that_are_trusted() -> None:
+    pipe, latents = tiny_pipeline(own_unet=True), noise()
+    block = pipe.unet.mid_block
+
+    def less(*args: Any, forward: Any = block.forward, **kwargs: Any) -> Any:
+        return 0.5 * forward(*args, **kwargs)
+
+    block.forward = less
     expected = run(other(StableDiffusionXLPAGPipeline, pipe, "mid_block"), latents=latents, pag_scale=3.0)
+    for trusted in (less, block.forward):
+        with guide(pipe, PAG(), trust=[trusted]):
+            assert relative(run(pipe, latents=latents), expected) < PIPELINE_TOLERANCE
+
+
+def test_a_replaced_forward_that_skips_a_guided_layer_is_refused_though_trusted() -> None:
     pipe = tiny_pipeline(own_unet=True)
     Keeper(pipe.unet)
-    with guide(pipe, PAG(), trust=[pipe.unet.mid_block.forward]):
-        assert relative(run(pipe, latents=latents), expected) < PIPELINE_TOLERANCE
+    with guide(pipe, PAG(), trust=[pipe.unet.mid_block.forward]), pytest.raises(RuntimeError, match="did not run"):
+        run(pipe, latents=noise())
 
 
 def test_forwards_replaced_between_runs_and_within_one() -> None:
