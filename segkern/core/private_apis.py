@@ -59,7 +59,10 @@ def has_forward_hooks(module: torch.nn.Module) -> bool:
     """
     if module._forward_hooks or module._forward_pre_hooks:
         return True
-    of_all = (*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values())
+    before, after = global_hooks._global_forward_pre_hooks, global_hooks._global_forward_hooks
+    if not before and not after:
+        return False
+    of_all = (*before.values(), *after.values())
     return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in of_all)
 
 

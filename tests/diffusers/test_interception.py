@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 
 from segkern.integrations.diffusers import PAG, SEG, guide
+from segkern.integrations.diffusers.runtime.branches import Batch
 from tests.diffusers.slow_guidance import Perturbed, transformer_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, tiny_pipeline
 from tests.diffusers.small_pipelines import run as run_unet
@@ -230,3 +231,48 @@ def test_a_replaced_dispatch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     words = r"did not meet the attention.*transformer_flux.FluxAttnProcessor"
     with pytest.raises(RuntimeError, match=words), guide(pipe, SEG(layers=FLUX.layers)):
         run(FLUX, pipe)
+
+
+def _ip_adapter(pipe: Any) -> None:
+    """Without its projection of images: what that gives is passed to the processors as it is."""
+    torch.manual_seed(8)
+    width = pipe.transformer.inner_dim
+    adapted = {}
+    for name, processor in pipe.transformer.attn_processors.items():
+        double = not name.startswith("single")
+        adapted[name] = FluxIPAdapterAttnProcessor(width, width, num_tokens=(6 * 4,)) if double else processor
+    pipe.transformer.set_attn_processor(adapted)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_an_ip_adapter_of_a_joint_attention(backend: str, share: bool) -> None:
+    """With as many tokens of each sample's picture as the image has; loaded while guided."""
+    pipe = FLUX.build()
+    pictures = torch.randn(2, 6 * 4, pipe.transformer.inner_dim, generator=torch.Generator().manual_seed(4))
+    given = {"ip_hidden_states": [pictures], "ip_adapter_masks": torch.ones(1, 1, 6, 4)}
+
+    def draw() -> torch.Tensor:
+        return run(FLUX, pipe, samples=2, joint_attention_kwargs=dict(given))
+
+    with attention_backend(backend), guide(pipe, SEG(sigma=1.5, layers=FLUX.layers), share=share):
+        without = run(FLUX, pipe, samples=2)
+        _ip_adapter(pipe)
+        own = [dict(vars(processor)) for processor in pipe.transformer.attn_processors.values()]
+        guided = draw()
+        assert own == [vars(processor) for processor in pipe.transformer.attn_processors.values()]
+    assert relative(guided, without) > 1e-3
+    expected = transformer_run(FLUX, pipe, [Perturbed(3.0, 1.5, FLUX.modules)], draw)
+    assert relative(guided, expected) < PIPELINE_TOLERANCE
+
+
+def test_what_an_argument_holds_for_all_samples_stays() -> None:
+    """A batch of one image tells nothing by its size."""
+    batch = Batch(1, 0, 1)
+    masks, tokens, pictures = torch.ones(1, 2, 6, 4), torch.ones(7, 7), torch.ones(1, 4, 8)
+    given = {"ip_adapter_masks": [masks], "attention_mask": tokens, "ip_hidden_states": [pictures], "scale": 0.5}
+    for grown in (batch.grow(given, 1), batch.fit(given, 1)):
+        assert grown["ip_adapter_masks"][0] is masks
+        assert grown["attention_mask"] is tokens
+        assert grown["ip_hidden_states"][0].shape == (2, 4, 8)
+        assert grown["scale"] == 0.5
