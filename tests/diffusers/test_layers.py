@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkern import Grid
-from segkern.integrations.diffusers import PAG, SEG, LayerInfo, list_layers
+from segkern.integrations.diffusers import PAG, SEG, LayerInfo, guide, list_layers
 from segkern.integrations.diffusers.models.layers import select_layers
 from tests.diffusers.small_pipelines import noise, run, tiny_pipeline
+from tests.diffusers.transformer_cases import MODELS
+from tests.diffusers.transformer_task_cases import TASKS
+from tests.diffusers.unet_image_cases import IMAGES
+from tests.diffusers.unet_video_cases import MOTION
 
 MID = "mid_block.attentions.0.transformer_blocks"
 
@@ -33,6 +40,45 @@ def test_layers_are_counted_per_part_in_module_order() -> None:
         *(f"u{i}" for i in range(9)),
     ]
     assert layers[7] == LayerInfo("m1", f"{MID}.1.attn1", "mid", heads=2, head_dim=16, grid=None, comfyui="m0.1")
+
+
+BUILT: dict[str, Callable[[], Any]] = {
+    **{name: model.build for name, model in MODELS.items()},
+    **{name: task.build for name, task in TASKS.items()},
+    **{name: partial(case.build, case) for name, case in {**IMAGES, **MOTION}.items()},
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_guide_takes_every_layer_that_is_listed(name: str) -> None:
+    pipe = BUILT[name]()
+    names = [layer.name for layer in list_layers(pipe)]
+    assert names
+    guide(pipe, SEG(layers=names)).remove()
+
+
+def test_layers_that_attend_to_text_are_not_listed() -> None:
+    """In blocks with cross-attention alone, as of Stable Diffusion's upscalers, ``attn1`` attends to text."""
+    config = {**tiny_pipeline().unet.config, "only_cross_attention": [False, True, False]}
+    pipe = tiny_pipeline(unet=UNet2DConditionModel.from_config(config).eval())
+    every = {name for name, _ in pipe.unet.named_modules() if name.endswith(".attn1")}
+    layers = list_layers(pipe)
+    left_out = every - {layer.module for layer in layers}
+    assert left_out
+    assert all(pipe.unet.get_submodule(name).is_cross_attention for name in left_out)
+    of_up = [layer.name for layer in layers if layer.part == "up"]
+    assert of_up == [f"u{i}" for i in range(len(of_up))]
+    with guide(pipe, SEG(layers=[layer.name for layer in layers])) as guidance:
+        run(pipe, latents=noise())
+    assert all(layer.fired == 3 for layer in guidance.report().layers)
+
+
+def test_a_layer_that_was_changed_is_listed_and_refused_with_its_reason() -> None:
+    pipe = tiny_pipeline(own_unet=True)
+    pipe.unet.get_submodule(f"{MID}.0.attn1").set_processor(IPAdapterAttnProcessor2_0(8, 8))
+    assert "m0" in [layer.name for layer in list_layers(pipe)]
+    with pytest.raises(ValueError, match=r"m0 .*IPAdapterAttnProcessor2_0, which is not standard self-attention"):
+        guide(pipe, SEG())
 
 
 def test_sdxl_has_the_official_layers() -> None:

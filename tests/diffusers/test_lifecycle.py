@@ -18,7 +18,7 @@ from diffusers.models.attention_processor import (
 )
 
 from segkern import Grid
-from segkern.integrations.diffusers import SEG, Guidance, SEGAttnProcessor, guide
+from segkern.integrations.diffusers import SEG, Guidance, SEGAttnProcessor, guide, list_layers
 from tests.diffusers.probes import batches_seen
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from tests.diffusers.subjects import Picture
@@ -140,10 +140,12 @@ def test_what_cannot_be_guided_is_quoted_and_left_untouched(pipe: Any, specs: li
 def test_a_layer_that_attends_to_text_cannot_be_guided() -> None:
     pipe = tiny_pipeline(own_unet=True)
     pipe.unet.get_submodule(MID0).is_cross_attention = True
-    with pytest.raises(ValueError, match=f"m0.*{MID0}"):
-        guide(pipe, SEG())
-    with guide(pipe, SEG(layers="m1")):
+    assert MID0 not in [layer.module for layer in list_layers(pipe)]
+    with pytest.raises(ValueError, match=f"unknown layer '{MID0}'"):
+        guide(pipe, SEG(layers=MID0))
+    with guide(pipe, SEG()) as guidance:
         run(pipe, latents=noise())
+    assert [layer.module for layer in guidance.report().layers] == [MID0.replace(".0.attn1", ".1.attn1")]
 
 
 def test_a_second_guidance_is_refused_and_the_first_goes_on() -> None:

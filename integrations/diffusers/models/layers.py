@@ -30,6 +30,10 @@ def list_layers(
 ) -> list[LayerInfo]:
     """The self-attention layers that a guidance can act on, in execution order.
 
+    ``guide`` takes every one of them in a model as diffusers builds it. A layer that was changed since is still named,
+    so that ``guide`` can say what it is about it: a UNet's layer with a processor that is not standard, or under
+    ``enable_free_noise_split_inference``.
+
     Args:
         pipe_or_model: a pipeline with a ``UNet2DConditionModel``, a ``UNetMotionModel`` or a transformer that can be
             guided, or that model (also when compiled).
@@ -232,7 +236,8 @@ def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
 def _self_attentions(unet: Any) -> list[tuple[str, str, Attention]]:
     """Every ``attn1`` over an image as (module name, block name, module), in execution order.
 
-    Those of motion modules attend over frames, and those of a few old blocks get a flat image without its shape.
+    Those of motion modules attend over frames, and those of a few old blocks get a flat image without its shape; where
+    a block has cross-attention alone, or text beside the image, its ``attn1`` attends to text too.
     """
     return [
         (f"{block_name}.{name}", block_name, module)
@@ -240,6 +245,7 @@ def _self_attentions(unet: Any) -> list[tuple[str, str, Attention]]:
         for name, module in block.named_modules()
         if name.split(".")[-1] == "attn1" and isinstance(module, Attention) and "motion_modules" not in name
         if type(block.get_submodule(name.rpartition(".")[0])).__name__ != "KAttentionBlock"
+        if not module.is_cross_attention and module.added_kv_proj_dim is None
     ]
 
 
