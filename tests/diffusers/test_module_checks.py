@@ -177,11 +177,15 @@ def test_replaced_forwards_that_are_trusted() -> None:
             assert relative(run(pipe, latents=latents), expected) < PIPELINE_TOLERANCE
 
 
-def test_a_replaced_forward_that_skips_a_guided_layer_is_refused_though_trusted() -> None:
+def test_a_cache_that_is_trusted_does_as_in_diffusers_pag_where_every_step_is_guided() -> None:
+    latents = noise()
     pipe = tiny_pipeline(own_unet=True)
     Keeper(pipe.unet)
-    with guide(pipe, PAG(), trust=[pipe.unet.mid_block.forward]), pytest.raises(RuntimeError, match="did not run"):
-        run(pipe, latents=noise())
+    expected = run(other(StableDiffusionXLPAGPipeline, pipe, "mid_block"), latents=latents, pag_scale=3.0)
+    pipe = tiny_pipeline(own_unet=True)
+    Keeper(pipe.unet)
+    with guide(pipe, PAG(), trust=[pipe.unet.mid_block.forward]):
+        assert relative(run(pipe, latents=latents), expected) < PIPELINE_TOLERANCE
 
 
 def test_forwards_replaced_between_runs_and_within_one() -> None:
