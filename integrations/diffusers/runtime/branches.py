@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.runtime.hooks import Hook
+from segkern.core.private_apis import is_compiled_in_place
+from segkern.integrations.diffusers.runtime.hooks import Hook, Outer
 from segkern.integrations.diffusers.runtime.signatures import parameter_names
 
 # Arguments of a UNet and of its blocks that hold one entry per sample. Others (cross_attention_kwargs, upsample_size)
@@ -236,8 +237,9 @@ class Join(Hook):
         self.plan: JoinPlan | None = None
 
     def hook(self) -> RemovableHandle:
-        """Register it on its module."""
-        return self.module.register_forward_pre_hook(self, with_kwargs=True)
+        """Register it on its module; where that alone is compiled, outside of what is compiled."""
+        hook = Outer(self) if is_compiled_in_place(self.module) else self
+        return self.module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         plan = self.plan

@@ -18,6 +18,7 @@ from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.per_sample import KeptEmbeddings
 from segkern.integrations.diffusers.runtime.plans import ForwardPlan
 from segkern.integrations.diffusers.runtime.recomputation import Recomputation
+from segkern.integrations.diffusers.runtime.regions import Regions
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec
 
@@ -47,6 +48,7 @@ class DenoiserGuidance:
         self._joins = self._places.joins()
         self._hooked = self._places.joins_from(min(places)) if places else []
         self.recomputation = Recomputation(denoiser.model, self.layers, self._hooked)
+        self._regions = Regions(denoiser.model, self.layers, self._hooked)
         self._plans: dict[Any, ForwardPlan] = {}
         self._kept = KeptEmbeddings(denoiser.model)
 
@@ -63,9 +65,11 @@ class DenoiserGuidance:
             self._inner += hook_grids(self._denoiser.model, modules, self.layers.set_grid)
             self._inner += [join.hook() for join in self._hooked]
         self.recomputation.attach()
+        self._regions.attach()
 
     def detach(self) -> None:
         """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
+        self._regions.detach()
         self.recomputation.detach()
         self._tell_joins(None)
         self._kept.restore()

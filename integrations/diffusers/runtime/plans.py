@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ class LayerPlan:
         graph_sigmas: the sigmas with 1 for any finite one, which is all that a compiled graph knows of them.
         values: the sigmas in a CPU tensor, which a compiled graph reads when it runs; None where it knows them all.
         acts: whether any sample is perturbed.
+        kind: what plans have in common that differ in nothing but the numbers of finite sigmas.
     """
 
     sigmas: tuple[Perturbed, ...]
@@ -45,6 +47,7 @@ class LayerPlan:
     graph_sigmas: tuple[Perturbed, ...] = field(init=False)
     values: torch.Tensor | None = field(init=False, compare=False)
     acts: bool = field(init=False)
+    kind: tuple[Any, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         kinds = tuple(1.0 if is_finite(sigma) else sigma for sigma in self.sigmas)
@@ -55,6 +58,8 @@ class LayerPlan:
         object.__setattr__(self, "graph_sigmas", kinds)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "acts", any(kinds))
+        slices = tuple(None if x is None else (x.start, x.stop) for x in (self.conditional, *self.perturbed, self.read))
+        object.__setattr__(self, "kind", (kinds, self.strides, self.blends, self.own, slices))
 
     def told_sigmas(self) -> tuple[tuple[Perturbed, ...], torch.Tensor | None]:
         """Numbers, or in a graph that is being compiled kinds and the tensor with the numbers.

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regional compilation under guidance: blocks that are compiled one by one, as ``compile_repeated_blocks`` does.
+
+``torch.compile`` counts the graphs of a function, which all blocks of a class share, and takes every number that it
+finds on a module for a constant. Perturbed blocks of several kinds would come to the recompile limit after a few sizes.
+Therefore, while a guided forward is under way, a compiled block is run by a function of which there is a copy for each
+kind of block. It gets the plan as an argument, so that its numbers may change from call to call. Hooks at which
+branches join stay outside of the graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from segkern.core.private_apis import is_compiled_in_place
+from segkern.grid import Grid
+from segkern.integrations.diffusers.runtime.branches import Join, JoinPlan
+from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer, GuidedLayers
+from segkern.integrations.diffusers.runtime.plans import LayerPlan
+from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
+
+LayerPart = tuple[GuidedProcessor, LayerPlan | None, Grid | None]
+JoinPart = tuple[Join, JoinPlan | None]
+
+
+class Regions:
+    """The compiled blocks of one denoiser in which guidances act, or through which their branches run.
+
+    Args:
+        model: the denoiser.
+        layers: that are guided.
+        joins: hooks that are registered while a guided forward is under way.
+    """
+
+    def __init__(self, model: nn.Module, layers: GuidedLayers, joins: Sequence[Join]) -> None:
+        self._model = model
+        names = {id(module): name for name, module in model.named_modules()}
+        self._layers = [(layer.info.module, layer) for layer in layers]
+        self._joins = [(names[id(join.module)], join) for join in joins]
+        inside = dict.fromkeys(around for name, _ in (*self._layers, *self._joins) for around in _around(name))
+        self._candidates = [(name, model.get_submodule(name)) for name in inside]
+        self._compiled: list[str] = []
+        self._regions: list[_Region] = []
+        self._attached: list[_Region] = []
+
+    def attach(self) -> None:
+        """Let the blocks that are compiled by now, if the denoiser is not as a whole, run as regions."""
+        compiled = [name for name, module in self._candidates if is_compiled_in_place(module)]
+        if compiled and is_compiled_in_place(self._model):
+            compiled = []
+        if compiled != self._compiled:
+            self._compiled = compiled
+            outermost = [name for name in compiled if not any(around in compiled for around in _around(name)[:-1])]
+            self._regions = [self._region(name) for name in outermost]
+        for region in self._regions:
+            if "forward" not in vars(region.module):
+                region.module.forward = region
+                self._attached.append(region)
+
+    def detach(self) -> None:
+        """Leave the blocks as they were."""
+        while self._attached:
+            module = self._attached.pop().module
+            if isinstance(vars(module).get("forward"), _Region):
+                del module.forward
+
+    def _region(self, name: str) -> _Region:
+        layers = [layer for module, layer in self._layers if name in _around(module)]
+        joins = [join for module, join in self._joins if name in _around(module)]
+        return _Region(self._model.get_submodule(name), layers, joins)
+
+
+def _around(name: str) -> list[str]:
+    """Names of the modules that hold one, and its own, from the outermost on."""
+    return list(itertools.accumulate(name.split("."), "{}.{}".format))
+
+
+class _Region:
+    """The forward of one compiled block, in the block's own place.
+
+    Args:
+        module: the block.
+        layers: of it that are guided.
+        joins: on it and inside.
+    """
+
+    def __init__(self, module: Any, layers: Sequence[GuidedLayer], joins: Sequence[Join]) -> None:
+        self.module = module
+        self._layers = layers
+        self._joins = joins
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the block has its class's forward."""
+        return functools.partial, (type(self.module).forward, self.module)
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        function, layers, joins = self._prepare()
+        if function is None:
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return function(self.module, type(self.module).forward, layers, joins, args, kwargs)
+
+    @torch.compiler.disable
+    def _prepare(self) -> tuple[Callable[..., Any] | None, list[LayerPart], list[JoinPart]]:
+        """The function to run, with its arguments; None where the block runs on the pipeline's own batch as it is."""
+        layers = [(layer.processor, layer.processor.plan, layer.processor.grid) for layer in self._layers]
+        joins = [(join, join.plan) for join in self._joins]
+        plans = tuple(None if plan is None else plan.kind for _, plan, _ in layers)
+        joined = tuple(plan for _, plan in joins)
+        plain = not any(plans) and not any(plan is not None and any(plan.branches) for plan in joined)
+        return None if plain else _function(type(self.module), plans, joined), layers, joins
+
+
+def _run(
+    module: Any,
+    forward: Callable[..., Any],
+    layers: Sequence[LayerPart],
+    joins: Sequence[JoinPart],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A block's forward, its layers' plans and grids taken from arguments."""
+    for processor, plan, grid in layers:
+        processor.plan, processor.grid = plan, grid
+    for join, told in joins:
+        join.plan = told
+    return forward(module, *args, **kwargs)
+
+
+_numbers = itertools.count(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _function(block: type, plans: tuple[Any, ...], joins: tuple[JoinPlan | None, ...]) -> Callable[..., Any]:
+    """A copy of :func:`_run` for one kind of block, whose graphs are counted apart from those of others."""
+    code = _run.__code__.replace(co_name=f"guided_{block.__name__}_{next(_numbers)}")
+    return FunctionType(code, _run.__globals__, code.co_name)
