@@ -46,7 +46,7 @@ class DenoiserGuidance:
         self.first = [self._place(placed_spec) for placed_spec in placed]
         places = [place for place in self.first if place >= 0]
         self._joins = self._places.joins()
-        self._hooked = self._places.joins_from(min(places)) if places else []
+        self._hooked = self._places.joins_for(places) if places else []
         self.recomputation = Recomputation(denoiser.model, self.layers, self._hooked)
         self._regions = Regions(denoiser.model, self.layers, self._hooked)
         self._plans: dict[Any, ForwardPlan] = {}

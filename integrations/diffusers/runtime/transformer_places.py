@@ -49,9 +49,9 @@ class BlockPlaces:
         """The hooks of all blocks."""
         return self._joins
 
-    def joins_from(self, first: int) -> list[Join]:
-        """The hooks that are needed when the first branch joins at the block of that number: none, or all."""
-        return self._joins if first > 0 else []
+    def joins_for(self, places: Sequence[int]) -> list[Join]:
+        """The hooks that are needed when branches join at the blocks of these numbers: none, or all."""
+        return self._joins if max(places) > 0 else []
 
     def plan(self, batch: Batch, branches: Sequence[int]) -> tuple[JoinPlan, ...]:
         """For each of the joins its part in a forward of a batch in which each block runs with so many branches."""

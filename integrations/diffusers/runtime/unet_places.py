@@ -100,9 +100,9 @@ class Places:
         """The hooks of all modules at which a branch may join."""
         return [*(join for join, _ in self._joins), *(skips for skips, _ in self._skips)]
 
-    def joins_from(self, first: int) -> list[Join]:
-        """The hooks of all that a branch runs through that joins at the place of that number, or after it."""
-        around = self._places[first].around
+    def joins_for(self, places: Sequence[int]) -> list[Join]:
+        """The hooks of all that branches run through that join at the places of these numbers."""
+        around = self._places[min(places)].around
         begin = next(i for i, place in enumerate(self._places) if place.around == around)
         joins: list[Join] = [join for join, place in self._joins if place >= begin]
         return joins + [join for join, resnets in self._skips if resnets and resnets[-1] >= begin]
