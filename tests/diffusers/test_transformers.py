@@ -99,6 +99,17 @@ def test_two_guidances_add_up(name: str) -> None:
         assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_guidance_of_the_first_block_and_a_later_one(name: str) -> None:
+    """The second branch joins inside, though the first one does not."""
+    model, pipe = MODELS[name], built(name)
+    first, last = list_layers(pipe)[0].module, model.modules[-1]
+    slow = [Perturbed(2.0, 2.5, [first]), Perturbed(-1.0, None, [last])]
+    expected = transformer_run(model, pipe, slow, lambda: run(model, pipe))
+    with guide(pipe, SEG(scale=2.0, sigma=2.5, layers=first), PAG(scale=-1.0, layers=last)):
+        assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image", "wan"])
 def test_schedule_reuse_and_intervals(name: str) -> None:
     """Steps without guidance are plain; a call for the negative prompt is no step."""
