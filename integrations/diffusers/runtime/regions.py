@@ -114,8 +114,9 @@ class _Region:
         joins = [(join, join.plan) for join in self._joins]
         plans = tuple(None if plan is None else plan.kind for _, plan, _ in layers)
         joined = tuple(plan for _, plan in joins)
+        block: Any = type(self.module)
         plain = not any(plans) and not any(plan is not None and any(plan.branches) for plan in joined)
-        return None if plain else _function(type(self.module), plans, joined), layers, joins
+        return None if plain else _function(block, plans, joined), layers, joins
 
 
 def _run(
