@@ -72,6 +72,12 @@ def pytorch_attention() -> Callable[..., Any]:
     return attention
 
 
+def linear_is_pytorchs() -> bool:
+    """True if ``nn.Linear`` and the function it calls are PyTorch's own; torch 2.11 to 2.13."""
+    code = getattr(torch.nn.Linear.forward, "__globals__", {})
+    return torch.nn.functional.linear is torch._C._nn.linear and code.get("__name__") == torch.nn.Linear.__module__
+
+
 def triton_allocator() -> Callable[[int, int, int | None], Any]:
     """The function that ``triton.set_allocator`` has set in this context; Triton 3.6 to 3.9."""
     from triton.runtime._allocation import _allocator

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from segkern.integrations.diffusers import GuidanceWarning
 
@@ -49,21 +50,21 @@ def shapes_seen(attn: torch.nn.Module) -> Iterator[dict[str, list[tuple[int, ...
     seen: dict[str, list[tuple[int, ...]]] = {"attention": [], "keys": []}
     seen |= {name: [] for name in ("to_q", "to_k", "to_v", "to_out.0")}
     names = {id(attn.get_submodule(name).weight): name for name in seen if name.startswith("to_")}
-    attend, project = F.scaled_dot_product_attention, F.linear
+    attend = F.scaled_dot_product_attention
 
     def attended(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         seen["attention"].append(tuple(query.shape))
         seen["keys"].append(tuple(key.shape))
         return attend(query, key, *args, **kwargs)
 
-    def projected(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
-        if id(weight) in names:
-            seen[names[id(weight)]].append(tuple(x.shape))
-        return project(x, weight, *args)
+    class Projections(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.linear and id(args[1]) in names:
+                seen[names[id(args[1])]].append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, Projections():
         patch.setattr(F, "scaled_dot_product_attention", attended)
-        patch.setattr(F, "linear", projected)
         yield seen
 
 

@@ -186,6 +186,28 @@ def test_a_hook_of_all_modules_is_seen() -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("where", [(F, "linear"), (nn.Linear, "forward")], ids=["function", "class"])
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_a_replaced_linear_layer_is_seen(where: Any, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attn, x = make().double(), torch.randn(2, 15, 32, dtype=torch.float64)
+    stock = getattr(*where)
+
+    def bent(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tanh(3.0 * stock(*args, **kwargs))
+
+    def mean(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q[1:] = q[1:].mean(dim=2, keepdim=True)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setattr(*where, bent)
+    expected = by_steps(attn, x, mean)
+    if fused:
+        attn.fuse_projections()
+    attn.set_processor(SEGAttnProcessor([0.0, math.inf], Grid(3, 5)))
+    assert relative(attn(x), expected) < 1e-9
+
+
 def _lora(**options: Any) -> Any:
     attn = make()
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["to_q"], **options), attn)

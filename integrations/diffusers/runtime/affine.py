@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from segkern.core.private_apis import has_forward_hooks
+from segkern.core.private_apis import has_forward_hooks, linear_is_pytorchs
 
 # Modules whose functions replace a forward to move or cast weights before it and outputs after it.
 _WRAPPERS = frozenset({"accelerate.hooks", "diffusers.hooks.hooks"})
@@ -26,6 +26,7 @@ def is_plain_linear(module: nn.Module) -> bool:
         and "forward" not in vars(module)
         and type(module.weight) is nn.Parameter  # not a quantised one
         and not has_forward_hooks(module)
+        and linear_is_pytorchs()
     )
 
 
@@ -37,7 +38,7 @@ def is_affine(module: nn.Module) -> bool:
     if not _runs_its_own_forward(module):
         return False
     if type(module) is nn.Linear:
-        return type(module.weight) is nn.Parameter
+        return type(module.weight) is nn.Parameter and linear_is_pytorchs()
     return _is_lora(module) and _lora_is_affine(module)
 
 
