@@ -16,7 +16,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0
 from torch import nn
 
-from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, PAGGuider, SEGGuider, guide
+from tests.diffusers.modular_pipelines import modular_sdxl, modular_transformer, run_sdxl
+from tests.diffusers.modular_pipelines import run_transformer as run_modular
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline
 from tests.diffusers.test_pag_pipelines import other
 from tests.diffusers.transformer_cases import MODELS
@@ -411,3 +413,28 @@ def test_a_forward_replaced_on_the_class(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_trust_is_a_list_of_classes_or_functions(trust: Any) -> None:
     with pytest.raises(ValueError, match="trust takes a list of classes or functions"):
         guide(tiny_pipeline(), PAG(), trust=trust)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_guiders_refuse_the_same_and_trust_the_same(start: float) -> None:
+    pipe, latents = with_processors(Scaled()), noise()
+    guider = SEGGuider(guidance_scale=5.0, start=start)
+    modular = modular_sdxl(pipe, guider)
+    with pytest.raises(ValueError, match=r"attn2 of .*Scaled as its processor.*guider.trust = \[Scaled\]"):
+        run_sdxl(modular, pipe, latents=latents)
+    guider = SEGGuider(guidance_scale=5.0, start=start)
+    guider.trust = [Scaled]
+    with guide(pipe, SEG(start=start), trust=[Scaled]):
+        expected = run(pipe, latents=latents)
+    modular = modular_sdxl(pipe, guider)
+    assert relative(run_sdxl(modular, pipe, latents=latents), expected) < PIPELINE_TOLERANCE
+    Keeper(pipe.unet)
+    with pytest.raises(ValueError, match="forward was replaced"):
+        run_sdxl(modular, pipe, latents=latents)
+
+
+def test_guiders_refuse_caches() -> None:
+    pipe = MODELS["qwen-image"].build()
+    first_block(pipe.transformer)
+    with pytest.raises(ValueError, match="QwenImageTransformer2DModel with a cache"):
+        run_modular("qwen-image", modular_transformer("qwen-image", pipe, PAGGuider(guidance_scale=5.0)))

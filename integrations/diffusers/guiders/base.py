@@ -18,6 +18,7 @@ from torch import nn
 
 from segkern.integrations.diffusers.guiders.calls import GuiderCalls, Step, running_pipeline
 from segkern.integrations.diffusers.runtime.branches import shifted
+from segkern.integrations.diffusers.runtime.origins import Trust
 from segkern.integrations.diffusers.runtime.report import Report
 from segkern.integrations.diffusers.runtime.run_context import number
 from segkern.integrations.diffusers.specs import PAG, SAG
@@ -34,7 +35,11 @@ class SpecGuider(ClassifierFreeGuidance):
 
     Attributes:
         spec: the guidance beside classifier-free guidance.
+        trust: classes and functions of other packages in the denoiser that treat every sample of a batch by itself, as
+            :func:`~segkern.integrations.diffusers.guide` takes them; set it before the first run. It is not saved.
     """
+
+    trust: Trust = ()
 
     spec_class: ClassVar[type[Spec]]
 
@@ -163,7 +168,7 @@ class SpecGuider(ClassifierFreeGuidance):
         if self._calls is None or not self._calls.is_of(denoiser):
             if self._calls is not None:
                 self._calls.release()
-            self._calls = GuiderCalls(denoiser, self.spec)
+            self._calls = GuiderCalls(denoiser, self.spec, self.trust)
         # SAG degrades the unconditional prediction, which is the second call where there is one.
         call = 2 if isinstance(self.spec, SAG) and self._is_cfg_enabled() else 1
         acts = self._enabled and self._count_prepared == call

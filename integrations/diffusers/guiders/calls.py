@@ -19,6 +19,9 @@ from segkern.integrations.diffusers.runtime.branches import Arguments, Batch, Fo
 from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, find_denoisers
 from segkern.integrations.diffusers.runtime.hooks import Outer
+from segkern.integrations.diffusers.runtime.module_checks import ModuleChecks
+from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
+from segkern.integrations.diffusers.runtime.per_sample import check_attention_arguments
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.runtime.reuse import Differences
 from segkern.integrations.diffusers.runtime.sag_forward import SAGForward
@@ -50,6 +53,7 @@ class GuiderCalls:
     Args:
         denoiser: as the pipeline calls it, compiled or not.
         spec: the guidance.
+        trust: classes and functions that treat every sample of a batch by itself, as the user says.
 
     Attributes:
         recorder: of what happened.
@@ -61,7 +65,7 @@ class GuiderCalls:
         ValueError: for a denoiser or layers that do not fit, or one that is under ``guide``.
     """
 
-    def __init__(self, denoiser: nn.Module, spec: Spec) -> None:
+    def __init__(self, denoiser: nn.Module, spec: Spec, trust: Trust = ()) -> None:
         self._module = denoiser
         self._spec = spec
         denoisers = find_denoisers(SimpleNamespace(unet=denoiser))
@@ -69,6 +73,9 @@ class GuiderCalls:
             find_model(denoiser)  # says what could be guided
         self._denoiser: Denoiser = denoisers[0]
         self._denoiser_guidance = DenoiserGuidance(self._denoiser, choose_layers(self._denoiser, (spec,)))
+        first, remedy = self._denoiser_guidance.first, "guider.trust = [{}]"
+        self._checks = ModuleChecks(self._denoiser, first, True, check_trust(trust), remedy)
+        self._runs = 0
         self.recorder: Recorder = self._denoiser_guidance.recorder
         self.samples: int | None = None
         self.kept: torch.Tensor | None = None
@@ -89,6 +96,7 @@ class GuiderCalls:
         self.release()  # after an exception
         self.samples, self.kept = None, None
         if first:
+            self._runs += 1
             self._differences.forget()
 
     def prepare(self, step: Step) -> None:
@@ -101,6 +109,7 @@ class GuiderCalls:
         self.recorder.forwards += 1
         if self._denoiser.model in GUIDED:
             raise ValueError("this denoiser is under guide(...); remove that guidance, or take another guider")
+        self._checks.before(self._runs, None, 1)
         if step.strength == 0.0:
             return
         self._step, self._run = step, running_pipeline()
@@ -148,6 +157,8 @@ class GuiderCalls:
         else:
             forward = Forward(batch, (0,), self._denoiser_guidance.first, True, strengths)
             forward = replace(forward, share=self._denoiser.can_share(forward, args, kwargs))
+        check_attention_arguments(self._denoiser.arguments, args, kwargs, self._denoiser.model)
+        self._checks.before(self._runs, forward, sample.shape[0])
         self._denoiser_guidance.attach()
         self._denoiser_guidance.tell(forward, args, kwargs)
         self._forward = forward

@@ -67,12 +67,21 @@ class ModuleChecks:
         first: for every guidance the place at which its branch joins.
         share: whether branches may join inside.
         trust: classes and functions that treat every sample by itself, as the user says.
+        remedy: how a user says so, with ``{}`` for the class or function.
     """
 
-    def __init__(self, denoiser: Denoiser, first: Sequence[int], share: bool, trust: Trust) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        first: Sequence[int],
+        share: bool,
+        trust: Trust,
+        remedy: str = "guide(..., trust=[{}])",
+    ) -> None:
         self._denoiser = denoiser
         self._model = denoiser.model
         self._trust = trust
+        self._remedy = remedy
         self._place = min(first, default=-1) if share else -1
         self._checked = self._place  # the lowest place since which modules were checked
         self._run: Any = None
@@ -91,10 +100,10 @@ class ModuleChecks:
         """
         place = self._place if forward is None or (forward.share and not forward.sag) else -1
         if run != self._run or place < self._checked or self._changed():
-            self._run = run
             frames = 1 if forward is None else forward.frames
             # A tensor for one sample fits its branches too.
             self.check(place, frozenset({batch, batch * frames} - {1}))
+            self._run = run
 
     def check(self, place: int | None = None, sizes: frozenset[int] = frozenset()) -> None:
         """Check every module.
@@ -168,9 +177,9 @@ class ModuleChecks:
                 raise ValueError(
                     f"guide cannot follow {self._at(name)}, whose forward was replaced by {name_of(foreign)}: it may "
                     f"give what another forward or another place in the batch gave, as a cache (DeepCache) does, while "
-                    f"guidance appends samples to the batch. Remove it before guide; if it treats every sample by "
+                    f"guidance appends samples to the batch. Remove it first; if it treats every sample by "
                     f"itself and keeps nothing from one forward to the next, say so: "
-                    f"guide(..., trust=[{self._path(name)}.forward])"
+                    f"{self._remedy.format(self._path(name) + '.forward')}"
                 )
 
     def _check_class(self, name: str, module: nn.Module) -> None:
@@ -186,7 +195,7 @@ class ModuleChecks:
         replaced = is_known(kind.__module__)
         what = "has a forward that was replaced by" if replaced else "is a"
         unknown = name_of(foreign if replaced else kind)
-        raise ValueError(f"{self._at(name)} {what} {unknown}{_WHY.format(trust=unknown.rpartition('.')[2])}")
+        raise ValueError(f"{self._at(name)} {what} {unknown}{self._why(unknown)}")
 
     def _check_processor(self, name: str, processor: Any) -> None:
         if is_trusted(processor, self._trust):
@@ -200,8 +209,7 @@ class ModuleChecks:
         foreign = foreign_part(named) if isinstance(named, type) else foreign_link(processor)
         if foreign is not None or str(named.__module__).startswith(_PIPELINES):
             unknown = name_of(named)
-            why = _WHY.format(trust=unknown.rpartition(".")[2])
-            raise ValueError(f"{self._at(name)} has a {unknown} as its processor{why}")
+            raise ValueError(f"{self._at(name)} has a {unknown} as its processor{self._why(unknown)}")
 
     def _check_tensors(self, name: str, module: nn.Module, sizes: frozenset[int]) -> None:
         attribute = samples_on(module, sizes)
@@ -210,9 +218,16 @@ class ModuleChecks:
             raise ValueError(
                 f"{self._at(name)}, a {name_of(type(module))}, keeps a tensor {attribute!r} with as many entries as "
                 f"the batch has samples, {max(sizes)}, and guidance appends samples to the batch. If it does not "
-                f"belong to samples, register it as a buffer, or say so: guide(..., trust=[{kind}]); else take it off "
-                f"before guide"
+                f"belong to samples, register it as a buffer, or say so: {self._remedy.format(kind)}; else take it "
+                f"off first"
             )
+
+    def _why(self, unknown: str) -> str:
+        return (
+            f", which segkern does not know. Guidance appends samples to the batch, and it cannot know whether this "
+            f"code treats every sample by itself, wherever it stands in the batch. If it does, say so: "
+            f"{self._remedy.format(unknown.rpartition('.')[2])}; else take it off first"
+        )
 
     def _path(self, name: str) -> str:
         """In Python, from the pipeline on."""
@@ -222,13 +237,6 @@ class ModuleChecks:
     def _at(self, name: str) -> str:
         model = type(self._model).__name__
         return f"{name} of this {model}" if name else f"this {model}"
-
-
-_WHY = (
-    ", which segkern does not know. Guidance appends samples to the batch, and it cannot know whether this code treats "
-    "every sample by itself, wherever it stands in the batch. If it does, say so: guide(..., trust=[{trust}]); else "
-    "take it off before guide"
-)
 
 
 def check_registry(model: nn.Module, name: str, module: nn.Module) -> None:
