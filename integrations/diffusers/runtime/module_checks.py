@@ -260,10 +260,9 @@ def check_registry(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _processor_of(module: nn.Module) -> Any:
     """Of an attention module, the one that guidances stand in for; None of others."""
-    own = vars(module)
-    processor = own.get("processor")
-    if processor is None:
-        processor = own["_modules"].get("processor")
+    processor = vars(module).get("processor")
+    if processor is None and hasattr(type(module), "set_processor"):  # it may be a module itself
+        processor = getattr(module, "processor", None)
     return None if processor is None else unwrap(processor)
 
 
@@ -278,5 +277,5 @@ def _walk(model: nn.Module, outside: frozenset[str]) -> Iterator[tuple[str, nn.M
         seen.add(id(module))
         inside = inside and name not in outside
         yield name, module, inside
-        children = [(f"{name}.{child}" if name else child, part, inside) for child, part in module.named_children()]
-        stack += reversed(children)
+        prefix = f"{name}." if name else ""
+        stack += [(prefix + child, part, inside) for child, part in module.named_children()]

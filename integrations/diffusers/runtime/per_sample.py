@@ -27,6 +27,7 @@ _KNOWN_ENTRIES = frozenset(
 )
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class KeptEmbeddings:
@@ -91,8 +92,11 @@ def check_attention_arguments(
 
 def samples_on(module: nn.Module, sizes: frozenset[int]) -> str | None:
     """The attribute of a module that holds a tensor with an entry for each sample, as far as its size tells."""
+    kind = type(module)
+    if kind.__module__.startswith("torch.") or issubclass(kind, IPAdapterFaceIDPlusImageProjection):
+        return None  # PyTorch's own modules read no further attributes
     for name, value in vars(module).items():
-        if name in _OF_ANY_MODULE or isinstance(module, IPAdapterFaceIDPlusImageProjection):
+        if type(value) in _PLAIN or name in _OF_ANY_MODULE or not isinstance(value, (torch.Tensor, list, tuple, dict)):
             continue
         if any(tensor.ndim and tensor.shape[0] in sizes for tensor in _tensors(value)):
             return name
