@@ -106,24 +106,46 @@ def test_a_transformers_processors_change_between_steps(name: str) -> None:
 
 @pytest.mark.parametrize("where", ["", "mid_block"])
 @pytest.mark.parametrize("spec", [SEG(), PAG(), SAG()], ids=["SEG", "PAG", "SAG"])
-def test_processors_that_change_within_a_step_are_refused(spec: Any, where: str) -> None:
+def test_processors_that_a_hook_changes_before_the_layers_transformer(spec: Any, where: str) -> None:
     """By a hook of somebody's that runs after the guidance's."""
+    pipe = tiny_pipeline(own_unet=True)
+    with guide(pipe, spec):
+        expected = run_unet(pipe, latents=noise(1, *SIZE))
+    assert relative(_run_with_a_hook(pipe, spec, where), expected) < PIPELINE_TOLERANCE
+    assert {type(processor) for processor in pipe.unet.attn_processors.values()} == {SlicedAttnProcessor}
+
+
+@pytest.mark.parametrize("spec", [SEG(), PAG(), SAG()], ids=["SEG", "PAG", "SAG"])
+def test_processors_that_a_hook_changes_later_are_refused(spec: Any) -> None:
     pipe = tiny_pipeline(own_unet=True)
     own = dict(pipe.unet.attn_processors)
     plain = run_unet(pipe, latents=noise(1, *SIZE))
     with pytest.raises(RuntimeError, match=r"layer m0 .*was given a .*SlicedAttnProcessor while.*between steps"):
-        _run_with_a_hook(pipe, spec, where)
+        _run_with_a_hook(pipe, spec, "mid_block.attentions.0.transformer_blocks.0.norm1")
     assert {type(processor) for processor in pipe.unet.attn_processors.values()} == {SlicedAttnProcessor}
     pipe.unet.set_attn_processor(own)
     assert torch.equal(run_unet(pipe, latents=noise(1, *SIZE)), plain)
 
 
-def _run_with_a_hook(pipe: Any, spec: Any, where: str) -> None:
+def test_a_transformers_processors_that_a_hook_changes_are_refused() -> None:
+    model = MODELS["pixart-sigma"]
+    pipe = model.build()
+    with pytest.raises(RuntimeError, match=r"layer b2 .*was given a .*AttnProcessor while.*between steps"):
+        _run_transformer_with_a_hook(model, pipe)
+
+
+def _run_transformer_with_a_hook(model: Any, pipe: Any) -> None:
+    with guide(pipe, SEG(layers=2)):
+        pipe.transformer.register_forward_pre_hook(lambda *_: pipe.transformer.set_default_attn_processor())
+        run(model, pipe)
+
+
+def _run_with_a_hook(pipe: Any, spec: Any, where: str) -> torch.Tensor:
     with guide(pipe, spec):
         module = pipe.unet.get_submodule(where)
         handle = module.register_forward_pre_hook(lambda *_: pipe.unet.set_attention_slice("max"))
         try:
-            run_unet(pipe, latents=noise(1, *SIZE))
+            return run_unet(pipe, latents=noise(1, *SIZE))
         finally:
             handle.remove()
 

@@ -83,26 +83,29 @@ class GuidedLayers:
             ValueError: for a layer that was given a processor that is not standard.
         """
         for layer in self:
-            current = layer.attention.processor
-            if current is layer.processor:
-                continue
-            original, old = unwrap(current), layer.processor
-            if original is not old.original:  # fused projections, for example
-                try:
-                    new = self._denoiser.stand_in(original, old.boundary, old.backend)
-                except ValueError as error:
-                    raise ValueError(
-                        f"layer {layer.info.module!r} was given another processor while guided: {error}; set it "
-                        f"after the guidance is removed"
-                    ) from None
-                old.plan = None  # someone may have kept it
-                layer.processor = new
-            layer.attention.set_processor(layer.processor)
+            self._stand_in(layer)
         chosen = [(layer, chosen_kernel(layer.processor.original)) for layer in self]  # layers may share processors
         for layer, kernel in chosen:
             if kernel is not None:
                 self.kernels[layer.info.module] = kernel
                 self._native.take(layer.processor.original)
+
+    def _stand_in(self, layer: GuidedLayer) -> None:
+        current = layer.attention.processor
+        if current is layer.processor:
+            return
+        original, old = unwrap(current), layer.processor
+        if original is not old.original:  # fused projections, for example
+            try:
+                new = self._denoiser.stand_in(original, old.boundary, old.backend)
+            except ValueError as error:
+                raise ValueError(
+                    f"layer {layer.info.module!r} was given another processor while guided: {error}; set it "
+                    f"after the guidance is removed"
+                ) from None
+            new.plan, old.plan = old.plan, None  # someone may have kept the old one
+            layer.processor = new
+        layer.attention.set_processor(layer.processor)
 
     def step_aside(self) -> None:
         """Put the layers' own processors back."""
@@ -123,10 +126,15 @@ class GuidedLayers:
             layer.processor.moved, layer.processor.mass = None, None
 
     def set_grid(self, module: str, grid: Grid) -> None:
-        """Tell a layer its grid in the forward under way, if a guidance acts in that."""
-        processor = self._layers[module].processor
-        if processor.plan is not None:
-            processor.grid = grid
+        """Tell a layer its grid in the forward under way, if a guidance acts in that.
+
+        Where somebody's hook has set another processor since the forward began, it is stood in for too.
+        """
+        layer = self._layers[module]
+        if layer.processor.plan is not None:
+            if layer.attention.processor is not layer.processor:
+                self._stand_in(layer)
+            layer.processor.grid = grid
 
     def plans(self, forward: Forward) -> tuple[LayerPlan, ...]:
         """Each layer's part in a forward."""
