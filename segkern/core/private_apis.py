@@ -47,6 +47,12 @@ def module_call_code() -> CodeType:
     return torch.nn.Module._call_impl.__code__
 
 
+def checkpointing() -> Callable[[torch.Tensor], Any] | None:
+    """What stands for the checkpoint (not reentrant) that drops tensors here, or None; torch 2.11 to 2.13."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks and hooks[0].__module__ == "torch.utils.checkpoint" else None
+
+
 def is_compiled_in_place(module: torch.nn.Module) -> bool:
     """True if ``module.compile()`` was called, rather than ``torch.compile(module)``; torch 2.11 to 2.13."""
     return module._compiled_call_impl is not None

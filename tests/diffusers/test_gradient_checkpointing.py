@@ -228,3 +228,29 @@ class _Bound:
 
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)
+
+
+def _checkpointed(forward: Callable[..., Any], reentrant_: bool, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=reentrant_)
+
+
+@pytest.mark.parametrize("reentrant_", [False, True], ids=["not reentrant", "reentrant"])
+def test_a_checkpoint_that_says_nothing_is_refused(reentrant_: bool) -> None:
+    """Backward would run the block again without guidance."""
+    unet, run = small()
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    block.forward = partial(_checkpointed, block.forward, reentrant_)
+    with pytest.raises(RuntimeError, match=r"mid_block.*enable_gradient_checkpointing"):
+        run((SEG(sigma=1.0, layers="mid"),), trust=[_checkpointed])
+    assert hooks_of(unet) == 0
+    with torch.no_grad():
+        assert run((SEG(sigma=1.0, layers="mid"),), trust=[_checkpointed]).isfinite()
+
+
+def test_saved_tensors_may_be_kept_elsewhere() -> None:
+    unet, run = small()
+    specs = (SEG(sigma=1.0, layers="mid"),)
+    expected = gradients(unet, lambda: run(specs).backward())
+    unet.enable_gradient_checkpointing()
+    with torch.autograd.graph.save_on_cpu():
+        assert relative(gradients(unet, lambda: run(specs).backward()), expected) < 1e-6

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.core.private_apis import is_compiled_in_place
 from segkern.integrations.diffusers.runtime.hooks import Hook, Outer
 from segkern.integrations.diffusers.runtime.signatures import parameter_names
 
@@ -228,6 +227,7 @@ class Join(Hook):
     Attributes:
         module: the one it was made for.
         plan: of the forward under way; None while no branch joins inside.
+        outside: whether it stays outside of what is compiled.
     """
 
     def __init__(self, module: nn.Module, batched: frozenset[str] = MODULE_ARGUMENTS) -> None:
@@ -235,10 +235,11 @@ class Join(Hook):
         self._names = parameter_names(module)
         self._batched = batched
         self.plan: JoinPlan | None = None
+        self.outside = False
 
     def hook(self) -> RemovableHandle:
-        """Register it on its module; where that alone is compiled, outside of what is compiled."""
-        hook = Outer(self) if is_compiled_in_place(self.module) else self
+        """Register it on its module."""
+        hook = Outer(self) if self.outside else self
         return self.module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:

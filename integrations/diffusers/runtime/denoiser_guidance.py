@@ -60,12 +60,12 @@ class DenoiserGuidance:
     def attach(self) -> None:
         """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
         self.layers.stand_in()
+        self._regions.attach()
         if not self._inner:
             modules = [layer.info.module for layer in self.layers]
             self._inner += hook_grids(self._denoiser.model, modules, self.layers.set_grid)
             self._inner += [join.hook() for join in self._hooked]
         self.recomputation.attach()
-        self._regions.attach()
 
     def detach(self) -> None:
         """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""

@@ -4,7 +4,8 @@
 diffusers' modules run their checkpointed parts through a function that ``enable_gradient_checkpointing`` sets on them.
 While a guided forward is under way, that function is given parts which remember the forward's plan. Called within that
 forward they only run; called later, perhaps after the guidance was removed and in a thread of autograd, they put the
-plan back where it was, run, and take it off again. Norms and masses that such a run leaves are dropped.
+plan back where it was, run, and take it off again. Norms and masses that such a run leaves are dropped. Other ways to
+checkpoint a part of a denoiser do not say what they will run again, and are refused.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from segkern.core.private_apis import checkpointing
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.branches import Join, JoinPlan
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
+from segkern.integrations.diffusers.runtime.hooks import Hook
 from segkern.integrations.diffusers.runtime.kernels import NativeAttention
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
@@ -57,21 +60,36 @@ class Recomputation:
         self._joins = joins
         self._modules: list[Any] = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._changed: list[Any] = []
+        self._watches: list[RemovableHandle] = []
+        self._around: Any = None  # the checkpoint in which the denoiser itself runs
+        self._depth = 0  # of parts that run within the forward under way
         self._forward: tuple[object, int] | None = None  # the one under way, and its thread
 
     def attach(self) -> None:
         """Let checkpointed parts of the coming forward remember its plan."""
         if not torch.is_grad_enabled():
             return
+        self._replace()
+        if not self._watches:
+            for layer in self._layers:
+                watch = _Watch(layer.attention, layer.info.module, self)
+                self._watches.append(layer.attention.register_forward_pre_hook(watch))
+
+    def detach(self) -> None:
+        """Leave the modules as they were."""
+        self.end()
+        while self._watches:
+            self._watches.pop().remove()
+        self._restore()
+
+    def _replace(self) -> None:
         for module in self._modules:
             function = getattr(module, _FUNCTION, None)
             if module.gradient_checkpointing and function is not None and not isinstance(function, _PlanKeeping):
                 setattr(module, _FUNCTION, _PlanKeeping(function, self))
                 self._changed.append(module)
 
-    def detach(self) -> None:
-        """Leave the modules as they were."""
-        self.end()
+    def _restore(self) -> None:
         while self._changed:
             module = self._changed.pop()
             function = getattr(module, _FUNCTION, None)
@@ -81,6 +99,7 @@ class Recomputation:
     def begin(self) -> None:
         """A guided forward begins in this thread."""
         self._forward = object(), threading.get_ident()
+        self._around, self._depth = checkpointing(), 0
 
     def end(self) -> None:
         """It is over, or what follows in it is plain."""
@@ -99,6 +118,30 @@ class Recomputation:
 
     def _in_own_thread(self) -> bool:
         return self._forward is not None and self._forward[1] == threading.get_ident()
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Inside, a part runs that will remember the plan."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def check(self, layer: str) -> None:
+        """Refuse a layer that backward would run again as another one.
+
+        Raises:
+            RuntimeError: for a layer in a checkpoint that is none of the model's own.
+        """
+        if self._forward is None or self._depth or torch.compiler.is_compiling():
+            return
+        if not torch.is_grad_enabled() or checkpointing() not in (None, self._around):
+            raise RuntimeError(
+                f"guide cannot follow gradients through layer {layer!r}: a part of the denoiser runs under "
+                f"torch.utils.checkpoint (or torch.no_grad), and backward would run it again without guidance; "
+                f"checkpoint it with the denoiser's enable_gradient_checkpointing(), which takes a function of your own"
+            )
 
     def parts_of(self, function: Callable[..., Any]) -> _Parts:
         """What is guided in a module, or in all of the denoiser where the function is no module's."""
@@ -122,26 +165,15 @@ class Recomputation:
             self.lock.acquire()
         try:
             self._forward = token, threading.get_ident()
-            with parts.put_back(hooked=nested), self._attached():
+            self._replace()  # for parts of the part
+            with parts.put_back(hooked=nested), self.within():
                 return function(*args, **kwargs)
         finally:
             self._forward = earlier if nested else None
+            if not nested:
+                self._restore()
             if self.lock is not None and not nested:
                 self.lock.release()
-
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        """Inside, checkpointed parts of parts remember the plan too."""
-        if self._changed:
-            yield
-            return
-        try:
-            self.attach()
-            yield
-        finally:
-            forward = self._forward
-            self.detach()
-            self._forward = forward
 
 
 class _Parts:
@@ -207,9 +239,27 @@ class _Part:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._recomputation.is_under_way(self._forward):
             return self._recomputation.run_again(self._function, self._parts, self._forward[0], (args, kwargs))
-        output = self._function(*args, **kwargs)
+        with self._recomputation.within():
+            output = self._function(*args, **kwargs)
         self._parts = self._recomputation.parts_of(self._function)  # with the grids that the layers were told inside
         return output
+
+
+class _Watch(Hook):
+    """Forward pre-hook of a guided layer, which must not be run again without its plan.
+
+    Args:
+        module: the layer.
+        name: of it.
+        recomputation: of the denoiser.
+    """
+
+    def __init__(self, module: nn.Module, name: str, recomputation: Recomputation) -> None:
+        self._module, self._name, self._recomputation = module, name, recomputation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self._module:  # a copy is not guided
+            self._recomputation.check(self._name)
 
 
 class _PlanKeeping:

@@ -59,6 +59,8 @@ class Regions:
             self._compiled = compiled
             outermost = [name for name in compiled if not any(around in compiled for around in _around(name)[:-1])]
             self._regions = [self._region(name) for name in outermost]
+            for name, join in self._joins:
+                join.outside = name in outermost
         for region in self._regions:
             if "forward" not in vars(region.module):
                 region.module.forward = region
