@@ -134,7 +134,7 @@ class Recomputation:
         Raises:
             RuntimeError: for a layer in a checkpoint that is none of the model's own.
         """
-        if self._forward is None or self._depth or torch.compiler.is_compiling():
+        if self._forward is None or self._depth:
             return
         if not torch.is_grad_enabled() or checkpointing() not in (None, self._around):
             raise RuntimeError(
@@ -258,7 +258,7 @@ class _Watch(Hook):
         self._module, self._name, self._recomputation = module, name, recomputation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is self._module:  # a copy is not guided
+        if module is self._module and not torch.compiler.is_compiling():  # a copy is not guided
             self._recomputation.check(self._name)
 
 
