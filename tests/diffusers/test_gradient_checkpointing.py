@@ -254,3 +254,17 @@ def test_saved_tensors_may_be_kept_elsewhere() -> None:
     unet.enable_gradient_checkpointing()
     with torch.autograd.graph.save_on_cpu():
         assert relative(gradients(unet, lambda: run(specs).backward()), expected) < 1e-6
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["in place", "wrapped"])
+def test_checkpointing_inside_of_a_compiled_denoiser_is_refused(wrapped: bool) -> None:
+    pipe = smaller_pipeline()
+    run = partial(differentiable, pipe, prompt="a red fox", latents=noise(1, 8, 8), num_inference_steps=1)
+    pipe.unet.enable_gradient_checkpointing()
+    if wrapped:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        pipe.unet.compile(backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="compile_repeated_blocks"):
+        run((SEG(sigma=1.0, layers="mid"),))
+    torch._dynamo.reset()

@@ -170,6 +170,7 @@ class Guidance:
             self._denoiser_guidance.detach()
             self._lock = ForwardLock(self._module)  # who is in it as the hooks come
             self._denoiser_guidance.recomputation.lock = self._lock
+            self._denoiser_guidance.recomputation.compiled = self._module is not self._denoiser.model
             self._handles.append(self._module.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
             # Other forward hooks get the prediction the pipeline gets, so this one comes first.
             after = Outer(self._after)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.core.private_apis import checkpointing
+from segkern.core.private_apis import checkpointing, is_compiled_in_place
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.branches import Join, JoinPlan
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
@@ -29,6 +29,10 @@ from segkern.integrations.diffusers.runtime.kernels import NativeAttention
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 
+_COMPILED = (
+    "guide cannot follow gradient checkpointing inside of what is compiled; compile the blocks alone, with the "
+    "denoiser's compile_repeated_blocks(), or call its disable_gradient_checkpointing()"
+)
 _FUNCTION = "_gradient_checkpointing_func"
 
 
@@ -52,10 +56,13 @@ class Recomputation:
 
     Attributes:
         lock: that a thread holds while a forward of the denoiser is under way; None where there is none.
+        compiled: whether the denoiser is under a wrapper of ``torch.compile``.
     """
 
     def __init__(self, model: nn.Module, layers: GuidedLayers, joins: Collection[Join]) -> None:
         self.lock: Lock | None = None
+        self.compiled = False
+        self._model = model
         self._layers = layers
         self._joins = joins
         self._modules: list[Any] = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -97,7 +104,13 @@ class Recomputation:
                 setattr(module, _FUNCTION, function.original)
 
     def begin(self) -> None:
-        """A guided forward begins in this thread."""
+        """A guided forward begins in this thread.
+
+        Raises:
+            RuntimeError: for checkpointed parts of a denoiser that is compiled as a whole.
+        """
+        if self._changed and (self.compiled or is_compiled_in_place(self._model)):
+            raise RuntimeError(_COMPILED)
         self._forward = object(), threading.get_ident()
         self._around, self._depth = checkpointing(), 0
 
@@ -279,6 +292,6 @@ class _PlanKeeping:
         return operator.itemgetter(0), ((self.original,),)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():  # a graph has what it computes again in it
-            function = self._recomputation.remembering(function)
-        return self.original(function, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(_COMPILED)
+        return self.original(self._recomputation.remembering(function), *args, **kwargs)
