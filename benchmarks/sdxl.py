@@ -123,8 +123,6 @@ def forward(pipe: Any, size: Size, guidance_scale: float) -> torch.Tensor:
     """One call of a pipeline's denoiser as a run makes it, on the denoiser's device; also without data (meta)."""
     unet, batch = pipe.unet, 2 if guidance_scale > 1.0 else 1
     device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
-    pipe._guidance_scale, pipe._guidance_rescale, pipe._num_timesteps = guidance_scale, 0.0, 1
-    pipe.scheduler.set_timesteps(1)
     with torch.device(device), torch.no_grad():
         output = unet(
             torch.empty(batch, 4, *size.latent, dtype=dtype),

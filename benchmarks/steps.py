@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,12 @@ def counted(size: Size, names: Collection[str] | None = None) -> dict[str, float
 
 def count(pipe: Any, size: Size, way: Way, share: bool = True) -> float:
     """Floating-point operations of one step on a denoiser without data."""
-    guidance = guide(pipe, way.spec, share=share) if way.kind == "segkern" else nullcontext()
-    with guidance, FlopCounterMode(display=False) as counter:
+    with ExitStack() as stack:
+        if way.kind == "segkern":
+            guidance = guide(pipe, way.spec, share=share, cfg="batch" if way.cfg else "none")
+            stack.enter_context(guidance)
+            stack.enter_context(guidance.run([1.0]))
+        counter = stack.enter_context(FlopCounterMode(display=False))
         sdxl.forward(pipe, size, way.guidance_scale)
     return float(counter.get_total_flops())
 

@@ -11,6 +11,7 @@ from typing import Any
 from diffusers import StableDiffusionXLPipeline
 
 from segkern.integrations.diffusers.runtime.guidance import guide
+from segkern.integrations.diffusers.runtime.pipeline_class import call_in_run
 from segkern.integrations.diffusers.specs import SEG
 
 _LARGEST_FINITE_SIGMA = 9999.0  # the official implementation takes any larger sigma for infinity
@@ -76,4 +77,4 @@ class StableDiffusionXLSEGPipeline(StableDiffusionXLPipeline):
             return super().__call__(*args, **kwargs)
         sigma = math.inf if seg_blur_sigma > _LARGEST_FINITE_SIGMA else seg_blur_sigma
         with guide(self, SEG(scale=seg_scale, sigma=sigma, layers=layers)):
-            return super().__call__(*args, **kwargs)
+            return call_in_run(StableDiffusionXLPipeline.__call__, self, *args, **kwargs)

@@ -18,6 +18,7 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageCoreDenoiseStep
 from diffusers.utils import logging
 
+from segkern.integrations.diffusers.guiders.base import SpecGuider
 from tests.diffusers.transformer_cases import MODELS
 
 # Guiders say that they are experimental, components that they were made by hand, and blocks tell what is raised anyway.
@@ -45,6 +46,8 @@ TRANSFORMERS = tuple(_TRANSFORMERS)
 def _built(blocks: Any, guider: Any, pipe: Any, **components: Any) -> Any:
     modular = blocks.init_pipeline()
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    if isinstance(guider, SpecGuider):
+        guider.scheduler = scheduler
     modular.update_components(scheduler=scheduler, guider=guider, **components)
     modular.set_progress_bar_config(disable=True)
     return modular

@@ -65,8 +65,9 @@ def test_a_denoiser_shared_between_steps(subject: Subject, reuse: int) -> None:
 
         assert torch.equal(subject.run(pipe, callback_on_step_end=within), guided)
         assert all(torch.equal(output, plain) for output in outputs)
-        with pytest.raises(ValueError, match="guided already"):
-            guide(other, subject.seg())
+        with guide(other, subject.seg(reuse=reuse)):
+            assert torch.equal(subject.run(other), guided)
+            assert torch.equal(subject.run(pipe), guided)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def test_gradients_after_inference_mode(subject: Subject, reuse: int) -> None:
         handle.remove()
         args, kwargs = given
         sample = args[0].clone().requires_grad_()
-        with torch.enable_grad():
+        guidance = guide(pipe.unet, *specs, cfg="batch")  # beside the pipeline's
+        with torch.enable_grad(), guidance, guidance.run(pipe.scheduler.timesteps):
             output = pipe.unet(sample, *args[1:], **kwargs)[0]
             (gradient,) = torch.autograd.grad(output.square().sum(), sample)
         assert gradient.isfinite().all()

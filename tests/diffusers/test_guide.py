@@ -229,10 +229,9 @@ def test_a_callback_may_edit_latents_and_switch_classifier_free_guidance_off() -
 
 def test_both_containers_of_the_prediction_are_kept() -> None:
     pipe = tiny_pipeline()
-    with guide(pipe, SEG()):
-        run(pipe, latents=noise(), num_inference_steps=1)
+    with guide(pipe, SEG(), cfg="batch") as guidance, guidance.run([500]):
         arguments = {
-            "sample": noise(2),
+            "sample": noise(1).repeat(2, 1, 1, 1),
             "timestep": torch.tensor(500),
             "encoder_hidden_states": torch.randn(2, 7, 64),
             "added_cond_kwargs": {"text_embeds": torch.randn(2, 32), "time_ids": torch.zeros(2, 6)},

@@ -129,7 +129,7 @@ def test_a_loop_of_ones_own(controlled: bool) -> None:
         pipe.unet.set_attn_processor(AttnProcessor2_0())
         with pytest.raises(RuntimeError, match=r"1 predictions and as many perturbed ones.*handed back 1"):
             predict(guider, keep=1)
-        with pytest.raises(ValueError, match="SAG needs the scheduler of a modular pipeline"):
+        with pytest.raises(ValueError, match="SAGGuider needs the pipeline's scheduler"):
             predict(SAGGuider(guidance_scale=1.0))
 
 

@@ -146,16 +146,15 @@ def test_lists_that_the_denoiser_takes_apart_are_whole_for_the_second_forward() 
     pipe = tiny_sd()
     residuals = [0.3 * torch.randn(2, c, *s) for c, s in ((32, (16, 16)), (64, (8, 8)))]
     given = {"encoder_hidden_states": torch.randn(2, 77, pipe.unet.config.cross_attention_dim)}
-    pipe._guidance_scale, pipe._guidance_rescale, pipe._num_timesteps = 5.0, 0.0, 10
-    pipe._interrupt = False
     pipe.scheduler.set_timesteps(10)
     seen = []
     t = pipe.scheduler.timesteps[5]
     inner = pipe.unet.down_blocks[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs.get("additional_residuals")), with_kwargs=True
     )
-    with torch.no_grad(), guide(pipe, SAG()):
-        pipe.unet(noise(2), t, down_intrablock_additional_residuals=list(residuals), **given)
+    guidance = guide(pipe, SAG(), cfg="batch")
+    with torch.no_grad(), guidance, guidance.run(pipe.scheduler.timesteps):
+        pipe.unet(noise().repeat(2, 1, 1, 1), t, down_intrablock_additional_residuals=list(residuals), **given)
     inner.remove()
     first, second = seen
     assert torch.equal(first[:1], second)

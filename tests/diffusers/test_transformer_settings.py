@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.modular_pipelines import SequentialPipelineBlocks
 
 from segkern.integrations.diffusers import SEG, guide
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
@@ -99,18 +100,18 @@ def test_between_forwards_processors_are_the_models_own() -> None:
 def test_several_images_in_a_list_have_one_size() -> None:
     model = MODELS["z-image"]
     pipe = model.build()
-    with guide(pipe, SEG(layers=model.layers)) as active:
-        run(model, pipe)
+    loop = guide(pipe.transformer, SEG(layers=model.layers), cfg="none")
+    with loop.run([0.0]):
         images = [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 12)]
         with pytest.raises(ValueError, match=r"images of one size.*\(4, 1, 8, 12\)"):
             pipe.transformer(images, torch.zeros(2), [torch.randn(5, 12)] * 2)
-        run(model, pipe)
-    assert active.report().layers[0].fired == 6
+        with guide(pipe, SEG(layers=model.layers)) as active:
+            run(model, pipe)
+    assert active.report().layers[0].fired == 3
+    with pytest.warns(UserWarning, match="fired in none of 1 forwards"):
+        loop.remove()
 
 
 def test_modular_pipelines_have_guiders() -> None:
-    class ModularPipeline:
-        transformer = MODELS["flux"].build().transformer
-
     with pytest.raises(ValueError, match="guidance of a modular pipeline is a component; see SEGGuider"):
-        guide(ModularPipeline(), SEG(layers=1))
+        guide(SequentialPipelineBlocks().init_pipeline(), SEG(layers=1))

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from segkern.integrations.diffusers.models.architectures import ARCHITECTURES, LINEAR, UNET_DEFAULT
-from segkern.integrations.diffusers.runtime import support
 from tests.compatibility import cell_of, proves, write
 from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
 
@@ -61,7 +60,7 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_page_names_what_is_refused_and_all_defaults() -> None:
-    for name, reason in {**support._OTHER_BATCHES, **LINEAR}.items():
+    for name, reason in LINEAR.items():
         assert f"| `{name}` | {reason} |" in PAGE
     for architecture in ARCHITECTURES.values():
         layers, whose = architecture.default or ("the block in the middle", "nobody's")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -16,11 +17,11 @@ from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
 from torch import nn
 
-from segkern.integrations.diffusers.guiders.calls import GuiderCalls, Step, running_pipeline
+from segkern.integrations.diffusers.guiders.calls import GuiderCalls, Step
 from segkern.integrations.diffusers.runtime.branches import shifted
 from segkern.integrations.diffusers.runtime.origins import Trust
 from segkern.integrations.diffusers.runtime.report import Report
-from segkern.integrations.diffusers.runtime.run_context import number
+from segkern.integrations.diffusers.runtime.steps import timestep_value
 from segkern.integrations.diffusers.specs import PAG, SAG
 from segkern.integrations.diffusers.specs.base import Spec
 from segkern.integrations.diffusers.specs.schedules import is_number
@@ -37,6 +38,8 @@ class SpecGuider(ClassifierFreeGuidance):
         spec: the guidance beside classifier-free guidance.
         trust: classes and functions of other packages in the denoiser that treat every sample of a batch by itself, as
             :func:`~segkern.integrations.diffusers.guide` takes them; set it before the first run. It is not saved.
+        scheduler: of the pipeline; needed by SAG, and where it calls the denoiser twice in a step (Heun). It is not
+            saved.
     """
 
     trust: Trust = ()
@@ -64,6 +67,7 @@ class SpecGuider(ClassifierFreeGuidance):
         self,
         spec: Spec | None = None,
         *,
+        scheduler: Any = None,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
@@ -89,6 +93,8 @@ class SpecGuider(ClassifierFreeGuidance):
         self.register_to_config(
             **own, guidance_start=guidance_start, guidance_stop=guidance_stop, **self.spec.to_dict()
         )
+        self.scheduler = scheduler
+        self._inputs: list[Any] = []  # of the step's calls
         self._fraction = 0.0
         self._last_step: int | None = None
         self._now = Step(0, self.spec.strength(0.0))
@@ -118,14 +124,14 @@ class SpecGuider(ClassifierFreeGuidance):
             ValueError: for a value that does not fit.
         """
         dropped = set(self.spec.to_dict()) if "spec" in changes else ()
-        return type(self)(**{**self._kept(dropped), **changes})
+        return type(self)(**{"scheduler": self.scheduler, **self._kept(dropped), **changes})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of a pipeline has a guider of its own, which has done nothing yet."""
-        return _made(type(self), self._kept(), self._enabled)
+        return _made(type(self), self._kept(), self._enabled, copy.deepcopy(self.scheduler, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made, (type(self), self._kept(), self._enabled)
+        return _made, (type(self), self._kept(), self._enabled, self.scheduler)
 
     def _kept(self, dropped: Container[str] = ()) -> dict[str, Any]:
         """The arguments it was made with, but for some."""
@@ -151,12 +157,29 @@ class SpecGuider(ClassifierFreeGuidance):
         super().set_state(step, num_inference_steps, timestep)
         first = step == 0 or self._last_step is None or step < self._last_step
         self._last_step = step
-        order = getattr(getattr(running_pipeline()[0], "scheduler", None), "order", 1)
+        if step >= num_inference_steps and self.scheduler is None and self.spec.depends_on_step:
+            owner = type(self).__name__
+            raise RuntimeError(
+                f"step {step} of {num_inference_steps}: the scheduler calls the denoiser more than once in a step, and "
+                f"{owner} needs it to know how often: {owner}(..., scheduler=pipe.scheduler)"
+            )
+        order = getattr(self.scheduler, "order", 1)
         self._fraction = (step // order) / num_inference_steps
-        at = number(timestep) if isinstance(self.spec, PAG) and self.spec.adaptive_scale else None
-        self._now = Step(step // order, self.spec.strength(self._fraction, at))
+        at = timestep_value(timestep)[0] if isinstance(self.spec, PAG) and self.spec.adaptive_scale else None
+        self._inputs = []
+        self._now = Step(step // order, self.spec.strength(self._fraction, at), timestep)
         if self._calls is not None:
             self._calls.new_step(first)
+
+    def prepare_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The inputs of each of the step's calls."""
+        self._inputs = super().prepare_inputs(*args, **kwargs)
+        return self._inputs
+
+    def prepare_inputs_from_block_state(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The inputs of each of the step's calls."""
+        self._inputs = super().prepare_inputs_from_block_state(*args, **kwargs)
+        return self._inputs
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Before a call of the denoiser: see to it that the guidance acts there, if it does.
@@ -172,7 +195,8 @@ class SpecGuider(ClassifierFreeGuidance):
         # SAG degrades the unconditional prediction, which is the second call where there is one.
         call = 2 if isinstance(self.spec, SAG) and self._is_cfg_enabled() else 1
         acts = self._enabled and self._count_prepared == call
-        self._calls.prepare(self._now if acts else Step())
+        inputs = self._inputs[call - 1].as_dict() if len(self._inputs) >= call else {}
+        self._calls.prepare(self._now if acts else Step(), self.scheduler, inputs)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
         """After a call of the denoiser: it is what it was."""
@@ -224,9 +248,10 @@ class SpecGuider(ClassifierFreeGuidance):
         return report
 
 
-def _made(kind: type[SpecGuider], given: Mapping[str, Any], enabled: bool) -> SpecGuider:
+def _made(kind: type[SpecGuider], given: Mapping[str, Any], enabled: bool, scheduler: Any) -> SpecGuider:
     """A guider with these arguments, turned on or off since."""
     made: SpecGuider = kind(**given)
+    made.scheduler = scheduler
     made._enabled = enabled
     return made
 

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers.modular_pipelines import ModularPipeline
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -18,14 +17,17 @@ from segkern.integrations.diffusers.models.layers import find_model
 from segkern.integrations.diffusers.runtime.branches import Arguments, Batch, Forward
 from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, find_denoisers
+from segkern.integrations.diffusers.runtime.guidance import is_guided
 from segkern.integrations.diffusers.runtime.hooks import Outer
 from segkern.integrations.diffusers.runtime.module_checks import ModuleChecks
 from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.per_sample import check_attention_arguments
+from segkern.integrations.diffusers.runtime.pipeline_run import in_repeated_forward
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.diffusers.runtime.reuse import Differences
 from segkern.integrations.diffusers.runtime.sag_forward import SAGForward
-from segkern.integrations.diffusers.runtime.support import GUIDED, choose_layers
+from segkern.integrations.diffusers.runtime.steps import timestep_value
+from segkern.integrations.diffusers.runtime.support import choose_layers
 from segkern.integrations.diffusers.specs import SAG
 from segkern.integrations.diffusers.specs.base import Spec
 
@@ -37,10 +39,12 @@ class Step:
     Attributes:
         number: of the step, from 0.
         strength: of the guidance in it; 0 where that does not act.
+        timestep: of the scheduler.
     """
 
     number: int = 0
     strength: float = 0.0
+    timestep: Any = None
 
 
 class GuiderCalls:
@@ -82,7 +86,7 @@ class GuiderCalls:
         self._differences = Differences((spec,))
         self._handles: list[RemovableHandle] = []
         self._step = Step()
-        self._run: tuple[Any, Any] = (None, None)  # the pipeline that asked for it, and what is its own of that run
+        self._inputs: Mapping[str, Any] = {}  # of the call that is waited for, as the guider gave them
         self._forward: Forward | None = None
         self._given: Arguments = ((), {})
         self._sag: SAGForward | None = None
@@ -99,24 +103,32 @@ class GuiderCalls:
             self._runs += 1
             self._differences.forget()
 
-    def prepare(self, step: Step) -> None:
+    def prepare(self, step: Step, scheduler: Any = None, inputs: Mapping[str, Any] | None = None) -> None:
         """The denoiser's next call is the one to act in, if the guidance acts in this step.
+
+        Args:
+            step: the call's.
+            scheduler: for SAG.
+            inputs: of the call, by which it is known.
 
         Raises:
             ValueError: for a denoiser that is under ``guide``, or a scheduler that does not fit.
         """
         self.release()
         self.recorder.forwards += 1
-        if self._denoiser.model in GUIDED:
+        if is_guided(self._module):
             raise ValueError("this denoiser is under guide(...); remove that guidance, or take another guider")
         self._checks.before(self._runs, None, 1)
         if step.strength == 0.0:
             return
-        self._step, self._run = step, running_pipeline()
+        self._step, self._inputs = step, inputs or {}
         if isinstance(self._spec, SAG):
-            if self._run[0] is None:
-                raise ValueError("SAG needs the scheduler of a modular pipeline, and none is running")
-            self._sag = SAGForward(self._run[0], self._denoiser.model, (self._spec,))
+            if scheduler is None:
+                raise ValueError(
+                    "SAGGuider needs the pipeline's scheduler to noise images again: SAGGuider(..., "
+                    "scheduler=pipe.scheduler)"
+                )
+            self._sag = SAGForward(SimpleNamespace(scheduler=scheduler), (self._spec,))
         self._handles.append(self._module.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
         self._handles.append(self._module.register_forward_hook(Outer(self._after), prepend=True))
         # PyTorch goes through the hooks themselves after an exception: one may be taken off by the last one alone.
@@ -129,13 +141,13 @@ class GuiderCalls:
         while self._handles:
             self._handles.pop().remove()
         self._denoiser_guidance.detach()
-        self._forward, self._given, self._run, self._sag = None, ((), {}), (None, None), None
+        self._forward, self._given, self._inputs, self._sag = None, ((), {}), {}, None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: let the branch join."""
-        if module is not self._module or self._forward is not None:  # a copy, or the second call of SAG
+        if module is not self._module or in_repeated_forward():  # a copy, or the second call of SAG
             return None
-        if any(now is not then for now, then in zip(running_pipeline(), self._run, strict=True)):
+        if self._forward is not None or not self._is_expected(args, kwargs):
             self.release()  # the call that was waited for never came, for an exception before it
             return None
         try:
@@ -143,6 +155,17 @@ class GuiderCalls:
         except BaseException:
             self.release()
             raise
+
+    def _is_expected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True for the call that was waited for: at the step's timestep, with the inputs that the guider gave."""
+        timestep = self._denoiser.timestep(args, kwargs)
+        if self._step.timestep is not None and timestep is not None and timestep is not self._step.timestep:
+            at, expected = timestep_value(timestep), timestep_value(self._step.timestep)[0]
+            least = min(abs(at[0] - value) for value in (expected, self._denoiser.units(expected)))
+            if least > 4.0 * at[1] * max(1.0, abs(at[0])):
+                return False
+        text, known = self._denoiser.prompt(args, kwargs), list(_tensors(self._inputs))
+        return text is None or not known or any(_equal(x, text) for x in known)
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         sample = self._denoiser.sample(args, kwargs)
@@ -177,7 +200,7 @@ class GuiderCalls:
 
     def _is_own(self, module: nn.Module) -> bool:
         """True if a call is the one that was waited for: not of a copy, nor the second one of SAG."""
-        return module is self._module and (self._sag is None or not self._sag.running)
+        return module is self._module and not in_repeated_forward()
 
     def _take(self, forward: Forward, sample: torch.Tensor) -> None:
         """Take the output of the forward under way."""
@@ -219,12 +242,18 @@ class GuiderCalls:
         return own, difference
 
 
-def running_pipeline() -> tuple[Any, Any]:
-    """The nearest modular pipeline on the call stack and the state of its run; None for both in somebody's own loop."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        names = frame.f_code.co_varnames
-        if names and names[0] == "self" and isinstance(frame.f_locals.get("self"), ModularPipeline):
-            return frame.f_locals["self"], frame.f_locals.get("state")
-        frame = frame.f_back
-    return None, None
+def _tensors(value: Any) -> Iterator[Any]:
+    """The tensors of a guider's batch, and lists of them with one for each sample."""
+    for item in value.values() if isinstance(value, Mapping) else ():
+        if isinstance(item, torch.Tensor) or (isinstance(item, list) and item and isinstance(item[0], torch.Tensor)):
+            yield item
+
+
+def _equal(x: Any, text: Any) -> bool:
+    """True if a guider's input is the prompt of a call, in any dtype. Waits for the device of other tensors."""
+    if x is text:
+        return True
+    if isinstance(x, list) or isinstance(text, list):
+        alike = isinstance(x, list) and isinstance(text, list) and len(x) == len(text)
+        return alike and all(_equal(a, b) for a, b in zip(x, text, strict=True))
+    return bool(x.shape == text.shape and torch.equal(x.to(text.device, text.dtype), text))

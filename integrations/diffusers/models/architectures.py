@@ -52,10 +52,12 @@ class Architecture:
         listed: of ``batched``, those that are lists with one item per sample.
         residuals: arguments that are added between blocks: with any of them branches join at the input.
         other: an argument that is given only in calls which are no step of a run.
-        apart: whether pipelines call it once for the prompt and once for the negative prompt.
-        conditional_first: whether a batch begins with the conditional samples.
+        prompt: the argument with the embeddings of the prompt.
+        timestep: the argument with the timestep.
+        units: from the scheduler's timestep to the one that it is given.
+        conditional_first: whether a batch of both texts begins with the conditional samples.
         shift: whether the pipeline's guidance scale is one less than usual, ``c + g (c - u)``.
-        rescales: the pipeline's local variable that is true where it measures the conditional prediction.
+        rescales: whether the pipeline measures the conditional prediction under classifier-free guidance.
         default: layers where none are named, and whose advice that is.
     """
 
@@ -70,11 +72,17 @@ class Architecture:
     listed: frozenset[str] = frozenset()
     residuals: frozenset[str] = frozenset()
     other: str | None = None
-    apart: bool = False
+    prompt: str = "encoder_hidden_states"
+    timestep: str = "timestep"
+    units: Callable[[float], float] = float
     conditional_first: bool = False
     shift: bool = False
     rescales: bool = False
     default: tuple[str, str] | None = None
+
+
+def _of_thousand(timestep: float) -> float:
+    return timestep / 1000.0
 
 
 def _patches(model: Any) -> int:
@@ -99,11 +107,19 @@ def _position_ids(model: Any, get: Get) -> Size:
     ids = get("img_ids")
     ids = ids[0] if ids.ndim == 3 else ids
     rows = ids[ids[:, 0] == ids[0, 0]]
-    return 1, int(rows[:, 1].max()) + 1, int(rows[:, 2].max()) + 1
+    size = 1, int(rows[:, 1].max()) + 1, int(rows[:, 2].max()) + 1
+    if int(ids[0, 0]) != 0 or len(rows) != size[1] * size[2]:
+        raise ValueError(
+            f"guide cannot tell the grid of the image from img_ids: its first rows are numbered {int(ids[0, 0])} and "
+            f"{len(rows)} of them are on a grid of {size[1]} x {size[2]}, where Flux numbers the image that it makes 0"
+        )
+    return size
 
 
 def _shapes(model: Any, get: Get) -> Size:
     """Of the first image of the first sample; others, which an edit starts from, come after it."""
+    if getattr(model.config, "use_layer3d_rope", False):
+        raise ValueError("guide cannot handle a layered Qwen-Image, which makes several images in one sequence")
     first = get("img_shapes")[0]
     frames, height, width = first if isinstance(first[0], int) else first[0]
     return frames, height, width
@@ -125,7 +141,14 @@ def _video(model: Any, get: Get) -> Size:
 
 
 def _told(model: Any, get: Get) -> Size:
-    return get("num_frames"), get("height"), get("width")
+    frames, height, width = size = get("num_frames"), get("height"), get("width")
+    tokens = get("hidden_states").shape[1]
+    if None in size or frames * height * width != tokens:
+        raise ValueError(
+            f"guide cannot tell the grid of {tokens} tokens from num_frames={frames}, height={height}, width={width}: "
+            f"the sequence holds other tokens than the video's, as it does with conditions at given frames"
+        )
+    return frames, height, width
 
 
 _SAMPLES = frozenset({"hidden_states", "encoder_hidden_states", "timestep"})
@@ -157,7 +180,7 @@ _ALL = (
         lambda model: 2,
         text="encoder_hidden_states",
         residuals=_CONTROL,
-        apart=True,
+        units=_of_thousand,
     ),
     Architecture(
         "QwenImageTransformer2DModel",
@@ -178,7 +201,7 @@ _ALL = (
         text="encoder_hidden_states",
         listed=frozenset({"img_shapes"}),
         residuals=_CONTROL | {"additional_t_cond"},
-        apart=True,
+        units=_of_thousand,
         rescales=True,
     ),
     Architecture(
@@ -199,6 +222,9 @@ _ALL = (
         lambda model: 2,
         listed=frozenset({"x", "cap_feats"}),
         residuals=frozenset({"controlnet_block_samples", "siglip_feats", "image_noise_mask"}),
+        prompt="cap_feats",
+        timestep="t",
+        units=lambda timestep: (1000.0 - timestep) / 1000.0,
         conditional_first=True,
         shift=True,
     ),
@@ -239,7 +265,6 @@ _ALL = (
         _SAMPLES | {"encoder_hidden_states_image"},
         _video,
         lambda model: int(model.config.patch_size[1]),
-        apart=True,
     ),
     Architecture(
         "LTXVideoTransformer3DModel",

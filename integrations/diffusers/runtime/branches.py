@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.runtime.hooks import Hook, Outer
+from segkern.integrations.diffusers.runtime.hooks import Hook, Outer, acts_here
 from segkern.integrations.diffusers.runtime.signatures import parameter_names
 
 # Arguments of a UNet and of its blocks that hold one entry per sample. Others (cross_attention_kwargs, upsample_size)
@@ -181,7 +181,7 @@ class Forward:
         reused: those whose last difference is taken.
         sag: those of SAG, which a forward of their own follows.
         reference: samples of the output that SAG degrades.
-        cfg: whether there is classifier-free guidance in this step, in this call or the next.
+        pair: number of the call where one for the negative prompt may follow, else None.
         rescaled: the guidance scale where the conditional prediction must stay what it is, else None.
         frames: as how many each sample runs through the blocks.
     """
@@ -194,7 +194,7 @@ class Forward:
     reused: tuple[int, ...] = ()
     sag: tuple[int, ...] = ()
     reference: slice = field(default_factory=lambda: slice(0, 0))
-    cfg: bool = False
+    pair: int | None = None
     rescaled: float | None = None
     frames: int = 1
 
@@ -243,7 +243,7 @@ class Join(Hook):
         return self.module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        plan = self.plan
+        plan = self.plan if acts_here() else None
         if plan is None or module is not self.module:  # a copy of the module is not guided
             return None
         batch, (count,) = plan.batch, plan.branches
@@ -254,7 +254,7 @@ class JoinSkips(Join):
     """Forward pre-hook of an up block: each skip connection gets the branches that its resnet runs with."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        plan = self.plan
+        plan = self.plan if acts_here() else None
         if plan is None or module is not self.module:
             return None
         batch = plan.batch

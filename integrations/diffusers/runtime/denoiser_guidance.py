@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from segkern.integrations.diffusers.runtime.branches import Forward, JoinPlan
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer, GuidedLayers
-from segkern.integrations.diffusers.runtime.hooks import hook_grids
+from segkern.integrations.diffusers.runtime.hooks import act_here, hook_grids
 from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.per_sample import KeptEmbeddings
 from segkern.integrations.diffusers.runtime.plans import ForwardPlan
@@ -69,6 +69,7 @@ class DenoiserGuidance:
 
     def detach(self) -> None:
         """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
+        act_here(False)
         self._regions.detach()
         self.recomputation.detach()
         self._tell_joins(None)
@@ -88,6 +89,7 @@ class DenoiserGuidance:
         self._tell_joins(plan.joins)
         self.layers.tell(plan.layers)
         self.recomputation.begin()
+        act_here(True)
 
     def _plan(self, forward: Forward) -> ForwardPlan:
         """The plan of a forward; one for all that are alike."""

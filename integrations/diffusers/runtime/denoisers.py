@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ from segkern.integrations.diffusers.models.architectures import Architecture, ar
 from segkern.integrations.diffusers.runtime.branches import (
     DENOISER_ARGUMENTS,
     Arguments,
-    Batch,
     DenoiserArguments,
     Forward,
 )
 from segkern.integrations.diffusers.runtime.interception import intercepting
 from segkern.integrations.diffusers.runtime.origins import name_of
+from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, GuidedProcessor
-from segkern.integrations.diffusers.runtime.run_context import RunContext
 from segkern.integrations.diffusers.runtime.transformer_places import BlockPlaces
 from segkern.integrations.diffusers.runtime.unet_places import Places
 
@@ -49,25 +47,45 @@ class Denoiser(ABC):
         """The noisy images that a forward gets."""
         return batch_of(self.arguments.get(self.sample_name, args, kwargs))
 
-    def timestep(self, scheduler: Any, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The scheduler's timestep of the call of this number; models are given it in other units too."""
-        return scheduler.timesteps[call]
+    def latents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The same as the forward gets them: a tensor, or a list with one per sample."""
+        return self.arguments.get(self.sample_name, args, kwargs)
+
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The timestep that a forward gets."""
+        return self.arguments.get("timestep", args, kwargs)
+
+    def prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The embeddings of a prompt that a forward gets."""
+        return self.arguments.get("encoder_hidden_states", args, kwargs)
+
+    def units(self, timestep: float) -> float:
+        """The scheduler's timestep in the units in which the model gets it."""
+        return timestep
+
+    def is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True unless a forward is an auxiliary one of the pipeline, with which guidance has nothing to do."""
+        return True
 
     def frames(self, sample: torch.Tensor) -> int:
         """As how many each sample runs through the blocks, one after the other in the batch."""
         return 1
 
-    @abstractmethod
-    def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Purpose: ``"both"`` halves of the batch, ``"conditional"``, ``"unconditional"`` or ``"other"``."""
+    @property
+    def conditional_first(self) -> bool:
+        """True if pipelines begin a batch of both texts with the conditional samples."""
+        return False
 
-    @abstractmethod
-    def batch(self, run: RunContext, size: int, branches: int, cfg: bool) -> Batch:
-        """The layout of a batch."""
+    def rescaled_guidance_scale(self, run: PipelineRun) -> float | None:
+        """The guidance scale of a run where only the unconditional prediction may change, else None.
 
-    @abstractmethod
-    def rescaled_guidance_scale(self, run: RunContext, caller: Mapping[str, Any]) -> float | None:
-        """The guidance scale where only the unconditional prediction may change, else None."""
+        So it is under ``guidance_rescale``, which measures the conditional prediction.
+
+        Raises:
+            ValueError: where the scale is not known.
+        """
+        rescale = run.told("guidance_rescale")
+        return None if rescale is None or float(rescale) <= 0.0 else _known_scale(run, "guidance_scale")
 
     @abstractmethod
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -102,18 +120,6 @@ class UNet(Denoiser):
         self.model = model
         self.places: Places = Places(model)
         self.arguments = DenoiserArguments(model, DENOISER_ARGUMENTS - self.framed)
-
-    def timestep(self, scheduler: Any, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.arguments.get("timestep", args, kwargs)
-
-    def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        return "both"
-
-    def batch(self, run: RunContext, size: int, branches: int, cfg: bool) -> Batch:
-        return run.batch(size, branches, cfg)
-
-    def rescaled_guidance_scale(self, run: RunContext, caller: Mapping[str, Any]) -> float | None:
-        return run.rescaled_guidance_scale(caller)
 
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Residuals from outside must meet tensors of the batch they were made for.
@@ -174,27 +180,34 @@ class Transformer(Denoiser):
         self.arguments = DenoiserArguments(model, architecture.batched, architecture.listed)
         self._ids: tuple[torch.Tensor, tuple[int, int, int]] | None = None  # the last position ids and their size
 
-    def part(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.arguments.get(self.architecture.timestep, args, kwargs)
+
+    def prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.arguments.get(self.architecture.prompt, args, kwargs)
+
+    def units(self, timestep: float) -> float:
+        return self.architecture.units(timestep)
+
+    def is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         other = self.architecture.other
-        if other is not None and self.arguments.get(other, args, kwargs) is not None:
-            return "other"
-        if not self.architecture.apart:
-            return "both"
-        text = self.arguments.get("encoder_hidden_states", args, kwargs)
-        return "unconditional" if text is not None and text is caller.get("negative_prompt_embeds") else "conditional"
+        return other is None or self.arguments.get(other, args, kwargs) is None
 
-    def batch(self, run: RunContext, size: int, branches: int, cfg: bool) -> Batch:
-        return run.batch(size, branches, cfg and not self.architecture.apart, self.architecture.conditional_first)
+    @property
+    def conditional_first(self) -> bool:
+        return self.architecture.conditional_first
 
-    def rescaled_guidance_scale(self, run: RunContext, caller: Mapping[str, Any]) -> float | None:
+    def rescaled_guidance_scale(self, run: PipelineRun) -> float | None:
+        if run.is_loop:
+            return None
         if self.architecture.rescales:
-            return float(caller["true_cfg_scale"]) if "true_cfg_scale" in caller else None
-        if caller.get("skip_guidance_layers") is not None:  # skip-layer guidance measures the conditional prediction
-            return float(caller["self"].guidance_scale)
+            return _known_scale(run, "true_cfg_scale")
+        if run.arguments.get("skip_guidance_layers") is not None:  # skip-layer guidance measures it too
+            return _known_scale(run, "guidance_scale")
         if self.architecture.shift:
-            limited = float(caller["self"]._cfg_normalization or 0.0) > 0.0 if "self" in caller else False
-            return float(caller["current_guidance_scale"]) + 1.0 if limited else None
-        return run.rescaled_guidance_scale(caller)
+            limit = run.arguments.get("cfg_normalization")
+            return _known_scale(run, "guidance_scale") + 1.0 if limit is not None and float(limit) > 0.0 else None
+        return super().rescaled_guidance_scale(run)
 
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Residuals that are added between blocks must meet the batch they were made for."""
@@ -224,6 +237,16 @@ class Transformer(Denoiser):
         if self._ids is None or self._ids[0] is not ids:
             self._ids = ids, self.architecture.size(self.model, get)
         return self._ids[1]
+
+
+def _known_scale(run: PipelineRun, name: str) -> float:
+    scale = run.told(name)
+    if scale is None:
+        raise ValueError(
+            f"this {type(run.pipe).__name__} measures its conditional prediction, so that guide needs its {name}, "
+            f"which is not known where the pipeline was not called as pipe(...)"
+        )
+    return float(scale)
 
 
 def find_denoisers(pipe: Any) -> list[Denoiser]:

@@ -24,9 +24,12 @@ from segkern.integrations.diffusers.models.layers import LayerInfo, find_unet, l
 from segkern.integrations.diffusers.runtime.attention import tokens_of
 from segkern.integrations.diffusers.runtime.branches import DenoiserArguments
 from segkern.integrations.diffusers.runtime.hooks import Hook, hook_grids
+from segkern.integrations.diffusers.runtime.layout import BatchLayout, CallKind
+from segkern.integrations.diffusers.runtime.pipeline_class import unwatch, watch
+from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, current_run, in_repeated_forward
 from segkern.integrations.diffusers.runtime.projections import Projections
-from segkern.integrations.diffusers.runtime.run_context import RunContext
-from segkern.integrations.diffusers.runtime.support import REPEATED, check_batches, check_layer
+from segkern.integrations.diffusers.runtime.steps import RunSteps
+from segkern.integrations.diffusers.runtime.support import check_layer
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ def record_energy(
         ...     image = pipe("a red fox").images[0]
         >>> recorder.records[0].map(math.inf).shape  # doctest: +SKIP
     """
-    unet = check_batches(pipe, "record_energy")
+    if not callable(pipe) or not hasattr(pipe, "unet"):
+        raise ValueError(f"record_energy needs a pipeline with a UNet2DConditionModel, got {type(pipe).__name__}")
+    unet = find_unet(pipe)
     if any(map(is_compiled_in_place, unet.modules())) or pipe.unet is not unet:
         raise ValueError("record_energy needs a denoiser that is not compiled: hooks in a compiled one may be ignored")
     available = list_layers(unet)
@@ -161,8 +166,10 @@ class EnergyRecorder:
         self._boundary = boundary
         self._dtype = dtype
         self._handles: list[RemovableHandle] = []
-        self._schedule = RunContext(pipe)
         self._run = -1
+        self._last_run: PipelineRun | None = None
+        self._layout: BatchLayout | None = None
+        self._watches = False
         self._now: tuple[int, int, slice] | None = None  # step, steps and conditional samples of the forward under way
         self._grids: dict[str, Grid] = {}  # of its layers so far
         self._missed: set[int] = set(at_steps or ())
@@ -192,11 +199,16 @@ class EnergyRecorder:
         """Take every hook off the pipeline; nothing happens when they are off already."""
         while self._handles:
             self._handles.pop().remove()
-        self._now = None
+        if self._watches:
+            self._watches = False
+            unwatch(self._pipe)
+        self._now, self._last_run, self._layout = None, None, None
         self._grids.clear()
 
     def _install(self, unet: nn.Module) -> None:
         try:
+            watch(self._pipe)
+            self._watches = True
             # Before a guidance's hook, which may enlarge the batch.
             self._hook(unet, self._begin, prepend=True)
             self._handles += hook_grids(unet, [layer.module for layer in self.layers], self._grids.__setitem__)
@@ -216,18 +228,24 @@ class EnergyRecorder:
         """A forward of the denoiser on the pipeline's own batch."""
         self._now = None
         self._grids.clear()
-        caller = self._schedule.caller()
-        if self._unet in REPEATED or caller is None:
+        run = current_run()
+        if run is None or run.pipe is not self._pipe or in_repeated_forward():
             return
-        samples = self._arguments.get("sample", args, kwargs).shape[0]
-        try:
-            step = self._schedule.next_step()
-            cfg = self._schedule.is_guided_by_text(caller)
-            conditional = self._schedule.batch(samples, 0, cfg).conditional
-        except RuntimeError:  # somebody's own call of the denoiser, in no run of the pipeline
+        if run is not self._last_run:
+            self._run += 1
+            self._last_run, self._layout = run, BatchLayout(run, type(self._pipe).__name__)
+        assert self._layout is not None
+        latents, text, timestep = (
+            self._arguments.get(name, args, kwargs) for name in ("sample", "encoder_hidden_states", "timestep")
+        )
+        call = self._layout.of_call(latents, text, timestep)
+        if call.kind is CallKind.NEGATIVE:
             return
-        self._run += step.call == 0
-        self._now = step.call, step.calls, conditional
+        steps = run.state.get(RunSteps)
+        if steps is None:
+            steps = run.state[RunSteps] = RunSteps(run, self._pipe.scheduler)
+        step = steps.of_call(self._pipe.scheduler, timestep, float)
+        self._now = step.call, step.calls, call.batch.conditional
 
     def _is_chosen(self, step: int, steps: int) -> bool:
         if self._at_steps is None:

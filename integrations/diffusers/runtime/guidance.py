@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -15,26 +18,36 @@ from torch.utils.hooks import RemovableHandle
 from segkern.integrations.diffusers.models.architectures import batch_of
 from segkern.integrations.diffusers.runtime.branches import Arguments, Forward, difference, fold, shifted, summed
 from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
+from segkern.integrations.diffusers.runtime.denoiser_lock import denoiser_lock
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
-from segkern.integrations.diffusers.runtime.forward_lock import ForwardLock
 from segkern.integrations.diffusers.runtime.hooks import Outer
+from segkern.integrations.diffusers.runtime.layout import BatchLayout, CallKind, CFGLayout, ConditionalPlace
 from segkern.integrations.diffusers.runtime.module_checks import ModuleChecks
 from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.outputs import check_size, prediction_of, with_prediction
 from segkern.integrations.diffusers.runtime.per_sample import check_attention_arguments
+from segkern.integrations.diffusers.runtime.pipeline_class import pipelines_with, unwatch, watch
+from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, current_run, in_repeated_forward
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
-from segkern.integrations.diffusers.runtime.run_context import RunContext
+from segkern.integrations.diffusers.runtime.reuse import Differences
 from segkern.integrations.diffusers.runtime.sag_forward import SAGForward
-from segkern.integrations.diffusers.runtime.step_planner import StepPlanner
-from segkern.integrations.diffusers.runtime.support import GUIDED, check_model, check_pipeline, choose_layers
+from segkern.integrations.diffusers.runtime.step_planner import RunState, StepPlanner
+from segkern.integrations.diffusers.runtime.support import check_model, check_pipeline, choose_layers
+from segkern.integrations.diffusers.specs import SAG
 from segkern.integrations.diffusers.specs.base import PlacedSpec, Spec
 
-# What the next call for a negative prompt adds, with the guidance scale where it alone may change.
-PendingShift = tuple[torch.Tensor | None, float | None]
+_GUIDED: WeakKeyDictionary[Any, Guidance] = WeakKeyDictionary()  # pipelines, and denoisers alone
 
 
-def guide(pipe: Any, *specs: Spec, share: bool = True, trust: Trust = ()) -> Guidance:
+def guide(
+    pipe: Any,
+    *specs: Spec,
+    share: bool = True,
+    cfg: CFGLayout | None = None,
+    conditional: ConditionalPlace | None = None,
+    trust: Trust = (),
+) -> Guidance:
     """Turn on guidance for every run of a pipeline, until the context is left or ``remove()`` is called.
 
     The pipeline stays the stock one, whatever its task (text to image, image to image, inpainting,
@@ -42,16 +55,25 @@ def guide(pipe: Any, *specs: Spec, share: bool = True, trust: Trust = ()) -> Gui
     a forward of its own), compute the guided prediction and hand it back in the shape the pipeline expects. The
     pipeline's own arguments mean what they always meant. Specs combine: each adds its scale times its difference,
     ``u + g (c - u) + sum_i s_i (c - p_i)``, and a layer may belong to several. Guidance belongs to the pipeline:
-    another one that shares its denoiser runs unguided, in another thread too: forwards of a guided denoiser come one
-    after the other. Copies and pickles of the pipeline or its denoiser are unguided.
+    another one that shares its denoiser runs unguided, or with guidances of its own, in another thread too: forwards
+    of a guided denoiser come one after the other. Copies and pickles of the pipeline or its denoiser are unguided.
+
+    The layout of the denoiser's batch is read from what the pipeline says (the arguments of its call, its properties,
+    its texts) and verified in every run. In a denoising loop of your own nothing says it: give ``cfg``, and enter
+    :meth:`Guidance.run` around the loop.
 
     Args:
         pipe: a pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors), a ``UNetMotionModel``
-            (AnimateDiff) or one of the known transformers (docs/models.md lists them). Its denoiser may be compiled.
+            (AnimateDiff) or one of the known transformers (docs/models.md lists them), or that denoiser alone. It may
+            be compiled.
         specs: the guidances, at least one.
         share: let a branch join the batch only at the transformer block of its first layer, since it equals the
             conditional branch before; a UNet's layer projects the branch's queries, keys and values once for both.
             The result is the same, up to rounding, and costs less; False is there to check.
+        cfg: classifier-free guidance of a loop, or of a pipeline that does not say: ``"none"``, ``"batch"`` (both
+            predictions in one call) or ``"separate"`` (a call for each, the conditional one first); None to find it.
+        conditional: the half of a batch with the conditional samples, ``"first"`` or ``"second"``, with
+            ``cfg="batch"``; the second if None.
         trust: classes of attention processors and blocks, and functions that replaced a module's ``forward``, which are
             not of PyTorch or diffusers: the statement that each treats every sample of a batch by itself, wherever it
             stands, and keeps nothing from one forward to the next. Guidance appends samples to the batch, so any that
@@ -63,7 +85,8 @@ def guide(pipe: Any, *specs: Spec, share: bool = True, trust: Trust = ()) -> Gui
 
     Raises:
         ValueError: for a pipeline, layer or spec that does not fit; the message quotes it and the pipeline is
-            left as it was.
+            left as it was. A run of the pipeline raises it before its first step for a batch that is laid out in
+            another way.
 
     Source: SEG (arXiv 2408.00760); its official implementation for the sum with classifier-free guidance.
 
@@ -75,13 +98,46 @@ def guide(pipe: Any, *specs: Spec, share: bool = True, trust: Trust = ()) -> Gui
         >>> print(guidance.report())  # doctest: +SKIP
     """
     trust = check_trust(trust)
+    _check_layout(cfg, conditional, specs)
     placed = [(denoiser, choose_layers(denoiser, specs)) for denoiser in check_pipeline(pipe)]
-    guidance = Guidance(pipe, *placed[0], share, trust)
-    guidance._others = [Guidance(pipe, *denoiser_specs, share, trust, guidance) for denoiser_specs in placed[1:]]
+    if pipe in _GUIDED:
+        raise ValueError(
+            f"this {type(pipe).__name__} is guided already; pass several specs in one guide call, or remove the other"
+        )
+    if isinstance(pipe, nn.Module) and cfg is None:
+        raise ValueError(
+            f"guide needs the layout of a {type(pipe).__name__}'s batches where there is no pipeline to tell it: "
+            f"guide(denoiser, ..., cfg='none', 'batch' or 'separate') and `with guidance.run(timesteps):`"
+        )
+    layout = (cfg, conditional == "first")
+    guidance = Guidance(pipe, *placed[0], share, layout, trust)
+    guidance._others = [
+        Guidance(pipe, *denoiser_specs, share, layout, trust, guidance) for denoiser_specs in placed[1:]
+    ]
     for each in (guidance, *guidance._others):
         each._checks.check()
     guidance._install()
     return guidance
+
+
+def _check_layout(cfg: object, conditional: object, specs: Sequence[object]) -> None:
+    """Raise a ValueError for a layout that there is not."""
+    if cfg not in (None, "none", "batch", "separate"):
+        raise ValueError(f"cfg must be 'none', 'batch', 'separate' or None, got {cfg!r}")
+    if conditional not in (None, "first", "second"):
+        raise ValueError(f"conditional must be 'first', 'second' or None, got {conditional!r}")
+    if conditional is not None and cfg != "batch":
+        raise ValueError(
+            f"conditional={conditional!r} tells the halves of a batch apart and needs cfg='batch', got cfg={cfg!r}; "
+            f"with cfg='separate' the conditional call comes first"
+        )
+    if cfg == "separate" and any(isinstance(spec, SAG) for spec in specs):
+        raise ValueError("SAG(...) needs both predictions in one batch, got cfg='separate'")
+
+
+def is_guided(denoiser: nn.Module) -> bool:
+    """True if a guidance acts on a denoiser."""
+    return any(guidance._acts_on(denoiser) for guidance in _GUIDED.values())
 
 
 class Guidance:
@@ -93,16 +149,19 @@ class Guidance:
         denoiser: Denoiser,
         placed: tuple[PlacedSpec, ...],
         share: bool,
+        layout: tuple[CFGLayout | None, bool],
         trust: Trust = (),
         beside: Guidance | None = None,
     ) -> None:
-        self._pipe = pipe
+        self._owner = pipe  # whose runs are guided: a pipeline, or a denoiser alone
+        self._pipe = SimpleNamespace(unet=pipe) if isinstance(pipe, nn.Module) else pipe
+        self._name = type(pipe).__name__
         self._others: list[Guidance] = []  # of denoisers that take turns with this one in a run
         self._denoiser = denoiser
         # torch.compile's wrapper, if there is one: bookkeeping stays outside
-        self._module: nn.Module = getattr(pipe, denoiser.name)
+        self._module: nn.Module = getattr(self._pipe, denoiser.name)
         self._specs = tuple(placed_spec.spec for placed_spec in placed)
-        self._run: RunContext = RunContext(pipe) if beside is None else beside._run
+        self._cfg, self._conditional_first = layout
         self._for_others = 0  # forwards that other pipelines asked for
         self._denoiser_guidance = DenoiserGuidance(denoiser, placed, may_skip=bool(trust))
         self._checks = ModuleChecks(denoiser, self._denoiser_guidance.first, share, trust)
@@ -111,19 +170,23 @@ class Guidance:
         self._arguments = denoiser.arguments
         self._installed = False
         self._entered = 0  # contexts that are open
-        self._first_of_run: Guidance = self if beside is None else beside  # which removes them all
+        self._main: Guidance = self if beside is None else beside  # which removes them all
         self._leaving = False  # as soon as the forward under way is over
-        self._lock = ForwardLock(self._module)
+        self._lock = denoiser_lock(denoiser.model)
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
+        self._watched: WeakSet[Any] = WeakSet()  # pipelines with this denoiser
+        self._begun: WeakSet[Any] = WeakSet()  # those of them that may be in a run that began before they were watched
         self._layers = self._denoiser_guidance.layers
-        self._planner = StepPlanner(pipe, denoiser, self._specs, self._denoiser_guidance.first, share, self._run)
-        self._sag = SAGForward(pipe, denoiser.model, self._specs)
-        self._forward: Forward | None = None  # the one under way; None when it is a plain one
+        self._planner = StepPlanner(self._pipe, denoiser, self._specs, self._denoiser_guidance.first, share)
+        self._sag = SAGForward(self._pipe, self._specs)
+        self._runs: dict[PipelineRun, RunState] = {}  # under way
+        self._under_way = False  # a forward of the denoiser, in the thread that has the lock
+        self._run: PipelineRun | None = None  # whose forward that is; None for one outside of known runs
+        self._kind: CallKind | None = None  # of that call
+        self._pair = 0
+        self._forward: Forward | None = None  # its plan; None when it is a plain one
         self._given: Arguments = ((), {})  # its arguments, where another forward follows
-        self._part = "other"  # what the last call was for
-        self._size: int | None = None  # of the batch in the forward under way; None for another pipeline's
-        self._pending: PendingShift | None = None
-        self._differences = self._planner.differences
+        self._size: int | None = None  # of its batch; None for another pipeline's
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
         """A copy of something that holds a pipeline and its guidance; the copied pipeline is not guided."""
@@ -155,9 +218,38 @@ class Guidance:
         """
         self._remove(warn=True)
 
+    def run(self, timesteps: Sequence[float] | torch.Tensor) -> PipelineRun:
+        """A run of a denoising loop of your own, a context manager around it.
+
+        Inside, calls of the denoiser are guided as ``cfg`` of :func:`guide` says. The prediction of the two parts is
+        combined as usual, ``u + g (c - u)``.
+
+        Args:
+            timesteps: those of the loop, in the order in which it takes them, such as ``scheduler.timesteps``.
+
+        Raises:
+            ValueError: without ``cfg``, and for timesteps that are no numbers.
+
+        Example:
+            >>> guidance = guide(unet, SEG(scale=3.0), cfg="batch")  # doctest: +SKIP
+            >>> with guidance, guidance.run(scheduler.timesteps):  # doctest: +SKIP
+            ...     for t in scheduler.timesteps:
+            ...         both = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+            ...         u, c = unet(both, t, encoder_hidden_states=texts).sample.chunk(2)
+            ...         latents = scheduler.step(u + 5.0 * (c - u), t, latents).prev_sample
+        """
+        if self._cfg is None:
+            raise ValueError(
+                "a denoising loop of your own does not tell the layout of its batches: "
+                "guide(..., cfg='none', 'batch' or 'separate')"
+            )
+        values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
+        if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise ValueError(f"timesteps must be numbers, in the order in which the loop takes them, got {timesteps!r}")
+        return PipelineRun(self._owner, {}, timesteps=timesteps)
+
     def report(self) -> Report:
         """Report the guidance so far; warns if it fired never or moved nothing."""
-        self._clear_interrupted()
         report = self._recorder.report()
         self._recorder.warn(report, stacklevel=3)
         return report
@@ -165,10 +257,12 @@ class Guidance:
     def _install(self) -> None:
         try:
             self._installed = True
-            GUIDED.add(self._denoiser.model)
+            if self._main is self:
+                if not isinstance(self._owner, nn.Module):
+                    self._watch(self._owner)
+                _GUIDED[self._owner] = self
             self._denoiser_guidance.attach()  # says now what would not do
             self._denoiser_guidance.detach()
-            self._lock = ForwardLock(self._module)  # who is in it as the hooks come
             self._denoiser_guidance.recomputation.lock = self._lock
             self._denoiser_guidance.recomputation.compiled = self._module is not self._denoiser.model
             self._handles.append(self._module.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
@@ -178,46 +272,62 @@ class Guidance:
             for other in self._others:
                 other._install()
         except BaseException:
-            self._remove(warn=False)
+            self._take_off(warn=False)
             raise
+
+    def _watch(self, pipe: Any) -> None:
+        watch(pipe)
+        self._watched.add(pipe)
 
     def _remove(self, warn: bool) -> None:
         if not self._installed:
             return
         self._leaving = True
-        if any(guidance._lock.inside() for guidance in (self, *self._others)):
+        if any(guidance._is_inside() for guidance in (self, *self._others)):
             return
-        with ExitStack() as turns:
+        with ExitStack() as locks:
             for guidance in (self, *self._others):
                 guidance._lock.acquire()
-                turns.callback(guidance._lock.release)
-            if (
-                self._installed and not self._awaits_second_call()
-            ):  # another thread's forward may have taken it off, or owe the rest
+                locks.callback(guidance._lock.release)
+            # Another thread's forward may have taken it off, or a run owe the second of two calls.
+            if self._installed and not self._awaits_second_call():
                 self._take_off(warn)
+
+    def _acts_on(self, denoiser: nn.Module) -> bool:
+        model = getattr(denoiser, "_orig_mod", denoiser)
+        return any(guidance._denoiser.model is model for guidance in (self, *self._others))
+
+    def _is_inside(self) -> bool:
+        """True if this thread is in a forward of the denoiser."""
+        return self._under_way and self._lock.is_held_here
 
     def _awaits_second_call(self) -> bool:
         """True if a run that is under way has made one of two calls that belong together."""
-        return any(guidance._pending is not None for guidance in (self, *self._others)) and self._run.is_under_way()
+        states = [state for guidance in (self, *self._others) for state in guidance._runs.values()]
+        return any(state.pending and state.layout.expects_negative() for state in states)
 
     def _take_off(self, warn: bool) -> None:
         self._installed = False
         for other in self._others:
             if other._installed:
                 other._take_off(warn=False)
-        GUIDED.discard(self._denoiser.model)
+        if _GUIDED.get(self._owner) is self:
+            del _GUIDED[self._owner]
+        for pipe in list(self._watched):
+            unwatch(pipe)
+        self._watched.clear()
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
         self._clear()
-        self._differences.forget()
+        self._runs.clear()
         saved = getattr(
             self._denoiser.model, "original_attn_processors", None
         )  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
-        component, pipe = self._denoiser.name, type(self._pipe).__name__
+        component, pipe = self._denoiser.name, self._name
         if warn and had_hooks and self._recorder.forwards == 0 and self._for_others:
             message = (
                 f"the {component} of this {pipe} ran for other pipelines only; give guide the pipeline that runs it"
@@ -231,112 +341,165 @@ class Guidance:
 
     def _clear(self) -> None:
         """Between forwards the denoiser has its own processors, to be looked at or changed, and nothing is kept."""
-        self._forward, self._given, self._pending = None, ((), {}), None
+        self._forward, self._given = None, ((), {})
         self._layers.forget()
         self._denoiser_guidance.detach()
 
-    def _clear_interrupted(self) -> None:
-        """The same after a forward that an interrupt has ended, which hooks are not told."""
-        for guidance in (self, *self._others):
-            if guidance._lock.interrupted():
-                guidance._lock.acquire()
-                guidance._clear()
-                guidance._lock.release()
+    def _state(self, run: PipelineRun) -> RunState:
+        """The state of a run of the guided pipeline."""
+        state = self._runs.get(run)
+        if state is None:
+            layout = BatchLayout(
+                run,
+                self._name,
+                conditional_first=self._denoiser.conditional_first if self._cfg is None else self._conditional_first,
+                cfg=self._cfg,
+            )
+            state = self._runs[run] = RunState(layout, Differences(self._specs))
+        return state
+
+    def _end_run(self, run: PipelineRun, failed: bool) -> None:
+        """After a run: forget it, and what an interrupt has left, of which hooks are not told."""
+        self._runs.pop(run, None)
+        if self._under_way and self._run is run and self._lock.is_held_here:
+            self._clear()
+            self._end_forward()
+        if self._main._leaving and self._main._installed:
+            self._main._remove(warn=not failed)
+
+    def _end_forward(self) -> None:
+        self._under_way, self._run, self._kind, self._size = False, None, None, None
+        self._lock.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: decide what this forward does and tell the blocks and layers."""
-        if module is not self._module or self._sag.running:  # a copy is not guided
+        if module is not self._module or in_repeated_forward():  # a copy is not guided
             return None
+        run = current_run()
+        if run is None:
+            self._check_outside_run()
         self._lock.acquire()
+        if self._is_inside():  # a call within a call, or after one of another pipeline that an interrupt has ended
+            if self._run is not None and self._run.pipe is self._owner:
+                raise RuntimeError(f"the {self._denoiser.name} of this {self._name} was called within its own forward")
+            self._lock.release()
         if not self._installed:  # taken off while this thread waited
             self._lock.release()
             return None
-        self._forward = None
-        caller = self._run.caller()
-        self._part = "foreign" if caller is None else self._denoiser.part(caller, args, kwargs)
-        if caller is not None:
-            check_attention_arguments(self._arguments, args, kwargs, self._denoiser.model)
-        given = None if caller is None else self._arguments.get(self._denoiser.sample_name, args, kwargs)
-        self._size = None if given is None else len(given)
-        if self._first_of_run._leaving and self._part not in ("foreign", "unconditional"):
-            self._first_of_run._take_off(warn=True)  # the forward that it waited for did not come to its end
-            self._lock.release()  # no hook will
+        self._under_way, self._run, self._forward = True, run, None
+        if run is not None and self not in run.state:
+            run.state[self] = True
+            run.at_end(self._end_run)
+        if run is None or run.pipe is not self._owner:
+            self._for_others += 1
+            if run is not None:
+                self._begun.discard(run.pipe)
             return None
-        if caller is None or self._part in ("other", "unconditional"):
-            self._denoiser_guidance.detach()
-            self._for_others += caller is None
-            self._recorder.forwards += self._part == "unconditional"
+        return self._begin(run, args, kwargs)
+
+    def _check_outside_run(self) -> None:
+        """Raise a ValueError for a call of the denoiser in no run, unless another pipeline may be making it."""
+        if self._begun:
+            return
+        if not isinstance(self._owner, nn.Module):
+            for pipe in pipelines_with([self._module]):
+                if pipe not in self._watched:
+                    self._watch(pipe)
+                    if pipe is not self._owner:
+                        self._begun.add(pipe)
+            if self._begun:
+                return
+        raise ValueError(
+            f"the {type(self._denoiser.model).__name__} of a guided {self._name} was called outside a run of it; for a "
+            f"denoising loop of your own: guide(..., cfg='none', 'batch' or 'separate') and "
+            f"`with guidance.run(timesteps):`"
+        )
+
+    def _begin(self, run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Begin a forward of the guided pipeline."""
+        denoiser = self._denoiser
+        latents = denoiser.latents(args, kwargs)
+        self._size = len(latents)
+        check_attention_arguments(self._arguments, args, kwargs, denoiser.model)
+        if not denoiser.is_step(args, kwargs):
             return None
-        self._pending = None
-        forward = self._planner.forward(caller, args, kwargs)
-        self._checks.before(self._run.count, forward, self._size or 1)
-        plain = forward is None or not (forward.branches or forward.sag)
-        if plain:
-            self._denoiser_guidance.detach()
-        else:
-            self._denoiser_guidance.attach()
+        state = self._state(run)
+        call = state.layout.of_call(latents, denoiser.prompt(args, kwargs), denoiser.timestep(args, kwargs))
+        self._kind, self._pair = call.kind, call.pair
+        if self._main._leaving and call.kind is not CallKind.NEGATIVE:
+            self._end_forward()  # no hook will
+            self._main._take_off(warn=True)
+            return None
         self._recorder.forwards += 1
-        self._forward = forward
-        if forward is None or plain:
+        if call.kind is CallKind.NEGATIVE:
+            self._planner.check_negative_call()
             return None
+        forward = self._planner.forward(run, state, call, args, kwargs)
+        self._checks.before(run.number, forward, self._size)
+        if forward is None or not (forward.branches or forward.sag):
+            self._forward = forward
+            return None
+        check_model(denoiser.model)
+        self._denoiser_guidance.attach()
+        self._forward = forward
         if forward.sag:
             self._given = self._planner.reference_inputs(forward, args, kwargs)
-        check_model(self._denoiser.model)
         self._denoiser_guidance.tell(forward, args, kwargs)
         return self._planner.grown(forward, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser: fold the branches back and take down what the layers report."""
-        if module is not self._module or self._sag.running:
+        if module is not self._module or in_repeated_forward() or not self._is_inside():
             return None
         try:
             changed = self._end(output)
-            if self._first_of_run._leaving and output is not None and self._pending is None:
-                self._first_of_run._take_off(warn=True)
-            return changed
+            leaves = self._main._leaving and output is not None and not self._main._awaits_second_call()
         finally:
-            self._lock.release()
+            self._end_forward()
+        if leaves and self._main._installed:
+            self._main._take_off(warn=True)
+        return changed
 
     def _end(self, output: Any) -> Any:
         """The denoiser's output with the guidance in it; None for the one it gave."""
-        if output is None:  # an exception; what another pipeline meets is nothing to the guided one
-            if self._part != "foreign":
-                self._clear()
-                self._differences.forget()
+        run, forward = self._run, self._forward
+        if output is None:  # an exception
+            self._clear()
             return None
-        forward, owed = self._forward, self._pending if self._part == "unconditional" else None
         if forward is None and self._size is not None:
             check_size(output, self._size, type(self._denoiser.model).__name__)
-        if forward is None and owed is None:
+        if run is None or (forward is None and self._kind is not CallKind.NEGATIVE):
             return None
+        state = self._runs[run]
         try:
             prediction = prediction_of(output)
             sample = batch_of(prediction)
             if forward is not None:
-                owes, folded = self._folded(forward, sample)
+                shift, folded = self._folded(forward, state, sample)
+                if forward.pair is not None:
+                    state.pending[forward.pair] = shift, forward.rescaled
             else:
-                shift, rescaled = owed or (None, None)
-                owes, folded = None, sample if shift is None else shifted(sample, shift, rescaled)
-        except BaseException:
+                shift, rescaled = state.pending.pop(self._pair, (None, None))
+                folded = sample if shift is None else shifted(sample, shift, rescaled)
+        finally:
             self._clear()
-            raise
-        self._clear()
-        self._pending = owes
         result = list(folded.unbind()) if isinstance(prediction, list) else folded
         return with_prediction(output, result, None if forward is None else forward.batch)
 
-    def _folded(self, forward: Forward, sample: torch.Tensor) -> tuple[PendingShift | None, torch.Tensor]:
-        """The shift that the next call adds, and the guided prediction of the pipeline's own batch."""
+    def _folded(
+        self, forward: Forward, state: RunState, sample: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The sum of the differences, and the guided prediction of the pipeline's own batch."""
         batch, moved = forward.batch, self._denoiser_guidance.reports(forward)
         expected = batch.with_branches(len(forward.branches))
         if sample.shape[0] != expected:
             raise RuntimeError(f"the guided denoiser gave {sample.shape[0]} predictions for a batch of {expected}")
         if forward.sag:  # the second forward of a denoiser in a CUDA graph writes where the first one did
             sample, moved = sample.clone(), {key: pair.clone() for key, pair in moved.items()}
-        guided = [(forward.strengths[index], self._differences.last(index)) for index in forward.reused]
+        guided = [(forward.strengths[index], state.differences.last(index)) for index in forward.reused]
         for branch, index in enumerate(forward.branches):
             delta = difference(sample, batch, branch)
-            self._differences.keep(index, delta)
+            state.differences.keep(index, delta)
             guided.append((forward.strengths[index], delta))
             if index in self._planner.negative:
                 moved[index, ""] = torch.stack([norms(delta), norms(sample[batch.conditional])])
@@ -346,11 +509,9 @@ class Guidance:
                 delta, moved[index, layer.info.module] = self._sag.difference(
                     index, self._module, self._arguments, self._given, sample[forward.reference], layer
                 )
-            self._differences.keep(index, delta)
+            state.differences.keep(index, delta)
             guided.append((forward.strengths[index], delta))
         self._recorder.add(moved, sample.dtype)
         shift = summed(guided)
-        if not forward.cfg or batch.first:
-            return None, fold(sample, batch, shift, forward.rescaled)
-        own = fold(sample, batch, shift if forward.rescaled is None else None, None)
-        return (shift, forward.rescaled), own  # a call for the negative prompt follows
+        only_negative = forward.pair is not None and forward.rescaled is not None  # the prompt's own is measured
+        return shift, fold(sample, batch, None if only_negative else shift, forward.rescaled)

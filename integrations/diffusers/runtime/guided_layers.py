@@ -12,6 +12,7 @@ from segkern.grid import Grid
 from segkern.integrations.diffusers.models.names import LayerInfo
 from segkern.integrations.diffusers.runtime.branches import Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.hooks import acts_here
 from segkern.integrations.diffusers.runtime.kernels import NativeAttention, chosen_kernel
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
@@ -131,7 +132,7 @@ class GuidedLayers:
         Where somebody's hook has set another processor since the forward began, it is stood in for too.
         """
         layer = self._layers[module]
-        if layer.processor.plan is not None:
+        if layer.processor.plan is not None and acts_here():
             if layer.attention.processor is not layer.processor:
                 self._stand_in(layer)
             layer.processor.grid = grid

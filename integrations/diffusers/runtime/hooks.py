@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,18 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from segkern.grid import Grid
+
+_THREAD = threading.local()
+
+
+def act_here(acts: bool) -> None:
+    """Let plans act in this thread, or not: while one thread is in a guided forward, another may be in a plain one."""
+    _THREAD.acts = acts
+
+
+def acts_here() -> bool:
+    """True in a thread that is in a guided forward, and in graphs that are being compiled, which take turns."""
+    return torch.compiler.is_compiling() or getattr(_THREAD, "acts", False)
 
 
 class Hook:

@@ -27,6 +27,7 @@ from segkern.api import seg_attention
 from segkern.core.private_apis import pytorch_attention
 from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
+from segkern.integrations.diffusers.runtime.hooks import acts_here
 from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 from segkern.integrations.diffusers.specs.sigmas import Perturbation
@@ -56,7 +57,7 @@ class InterceptingProcessor(GuidedProcessor):
 
     def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         """The original's output, with another attention for perturbed samples."""
-        plan = self.plan
+        plan = self.plan if acts_here() else None
         if plan is None or not plan.acts:
             return self.original(attn, *args, **kwargs)
         if self._runs is not self.original:

@@ -24,6 +24,7 @@ from segkern.core.gaussian import check_boundary
 from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.attention import self_attention, tokens_of
+from segkern.integrations.diffusers.runtime.hooks import acts_here
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.projections import Projections
 
@@ -159,7 +160,7 @@ class GuidedProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        plan = self.plan
+        plan = self.plan if acts_here() else None
         if plan is not None and plan.read is not None:
             self.mass = self._mass(attn, hidden_states, attention_mask, temb, plan.read)
         if plan is None or not plan.acts:

@@ -24,7 +24,7 @@ from segkern.core.private_apis import checkpointing, is_compiled_in_place
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.branches import Join, JoinPlan
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayers
-from segkern.integrations.diffusers.runtime.hooks import Hook
+from segkern.integrations.diffusers.runtime.hooks import Hook, act_here, acts_here
 from segkern.integrations.diffusers.runtime.kernels import NativeAttention
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
@@ -211,7 +211,9 @@ class _Parts:
         plans = [(join, join.plan) for join, _ in self._joins]
         handles: list[RemovableHandle] = []
         native = NativeAttention()
+        acted = acts_here()
         try:
+            act_here(True)
             for attn, processor, plan, grid in self._layers:
                 native.take(processor.original)
                 if attn.processor is not processor:
@@ -223,6 +225,7 @@ class _Parts:
                     handles.append(join.hook())
             yield
         finally:
+            act_here(acted)
             native.put_back()
             for handle in handles:
                 handle.remove()

@@ -23,6 +23,7 @@ from segkern.core.private_apis import is_compiled_in_place
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.branches import Join, JoinPlan
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer, GuidedLayers
+from segkern.integrations.diffusers.runtime.hooks import acts_here
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 
@@ -112,6 +113,8 @@ class _Region:
     @torch.compiler.disable
     def _prepare(self) -> tuple[Callable[..., Any] | None, list[LayerPart], list[JoinPart]]:
         """The function to run, with its arguments; None where the block runs on the pipeline's own batch as it is."""
+        if not acts_here():
+            return None, [], []
         layers = [(layer.processor, layer.processor.plan, layer.processor.grid) for layer in self._layers]
         joins = [(join, join.plan) for join in self._joins]
         plans = tuple(None if plan is None else plan.kind for _, plan, _ in layers)

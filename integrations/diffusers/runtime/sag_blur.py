@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from segkern.core.bounded_cache import ordinary_tensors
 from segkern.core.gaussian import blur_matrix
-from segkern.integrations.diffusers.runtime.run_context import number
+from segkern.integrations.diffusers.runtime.steps import timestep_value
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -52,7 +52,7 @@ def levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
         sigma = float(sigmas[_step_index(scheduler, timestep)])
         signal = 1.0 / math.sqrt(1.0 + sigma * sigma)
         return signal, sigma * signal
-    kept, at = scheduler.alphas_cumprod.cpu().double(), number(timestep)
+    kept, at = scheduler.alphas_cumprod.cpu().double(), timestep_value(timestep)[0]
     below = min(int(at), len(kept) - 1)
     signal_squared = float(torch.lerp(kept[below], kept[min(below + 1, len(kept) - 1)], at - below))
     return math.sqrt(signal_squared), math.sqrt(1.0 - signal_squared)
@@ -64,7 +64,7 @@ def _step_index(scheduler: Any, timestep: Any) -> int:
         index = getattr(scheduler, name, None)
         if index is not None:
             return int(index)
-    return int((scheduler.timesteps.cpu().double() - number(timestep)).abs().argmin())
+    return int((scheduler.timesteps.cpu().double() - timestep_value(timestep)[0]).abs().argmin())
 
 
 def clean_and_noise(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,9 @@ from torch import nn
 
 from segkern.integrations.diffusers.runtime.branches import Arguments, DenoiserArguments
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer
+from segkern.integrations.diffusers.runtime.pipeline_run import repeated_forward
 from segkern.integrations.diffusers.runtime.processor import norms
 from segkern.integrations.diffusers.runtime.sag_blur import attended, blurred_input, check_scheduler, levels
-from segkern.integrations.diffusers.runtime.support import REPEATED
 from segkern.integrations.diffusers.specs import SAG
 from segkern.integrations.diffusers.specs.base import Spec
 
@@ -26,18 +25,13 @@ class SAGForward:
         ValueError: for a scheduler whose images cannot be noised again.
     """
 
-    def __init__(self, pipe: Any, model: nn.Module, specs: Sequence[Spec]) -> None:
+    def __init__(self, pipe: Any, specs: Sequence[Spec]) -> None:
         self._pipe = pipe
-        self._model = model
         self._specs = specs
-        self._within: int | None = None  # the thread whose second forward is under way
         if any(isinstance(spec, SAG) for spec in specs):
+            if not hasattr(pipe, "scheduler"):
+                raise ValueError("SAG(...) needs the scheduler of a pipeline, got a denoiser alone")
             check_scheduler(pipe.scheduler)
-
-    @property
-    def running(self) -> bool:
-        """True if this thread is in a second forward, which is a plain one."""
-        return self._within == threading.get_ident()
 
     def difference(
         self,
@@ -71,12 +65,7 @@ class SAGForward:
         prediction = scheduler.config.get("prediction_type", "epsilon")
         again = blurred_input(x, output, mask, at, prediction, (spec.sigma, spec.kernel_size))
         args, kwargs = arguments.put(*given, sample=again)
-        self._within = threading.get_ident()
-        REPEATED.add(self._model)
-        try:
+        with repeated_forward():
             degraded = denoiser(*args, **kwargs)[0]
-        finally:
-            self._within = None
-            REPEATED.discard(self._model)
         compute = torch.promote_types(output.dtype, torch.float32)
         return output.to(compute) - degraded.to(compute), torch.stack([norms(again - x), norms(x)])

@@ -3,21 +3,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from segkern.integrations.diffusers.runtime.branches import Arguments, Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.layout import BatchLayout, CallKind, CallLayout
 from segkern.integrations.diffusers.runtime.negative_prompt import negative_text
+from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun
 from segkern.integrations.diffusers.runtime.reuse import Differences
-from segkern.integrations.diffusers.runtime.run_context import RunContext, Step, number
+from segkern.integrations.diffusers.runtime.steps import RunSteps, Step
 from segkern.integrations.diffusers.specs import CFG, PAG, SAG
 from segkern.integrations.diffusers.specs.base import Spec
 
+# What the call for a negative prompt adds, with the guidance scale where it alone may change.
+PendingShift = tuple[torch.Tensor | None, float | None]
+
+
+@dataclass
+class RunState:
+    """The state of one denoiser's guidance in one run.
+
+    Attributes:
+        layout: of its calls.
+        differences: that later forwards take from earlier ones.
+        pending: by the number of a call for the prompt, the shift that the one for the negative prompt adds.
+        call: number of the last timestep in which a guidance with ``reuse`` acted.
+    """
+
+    layout: BatchLayout
+    differences: Differences
+    pending: dict[int, PendingShift] = field(default_factory=dict)
+    call: int | None = None
+
 
 class StepPlanner:
-    """Those of the forwards of one denoiser.
+    """Plans the forwards of one denoiser.
 
     Args:
         pipe: that is guided.
@@ -25,58 +49,76 @@ class StepPlanner:
         specs: the guidances.
         first: for each of them the place at which its branch joins.
         share: whether branches may join inside.
-        run: of the pipeline.
 
     Attributes:
         negative: the text that a guidance leads away from, of those that have one.
-        differences: that later forwards take from earlier ones.
 
     Raises:
         ValueError: for a negative prompt that cannot be had.
     """
 
-    def __init__(
-        self, pipe: Any, denoiser: Denoiser, specs: Sequence[Spec], first: Sequence[int], share: bool, run: RunContext
-    ) -> None:
+    def __init__(self, pipe: Any, denoiser: Denoiser, specs: Sequence[Spec], first: Sequence[int], share: bool) -> None:
         self._pipe = pipe
         self._denoiser = denoiser
         self._specs = specs
         self._first = first
         self._share = share
-        self._run = run
-        self._runs = 0  # that this denoiser has had a part in
+        self._depends_on_step = any(spec.depends_on_step for spec in specs)
+        self._reuses = any(spec.reuse > 1 for spec in specs)
         self.negative = {i: negative_text(pipe, spec) for i, spec in enumerate(specs) if isinstance(spec, CFG)}
-        self.differences = Differences(specs)
 
-    def forward(self, caller: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
-        """The plan of the coming forward; None when it is a plain one."""
-        step = self._run.next_step()
-        if self._runs != self._run.count:  # a new run, whether a guidance acts at its beginning or not
-            self._runs = self._run.count
-            self.differences.forget()
-        sample = self._denoiser.sample(args, kwargs)
-        strengths = self._strengths(step, args, kwargs)
+    def forward(
+        self, run: PipelineRun, state: RunState, layout: CallLayout, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Forward | None:
+        """The plan of the coming forward; None when it is a plain one.
+
+        Raises:
+            ValueError: for a timestep that is none of the run's, where a guidance depends on the step, and for a
+                guidance that does not fit the pipeline's own.
+        """
+        strengths, step = self._strengths(run, state, args, kwargs)
         if not strengths:
             return None
-        computed = [index for index in strengths if self.differences.due(index, step.number, sample.shape)]
+        sample = self._denoiser.sample(args, kwargs)
+        computed = [index for index in strengths if state.differences.due(index, step, sample.shape)]
         branches = [index for index in computed if not isinstance(self._specs[index], SAG)]
         sag = tuple(index for index in computed if isinstance(self._specs[index], SAG))
         reused = tuple(index for index in strengths if index not in computed)
-        cfg = self._run.is_guided_by_text(caller)
-        batch = self._denoiser.batch(self._run, sample.shape[0], len(branches), cfg)
-        if batch.first and any(index in self.negative for index in strengths):
+        batch = replace(layout.batch, branches=len(branches))
+        follows = layout.kind is CallKind.PROMPT and state.layout.expects_negative() is not False
+        guided_by_text = batch.first > 0 or (follows and bool(state.layout.expects_negative()))
+        if guided_by_text and any(index in self.negative for index in strengths):
+            self.check_negative_call()
+        if sag and layout.kind is CallKind.PROMPT and state.layout.expects_negative():
             raise ValueError(
-                f"this {type(self._pipe).__name__} runs classifier-free guidance itself; call it with "
-                f"guidance_scale=1, or leave CFG(...) out"
+                "SAG needs the prompt and the negative prompt in one batch, and they have calls of their own"
             )
         ordered = tuple(sorted(branches, key=lambda index: self._first[index]))
         negative = [batch.branch(i) for i, index in enumerate(ordered) if index in self.negative]
         reference = negative[0] if negative else batch.reference
-        rescaled = self._denoiser.rescaled_guidance_scale(self._run, caller) if cfg else None
-        step_values = strengths, reused, sag, reference, cfg, rescaled, self._denoiser.frames(sample)
-        forward = Forward(batch, ordered, self._first, True, *step_values)
+        forward = Forward(
+            batch,
+            ordered,
+            self._first,
+            True,
+            strengths,
+            reused,
+            sag,
+            reference,
+            pair=layout.pair if follows else None,
+            rescaled=self._denoiser.rescaled_guidance_scale(run) if guided_by_text else None,
+            frames=self._denoiser.frames(sample),
+        )
         shares = self._share and self._denoiser.can_share(forward, args, kwargs)
         return replace(forward, share=shares)
+
+    def check_negative_call(self) -> None:
+        """Raise a ValueError for ``CFG(...)`` beside the pipeline's own classifier-free guidance."""
+        if self.negative:
+            raise ValueError(
+                f"this {type(self._pipe).__name__} runs classifier-free guidance itself; call it with "
+                f"guidance_scale=1, or leave CFG(...) out"
+            )
 
     def reference_inputs(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Arguments of the samples that are degraded, taken before the denoiser takes any of them apart."""
@@ -87,13 +129,38 @@ class StepPlanner:
         (text,) = self.negative.values()
         return text.put(self._denoiser.arguments, args, kwargs, slice(0, batch.samples))
 
-    def _strengths(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, float]:
-        """Of the guidances that act in the coming forward."""
-        timestep = None
-        if any(isinstance(spec, PAG) and spec.adaptive_scale for spec in self._specs):
-            timestep = number(self._denoiser.timestep(self._pipe.scheduler, step.call, args, kwargs))
-        strengths = {index: spec.strength(step.fraction, timestep) for index, spec in enumerate(self._specs)}
-        return {index: strength for index, strength in strengths.items() if strength != 0.0}
+    def step(self, run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        """The step of the coming forward."""
+        scheduler = getattr(self._pipe, "scheduler", None)
+        steps = run.state.get(RunSteps)
+        if steps is None:
+            steps = run.state[RunSteps] = RunSteps(run, scheduler)
+        return steps.of_call(scheduler, self._denoiser.timestep(args, kwargs), self._denoiser.units)
+
+    def _strengths(
+        self, run: PipelineRun, state: RunState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[dict[int, float], int]:
+        """Strengths of the guidances that act in the coming forward, and the number of its step."""
+        fraction, timestep, number = 0.0, None, 0
+        if self._depends_on_step:
+            step = self.step(run, args, kwargs)
+            fraction, timestep, number = step.fraction, step.timestep, step.number
+            if self._reuses:
+                self._check_reuse(state, step)
+        adaptive = any(isinstance(spec, PAG) and spec.adaptive_scale for spec in self._specs)
+        strengths = {
+            index: spec.strength(fraction, timestep if adaptive else None) for index, spec in enumerate(self._specs)
+        }
+        return {index: strength for index, strength in strengths.items() if strength != 0.0}, number
+
+    def _check_reuse(self, state: RunState, step: Step) -> None:
+        """Raise a ValueError when a second call comes at a timestep: whose difference it would reuse is not known."""
+        if state.call == step.call and step.calls > 1:
+            raise ValueError(
+                f"the denoiser of this {type(self._pipe).__name__} is called several times at one timestep (tiles or "
+                f"views, for example), each of which needs its own difference; take reuse=1"
+            )
+        state.call = step.call
 
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """The denoiser's arguments with the branches that join before its first block; None for no change."""

@@ -3,86 +3,55 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
-from weakref import WeakSet
 
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.modular_pipelines import ModularPipeline
 from torch import nn
 
 from segkern.integrations.diffusers.models.layers import (
     LayerInfo,
     default_layers_of,
     find_model,
-    find_unet,
     list_layers,
     select_layers,
 )
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
 from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
-from segkern.integrations.diffusers.runtime.run_context import ANSWERS
 from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
 from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec, Spec
 from segkern.integrations.diffusers.specs.sigmas import LayerSigmas, Sigmas, check_heads
-
-# Denoisers with a guidance on them; a copy of one is another denoiser.
-GUIDED: WeakSet[nn.Module] = WeakSet()
-
-# Denoisers in a forward that belongs to a guidance, not to a step of the pipeline.
-REPEATED: WeakSet[nn.Module] = WeakSet()
-
-# Pipelines (or bases of them) whose denoiser gets another batch than [unconditional, conditional].
-_OTHER_BATCHES = {
-    "PAGMixin": "it adds a perturbed branch of its own; take the pipeline without PAG",
-    "StableDiffusionInstructPix2PixPipeline": "its batch has three parts",
-    "StableDiffusionXLInstructPix2PixPipeline": "its batch has three parts",
-    "StableDiffusionPanoramaPipeline": "its batch holds several views",
-    "StableDiffusionPipelineSafe": "its batch has a third part, for what must not be seen",
-    "SemanticStableDiffusionPipeline": "its batch has a part for each edit",
-    "CycleDiffusionPipeline": "its batch has the source image beside the new one",
-    "StableDiffusionDiffEditPipeline": "it makes its mask in batches of its own",
-    "StableDiffusionPix2PixZeroPipeline": "it runs its denoiser several times in a step",
-    "StableDiffusionAttendAndExcitePipeline": "it runs its denoiser several times in a step",
-    "StableDiffusionSAGPipeline": "it runs its denoiser twice in a step; take the pipeline without SAG, and SAG(...)",
-    "TextToVideoZeroPipeline": "all its frames attend to the first one",
-    "TextToVideoZeroSDXLPipeline": "all its frames attend to the first one",
-    "LEditsPPPipelineStableDiffusion": "its batch holds several edits",
-    "LEditsPPPipelineStableDiffusionXL": "its batch holds several edits",
-    "QwenImageLayeredPipeline": "it makes several images in one sequence",
-    "VisualClozeGenerationPipeline": "its sequence holds several rows of images",
-    "VisualClozePipeline": "its denoiser is run by pipelines of its own",
-    "LTXConditionPipeline": "tokens of conditions stand before those of the video, whose grid it does not tell",
-    "LTXI2VLongMultiPromptPipeline": "it does not tell the grid of its video",
-    "ZImageOmniPipeline": "its sequence holds several images",
-    "ModularPipeline": "guidance of a modular pipeline is a component; see SEGGuider, PAGGuider and SAGGuider",
-    "StableDiffusionGLIGENPipeline": "its boxes reach attention as keyword arguments, which no branch follows",
-    "StableDiffusionGLIGENTextImagePipeline": "its boxes reach attention as keyword arguments, which no branch follows",
-}
 
 
 def check_pipeline(pipe: Any) -> list[Denoiser]:
     """The denoisers of a pipeline that can be guided: one, or two that take turns in a run.
 
+    Args:
+        pipe: a pipeline, or a denoiser alone.
+
     Raises:
         ValueError: for anything else; the message quotes it and says why.
     """
-    denoisers = find_denoisers(pipe)
-    name = type(pipe).__name__
-    if not denoisers or (isinstance(denoisers[0], UNet) and not isinstance(denoisers[0], MotionUNet)):
-        check_batches(pipe, "guide")
-    else:
-        _refuse_other_batches(pipe, "guide")
-        apart = isinstance(denoisers[0], Transformer) and denoisers[0].architecture.apart
-        if not apart and not _tells_layout(pipe):
-            raise ValueError(_UNTOLD.format(caller="guide", name=name))
+    if isinstance(pipe, ModularPipeline):
+        raise ValueError(
+            f"guide takes no {type(pipe).__name__}: guidance of a modular pipeline is a component; see SEGGuider, "
+            f"PAGGuider and SAGGuider"
+        )
+    find_model(pipe)  # says what could be guided
+    denoisers = find_denoisers(SimpleNamespace(unet=pipe) if isinstance(pipe, nn.Module) else pipe)
+    if not denoisers:
+        raise ValueError(f"guide needs a pipeline with a denoiser, got a {type(pipe).__name__}")
+    if not isinstance(pipe, nn.Module) and not callable(pipe):
+        raise ValueError(
+            f"guide needs a pipeline, whose runs are calls of it, or a denoiser alone; a {type(pipe).__name__} is not "
+            f"callable"
+        )
     for denoiser in denoisers:
         check_model(denoiser.model)
-    if any(denoiser.model in GUIDED for denoiser in denoisers):
-        raise ValueError(f"this {name} is guided already; pass several specs in one guide call, or remove the other")
     return denoisers
 
 
@@ -97,49 +66,6 @@ def check_model(model: nn.Module) -> None:
     parallel = getattr(model, "_parallel_config", None)
     if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
         raise ValueError(f"guide cannot handle a {name} under context parallelism, where no device has the whole image")
-
-
-def check_batches(pipe: Any, caller: str) -> UNet2DConditionModel:
-    """The UNet of a pipeline whose batch is [conditional] or [unconditional, conditional].
-
-    Args:
-        pipe: any object.
-        caller: the function that needs to know, for messages.
-
-    Raises:
-        ValueError: for anything else; the message quotes it and says why.
-    """
-    name = type(pipe).__name__
-    if not hasattr(pipe, "unet"):
-        if hasattr(pipe, "transformer"):
-            find_model(pipe)
-            raise ValueError(f"{caller} needs a pipeline with a UNet2DConditionModel as its unet, got {name}")
-        raise ValueError(f"{caller} needs a pipeline with a denoiser, its unet or transformer, got {name}")
-    unet = find_unet(pipe)
-    _refuse_other_batches(pipe, caller)
-    if not _tells_layout(pipe):
-        raise ValueError(_UNTOLD.format(caller=caller, name=name))
-    return unet
-
-
-def _refuse_other_batches(pipe: Any, caller: str) -> None:
-    for base in type(pipe).__mro__:
-        if base.__name__ in _OTHER_BATCHES:
-            raise ValueError(f"{caller} cannot handle {type(pipe).__name__}: {_OTHER_BATCHES[base.__name__]}")
-
-
-def _tells_layout(pipe: Any) -> bool:
-    """True if its denoiser's batch can be known, from a property or a local variable of its call."""
-    if hasattr(type(pipe), "do_classifier_free_guidance"):
-        return True
-    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
-    return code is not None and not set(ANSWERS).isdisjoint(code.co_varnames)
-
-
-_UNTOLD = (
-    "{caller} cannot handle {name}: it has no property do_classifier_free_guidance, which tells the layout of its "
-    "denoiser's batch"
-)
 
 
 def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[PlacedSpec, ...]:

@@ -47,6 +47,12 @@ class Spec(ABC):
             return 0.0
         return self.scale * factor(type(self).__name__, self.schedule, fraction, self.start, self.stop)
 
+    @property
+    def depends_on_step(self) -> bool:
+        """True if it does not act alike in all steps of a run; so is taken a class with a ``strength`` of its own."""
+        own = not str(type(self).strength.__module__).startswith("segkern.")
+        return own or self.start > 0.0 or self.stop < 1.0 or self.schedule != "constant" or self.reuse > 1
+
     def __repr__(self) -> str:
         """Its main values, and what else differs from the defaults."""
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.main_values().items())})"

@@ -152,6 +152,11 @@ class PAG(AttentionSpec):
         """Always."""
         return True
 
+    @property
+    def depends_on_step(self) -> bool:
+        """True if it does not act alike in all steps of a run."""
+        return super().depends_on_step or self.adaptive_scale > 0.0
+
     def strength(self, fraction: float, timestep: float | None = None) -> float:
         """The scale at a fraction of the run and a timestep; without one as if ``adaptive_scale`` were 0."""
         full = super().strength(fraction)

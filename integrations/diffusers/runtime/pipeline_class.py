@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make every call of a pipeline instance a run that guidance is told about.
+
+``pipe(...)`` looks ``__call__`` up on the class, so the instance gets a subclass of its class for as long as it is
+watched. The subclass has the name, module and signature of the original, so that ``isinstance``, ``help``, saving and
+messages stay what they were; copies, pickles and new instances are of the original class.
+
+Pipelines that share a guided denoiser are watched as well: their runs are not guided, also where they are called within
+a guided run.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.modular_pipelines import ModularPipeline
+from torch import nn
+
+from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, current_run, outside_runs
+from segkern.integrations.diffusers.runtime.run_text import RunText
+
+_CLASSES: WeakKeyDictionary[type, type] = WeakKeyDictionary()
+_WATCHERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many watch each pipeline
+_TEXTS: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()  # encoded outside of a run, for one that follows
+
+_CALLBACKS = ("callback", "callback_on_step_end")
+
+
+class _Watched:
+    """Base of the subclasses that this module makes."""
+
+    __slots__ = ()
+
+
+def watch(pipe: Any) -> None:
+    """Give a pipeline the subclass whose calls are runs.
+
+    Raises:
+        ValueError: for an object whose class cannot be exchanged; the message quotes it.
+    """
+    if not isinstance(pipe, _Watched):
+        try:
+            pipe.__class__ = _subclass(type(pipe))
+        except TypeError as error:
+            raise ValueError(
+                f"guide cannot be told of the calls of a {type(pipe).__name__} ({error}); give it the denoiser and run "
+                f"it in a loop of your own: guide(denoiser, ..., cfg=...) and `with guidance.run(timesteps):`"
+            ) from None
+    _WATCHERS[pipe] = _WATCHERS.get(pipe, 0) + 1
+
+
+def unwatch(pipe: Any) -> None:
+    """Give a pipeline its own class back, unless others watch it."""
+    count = _WATCHERS.pop(pipe, 0) - 1
+    if count > 0:
+        _WATCHERS[pipe] = count
+    elif isinstance(pipe, _Watched):
+        pipe.__class__ = type(pipe).__mro__[1]
+        _TEXTS.pop(pipe, None)
+
+
+def is_watched(pipe: Any) -> bool:
+    """True if calls of a pipeline are runs."""
+    return isinstance(pipe, _Watched)
+
+
+def pipelines_with(denoisers: Iterable[nn.Module]) -> list[Any]:
+    """Every pipeline of this process that has one of the denoisers as a component."""
+    models = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in denoisers]
+    pipelines = []
+    for thing in gc.get_objects():
+        if issubclass(type(thing), (DiffusionPipeline, ModularPipeline)):
+            parts = [getattr(thing, name, None) for name in ("unet", "transformer", "transformer_2")]
+            if any(getattr(part, "_orig_mod", part) is model for part in parts for model in models):
+                pipelines.append(thing)
+    return pipelines
+
+
+def _subclass(original: type) -> type:
+    if original in _CLASSES:
+        return _CLASSES[original]
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        """``type(pipe)(...)`` is a pipeline of the original class, as class methods such as ``from_pipe`` make it."""
+        return original(*args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        """A copy is of the original class."""
+        reduce_original: Any = original.__reduce_ex__
+        _, _, *state = reduce_original(self, protocol)
+        return object.__new__, (original,), *state
+
+    namespace: dict[str, Any] = {
+        "__call__": _running(original.__call__),
+        "__new__": new,
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__slots__": (),
+    }
+    if hasattr(original, "encode_prompt"):
+        namespace["encode_prompt"] = _noting_text(original.encode_prompt)
+    if hasattr(original, "progress_bar"):
+        namespace["progress_bar"] = _beginning_run(original.progress_bar)
+    watched = type(original)(original.__name__, (original, _Watched), namespace)
+    _CLASSES[original] = watched
+    return watched
+
+
+def _running(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's call within a run; what it wraps (``torch.no_grad``, for example) is unwrapped the same way."""
+
+    @functools.wraps(function)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call_in_run(function, self, *args, **kwargs)
+
+    wrapped = getattr(function, "__wrapped__", None)
+    if wrapped is not None:
+        call.__wrapped__ = _running(wrapped)
+    return call
+
+
+def call_in_run(function: Callable[..., Any], pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a pipeline's function in a run of the pipeline."""
+    bound = _bound(function, pipe, args, kwargs)
+    _TEXTS.pop(pipe, None)
+    if bound is None:  # the call itself says what does not fit
+        return function(pipe, *args, **kwargs)
+    with PipelineRun(pipe, _named(bound)):
+        return function(*bound.args, **bound.kwargs)
+
+
+def _bound(
+    function: Callable[..., Any], self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> inspect.BoundArguments | None:
+    """The arguments of a call, with callbacks that are outside of the run; None where they do not fit."""
+    try:
+        bound = inspect.signature(function).bind(self, *args, **kwargs)
+    except TypeError:
+        return None
+    for name in _CALLBACKS:
+        if bound.arguments.get(name) is not None:
+            bound.arguments[name] = _outside(bound.arguments[name])
+    return bound
+
+
+def _named(bound: inspect.BoundArguments) -> Mapping[str, Any]:
+    """The arguments by name, defaults included."""
+    named = inspect.BoundArguments(bound.signature, bound.arguments.copy())
+    named.apply_defaults()
+    arguments = dict(named.arguments)
+    return {**arguments.pop("kwargs", {}), **arguments}
+
+
+class _OutsideCallback(PipelineCallback):
+    """One of diffusers' callback objects, called outside of the run."""
+
+    def __init__(self, callback: PipelineCallback | MultiPipelineCallbacks) -> None:
+        self._callback = callback
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        return self._callback.tensor_inputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with outside_runs():
+            return self._callback(*args, **kwargs)
+
+
+def _outside(callback: Any) -> Any:
+    """A callback of the user's, in which other pipelines may run."""
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        return _OutsideCallback(callback)
+    if not callable(callback):
+        return callback
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with outside_runs():
+            return callback(*args, **kwargs)
+
+    return functools.update_wrapper(call, callback, updated=())
+
+
+def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``encode_prompt`` that tells the run which text is the prompt's and which the negative prompt's."""
+
+    @functools.wraps(function)
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = function(self, *args, **kwargs)
+        run = current_run()
+        if run is not None and run.pipe is self:
+            text = run.text
+        else:
+            text = _TEXTS.setdefault(self, RunText({}))
+        bound = _bound(function, self, args, kwargs)
+        text.note({} if bound is None else _named(bound), result)
+        return result
+
+    return encode_prompt
+
+
+def _beginning_run(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``progress_bar``, around which pipelines denoise: it begins a run that did not begin with the call.
+
+    That is so where the pipeline's function was called without the instance's class, as in
+    ``StableDiffusionXLPipeline.__call__.__wrapped__(pipe, ...)``, which is how gradients are let through.
+    """
+
+    @functools.wraps(function)
+    def progress_bar(self: Any, iterable: Any = None, *args: Any, **kwargs: Any) -> Any:
+        run = current_run()
+        if run is not None and run.pipe is self:
+            return function(self, iterable, *args, **kwargs)
+        run = PipelineRun(self, {}, text=_TEXTS.pop(self, None))
+        bar = function(self, None if iterable is None else _Ending(iterable, run), *args, **kwargs)
+        run.__enter__()
+        close = bar.close
+
+        def close_and_end() -> None:
+            close()
+            run.end()
+
+        bar.close = close_and_end
+        return bar
+
+    return progress_bar
+
+
+class _Ending:
+    """An iterable whose run ends with it."""
+
+    def __init__(self, iterable: Any, run: PipelineRun) -> None:
+        self._iterable = iterable
+        self._run = run
+
+    def __len__(self) -> int:
+        return len(self._iterable)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._iterable
+        finally:
+            self._run.end()

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of a guided pipeline: its arguments and texts, and what guidance keeps while it is under way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any
+
+from segkern.integrations.diffusers.runtime.run_text import RunText
+
+_CURRENT: ContextVar[PipelineRun | None] = ContextVar("segkern_pipeline_run", default=None)
+_REPEATED: ContextVar[bool] = ContextVar("segkern_repeated_forward", default=False)
+
+_NUMBERS = itertools.count()
+
+AtEnd = Callable[["PipelineRun", bool], None]
+
+
+class PipelineRun:
+    """A context manager around one call of a pipeline, or around a denoising loop of the user's own.
+
+    Runs nest, since a pipeline may call another one, and each thread and asynchronous task has its own.
+
+    Args:
+        pipe: the pipeline, or the denoiser of a loop.
+        arguments: of the call, by name; none of a loop.
+        text: of a run that does not begin with its call, as far as it is known.
+        timesteps: of a loop, in the order in which it takes them; None for those of the pipeline's scheduler.
+
+    Attributes:
+        number: of the run in this process.
+        samples: images or videos that the call asks for; None where its arguments do not say.
+        state: what guidances keep for the run, by guidance.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        arguments: Mapping[str, Any],
+        text: RunText | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        self.number = next(_NUMBERS)
+        self.pipe = pipe
+        self.arguments = arguments
+        self.samples = asked_samples(arguments)
+        self.text = RunText(arguments) if text is None else text
+        self.timesteps = timesteps
+        self.state: dict[Any, Any] = {}
+        self._at_end: list[AtEnd] = []
+        self._token: Token[PipelineRun | None] | None = None
+
+    def __enter__(self) -> PipelineRun:
+        self._token = _CURRENT.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end(failed=kind is not None)
+
+    def end(self, *, failed: bool = False) -> None:
+        """End the run; nothing happens when it has ended."""
+        token, self._token = self._token, None
+        if token is None:
+            return
+        try:
+            _CURRENT.reset(token)
+        except ValueError:  # a generator or a task that goes on in another context than it began in
+            _CURRENT.set(None)
+        at_end, self._at_end = self._at_end, []
+        self.state.clear()
+        for function in at_end:
+            function(self, failed)
+
+    @property
+    def is_loop(self) -> bool:
+        """True for a denoising loop of the user's own, of which the pipeline knows nothing."""
+        return self.timesteps is not None
+
+    def told(self, name: str) -> Any:
+        """The pipeline's answer to a question: its property, or the argument of its call; None where there is none."""
+        if self.is_loop:
+            return None
+        if isinstance(getattr(type(self.pipe), name, None), property):
+            with suppress(AttributeError):  # it is answered from what a run sets
+                return getattr(self.pipe, name)
+        return self.arguments.get(name)
+
+    def at_end(self, function: AtEnd) -> None:
+        """Call a function with this run, and with True after an exception, when the run has ended."""
+        self._at_end.append(function)
+
+
+def current_run() -> PipelineRun | None:
+    """The innermost run that is under way here."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def outside_runs() -> Iterator[None]:
+    """No run is under way inside: for callbacks, in which users run what they like."""
+    token = _CURRENT.set(None)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextmanager
+def repeated_forward() -> Iterator[None]:
+    """Forwards of denoisers inside belong to a guidance and are no calls of the pipeline."""
+    token = _REPEATED.set(True)
+    try:
+        yield
+    finally:
+        _REPEATED.reset(token)
+
+
+def in_repeated_forward() -> bool:
+    """True within :func:`repeated_forward`."""
+    return _REPEATED.get()
+
+
+def asked_samples(arguments: Mapping[str, Any]) -> int | None:
+    """How many images or videos the arguments of a pipeline's call ask for; None where they do not say.
+
+    Example:
+        >>> asked_samples({"prompt": ["a fox", "a boat"], "num_images_per_prompt": 2})
+        4
+    """
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    if isinstance(prompt, (str, dict)):  # a dictionary has a text for each of some frames of one video
+        prompts = 1
+    elif isinstance(prompt, (list, tuple)):
+        prompts = len(prompt)
+    elif embeds is not None:
+        prompts = len(embeds)
+    else:
+        return None
+    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+        if arguments.get(name) is not None:
+            return prompts * int(arguments[name])
+    return prompts
