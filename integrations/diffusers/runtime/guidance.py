@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace, TracebackType
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.models.architectures import batch_of
 from segkern.integrations.diffusers.runtime.branches import Arguments, Forward, difference, fold, shifted, summed
+from segkern.integrations.diffusers.runtime.cache_contexts import forget_contexts, note_contexts
 from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
 from segkern.integrations.diffusers.runtime.denoiser_lock import denoiser_lock
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
@@ -37,7 +38,7 @@ from segkern.integrations.diffusers.runtime.support import check_model, check_pi
 from segkern.integrations.diffusers.specs import SAG
 from segkern.integrations.diffusers.specs.base import PlacedSpec, Spec
 
-_GUIDED: WeakKeyDictionary[Any, Guidance] = WeakKeyDictionary()  # pipelines, and denoisers alone
+_GUIDANCES: WeakSet[Guidance] = WeakSet()  # at work; hooks on denoisers keep them alive
 
 
 def guide(
@@ -100,7 +101,7 @@ def guide(
     trust = check_trust(trust)
     _check_layout(cfg, conditional, specs)
     placed = [(denoiser, choose_layers(denoiser, specs)) for denoiser in check_pipeline(pipe)]
-    if pipe in _GUIDED:
+    if any(guidance._owner is pipe for guidance in _GUIDANCES):
         raise ValueError(
             f"this {type(pipe).__name__} is guided already; pass several specs in one guide call, or remove the other"
         )
@@ -137,7 +138,7 @@ def _check_layout(cfg: object, conditional: object, specs: Sequence[object]) -> 
 
 def is_guided(denoiser: nn.Module) -> bool:
     """True if a guidance acts on a denoiser."""
-    return any(guidance._acts_on(denoiser) for guidance in _GUIDED.values())
+    return any(guidance._acts_on(denoiser) for guidance in _GUIDANCES)
 
 
 class Guidance:
@@ -169,6 +170,7 @@ class Guidance:
         self._denoiser_guidance.recorder = self._recorder
         self._arguments = denoiser.arguments
         self._installed = False
+        self._notes_contexts = False
         self._entered = 0  # contexts that are open
         self._main: Guidance = self if beside is None else beside  # which removes them all
         self._leaving = False  # as soon as the forward under way is over
@@ -260,7 +262,9 @@ class Guidance:
             if self._main is self:
                 if not isinstance(self._owner, nn.Module):
                     self._watch(self._owner)
-                _GUIDED[self._owner] = self
+                _GUIDANCES.add(self)
+            note_contexts(self._denoiser.model)
+            self._notes_contexts = True
             self._denoiser_guidance.attach()  # says now what would not do
             self._denoiser_guidance.detach()
             self._denoiser_guidance.recomputation.lock = self._lock
@@ -311,8 +315,10 @@ class Guidance:
         for other in self._others:
             if other._installed:
                 other._take_off(warn=False)
-        if _GUIDED.get(self._owner) is self:
-            del _GUIDED[self._owner]
+        _GUIDANCES.discard(self)
+        if self._notes_contexts:
+            self._notes_contexts = False
+            forget_contexts(self._denoiser.model)
         for pipe in list(self._watched):
             unwatch(pipe)
         self._watched.clear()

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from segkern.integrations.diffusers.runtime.branches import Batch
+from segkern.integrations.diffusers.runtime.cache_contexts import cache_context
 from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun
 from segkern.integrations.diffusers.runtime.run_text import TextKind, common_kind
 from segkern.integrations.diffusers.runtime.steps import check_one_timestep, same_timestep
@@ -192,6 +193,8 @@ class BatchLayout:
         if self._calls == 1:
             check_one_timestep(timestep)
         kind = TextKind.UNKNOWN if self._cfg is not None else common_kind(self._kinds(text, len(latents)))
+        if self._cfg is None and kind in (TextKind.UNKNOWN, TextKind.BOTH):
+            kind = _OF_CONTEXTS.get(cache_context() or "", kind)
         if kind is TextKind.MIXED:
             raise self._unknown_layout(latents, self._run.samples)
         before = self._repeated(latents, timestep, kind)
@@ -276,6 +279,7 @@ class BatchLayout:
         return LayoutError(f"the denoiser of {self._name} got a batch of {size}{asked}: {reason}")
 
 
+_OF_CONTEXTS = {"cond": TextKind.PROMPT, "uncond": TextKind.NEGATIVE}  # diffusers' names of cache contexts
 _NOT_NEGATIVE = (TextKind.PROMPT, TextKind.BOTH, TextKind.UNKNOWN)
 _NOT_PROMPT = (TextKind.NEGATIVE, TextKind.BOTH, TextKind.UNKNOWN)
 

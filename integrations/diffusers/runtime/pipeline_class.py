@@ -26,7 +26,6 @@ from torch import nn
 from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, current_run, outside_runs
 from segkern.integrations.diffusers.runtime.run_text import RunText
 
-_CLASSES: WeakKeyDictionary[type, type] = WeakKeyDictionary()
 _WATCHERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many watch each pipeline
 _TEXTS: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()  # encoded outside of a run, for one that follows
 
@@ -84,8 +83,9 @@ def pipelines_with(denoisers: Iterable[nn.Module]) -> list[Any]:
 
 
 def _subclass(original: type) -> type:
-    if original in _CLASSES:
-        return _CLASSES[original]
+    for known in original.__subclasses__():
+        if known.__bases__ == (original, _Watched):
+            return known
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         """``type(pipe)(...)`` is a pipeline of the original class, as class methods such as ``from_pipe`` make it."""
@@ -110,9 +110,7 @@ def _subclass(original: type) -> type:
         namespace["encode_prompt"] = _noting_text(original.encode_prompt)
     if hasattr(original, "progress_bar"):
         namespace["progress_bar"] = _beginning_run(original.progress_bar)
-    watched = type(original)(original.__name__, (original, _Watched), namespace)
-    _CLASSES[original] = watched
-    return watched
+    return type(original)(original.__name__, (original, _Watched), namespace)
 
 
 def _running(function: Callable[..., Any]) -> Callable[..., Any]:
