@@ -247,3 +247,22 @@ def test_a_refused_processor_leaves_no_stand_in(subject: Subject) -> None:
         last.set_processor(own)
         vars(last).get("_modules", {}).pop("processor", None)
         assert torch.equal(subject.run(pipe), first)
+
+
+@pytest.mark.parametrize("when", ["before the run", "in a callback"])
+def test_another_denoiser_is_refused(when: str) -> None:
+    with left_as_it_was(SD1) as (pipe, _):
+        expected = SD1.run(pipe)
+        own, other = pipe.unet, SD1.build().unet
+
+        def replace(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            pipe.unet = other
+            return given
+
+        if when == "before the run":
+            pipe.unet = other
+        given = {"callback_on_step_end": replace} if when == "in a callback" else {}
+        with pytest.raises(ValueError, match="was given another unet while guided"):
+            SD1.run(pipe, **given)
+        pipe.unet = own
+        assert torch.equal(SD1.run(pipe), expected)

@@ -28,7 +28,7 @@ from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.outputs import check_size, prediction_of, with_prediction
 from segkern.integrations.diffusers.runtime.per_sample import check_attention_arguments
 from segkern.integrations.diffusers.runtime.pipeline_class import pipelines_with, unwatch, watch
-from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, current_run, in_repeated_forward
+from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, at_begin, current_run, in_repeated_forward
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
 from segkern.integrations.diffusers.runtime.reuse import Differences
@@ -262,6 +262,7 @@ class Guidance:
             if self._main is self:
                 if not isinstance(self._owner, nn.Module):
                     self._watch(self._owner)
+                    at_begin(self._owner, self._begin_run)
                 _GUIDANCES.add(self)
             note_contexts(self._denoiser.model)
             self._notes_contexts = True
@@ -339,9 +340,6 @@ class Guidance:
                 f"the {component} of this {pipe} ran for other pipelines only; give guide the pipeline that runs it"
             )
             warnings.warn(f"guidance did nothing: {message}", GuidanceWarning, stacklevel=4)
-        elif warn and not ran and had_hooks and getattr(self._pipe, component) is not self._module:
-            message = f"this {pipe} was given another {component} while guided; call guide after replacing it"
-            warnings.warn(f"guidance did nothing: {message}", GuidanceWarning, stacklevel=4)
         if ran and warn:
             self._recorder.warn(self._recorder.report(), stacklevel=5)
 
@@ -363,6 +361,27 @@ class Guidance:
             )
             state = self._runs[run] = RunState(layout, Differences(self._specs))
         return state
+
+    def _begin_run(self, run: PipelineRun) -> None:
+        """Before a run: see to it that it will run the denoisers that are guided, and so after it."""
+        if self._installed:
+            self._check_denoisers()
+            run.at_end(self._check_run)
+
+    def _check_run(self, run: PipelineRun, failed: bool) -> None:
+        if self._installed and not failed:
+            self._check_denoisers()
+
+    def _check_denoisers(self) -> None:
+        """Raise a ValueError if the pipeline has another denoiser than the one that is guided."""
+        for guidance in (self, *self._others):
+            component = guidance._denoiser.name
+            model = getattr(self._pipe, component, None)
+            if getattr(model, "_orig_mod", model) is not guidance._denoiser.model:
+                raise ValueError(
+                    f"this {self._name} was given another {component} while guided, which runs unguided; remove the "
+                    f"guidance and call guide again"
+                )
 
     def _end_run(self, run: PipelineRun, failed: bool) -> None:
         """After a run: forget it, and what an interrupt has left, of which hooks are not told."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakMethod
 
 from segkern.integrations.diffusers.runtime.run_text import RunText
 
@@ -16,6 +17,8 @@ _CURRENT: ContextVar[PipelineRun | None] = ContextVar("segkern_pipeline_run", de
 _REPEATED: ContextVar[bool] = ContextVar("segkern_repeated_forward", default=False)
 
 _NUMBERS = itertools.count()
+
+_AT_BEGIN: WeakKeyDictionary[Any, list[WeakMethod[Any]]] = WeakKeyDictionary()
 
 AtEnd = Callable[["PipelineRun", bool], None]
 
@@ -55,6 +58,10 @@ class PipelineRun:
         self._token: Token[PipelineRun | None] | None = None
 
     def __enter__(self) -> PipelineRun:
+        for reference in _AT_BEGIN.get(self.pipe, ()):
+            function = reference()
+            if function is not None:
+                function(self)
         self._token = _CURRENT.set(self)
         return self
 
@@ -94,6 +101,11 @@ class PipelineRun:
     def at_end(self, function: AtEnd) -> None:
         """Call a function with this run, and with True after an exception, when the run has ended."""
         self._at_end.append(function)
+
+
+def at_begin(pipe: Any, function: Callable[[PipelineRun], None]) -> None:
+    """Call a method, as long as its object is alive, with every run of a pipeline that begins."""
+    _AT_BEGIN.setdefault(pipe, []).append(WeakMethod(function))
 
 
 def current_run() -> PipelineRun | None:
