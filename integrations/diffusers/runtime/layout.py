@@ -139,7 +139,7 @@ class BatchLayout:
         halves = size % 2 == 0 and _equal(latents[: size // 2], latents[size // 2 :])
         if halves and (kinds is TextKind.MIXED or (told and kinds is TextKind.BOTH)):
             return True
-        if kinds is TextKind.MIXED or (told and size % 2):
+        if kinds is TextKind.MIXED:
             raise self._unknown_layout(latents, None)
         if halves and kinds is not TextKind.PROMPT:
             raise LayoutError(
