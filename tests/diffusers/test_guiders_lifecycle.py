@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from segkern.integrations.diffusers import (
     guide,
     list_layers,
 )
+from segkern.integrations.diffusers.runtime.denoiser_lock import denoiser_lock
 from tests.diffusers.modular_pipelines import modular_sdxl, modular_transformer, run_sdxl
 from tests.diffusers.probes import hooks_of
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline, tiny_pipeline
@@ -332,6 +335,91 @@ def test_an_argument_that_its_spec_does_not_take_is_refused() -> None:
     for value in (None, 2.0):
         with pytest.raises(TypeError, match="SEGGuider got an unexpected argument 'sclae'; its spec takes scale, "):
             SEGGuider(sclae=value)
+    for name in ("schedular", "trusts"):
+        with pytest.raises(TypeError, match=f"unexpected argument '{name}'"):
+            SEGGuider().new(**{name: None})
+    with pytest.raises(ValueError, match=r"trust takes a list of classes or functions.*got 'Own'"):
+        SEGGuider(trust="Own")
+
+
+class Own(AttnProcessor2_0):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda guider: guider.new(scale=2.0), lambda guider: pickle.loads(pickle.dumps(guider))],
+    ids=["deepcopy", "new", "pickle"],
+)
+def test_trust_and_the_scheduler_are_kept(copied: Callable[[Any], Any]) -> None:
+    pipe = tiny_pipeline(own_unet=True)
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(Own())
+    guider = copied(SEGGuider(guidance_scale=5.0, scale=2.0, scheduler=pipe.scheduler, trust=[Own]))
+    assert type(guider.scheduler) is type(pipe.scheduler)
+    assert guider.trust == (Own,)
+    with pytest.raises(ValueError, match=r"guider.trust = \[Own\]"):
+        run_sdxl(modular_sdxl(pipe, SEGGuider(guidance_scale=5.0, scale=2.0)), pipe, latents=LATENTS)
+    guided = run_sdxl(modular_sdxl(pipe, guider), pipe, latents=LATENTS)
+    with guide(pipe, SEG(scale=2.0), trust=[Own]):
+        assert relative(run(pipe, latents=LATENTS), guided) < PIPELINE_TOLERANCE
+    guider.trust = ()
+    with pytest.raises(ValueError, match=r"guider.trust = \[Own\]"):
+        run_sdxl(modular_sdxl(pipe, guider), pipe, latents=LATENTS)
+
+
+def predictions(unet: Any, guider: Any, given: dict[str, Any], steps: int = 1) -> torch.Tensor:
+    """Of a guider's calls in a loop of one's own."""
+    for step in range(steps):
+        guider.set_state(step, steps, torch.tensor(999.0))
+        (batch,) = guider.prepare_inputs({"text": (given["encoder_hidden_states"], None)})
+        guider.prepare_models(unet)
+        batch.noise_pred = unet(LATENTS, 999, **given)[0]
+        guider.cleanup_models(unet)
+        prediction: torch.Tensor = guider([batch]).pred
+    return prediction
+
+
+def own_arguments(pipe: Any) -> dict[str, Any]:
+    text, _, pooled, _ = (x.detach() for x in pipe.encode_prompt("a red fox"))
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]])}
+    return {"encoder_hidden_states": text, "added_cond_kwargs": added}
+
+
+@pytest.mark.parametrize("kind", [SEGGuider, PAGGuider])
+def test_guiders_of_two_threads_share_a_denoiser(kind: Any) -> None:
+    pipe = smaller_pipeline()
+    given = own_arguments(pipe)
+    scales = (1.0, 4.0)
+    expected = [predictions(pipe.unet, kind(guidance_scale=1.0, scale=s, layers="m0"), given) for s in scales]
+    assert relative(expected[0], expected[1]) > 1e-4
+    with ThreadPoolExecutor(2) as pool:
+        guiders = [kind(guidance_scale=1.0, scale=scale, layers="m0") for scale in scales]
+        drawn = list(pool.map(lambda guider: predictions(pipe.unet, guider, given, steps=8), guiders))
+    for prediction, alone in zip(drawn, expected, strict=True):
+        assert relative(prediction, alone) < PIPELINE_TOLERANCE
+    assert hooks_of(pipe.unet) == 0
+    assert not denoiser_lock(pipe.unet).is_held_here
+
+
+def test_gradients_under_checkpointing() -> None:
+    pipe = smaller_pipeline()
+    given = own_arguments(pipe)
+    parameter = next(iter(pipe.unet.mid_block.parameters()))
+
+    def gradient() -> torch.Tensor:
+        parameter.grad = None
+        guider = SEGGuider(guidance_scale=1.0, scale=2.0, sigma=1.0, layers="m0")
+        predictions(pipe.unet, guider, given).square().sum().backward()
+        assert parameter.grad is not None
+        return parameter.grad
+
+    expected = gradient()
+    pipe.unet.enable_gradient_checkpointing()
+    assert relative(gradient(), expected) < 1e-6
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with pytest.raises(RuntimeError, match="cannot follow gradient checkpointing inside of what is compiled"):
+        gradient()
 
 
 def test_a_subclass_may_have_arguments_of_its_own() -> None:

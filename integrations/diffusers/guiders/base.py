@@ -19,7 +19,7 @@ from torch import nn
 
 from segkern.integrations.diffusers.guiders.calls import GuiderCalls, Step
 from segkern.integrations.diffusers.runtime.branches import shifted
-from segkern.integrations.diffusers.runtime.origins import Trust
+from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.report import Report
 from segkern.integrations.diffusers.runtime.steps import timestep_value
 from segkern.integrations.diffusers.specs import PAG, SAG
@@ -36,13 +36,11 @@ class SpecGuider(ClassifierFreeGuidance):
 
     Attributes:
         spec: the guidance beside classifier-free guidance.
+        scheduler: of the pipeline; needed by SAG, and where it calls the denoiser twice in a step (Heun). It is kept
+            by :meth:`new` and by copies, but not saved.
         trust: classes and functions of other packages in the denoiser that treat every sample of a batch by itself, as
-            :func:`~segkern.integrations.diffusers.guide` takes them; set it before the first run. It is not saved.
-        scheduler: of the pipeline; needed by SAG, and where it calls the denoiser twice in a step (Heun). It is not
-            saved.
+            :func:`~segkern.integrations.diffusers.guide` takes them. It is kept and not saved, as the scheduler.
     """
-
-    trust: Trust = ()
 
     spec_class: ClassVar[type[Spec]]
 
@@ -68,6 +66,7 @@ class SpecGuider(ClassifierFreeGuidance):
         spec: Spec | None = None,
         *,
         scheduler: Any = None,
+        trust: Trust = (),
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
         use_original_formulation: bool = False,
@@ -94,6 +93,7 @@ class SpecGuider(ClassifierFreeGuidance):
             **own, guidance_start=guidance_start, guidance_stop=guidance_stop, **self.spec.to_dict()
         )
         self.scheduler = scheduler
+        self.trust: Trust = check_trust(trust)
         self._inputs: list[Any] = []  # of the step's calls
         self._fraction = 0.0
         self._last_step: int | None = None
@@ -124,14 +124,14 @@ class SpecGuider(ClassifierFreeGuidance):
             ValueError: for a value that does not fit.
         """
         dropped = set(self.spec.to_dict()) if "spec" in changes else ()
-        return type(self)(**{"scheduler": self.scheduler, **self._kept(dropped), **changes})
+        return type(self)(**{"scheduler": self.scheduler, "trust": self.trust, **self._kept(dropped), **changes})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy of a pipeline has a guider of its own, which has done nothing yet."""
-        return _made(type(self), self._kept(), self._enabled, copy.deepcopy(self.scheduler, memo))
+        return _made(type(self), self._kept(), self._enabled, copy.deepcopy(self.scheduler, memo), self.trust)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made, (type(self), self._kept(), self._enabled, self.scheduler)
+        return _made, (type(self), self._kept(), self._enabled, self.scheduler, self.trust)
 
     def _kept(self, dropped: Container[str] = ()) -> dict[str, Any]:
         """The arguments it was made with, but for some."""
@@ -188,7 +188,7 @@ class SpecGuider(ClassifierFreeGuidance):
             ValueError: for a denoiser or layers that do not fit; the message quotes them.
         """
         super().prepare_models(denoiser)
-        if self._calls is None or not self._calls.is_of(denoiser):
+        if self._calls is None or not self._calls.is_of(denoiser, self.trust):
             if self._calls is not None:
                 self._calls.release()
             self._calls = GuiderCalls(denoiser, self.spec, self.trust)
@@ -248,10 +248,12 @@ class SpecGuider(ClassifierFreeGuidance):
         return report
 
 
-def _made(kind: type[SpecGuider], given: Mapping[str, Any], enabled: bool, scheduler: Any) -> SpecGuider:
+def _made(
+    kind: type[SpecGuider], given: Mapping[str, Any], enabled: bool, scheduler: Any, trust: Trust = ()
+) -> SpecGuider:
     """A guider with these arguments, turned on or off since."""
     made: SpecGuider = kind(**given)
-    made.scheduler = scheduler
+    made.scheduler, made.trust = scheduler, trust
     made._enabled = enabled
     return made
 

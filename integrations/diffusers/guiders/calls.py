@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from segkern.integrations.diffusers.models.architectures import batch_of
 from segkern.integrations.diffusers.models.layers import find_model
 from segkern.integrations.diffusers.runtime.branches import Arguments, Batch, Forward
 from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
+from segkern.integrations.diffusers.runtime.denoiser_lock import denoiser_lock
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, find_denoisers
 from segkern.integrations.diffusers.runtime.guidance import is_guided
 from segkern.integrations.diffusers.runtime.hooks import Outer
@@ -72,11 +74,14 @@ class GuiderCalls:
     def __init__(self, denoiser: nn.Module, spec: Spec, trust: Trust = ()) -> None:
         self._module = denoiser
         self._spec = spec
+        self._trust = trust
         denoisers = find_denoisers(SimpleNamespace(unet=denoiser))
         if not denoisers:
             find_model(denoiser)  # says what could be guided
         self._denoiser: Denoiser = denoisers[0]
-        self._denoiser_guidance = DenoiserGuidance(self._denoiser, choose_layers(self._denoiser, (spec,)))
+        self._denoiser_guidance = DenoiserGuidance(self._denoiser, choose_layers(self._denoiser, (spec,)), bool(trust))
+        self._denoiser_guidance.recomputation.lock = self._lock = denoiser_lock(self._denoiser.model)
+        self._denoiser_guidance.recomputation.compiled = denoiser is not self._denoiser.model
         first, remedy = self._denoiser_guidance.first, "guider.trust = [{}]"
         self._checks = ModuleChecks(self._denoiser, first, True, check_trust(trust), remedy)
         self._runs = 0
@@ -90,10 +95,12 @@ class GuiderCalls:
         self._forward: Forward | None = None
         self._given: Arguments = ((), {})
         self._sag: SAGForward | None = None
+        self._thread: int | None = None  # in which the call is waited for
+        self._has_lock = False
 
-    def is_of(self, denoiser: nn.Module) -> bool:
-        """True if it is this denoiser's."""
-        return self._module is denoiser
+    def is_of(self, denoiser: nn.Module, trust: Trust) -> bool:
+        """True if it is this denoiser's, and trusts the same code."""
+        return self._module is denoiser and self._trust == trust
 
     def new_step(self, first: bool) -> None:
         """Forget the last step, and with the ``first`` of a run the last run."""
@@ -121,7 +128,7 @@ class GuiderCalls:
         self._checks.before(self._runs, None, 1)
         if step.strength == 0.0:
             return
-        self._step, self._inputs = step, inputs or {}
+        self._step, self._inputs, self._thread = step, inputs or {}, threading.get_ident()
         if isinstance(self._spec, SAG):
             if scheduler is None:
                 raise ValueError(
@@ -140,12 +147,15 @@ class GuiderCalls:
             return
         while self._handles:
             self._handles.pop().remove()
-        self._denoiser_guidance.detach()
         self._forward, self._given, self._inputs, self._sag = None, ((), {}), {}, None
+        if self._has_lock:
+            self._denoiser_guidance.detach()
+            self._has_lock = False
+            self._lock.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Before the denoiser: let the branch join."""
-        if module is not self._module or in_repeated_forward():  # a copy, or the second call of SAG
+        if not self._is_own(module):
             return None
         if self._forward is not None or not self._is_expected(args, kwargs):
             self.release()  # the call that was waited for never came, for an exception before it
@@ -181,6 +191,8 @@ class GuiderCalls:
             forward = Forward(batch, (0,), self._denoiser_guidance.first, True, strengths)
             forward = replace(forward, share=self._denoiser.can_share(forward, args, kwargs))
         check_attention_arguments(self._denoiser.arguments, args, kwargs, self._denoiser.model)
+        self._lock.acquire()
+        self._has_lock = True
         self._checks.before(self._runs, forward, sample.shape[0])
         self._denoiser_guidance.attach()
         self._denoiser_guidance.tell(forward, args, kwargs)
@@ -199,8 +211,8 @@ class GuiderCalls:
             self.release()
 
     def _is_own(self, module: nn.Module) -> bool:
-        """True if a call is the one that was waited for: not of a copy, nor the second one of SAG."""
-        return module is self._module and not in_repeated_forward()
+        """True if a call may be the one that is waited for: not of a copy or thread, nor the second one of SAG."""
+        return module is self._module and threading.get_ident() == self._thread and not in_repeated_forward()
 
     def _take(self, forward: Forward, sample: torch.Tensor) -> None:
         """Take the output of the forward under way."""

@@ -32,6 +32,10 @@ class SEGGuider(SpecGuider):
         guidance_start: fraction of the run's steps at which classifier-free guidance begins.
         guidance_stop: fraction of the run's steps from which there is none.
         enabled: False turns both guidances off; so does ``disable()``, and ``enable()`` turns them on.
+        scheduler: of the pipeline, which guiders are not told. It is needed for ``start``, ``stop``, a schedule and
+            ``reuse`` where it calls the denoiser twice in a step (Heun).
+        trust: classes and functions of other packages in the denoiser, as
+            :func:`~segkern.integrations.diffusers.guide` takes them.
 
     Raises:
         ValueError: when a value does not fit; the message quotes it. Layers are looked up when the denoiser is first
@@ -80,7 +84,8 @@ class SAGGuider(SpecGuider):
 
     The prediction of a step is ``u + g (c - u) + s (u - u')``, and ``c + s (c - c')`` where there is no classifier-free
     guidance. A second call of the denoiser follows within the one that is degraded. Noising the image again takes
-    the scheduler, which guiders are not told: it is that of the modular pipeline that is running.
+    the pipeline's scheduler, which guiders are not told: give it as ``scheduler``, or set it as the attribute of a
+    guider that was loaded.
 
     Args:
         spec: ``SAG(...)``; instead of it the arguments that :class:`SAG` takes, under the same names and with the same
@@ -89,14 +94,15 @@ class SAGGuider(SpecGuider):
         scale: ``s``, and so on; see :class:`SAG`.
 
     Raises:
-        ValueError: when a value does not fit; the message quotes it. Also, when the denoiser is prepared, outside of a
-            modular pipeline, and for a scheduler whose images cannot be noised again.
+        ValueError: when a value does not fit; the message quotes it. When the denoiser is first prepared, without a
+            scheduler and for one whose images cannot be noised again.
 
     Source: SAG (arXiv 2210.00939), equations 16 and 25.
 
     Example:
         >>> SAGGuider(guidance_scale=5.0, scale=0.75).spec
         SAG(scale=0.75, layer='m0', sigma=1.0)
+        >>> guider = SAGGuider(guidance_scale=5.0, scheduler=pipe.scheduler)  # doctest: +SKIP
     """
 
     spec_class = SAG
