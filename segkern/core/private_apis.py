@@ -58,6 +58,17 @@ def is_compiled_in_place(module: torch.nn.Module) -> bool:
     return module._compiled_call_impl is not None
 
 
+def forward_hooks(module: torch.nn.Module) -> tuple[Callable[..., Any], ...]:
+    """The forward pre-hooks and forward hooks of a module; torch 2.11 to 2.13."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return (*before.values(), *after.values()) if before or after else ()
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """A number that grows when a tensor is written to, 0 where none is kept (in inference mode); torch 2.11 to 2.13."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def has_forward_hooks(module: torch.nn.Module) -> bool:
     """True if a hook or pre-hook may change what the module's forward gives; torch 2.11 to 2.13.
 

@@ -194,7 +194,7 @@ class GuiderCalls:
         self._lock.acquire()
         self._has_lock = True
         self._checks.before(self._runs, forward, sample.shape[0])
-        self._denoiser_guidance.attach()
+        self._denoiser_guidance.attach(self._checks.watches)
         self._denoiser_guidance.tell(forward, args, kwargs)
         self._forward = forward
         return self._denoiser.grown(forward, args, kwargs)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.integrations.diffusers.runtime.branches import Forward, JoinPlan
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.foreign_hooks import HookWatch
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer, GuidedLayers
 from segkern.integrations.diffusers.runtime.hooks import act_here, hook_grids
 from segkern.integrations.diffusers.runtime.origins import name_of
@@ -57,11 +58,16 @@ class DenoiserGuidance:
         modules = [layer.module for layer in placed_spec.layers if isinstance(placed_spec.spec, AttentionSpec)]
         return min((self._places.of(module) for module in modules), default=-1)
 
-    def attach(self) -> None:
-        """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now."""
+    def attach(self, watches: Iterable[HookWatch] = ()) -> None:
+        """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now.
+
+        Args:
+            watches: of users' hooks.
+        """
         self.layers.stand_in()
         self._regions.attach()
         if not self._inner:
+            self._inner += [handle for watch in watches for handle in watch.register()]
             modules = [layer.info.module for layer in self.layers]
             self._inner += hook_grids(self._denoiser.model, modules, self.layers.set_grid)
             self._inner += [join.hook() for join in self._hooked]

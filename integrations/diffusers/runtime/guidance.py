@@ -465,7 +465,7 @@ class Guidance:
             self._forward = forward
             return None
         check_model(denoiser.model)
-        self._denoiser_guidance.attach()
+        self._denoiser_guidance.attach(self._checks.watches)
         self._forward = forward
         if forward.sag:
             self._given = self._planner.reference_inputs(forward, args, kwargs)

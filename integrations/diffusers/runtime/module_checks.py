@@ -18,6 +18,7 @@ from torch import nn
 from segkern.integrations.diffusers.models.layers import UNETS, execution_order
 from segkern.integrations.diffusers.runtime.branches import MODULE_ARGUMENTS, Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
+from segkern.integrations.diffusers.runtime.foreign_hooks import HookWatch, foreign_hooks
 from segkern.integrations.diffusers.runtime.origins import (
     Trust,
     foreign_link,
@@ -68,6 +69,9 @@ class ModuleChecks:
         share: whether branches may join inside.
         trust: classes and functions that treat every sample by itself, as the user says.
         remedy: how a user says so, with ``{}`` for the class or function.
+
+    Attributes:
+        watches: of users' hooks, to register for guided forwards.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class ModuleChecks:
         self._remedy = remedy
         self._place = min(first, default=-1) if share else -1
         self._checked = self._place  # the lowest place since which modules were checked
+        self.watches: list[HookWatch] = []
         self._run: Any = None
         self._watched: list[tuple[nn.Module, Any, Any]] = []  # modules, with their own forwards and processors
 
@@ -119,7 +124,7 @@ class ModuleChecks:
         self._checked = self._place if place is None else place
         modules = list(_walk(self._model, frozenset(self._outside(self._checked))))
         asked = self._asked(name for name, module, _ in modules if _processor_of(module) is not None)
-        watched = []
+        watched, self.watches = [], []
         for name, module, inside in modules:
             check_registry(self._model, name, module)
             forward, processor = vars(module).get("forward"), _processor_of(module)
@@ -133,6 +138,8 @@ class ModuleChecks:
                 self._check_tensors(name, module, sizes)
             if name in asked:
                 watched.append((module, forward, processor))
+                if name and inside:
+                    self._watch_hooks(name, module)
         self._watched = watched
 
     def _changed(self) -> bool:
@@ -196,6 +203,13 @@ class ModuleChecks:
         what = "has a forward that was replaced by" if replaced else "is a"
         unknown = name_of(foreign if replaced else kind)
         raise ValueError(f"{self._at(name)} {what} {unknown}{self._why(unknown)}")
+
+    def _watch_hooks(self, name: str, module: nn.Module) -> None:
+        foreign = foreign_hooks(module, self._trust)
+        if foreign:
+            unknown = ", ".join(dict.fromkeys(map(name_of, foreign)))
+            what = f"{self._at(name)} has a forward hook that changes what it gets or gives, {unknown}"
+            self.watches.append(HookWatch(module, what + self._why(name_of(foreign[0]))))
 
     def _check_processor(self, name: str, processor: Any) -> None:
         if is_trusted(processor, self._trust):

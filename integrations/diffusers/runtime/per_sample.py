@@ -77,7 +77,7 @@ def check_attention_arguments(
     for name in _DICTIONARIES:
         given = arguments.get(name, args, kwargs)
         for key, value in given.items() if isinstance(given, dict) else ():
-            if key in _KNOWN_ENTRIES or not any(tensor.ndim for tensor in _tensors(value)):
+            if key in _KNOWN_ENTRIES or not any(tensor.ndim for tensor in tensors_in(value)):
                 continue
             why = (
                 "GLIGEN's boxes belong to samples of the pipeline's own batch"
@@ -98,18 +98,18 @@ def samples_on(module: nn.Module, sizes: frozenset[int]) -> str | None:
     for name, value in vars(module).items():
         if type(value) in _PLAIN or name in _OF_ANY_MODULE or not isinstance(value, (torch.Tensor, list, tuple, dict)):
             continue
-        if any(tensor.ndim and tensor.shape[0] in sizes for tensor in _tensors(value)):
+        if any(tensor.ndim and tensor.shape[0] in sizes for tensor in tensors_in(value)):
             return name
     return None
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """All in a value, its lists, tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
