@@ -271,3 +271,50 @@ def test_checkpointing_inside_of_a_compiled_denoiser_is_refused(wrapped: bool) -
     with pytest.raises(RuntimeError, match="compile_repeated_blocks"):
         run((SEG(sigma=1.0, layers="mid"),))
     torch._dynamo.reset()
+
+
+def loop(unet: nn.Module, given: dict[str, Any], layout: str, call: Callable[..., Any]) -> torch.Tensor:
+    """The latents of a denoising loop of one's own, which require gradients."""
+    latents = noise(1, 8, 8).requires_grad_(True)
+    for timestep in (999.0, 500.0):
+        if layout == "batch":
+            added = {name: torch.cat([value] * 2) for name, value in given["added_cond_kwargs"].items()}
+            text = torch.cat([given["encoder_hidden_states"]] * 2)
+            both: dict[str, Any] = {"encoder_hidden_states": text, "added_cond_kwargs": added}
+            u, c = call(unet, torch.cat([latents] * 2), timestep, **both)[0].chunk(2)
+        else:
+            c = call(unet, latents, timestep, **given)[0]
+            u = call(unet, latents, timestep, **given)[0] if layout == "separate" else c
+        latents = latents - 0.3 * (u + 5.0 * (c - u))
+    return latents
+
+
+@pytest.mark.parametrize("layout", ["batch", "separate", "none"])
+@pytest.mark.parametrize("reentrant_", [False, True], ids=["not reentrant", "reentrant"])
+def test_a_checkpoint_of_whole_calls_is_refused_and_one_of_the_run_is_right(layout: Any, reentrant_: bool) -> None:
+    pipe = smaller_pipeline()
+    unet: nn.Module = pipe.unet
+    text, _, pooled, _ = (x.detach() for x in pipe.encode_prompt("a red fox"))
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])}
+    given = {"encoder_hidden_states": text, "added_cond_kwargs": added}
+
+    def whole(unet: nn.Module, latents: torch.Tensor, timestep: float, **kwargs: Any) -> Any:
+        return checkpoint(lambda x: unet(x, timestep, **kwargs), latents, use_reentrant=reentrant_)
+
+    def guided(call: Callable[..., Any]) -> torch.Tensor:
+        with guide(unet, SEG(sigma=1.0, layers="m0"), cfg=layout) as guidance, guidance.run([999.0, 500.0]):
+            return loop(unet, given, layout, call)
+
+    with pytest.raises(RuntimeError, match=r"under torch.utils.checkpoint.*enable_gradient_checkpointing"):
+        guided(whole)
+    assert hooks_of(unet) == 0
+    expected = gradients(unet, lambda: guided(nn.Module.__call__).square().sum().backward())
+    anchor = torch.ones((), requires_grad=True)
+
+    def checkpointed_run() -> None:
+        run = checkpoint(lambda x: x * guided(nn.Module.__call__), anchor, use_reentrant=reentrant_)
+        run.square().sum().backward()
+
+    assert relative(gradients(unet, checkpointed_run), expected) < 1e-6
+    with torch.no_grad():
+        assert guided(lambda unet, latents, *args, **kwargs: unet(latents.detach(), *args, **kwargs)).isfinite().all()

@@ -22,6 +22,7 @@ from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffu
     StableDiffusionXLAutoBlocks,
 )
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 from segkern.integrations.diffusers import (
     PAG,
@@ -417,6 +418,15 @@ def test_gradients_under_checkpointing() -> None:
     expected = gradient()
     pipe.unet.enable_gradient_checkpointing()
     assert relative(gradient(), expected) < 1e-6
+    latents = LATENTS.clone().requires_grad_(True)
+    for reentrant in (False, True):
+        guider = SEGGuider(guidance_scale=1.0, layers="m0")
+        guider.set_state(0, 1, torch.tensor(999.0))
+        guider.prepare_inputs({"text": (given["encoder_hidden_states"], None)})
+        guider.prepare_models(pipe.unet)
+        with pytest.raises(RuntimeError, match=r"under torch.utils.checkpoint.*enable_gradient_checkpointing"):
+            checkpoint(lambda x: pipe.unet(x, 999, **given)[0], latents, use_reentrant=reentrant)
+        assert hooks_of(pipe.unet) == 0
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     with pytest.raises(RuntimeError, match="cannot follow gradient checkpointing inside of what is compiled"):
         gradient()

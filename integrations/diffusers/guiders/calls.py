@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from segkern.integrations.diffusers.models.architectures import batch_of
 from segkern.integrations.diffusers.models.layers import find_model
 from segkern.integrations.diffusers.runtime.branches import Arguments, Batch, Forward
+from segkern.integrations.diffusers.runtime.checkpoints import CheckpointCheck
 from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
 from segkern.integrations.diffusers.runtime.denoiser_lock import denoiser_lock
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, find_denoisers
@@ -97,6 +98,7 @@ class GuiderCalls:
         self._sag: SAGForward | None = None
         self._thread: int | None = None  # in which the call is waited for
         self._has_lock = False
+        self._checkpoints = CheckpointCheck(True)  # since the call is waited for
 
     def is_of(self, denoiser: nn.Module, trust: Trust) -> bool:
         """True if it is this denoiser's, and trusts the same code."""
@@ -129,6 +131,7 @@ class GuiderCalls:
         if step.strength == 0.0:
             return
         self._step, self._inputs, self._thread = step, inputs or {}, threading.get_ident()
+        self._checkpoints = CheckpointCheck(True)
         if isinstance(self._spec, SAG):
             if scheduler is None:
                 raise ValueError(
@@ -179,6 +182,7 @@ class GuiderCalls:
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         sample = self._denoiser.sample(args, kwargs)
+        self._checkpoints.check(sample, type(self._denoiser.model).__name__)
         if not self._differences.due(0, self._step.number, sample.shape):
             self.kept = self._differences.last(0)
             return None

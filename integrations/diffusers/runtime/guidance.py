@@ -448,6 +448,7 @@ class Guidance:
         check_attention_arguments(self._arguments, args, kwargs, denoiser.model)
         if not denoiser.is_step(args, kwargs):
             return None
+        run.checkpoints.check(latents, type(denoiser.model).__name__)
         state = self._state(run)
         call = state.layout.of_call(latents, denoiser.prompt(args, kwargs), denoiser.timestep(args, kwargs))
         self._kind, self._pair = call.kind, call.pair

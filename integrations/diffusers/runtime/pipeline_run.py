@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
 
+from segkern.integrations.diffusers.runtime.checkpoints import CheckpointCheck
 from segkern.integrations.diffusers.runtime.run_text import RunText
 
 _CURRENT: ContextVar[PipelineRun | None] = ContextVar("segkern_pipeline_run", default=None)
@@ -38,6 +39,7 @@ class PipelineRun:
         number: of the run in this process.
         samples: images or videos that the call asks for; None where its arguments do not say.
         state: what guidances keep for the run, by guidance.
+        checkpoints: that may not begin within the run.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class PipelineRun:
         self.text = RunText(arguments) if text is None else text
         self.timesteps = timesteps
         self.state: dict[Any, Any] = {}
+        self.checkpoints = CheckpointCheck(self.is_loop)
         self._at_end: list[AtEnd] = []
         self._token: Token[PipelineRun | None] | None = None
 
