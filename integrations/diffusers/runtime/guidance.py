@@ -27,7 +27,7 @@ from segkern.integrations.diffusers.runtime.module_checks import ModuleChecks
 from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.outputs import check_size, prediction_of, with_prediction
 from segkern.integrations.diffusers.runtime.per_sample import check_attention_arguments
-from segkern.integrations.diffusers.runtime.pipeline_class import pipelines_with, unwatch, watch
+from segkern.integrations.diffusers.runtime.pipeline_class import noted_text, pipelines_with, unwatch, watch
 from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, at_begin, current_run, in_repeated_forward
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
@@ -248,7 +248,7 @@ class Guidance:
         values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
         if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
             raise ValueError(f"timesteps must be numbers, in the order in which the loop takes them, got {timesteps!r}")
-        return PipelineRun(self._owner, {}, timesteps=timesteps)
+        return PipelineRun(self._owner, {}, text=noted_text(self._owner), timesteps=timesteps)
 
     def report(self) -> Report:
         """Report the guidance so far; warns if it fired never or moved nothing."""
@@ -385,12 +385,14 @@ class Guidance:
 
     def _end_run(self, run: PipelineRun, failed: bool) -> None:
         """After a run: forget it, and what an interrupt has left, of which hooks are not told."""
-        self._runs.pop(run, None)
+        state = self._runs.pop(run, None)
         if self._under_way and self._run is run and self._lock.is_held_here:
             self._clear()
             self._end_forward()
         if self._main._leaving and self._main._installed:
             self._main._remove(warn=not failed)
+        if state is not None and not failed:
+            state.drop_pending(self._name, all_of_them=True)
 
     def _end_forward(self) -> None:
         self._under_way, self._run, self._kind, self._size = False, None, None, None
@@ -452,6 +454,8 @@ class Guidance:
         state = self._state(run)
         call = state.layout.of_call(latents, denoiser.prompt(args, kwargs), denoiser.timestep(args, kwargs))
         self._kind, self._pair = call.kind, call.pair
+        if call.kind is CallKind.PROMPT and state.pending:
+            state.drop_pending(self._name)
         if self._main._leaving and call.kind is not CallKind.NEGATIVE:
             self._end_forward()  # no hook will
             self._main._take_off(warn=True)

@@ -58,6 +58,7 @@ class _PromptCall:
     pair: int
     latents: Any
     timestep: Any
+    text: TextKind
 
 
 class LayoutError(ValueError):
@@ -85,6 +86,7 @@ class BatchLayout:
         self._open: deque[_PromptCall] = deque(maxlen=_MOST_OPEN)
         self._calls = 0
         self._missing: _PromptCall | None = None  # the first call for the prompt, until one for the negative came
+        self._alone = False  # calls for the prompt came without one for the negative prompt
 
     def of_call(self, latents: Any, text: Any, timestep: Any) -> CallLayout:
         """The layout of a call.
@@ -111,11 +113,18 @@ class BatchLayout:
         """True if a call for the negative prompt follows each one for the prompt; None where nothing says so."""
         if self._cfg is not None:
             return self._cfg == "separate"
-        arguments = self._run.arguments
-        if "true_cfg_scale" in arguments:  # Flux, Qwen-Image
-            scale = arguments["true_cfg_scale"]
-            return scale is not None and float(scale) > 1.0 and self._run.text.has_negative
-        return self._told_guidance()
+        if self._alone:
+            return False
+        scale = self._run.arguments.get("true_cfg_scale")  # Flux, Qwen-Image
+        if scale is None:
+            return self._told_guidance()
+        if float(scale) <= 1.0:
+            return False
+        return True if self._run.text.has_negative else None
+
+    def awaits(self, pair: int) -> bool:
+        """True if the call for the negative prompt of a pair may still come."""
+        return any(call.pair == pair for call in self._open)
 
     def _holds_both(self, latents: Any, text: Any) -> bool:
         """True if the batch holds samples of the prompt and of the negative prompt."""
@@ -176,10 +185,25 @@ class BatchLayout:
         batch = Batch(size, half, 0, self._conditional_first)
         kinds = self._kinds(text, size)
         conditional, unconditional = common_kind(kinds[batch.conditional]), common_kind(kinds[batch.unconditional])
+        unknown = conditional is unconditional is TextKind.UNKNOWN
+        if unknown and self._cfg is None and not self._run.is_stock:
+            raise LayoutError(
+                f"the denoiser of {self._name} got a batch of {size} whose halves are the same latents, and guide does "
+                f"not know their texts; say which half is the prompt's: guide(..., cfg='batch', conditional='first' or "
+                f"'second')"
+            )
         if conditional in _NOT_NEGATIVE and unconditional in _NOT_PROMPT:
             return batch
+        if conditional is unconditional and self._cfg is not None:
+            return batch  # one text serves as both
         if self._cfg is None and conditional in _NOT_PROMPT and unconditional in _NOT_NEGATIVE:
             return Batch(size, half, 0, not self._conditional_first)
+        if conditional is unconditional:
+            raise LayoutError(
+                f"the denoiser of {self._name} got a batch of {size} whose halves have the same latents and the same "
+                f"text; if they are the prompt's and the negative prompt's, which is the same text, say so: "
+                f"guide(..., cfg='batch')"
+            )
         raise LayoutError(
             f"the denoiser of {self._name} got a batch of {size} with {conditional.value} where guide expects the "
             f"prompt, and {unconditional.value} where it expects the negative prompt; it knows [unconditional, "
@@ -192,37 +216,64 @@ class BatchLayout:
         batch = Batch(len(latents), 0)
         if self._calls == 1:
             check_one_timestep(timestep)
-        kind = TextKind.UNKNOWN if self._cfg is not None else common_kind(self._kinds(text, len(latents)))
+        kind = common_kind(self._kinds(text, len(latents)))
         if self._cfg is None and kind in (TextKind.UNKNOWN, TextKind.BOTH):
             kind = _OF_CONTEXTS.get(cache_context() or "", kind)
         if kind is TextKind.MIXED:
             raise self._unknown_layout(latents, self._run.samples)
         before = self._repeated(latents, timestep, kind)
-        if kind is TextKind.NEGATIVE or (before is not None and kind is not TextKind.PROMPT):
+        follows = before is not None and (kind is not TextKind.PROMPT or self._is_stated(before, kind))
+        if kind is TextKind.NEGATIVE or follows:
+            if before is not None and before.text is kind is TextKind.UNKNOWN:
+                self._check_order()
             return CallLayout(CallKind.NEGATIVE, batch, self._closed(before).pair)
         if before is not None:
-            raise LayoutError(
-                f"{self._name} called its denoiser twice at one timestep with the same latents and the same prompt, "
-                f"which guide cannot tell from a call for a negative prompt"
-            )
-        call = _PromptCall(self._calls, latents, timestep)
+            raise self._twice(before, kind)
+        call = _PromptCall(self._calls, latents, timestep, kind)
         self._check_missing(call)
-        if self.expects_negative() is False and kind is TextKind.PROMPT:
-            self._open.clear()  # nothing follows
+        nothing_follows = self.expects_negative() is False and kind is TextKind.PROMPT
+        if self._open and (nothing_follows or not same_timestep(self._open[-1].timestep, timestep)):
+            self._open.clear()
         self._open.append(call)
         return CallLayout(CallKind.PROMPT, batch, call.pair)
+
+    def _is_stated(self, before: _PromptCall, kind: TextKind) -> bool:
+        """True if a call with the text of the one before is for the negative prompt, as the user says."""
+        return self._cfg == "separate" and before.text is kind
+
+    def _twice(self, before: _PromptCall, kind: TextKind) -> LayoutError:
+        """The error for a call for the prompt after another one with the same latents."""
+        if before.text is kind:
+            why = (
+                "the same text; if the second call is for the negative prompt, which is the same text, say so: "
+                "guide(..., cfg='separate')"
+            )
+        else:
+            why = "another text before the prompt; guide needs the call for the prompt first"
+        return LayoutError(f"{self._name} called its denoiser twice at one timestep with the same latents, and {why}")
+
+    def _check_order(self) -> None:
+        """Raise a LayoutError for two calls with unknown texts, unless it is stated which of them comes first."""
+        if self._cfg is None and not self._run.is_stock:
+            raise LayoutError(
+                f"{self._name} called its denoiser twice at one timestep with the same latents, and guide does not "
+                f"know the texts; if the first call is for the prompt and the second for the negative prompt, say so: "
+                f"guide(..., cfg='separate')"
+            )
 
     def _repeated(self, latents: Any, timestep: Any, kind: TextKind) -> _PromptCall | None:
         """The call for the prompt with the same latents at the same timestep, if there was one.
 
-        For a known text only the very tensors are compared, which takes no time; values are where it is unknown.
+        Where no call for a negative prompt comes, and the text says so, only the very tensors are compared, which takes
+        no time.
         """
+        alone = kind is TextKind.PROMPT and self.expects_negative() is False
         for call in self._open:
             same = call.latents is latents
             if kind is TextKind.NEGATIVE:
                 if same or _equal(call.latents, latents):
                     return call
-            elif kind is TextKind.PROMPT:
+            elif alone and call.text is TextKind.PROMPT:
                 if same and call.timestep is timestep:
                     return call
             elif same_timestep(call.timestep, timestep) and (same or _equal(call.latents, latents)):
@@ -251,14 +302,22 @@ class BatchLayout:
         return call
 
     def _check_missing(self, call: _PromptCall) -> None:
-        """Raise a LayoutError when the first call for the prompt was not followed by one for the negative prompt."""
-        if self._calls == 1 and self.expects_negative():
+        """Note at the second timestep that no call for a negative prompt comes.
+
+        Raises:
+            LayoutError: where the pipeline says that one does, and a call with an unknown text may have been it.
+        """
+        if self._calls == 1 and not self._batches and self.expects_negative() is not False:
             self._missing = call
-        elif self._missing is not None and not same_timestep(self._missing.timestep, call.timestep):
+            return
+        if self._missing is None or same_timestep(self._missing.timestep, call.timestep):
+            return
+        if self.expects_negative() and any(each.text is not TextKind.PROMPT for each in (*self._open, call)):
             raise LayoutError(
                 f"{self._name} says that it runs classifier-free guidance, but its denoiser got no call for the "
                 f"negative prompt after the one for the prompt, nor both in one batch"
             )
+        self._missing, self._alone = None, self._cfg is None
 
     def _unknown_layout(self, latents: Any, samples: int | None) -> LayoutError:
         """The error for a batch that is laid out in another way, with its name where it has one."""

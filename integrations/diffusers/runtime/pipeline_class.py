@@ -70,6 +70,11 @@ def is_watched(pipe: Any) -> bool:
     return isinstance(pipe, _Watched)
 
 
+def noted_text(pipe: Any) -> RunText | None:
+    """The text that a pipeline encoded last outside of its runs; None where there is none."""
+    return None if isinstance(pipe, nn.Module) else _TEXTS.get(pipe)
+
+
 def pipelines_with(denoisers: Iterable[nn.Module]) -> list[Any]:
     """Every pipeline of this process that has one of the denoisers as a component."""
     models = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in denoisers]
@@ -132,7 +137,8 @@ def call_in_run(function: Callable[..., Any], pipe: Any, *args: Any, **kwargs: A
     _TEXTS.pop(pipe, None)
     if bound is None:  # the call itself says what does not fit
         return function(pipe, *args, **kwargs)
-    with PipelineRun(pipe, _named(bound)):
+    is_stock = str(function.__module__).startswith("diffusers.")
+    with PipelineRun(pipe, _named(bound), is_stock=is_stock):
         return function(*bound.args, **bound.kwargs)
 
 
@@ -197,7 +203,7 @@ def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
         if run is not None and run.pipe is self:
             text = run.text
         else:
-            text = _TEXTS.setdefault(self, RunText({}))
+            text = _TEXTS[self] = RunText({})
         bound = _bound(function, self, args, kwargs)
         text.note({} if bound is None else _named(bound), result)
         return result

@@ -34,9 +34,11 @@ class PipelineRun:
         arguments: of the call, by name; none of a loop.
         text: of a run that does not begin with its call, as far as it is known.
         timesteps: of a loop, in the order in which it takes them; None for those of the pipeline's scheduler.
+        is_stock: see below.
 
     Attributes:
         number: of the run in this process.
+        is_stock: whether it is a call of a pipeline of diffusers' own, whose conventions are known.
         samples: images or videos that the call asks for; None where its arguments do not say.
         state: what guidances keep for the run, by guidance.
         checkpoints: that may not begin within the run.
@@ -48,6 +50,7 @@ class PipelineRun:
         arguments: Mapping[str, Any],
         text: RunText | None = None,
         timesteps: Any = None,
+        is_stock: bool = False,
     ) -> None:
         self.number = next(_NUMBERS)
         self.pipe = pipe
@@ -55,6 +58,7 @@ class PipelineRun:
         self.samples = asked_samples(arguments)
         self.text = RunText(arguments) if text is None else text
         self.timesteps = timesteps
+        self.is_stock = is_stock
         self.state: dict[Any, Any] = {}
         self.checkpoints = CheckpointCheck(self.is_loop)
         self._at_end: list[AtEnd] = []
@@ -94,7 +98,7 @@ class PipelineRun:
 
     def told(self, name: str) -> Any:
         """The pipeline's answer to a question: its property, or the argument of its call; None where there is none."""
-        if self.is_loop:
+        if not self.arguments:  # what an earlier call has set may still be there
             return None
         if isinstance(getattr(type(self.pipe), name, None), property):
             with suppress(AttributeError):  # it is answered from what a run sets

@@ -55,11 +55,14 @@ class RunText:
         embeddings = [item for item in items if _is_embedding(item)]
         if not embeddings:
             return
-        if "negative_prompt" in arguments:
+        negative = next((item for item in items[1:] if _is_embedding(item)), None)
+        if "negative_prompt" in arguments and negative is not None:
             self._keep(self._prompt, items[0])
-            self._keep(self._negative, next((item for item in items[1:] if _is_embedding(item)), None))
+            self._keep(self._negative, negative)
         else:
-            self._keep(self._negative if self._encodes_negative(arguments) else self._prompt, embeddings[0])
+            rows = self._encoded(arguments)
+            if rows is not None:
+                self._keep(rows, embeddings[0])
 
     def kinds(self, embeddings: Any) -> tuple[TextKind, ...]:
         """The text of each sample of ``[samples, tokens, channels]``, or of a list with an item per sample.
@@ -82,13 +85,17 @@ class RunText:
             return TextKind.BOTH
         return TextKind.PROMPT if prompt else TextKind.NEGATIVE if negative else TextKind.UNKNOWN
 
-    def _encodes_negative(self, arguments: Mapping[str, Any]) -> bool:
-        """True if a call that encodes one text encodes the negative prompt."""
+    def _encoded(self, arguments: Mapping[str, Any]) -> list[torch.Tensor] | None:
+        """Rows of the text that a call for one text encodes; None for a text that is none of the run's arguments."""
         for name in ("prompt", "prompt_embeds"):
-            negative = self._arguments.get(f"negative_{name}")
-            if negative is not None and _same(arguments.get(name), negative):
-                return not (_same(arguments.get(name), self._arguments.get(name)) and not self._prompt)
-        return False
+            given = arguments.get(name)
+            if given is None:
+                continue
+            is_prompt = _same(given, self._arguments.get(name))
+            if _same(given, self._arguments.get(f"negative_{name}")) and (self._prompt or not is_prompt):
+                return self._negative
+            return self._prompt if is_prompt else None
+        return None
 
     def _keep(self, rows: list[torch.Tensor], embeddings: Any) -> None:
         if _is_embedding(embeddings):

@@ -39,6 +39,25 @@ class RunState:
     pending: dict[int, PendingShift] = field(default_factory=dict)
     call: int | None = None
 
+    def drop_pending(self, name: str, *, all_of_them: bool = False) -> None:
+        """Forget shifts whose call for the negative prompt did not come.
+
+        Args:
+            name: of the pipeline, for the message.
+            all_of_them: at the end of a run.
+
+        Raises:
+            RuntimeError: for one that only that call would have added.
+        """
+        for pair in [pair for pair in self.pending if all_of_them or not self.layout.awaits(pair)]:
+            shift, rescaled = self.pending.pop(pair)
+            if shift is not None and rescaled is not None:
+                raise RuntimeError(
+                    f"{name} measures its conditional prediction, so that guidance acts in the call for the negative "
+                    f"prompt, which did not come in one of its steps; run those steps without true_cfg_scale and "
+                    f"guidance_rescale"
+                )
+
 
 class StepPlanner:
     """Plans the forwards of one denoiser.
