@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipelines of users: subclasses of diffusers' whose call is reduced to its loop, with calls of the denoiser of all kinds.
+"""Pipelines of users: subclasses of diffusers' whose call is reduced to its loop, with all kinds of calls in a step.
 
 Each computes what the stock pipeline computes, so that one slow computation is the standard for all of them.
 """

@@ -146,7 +146,7 @@ class BatchLayout:
         # The call's arguments say nothing of its size: the run was not begun by calling the pipeline.
         kinds = common_kind(self._kinds(text, size))
         halves = size % 2 == 0 and _equal(latents[: size // 2], latents[size // 2 :])
-        if halves and (kinds is TextKind.MIXED or (told and kinds is TextKind.BOTH)):
+        if halves and kinds in (TextKind.MIXED, TextKind.BOTH):  # equal texts have equal predictions
             return True
         if kinds is TextKind.MIXED:
             raise self._unknown_layout(latents, None)
