@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import zlib
@@ -52,6 +53,12 @@ def _seed(name: str) -> None:
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector, and ``guide``, which looks for pipelines with its help, leave what was imported alone."""
+    gc.collect()
+    gc.freeze()
 
 
 pytest_addoption = compatibility.pytest_addoption

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import CodeType
 from typing import Any
 
 import torch
@@ -40,11 +39,6 @@ def no_modes_or_transforms() -> Iterator[None]:
 def dynamo_settings(**settings: Any) -> AbstractContextManager[Any]:
     """``torch._dynamo.config`` with other values inside, by name; torch 2.11 to 2.13."""
     return torch._dynamo.config.patch(settings)
-
-
-def module_call_code() -> CodeType:
-    """The code object of the function that runs a module's hooks and its forward; torch 2.11 to 2.13."""
-    return torch.nn.Module._call_impl.__code__
 
 
 def checkpointing() -> Callable[[torch.Tensor], Any] | None:

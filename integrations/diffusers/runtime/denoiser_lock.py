@@ -21,27 +21,23 @@ class DenoiserLock:
     """The lock of one denoiser; a thread that has it may take it again."""
 
     def __init__(self) -> None:
-        self._change = threading.Condition()
+        self._lock = threading.RLock()
         self._owner: int | None = None
         self._depth = 0
 
     def acquire(self) -> None:
-        """Take the lock; wait while another thread that is alive has it."""
-        here = threading.get_ident()
-        with self._change:
-            while self._owner not in (None, here) and any(t.ident == self._owner for t in threading.enumerate()):
-                self._change.wait()
-            self._depth = self._depth + 1 if self._owner == here else 1
-            self._owner = here
+        """Take the lock; wait while another thread has it."""
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+        self._depth += 1
 
     def release(self) -> None:
         """Give it back as often as it was taken; nothing happens where this thread has not got it."""
-        with self._change:
-            if self._owner == threading.get_ident():
-                self._depth -= 1
-                if self._depth == 0:
-                    self._owner = None
-                    self._change.notify_all()
+        if self.is_held_here:
+            self._depth -= 1
+            if self._depth == 0:
+                self._owner = None
+            self._lock.release()
 
     @property
     def is_held_here(self) -> bool:

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace, TracebackType
 from typing import Any, NoReturn
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -27,8 +28,21 @@ from segkern.integrations.diffusers.runtime.module_checks import ModuleChecks
 from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.outputs import check_size, prediction_of, with_prediction
 from segkern.integrations.diffusers.runtime.per_sample import check_attention_arguments
-from segkern.integrations.diffusers.runtime.pipeline_class import noted_text, pipelines_with, unwatch, watch
-from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, at_begin, current_run, in_repeated_forward
+from segkern.integrations.diffusers.runtime.pipeline_class import (
+    component_reads,
+    ended_runs,
+    noted_text,
+    pipelines_with,
+    unwatch,
+    watch,
+)
+from segkern.integrations.diffusers.runtime.pipeline_run import (
+    PipelineRun,
+    at_begin,
+    current_run,
+    forget_at_begin,
+    in_repeated_forward,
+)
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
 from segkern.integrations.diffusers.runtime.reuse import Differences
@@ -141,6 +155,14 @@ def is_guided(denoiser: nn.Module) -> bool:
     return any(guidance._acts_on(denoiser) for guidance in _GUIDANCES)
 
 
+def _under_way(runs: WeakKeyDictionary[Any, int]) -> bool:
+    """True if any of these runs, which began before their pipelines were watched, may be under way."""
+    for pipe, ended in list(runs.items()):
+        if ended_runs(pipe) != ended:
+            runs.pop(pipe, None)
+    return bool(runs)
+
+
 class Guidance:
     """Guidance at work on a pipeline; made by :func:`guide`."""
 
@@ -177,7 +199,13 @@ class Guidance:
         self._lock = denoiser_lock(denoiser.model)
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
         self._watched: WeakSet[Any] = WeakSet()  # pipelines with this denoiser
-        self._begun: WeakSet[Any] = WeakSet()  # those of them that may be in a run that began before they were watched
+        self._thread = threading.get_ident()  # that calls guide
+        self._reads = component_reads(pipe)  # of the pipeline's components, after which there were no others that share its denoiser
+        # Those that may be in a run which began before they were watched, with the number of their runs that had ended.
+        self._begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._begun_elsewhere: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # in another thread
+        self._made_since: list[Any] = []  # others, when a call outside of runs came last
+        self._nested = 0  # calls within a forward, which were refused
         self._layers = self._denoiser_guidance.layers
         self._planner = StepPlanner(self._pipe, denoiser, self._specs, self._denoiser_guidance.first, share)
         self._sag = SAGForward(self._pipe, self._specs)
@@ -263,6 +291,7 @@ class Guidance:
                 if not isinstance(self._owner, nn.Module):
                     self._watch(self._owner)
                     at_begin(self._owner, self._begin_run)
+                self._begun_elsewhere.update({pipe: ended_runs(pipe) for pipe in self._watch_others()})
                 _GUIDANCES.add(self)
             note_contexts(self._denoiser.model)
             self._notes_contexts = True
@@ -283,6 +312,14 @@ class Guidance:
     def _watch(self, pipe: Any) -> None:
         watch(pipe)
         self._watched.add(pipe)
+
+    def _watch_others(self) -> list[Any]:
+        """Watch all pipelines that share the denoisers; those that were not watched yet."""
+        modules = [guidance._module for guidance in (self, *self._others)]
+        others = [pipe for pipe in pipelines_with(modules) if pipe not in self._watched]
+        for pipe in others:
+            self._watch(pipe)
+        return others
 
     def _remove(self, warn: bool) -> None:
         if not self._installed:
@@ -322,6 +359,8 @@ class Guidance:
             forget_contexts(self._denoiser.model)
         for pipe in list(self._watched):
             unwatch(pipe)
+        if not isinstance(self._owner, nn.Module):
+            forget_at_begin(self._owner, self._begin_run)
         self._watched.clear()
         had_hooks = bool(self._handles)
         ran = had_hooks and self._recorder.forwards > 0
@@ -403,13 +442,15 @@ class Guidance:
         if module is not self._module or in_repeated_forward():  # a copy is not guided
             return None
         run = current_run()
-        if run is None:
-            self._check_outside_run()
+        if run is None and not self._main._is_of_others():
+            self._refuse_outside_run()
+        if self._is_inside():
+            self._nested += 1
+            raise RuntimeError(
+                f"the {type(self._denoiser.model).__name__} of this {self._name} was called within its own guided "
+                f"forward, by a hook perhaps; call it between steps, as in callback_on_step_end"
+            )
         self._lock.acquire()
-        if self._is_inside():  # a call within a call, or after one of another pipeline that an interrupt has ended
-            if self._run is not None and self._run.pipe is self._owner:
-                raise RuntimeError(f"the {self._denoiser.name} of this {self._name} was called within its own forward")
-            self._lock.release()
         if not self._installed:  # taken off while this thread waited
             self._lock.release()
             return None
@@ -420,25 +461,33 @@ class Guidance:
         if run is None or run.pipe is not self._owner:
             self._for_others += 1
             if run is not None:
-                self._begun.discard(run.pipe)
+                self._main._begun.pop(run.pipe, None)
+                self._main._begun_elsewhere.pop(run.pipe, None)
             return None
         return self._begin(run, args, kwargs)
 
-    def _check_outside_run(self) -> None:
-        """Raise a ValueError for a call of the denoiser in no run, unless another pipeline may be making it."""
-        if self._begun:
-            return
-        if not isinstance(self._owner, nn.Module):
-            for pipe in pipelines_with([self._module]):
-                if pipe not in self._watched:
-                    self._watch(pipe)
-                    if pipe is not self._owner:
-                        self._begun.add(pipe)
-            if self._begun:
-                return
+    def _is_of_others(self) -> bool:
+        """True if a call outside of known runs is of another pipeline, whose run began before it was watched.
+
+        It is where components of this pipeline were read since, as to make another one, and one was made; or in another
+        thread than the one that called ``guide``, while others may be in a run.
+        """
+        elsewhere = threading.get_ident() != self._thread
+        if _under_way(self._begun) or (elsewhere and _under_way(self._begun_elsewhere)):
+            return True
+        self._made_since = self._watch_others()
+        reads, self._reads = self._reads, component_reads(self._owner)
+        for pipe in self._made_since:
+            (self._begun if self._reads > reads else self._begun_elsewhere)[pipe] = ended_runs(pipe)
+        return bool(self._begun) or (elsewhere and bool(self._begun_elsewhere))
+
+    def _refuse_outside_run(self) -> NoReturn:
+        """Raise a ValueError for a call of the denoiser in no run."""
+        others = ", ".join(type(pipe).__name__ for pipe in self._main._made_since)
+        since = f" ({others} shares it and was made since: run it again)" if others else ""
         raise ValueError(
-            f"the {type(self._denoiser.model).__name__} of a guided {self._name} was called outside a run of it; for a "
-            f"denoising loop of your own: guide(..., cfg='none', 'batch' or 'separate') and "
+            f"the {type(self._denoiser.model).__name__} of a guided {self._name} was called outside a run of "
+            f"it{since}; for a denoising loop of your own: guide(..., cfg='none', 'batch' or 'separate') and "
             f"`with guidance.run(timesteps):`"
         )
 
@@ -480,6 +529,9 @@ class Guidance:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """After the denoiser: fold the branches back and take down what the layers report."""
         if module is not self._module or in_repeated_forward() or not self._is_inside():
+            return None
+        if self._nested:  # the call that was refused
+            self._nested -= 1
             return None
         try:
             changed = self._end(output)

@@ -27,6 +27,8 @@ from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, cur
 from segkern.integrations.diffusers.runtime.run_text import RunText
 
 _WATCHERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many watch each pipeline
+_ENDED_RUNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_COMPONENT_READS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _TEXTS: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()  # encoded outside of a run, for one that follows
 
 _CALLBACKS = ("callback", "callback_on_step_end")
@@ -65,9 +67,14 @@ def unwatch(pipe: Any) -> None:
         _TEXTS.pop(pipe, None)
 
 
-def is_watched(pipe: Any) -> bool:
-    """True if calls of a pipeline are runs."""
-    return isinstance(pipe, _Watched)
+def ended_runs(pipe: Any) -> int:
+    """How many runs have ended since a pipeline was watched, counting those that began before."""
+    return _ENDED_RUNS.get(pipe, 0)
+
+
+def component_reads(pipe: Any) -> int:
+    """How often the components of a pipeline were read, as ``from_pipe`` reads them, since it was watched."""
+    return _COMPONENT_READS.get(pipe, 0)
 
 
 def noted_text(pipe: Any) -> RunText | None:
@@ -78,9 +85,13 @@ def noted_text(pipe: Any) -> RunText | None:
 def pipelines_with(denoisers: Iterable[nn.Module]) -> list[Any]:
     """Every pipeline of this process that has one of the denoisers as a component."""
     models = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in denoisers]
+    kinds: dict[type, bool] = {}
     pipelines = []
     for thing in gc.get_objects():
-        if issubclass(type(thing), (DiffusionPipeline, ModularPipeline)):
+        kind = type(thing)
+        if kind not in kinds:
+            kinds[kind] = issubclass(kind, (DiffusionPipeline, ModularPipeline))
+        if kinds[kind]:
             parts = [getattr(thing, name, None) for name in ("unet", "transformer", "transformer_2")]
             if any(getattr(part, "_orig_mod", part) is model for part in parts for model in models):
                 pipelines.append(thing)
@@ -113,6 +124,10 @@ def _subclass(original: type) -> type:
     }
     if hasattr(original, "encode_prompt"):
         namespace["encode_prompt"] = _noting_text(original.encode_prompt)
+    if hasattr(original, "maybe_free_model_hooks"):  # which ends calls of diffusers' pipelines
+        namespace["maybe_free_model_hooks"] = _counting_ends(original.maybe_free_model_hooks)
+    if hasattr(original, "components"):  # from which others are made
+        namespace["components"] = property(_counting_reads(original))
     if hasattr(original, "progress_bar"):
         namespace["progress_bar"] = _beginning_run(original.progress_bar)
     return type(original)(original.__name__, (original, _Watched), namespace)
@@ -209,6 +224,23 @@ def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return encode_prompt
+
+
+def _counting_ends(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def maybe_free_model_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _ENDED_RUNS[self] = _ENDED_RUNS.get(self, 0) + 1
+        return function(self, *args, **kwargs)
+
+    return maybe_free_model_hooks
+
+
+def _counting_reads(original: Any) -> Callable[[Any], Any]:
+    def components(self: Any) -> Any:
+        _COMPONENT_READS[self] = _COMPONENT_READS.get(self, 0) + 1
+        return original.components.__get__(self, type(self))
+
+    return components
 
 
 def _beginning_run(function: Callable[..., Any]) -> Callable[..., Any]:

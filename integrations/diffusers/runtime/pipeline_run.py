@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any
@@ -88,8 +88,14 @@ class PipelineRun:
             _CURRENT.set(None)
         at_end, self._at_end = self._at_end, []
         self.state.clear()
-        for function in at_end:
-            function(self, failed)
+        with ExitStack() as stack:  # calls all of them, in their order, also where one raises an error
+            for function in reversed(at_end):
+                stack.callback(function, self, failed)
+
+    @property
+    def is_under_way(self) -> bool:
+        """True until the run has ended, also in contexts that were copied within it."""
+        return self._token is not None
 
     @property
     def is_loop(self) -> bool:
@@ -115,9 +121,19 @@ def at_begin(pipe: Any, function: Callable[[PipelineRun], None]) -> None:
     _AT_BEGIN.setdefault(pipe, []).append(WeakMethod(function))
 
 
+def forget_at_begin(pipe: Any, function: Callable[[PipelineRun], None]) -> None:
+    """Undo :func:`at_begin`."""
+    methods = [method for method in _AT_BEGIN.get(pipe, ()) if method() not in (None, function)]
+    if methods:
+        _AT_BEGIN[pipe] = methods
+    else:
+        _AT_BEGIN.pop(pipe, None)
+
+
 def current_run() -> PipelineRun | None:
     """The innermost run that is under way here."""
-    return _CURRENT.get()
+    run = _CURRENT.get()
+    return run if run is not None and run.is_under_way else None
 
 
 @contextmanager
