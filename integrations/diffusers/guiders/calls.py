@@ -80,7 +80,9 @@ class GuiderCalls:
         if not denoisers:
             find_model(denoiser)  # says what could be guided
         self._denoiser: Denoiser = denoisers[0]
-        self._denoiser_guidance = DenoiserGuidance(self._denoiser, choose_layers(self._denoiser, (spec,)), bool(trust))
+        self._denoiser_guidance = DenoiserGuidance(
+            self._denoiser, choose_layers(self._denoiser, (spec,)), check_trust(trust)
+        )
         self._denoiser_guidance.recomputation.lock = self._lock = denoiser_lock(self._denoiser.model)
         self._denoiser_guidance.recomputation.compiled = denoiser is not self._denoiser.model
         first, remedy = self._denoiser_guidance.first, "guider.trust = [{}]"
@@ -127,7 +129,6 @@ class GuiderCalls:
         self.recorder.forwards += 1
         if is_guided(self._module):
             raise ValueError("this denoiser is under guide(...); remove that guidance, or take another guider")
-        self._checks.before(self._runs, None, 1)
         if step.strength == 0.0:
             return
         self._step, self._inputs, self._thread = step, inputs or {}, threading.get_ident()

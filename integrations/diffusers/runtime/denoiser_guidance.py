@@ -15,7 +15,7 @@ from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.foreign_hooks import HookWatch
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer, GuidedLayers
 from segkern.integrations.diffusers.runtime.hooks import act_here, hook_grids
-from segkern.integrations.diffusers.runtime.origins import name_of
+from segkern.integrations.diffusers.runtime.origins import Trust, is_trusted, name_of
 from segkern.integrations.diffusers.runtime.per_sample import KeptEmbeddings
 from segkern.integrations.diffusers.runtime.plans import ForwardPlan
 from segkern.integrations.diffusers.runtime.recomputation import Recomputation
@@ -33,16 +33,16 @@ class DenoiserGuidance:
         layers: those that are perturbed or read.
         first: for every guidance the place at which its branch joins.
         recorder: of what the layers report.
-        may_skip: whether layers may be skipped in a step, by code that the user trusts.
+        trust: code that the user trusts, which may skip layers in a step.
         recomputation: of its parts under gradient checkpointing.
     """
 
-    def __init__(self, denoiser: Denoiser, placed: tuple[PlacedSpec, ...], may_skip: bool = False) -> None:
+    def __init__(self, denoiser: Denoiser, placed: tuple[PlacedSpec, ...], trust: Trust = ()) -> None:
         self._denoiser = denoiser
         self._places = denoiser.places
         self._inner: list[RemovableHandle] = []  # hooks on the parts, from attach to detach
         self.recorder = Recorder(placed)
-        self.may_skip = may_skip
+        self.trust = trust
         self.layers = GuidedLayers(denoiser, placed)
         self.first = [self._place(placed_spec) for placed_spec in placed]
         places = [place for place in self.first if place >= 0]
@@ -133,12 +133,20 @@ class DenoiserGuidance:
             acting = [index for index in forward.branches if index in layer.specs]
             read = any(index in forward.sag for index in layer.readers)
             if (acting and processor.moved is None) or (read and processor.mass is None):
-                if self.may_skip and layer.attention.processor is processor:
+                if layer.attention.processor is processor and self._may_skip(layer.info.module):
                     continue
                 raise RuntimeError(_left_out(layer))
             for index, distance in zip(acting, processor.moved or (), strict=True):
                 moved[index, name] = distance
         return moved
+
+    def _may_skip(self, name: str) -> bool:
+        """True if code that the user trusts runs around a layer."""
+        parts = name.split(".")
+        around = [self._denoiser.model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+        return any(
+            is_trusted(module, self.trust) or is_trusted(vars(module).get("forward"), self.trust) for module in around
+        )
 
     @contextmanager
     def quiet(self, forward: Forward) -> Iterator[None]:

@@ -186,7 +186,7 @@ class Guidance:
         self._specs = tuple(placed_spec.spec for placed_spec in placed)
         self._cfg, self._conditional_first = layout
         self._for_others = 0  # forwards that other pipelines asked for
-        self._denoiser_guidance = DenoiserGuidance(denoiser, placed, may_skip=bool(trust))
+        self._denoiser_guidance = DenoiserGuidance(denoiser, placed, trust=trust)
         self._checks = ModuleChecks(denoiser, self._denoiser_guidance.first, share, trust)
         self._recorder: Recorder = self._denoiser_guidance.recorder if beside is None else beside._recorder
         self._denoiser_guidance.recorder = self._recorder
@@ -200,7 +200,9 @@ class Guidance:
         self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
         self._watched: WeakSet[Any] = WeakSet()  # pipelines with this denoiser
         self._thread = threading.get_ident()  # that calls guide
-        self._reads = component_reads(pipe)  # of the pipeline's components, after which there were no others that share its denoiser
+        self._reads = component_reads(
+            pipe
+        )  # of the pipeline's components, after which there were no others that share its denoiser
         # Those that may be in a run which began before they were watched, with the number of their runs that had ended.
         self._begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._begun_elsewhere: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # in another thread

@@ -99,6 +99,7 @@ def pipelines_with(denoisers: Iterable[nn.Module]) -> list[Any]:
 
 
 def _subclass(original: type) -> type:
+    known: Any
     for known in original.__subclasses__():
         if known.__bases__ == (original, _Watched):
             return known
