@@ -514,6 +514,7 @@ class Guidance:
         self._recorder.forwards += 1
         if call.kind is CallKind.NEGATIVE:
             self._planner.check_negative_call()
+            self._planner.check_unexpected_negative_call(run, state)
             return None
         forward = self._planner.forward(run, state, call, args, kwargs)
         self._checks.before(run.number, forward, self._size)

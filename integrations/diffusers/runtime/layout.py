@@ -10,7 +10,7 @@ Anything else is refused by name.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -137,7 +137,7 @@ class BatchLayout:
                 return False
             if size != 2 * samples:
                 raise self._unknown_layout(latents, samples)
-            if told is False:
+            if told is False and common_kind(self._kinds(text, size)) is not TextKind.MIXED:
                 raise LayoutError(
                     f"{self._name} says that it runs without classifier-free guidance, and its denoiser got a batch of "
                     f"{size} for {_images(samples)}: guide cannot tell what the others are"
@@ -147,6 +147,8 @@ class BatchLayout:
         kinds = common_kind(self._kinds(text, size))
         halves = size % 2 == 0 and _equal(latents[: size // 2], latents[size // 2 :])
         if halves and kinds in (TextKind.MIXED, TextKind.BOTH):  # equal texts have equal predictions
+            return True
+        if halves and _one_is_zero(text):
             return True
         if kinds is TextKind.MIXED:
             raise self._unknown_layout(latents, None)
@@ -186,6 +188,8 @@ class BatchLayout:
         kinds = self._kinds(text, size)
         conditional, unconditional = common_kind(kinds[batch.conditional]), common_kind(kinds[batch.unconditional])
         unknown = conditional is unconditional is TextKind.UNKNOWN
+        if unknown and self._cfg is None and _one_is_zero(text):
+            return replace(batch, conditional_first=bool(text[0].any()))
         if unknown and self._cfg is None and not self._run.is_stock:
             raise LayoutError(
                 f"the denoiser of {self._name} got a batch of {size} whose halves are the same latents, and guide does "
@@ -341,6 +345,14 @@ class BatchLayout:
 _OF_CONTEXTS = {"cond": TextKind.PROMPT, "uncond": TextKind.NEGATIVE}  # diffusers' names of cache contexts
 _NOT_NEGATIVE = (TextKind.PROMPT, TextKind.BOTH, TextKind.UNKNOWN)
 _NOT_PROMPT = (TextKind.NEGATIVE, TextKind.BOTH, TextKind.UNKNOWN)
+
+
+def _one_is_zero(text: Any) -> bool:
+    """True if one half of the embeddings is zero and the other is not, which is how pipelines leave an image out."""
+    if not isinstance(text, torch.Tensor) or len(text) % 2 or text.is_meta:
+        return False
+    first, second = (bool(half.any()) for half in text.chunk(2))
+    return first != second
 
 
 def _images(samples: int) -> str:

@@ -108,6 +108,10 @@ def _subclass(original: type) -> type:
         """``type(pipe)(...)`` is a pipeline of the original class, as class methods such as ``from_pipe`` make it."""
         return original(*args, **kwargs)
 
+    @functools.wraps(original.__init__)  # type: ignore[misc]
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        """A watched instance is initialised: ``new`` gives one where an ``__init__`` calls ``guide``."""
+
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         """A copy is of the original class."""
         reduce_original: Any = original.__reduce_ex__
@@ -117,6 +121,7 @@ def _subclass(original: type) -> type:
     namespace: dict[str, Any] = {
         "__call__": _running(original.__call__),
         "__new__": new,
+        "__init__": init,
         "__reduce_ex__": reduce,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

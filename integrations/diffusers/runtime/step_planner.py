@@ -139,6 +139,20 @@ class StepPlanner:
                 f"guidance_scale=1, or leave CFG(...) out"
             )
 
+    def check_unexpected_negative_call(self, run: PipelineRun, state: RunState) -> None:
+        """Check a call for the negative prompt of a pipeline that did not say that one follows.
+
+        Raises:
+            ValueError: where the pipeline measures its conditional prediction, to which the shift was added already.
+        """
+        if state.layout.expects_negative() is not None or run.is_loop:
+            return
+        if self._denoiser.rescaled_guidance_scale(run) is not None:
+            raise ValueError(
+                f"this {type(self._pipe).__name__} measures its conditional prediction and does not say that it runs "
+                f"classifier-free guidance, which guide has to know beforehand; run it without rescaling"
+            )
+
     def reference_inputs(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """Arguments of the samples that are degraded, taken before the denoiser takes any of them apart."""
         batch = forward.batch
