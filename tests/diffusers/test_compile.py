@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounter
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline
+from tests.diffusers.transformer_cases import MODELS
+from tests.diffusers.transformer_cases import run as run_transformer
 
 
 def wrapped(pipe: Any, backend: Any) -> None:
@@ -213,3 +215,26 @@ def test_a_guided_step_in_a_cuda_graph(sigma: float) -> None:
         graph.replay()
         torch.cuda.synchronize()
     assert relative(captured, expected) < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "qwen-image"])
+def test_a_compiled_transformer_needs_no_graph_for_each_size(name: str) -> None:
+    model = MODELS[name]
+    pipe, spec = model.build(), SEG(sigma=1.5, layers=model.layers)
+
+    def drawn() -> list[torch.Tensor]:
+        outputs = []
+        with guide(pipe, spec):
+            for size in [(4, 4), (6, 4), (8, 6), (4, 8), (6, 10)]:
+                outputs.append(run_transformer(model, pipe, *size, num_inference_steps=1))
+                made.append(counter.frame_count)
+        return outputs
+
+    counter, made = CompileCounter(), [0]
+    expected = drawn()
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    made = []
+    for output, eager in zip(drawn(), expected, strict=True):
+        assert relative(output, eager) < PIPELINE_TOLERANCE
+    assert made[2] == made[-1], "sizes do not share what was compiled"

@@ -17,7 +17,7 @@ from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer, Gu
 from segkern.integrations.diffusers.runtime.hooks import act_here, hook_grids
 from segkern.integrations.diffusers.runtime.origins import Trust, is_trusted, name_of
 from segkern.integrations.diffusers.runtime.per_sample import KeptEmbeddings
-from segkern.integrations.diffusers.runtime.plans import ForwardPlan
+from segkern.integrations.diffusers.runtime.plans import ForwardPlan, shaped
 from segkern.integrations.diffusers.runtime.recomputation import Recomputation
 from segkern.integrations.diffusers.runtime.regions import Regions
 from segkern.integrations.diffusers.runtime.report import Recorder
@@ -88,8 +88,9 @@ class DenoiserGuidance:
         """Prepare each part for the coming forward, which gets these arguments."""
         grid = self._denoiser.grid(args, kwargs)
         if grid is not None:
+            sizes = shaped(grid)
             for layer in self.layers:
-                layer.processor.grid = grid
+                layer.processor.grid, layer.processor.sizes = grid, sizes
         plan = self._plan(forward)
         self._kept.grow(forward.batch, forward.joined(-1))
         self._tell_joins(plan.joins)

@@ -109,7 +109,7 @@ class InterceptingProcessor(GuidedProcessor):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """The result of ``scaled_dot_product_attention``, perturbed where a sample is."""
-        plan, grid = self.plan, self.grid
+        plan, grid = self.plan, self.told_grid()
         assert plan is not None
         assert grid is not None
         if (

@@ -130,6 +130,7 @@ class GuidedProcessor:
         original: the processor it stands in for.
         plan: of the forward under way; None while no guidance acts.
         grid: of the layer's tokens in this forward.
+        sizes: a tensor whose shape are the grid's numbers, where a whole denoiser may be compiled; else None.
         mass: after a forward, that of the samples to read, ``[samples, heads, tokens]``.
         moved: after a forward, for each branch that is perturbed here, the norms ``[2, samples]`` of the difference
             between its output and the conditional one, and of the conditional one.
@@ -143,6 +144,7 @@ class GuidedProcessor:
         self.fused = isinstance(self.original, FusedAttnProcessor2_0)
         self.plan: LayerPlan | None = None
         self.grid: Grid | None = None
+        self.sizes: torch.Tensor | None = None
         self.mass: torch.Tensor | None = None
         self.moved: tuple[torch.Tensor, ...] | None = None
 
@@ -177,7 +179,7 @@ class GuidedProcessor:
             attn,
             hidden_states,
             sigmas,
-            self.grid,
+            self.told_grid(),
             values=values,
             attention_mask=attention_mask,
             temb=temb,
@@ -191,6 +193,13 @@ class GuidedProcessor:
         )
         self.measure(output, plan)
         return output
+
+    def told_grid(self) -> Grid | None:
+        """The grid; in a graph that is being compiled from a tensor's shape, which may change, unlike numbers."""
+        if torch.compiler.is_compiling() and self.sizes is not None:
+            height, width, start, frames = self.sizes.shape
+            return Grid(height, width, start, frames)
+        return self.grid
 
     def measure(self, output: torch.Tensor, plan: LayerPlan) -> None:
         """Keep how far the perturbed samples of the layer's output are from the conditional ones."""

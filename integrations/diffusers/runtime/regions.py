@@ -134,7 +134,7 @@ def _run(
 ) -> Any:
     """A block's forward, its layers' plans and grids taken from arguments."""
     for processor, plan, grid in layers:
-        processor.plan, processor.grid = plan, grid
+        processor.plan, processor.grid, processor.sizes = plan, grid, None
     for join, told in joins:
         join.plan = told
     return forward(module, *args, **kwargs)
