@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ZImagePipeline
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,9 +57,7 @@ def differentiable(
 
     if not specs:
         return total()
-    # Its texts are not seen where the function under the call is given embeddings.
-    layout: dict[str, Any] = {"cfg": "batch", "conditional": "first"} if isinstance(pipe, ZImagePipeline) else {}
-    with guide(pipe, *specs, share=share, trust=trust, **layout) as guidance:
+    with guide(pipe, *specs, share=share, trust=trust) as guidance:
         result = total()
         if loss is not None:
             before = guidance.report()
@@ -119,7 +116,7 @@ def test_with_a_guidance_that_leads_away_from_a_text() -> None:
     assert relative(gradients(unet, lambda: run(specs, guidance_scale=1.0).backward()), expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux", "qwen-image", "z-image", "pixart-sigma", "wan"])
+@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux", "qwen-image", "pixart-sigma", "wan"])
 def test_transformers(name: str) -> None:
     model, run = transformer(name)
     for spec in (SEG(sigma=1.0, layers=MODELS[name].layers), PAG(layers=MODELS[name].layers)):

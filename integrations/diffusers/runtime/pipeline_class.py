@@ -16,7 +16,7 @@ import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -27,6 +27,7 @@ from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, cur
 from segkern.integrations.diffusers.runtime.run_text import RunText
 
 _WATCHERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many watch each pipeline
+_CALLED: WeakSet[Any] = WeakSet()  # whose function was called without their class, before the progress bar
 _ENDED_RUNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _COMPONENT_READS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _TEXTS: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()  # encoded outside of a run, for one that follows
@@ -130,6 +131,8 @@ def _subclass(original: type) -> type:
     }
     if hasattr(original, "encode_prompt"):
         namespace["encode_prompt"] = _noting_text(original.encode_prompt)
+    if hasattr(original, "check_inputs"):
+        namespace["check_inputs"] = _noting_call(original.check_inputs)
     if hasattr(original, "maybe_free_model_hooks"):  # which ends calls of diffusers' pipelines
         namespace["maybe_free_model_hooks"] = _counting_ends(original.maybe_free_model_hooks)
     if hasattr(original, "components"):  # from which others are made
@@ -156,6 +159,7 @@ def call_in_run(function: Callable[..., Any], pipe: Any, *args: Any, **kwargs: A
     """Call a pipeline's function in a run of the pipeline."""
     bound = _bound(function, pipe, args, kwargs)
     _TEXTS.pop(pipe, None)
+    _CALLED.discard(pipe)
     if bound is None:  # the call itself says what does not fit
         return function(pipe, *args, **kwargs)
     is_stock = str(function.__module__).startswith("diffusers.")
@@ -232,6 +236,23 @@ def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
     return encode_prompt
 
 
+def _noting_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``check_inputs``, with which pipelines begin their calls: the next progress bar is one of a call."""
+
+    @functools.wraps(function)
+    def check_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _is_in_run(self):
+            _CALLED.add(self)
+        return function(self, *args, **kwargs)
+
+    return check_inputs
+
+
+def _is_in_run(pipe: Any) -> bool:
+    run = current_run()
+    return run is not None and run.pipe is pipe
+
+
 def _counting_ends(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def maybe_free_model_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +271,7 @@ def _counting_reads(original: Any) -> Callable[[Any], Any]:
 
 
 def _beginning_run(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``progress_bar``, around which pipelines denoise: it begins a run that did not begin with the call.
+    """``progress_bar``, around which pipelines denoise: it begins the run of a call that was not seen.
 
     That is so where the pipeline's function was called without the instance's class, as in
     ``StableDiffusionXLPipeline.__call__.__wrapped__(pipe, ...)``, which is how gradients are let through.
@@ -258,19 +279,20 @@ def _beginning_run(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def progress_bar(self: Any, iterable: Any = None, *args: Any, **kwargs: Any) -> Any:
-        run = current_run()
-        if run is not None and run.pipe is self:
+        if _is_in_run(self) or self not in _CALLED:
             return function(self, iterable, *args, **kwargs)
+        _CALLED.discard(self)
         run = PipelineRun(self, {}, text=_TEXTS.pop(self, None))
         bar = function(self, None if iterable is None else _Ending(iterable, run), *args, **kwargs)
         run.__enter__()
-        close = bar.close
+        close = getattr(bar, "close", None)
 
         def close_and_end() -> None:
             close()
             run.end()
 
-        bar.close = close_and_end
+        if close is not None:
+            bar.close = close_and_end
         return bar
 
     return progress_bar

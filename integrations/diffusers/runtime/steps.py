@@ -8,7 +8,7 @@ scheduler calls the denoiser twice in each step (its ``order`` is 2: Heun, KDPM2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class RunSteps:
         self._tensor: torch.Tensor | None = None  # the scheduler's, from which the list was read
         self._timesteps: list[float] = []
         self._order = 1
-        self._calls: int | None = None
+        self._cutoff: float | None = None  # a timestep below which the run takes none
         self._begin: int | None = None
         self._last = 0
         self._changed = False
@@ -81,7 +81,7 @@ class RunSteps:
                     "the timesteps of the scheduler were replaced within a run, so that a guidance that depends on the "
                     "step cannot tell how far the run is; give it no start, stop, schedule, reuse or adaptive_scale"
                 )
-        end = len(self._timesteps) if self._calls is None else min(len(self._timesteps), self._begin + self._calls)
+        end = self._begin + self._calls(self._begin)
         if not self._begin <= position < end:
             raise self._unknown(self._timesteps[position])
         self._last = position
@@ -105,7 +105,11 @@ class RunSteps:
         of_scheduler = getattr(scheduler, "timesteps", None)
         own = self._run.timesteps is None or (of_scheduler is not None and [*map(float, of_scheduler)] == timesteps)
         self._order = int(getattr(scheduler, "order", 1)) if own else 1
-        self._calls = calls_before_end(timesteps, self._run.arguments, scheduler)
+        self._cutoff = cutoff_of(self._run, scheduler)
+
+    def _calls(self, begin: int) -> int:
+        """How many of the timesteps the run takes that begins with one."""
+        return sum(self._cutoff is None or timestep >= self._cutoff for timestep in self._timesteps[begin:])
 
     def _position(self, scheduler: Any, timestep: Any, units: Units) -> int:
         stored = _position_in(self._tensor, timestep)
@@ -137,17 +141,18 @@ class RunSteps:
         )
 
 
-def calls_before_end(timesteps: Sequence[float], arguments: Mapping[str, Any], scheduler: Any) -> int | None:
-    """How many of the timesteps come before a pipeline's ``denoising_end``; None without one.
+def cutoff_of(run: PipelineRun, scheduler: Any) -> float | None:
+    """The least timestep of a run with ``denoising_end``; None without one.
 
-    Source: diffusers' Stable Diffusion XL pipelines, whose cut this is.
+    Source: diffusers' Stable Diffusion XL pipelines.
     """
-    end = arguments.get("denoising_end")
+    end = run.arguments.get("denoising_end")
+    if not run.arguments and not run.is_loop:  # the pipeline's function was called without its class
+        end = getattr(run.pipe, "denoising_end", None)
     if not (isinstance(end, float) and 0.0 < end < 1.0):
         return None
     train_timesteps = scheduler.config.num_train_timesteps
-    cutoff = round(train_timesteps - end * train_timesteps)
-    return sum(timestep >= cutoff for timestep in timesteps)
+    return float(round(train_timesteps - end * train_timesteps))
 
 
 def timestep_value(timestep: Any) -> tuple[float, float]:
