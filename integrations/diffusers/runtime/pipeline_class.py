@@ -285,7 +285,7 @@ def _beginning_run(function: Callable[..., Any]) -> Callable[..., Any]:
         run = PipelineRun(self, {}, text=_TEXTS.pop(self, None))
         bar = function(self, None if iterable is None else _Ending(iterable, run), *args, **kwargs)
         run.__enter__()
-        close = getattr(bar, "close", None)
+        close: Any = getattr(bar, "close", None)
 
         def close_and_end() -> None:
             close()
