@@ -30,7 +30,8 @@ def transformer(name: str) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
     """The same of a transformer."""
     model = MODELS[name]
     pipe = model.build()
-    given = model.call(4, 4, 1, True) | {"height": 4 * model.factor, "width": 4 * model.factor}
+    cfg = name != "qwen-image"  # whose scale is not told where the call is not seen
+    given = model.call(4, 4, 1, cfg) | {"height": 4 * model.factor, "width": 4 * model.factor}
     return pipe.transformer, partial(differentiable, pipe, **given, num_inference_steps=2)
 
 

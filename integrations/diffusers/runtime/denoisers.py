@@ -85,8 +85,6 @@ class Denoiser(ABC):
             ValueError: where the scale is not known.
         """
         rescale = run.told("guidance_rescale")
-        if not run.arguments and not run.is_loop:  # it may be of this run or of one before
-            rescale = getattr(run.pipe, "guidance_rescale", None)
         return None if rescale is None or float(rescale) <= 0.0 else _known_scale(run, "guidance_scale")
 
     @abstractmethod

@@ -500,6 +500,11 @@ class Guidance:
         self._size = len(latents)
         check_attention_arguments(self._arguments, args, kwargs, denoiser.model)
         if not denoiser.is_step(args, kwargs):
+            if not run.arguments and not run.is_loop:
+                raise ValueError(
+                    f"this {self._name} runs skip-layer guidance, which measures its conditional prediction, and guide "
+                    f"is not told so where the pipeline is called past its class; call pipe(...)"
+                )
             return None
         run.checkpoints.check(latents, type(denoiser.model).__name__)
         state = self._state(run)

@@ -9,7 +9,6 @@ Anything else is refused by name.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal
@@ -24,8 +23,6 @@ from segkern.integrations.diffusers.runtime.steps import check_one_timestep, sam
 
 CFGLayout = Literal["none", "batch", "separate"]
 ConditionalPlace = Literal["first", "second"]
-
-_MOST_OPEN = 64  # calls for the prompt whose call for the negative prompt may still come: tiles of a step
 
 
 class CallKind(Enum):
@@ -83,7 +80,7 @@ class BatchLayout:
         self._conditional_first = conditional_first
         self._cfg = cfg
         self._batches: dict[tuple[int, ...], Batch] = {}  # of both texts, by the shape of the latents
-        self._open: deque[_PromptCall] = deque(maxlen=_MOST_OPEN)
+        self._open: list[_PromptCall] = []  # of this timestep, to which a call for the negative prompt may belong
         self._calls = 0
         self._missing: _PromptCall | None = None  # the first call for the prompt, until one for the negative came
         self._alone = False  # calls for the prompt came without one for the negative prompt
@@ -134,6 +131,7 @@ class BatchLayout:
         told = self._told_guidance()
         if samples is not None:
             if size == samples:
+                self._check_one_text(latents, told)
                 return False
             if size != 2 * samples:
                 raise self._unknown_layout(latents, samples)
@@ -161,6 +159,17 @@ class BatchLayout:
         if told and size > 1 and kinds is not TextKind.PROMPT:
             raise self._unknown_layout(latents, None)
         return False
+
+    def _check_one_text(self, latents: Any, told: bool | None) -> None:
+        """Raise a LayoutError for prompts that may hold the negative prompt too, as nothing says that they do not."""
+        half = len(latents) // 2
+        if self._calls or told is not None or self._run.is_stock or len(latents) != 2 * half:
+            return
+        if _equal(latents[:half], latents[half:]):
+            raise LayoutError(
+                f"the denoiser of {self._name} got a batch of {len(latents)} whose halves are the same latents; say "
+                f"whether they are two equal images, guide(..., cfg='none'), or both texts, guide(..., cfg='batch')"
+            )
 
     def _told_guidance(self) -> bool | None:
         """True if the pipeline says that it runs classifier-free guidance; None where it says nothing."""

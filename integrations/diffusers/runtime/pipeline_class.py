@@ -16,7 +16,7 @@ import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -27,7 +27,8 @@ from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, cur
 from segkern.integrations.diffusers.runtime.run_text import RunText
 
 _WATCHERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many watch each pipeline
-_CALLED: WeakSet[Any] = WeakSet()  # whose function was called without their class, before the progress bar
+# Of pipelines whose function was called past their class, before its progress bar.
+_CALLED: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()
 _ENDED_RUNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _COMPONENT_READS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _TEXTS: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()  # encoded outside of a run, for one that follows
@@ -159,7 +160,7 @@ def call_in_run(function: Callable[..., Any], pipe: Any, *args: Any, **kwargs: A
     """Call a pipeline's function in a run of the pipeline."""
     bound = _bound(function, pipe, args, kwargs)
     _TEXTS.pop(pipe, None)
-    _CALLED.discard(pipe)
+    _CALLED.pop(pipe, None)
     if bound is None:  # the call itself says what does not fit
         return function(pipe, *args, **kwargs)
     is_stock = str(function.__module__).startswith("diffusers.")
@@ -227,6 +228,8 @@ def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
         run = current_run()
         if run is not None and run.pipe is self:
             text = run.text
+        elif self in _CALLED:
+            text = _CALLED[self]
         else:
             text = _TEXTS[self] = RunText({})
         bound = _bound(function, self, args, kwargs)
@@ -242,7 +245,8 @@ def _noting_call(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def check_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _is_in_run(self):
-            _CALLED.add(self)
+            bound = _bound(function, self, args, kwargs)
+            _CALLED[self] = RunText({} if bound is None else _named(bound))
         return function(self, *args, **kwargs)
 
     return check_inputs
@@ -281,8 +285,8 @@ def _beginning_run(function: Callable[..., Any]) -> Callable[..., Any]:
     def progress_bar(self: Any, iterable: Any = None, *args: Any, **kwargs: Any) -> Any:
         if _is_in_run(self) or self not in _CALLED:
             return function(self, iterable, *args, **kwargs)
-        _CALLED.discard(self)
-        run = PipelineRun(self, {}, text=_TEXTS.pop(self, None))
+        is_stock = str(type(self).__module__).startswith("diffusers.")
+        run = PipelineRun(self, {}, text=_CALLED.pop(self), is_stock=is_stock)
         bar = function(self, None if iterable is None else _Ending(iterable, run), *args, **kwargs)
         run.__enter__()
         close: Any = getattr(bar, "close", None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -103,12 +104,22 @@ class PipelineRun:
         return self.timesteps is not None
 
     def told(self, name: str) -> Any:
-        """The pipeline's answer to a question: its property, or the argument of its call; None where there is none."""
-        if not self.arguments:  # what an earlier call has set may still be there
+        """The pipeline's answer to a question: its property, or the argument of its call; None where there is none.
+
+        Raises:
+            ValueError: for an argument of a call that was not seen.
+        """
+        if self.is_loop:
             return None
-        if isinstance(getattr(type(self.pipe), name, None), property):
+        kind: Any = type(self.pipe)
+        if isinstance(getattr(kind, name, None), property):
             with suppress(AttributeError):  # it is answered from what a run sets
                 return getattr(self.pipe, name)
+        if not self.arguments and name in inspect.signature(kind.__call__).parameters:
+            raise ValueError(
+                f"guide needs to know the {name} of this {kind.__name__}, which it is not told where the pipeline is "
+                f"called past its class, as in type(pipe).__call__(pipe, ...); call pipe(...)"
+            )
         return self.arguments.get(name)
 
     def at_end(self, function: AtEnd) -> None:

@@ -146,9 +146,7 @@ def cutoff_of(run: PipelineRun, scheduler: Any) -> float | None:
 
     Source: diffusers' Stable Diffusion XL pipelines.
     """
-    end = run.arguments.get("denoising_end")
-    if not run.arguments and not run.is_loop:  # the pipeline's function was called without its class
-        end = getattr(run.pipe, "denoising_end", None)
+    end = run.told("denoising_end")
     if not (isinstance(end, float) and 0.0 < end < 1.0):
         return None
     train_timesteps = scheduler.config.num_train_timesteps
