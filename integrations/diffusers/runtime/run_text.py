@@ -31,7 +31,7 @@ class RunText:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._arguments = arguments
-        self._prompt: list[torch.Tensor] = []  # one for each sample, [tokens, channels]
+        self._prompt: list[torch.Tensor] = []  # different ones, [tokens, channels]
         self._negative: list[torch.Tensor] = []
         self._remembered: list[tuple[Any, tuple[TextKind, ...]]] = []
         self._keep(self._prompt, arguments.get("prompt_embeds"))
@@ -99,7 +99,9 @@ class RunText:
 
     def _keep(self, rows: list[torch.Tensor], embeddings: Any) -> None:
         if _is_embedding(embeddings):
-            rows.extend(embeddings)
+            for row in embeddings:  # many samples may have one text
+                if not any(_equal(row, known) for known in rows):
+                    rows.append(row)
             self._remembered.clear()
 
 
