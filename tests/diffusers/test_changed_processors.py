@@ -62,7 +62,7 @@ def in_step(number: int, change: Callable[[Any], Any]) -> Callable[..., dict[str
     return callback
 
 
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("kind", ["blur", "identity", pytest.param("mean", marks=pytest.mark.robustness)])
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_unets_processors_change_between_steps(name: str, kind: str) -> None:
     pipe, given = tiny_pipeline(own_unet=True), {"latents": noise(1, *SIZE)}

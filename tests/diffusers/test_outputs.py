@@ -53,7 +53,7 @@ KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("images", [1, pytest.param(2, marks=pytest.mark.robustness)])
 @pytest.mark.parametrize("specs", [(PAG(),), (PAG(stop=0.5),), (SEG(layers="up"), PAG())], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_further_fields_stay_and_are_of_the_pipelines_own_batch(kind: str, specs: Any, images: int) -> None:

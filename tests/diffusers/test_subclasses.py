@@ -59,7 +59,14 @@ SPECS = {"PAG": PAG(), "SEG": SEG(sigma=1.0, layers=["down", "up"]), "SAG": SAG(
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("kind", [PassesOn, NamesSome, NamesByKeyword, OfASubclass, OnlyAMethod])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        PassesOn,
+        OfASubclass,
+        *(pytest.param(kind, marks=pytest.mark.robustness) for kind in (NamesSome, NamesByKeyword, OnlyAMethod)),
+    ],
+)
 def test_subclasses_of_a_unet(kind: type, spec: str, share: bool) -> None:
     pipe, latents = tiny_pipeline(own_unet=True), noise()
     scale = {"guidance_scale": 1.0} if spec == "CFG" else {}

@@ -79,7 +79,9 @@ class BatchLayout:
         self._name = name
         self._conditional_first = conditional_first
         self._cfg = cfg
-        self._batches: dict[tuple[int, ...], Batch] = {}  # of both texts, by the shape of the latents
+        # Of both texts, by the shape of the latents, with what the pipeline said of its guidance then.
+        self._batches: dict[tuple[int, ...], tuple[Batch, bool | None]] = {}
+        self._last_pair: _PromptCall | None = None  # the last call for the prompt that the other one followed
         self._open: list[_PromptCall] = []  # of this timestep, to which a call for the negative prompt may belong
         self._calls = 0
         self._missing: _PromptCall | None = None  # the first call for the prompt, until one for the negative came
@@ -98,12 +100,14 @@ class BatchLayout:
         """
         size = len(latents)
         shape = (size, *latents[0].shape)
-        if shape in self._batches:
-            return CallLayout(CallKind.BATCH, self._batches[shape])
+        batch, told = self._batches.get(shape, (None, None))
+        if batch is not None and told == self._told_guidance():
+            return CallLayout(CallKind.BATCH, batch)
         if self._holds_both(latents, text):
-            self._batches[shape] = self._verified(latents, text, timestep)
+            batch = self._verified(latents, text, timestep)
+            self._batches[shape] = batch, self._told_guidance()
             self._missing = None
-            return CallLayout(CallKind.BATCH, self._batches[shape])
+            return CallLayout(CallKind.BATCH, batch)
         return self._of_one_text(latents, text, timestep)
 
     def expects_negative(self) -> bool | None:
@@ -234,6 +238,12 @@ class BatchLayout:
             kind = _OF_CONTEXTS.get(cache_context() or "", kind)
         if kind is TextKind.MIXED:
             raise self._unknown_layout(latents, self._run.samples)
+        pair = self._last_pair
+        if pair is not None and pair.latents is latents and same_timestep(pair.timestep, timestep):
+            raise LayoutError(
+                f"{self._name} called its denoiser three times at one timestep with the same latents; guide knows one "
+                f"call for the prompt and one for the negative prompt"
+            )
         before = self._repeated(latents, timestep, kind)
         follows = before is not None and (kind is not TextKind.PROMPT or self._is_stated(before, kind))
         if kind is TextKind.NEGATIVE or follows:
@@ -311,6 +321,7 @@ class BatchLayout:
                 f"guide(..., cfg='separate')"
             )
         self._open.remove(call)
+        self._last_pair = call
         self._missing = None
         return call
 

@@ -233,7 +233,10 @@ def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
         else:
             text = _TEXTS[self] = RunText({})
         bound = _bound(function, self, args, kwargs)
-        text.note({} if bound is None else _named(bound), result)
+        named = {} if bound is None else _named(bound)
+        # The order in which functions of others return both texts is not known.
+        if "negative_prompt" not in named or str(inspect.unwrap(function).__module__).startswith("diffusers."):
+            text.note(named, result)
         return result
 
     return encode_prompt

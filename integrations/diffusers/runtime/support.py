@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -50,6 +51,13 @@ def check_pipeline(pipe: Any) -> list[Denoiser]:
             f"guide needs a pipeline, whose runs are calls of it, or a denoiser alone; a {type(pipe).__name__} is not "
             f"callable"
         )
+    try:
+        hash(pipe), weakref.ref(pipe)
+    except TypeError as error:
+        raise ValueError(
+            f"guide needs a pipeline that is hashable and can be referenced weakly, as objects are unless their class "
+            f"says otherwise (a dataclass, __slots__): {error}"
+        ) from None
     for denoiser in denoisers:
         check_model(denoiser.model)
     return denoisers
