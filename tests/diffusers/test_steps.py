@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import SEG, GuidanceWarning, guide
+from tests.diffusers import unet_cases
 from tests.diffusers.slow_guidance import looped_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline, tiny_sd
 from tests.diffusers.transformer_cases import MODELS
 from tests.diffusers.transformer_cases import run as run_transformer
+from tests.diffusers.unet_image_cases import IMAGES
 
 MIDDLE = {"start": 0.25, "stop": 0.75}
 
@@ -138,3 +140,15 @@ def test_a_timestep_that_is_none_of_the_runs() -> None:
             moved = pipe.unet(noise(), 700, text).sample
         with guidance.run([700.0]):
             assert torch.equal(pipe.unet(noise(), 700, text).sample, moved)
+
+
+@pytest.mark.parametrize("name", ["sdxl-adapter", "sdxl-controlnet"])
+def test_halves_of_a_run_that_ends_early(name: str) -> None:
+    """Pipelines that cut the scheduler's timesteps without saying so."""
+    case = IMAGES[name]
+    pipe = case.build(case)
+    for spec in (SEG(sigma=1.5, stop=0.5, layers="down"), SEG(sigma=1.5, start=0.5, layers="down")):
+        with guide(pipe, spec) as guidance:
+            unet_cases.run(case, pipe, True, num_inference_steps=8, denoising_end=0.5)
+        report = guidance.report()
+        assert (report.layers[0].fired, report.forwards) == (2, 4)
