@@ -22,6 +22,8 @@ from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative,
 from tests.diffusers.small_pipelines import run as run_unet
 from tests.diffusers.transformer_cases import MODELS, run
 
+pytestmark = pytest.mark.robustness
+
 SIZE = (8, 12)
 SPECS = {"blur": SEG(sigma=1.5), "mean": SEG(), "identity": PAG()}
 ENTRIES = {"blur": 1.5, "mean": float("inf"), "identity": None}
@@ -62,7 +64,7 @@ def in_step(number: int, change: Callable[[Any], Any]) -> Callable[..., dict[str
     return callback
 
 
-@pytest.mark.parametrize("kind", ["blur", "identity", pytest.param("mean", marks=pytest.mark.robustness)])
+@pytest.mark.parametrize("kind", SPECS)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_unets_processors_change_between_steps(name: str, kind: str) -> None:
     pipe, given = tiny_pipeline(own_unet=True), {"latents": noise(1, *SIZE)}

@@ -93,6 +93,7 @@ SPECS = {
 }
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
 @pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
 def test_gradients_are_those_without_checkpointing(specs: Sequence[Any], share: bool) -> None:

@@ -16,6 +16,8 @@ from tests.diffusers.test_pag_pipelines import other
 from tests.diffusers.transformer_cases import MODELS
 from tests.diffusers.transformer_cases import run as run_transformer
 
+pytestmark = pytest.mark.robustness
+
 FLUX = MODELS["flux"]
 
 
@@ -61,11 +63,7 @@ SPECS = {"PAG": PAG(), "SEG": SEG(sigma=1.0, layers=["down", "up"]), "SAG": SAG(
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(
     "kind",
-    [
-        PassesOn,
-        OfASubclass,
-        *(pytest.param(kind, marks=pytest.mark.robustness) for kind in (NamesSome, NamesByKeyword, OnlyAMethod)),
-    ],
+    [PassesOn, NamesSome, NamesByKeyword, OfASubclass, OnlyAMethod],
 )
 def test_subclasses_of_a_unet(kind: type, spec: str, share: bool) -> None:
     pipe, latents = tiny_pipeline(own_unet=True), noise()
