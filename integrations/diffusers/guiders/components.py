@@ -32,7 +32,7 @@ class SEGGuider(SpecGuider):
         guidance_start: fraction of the run's steps at which classifier-free guidance begins.
         guidance_stop: fraction of the run's steps from which there is none.
         enabled: False turns both guidances off; so does ``disable()``, and ``enable()`` turns them on.
-        scheduler: of the pipeline, which guiders are not told. It is needed for ``start``, ``stop``, a schedule and
+        scheduler: of the pipeline, which guiders do not know. It is needed for ``start``, ``stop``, a schedule and
             ``reuse`` where it calls the denoiser twice in a step (Heun).
         trust: classes and functions of other packages in the denoiser, as
             :func:`~segkern.integrations.diffusers.guide` takes them.
@@ -84,7 +84,7 @@ class SAGGuider(SpecGuider):
 
     The prediction of a step is ``u + g (c - u) + s (u - u')``, and ``c + s (c - c')`` where there is no classifier-free
     guidance. A second call of the denoiser follows within the one that is degraded. Noising the image again takes
-    the pipeline's scheduler, which guiders are not told: give it as ``scheduler``, or set it as the attribute of a
+    the pipeline's scheduler, which guiders do not know: give it as ``scheduler``, or set it as the attribute of a
     guider that was loaded.
 
     Args:

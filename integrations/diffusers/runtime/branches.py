@@ -210,7 +210,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class JoinPlan:
-    """What happens at one module in one forward.
+    """The branches with which one module runs in one forward.
 
     Attributes:
         batch: of the forward.

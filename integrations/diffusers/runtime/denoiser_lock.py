@@ -2,8 +2,8 @@
 """A lock that lets one thread at a time into a guided denoiser.
 
 A guided forward changes the denoiser's parts until it is over, so that one forward comes after the other, whoever asked
-for it. Hooks take the lock and give it back. They are not told of an interrupt (``KeyboardInterrupt``), after which the
-end of the run gives it back.
+for it. Hooks take the lock and release it. PyTorch calls none after an interrupt (``KeyboardInterrupt``), after which
+the end of the run releases it.
 """
 
 from __future__ import annotations

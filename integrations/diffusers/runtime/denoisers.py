@@ -84,7 +84,7 @@ class Denoiser(ABC):
         Raises:
             ValueError: where the scale is not known.
         """
-        rescale = run.told("guidance_rescale")
+        rescale = run.setting("guidance_rescale")
         return None if rescale is None or float(rescale) <= 0.0 else _known_scale(run, "guidance_scale")
 
     @abstractmethod
@@ -240,7 +240,7 @@ class Transformer(Denoiser):
 
 
 def _known_scale(run: PipelineRun, name: str) -> float:
-    scale = run.told(name)
+    scale = run.setting(name)
     if scale is None:
         raise ValueError(
             f"this {type(run.pipe).__name__} measures its conditional prediction, so that guide needs its {name}, "

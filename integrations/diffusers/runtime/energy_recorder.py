@@ -28,7 +28,7 @@ from segkern.integrations.diffusers.runtime.layout import BatchLayout, CallKind
 from segkern.integrations.diffusers.runtime.pipeline_class import unwatch, watch
 from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, current_run, in_repeated_forward
 from segkern.integrations.diffusers.runtime.projections import Projections
-from segkern.integrations.diffusers.runtime.steps import RunSteps
+from segkern.integrations.diffusers.runtime.steps import steps_of
 from segkern.integrations.diffusers.runtime.support import check_layer
 
 
@@ -241,10 +241,7 @@ class EnergyRecorder:
         call = self._layout.of_call(latents, text, timestep)
         if call.kind is CallKind.NEGATIVE:
             return
-        steps = run.state.get(RunSteps)
-        if steps is None:
-            steps = run.state[RunSteps] = RunSteps(run, self._pipe.scheduler)
-        step = steps.of_call(self._pipe.scheduler, timestep, float)
+        step = steps_of(run, self._pipe.scheduler).of_call(self._pipe.scheduler, timestep, float)
         self._now = step.call, step.calls, call.batch.conditional
 
     def _is_chosen(self, step: int, steps: int) -> bool:

@@ -129,8 +129,8 @@ def guide(
     guidance._others = [
         Guidance(pipe, *denoiser_specs, share, layout, trust, guidance) for denoiser_specs in placed[1:]
     ]
-    for each in (guidance, *guidance._others):
-        each._checks.check()
+    for part in (guidance, *guidance._others):
+        part._checks.check()
     guidance._install()
     return guidance
 
@@ -404,7 +404,7 @@ class Guidance:
         return state
 
     def _begin_run(self, run: PipelineRun) -> None:
-        """Before a run: see to it that it will run the denoisers that are guided, and so after it."""
+        """Check before a run and after it that the pipeline has the denoisers that are guided."""
         if self._installed:
             self._check_denoisers()
             run.at_end(self._check_run)
@@ -425,7 +425,7 @@ class Guidance:
                 )
 
     def _end_run(self, run: PipelineRun, failed: bool) -> None:
-        """After a run: forget it, and what an interrupt has left, of which hooks are not told."""
+        """Forget a run that has ended, and clean up after an interrupt, for which PyTorch calls no hooks."""
         state = self._runs.pop(run, None)
         if self._under_way and self._run is run and self._lock.is_held_here:
             self._clear()
@@ -503,7 +503,7 @@ class Guidance:
             if not run.arguments and not run.is_loop:
                 raise ValueError(
                     f"this {self._name} runs skip-layer guidance, which measures its conditional prediction, and guide "
-                    f"is not told so where the pipeline is called past its class; call pipe(...)"
+                    f"does not see that in a call of the class's function; call pipe(...)"
                 )
             return None
         run.checkpoints.check(latents, type(denoiser.model).__name__)

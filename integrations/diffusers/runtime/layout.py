@@ -100,12 +100,12 @@ class BatchLayout:
         """
         size = len(latents)
         shape = (size, *latents[0].shape)
-        batch, told = self._batches.get(shape, (None, None))
-        if batch is not None and told == self._told_guidance():
+        batch, stated = self._batches.get(shape, (None, None))
+        if batch is not None and stated == self._stated_guidance():
             return CallLayout(CallKind.BATCH, batch)
         if self._holds_both(latents, text):
             batch = self._verified(latents, text, timestep)
-            self._batches[shape] = batch, self._told_guidance()
+            self._batches[shape] = batch, self._stated_guidance()
             self._missing = None
             return CallLayout(CallKind.BATCH, batch)
         return self._of_one_text(latents, text, timestep)
@@ -118,7 +118,7 @@ class BatchLayout:
             return False
         scale = self._run.arguments.get("true_cfg_scale")  # Flux, Qwen-Image
         if scale is None:
-            return self._told_guidance()
+            return self._stated_guidance()
         if float(scale) <= 1.0:
             return False
         return True if self._run.text.has_negative else None
@@ -132,14 +132,14 @@ class BatchLayout:
         size, samples = len(latents), self._run.samples
         if self._cfg is not None:
             return self._cfg == "batch"
-        told = self._told_guidance()
+        stated = self._stated_guidance()
         if samples is not None:
             if size == samples:
-                self._check_one_text(latents, told)
+                self._check_one_text(latents, stated)
                 return False
             if size != 2 * samples:
                 raise self._unknown_layout(latents, samples)
-            if told is False and common_kind(self._kinds(text, size)) is not TextKind.MIXED:
+            if stated is False and common_kind(self._kinds(text, size)) is not TextKind.MIXED:
                 raise LayoutError(
                     f"{self._name} says that it runs without classifier-free guidance, and its denoiser got a batch of "
                     f"{size} for {_images(samples)}: guide cannot tell what the others are"
@@ -160,14 +160,14 @@ class BatchLayout:
                 f"not know its texts: it may be [unconditional, conditional] or two equal images. In a denoising loop "
                 f"of your own say which: guide(..., cfg='batch') and `with guidance.run(timesteps):`"
             )
-        if told and size > 1 and kinds is not TextKind.PROMPT:
+        if stated and size > 1 and kinds is not TextKind.PROMPT:
             raise self._unknown_layout(latents, None)
         return False
 
-    def _check_one_text(self, latents: Any, told: bool | None) -> None:
+    def _check_one_text(self, latents: Any, stated: bool | None) -> None:
         """Raise a LayoutError for prompts that may hold the negative prompt too, as nothing says that they do not."""
         half = len(latents) // 2
-        if self._calls or told is not None or self._run.is_stock or len(latents) != 2 * half:
+        if self._calls or stated is not None or self._run.is_stock or len(latents) != 2 * half:
             return
         if _equal(latents[:half], latents[half:]):
             raise LayoutError(
@@ -175,10 +175,10 @@ class BatchLayout:
                 f"whether they are two equal images, guide(..., cfg='none'), or both texts, guide(..., cfg='batch')"
             )
 
-    def _told_guidance(self) -> bool | None:
+    def _stated_guidance(self) -> bool | None:
         """True if the pipeline says that it runs classifier-free guidance; None where it says nothing."""
-        told = self._run.told("do_classifier_free_guidance")
-        return None if told is None else bool(told)
+        stated = self._run.setting("do_classifier_free_guidance")
+        return None if stated is None else bool(stated)
 
     def _kinds(self, text: Any, size: int) -> tuple[TextKind, ...]:
         """The text of each sample; unknown where they are not one for each."""

@@ -103,8 +103,8 @@ class PipelineRun:
         """True for a denoising loop of the user's own, of which the pipeline knows nothing."""
         return self.timesteps is not None
 
-    def told(self, name: str) -> Any:
-        """The pipeline's answer to a question: its property, or the argument of its call; None where there is none.
+    def setting(self, name: str) -> Any:
+        """A setting of the pipeline: its property, or the argument of its call; None where there is neither.
 
         Raises:
             ValueError: for an argument of a call that was not seen.
@@ -117,8 +117,8 @@ class PipelineRun:
                 return getattr(self.pipe, name)
         if not self.arguments and name in inspect.signature(kind.__call__).parameters:
             raise ValueError(
-                f"guide needs to know the {name} of this {kind.__name__}, which it is not told where the pipeline is "
-                f"called past its class, as in type(pipe).__call__(pipe, ...); call pipe(...)"
+                f"guide needs to know the {name} of this {kind.__name__}, which is not visible in a call of the "
+                f"class's function, as in type(pipe).__call__(pipe, ...); call pipe(...)"
             )
         return self.arguments.get(name)
 

@@ -15,7 +15,7 @@ from segkern.integrations.diffusers.runtime.layout import BatchLayout, CallKind,
 from segkern.integrations.diffusers.runtime.negative_prompt import negative_text
 from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun
 from segkern.integrations.diffusers.runtime.reuse import Differences
-from segkern.integrations.diffusers.runtime.steps import RunSteps, Step
+from segkern.integrations.diffusers.runtime.steps import Step, steps_of
 from segkern.integrations.diffusers.specs import CFG, PAG, SAG
 from segkern.integrations.diffusers.specs.base import Spec
 
@@ -165,10 +165,7 @@ class StepPlanner:
     def step(self, run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         """The step of the coming forward."""
         scheduler = getattr(self._pipe, "scheduler", None)
-        steps = run.state.get(RunSteps)
-        if steps is None:
-            steps = run.state[RunSteps] = RunSteps(run, scheduler)
-        return steps.of_call(scheduler, self._denoiser.timestep(args, kwargs), self._denoiser.units)
+        return steps_of(run, scheduler).of_call(scheduler, self._denoiser.timestep(args, kwargs), self._denoiser.units)
 
     def _strengths(
         self, run: PipelineRun, state: RunState, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -141,12 +141,20 @@ class RunSteps:
         )
 
 
+def steps_of(run: PipelineRun, scheduler: Any) -> RunSteps:
+    """The steps of a run, which all its guidances share."""
+    steps = run.state.get(RunSteps)
+    if steps is None:
+        steps = run.state[RunSteps] = RunSteps(run, scheduler)
+    return steps
+
+
 def cutoff_of(run: PipelineRun, scheduler: Any) -> float | None:
     """The least timestep of a run with ``denoising_end``; None without one.
 
     Source: diffusers' Stable Diffusion XL pipelines.
     """
-    end = run.told("denoising_end")
+    end = run.setting("denoising_end")
     if not (isinstance(end, float) and 0.0 < end < 1.0):
         return None
     train_timesteps = scheduler.config.num_train_timesteps
