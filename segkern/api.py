@@ -11,13 +11,39 @@ from typing import Any
 
 import torch
 
-from segkern.core.arguments import check_grid, check_mask, check_qk, check_qkv, check_scale, check_tensor
+from segkern.core.arguments import (
+    check_grid,
+    check_mask,
+    check_qk,
+    check_qkv,
+    check_scale,
+    check_tensor,
+    is_wide,
+    scale_of,
+)
 from segkern.core.call_cache import CheckedCall, check_attention_call
 from segkern.core.dispatch import check_backend, choose_backend
 from segkern.core.gaussian import check_boundary
 from segkern.core.parts import blur_by_frame, call_by_head
-from segkern.core.sigmas import check_sigma, equal_runs, has_head_sigmas, head_sigmas, is_finite_blur
-from segkern.core.tracing import autocast_inputs, can_skip_operator, differentiable_backend, is_plain, is_transformed
+from segkern.core.sigmas import (
+    check_traced_sigma,
+    equal_runs,
+    for_batch,
+    given_sigmas,
+    has_head_sigmas,
+    head_sigmas,
+    is_finite_blur,
+)
+from segkern.core.tracing import (
+    autocast_inputs,
+    can_skip_operator,
+    check_not_jit_traced,
+    differentiable_backend,
+    fixed_numbers,
+    is_plain,
+    is_traced,
+    is_transformed,
+)
 from segkern.grid import Grid
 from segkern.ops import attention, masses, torch_blur, torch_masses
 from segkern.ops.coarse import coarse_outputs, coarse_queries
@@ -37,7 +63,9 @@ def gaussian_blur(
         x: ``[batch, heads, tokens, dim]``, any strides; float16, bfloat16, float32 or float64.
         grid: where the image lies in the tokens; the others pass through unchanged.
         sigma: standard deviation in tokens, one number or one per sample, or for a sample a sequence of one per
-            head; 0 copies, ``math.inf`` replaces every image token by the mean of the image.
+            head; 0 copies, ``math.inf`` replaces every image token by the mean of the image. Under ``torch.compile``
+            numbers become part of what is compiled; a CPU tensor is read when the graph runs. There are no derivatives
+            with respect to sigma.
         boundary: ``"reflect"`` (without repeating the edge, as the official implementation does), ``"symmetric"``
             (edge repeated) or ``"circular"``. Only the last two keep the mean exactly.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
@@ -56,19 +84,23 @@ def gaussian_blur(
         torch.Size([2, 4, 54, 16])
     """
     check_tensor("x", x)
-    grid = check_grid(grid, x.shape[2], video=True)
+    grid, sigma = check_grid(grid, x.shape[2], video=True), fixed_numbers(sigma)
     if grid.frames > 1:
         return blur_by_frame(partial(gaussian_blur, boundary=boundary, backend=backend), x, grid, sigma)
+    check_boundary(boundary)
+    check_backend(backend)
+    where = grid.height, grid.width, grid.start
+    if is_traced() and isinstance(sigma, torch.Tensor):
+        sigma = check_traced_sigma(sigma, x.shape[0])
+        return attention.gaussian_blur_at(x, *where, sigma, boundary, differentiable_backend(backend, x))
     if has_head_sigmas(sigma):
         blur_heads = partial(gaussian_blur, grid=grid, boundary=boundary, backend=backend)
         return call_by_head(blur_heads, (x,), head_sigmas(sigma, *x.shape[:2]))
-    sigmas = check_sigma(sigma, x.shape[0])  # type: ignore[arg-type]
-    check_boundary(boundary)
-    check_backend(backend)
+    sigmas = given_sigmas(sigma, x.shape[0])  # type: ignore[arg-type]
     backend = differentiable_backend(backend, x)
     if is_plain(x) and choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "torch":
-        return torch_blur.gaussian_blur(x, grid, sigmas, boundary)
-    return attention.gaussian_blur(x, grid.height, grid.width, grid.start, sigmas, boundary, backend)
+        return torch_blur.gaussian_blur(x, grid, for_batch(sigmas, x.shape[0]), boundary)
+    return attention.gaussian_blur(x, *where, sigmas, boundary, backend)
 
 
 def seg_attention(
@@ -100,9 +132,11 @@ def seg_attention(
         sigma: standard deviation in tokens, one number or one per sample; 0 is plain attention, ``math.inf``
             gives every image token the attention output of the mean query. A sample may have a sequence of one sigma
             per head (``[[...]]`` for every sample); neighbouring heads that agree are one call. Under
-            ``torch.compile`` numbers become part of what is compiled; a CPU tensor ``[batch]`` is read when the graph
-            runs, so that other sigmas need no compilation. It takes no gradients, ``query_stride`` or ``return_lse``.
-        scale: of the logits; ``1 / sqrt(head_dim)`` by default.
+            ``torch.compile`` numbers become part of what is compiled, and other numbers are compiled anew; a CPU
+            tensor of one sigma, or of one per sample, is read when the graph runs. It takes no ``query_stride``. There
+            are no derivatives with respect to sigma.
+        scale: of the logits, a number; ``1 / sqrt(head_dim)`` by default. There are no derivatives with respect to it;
+            one that is learnt multiplies the queries, beside ``scale=1``.
         attn_mask: boolean (True takes part) or additive, broadcastable to ``[batch, heads, tokens, keys]``.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`gaussian_blur`.
         query_stride: 1 computes every query row. With more, or a pair for height and width, samples of finite sigma
@@ -131,11 +165,18 @@ def seg_attention(
         torch.Size([2, 8, 988, 64])
     """
     query, key, value = autocast_inputs(check_qkv, query, key, value)
+    traced = is_traced()
+    if traced:
+        sigma, scale = fixed_numbers(sigma), fixed_numbers(scale)
     if isinstance(grid, Grid) and grid.frames > 1:
         if query_stride not in (1, (1, 1)):
             raise ValueError(f"query_stride={query_stride} takes a grid of one frame, got {grid}")
         query = gaussian_blur(query, grid, sigma, boundary=boundary, backend=backend)
         grid, sigma = Grid(1, 1), 0.0
+    if traced and isinstance(sigma, torch.Tensor):
+        return _attention_at(
+            query, key, value, grid, sigma, scale, attn_mask, boundary, query_stride, backend, return_lse
+        )
     if has_head_sigmas(sigma):
         if query_stride not in (1, (1, 1)):
             raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
@@ -144,17 +185,10 @@ def seg_attention(
         attend_heads = partial(seg_attention, grid=grid, **options)
         sigmas, mask = head_sigmas(sigma, *query.shape[:2]), check_mask(attn_mask, query, key)
         return call_by_head(attend_heads, (query, key, value), sigmas, mask)
-    if isinstance(sigma, torch.Tensor) and torch.compiler.is_compiling():
-        if return_lse or query_stride not in (1, (1, 1)):
-            raise ValueError(
-                f"a tensor of sigmas takes query_stride=1 and no return_lse under torch.compile, got "
-                f"query_stride={query_stride} and return_lse={return_lse}"
-            )
-        return _attention_at(query, key, value, grid, sigma, scale, attn_mask, boundary, backend)
     plain = is_plain(query, key, value)
-    arguments: Any = (grid, sigma, scale, boundary, query_stride, backend)
-    call = check_attention_call(query, key, value, *arguments, plain=plain)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
+    arguments: Any = (grid, sigma, scale, boundary, query_stride, backend)
+    call = check_attention_call(query, key, value, *arguments, plain=plain, wide_mask=is_wide(mask, query))
     asked = differentiable_backend(backend, query, key, value, *(() if mask is None else (mask,)))
     if asked != backend:
         call = replace(call, backend=asked, asked=asked)
@@ -196,13 +230,13 @@ def attention_mass(
     """
     query, key = autocast_inputs(check_qk, query, key)
     check_qk(query, key)
-    scale = check_scale(scale, query)
+    scale = check_scale(fixed_numbers(scale))
     chosen = _chosen(backend, "attention_mass", query, key)
-    if chosen == "torch" and is_transformed(query, key):
-        return torch_masses.composed_mass(query, key, scale)
+    if chosen == "torch" and is_transformed():
+        return torch_masses.composed_mass(query, key, scale_of(scale, query))
     if not (is_plain(query, key) and can_skip_operator(query, key)):
         return masses.attention_mass(query, key, scale, backend if chosen == "triton" else chosen)
-    return masses.run_mass(chosen, backend, query, key, scale)
+    return masses.run_mass(chosen, backend, query, key, scale_of(scale, query))
 
 
 def attention_energy(
@@ -247,24 +281,28 @@ def attention_energy(
     """
     query, key = autocast_inputs(check_qk, query, key)
     check_qk(query, key)
-    sigmas = check_sigma(sigma, query.shape[0])
+    sigma = fixed_numbers(sigma)
+    if is_traced() and isinstance(sigma, torch.Tensor):
+        if grid is None:
+            raise ValueError(f"a tensor of sigmas needs a grid, segkern.Grid(height, width), got {grid=}")
+        query, sigma = gaussian_blur(query, grid, sigma, boundary=boundary, backend=backend), 0.0
+    sigmas = given_sigmas(sigma, query.shape[0])
     if grid is None and any(sigmas):
         raise ValueError(f"a sigma other than 0 needs a grid, segkern.Grid(height, width), got grid=None, {sigma=}")
     if grid is not None:
         check_grid(grid, query.shape[2])
     check_boundary(boundary)
-    scale = check_scale(scale, query)
+    scale = check_scale(fixed_numbers(scale))
     chosen = _chosen(backend, "attention_energy", query, key)
-    if grid is None and query.shape[2] == 0:
-        return torch_masses.composed_energy(query, key, Grid(1, 1), sigmas, scale, boundary)
-    grid = Grid(1, 1) if grid is None else grid
-    if chosen == "torch" and is_transformed(query, key):
-        return torch_masses.composed_energy(query, key, grid, sigmas, scale, boundary)
-    if not (is_plain(query, key) and can_skip_operator(query, key)):
-        where = (grid.height, grid.width, grid.start)
-        asked = backend if chosen == "triton" else chosen
-        return masses.attention_energy(query, key, *where, sigmas, scale, boundary, asked)
-    return masses.run_energy(chosen, backend, query, key, grid, sigmas, scale, boundary)
+    composed = chosen == "torch" and is_transformed()
+    if composed or (grid is None and query.shape[2] == 0) or (is_plain(query, key) and can_skip_operator(query, key)):
+        grid, rest = grid or Grid(1, 1), (for_batch(sigmas, query.shape[0]), scale_of(scale, query), boundary)
+        if composed or query.shape[2] == 0:
+            return torch_masses.composed_energy(query, key, grid, *rest)
+        return masses.run_energy(chosen, backend, query, key, grid, *rest)
+    grid, asked = grid or Grid(1, 1), backend if chosen == "triton" else chosen
+    where = (grid.height, grid.width, grid.start)
+    return masses.attention_energy(query, key, *where, sigmas, scale, boundary, asked)
 
 
 def _attention(
@@ -279,9 +317,9 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Every query row."""
     if is_plain(query, key, value) and (mask is None or is_plain(mask)):
-        arguments = (query, key, value, mask, grid, call.sigmas, call.scale, boundary, return_lse)
+        rest = for_batch(call.sigmas, query.shape[0]), scale_of(call.scale, query), boundary, return_lse
         if call.backend == "torch" or can_skip_operator(query, key, value, mask):
-            return attention.run_attention(call.backend, call.asked, *arguments)
+            return attention.run_attention(call.backend, call.asked, query, key, value, mask, grid, *rest)
     where = (grid.height, grid.width, grid.start)
     backend = call.asked if call.backend == "triton" else call.backend
     output, lse = attention.seg_attention(
@@ -299,18 +337,27 @@ def _attention_at(
     scale: float | None,
     attn_mask: torch.Tensor | None,
     boundary: str,
+    query_stride: int | tuple[int, int],
     backend: str,
-) -> torch.Tensor:
+    return_lse: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Every query row, with sigmas that are known when it runs."""
-    if sigma.device.type != "cpu" or sigma.shape != query.shape[:1]:
+    if query_stride not in (1, (1, 1)):
         raise ValueError(
-            f"a tensor of sigmas lies on the CPU and has one number per sample under torch.compile, got shape "
-            f"{tuple(sigma.shape)} on {sigma.device} for a batch of {query.shape[0]}"
+            f"query_stride={query_stride} takes numbers as sigma while a call is compiled or traced, got a tensor"
         )
+    check_qkv(query, key, value)
+    sigma = check_traced_sigma(sigma, query.shape[0])
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    if return_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        query = gaussian_blur(query, grid, sigma, boundary=boundary, backend=backend)
+        options: Any = {"scale": scale, "attn_mask": attn_mask, "backend": backend, "return_lse": return_lse}
+        return seg_attention(query, key, value, Grid(1, 1), 0.0, **options)
     call = check_attention_call(query, key, value, grid, 0.0, scale, boundary, 1, backend, plain=False)
+    asked = differentiable_backend(backend, *tensors)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
     where = (grid.height, grid.width, grid.start)
-    return attention.seg_attention_at(query, key, value, mask, *where, sigma, call.scale, boundary, call.backend)
+    return attention.seg_attention_at(query, key, value, mask, *where, sigma, call.scale, boundary, asked)
 
 
 def _check_one_row(mask: torch.Tensor | None, stride: tuple[int, int]) -> None:
@@ -335,12 +382,16 @@ def _coarse_attention(
     stride = call.stride
     _check_one_row(mask, stride)
     outputs, lses = [], []
-    for samples, at_points in equal_runs([is_finite_blur(sigma) for sigma in call.sigmas]):
-        q, k, v, sigmas = query[samples], key[samples], value[samples], call.sigmas[samples]
-        m = mask[samples] if mask is not None and mask.shape[0] != 1 else mask
+    runs = equal_runs([is_finite_blur(sigma) for sigma in call.sigmas])
+    if len(runs) > 1:
+        check_not_jit_traced(f"query_stride={stride} for some samples of a batch")
+    for samples, at_points in runs:
+        sigmas, whole = call.sigmas[samples], len(runs) == 1
+        q, k, v = (query, key, value) if whole else (query[samples], key[samples], value[samples])
+        m = mask if whole or mask is None or mask.shape[0] == 1 else mask[samples]
         if at_points:
             q = coarse_queries(q, grid, sigmas, stride, boundary)
-            unblurred = replace(call, sigmas=(0.0,) * len(sigmas))
+            unblurred = replace(call, sigmas=(0.0,))
             output, lse = _attention(q, k, v, Grid(1, 1), unblurred, m, boundary, return_lse)
             output = coarse_outputs(output, grid, stride, boundary)
             lse = None if lse is None else _coarse_lse(lse, grid, stride, boundary)

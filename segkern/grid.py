@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
+from segkern.core.numbers import whole_number
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,11 @@ class Grid:
         start: index of the image's first token in the sequence.
         frames: of a video, at least 1.
 
+    Integers of NumPy and integer tensors of one element are converted to Python's.
+
     Raises:
-        ValueError: when a number is not an integer or out of range.
+        ValueError: when a number is not an integer or out of range, or is a size that ``torch.jit.trace`` follows as
+            a tensor.
 
     Example:
         >>> grid = Grid(26, 38, start=77)
@@ -40,16 +42,16 @@ class Grid:
     frames: int = 1
 
     def __post_init__(self) -> None:
-        value: Any
         least_of = {"height": 1, "width": 1, "start": 0, "frames": 1}
         for name, least in least_of.items():
-            value = getattr(self, name)
-            # torch.SymInt while compiling; other integers (NumPy's) by their protocol.
-            integral = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
-            if isinstance(value, bool) or not integral:
-                raise ValueError(f"Grid.{name} must be an integer of at least {least}, got {value!r}")
+            given = getattr(self, name)
+            value = whole_number(given)
+            if value is None:
+                raise ValueError(f"Grid.{name} must be an integer of at least {least}, got {given!r}")
             if value < least:
                 raise ValueError(f"Grid.{name} must be at least {least}, got {value}")
+            if value is not given:
+                object.__setattr__(self, name, value)
 
     @property
     def tokens(self) -> int:

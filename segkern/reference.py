@@ -14,12 +14,9 @@ import torch
 
 from segkern.core.coarse_queries import check_query_stride, coarse_grid, interpolation_matrix, sampling_matrix
 from segkern.core.gaussian import blur_matrix, check_boundary
+from segkern.core.precision import compute_dtype, exact_dtype
 from segkern.core.sigmas import check_sigma, has_head_sigmas, head_sigmas
 from segkern.grid import Grid
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def gaussian_blur(
@@ -30,9 +27,12 @@ def gaussian_blur(
     grid.check(x.shape[2])
     if has_head_sigmas(sigma):
         by_head = zip(*head_sigmas(sigma, *x.shape[:2]), strict=True)
-        heads = [gaussian_blur(x[:, [h]], grid, sigmas, boundary=boundary) for h, sigmas in enumerate(by_head)]
+        heads = [
+            gaussian_blur(x[:, [h]], grid, sigmas[0] if len(sigmas) == 1 else sigmas, boundary=boundary)
+            for h, sigmas in enumerate(by_head)
+        ]
         return torch.cat(heads, dim=1)
-    compute = _compute_dtype(x.dtype)
+    exact = exact_dtype(x)
     if grid.frames > 1:
         for frame in range(grid.frames):
             one = Grid(grid.height, grid.width, grid.start + frame * grid.height * grid.width)
@@ -42,9 +42,9 @@ def gaussian_blur(
     for sample, value in enumerate(check_sigma(sigma, x.shape[0])):  # type: ignore[arg-type]
         if value == 0.0:
             continue
-        rows = blur_matrix(grid.height, value, boundary, dtype=compute, device=x.device)
-        columns = blur_matrix(grid.width, value, boundary, dtype=compute, device=x.device)
-        image = x[sample, :, grid.start : grid.stop].to(compute).unflatten(1, (grid.height, grid.width))
+        rows = blur_matrix(grid.height, value, boundary, dtype=exact, device=x.device)
+        columns = blur_matrix(grid.width, value, boundary, dtype=exact, device=x.device)
+        image = x[sample, :, grid.start : grid.stop].to(exact).unflatten(1, (grid.height, grid.width))
         blurred = torch.einsum("ik,jl,nkld->nijd", rows, columns, image)
         out[sample, :, grid.start : grid.stop] = blurred.flatten(1, 2).to(x.dtype)
     return out
@@ -70,12 +70,13 @@ def attention(
             logits = logits + attn_mask.to(logits.dtype)
     lse = torch.logsumexp(logits, dim=-1)
     weights = torch.softmax(logits, dim=-1).masked_fill((lse == float("-inf"))[..., None], 0.0)
-    return torch.matmul(weights, value.to(weights.dtype)).to(query.dtype), lse
+    output = torch.matmul(weights, value.to(weights.dtype))
+    return output.to(query.dtype), lse.to(compute_dtype(query.dtype))
 
 
 def attention_mass(query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
     """For each key the sum of its probabilities over the queries; see :func:`segkern.attention_mass`."""
-    return torch.softmax(_logits(query, key, scale), dim=-1).sum(dim=-2)
+    return torch.softmax(_logits(query, key, scale), dim=-1).sum(dim=-2).to(compute_dtype(query.dtype))
 
 
 def attention_energy(
@@ -92,13 +93,13 @@ def attention_energy(
         query = gaussian_blur(query, grid, sigma, boundary=boundary)
     elif any(check_sigma(sigma, query.shape[0])):
         raise ValueError(f"a blur needs a grid, got grid=None and sigma={sigma}")
-    return -torch.logsumexp(_logits(query, key, scale), dim=-1)
+    return -torch.logsumexp(_logits(query, key, scale), dim=-1).to(compute_dtype(query.dtype))
 
 
 def _logits(query: torch.Tensor, key: torch.Tensor, scale: float | None) -> torch.Tensor:
-    compute = _compute_dtype(query.dtype)
+    exact = exact_dtype(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return torch.matmul(query.to(compute), key.to(compute).transpose(-2, -1)) * scale
+    return torch.matmul(query.to(exact), key.to(exact).transpose(-2, -1)) * scale
 
 
 def seg_attention(
@@ -146,7 +147,7 @@ def _coarse_attention(
     coarse = coarse_grid(grid, stride, boundary)
     sizes = ((grid.height, coarse.height), (grid.width, coarse.width))
     outputs = [query.new_empty(0, *query.shape[1:3], value.shape[3])]
-    lses = [query.new_empty(0, *query.shape[1:3], dtype=_compute_dtype(query.dtype))]
+    lses = [query.new_empty(0, *query.shape[1:3], dtype=compute_dtype(query.dtype))]
     for sample, value_of_sigma in enumerate(check_sigma(sigma, query.shape[0])):
         one = slice(sample, sample + 1)
         mask = attn_mask if attn_mask is None or attn_mask.ndim < 4 or attn_mask.shape[0] == 1 else attn_mask[one]
@@ -169,8 +170,8 @@ def _coarse_attention(
 
 def _along_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """A matrix on each axis of the grid's tokens in ``[batch, heads, tokens, dim]``, the others left as they are."""
-    compute = _compute_dtype(x.dtype)
-    image = x[:, :, grid.start : grid.stop].to(compute).unflatten(2, (grid.height, grid.width))
-    rows, columns = rows.to(x.device, compute), columns.to(x.device, compute)
+    exact = exact_dtype(x)
+    image = x[:, :, grid.start : grid.stop].to(exact).unflatten(2, (grid.height, grid.width))
+    rows, columns = rows.to(x.device, exact), columns.to(x.device, exact)
     mixed = torch.einsum("ik,jl,bnkld->bnijd", rows, columns, image).flatten(2, 3)
     return torch.cat([x[:, :, : grid.start], mixed.to(x.dtype), x[:, :, grid.stop :]], dim=2)

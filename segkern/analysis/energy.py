@@ -31,9 +31,9 @@ import torch
 from segkern.analysis.curvature import curvature_spectrum, largest_curvature, log_determinant, log_diagonal
 from segkern.analysis.logits import Moments, Over, blurred_image, check_arguments, logit_moments
 from segkern.api import attention_energy
+from segkern.core.precision import full_precision
 from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
-from segkern.ops.torch_blur import full_precision
 
 __all__ = [
     "Moments",

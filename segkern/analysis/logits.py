@@ -8,11 +8,13 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from segkern.core.arguments import check_grid, check_qk, check_scale, check_tensor
+from segkern.core.arguments import check_grid, check_qk, check_scale, check_tensor, scale_of
 from segkern.core.gaussian import check_boundary
+from segkern.core.precision import exact_dtype, full_precision
 from segkern.core.sigmas import check_sigma
+from segkern.core.tracing import fixed_numbers
 from segkern.grid import Grid
-from segkern.ops.torch_blur import full_precision, gaussian_blur
+from segkern.ops.torch_blur import gaussian_blur
 
 Over = Literal["keys", "queries"]
 
@@ -66,7 +68,8 @@ def logit_moments(
         (True, True)
     """
     query, key, sigmas, scale = check_arguments(query, key, grid, sigma, "keys", scale, boundary, dtype)
-    image = blurred_image(query, grid, sigmas, boundary)
+    exact = exact_dtype(query)
+    image, key = blurred_image(query, grid, sigmas, boundary).to(exact), key.to(exact)
     with full_precision(query.device):
         query_mean, key_mean = image.mean(dim=2, keepdim=True), key.mean(dim=2, keepdim=True)
         over_queries = _covariance(image - query_mean)
@@ -76,7 +79,7 @@ def logit_moments(
         else:
             mean = (query_mean * key_mean).sum(dim=(-2, -1))
             variance = _form(_covariance(key - key_mean), image).mean(dim=-1) + _form(over_queries, key_mean)[..., 0]
-    return Moments(scale * mean, scale * scale * variance.clamp_min(0.0))
+    return Moments((scale * mean).to(dtype), (scale * scale * variance.clamp_min(0.0)).to(dtype))
 
 
 def check_arguments(
@@ -100,7 +103,8 @@ def check_arguments(
     check_boundary(boundary)
     if over not in get_args(Over):
         raise ValueError(f"over must be one of {', '.join(map(repr, get_args(Over)))}, got {over!r}")
-    return query, key, check_sigma(sigma, query.shape[0]), check_scale(scale, query)
+    sigmas = check_sigma(fixed_numbers(sigma), query.shape[0])
+    return query, key, sigmas, scale_of(check_scale(fixed_numbers(scale)), query)
 
 
 def blurred_image(query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str) -> torch.Tensor:

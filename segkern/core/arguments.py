@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
+from segkern.core.numbers import check_no_gradient, is_finite, real_number
+from segkern.core.tracing import is_traced
 from segkern.grid import Grid
 
 
@@ -14,6 +17,7 @@ def check_tensor(name: str, x: torch.Tensor) -> None:
     """Raise a ValueError unless it is a floating-point tensor ``[batch, heads, tokens, dim]``."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} must be a tensor [batch, heads, tokens, dim], got {type(x).__name__}")
+    check_layout(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must have 4 dimensions [batch, heads, tokens, dim], got shape {tuple(x.shape)}")
     if x.shape[3] == 0:
@@ -22,13 +26,30 @@ def check_tensor(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} must be floating point (float16, bfloat16, float32 or float64), got {x.dtype}")
 
 
-def check_scale(scale: float | None, query: torch.Tensor) -> float:
-    """The scale as a float, ``1 / sqrt(head_dim)`` for None; a ValueError unless it is finite."""
+def check_layout(name: str, x: torch.Tensor) -> None:
+    """Raise a ValueError for nested, sparse and other tensors that have no strides."""
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ValueError(f"{name} must be a dense tensor, got a {kind} one; pad it, or convert it by to_dense()")
+
+
+def check_scale(scale: Any) -> float | None:
+    """The scale as a float, or None for ``1 / sqrt(head_dim)``; a ValueError unless it is a finite number."""
     if scale is None:
-        return 1.0 / math.sqrt(query.shape[3])
-    if isinstance(scale, (bool, str)) or not math.isfinite(scale):
+        return None
+    instead = "multiply the queries by it and pass scale=1"
+    check_no_gradient("scale", scale, instead)
+    if isinstance(scale, torch.Tensor) and is_traced():
+        raise ValueError(f"scale must be a number while a call is compiled or traced, got a tensor; {instead}")
+    number = real_number(scale)
+    if number is None or not is_finite(number):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
-    return float(scale)
+    return number
+
+
+def scale_of(scale: float | None, query: torch.Tensor) -> float:
+    """The scale, or ``1 / sqrt(head_dim)`` for None."""
+    return 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
 
 
 def check_grid(grid: Grid, tokens: int, *, video: bool = False) -> Grid:
@@ -79,18 +100,28 @@ def _check_alike(names: str, **tensors: torch.Tensor) -> None:
 
 
 def check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """The mask with 4 dimensions, each of the full size or 1."""
+    """The mask with 4 dimensions, each of the full size or 1: boolean, in the query's dtype, or in float32 at least."""
     if mask is None:
         return None
     full = (*query.shape[:3], key.shape[2])
     if not isinstance(mask, torch.Tensor):
         raise ValueError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+    check_layout("attn_mask", mask)
     if mask.device != query.device:
         raise ValueError(f"attn_mask must be on the query's device {query.device}, got {mask.device}")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise ValueError(f"attn_mask must be boolean or floating point, got {mask.dtype}")
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    if len(shape) != 4 or any(size not in (1, want) for size, want in zip(shape, full, strict=True)):
+    # Not by "size in (1, want)", which is no comparison of a graph's sizes.
+    if len(shape) != 4 or any(size != 1 and size != want for size, want in zip(shape, full, strict=True)):
         raise ValueError(f"attn_mask must be broadcastable to [batch, heads, tokens, keys] = {full}, got {shape}")
     mask = mask.reshape(shape)
-    return mask if mask.dtype == torch.bool else mask.to(query.dtype)
+    if mask.dtype == torch.bool or mask.dtype == query.dtype:
+        return mask
+    # Not rounded to half precision: large numbers would become infinite, and close ones equal.
+    return mask.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+
+
+def is_wide(mask: torch.Tensor | None, query: torch.Tensor) -> bool:
+    """True for an additive mask in a wider dtype than the query's."""
+    return mask is not None and mask.dtype != torch.bool and mask.dtype != query.dtype

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
-
-from segkern.core.private_apis import no_modes_or_transforms
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -21,11 +20,36 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Make tensors that later calls can use too, whatever the caller's modes: no fake, inference or tracked ones."""
-    with no_modes_or_transforms(), torch.inference_mode(False), torch.no_grad():
-        yield
+_THREAD_NAME = "segkern-tables"
+
+
+def make_apart(make: Callable[[], T], device: torch.device | None = None) -> T:
+    """What ``make`` returns in a thread and on a stream of their own, finished on the device.
+
+    Nothing of the caller's thread is there: no dispatch mode, ``torch.func`` transform, default device, inference mode
+    or gradient, and not the memory pool of a CUDA graph, which compilers direct the allocations of a thread to.
+    """
+    if threading.current_thread().name == _THREAD_NAME:
+        return make()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+            with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
+                results.append(make())
+            if stream is not None:
+                stream.synchronize()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=_THREAD_NAME)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 class BoundedCache(Generic[P, T]):
@@ -35,14 +59,17 @@ class BoundedCache(Generic[P, T]):
     while a CUDA graph was captured stay for good: the graph reads the same memory at every replay.
 
     Args:
-        make: the function, which runs under :func:`ordinary_tensors`; a device is an argument of its own.
+        make: the function, which runs as :func:`make_apart` says; a device is an argument of its own.
         most: results that are remembered.
+
+    Calls raise a RuntimeError while a CUDA graph is captured, unless the result is known.
     """
 
     def __init__(self, make: Callable[P, T], most: int) -> None:
         self._make, self._most = make, most
         self._results: dict[Any, T] = {}
         self._captured: dict[Any, T] = {}
+        self.__name__ = make.__name__
         update_wrapper(self, make)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -51,9 +78,13 @@ class BoundedCache(Generic[P, T]):
         if result is None:
             result = self._captured.get(key)
             if result is None:
-                with ordinary_tensors():
-                    result = self._make(*args, **kwargs)
-                # A graph that is being captured takes no waiting for the device.
+                device = next(iter(_devices(key)), None)
+                if device is not None and device.type == "cuda" and capturing():
+                    raise RuntimeError(
+                        f"{self.__name__}{key} is not on the device yet, and a CUDA graph is being captured; run the "
+                        f"same call once before capturing"
+                    )
+                result = make_apart(lambda: self._make(*args, **kwargs), device)
                 if len(self._results) >= self._most and not capturing():
                     self._drop()
                 self._results[key] = result
@@ -63,7 +94,7 @@ class BoundedCache(Generic[P, T]):
 
     def _drop(self) -> None:
         dropped, self._results = self._results, {}
-        for device in {part for key in dropped for part in _parts(key) if isinstance(part, torch.device)}:
+        for device in {device for key in dropped for device in _devices(key)}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # kernels of other streams than the one that made a table
 
@@ -90,5 +121,7 @@ def bounded_cache(most: int) -> Callable[[Callable[P, T]], BoundedCache[P, T]]:
     return lambda make: BoundedCache(make, most)
 
 
-def _parts(key: Any) -> list[Any]:
-    return [part for entry in key for part in (entry if isinstance(entry, tuple) else (entry,))]
+def _devices(key: Any) -> list[torch.device]:
+    """Devices among the arguments of a call."""
+    parts = [part for entry in key for part in (entry if isinstance(entry, tuple) else (entry,))]
+    return [part for part in parts if isinstance(part, torch.device)]

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from segkern.core.arguments import check_grid, check_qkv, check_scale
+from segkern.core.arguments import check_grid, check_qkv, check_scale, scale_of
 from segkern.core.coarse_queries import check_query_stride, coarse_grid
 from segkern.core.dispatch import check_backend, choose_attention_backend
 from segkern.core.fallback import failure_count
 from segkern.core.gaussian import check_boundary
-from segkern.core.sigmas import check_sigma, is_finite_blur
+from segkern.core.sigmas import for_batch, given_sigmas, is_finite_blur
 from segkern.grid import Grid
 
 MOST_CALLS = 1024  # remembered; a run has a few dozen
@@ -25,8 +25,8 @@ class CheckedCall:
     """Checked arguments of one kind of call.
 
     Attributes:
-        sigmas: one per sample.
-        scale: of the logits.
+        sigmas: one per sample; where a tracer follows the call perhaps one for all, so that a batch of any size fits.
+        scale: of the logits; where a tracer follows the call, None for ``1 / sqrt(head_dim)``.
         stride: of the query rows, height and width.
         coarse: whether some sample leaves out rows.
         backend: ``"torch"`` or ``"triton"``, whichever serves the call; as asked for where a tracer follows it.
@@ -34,7 +34,7 @@ class CheckedCall:
     """
 
     sigmas: tuple[float, ...]
-    scale: float
+    scale: float | None
     stride: tuple[int, int]
     coarse: bool
     backend: str
@@ -57,33 +57,36 @@ def check_attention_call(
     backend: str,
     *,
     plain: bool,
+    wide_mask: bool = False,
 ) -> CheckedCall:
     """Check all arguments but the mask against each other.
 
     Args:
         plain: the three are real tensors in an eager run: the backend is chosen, and the call remembered.
+        wide_mask: see :func:`segkern.core.dispatch.choose_attention_backend`.
 
     Raises:
         ValueError: when one does not fit; the message quotes it.
     """
     cache_key = None
-    if plain and _is_hashable(grid, sigma, scale, query_stride):
+    if plain and _is_hashable(grid, sigma, scale, query_stride, boundary, backend):
         # Backends are chosen anew after kernels have failed.
         tensors = tuple((x.shape, x.dtype, x.device) for x in (query, key, value))
-        cache_key = tensors, grid, sigma, scale, boundary, query_stride, backend, failure_count()
+        cache_key = tensors, grid, sigma, scale, boundary, query_stride, backend, wide_mask, failure_count()
         known = _CALLS.get(cache_key)
         if known is not None:
             return known
     check_qkv(query, key, value)
     grid = check_grid(grid, query.shape[2])
-    sigmas = check_sigma(sigma, query.shape[0])
+    sigmas = given_sigmas(sigma, query.shape[0])
     check_boundary(boundary)
     stride = check_query_stride(query_stride)
-    scale = check_scale(scale, query)
+    scale = check_scale(scale)
     check_backend(backend)
     asked = backend
     if plain:
-        backend = choose_attention_backend(query, key, value, sigmas, backend)
+        sigmas, scale = for_batch(sigmas, query.shape[0]), scale_of(scale, query)
+        backend = choose_attention_backend(query, key, value, sigmas, backend, wide_mask)
     coarse = any(map(is_finite_blur, sigmas)) and coarse_grid(grid, stride, boundary).tokens != grid.tokens
     call = CheckedCall(sigmas, scale, stride, coarse, backend, asked)
     if cache_key is not None:
@@ -98,7 +101,7 @@ def forget_calls() -> None:
     _CALLS.clear()
 
 
-def _is_hashable(grid: object, sigma: object, scale: object, stride: object) -> bool:
+def _is_hashable(grid: object, sigma: object, scale: object, stride: object, boundary: object, backend: object) -> bool:
     """True for numbers as such, not tensors, generators or NumPy's; True equals 1 but is no number here."""
     sigmas = sigma if type(sigma) is tuple else (sigma,)
     strides = stride if type(stride) is tuple else (stride,)
@@ -107,4 +110,5 @@ def _is_hashable(grid: object, sigma: object, scale: object, stride: object) -> 
         and _NUMBERS.issuperset(map(type, sigmas))
         and (scale is None or type(scale) in _NUMBERS)
         and {int}.issuperset(map(type, strides))
+        and type(boundary) is type(backend) is str
     )

@@ -16,6 +16,7 @@ import torch
 
 from segkern.core.bounded_cache import bounded_cache
 from segkern.core.gaussian import blur_matrix, check_boundary
+from segkern.core.numbers import whole_number
 from segkern.grid import Grid
 
 
@@ -30,17 +31,13 @@ def check_query_stride(query_stride: int | tuple[int, int]) -> tuple[int, int]:
         ((2, 2), (1, 4))
     """
     pair = tuple(query_stride) if isinstance(query_stride, (tuple, list)) else (query_stride, query_stride)
-    if len(pair) != 2 or not all(map(_is_whole, pair)) or min(pair) < 1:
+    strides = [whole_number(stride) for stride in pair]
+    if len(strides) != 2 or any(stride is None or stride < 1 for stride in strides):
         raise ValueError(
             f"query_stride must be an integer of at least 1 or one for height and one for width, got {query_stride!r}"
         )
-    return int(pair[0]), int(pair[1])
-
-
-def _is_whole(value: object) -> bool:
-    # torch.SymInt while compiling; other integers (NumPy's) by their protocol.
-    integral = isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
-    return integral and not isinstance(value, bool)
+    height, width = strides
+    return int(height), int(width)  # type: ignore[arg-type]
 
 
 def point_count(length: int, stride: int, boundary: str) -> int:

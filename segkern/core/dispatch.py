@@ -135,8 +135,17 @@ def choose_backend(
 
 
 def choose_attention_backend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sigmas: Sequence[float], backend: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sigmas: Sequence[float],
+    backend: str,
+    wide_mask: bool = False,
 ) -> str:
-    """The backend that serves ``seg_attention`` with one sigma per sample; see :func:`choose_backend`."""
-    fused = any(sigmas) or query.shape[2] < key.shape[2]  # few rows have a kernel of their own
+    """The backend that serves ``seg_attention``; see :func:`choose_backend`.
+
+    ``wide_mask`` is for an additive mask in a wider dtype than the queries', which PyTorch's attention on a GPU lacks.
+    """
+    # Few rows have a kernel of their own.
+    fused = any(sigmas) or query.shape[2] < key.shape[2] or wide_mask
     return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)[0]

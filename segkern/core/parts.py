@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from segkern.core.sigmas import equal_runs, has_head_sigmas
+from segkern.core.sigmas import equal_runs, has_head_sigmas, is_sequence
+from segkern.core.tracing import check_not_jit_traced
 from segkern.grid import Grid
 
 
@@ -21,14 +22,17 @@ def call_by_head(
     """The results of ``call`` for each run of heads with the same sigmas, joined again.
 
     Args:
-        call: takes views of some heads, ``sigma``, a tuple of one per sample, and ``attn_mask`` where there is one.
+        call: takes views of some heads, ``sigma``, a number or a tuple of one per sample, and ``attn_mask`` where there
+            is one.
         tensors: ``[batch, heads, ...]``.
-        sigmas: ``[batch][heads]``.
+        sigmas: ``[1 or batch][heads]``.
         mask: ``[1 or batch, 1 or heads, ...]``.
     """
+    check_not_jit_traced("one sigma per head")
     columns = list(zip(*sigmas, strict=True)) or [(0.0,) * len(sigmas)]  # no heads at all are a run of none
     results = []
-    for heads, sigma in equal_runs(columns):
+    for heads, column in equal_runs(columns):
+        sigma = column[0] if len(column) == 1 else column
         options = {} if mask is None else {"attn_mask": mask if mask.shape[1] == 1 else mask[:, heads]}
         results.append(call(*(x[:, heads] for x in tensors), sigma=sigma, **options))
     if isinstance(results[0], tuple):
@@ -47,11 +51,12 @@ def blur_by_frame(
         grid: of the video.
         sigma: one number, or one per sample, or for a sample one per head.
     """
+    check_not_jit_traced("a grid of frames")
     frames = x[:, :, grid.start : grid.stop].unflatten(2, (grid.frames, grid.height * grid.width))
     samples: Any = sigma
     if has_head_sigmas(samples):
         samples = [
-            [head for head in sample for _ in range(grid.frames)] if hasattr(sample, "__len__") else sample
+            [head for head in sample for _ in range(grid.frames)] if is_sequence(sample) else sample
             for sample in samples
         ]
     blurred = blur(frames.flatten(1, 2), Grid(grid.height, grid.width), samples).view(frames.shape).flatten(2, 3)

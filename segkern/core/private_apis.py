@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
-from torch.utils._python_dispatch import _disable_current_modes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def dispatch_mode_is_active() -> bool:
@@ -29,11 +30,24 @@ def forward_mode_is_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-@contextmanager
-def no_modes_or_transforms() -> Iterator[None]:
-    """Inside, no ``torch.func`` transform wraps new tensors and no dispatch mode sees them; torch 2.11 to 2.13."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
-        yield
+def constant_while_compiling(function: Callable[P, T]) -> Callable[P, T]:
+    """``torch.compiler.assume_constant_result``, which imports the compiler, without that import; torch 2.11 to 2.13.
+
+    What the function returns while a graph is compiled is a constant of the graph.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def specialised_number(number: float) -> float:
+    """A number, or a symbol for one while compiling, as a number that the compiled graph is guarded by.
+
+    ``guard_scalar`` of torch's experimental symbolic shapes; torch 2.11 to 2.13.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_scalar  # imports SymPy, for a third of a second
+
+    specialised: float = guard_scalar(number)
+    return specialised
 
 
 def dynamo_settings(**settings: Any) -> AbstractContextManager[Any]:

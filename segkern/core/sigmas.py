@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
+
+from segkern.core.numbers import check_no_gradient, real_number
 
 T = TypeVar("T")
 
@@ -22,69 +23,119 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
     """One checked float per sample from a number or one number per sample.
 
     Raises:
-        ValueError: for a negative sigma, NaN, or a number of sigmas that is not the batch size.
+        ValueError: for a negative sigma, NaN, what is no number, or a number of sigmas that is not the batch size.
 
     Example:
         >>> check_sigma((0, 0, math.inf), 3)
         (0.0, 0.0, inf)
     """
-    if isinstance(sigma, torch.Tensor):
-        sigma = sigma.tolist()
-    if _is_number(sigma):
-        sigmas = (float(sigma),) * batch
-    elif isinstance(sigma, Iterable) and not isinstance(sigma, (str, bytes)):
-        values = tuple(sigma)
-        if not all(_is_number(value) for value in values):
-            raise ValueError(f"sigma must be one number or one per sample, got {values}")
-        sigmas = tuple(float(value) for value in values)
+    return for_batch(given_sigmas(sigma, batch), batch)
+
+
+def given_sigmas(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]:
+    """The checked floats of ``sigma``: one for all samples of the batch, or one per sample.
+
+    Raises:
+        ValueError: as :func:`check_sigma` does.
+
+    Example:
+        >>> given_sigmas(2, 3), given_sigmas((0, 2, 2), 3)
+        ((2.0,), (0.0, 2.0, 2.0))
+    """
+    check_no_gradient("sigma", sigma, "pass sigma.detach()")
+    number = real_number(sigma) if getattr(sigma, "ndim", 0) == 0 else None
+    if number is not None:
+        sigmas: tuple[float, ...] = (number,)
+    elif isinstance(sigma, (str, bytes)) or not isinstance(sigma, Iterable) or getattr(sigma, "ndim", 1) == 0:
+        raise ValueError(f"sigma must be a number or a sequence of one number per sample, got {sigma!r}")
+    else:
+        entries = _entries(sigma)
+        for entry in entries:
+            check_no_gradient("sigma", entry, "pass sigma.detach()")
+        numbers = [real_number(entry) for entry in entries]
+        sigmas = tuple(value for value in numbers if value is not None)
+        if len(sigmas) != len(entries):
+            raise ValueError(f"sigma must be one number or one per sample, got {entries}")
         if len(sigmas) != batch:
             raise ValueError(
                 f"sigma must be one number or one per sample: got {len(sigmas)} numbers {sigmas} for a batch of {batch}"
             )
-    else:
-        raise ValueError(f"sigma must be a number or a sequence of one number per sample, got {sigma!r}")
     for value in sigmas:
         if not value >= 0.0:  # true for NaN as well
             raise ValueError(f"sigma must be 0 (no blur), positive, or math.inf (mean query); got {value}")
     return sigmas
 
 
+def check_traced_sigma(sigma: torch.Tensor, batch: int) -> torch.Tensor:
+    """A tensor of sigmas that is read when a compiled or traced graph runs, ``[1]`` for all samples or ``[batch]``.
+
+    Raises:
+        ValueError: unless it lies on the CPU, wants no derivative, and has one number or one per sample.
+    """
+    check_no_gradient("sigma", sigma, "pass sigma.detach()")
+    if sigma.device.type != "cpu" or sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] != batch):
+        raise ValueError(
+            f"a tensor of sigmas lies on the CPU and has one number or one per sample while a call is compiled or "
+            f"traced, got shape {tuple(sigma.shape)} on {sigma.device} for a batch of {batch}"
+        )
+    return sigma.reshape(1) if sigma.dim() == 0 else sigma
+
+
+def for_batch(sigmas: Sequence[float], batch: int) -> tuple[float, ...]:
+    """One sigma per sample, from one for all or one each.
+
+    Raises:
+        ValueError: for another number of sigmas than 1 or the batch size.
+    """
+    if len(sigmas) == 1:
+        return tuple(sigmas) * batch
+    if len(sigmas) != batch:
+        raise ValueError(f"sigma must be one number or one per sample: got {len(sigmas)} for a batch of {batch}")
+    return tuple(sigmas)
+
+
+def _entries(sigma: Iterable[Any]) -> tuple[Any, ...]:
+    """The entries of a sequence, numbers of a tensor or array as Python's."""
+    if isinstance(sigma, torch.Tensor) and sigma.dtype != torch.bool and not sigma.is_complex():
+        return tuple(sigma.tolist())
+    return tuple(sigma)
+
+
 def has_head_sigmas(sigma: object) -> bool:
     """True if any sample has a sequence of sigmas, one for each head."""
+    if isinstance(sigma, (int, float)):  # a graph's numbers too, which may be asked nothing else
+        return False
     dimensions = getattr(sigma, "ndim", None)  # of a tensor or a NumPy array
     if dimensions is not None:
         return bool(dimensions > 1)
-    return isinstance(sigma, (list, tuple)) and any(map(_is_sequence, sigma))
+    return isinstance(sigma, (list, tuple)) and any(map(is_sequence, sigma))
 
 
-def _is_sequence(entry: Any) -> bool:
-    if isinstance(entry, (int, float)):  # a graph's numbers too, which may be asked nothing else
+def is_sequence(entry: Any) -> bool:
+    """True if a sample's entry has one sigma for each head."""
+    if isinstance(entry, (int, float)):
         return False
     return isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) > 0
 
 
 def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], ...]:
-    """One checked float per sample and head; see :func:`has_head_sigmas`.
+    """One checked float per head, for all samples (a single entry) or for each; see :func:`has_head_sigmas`.
 
     Raises:
-        ValueError: for another number of samples (a single one serves all) or heads, and as :func:`check_sigma` does.
+        ValueError: for another number of samples or heads, and as :func:`check_sigma` does.
 
     Example:
-        >>> head_sigmas([0, (1, math.inf)], batch=2, heads=2)
-        ((0.0, 0.0), (1.0, inf))
+        >>> head_sigmas([0, (1, math.inf)], batch=2, heads=2), head_sigmas([(1, 2)], batch=2, heads=2)
+        (((0.0, 0.0), (1.0, inf)), ((1.0, 2.0),))
     """
+    check_no_gradient("sigma", sigma, "pass sigma.detach()")
     samples = sigma.tolist() if hasattr(sigma, "tolist") else sigma
-    if len(samples) not in (1, batch):
+    if len(samples) != 1 and len(samples) != batch:
         raise ValueError(f"sigma must have one entry per sample, got {len(samples)} for a batch of {batch}: {sigma}")
-    rows = [tuple(entry) if _is_sequence(entry) else (entry,) * heads for entry in samples]
+    rows = [tuple(entry) if is_sequence(entry) else (entry,) * heads for entry in samples]
     if any(len(row) != heads for row in rows):
         raise ValueError(f"sigma must have one number per sample or one per head, of which there are {heads}: {sigma}")
-    return tuple(check_sigma(row, heads) for row in rows) * (batch if len(rows) == 1 else 1)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    # torch.SymFloat while compiling; Real covers NumPy's numbers as well.
-    return isinstance(value, (int, float, torch.SymFloat, Real)) and not isinstance(value, bool)
+    return tuple([given_sigmas(row, heads) for row in rows])
 
 
 def equal_runs(sigmas: Sequence[T]) -> list[tuple[slice, T]]:

@@ -9,17 +9,64 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from segkern.core.private_apis import dispatch_mode_is_active, forward_mode_is_active, transform_is_active
+from segkern.core.private_apis import (
+    constant_while_compiling,
+    dispatch_mode_is_active,
+    forward_mode_is_active,
+    specialised_number,
+    transform_is_active,
+)
+
+
+def is_traced() -> bool:
+    """True while ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records a call, to run it later."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    """True if these are real tensors in an eager run, none that a tracer follows.
+    """True if these are real, dense tensors in an eager run, none that a tracer follows.
 
     Only then may tables be made here, and a backend be chosen; operators do both when they run.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return all(type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    return not is_traced() and all(
+        type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided and not x.is_nested for x in tensors
+    )
+
+
+def fixed_numbers(value: Any) -> Any:
+    """The value with its numbers as constants of the graph that is compiled, which other numbers compile anew.
+
+    A number that stays a symbol of the graph cannot be asked what it is, and Inductor of torch 2.13 takes an old value
+    of it where it also multiplies a tensor (pytorch/pytorch#197889).
+    """
+    if not torch.compiler.is_compiling():
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple([fixed_numbers(entry) for entry in value])
+    return specialised_number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def check_not_jit_traced(call: str) -> None:
+    """Raise a ValueError for a call that ``torch.jit.trace`` would record for the present sizes alone."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            f"torch.jit.trace cannot record {call}: it would keep the present sizes, and be wrong for others; take "
+            f"torch.export or torch.compile"
+        )
+
+
+def check_transforms() -> None:
+    """Raise a ValueError under a transform that is compiled, in which operators have no rules."""
+    if torch.compiler.is_compiling() and _is_transformed_while_compiling():
+        raise ValueError(
+            "segkern's functions take no part in torch.func's transforms and forward-mode derivatives inside "
+            "torch.compile; take the transform of the function that is not compiled"
+        )
+
+
+@constant_while_compiling
+def _is_transformed_while_compiling() -> bool:
+    return transform_is_active() or forward_mode_is_active()
 
 
 def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
@@ -34,11 +81,11 @@ def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
     return not dispatch_mode_is_active() and not transform_is_active()
 
 
-def is_transformed(*tensors: torch.Tensor) -> bool:
-    """True if only PyTorch's own operations will do: under ``torch.func`` or with forward-mode derivatives."""
+def is_transformed() -> bool:
+    """True if only PyTorch's own operations will do: under ``torch.func`` or a level of forward-mode derivatives."""
     if torch.compiler.is_compiling():
         return False
-    return transform_is_active() or _has_tangent(*tensors)
+    return transform_is_active() or forward_mode_is_active()
 
 
 def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
@@ -47,13 +94,25 @@ def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
     Raises:
         ValueError: for ``"triton"`` there.
     """
-    if not is_transformed(*tensors):
+    check_transforms()
+    if not is_transformed():
         return backend
     if backend == "triton":
         if _has_tangent(*tensors):
             raise ValueError("backend='triton' has no forward-mode derivatives; take backend='torch'")
-        raise ValueError("backend='triton' takes no part in torch.func's transforms; take backend='torch'")
+        if transform_is_active():
+            raise ValueError("backend='triton' takes no part in torch.func's transforms; take backend='torch'")
+        return backend
     return "torch"
+
+
+def check_operator() -> None:
+    """Raise a RuntimeError where an operator would drop forward-mode derivatives, as in a graph compiled before."""
+    if forward_mode_is_active():
+        raise RuntimeError(
+            "segkern's operators have no forward-mode derivatives, and a torch.autograd.forward_ad.dual_level is open; "
+            "call segkern's functions outside of torch.compile there, with backend='auto' or 'torch'"
+        )
 
 
 def _has_tangent(*tensors: torch.Tensor) -> bool:

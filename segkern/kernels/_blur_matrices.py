@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import torch
 
-from segkern.core.bounded_cache import bounded_cache, capturing
+from segkern.core.bounded_cache import bounded_cache
 from segkern.core.gaussian import blur_matrix, blur_reach
 
 
@@ -61,7 +61,6 @@ def blur_matrices(
         adjoint: use transposed matrices.
         outside: samples of infinite sigma are marked OUTSIDE instead of getting the matrix of the mean.
     """
-    _refuse_while_capturing(f"the blur matrices of sigma {sigmas} on a {height} x {width} grid", device)
     distinct = sorted({sigma for sigma in sigmas if sigma > 0.0 and not (outside and math.isinf(sigma))})
     index = {math.inf: Unblurred.OUTSIDE.value} | {sigma: number for number, sigma in enumerate(distinct)}
     matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
@@ -81,12 +80,7 @@ def blur_matrices(
 
 @bounded_cache(most=4096)
 def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Integers as an int32 tensor on a device, made once.
-
-    Raises:
-        RuntimeError: when it would be made while a CUDA graph is captured.
-    """
-    _refuse_while_capturing(f"the indices {values}", device)
+    """Integers as an int32 tensor on a device, made once."""
     return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
@@ -108,11 +102,3 @@ def _stack(matrices: list[torch.Tensor], length: int) -> torch.Tensor:
     if matrices:
         return torch.stack(matrices).contiguous()
     return torch.zeros(0, length, length, dtype=torch.float32, device="cpu")
-
-
-def _refuse_while_capturing(what: str, device: torch.device) -> None:
-    if device.type == "cuda" and capturing():
-        raise RuntimeError(
-            f"{what} are not on {device} yet, and a CUDA graph is being captured; run the same call once before "
-            f"capturing"
-        )

@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from segkern.core.arguments import is_wide, scale_of
 from segkern.core.dispatch import choose_attention_backend, choose_backend
 from segkern.core.fallback import run_with_fallback
 from segkern.grid import Grid
 from segkern.ops import torch_attention, torch_blur
-from segkern.ops.operators import check_call, empty_output, operator, save_linear, tokens_first
+from segkern.ops.operators import (
+    check_call,
+    empty_output,
+    host_reading_operator,
+    in_memory,
+    operator,
+    owned,
+    save_linear,
+    tokens_first,
+)
 
 if TYPE_CHECKING:
     from segkern.kernels._routes import BlurPlace
@@ -25,9 +35,27 @@ def fused_blur(
     """The blur by Triton kernels; arguments are checked already."""
     from segkern.kernels.gaussian_blur import launch_gaussian_blur
 
+    x = in_memory(x)
     out = empty_output(x, x.shape[3])
     launch_gaussian_blur(x, out, grid, sigmas, boundary, adjoint)
     return out
+
+
+def _blur(
+    x: torch.Tensor,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    boundary: str,
+    backend: str,
+    adjoint: bool,
+) -> torch.Tensor:
+    grid, sigmas = check_call(x, height, width, start, sigma, boundary)
+    if choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "torch":
+        return tokens_first(torch_blur.gaussian_blur(x, grid, sigmas, boundary, adjoint))
+    blurs = fused_blur, torch_blur.gaussian_blur
+    return tokens_first(run_with_fallback("gaussian_blur", backend, *blurs, x, grid, sigmas, boundary, adjoint))
 
 
 @operator("segkern::gaussian_blur")
@@ -41,15 +69,27 @@ def gaussian_blur(
     backend: str,
     adjoint: bool = False,
 ) -> torch.Tensor:
-    """See :func:`segkern.gaussian_blur`; ``adjoint`` applies the transposed blur, which gradients need."""
-    grid, sigmas = check_call(x, height, width, start, sigma, boundary)
-    if choose_backend(x.device, x.dtype, x.shape[3], backend, operation="gaussian_blur")[0] == "torch":
-        return tokens_first(torch_blur.gaussian_blur(x, grid, sigmas, boundary, adjoint))
-    blurs = fused_blur, torch_blur.gaussian_blur
-    return tokens_first(run_with_fallback("gaussian_blur", backend, *blurs, x, grid, sigmas, boundary, adjoint))
+    """See :func:`segkern.gaussian_blur`; one sigma for all samples or one each. ``adjoint`` is the transposed blur."""
+    return _blur(x, height, width, start, sigma, boundary, backend, adjoint)
+
+
+@host_reading_operator("segkern::gaussian_blur_at")
+def gaussian_blur_at(
+    x: torch.Tensor,
+    height: int,
+    width: int,
+    start: int,
+    sigma: torch.Tensor,
+    boundary: str,
+    backend: str,
+    adjoint: bool = False,
+) -> torch.Tensor:
+    """The same with sigmas that are read when it runs, from a CPU tensor ``[1]`` or ``[batch]``."""
+    return _blur(x, height, width, start, sigma.tolist(), boundary, backend, adjoint)
 
 
 @gaussian_blur.register_fake
+@gaussian_blur_at.register_fake
 def _(x: torch.Tensor, *arguments: object, adjoint: bool = False) -> torch.Tensor:
     return empty_output(x, x.shape[3])
 
@@ -58,7 +98,20 @@ def _blur_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, .
     return gaussian_blur(grad, *ctx.arguments, not ctx.adjoint), *(None,) * 7
 
 
+def _blur_at_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    (sigma,) = ctx.saved_tensors
+    height, width, start, boundary, backend = ctx.arguments
+    return gaussian_blur_at(grad, height, width, start, sigma, boundary, backend, not ctx.adjoint), *(None,) * 7
+
+
+def _save_sigma(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, height, width, start, sigma, boundary, backend, ctx.adjoint = inputs
+    ctx.save_for_backward(sigma)
+    ctx.arguments = height, width, start, boundary, backend
+
+
 gaussian_blur.register_autograd(_blur_gradient, setup_context=save_linear)
+gaussian_blur_at.register_autograd(_blur_at_gradient, setup_context=_save_sigma)
 
 
 def fused_attention(
@@ -80,6 +133,8 @@ def fused_attention(
     from segkern.kernels._routes import sdpa_is_faster
     from segkern.kernels.seg_attention import launch_seg_attention
 
+    query, key, value = in_memory(query), in_memory(key), in_memory(value)
+    attn_mask = None if attn_mask is None else in_memory(attn_mask)
     simple = place is None and attn_mask is None and not return_lse and math.inf not in sigmas and any(sigmas)
     if simple and sdpa_is_faster(query.device, query.shape[3], query.dtype):
         blurred = fused_blur(query, grid, sigmas, boundary)
@@ -108,17 +163,35 @@ def seg_attention(
     width: int,
     start: int,
     sigma: Sequence[float],
-    scale: float,
+    scale: float | None,
     boundary: str,
     backend: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
+    out, lse = _attend(query, key, value, attn_mask, height, width, start, sigma, scale, boundary, backend, return_lse)
+    return out, query.new_empty(0, dtype=torch.float32) if lse is None else owned(lse.contiguous())
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float | None,
+    boundary: str,
+    backend: str,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
-    chosen = choose_attention_backend(query, key, value, sigmas, backend)
-    arguments = (query, key, value, attn_mask, grid, sigmas, scale, boundary, return_lse)
+    chosen = choose_attention_backend(query, key, value, sigmas, backend, is_wide(attn_mask, query))
+    arguments = (query, key, value, attn_mask, grid, sigmas, scale_of(scale, query), boundary, return_lse)
     out, lse = run_attention(chosen, backend, *arguments)
-    return tokens_first(out), query.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
+    return tokens_first(out), lse
 
 
 @seg_attention.register_fake
@@ -127,7 +200,7 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: A
     return empty_output(query, value.shape[3]), query.new_empty(lse_shape, dtype=torch.float32)
 
 
-@operator("segkern::seg_attention_at")
+@host_reading_operator("segkern::seg_attention_at")
 def seg_attention_at(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -137,16 +210,13 @@ def seg_attention_at(
     width: int,
     start: int,
     sigma: torch.Tensor,
-    scale: float,
+    scale: float | None,
     boundary: str,
     backend: str,
 ) -> torch.Tensor:
-    """The same with sigmas that are read when it runs, from a CPU tensor ``[batch]``; it has no gradient."""
-    grid, sigmas = check_call(query, height, width, start, sigma.tolist(), boundary)
-    chosen = choose_attention_backend(query, key, value, sigmas, backend)
-    return tokens_first(
-        run_attention(chosen, backend, query, key, value, attn_mask, grid, sigmas, scale, boundary, False)[0]
-    )
+    """The same with sigmas that are read when it runs, from a CPU tensor ``[1]`` or ``[batch]``; it has no gradient."""
+    where = height, width, start, sigma.tolist()
+    return _attend(query, key, value, attn_mask, *where, scale, boundary, backend, False)[0]
 
 
 @seg_attention_at.register_fake
@@ -166,14 +236,32 @@ def seg_attention_backward(
     width: int,
     start: int,
     sigma: Sequence[float],
-    scale: float,
+    scale: float | None,
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and an additive mask (empty without one)."""
-    grid, sigmas = check_call(query, height, width, start, sigma, boundary)
-    return torch_attention.seg_attention_backward(
-        grad_out, grad_lse, query, key, value, attn_mask, grid, sigmas, scale, boundary
+    return _attend_backward(
+        grad_out, grad_lse, query, key, value, attn_mask, height, width, start, sigma, scale, boundary
     )
+
+
+def _attend_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    height: int,
+    width: int,
+    start: int,
+    sigma: Sequence[float],
+    scale: float | None,
+    boundary: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grid, sigmas = check_call(query, height, width, start, sigma, boundary)
+    arguments = query, key, value, attn_mask, grid, sigmas, scale_of(scale, query), boundary
+    return torch_attention.seg_attention_backward(grad_out, grad_lse, *arguments)
 
 
 @seg_attention_backward.register_fake
@@ -186,8 +274,9 @@ def _(
     attn_mask: torch.Tensor | None,
     *arguments: object,
 ) -> tuple[torch.Tensor, ...]:
-    mask_shape = (0,) if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.shape
-    return (*(x.new_empty(x.shape) for x in (query, key, value)), query.new_empty(mask_shape))
+    additive = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask
+    grad_mask = query.new_empty(0) if additive is None else additive.new_empty(additive.shape)
+    return (*(x.new_empty(x.shape) for x in (query, key, value)), grad_mask)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -203,9 +292,9 @@ def _attention_gradient(
     query, key, value, mask = ctx.saved_tensors
     if grad_out is None:
         grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
-    grads = seg_attention_backward(
-        grad_out, grad_lse if ctx.with_lse else None, query, key, value, mask, *ctx.arguments
-    )
+    # Compositions can be differentiated again, which operators cannot.
+    backward = _attend_backward if torch.is_grad_enabled() else seg_attention_backward
+    grads = backward(grad_out, grad_lse if ctx.with_lse else None, query, key, value, mask, *ctx.arguments)
     grad_mask = grads[3] if ctx.needs_input_grad[3] else None
     return *grads[:3], grad_mask, *(None,) * 8
 

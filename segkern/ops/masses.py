@@ -8,18 +8,21 @@ from typing import Any
 
 import torch
 
+from segkern.core.arguments import scale_of
 from segkern.core.dispatch import choose_backend
 from segkern.core.fallback import run_with_fallback
+from segkern.core.precision import compute_dtype
+from segkern.core.tracing import check_operator
 from segkern.grid import Grid
 from segkern.ops import torch_masses
-from segkern.ops.operators import check_call, operator
-from segkern.ops.torch_blur import compute_dtype
+from segkern.ops.operators import check_call, gradients_of, in_memory, operator
 
 
 def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """Masses by Triton kernels, without gradient or tracer; arguments are checked already."""
     from segkern.kernels.attention_mass import launch_attention_mass
 
+    query, key = in_memory(query), in_memory(key)
     out = query.new_empty(key.shape[:3], dtype=torch.float32)
     launch_attention_mass(query, key, out, scale)
     return out
@@ -31,6 +34,7 @@ def fused_energy(
     """The same for energies."""
     from segkern.kernels.attention_energy import launch_attention_energy
 
+    query, key = in_memory(query), in_memory(key)
     out = query.new_empty(query.shape[:3], dtype=torch.float32)
     launch_attention_energy(query, key, out, grid, sigmas, scale, boundary)
     return out
@@ -51,14 +55,15 @@ def run_energy(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
 
 
 @operator("segkern::attention_mass")
-def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float | None, backend: str) -> torch.Tensor:
     """See :func:`segkern.attention_mass`."""
+    check_operator()
     chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_mass")
-    return run_mass(chosen, backend, query, key, scale)
+    return run_mass(chosen, backend, query, key, scale_of(scale, query))
 
 
 @attention_mass.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, scale: float, backend: str) -> torch.Tensor:
+def _(query: torch.Tensor, key: torch.Tensor, scale: float | None, backend: str) -> torch.Tensor:
     return query.new_empty(key.shape[:3], dtype=compute_dtype(query.dtype))
 
 
@@ -70,14 +75,14 @@ def attention_energy(
     width: int,
     start: int,
     sigma: Sequence[float],
-    scale: float,
+    scale: float | None,
     boundary: str,
     backend: str,
 ) -> torch.Tensor:
     """See :func:`segkern.attention_energy`."""
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
     chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_energy")
-    return run_energy(chosen, backend, query, key, grid, sigmas, scale, boundary)
+    return run_energy(chosen, backend, query, key, grid, sigmas, scale_of(scale, query), boundary)
 
 
 @attention_energy.register_fake
@@ -87,10 +92,11 @@ def _(query: torch.Tensor, *arguments: object) -> torch.Tensor:
 
 @operator("segkern::attention_mass_backward")
 def attention_mass_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of query and key."""
-    return torch_masses.attention_mass_backward(grad, query, key, scale)
+    check_operator()
+    return torch_masses.attention_mass_backward(grad, query, key, scale_of(scale, query))
 
 
 @operator("segkern::attention_energy_backward")
@@ -102,11 +108,12 @@ def attention_energy_backward(
     width: int,
     start: int,
     sigma: Sequence[float],
-    scale: float,
+    scale: float | None,
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of query and key."""
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
+    scale = scale_of(scale, query)
     return torch_masses.attention_energy_backward(grad, query, key, grid, sigmas, scale, boundary)
 
 
@@ -124,11 +131,22 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 
 def _mass_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *attention_mass_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None
+    query, key = ctx.saved_tensors
+    (scale,) = ctx.arguments
+    if torch.is_grad_enabled():  # gradients of these gradients are wanted
+        mass = torch_masses.composed_mass(query, key, scale_of(scale, query))
+        return *gradients_of(mass, (query, key), grad), None, None
+    return *attention_mass_backward(grad, query, key, scale), None, None
 
 
 def _energy_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *attention_energy_backward(grad, *ctx.saved_tensors, *ctx.arguments), *(None,) * 7
+    query, key = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        height, width, start, sigma, scale, boundary = ctx.arguments
+        grid, sigmas = check_call(query, height, width, start, sigma, boundary)
+        energy = torch_masses.composed_energy(query, key, grid, sigmas, scale_of(scale, query), boundary)
+        return *gradients_of(energy, (query, key), grad), *(None,) * 7
+    return *attention_energy_backward(grad, query, key, *ctx.arguments), *(None,) * 7
 
 
 attention_mass.register_autograd(_mass_gradient, setup_context=_save_inputs)

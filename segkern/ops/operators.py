@@ -15,32 +15,58 @@ from typing import Any
 import torch
 
 from segkern.core.gaussian import check_boundary
-from segkern.core.sigmas import check_sigma
+from segkern.core.sigmas import check_sigma, for_batch
+from segkern.core.tracing import check_operator
 from segkern.grid import Grid
 
-# Tables made inside an operator outlive it, which memory of a compiler's CUDA graph must not.
-operator = partial(torch.library.custom_op, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+operator = partial(torch.library.custom_op, mutates_args=())
+
+# For those whose sigmas are a tensor on the CPU: a CUDA graph would replay with the sigmas it was captured with.
+host_reading_operator = partial(operator, tags=(torch.Tag.cudagraph_unsafe,))
+
+
+def in_memory(x: torch.Tensor) -> torch.Tensor:
+    """The same values where kernels read them, by address, not a view that is negated when PyTorch reads it."""
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def gradients_of(
+    output: torch.Tensor, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients that can be differentiated again, None for inputs without one."""
+    wanted = [x for x in inputs if x.requires_grad]
+    grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return tuple([next(grads) if x.requires_grad else None for x in inputs])
+
+
+def owned(x: torch.Tensor) -> torch.Tensor:
+    """The same values and memory in a tensor that is no view, which autograd would not let be changed in place."""
+    return x.new_empty(0).set_(x)  # type: ignore[call-overload]
 
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:
-    """The same values laid out ``[batch, tokens, heads, dim]``, seen as ``[batch, heads, tokens, dim]``."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    """The same values laid out ``[batch, tokens, heads, dim]``, seen as ``[batch, heads, tokens, dim]``; no view."""
+    return owned(x.transpose(1, 2).contiguous().transpose(1, 2))
 
 
-def empty_output(query: torch.Tensor, value_dim: int, more_tokens: int = 0) -> torch.Tensor:
-    """``[batch, heads, tokens + more_tokens, value_dim]`` in that layout."""
-    batch, heads, tokens, _ = query.shape
-    return query.new_empty(batch, tokens + more_tokens, heads, value_dim).transpose(1, 2)
+def empty_output(query: torch.Tensor, value_dim: int) -> torch.Tensor:
+    """``[batch, heads, tokens, value_dim]`` in that layout."""
+    shape = *query.shape[:3], value_dim
+    return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=query.dtype, device=query.device)
 
 
 def check_call(
     x: torch.Tensor, height: int, width: int, start: int, sigma: Sequence[float], boundary: str
 ) -> tuple[Grid, tuple[float, ...]]:
-    """Grid and sigmas that fit ``x``; operators can be called, and graphs replayed, around the public functions."""
+    """Grid and one sigma per sample that fit ``x``, from one sigma for all or one each.
+
+    Operators can be called, and graphs replayed, around the public functions, so they check again.
+    """
+    check_operator()
     grid = Grid(height, width, start)
     grid.check(x.shape[2])
     check_boundary(boundary)
-    return grid, check_sigma(sigma, x.shape[0])
+    return grid, check_sigma(for_batch(sigma, x.shape[0]), x.shape[0])
 
 
 def save_linear(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -14,11 +14,14 @@ from enum import Enum, auto
 import torch
 import torch.nn.functional as F
 
+from segkern.core.arguments import is_wide
+from segkern.core.precision import exact_dtype, full_precision
+from segkern.core.private_apis import forward_mode_is_active
 from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
-from segkern.ops.torch_blur import compute_dtype, full_precision, gaussian_blur, grid_mean, join
+from segkern.ops.torch_blur import gaussian_blur, grid_mean, join
 
-_ROWS_AT_ONCE = 1024  # logits of so many query rows are formed at a time when only their log-sum-exp is wanted
+_ROWS_AT_ONCE = 1024  # logits of so many query rows are formed at a time where PyTorch's attention does not serve
 
 
 class _Queries(Enum):
@@ -44,29 +47,66 @@ def attend(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """PyTorch's attention and, if asked for, the rows' log-sum-exp."""
+    # PyTorch's attention has no forward-mode derivatives, and on a GPU takes no mask of another dtype.
+    if forward_mode_is_active() or (query.device.type != "cpu" and is_wide(attn_mask, query)):
+        return _composed_attention(query, key, value, scale, attn_mask, return_lse)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
-    return output, _row_lse(query, key, scale, attn_mask) if return_lse else None
+    return output, _composed_attention(query, key, None, scale, attn_mask, True)[1] if return_lse else None
 
 
-def _row_lse(query: torch.Tensor, key: torch.Tensor, scale: float, attn_mask: torch.Tensor | None) -> torch.Tensor:
-    """Log-sum-exp of the rows' logits in float32, ``[batch, heads, tokens]``, a block of rows at a time."""
-    compute = compute_dtype(query.dtype)
-    blocks = []
+def _composed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    scale: float,
+    attn_mask: torch.Tensor | None,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention, a block of rows at a time, of operations that have derivatives of every kind; no output without value.
+
+    The log-sum-exp is float32 ``[batch, heads, tokens]``. A row without any key gives 0, minus infinity, and gradients
+    of 0.
+    """
+    exact = exact_dtype(query)
+    key, value = key.to(exact), None if value is None else value.to(exact)
+    outputs, lses = [], []
     for first in range(0, query.shape[2], _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
         mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]
-        logits = _logits(query[:, :, rows].to(compute), key.to(compute), scale, mask)
-        blocks.append(torch.logsumexp(logits, dim=-1))
-    return torch.cat(blocks, dim=-1).float() if blocks else query.new_empty(query.shape[:3], dtype=torch.float32)
+        logits, empty = _logits(query[:, :, rows].to(exact), key, scale, mask)
+        if value is not None:
+            with full_precision(query.device):
+                outputs.append(torch.matmul(_probabilities(logits, empty), value))
+        if return_lse:
+            lse = torch.logsumexp(logits, dim=-1)
+            lses.append(lse if empty is None else lse.masked_fill(empty[..., 0], -math.inf))
+    if not query.shape[2]:
+        nothing = query.new_empty(*query.shape[:3], query.shape[3] if value is None else value.shape[3])
+        return nothing, nothing[..., 0].float() if return_lse else None
+    output = query if value is None else torch.cat(outputs, dim=2).to(query.dtype)
+    return output, torch.cat(lses, dim=-1).float() if return_lse else None
 
 
-def _logits(query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None) -> torch.Tensor:
-    """Masked logits ``[batch, heads, rows, keys]`` in the dtype of query and key, autocast or not."""
+def _logits(
+    query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Masked logits ``[batch, heads, rows, keys]`` in the dtype of query and key, autocast or not.
+
+    Where a mask takes every key from a row, as the second result ``[batch, heads, rows, 1]`` says, its logits are 0, of
+    which softmax and log-sum-exp have finite derivatives.
+    """
     with full_precision(query.device):
         logits = torch.matmul(query, key.transpose(-2, -1)) * scale
     if mask is None:
-        return logits
-    return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
+        return logits, None
+    masked = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
+    empty = (masked == -math.inf).all(dim=-1, keepdim=True)
+    return masked.masked_fill(empty, 0.0), empty
+
+
+def _probabilities(logits: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
+    weights = torch.softmax(logits, dim=-1)
+    return weights if empty is None else weights.masked_fill(empty, 0.0)
 
 
 def _attend_mean(
@@ -129,10 +169,13 @@ def seg_attention(
         outputs.append(output)
         lses.append(lse)
     if len(outputs) == 1:
-        # An expanded row looks like a tensor of its own to the caller, so it must be one.
-        return outputs[0].contiguous() if kind == _Queries.MEAN else outputs[0], lses[0]
+        output, lse = outputs[0], lses[0]
+        if kind == _Queries.MEAN:  # expanded rows, which look like tensors of their own to the caller
+            return output.contiguous(), None if lse is None else lse.contiguous()
+        return output, lse
     if not outputs:  # an empty batch
-        return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
+        return query.new_empty(*query.shape[:3], value.shape[3]), lse
     return join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None
 
 
@@ -148,37 +191,40 @@ def seg_attention_backward(
     scale: float,
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value and an additive mask, probabilities recomputed a block of rows at a time."""
-    compute = compute_dtype(query.dtype)
+    """Gradients of query, key, value and an additive mask, probabilities recomputed a block of rows at a time.
+
+    They are differentiable themselves.
+    """
+    exact = exact_dtype(query)
     additive = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None
-    blurred = gaussian_blur(query, grid, sigmas, boundary).to(compute)
-    k, v, grad = key.to(compute), value.to(compute), grad_out.to(compute)
-    grad_blurred, grad_key, grad_value = torch.empty_like(blurred), torch.zeros_like(k), torch.zeros_like(v)
-    grad_mask = torch.zeros(0 if additive is None else additive.shape, dtype=compute, device=query.device)
+    blurred = gaussian_blur(query, grid, sigmas, boundary).to(exact)
+    k, v, grad = key.to(exact), value.to(exact), grad_out.to(exact)
+    grad_blurred, grad_key, grad_value = [], torch.zeros_like(k), torch.zeros_like(v)
+    grad_mask = torch.zeros(0 if additive is None else additive.shape, dtype=exact, device=query.device)
     with full_precision(query.device):
         for first in range(0, query.shape[2], _ROWS_AT_ONCE):
             rows = slice(first, first + _ROWS_AT_ONCE)
             mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., rows, :]
-            logits = _logits(blurred[:, :, rows], k, scale, mask)
-            weights = torch.softmax(logits, dim=-1)
-            if mask is not None:  # a row whose keys are all masked attends to nothing
-                weights = weights.masked_fill((logits == float("-inf")).all(dim=-1, keepdim=True), 0.0)
+            logits, empty = _logits(blurred[:, :, rows], k, scale, mask)
+            weights = _probabilities(logits, empty)
             grad_weights = torch.matmul(grad[:, :, rows], v.transpose(-2, -1))
             centre = (grad_weights * weights).sum(dim=-1, keepdim=True)
             if grad_lse is not None:
-                centre = centre - grad_lse[:, :, rows, None].to(compute)
+                of_rows = grad_lse[:, :, rows, None].to(exact)
+                centre = centre - (of_rows if empty is None else of_rows.masked_fill(empty, 0.0))
             grad_logits = weights * (grad_weights - centre)
-            grad_value += torch.matmul(weights.transpose(-2, -1), grad[:, :, rows])
-            grad_key += torch.matmul(grad_logits.transpose(-2, -1), blurred[:, :, rows]) * scale
-            grad_blurred[:, :, rows] = torch.matmul(grad_logits, k) * scale
+            grad_value = grad_value + torch.matmul(weights.transpose(-2, -1), grad[:, :, rows])
+            grad_key = grad_key + torch.matmul(grad_logits.transpose(-2, -1), blurred[:, :, rows]) * scale
+            grad_blurred.append(torch.matmul(grad_logits, k) * scale)
             if additive is not None:
                 target = grad_mask if grad_mask.shape[-2] == 1 else grad_mask[..., rows, :]
                 target += grad_logits.sum_to_size(target.shape)
-    grad_query = gaussian_blur(grad_blurred, grid, sigmas, boundary, adjoint=True)
+    grad_query = torch.cat(grad_blurred, dim=2) if grad_blurred else torch.zeros_like(blurred)
+    grad_query = gaussian_blur(grad_query, grid, sigmas, boundary, adjoint=True)
     dtype = query.dtype
     return (
         grad_query.to(dtype).contiguous(),
         grad_key.to(dtype).contiguous(),
         grad_value.to(dtype).contiguous(),
-        grad_mask.to(dtype),
+        grad_mask.to(dtype if additive is None else additive.dtype),
     )

@@ -4,25 +4,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from segkern.core.gaussian import cached_blur_matrix
+from segkern.core.precision import compute_dtype, exact_dtype, full_precision
 from segkern.core.sigmas import equal_runs, is_finite_blur
-from segkern.core.tracing import has_autocast
 from segkern.grid import Grid
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: blur weights and logits keep their dtype."""
-    if not has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device_type=device.type, enabled=False)
 
 
 def grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -60,7 +48,7 @@ def _blur_run(x: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint:
     """Blur a run of samples of one positive sigma; tokens outside the grid pass through."""
     if not math.isinf(sigma):
         rows, columns = (
-            cached_blur_matrix(length, sigma, boundary, dtype=compute_dtype(x.dtype), device=x.device)
+            cached_blur_matrix(length, sigma, boundary, dtype=exact_dtype(x), device=x.device)
             for length in (grid.height, grid.width)
         )
         if adjoint:

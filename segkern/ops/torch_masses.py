@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import torch
 
+from segkern.core.precision import compute_dtype, exact_dtype, full_precision
 from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
-from segkern.ops.torch_blur import compute_dtype, full_precision, gaussian_blur, grid_mean
+from segkern.ops.torch_blur import gaussian_blur, grid_mean
 
 # Rows of a block, and its logits of all heads, at most. A CPU is fastest where they fit its cache, but its threads wait
 # for each other after every operation on a block, which smaller ones would have more of; others fill a GPU.
@@ -26,12 +27,11 @@ Heads = tuple[int, slice]  # a sample and some of its heads
 
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """For each key the sum of its probabilities over the queries, ``[batch, heads, keys]``; it has no gradient."""
-    dtype = compute_dtype(query.dtype)
-    mass = torch.zeros(*key.shape[:3], dtype=dtype, device=query.device)
+    mass = torch.zeros(*key.shape[:3], dtype=exact_dtype(query), device=query.device)
     for heads, _, logits in _blocks(query, key, scale):
         torch.softmax(logits, dim=-1, out=logits)
         mass[heads] += logits.sum(dim=1)
-    return mass
+    return mass.to(compute_dtype(query.dtype))
 
 
 def attention_energy(
@@ -66,7 +66,7 @@ def _write_energy(query: torch.Tensor, key: torch.Tensor, scale: float, energy: 
 
 def composed_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """:func:`attention_mass` of operations that can be transformed and differentiated any number of times."""
-    return torch.softmax(_all_logits(query, key, scale), dim=-1).sum(dim=-2)
+    return torch.softmax(_all_logits(query, key, scale), dim=-1).sum(dim=-2).to(compute_dtype(query.dtype))
 
 
 def composed_energy(
@@ -75,11 +75,11 @@ def composed_energy(
     """:func:`attention_energy` of operations that can be transformed and differentiated any number of times."""
     if any(sigmas):
         query = gaussian_blur(query, grid, sigmas, boundary)
-    return -torch.logsumexp(_all_logits(query, key, scale), dim=-1)
+    return -torch.logsumexp(_all_logits(query, key, scale), dim=-1).to(compute_dtype(query.dtype))
 
 
 def _all_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    dtype = compute_dtype(query.dtype)
+    dtype = exact_dtype(query)
     with full_precision(query.device):
         return torch.matmul(query.to(dtype), key.to(dtype).transpose(-2, -1)) * scale
 
@@ -123,7 +123,7 @@ class _Gradients:
     """Sums gradients of logits up to those of queries and keys."""
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        dtype = compute_dtype(query.dtype)
+        dtype = exact_dtype(query)
         self.query, self.key, self.scale = query, key, scale
         self.of_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
         self.of_key = torch.zeros(key.shape, dtype=dtype, device=key.device)
@@ -141,7 +141,7 @@ class _Gradients:
 def _blocks(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[tuple[Heads, slice, torch.Tensor]]:
     """Heads, rows and their logits ``[heads, rows, keys]``, which the next block overwrites."""
     batch, heads, tokens, _ = query.shape
-    keys, dtype = key.shape[2], compute_dtype(query.dtype)
+    keys, dtype = key.shape[2], exact_dtype(query)
     most_rows, most = _CPU_BLOCK if query.device.type == "cpu" else _OTHER_BLOCK
     row_count = max(1, min(tokens, most_rows, most // keys))
     head_count = max(1, min(heads, most // (row_count * keys)))

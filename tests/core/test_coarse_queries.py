@@ -201,9 +201,16 @@ def test_gradients_are_those_of_the_reference(through_operators: bool, monkeypat
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sigma", [None, 1.5], ids=["interpolation", "sampling"])
-def test_operator(sigma: float | None) -> None:
-    torch.library.opcheck(coarse.coarse_matrix, (randn(2, 3, 20, 4), 5, 3, sigma, "reflect"))
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_operators(adjoint: bool) -> None:
+    tokens, points = randn(2, 3, 22, 4), randn(2, 3, 11, 4)
+    grid, stride = (4, 5, 1), [2, 3]
+    sampled, interpolated = (points, tokens) if adjoint else (tokens, points)
+    for sigma in ([1.5], [1.5, 0.7]):
+        of_queries = (sampled.requires_grad_(), *grid, sigma, stride, "reflect", adjoint)
+        torch.library.opcheck(coarse.coarse_queries_operator, of_queries)
+    of_outputs = (interpolated.requires_grad_(), *grid, stride, "reflect", adjoint)
+    torch.library.opcheck(coarse.coarse_outputs_operator, of_outputs)
 
 
 @pytest.mark.slow

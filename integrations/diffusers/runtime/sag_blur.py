@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkern.core.bounded_cache import ordinary_tensors
+from segkern.core.bounded_cache import make_apart
 from segkern.core.gaussian import blur_matrix
 from segkern.integrations.diffusers.runtime.steps import timestep_value
 
@@ -109,8 +109,7 @@ def blurred(x: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _matrix(length: int, sigma: float, taps: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with ordinary_tensors():
-        return blur_matrix(length, sigma, "reflect", taps=taps, dtype=dtype, device=device)
+    return make_apart(lambda: blur_matrix(length, sigma, "reflect", taps=taps, dtype=dtype, device=device), device)
 
 
 def blurred_input(

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers that arguments may hold: Python's, NumPy's, and tensors or arrays of one element."""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+
+def real_number(value: Any) -> float | None:
+    """The value as a float, or None unless it is one real number.
+
+    Example:
+        >>> real_number(2), real_number(torch.tensor([0.5])), real_number([0.5]), real_number(True)
+        (2.0, 0.5, None, None)
+    """
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):  # Real covers NumPy's numbers
+        return None if isinstance(value, bool) else float(value)
+    if isinstance(value, torch.Tensor):
+        is_number = value.numel() == 1 and (value.is_floating_point() or _is_integral(value))
+        return float(value.detach()) if is_number else None
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # an array
+        return real_number(value.item())
+    return None
+
+
+def whole_number(value: Any) -> int | None:
+    """The value as an integer, or None unless it is one.
+
+    While ``torch.jit.trace`` follows a call, sizes are tensors that it cannot follow through an integer; they are None.
+
+    Example:
+        >>> whole_number(3), whole_number(torch.tensor(3)), whole_number(3.0), whole_number(torch.tensor(True))
+        (3, 3, None, None)
+    """
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, torch.SymInt)):  # a symbol while compiling stays one
+        return value  # type: ignore[return-value]
+    if isinstance(value, torch.Tensor) and (torch.jit.is_tracing() or not _is_integral(value)):
+        return None
+    if "bool" in type(value).__name__:  # NumPy's truth value, which has an index in some versions
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def is_finite(number: float) -> bool:
+    """``math.isfinite``, which cannot be asked about a number of a compiled graph."""
+    return -math.inf < number < math.inf
+
+
+def check_no_gradient(name: str, value: object, instead: str) -> None:
+    """Raise a ValueError if the value is a tensor whose derivative is wanted, for none is computed.
+
+    Args:
+        name: of the argument.
+        value: any value; only tensors can want a derivative.
+        instead: what to do, for the message.
+    """
+    if not isinstance(value, torch.Tensor):
+        return
+    wanted = torch.is_grad_enabled() and value.requires_grad
+    if not wanted and not torch.compiler.is_compiling():
+        wanted = forward_ad.unpack_dual(value).tangent is not None
+    if wanted:
+        raise ValueError(f"{name} has no derivative, and {name}={value} requires one; {instead}")
+
+
+def _is_integral(x: torch.Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
