@@ -185,15 +185,15 @@ def seg_attention(
         attend_heads = partial(seg_attention, grid=grid, **options)
         sigmas, mask = head_sigmas(sigma, *query.shape[:2]), check_mask(attn_mask, query, key)
         return call_by_head(attend_heads, (query, key, value), sigmas, mask)
-    plain = is_plain(query, key, value)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
+    plain = is_plain(query, key, value) if mask is None else is_plain(query, key, value, mask)
     arguments: Any = (grid, sigma, scale, boundary, query_stride, backend)
     call = check_attention_call(query, key, value, *arguments, plain=plain, wide_mask=is_wide(mask, query))
     asked = differentiable_backend(backend, query, key, value, *(() if mask is None else (mask,)))
     if asked != backend:
         call = replace(call, backend=asked, asked=asked)
     attend = _coarse_attention if call.coarse else _attention
-    output, lse = attend(query, key, value, grid, call, mask, boundary, return_lse)
+    output, lse = attend(query, key, value, grid, call, mask, boundary, return_lse, plain)
     if not return_lse:
         return output
     assert lse is not None
@@ -314,9 +314,10 @@ def _attention(
     mask: torch.Tensor | None,
     boundary: str,
     return_lse: bool,
+    plain: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Every query row."""
-    if is_plain(query, key, value) and (mask is None or is_plain(mask)):
+    """Every query row; ``plain`` as :func:`is_plain` says of the tensors."""
+    if plain:
         rest = for_batch(call.sigmas, query.shape[0]), scale_of(call.scale, query), boundary, return_lse
         if call.backend == "torch" or can_skip_operator(query, key, value, mask):
             return attention.run_attention(call.backend, call.asked, query, key, value, mask, grid, *rest)
@@ -377,6 +378,7 @@ def _coarse_attention(
     mask: torch.Tensor | None,
     boundary: str,
     return_lse: bool,
+    plain: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Samples of finite sigma at the points of the coarse grid, the others as ever."""
     stride = call.stride
@@ -392,11 +394,11 @@ def _coarse_attention(
         if at_points:
             q = coarse_queries(q, grid, sigmas, stride, boundary)
             unblurred = replace(call, sigmas=(0.0,))
-            output, lse = _attention(q, k, v, Grid(1, 1), unblurred, m, boundary, return_lse)
+            output, lse = _attention(q, k, v, Grid(1, 1), unblurred, m, boundary, return_lse, plain)
             output = coarse_outputs(output, grid, stride, boundary)
             lse = None if lse is None else _coarse_lse(lse, grid, stride, boundary)
         else:
-            output, lse = _attention(q, k, v, grid, replace(call, sigmas=sigmas), m, boundary, return_lse)
+            output, lse = _attention(q, k, v, grid, replace(call, sigmas=sigmas), m, boundary, return_lse, plain)
         outputs.append(output)
         lses.append(lse)
     if len(outputs) == 1:

@@ -55,15 +55,6 @@ def check_not_jit_traced(call: str) -> None:
         )
 
 
-def check_transforms() -> None:
-    """Raise a ValueError under a transform that is compiled, in which operators have no rules."""
-    if torch.compiler.is_compiling() and _is_transformed_while_compiling():
-        raise ValueError(
-            "segkern's functions take no part in torch.func's transforms and forward-mode derivatives inside "
-            "torch.compile; take the transform of the function that is not compiled"
-        )
-
-
 @constant_while_compiling
 def _is_transformed_while_compiling() -> bool:
     return transform_is_active() or forward_mode_is_active()
@@ -82,20 +73,24 @@ def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """True if only PyTorch's own operations will do: under ``torch.func`` or a level of forward-mode derivatives."""
-    if torch.compiler.is_compiling():
-        return False
-    return transform_is_active() or forward_mode_is_active()
+    """True if an eager call needs PyTorch's own operations: under ``torch.func`` or forward-mode derivatives."""
+    return not torch.compiler.is_compiling() and (transform_is_active() or forward_mode_is_active())
 
 
 def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
     """The backend, or PyTorch's path where operators have no rules: forward-mode derivatives, ``torch.func``.
 
     Raises:
-        ValueError: for ``"triton"`` there.
+        ValueError: for ``"triton"`` there, and inside ``torch.compile``.
     """
-    check_transforms()
-    if not is_transformed():
+    if torch.compiler.is_compiling():
+        if _is_transformed_while_compiling():
+            raise ValueError(
+                "segkern's functions take no part in torch.func's transforms and forward-mode derivatives inside "
+                "torch.compile; take the transform of the function that is not compiled"
+            )
+        return backend
+    if not (transform_is_active() or forward_mode_is_active()):
         return backend
     if backend == "triton":
         if _has_tangent(*tensors):

@@ -47,10 +47,9 @@ def mix_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Ten
 def _blur_run(x: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint: bool = False) -> torch.Tensor:
     """Blur a run of samples of one positive sigma; tokens outside the grid pass through."""
     if not math.isinf(sigma):
-        rows, columns = (
-            cached_blur_matrix(length, sigma, boundary, dtype=exact_dtype(x), device=x.device)
-            for length in (grid.height, grid.width)
-        )
+        dtype, device = exact_dtype(x), x.device
+        rows = cached_blur_matrix(grid.height, sigma, boundary, dtype=dtype, device=device)
+        columns = cached_blur_matrix(grid.width, sigma, boundary, dtype=dtype, device=device)
         if adjoint:
             rows, columns = rows.T, columns.T
         return mix_axes(x, grid, rows, columns)
