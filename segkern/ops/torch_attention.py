@@ -47,10 +47,15 @@ def attend(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """PyTorch's attention and, if asked for, the rows' log-sum-exp."""
+    wide = attn_mask is not None and is_wide(attn_mask, query)
     # PyTorch's attention has no forward-mode derivatives, and on a GPU takes no mask of another dtype.
-    if forward_mode_is_active() or (query.device.type != "cpu" and is_wide(attn_mask, query)):
+    if forward_mode_is_active() or (wide and query.device.type != "cpu"):
         return _composed_attention(query, key, value, scale, attn_mask, return_lse)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
+    if wide:
+        with full_precision(query.device):  # autocast would round the mask
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
+    else:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
     return output, _composed_attention(query, key, None, scale, attn_mask, True)[1] if return_lse else None
 
 

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,37 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import segkern
-from segkern import Grid, reference
 from segkern.core import gaussian
 from segkern.core.dispatch import triton_is_installed
 from tests.core.backends import QUICK_BACKENDS
-
-GRID, SIGMA = Grid(2, 5, start=1), (1.3, math.inf)
-SHAPE = (2, 2, 12, 8)
-
-FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "seg_attention": lambda q, k, v, **o: segkern.seg_attention(q, k, v, GRID, SIGMA, **o),
-    "gaussian_blur": lambda q, k, v, **o: segkern.gaussian_blur(q, GRID, SIGMA, **o),
-    "attention_mass": lambda q, k, v, **o: segkern.attention_mass(q, k, **o),
-    "attention_energy": lambda q, k, v, **o: segkern.attention_energy(q, k, GRID, SIGMA, **o),
-    "coarse queries": lambda q, k, v, **o: segkern.seg_attention(q, k, v, GRID, SIGMA, query_stride=2, **o),
-}
-PLAIN: dict[str, Callable[..., torch.Tensor]] = {
-    "seg_attention": lambda q, k, v: reference.seg_attention(q, k, v, GRID, SIGMA),
-    "gaussian_blur": lambda q, k, v: reference.gaussian_blur(q, GRID, SIGMA),
-    "attention_mass": lambda q, k, v: reference.attention_mass(q, k),
-    "attention_energy": lambda q, k, v: reference.attention_energy(q, k, GRID, SIGMA),
-    "coarse queries": lambda q, k, v: reference.seg_attention(q, k, v, GRID, SIGMA, query_stride=2),
-}
+from tests.core.functions import FUNCTIONS, GRID, PLAIN, SHAPE, SIGMA, tensors
 
 # PyTorch says so of its own attention under vmap.
 slowly = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 every_backend = pytest.mark.parametrize("backend", QUICK_BACKENDS)
-
-
-def tensors() -> list[torch.Tensor]:
-    return [torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
 
 @every_backend
