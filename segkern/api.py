@@ -164,7 +164,7 @@ def seg_attention(
         >>> seg_attention(q, k, v, Grid(26, 38), sigma=(0.0, math.inf)).shape
         torch.Size([2, 8, 988, 64])
     """
-    query, key, value = autocast_inputs(check_qkv, query, key, value)
+    query, key, value = autocast_inputs(check_tensor, query=query, key=key, value=value)
     traced = is_traced()
     if traced:
         sigma, scale = fixed_numbers(sigma), fixed_numbers(scale)
@@ -228,7 +228,7 @@ def attention_mass(
         >>> mass.shape, bool((mass.sum(dim=-1) - 988).abs().max() < 0.01)
         (torch.Size([2, 8, 988]), True)
     """
-    query, key = autocast_inputs(check_qk, query, key)
+    query, key = autocast_inputs(check_tensor, query=query, key=key)
     check_qk(query, key)
     scale = check_scale(fixed_numbers(scale))
     chosen = _chosen(backend, "attention_mass", query, key)
@@ -279,7 +279,7 @@ def attention_energy(
         >>> plain.shape, bool((blurred.sum(dim=-1) > plain.sum(dim=-1)).all())
         (torch.Size([2, 8, 988]), True)
     """
-    query, key = autocast_inputs(check_qk, query, key)
+    query, key = autocast_inputs(check_tensor, query=query, key=key)
     check_qk(query, key)
     sigma = fixed_numbers(sigma)
     if is_traced() and isinstance(sigma, torch.Tensor):

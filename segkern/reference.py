@@ -38,16 +38,15 @@ def gaussian_blur(
             one = Grid(grid.height, grid.width, grid.start + frame * grid.height * grid.width)
             x = gaussian_blur(x, one, sigma, boundary=boundary)
         return x
-    out = x.clone()
+    samples = [torch.empty_like(x)[:0]]
     for sample, value in enumerate(check_sigma(sigma, x.shape[0])):  # type: ignore[arg-type]
-        if value == 0.0:
-            continue
-        rows = blur_matrix(grid.height, value, boundary, dtype=exact, device=x.device)
-        columns = blur_matrix(grid.width, value, boundary, dtype=exact, device=x.device)
-        image = x[sample, :, grid.start : grid.stop].to(exact).unflatten(1, (grid.height, grid.width))
-        blurred = torch.einsum("ik,jl,nkld->nijd", rows, columns, image)
-        out[sample, :, grid.start : grid.stop] = blurred.flatten(1, 2).to(x.dtype)
-    return out
+        tokens = x[sample : sample + 1]
+        if value != 0.0:
+            rows = blur_matrix(grid.height, value, boundary, dtype=exact, device=x.device)
+            columns = blur_matrix(grid.width, value, boundary, dtype=exact, device=x.device)
+            tokens = _along_axes(tokens, grid, rows, columns)
+        samples.append(tokens)
+    return torch.cat(samples)
 
 
 def attention(

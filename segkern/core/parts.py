@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from segkern.core.sigmas import equal_runs, has_head_sigmas, is_sequence
-from segkern.core.tracing import check_not_jit_traced
+from segkern.core.tracing import check_not_jit_traced, own_result
 from segkern.grid import Grid
 
 
@@ -61,5 +61,5 @@ def blur_by_frame(
         ]
     blurred = blur(frames.flatten(1, 2), Grid(grid.height, grid.width), samples).view(frames.shape).flatten(2, 3)
     if grid.tokens == x.shape[2]:
-        return blurred
+        return own_result(blurred)
     return torch.cat([x[:, :, : grid.start], blurred, x[:, :, grid.stop :]], dim=2)

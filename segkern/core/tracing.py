@@ -77,6 +77,14 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and (transform_is_active() or forward_mode_is_active())
 
 
+def own_result(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in a tensor that may be changed in place where gradients are on.
+
+    Autograd does not allow that for a view that was made where they were off.
+    """
+    return x if torch.is_grad_enabled() or is_traced() or is_transformed() else x.detach()
+
+
 def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
     """The backend, or PyTorch's path where operators have no rules: forward-mode derivatives, ``torch.func``.
 
@@ -114,16 +122,18 @@ def _has_tangent(*tensors: torch.Tensor) -> bool:
     return forward_mode_is_active() and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def autocast_inputs(check: Callable[..., None], *tensors: Any) -> tuple[Any, ...]:
-    """The arguments as autocast casts those of PyTorch's attention; they are checked before they are cast."""
-    if not isinstance(tensors[0], torch.Tensor):
-        return tensors
-    device_type = tensors[0].device.type
+def autocast_inputs(check: Callable[[str, Any], None], **tensors: Any) -> tuple[Any, ...]:
+    """The arguments as autocast casts those of PyTorch's attention, by name; each is checked before it is cast."""
+    first = next(iter(tensors.values()))
+    if not isinstance(first, torch.Tensor):
+        return tuple(tensors.values())
+    device_type = first.device.type
     if not has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
-        return tensors
-    check(*tensors)
+        return tuple(tensors.values())
+    for name, x in tensors.items():
+        check(name, x)
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors.values())
 
 
 def has_autocast(device_type: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from segkern.core.gaussian import cached_blur_matrix
 from segkern.core.precision import compute_dtype, exact_dtype, full_precision
 from segkern.core.sigmas import equal_runs, is_finite_blur
+from segkern.core.tracing import own_result
 from segkern.grid import Grid
 
 
@@ -33,7 +34,7 @@ def _mix_image(image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -
         x = torch.matmul(columns, x)  # [batch * height, new_width, heads * dim]
         x = x.view(batch, height, new_width * heads * dim)
         x = torch.matmul(rows, x)  # [batch, new_height, new_width * heads * dim]
-    return x.view(batch, new_height * new_width, heads, dim).transpose(1, 2).to(image.dtype)
+    return own_result(x.view(batch, new_height * new_width, heads, dim).transpose(1, 2)).to(image.dtype)
 
 
 def mix_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -78,4 +79,4 @@ def gaussian_blur(
 def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     """Concatenate ``[batch, heads, tokens, dim]`` parts, keeping attention's tokens-before-heads memory order."""
     swapped = {0: 0, 2: 1}[dim]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=swapped).transpose(1, 2)
+    return own_result(torch.cat([part.transpose(1, 2) for part in parts], dim=swapped).transpose(1, 2))
