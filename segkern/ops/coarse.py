@@ -106,7 +106,7 @@ def _sample(
 ) -> torch.Tensor:
     coarse, dtype = coarse_grid(grid, stride, boundary), exact_dtype(x)
     parts = []
-    for samples, sigma in equal_runs(sigmas):
+    for samples, sigma in equal_runs(sigmas) or [(slice(0), 0.0)]:  # an empty batch is a run of none
         rows, columns = (
             cached_sampling_matrix(length, sigma, count, boundary, dtype=dtype, device=x.device)
             for length, count in ((grid.height, coarse.height), (grid.width, coarse.width))
@@ -115,10 +115,6 @@ def _sample(
             parts.append(mix_axes(x[samples], coarse, rows.T, columns.T))
         else:
             parts.append(mix_axes(x[samples], grid, rows, columns))
-    if not parts:  # an empty batch
-        return x.new_empty(
-            0, x.shape[1], x.shape[2] + (1 if adjoint else -1) * (grid.tokens - coarse.tokens), x.shape[3]
-        )
     return parts[0] if len(parts) == 1 else join(parts, dim=0)
 
 

@@ -179,8 +179,7 @@ def seg_attention(
             return output.contiguous(), None if lse is None else lse.contiguous()
         return output, lse
     if not outputs:  # an empty batch
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
-        return query.new_empty(*query.shape[:3], value.shape[3]), lse
+        return _composed_attention(query, key, value, scale, attn_mask, return_lse)
     return join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None
 
 

@@ -69,7 +69,7 @@ def gaussian_blur(
         for samples, sigma in equal_runs(sigmas)
     ]
     if not parts:  # an empty batch
-        return torch.empty_like(x)
+        return x.clone()
     if len(parts) > 1:
         return join(parts, dim=0)
     # An unblurred part is the caller's memory, an infinite one an expanded row: the result must be neither.

@@ -193,5 +193,6 @@ def test_bad_input_is_quoted(changes: dict, quoted: str) -> None:
         "sigma": 1.0,
     }
     segkern.seg_attention(**arguments)
-    with pytest.raises(ValueError, match=quoted):
-        segkern.seg_attention(**(arguments | changes))
+    for mask in ({}, {"attn_mask": torch.ones(6, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match=quoted):
+            segkern.seg_attention(**(arguments | mask | changes))
