@@ -33,4 +33,4 @@ PLAIN: dict[str, Callable[..., torch.Tensor]] = {
 def tensors(dtype: torch.dtype = torch.float32, batch: int = SHAPE[0]) -> list[torch.Tensor]:
     """Query, key and value of normal values, the same at every call."""
     shape = (batch, *SHAPE[1:])
-    return [torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=dtype) for i in range(3)]
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]

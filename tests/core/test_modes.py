@@ -100,18 +100,6 @@ def test_transforms_are_right_on_pytorchs_path(name: str) -> None:
                                    rtol=1e-4, atol=1e-5)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gaussian_blur", "attention_mass", "attention_energy"])
-def test_forward_derivatives_are_right_or_refused(name: str) -> None:
-    """PyTorch's own attention has no forward derivatives on a CPU."""
-    call, (q, k, v), direction = FUNCTIONS[name], tensors(), torch.randn(SHAPE)
-    _, tangent = torch.func.jvp(lambda q: call(q, k, v), (q,), (direction,))
-    _, expected = torch.func.jvp(lambda q: PLAIN[name](q, k, v), (q,), (direction,))
-    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
-    if triton_is_installed():
-        with pytest.raises(ValueError, match="forward-mode"):
-            torch.func.jvp(lambda q: call(q, k, v, backend="triton"), (q,), (direction,))
-
-
 @pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
 @every_function
 def test_kernels_under_a_transform_are_refused_and_auto_takes_pytorch(name: str) -> None:
