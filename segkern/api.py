@@ -351,7 +351,7 @@ def _attention_at(
             f"query_stride={query_stride} takes numbers as sigma while a call is compiled or traced, got a tensor"
         )
     check_qkv(query, key, value)
-    sigma = check_traced_sigma(sigma, query.shape[0])
+    sigmas = check_traced_sigma(sigma, query.shape[0])
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     if return_lse or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         query = gaussian_blur(query, grid, sigma, boundary=boundary, backend=backend)
@@ -361,7 +361,7 @@ def _attention_at(
     asked = differentiable_backend(backend, *tensors)
     mask = None if attn_mask is None else check_mask(attn_mask, query, key)
     where = (grid.height, grid.width, grid.start)
-    return attention.seg_attention_at(query, key, value, mask, *where, sigma, call.scale, boundary, asked)
+    return attention.seg_attention_at(query, key, value, mask, *where, sigmas, call.scale, boundary, asked)
 
 
 def _check_one_row(mask: torch.Tensor | None, stride: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from segkern.core.numbers import check_no_gradient, is_finite, real_number
+from segkern.core.numbers import check_no_gradient, real_number
 from segkern.core.tracing import is_traced
 from segkern.grid import Grid
 
@@ -42,7 +42,9 @@ def check_scale(scale: Any) -> float | None:
     if isinstance(scale, torch.Tensor) and is_traced():
         raise ValueError(f"scale must be a number while a call is compiled or traced, got a tensor; {instead}")
     number = real_number(scale)
-    if number is None or not is_finite(number):
+    if (
+        number is None or not abs(number) <= torch.finfo(torch.float32).max
+    ):  # nor NaN; larger ones are infinite in float32
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     return number
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from numbers import Real
 from typing import Any
@@ -20,11 +19,14 @@ def real_number(value: Any) -> float | None:
         (2.0, 0.5, None, None)
     """
     if isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):  # Real covers NumPy's numbers
-        return None if isinstance(value, bool) else float(value)
+        try:
+            return None if isinstance(value, bool) else float(value)
+        except OverflowError:  # an integer or a fraction beyond float64
+            return None
     if isinstance(value, torch.Tensor):
-        is_number = value.numel() == 1 and (value.is_floating_point() or _is_integral(value))
-        return float(value.detach()) if is_number else None
-    if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # an array
+        return float(value.detach()) if value.numel() == 1 and holds_real_numbers(value) else None
+    # An array, but for NumPy's masked number.
+    if getattr(value, "size", None) == 1 and hasattr(value, "item") and not hasattr(value, "mask"):
         return real_number(value.item())
     return None
 
@@ -52,9 +54,10 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
-def is_finite(number: float) -> bool:
-    """``math.isfinite``, which cannot be asked about a number of a compiled graph."""
-    return -math.inf < number < math.inf
+def holds_real_numbers(x: torch.Tensor) -> bool:
+    """True for a dense tensor of real numbers, of any dtype but truth values, that is not on the meta device."""
+    readable = x.layout == torch.strided and not (x.is_nested or x.is_quantized or x.is_meta)
+    return readable and not (x.is_complex() or x.dtype == torch.bool)
 
 
 def check_no_gradient(name: str, value: object, instead: str) -> None:
@@ -75,4 +78,4 @@ def check_no_gradient(name: str, value: object, instead: str) -> None:
 
 
 def _is_integral(x: torch.Tensor) -> bool:
-    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    return holds_real_numbers(x) and not x.is_floating_point()

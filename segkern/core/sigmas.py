@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import torch
 
-from segkern.core.numbers import check_no_gradient, real_number
+from segkern.core.numbers import check_no_gradient, holds_real_numbers, real_number
 
 T = TypeVar("T")
+
+_NO_SEQUENCE = (str, bytes, Mapping, Set)  # although they can be iterated over
 
 
 def is_finite_blur(sigma: float) -> bool:
@@ -46,7 +48,7 @@ def given_sigmas(sigma: float | Iterable[float], batch: int) -> tuple[float, ...
     number = real_number(sigma) if getattr(sigma, "ndim", 0) == 0 else None
     if number is not None:
         sigmas: tuple[float, ...] = (number,)
-    elif isinstance(sigma, (str, bytes)) or not isinstance(sigma, Iterable) or getattr(sigma, "ndim", 1) == 0:
+    elif isinstance(sigma, _NO_SEQUENCE) or not isinstance(sigma, Iterable) or getattr(sigma, "ndim", 1) == 0:
         raise ValueError(f"sigma must be a number or a sequence of one number per sample, got {sigma!r}")
     else:
         entries = _entries(sigma)
@@ -95,10 +97,12 @@ def for_batch(sigmas: Sequence[float], batch: int) -> tuple[float, ...]:
 
 
 def _entries(sigma: Iterable[Any]) -> tuple[Any, ...]:
-    """The entries of a sequence, numbers of a tensor or array as Python's."""
-    if isinstance(sigma, torch.Tensor) and sigma.dtype != torch.bool and not sigma.is_complex():
-        return tuple(sigma.tolist())
-    return tuple(sigma)
+    """The entries of a sequence, numbers of a tensor as Python's."""
+    if not isinstance(sigma, torch.Tensor):
+        return tuple(sigma)
+    if not holds_real_numbers(sigma):
+        raise ValueError(f"a tensor of sigmas must be a dense one of real numbers, got {sigma!r}")
+    return tuple(sigma.tolist())
 
 
 def has_head_sigmas(sigma: object) -> bool:
@@ -129,7 +133,7 @@ def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], 
         (((0.0, 0.0), (1.0, inf)), ((1.0, 2.0),))
     """
     check_no_gradient("sigma", sigma, "pass sigma.detach()")
-    samples = sigma.tolist() if hasattr(sigma, "tolist") else sigma
+    samples = _entries(sigma)
     if len(samples) != 1 and len(samples) != batch:
         raise ValueError(f"sigma must have one entry per sample, got {len(samples)} for a batch of {batch}: {sigma}")
     rows = [tuple(entry) if is_sequence(entry) else (entry,) * heads for entry in samples]

@@ -42,6 +42,8 @@ def fixed_numbers(value: Any) -> Any:
     if not torch.compiler.is_compiling():
         return value
     if isinstance(value, (list, tuple)):
+        if any(isinstance(entry, torch.Tensor) for entry in value):  # which can only be read when the graph runs
+            return torch.stack([torch.as_tensor(entry, dtype=torch.float64) for entry in value])
         return tuple([fixed_numbers(entry) for entry in value])
     return specialised_number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 

@@ -176,11 +176,15 @@ def seg_attention(
     if len(outputs) == 1:
         output, lse = outputs[0], lses[0]
         if kind == _Queries.MEAN:  # expanded rows, which look like tensors of their own to the caller
-            return output.contiguous(), None if lse is None else lse.contiguous()
+            return _own(output), None if lse is None else _own(lse)
         return output, lse
     if not outputs:  # an empty batch
         return _composed_attention(query, key, value, scale, attn_mask, return_lse)
     return join(outputs, dim=0), torch.cat([lse for lse in lses if lse is not None]) if return_lse else None
+
+
+def _own(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def seg_attention_backward(

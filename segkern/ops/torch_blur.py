@@ -64,16 +64,16 @@ def gaussian_blur(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str, adjoint: bool = False
 ) -> torch.Tensor:
     """Blur ``[batch, heads, tokens, dim]``, one sigma per sample; ``adjoint`` applies the transposed blur."""
+    if not any(sigmas):  # an empty batch among them
+        return x.clone(memory_format=torch.contiguous_format)
     parts = [
         x[samples] if sigma == 0.0 else _blur_run(x[samples], grid, sigma, boundary, adjoint)
         for samples, sigma in equal_runs(sigmas)
     ]
-    if not parts:  # an empty batch
-        return x.clone()
     if len(parts) > 1:
         return join(parts, dim=0)
-    # An unblurred part is the caller's memory, an infinite one an expanded row: the result must be neither.
-    return parts[0].clone(memory_format=torch.contiguous_format) if not is_finite_blur(sigmas[0]) else parts[0]
+    # An infinite part is an expanded row.
+    return parts[0] if is_finite_blur(sigmas[0]) else parts[0].clone(memory_format=torch.contiguous_format)
 
 
 def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import segkern
-from segkern import Grid
+from segkern import Grid, reference
 from tests.core.functions import FUNCTIONS, GRID, PLAIN, SHAPE, tensors
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -59,3 +61,58 @@ def test_linear_maps_of_derivatives(name: str) -> None:
     for functions in (FUNCTIONS, PLAIN):
         _, linear = torch.func.linearize(lambda q: functions[name](q, k, v), q)  # noqa: B023
         torch.testing.assert_close(linear(direction), expected)
+
+
+NO_SIGMAS = {
+    "dictionary": {0.0: "a", 1.5: "b"},
+    "set": {0.0, 1.5},
+    "NumPy's masked numbers": np.ma.array([1.5, 1.5], mask=[True, False]),
+    "integer beyond float64": 10**400,
+    "integers beyond float64": (0, -(10**400)),
+    "fraction beyond float64": Fraction(10**400, 3),
+    "tensor without data": torch.tensor(1.5, device="meta"),
+    "tensors without data": torch.ones(2, device="meta"),
+    "sparse": torch.tensor([0.0, 1.5]).to_sparse(),
+    "truth values of heads": torch.tensor([[True, False]]),
+    "sparse, of heads": torch.tensor([[0.0, 1.5]]).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("sigma", NO_SIGMAS.values(), ids=NO_SIGMAS)
+def test_what_cannot_be_read_as_sigmas_is_refused(sigma: Any) -> None:
+    q, k, v = tensors()
+    for call in (
+        lambda: segkern.gaussian_blur(q, GRID, sigma),
+        lambda: segkern.seg_attention(q, k, v, GRID, sigma),
+        lambda: reference.gaussian_blur(q, GRID, sigma),
+    ):
+        with pytest.raises(ValueError, match="sigma"):
+            call()
+
+
+@pytest.mark.parametrize("scale", [10**400, 1e300, torch.tensor(0.5, device="meta"), np.ma.masked], ids=str)
+def test_what_cannot_be_a_scale_is_refused(scale: Any) -> None:
+    q, k, v = tensors()
+    for call in (
+        lambda: segkern.seg_attention(q, k, v, GRID, 1.5, scale=scale),
+        lambda: segkern.attention_mass(q, k, scale=scale),
+        lambda: segkern.attention_energy(q, k, scale=scale),
+    ):
+        with pytest.raises(ValueError, match="scale must be a finite number"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "sigma", [torch.tensor(1.3), [torch.tensor(0.0), torch.tensor(1.3)], (torch.tensor(math.inf), 0.5)], ids=str
+)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_compiled_calls_read_tensors_of_sigmas_beside_gradients(sigma: Any, return_lse: bool) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sigma: Any) -> torch.Tensor:
+        result = segkern.seg_attention(q, k, v, GRID, sigma, return_lse=return_lse)
+        return result[0].square().sum() + result[1].sum() if return_lse else result.square().sum()
+
+    grads = []
+    for call in (torch.compile(attend, backend="aot_eager", fullgraph=True), attend):
+        inputs = [x.requires_grad_() for x in tensors()]
+        grads.append(torch.autograd.grad(call(*inputs, sigma), inputs))
+    torch.testing.assert_close(*grads)
