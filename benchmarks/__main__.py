@@ -90,24 +90,34 @@ def run(
     suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}, {STEP}.")] = "attention",
     device: Device = "auto",
     dtype: Dtypes = "",
-    cases: Cases = "",
+    cases: Annotated[
+        str,
+        typer.Option(
+            help=f"Names or globs with commas. The device's usual ones of: {', '.join(CASES)}. "
+            "With --suite step one size of benchmarks/sdxl.py."
+        ),
+    ] = "",
     providers: Annotated[str, typer.Option(help="Names or globs, with commas. Not given: all of the suite.")] = "",
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Of every case; usually 50, fewer for large cases and on a CPU.")
     ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=2, help="With --suite step: of each run; the first of them is not timed.")
+    ] = None,
     quick: Quick = False,
     compiled: Annotated[
-        bool, typer.Option("--compiled", help="With --suite step: each way compiled too, as a GPU has it anyway.")
-    ] = False,
+        bool | None,
+        typer.Option("--compiled/--eager", help="With --suite step: each way compiled too, or not; a GPU has it."),
+    ] = None,
     out: Out = None,
 ) -> None:
     """Measure a suite. Rows are written as they come; a wrong result has no time but the reason."""
     if suite == STEP:
-        if dtype or cases:
-            fail("--suite step has a denoiser of its own for each device; it takes no --dtype and no --cases")
-        return _run_steps(device, providers, rounds, quick, compiled, out)
-    if compiled:
-        fail("--compiled is for --suite step")
+        if dtype:
+            fail("--suite step has a dtype of its own for each device; it takes no --dtype")
+        return _run_steps(device, cases, providers, rounds, steps, quick, compiled, out)
+    if compiled is not None or steps is not None:
+        fail("--compiled, --eager and --steps are for --suite step")
     with refusing():
         ways = find_providers(suite, parse_list("--providers", providers, str, "names", empty=True))
         where = find_device(device)
@@ -136,14 +146,26 @@ def run(
     typer.echo(f"wrote {path}")
 
 
-def _run_steps(device: str, providers: str, rounds: int | None, quick: bool, compiled: bool, out: Path | None) -> None:
-    """Whole runs of guided pipelines."""
-    from benchmarks import sdxl, steps
+def _run_steps(
+    device: str,
+    case: str,
+    providers: str,
+    rounds: int | None,
+    count: int | None,
+    quick: bool,
+    compiled: bool | None,
+    out: Path | None,
+) -> None:
+    """Whole runs of guided pipelines, of so many steps."""
+    from benchmarks import sdxl, step_suite
+    from benchmarks.steps import find_ways
 
     with refusing():
         where = find_device(device)
+        if case and case not in sdxl.SIZES:
+            raise ValueError(f"--suite step takes one of the cases {', '.join(sdxl.SIZES)}, got {case!r}")
         patterns = parse_list("--providers", providers, str, "names", empty=True)
-        chosen = steps.find_ways(patterns, compiled or where.type == "cuda")
+        chosen = find_ways(patterns, where.type == "cuda" if compiled is None else compiled)
     path = out or (results.QUICK / "step.json" if quick else None)
     with progress_bar() as progress:
         task = progress.add_task(STEP, total=None)
@@ -151,10 +173,10 @@ def _run_steps(device: str, providers: str, rounds: int | None, quick: bool, com
         def tell(name: str) -> None:
             progress.update(task, description=f"{STEP}: {name}")
 
-        size = sdxl.TINY if quick else None
-        repeats = rounds or (1 if quick else 5)
-        path, result = steps.run_steps(where, chosen, 3 if quick else 5, repeats, path, size, tell)
-    show(tables.of_lines(steps.HEADINGS, steps.lines(result)))
+        size = sdxl.SIZES[case] if case else sdxl.TINY if quick else None
+        count, repeats = count or (3 if quick else 5), rounds or (1 if quick else 5)
+        path, result = step_suite.run_steps(where, chosen, count, repeats, path, size, tell)
+    show(tables.of_lines(step_suite.HEADINGS, step_suite.lines(result)))
     typer.echo(f"wrote {path}")
 
 
@@ -216,13 +238,21 @@ def tune(
         chosen = chosen_cases(TINY[0] if quick else cases, (), dtypes)
     from benchmarks import tune as tuning
 
-    screened, confirmed = [], []
+    screened: list[tuning.Record] = []
+    confirmed: list[tuning.Record] = []
+    path = (
+        out
+        or (results.QUICK if quick else results.RESULTS)
+        / "tuned"
+        / f"{machine.slug(machine.described(where)['device'])}.json"
+    )
     for case in chosen:
         reason = None if quick else tuning.why_not(where, case, sigma)
         if reason is not None:
             fail(reason)
         tiles = tuning.candidates(case, where)[: 2 if quick else None]
         screened.append(tuning.screen(case, sigma, tiles, where, 1 if quick else rounds))
+        results.write_json(path, {"screened": screened, "confirmed": confirmed})
         show(tables.of_tiles(screened[-1]))
     for group in tuning.groups(screened).values():
         best = tuning.fastest(group)
@@ -232,11 +262,10 @@ def tune(
         names = {record["case"] for record in group}
         alike = [case for case in chosen if case.name in names and case.dtype_name == group[0]["dtype"]]
         confirmed += [tuning.confirm(case, sigma, best, where, 1 if quick else rounds) for case in alike]
-    name = machine.slug(screened[0]["environment"]["device"])
-    path = out or (results.QUICK if quick else results.RESULTS) / "tuned" / f"{name}.json"
-    results.write_json(path, {"screened": screened, "confirmed": confirmed})
+    installed = tuning.install(confirmed) if install and not quick else []
+    results.write_json(path, {"screened": screened, "confirmed": confirmed, "installed": installed})
     typer.echo(f"wrote {path}")
-    for line in tuning.install(confirmed) if install and not quick else ():
+    for line in installed:
         typer.echo(line)
 
 

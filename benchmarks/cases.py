@@ -112,6 +112,7 @@ _ALL = (
 )
 CASES = {case.name: case for case in _ALL}
 TINY = tuple(name for name in CASES if name.startswith("tiny"))
+SDXL = ("sdxl-32x32", "sdxl-64x64")  # its layers at 1024x1024 pixels
 REAL = tuple(name for name in CASES if name not in TINY)
 ON_A_CPU = tuple(name for name in REAL if name.startswith("sdxl") and CASES[name].batch == 3 and "128" not in name)
 

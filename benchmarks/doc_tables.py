@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import compatibility, results
+from benchmarks.cases import SDXL
 from benchmarks.tables import markdown
 from segkern.generation.loading import DEMO
 from studies.evaluation import report
@@ -20,7 +21,6 @@ from studies.evaluation import report
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/evaluation.md", "docs/models.md")
 _BLOCK = re.compile(r"(<!-- ([a-z-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
-_LAYERS = ("sdxl-32x32", "sdxl-64x64")
 
 
 def fill(text: str) -> str:
@@ -63,7 +63,7 @@ def attention(sigmas: Sequence[str], providers: Mapping[str, str]) -> str:
         lines = []
         for case, sigma in dict.fromkeys(key[:2] for key in rows):
             ratio_to = rows[case, sigma, "auto"]["ratio_to"]
-            if case not in _LAYERS or sigma not in sigmas or ratio_to is None:
+            if case not in SDXL or sigma not in sigmas or ratio_to is None:
                 continue
             plain = f"{rows[case, sigma, ratio_to][clock]['median']:.3g} ms"
             ratios = [rows[case, sigma, name]["ratio"] for name in providers]
@@ -82,7 +82,7 @@ def attention(sigmas: Sequence[str], providers: Mapping[str, str]) -> str:
 
 def steps(prefixes: Sequence[str], sigmas: Sequence[str] = ("", "10", "inf")) -> str:
     """Cost of a guided step by choice of layers and sigma: counted on SDXL, measured beside the official algorithm."""
-    files = [results.read_json(path) for path in sorted((results.RESULTS / "step").glob("*.json"))]
+    files = [file for file in _step_files() if file["sdxl_flops"]]
     counted = files[0]["sdxl_flops"]
     lines = []
     for name in counted:
@@ -99,6 +99,10 @@ def steps(prefixes: Sequence[str], sigmas: Sequence[str] = ("", "10", "inf")) ->
     devices = [file["environment"]["device"] for file in files]
     headings = [f"{device}, {whose}" for device in devices for whose in ("segkern", "official")]
     return markdown(("guidance", "FLOPs on SDXL", *headings), lines)
+
+
+def _step_files() -> list[dict[str, Any]]:
+    return [results.read_json(path) for path in sorted((results.RESULTS / "step").glob("*.json"))]
 
 
 def _step_ratio(file: Mapping[str, Any], name: str) -> str:

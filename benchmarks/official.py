@@ -8,18 +8,20 @@ than a pipeline has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 
-from benchmarks.sdxl import Size
 from segkern import Grid
 from segkern.core.gaussian import gaussian_taps
-from segkern.integrations.diffusers import list_layers
-from segkern.integrations.diffusers.models.layers import find_unet
+
+if TYPE_CHECKING:  # the blur alone needs no diffusers
+    from diffusers.models.attention_processor import Attention
+
+    from benchmarks.sdxl import Size
 
 
 def official_blur(image: torch.Tensor, grid: Grid, sigma: float) -> torch.Tensor:
@@ -69,30 +71,42 @@ def official_run(
     after_step: Callable[[], None],
 ) -> torch.Tensor:
     """Latents after so many steps; ``after_step`` is called at the end of each."""
-    unet, cfg = find_unet(pipe), guidance_scale > 1.0
-    height, width = (pixels * 8 for pixels in size.latent)
-    order = ("negative_", "", "") if cfg else ("", "")
-    text = torch.cat([given[f"{name}prompt_embeds"] for name in order])
-    pooled = torch.cat([given[f"{name}pooled_prompt_embeds"] for name in order])
-    ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=text.dtype, device=text.device)
-    conditions = {"text_embeds": pooled, "time_ids": ids.repeat(len(order), 1)}
-    before = unet.attn_processors
-    for layer in list_layers(pipe, height, width):
-        if layer.part in layers:
-            assert layer.grid is not None
-            unet.get_submodule(layer.module).set_processor(OfficialProcessor(layer.grid, sigma, len(order)))
-    try:
+    from benchmarks.sdxl import BRANCHES, conditions
+
+    cfg = guidance_scale > 1.0
+    order = BRANCHES[cfg, True]
+    text, added = conditions(size, given, order)
+    with processors(pipe, size, layers, lambda grid: OfficialProcessor(grid, sigma, len(order))):
         pipe.scheduler.set_timesteps(steps, device=text.device)
         x = given["latents"] * pipe.scheduler.init_noise_sigma
         for t in pipe.scheduler.timesteps:
             batch = pipe.scheduler.scale_model_input(torch.cat([x] * len(order)), t)
-            predictions = pipe.unet(
-                batch, t, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False
-            )[0]
-            *unconditional, c, p = predictions.chunk(len(order))
-            guided = unconditional[0] + guidance_scale * (c - unconditional[0]) if cfg else c
-            x = pipe.scheduler.step(guided + scale * (c - p), t, x, return_dict=False)[0]
+            predictions = pipe.unet(batch, t, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+            x = pipe.scheduler.step(guided(predictions, guidance_scale, scale), t, x, return_dict=False)[0]
             after_step()
+    return x
+
+
+def guided(predictions: torch.Tensor, guidance_scale: float, scale: float) -> torch.Tensor:
+    """The sum of [unconditional, conditional, perturbed] predictions, the first of them with CFG alone."""
+    *unconditional, c, p = predictions.chunk(3 if guidance_scale > 1.0 else 2)
+    total = unconditional[0] + guidance_scale * (c - unconditional[0]) if unconditional else c
+    return total + scale * (c - p)
+
+
+@contextmanager
+def processors(pipe: Any, size: Size, layers: Sequence[str], make: Callable[[Grid], Any]) -> Iterator[None]:
+    """Inside, the self-attention of these parts of the denoiser has processors that are made for its grid."""
+    from segkern.integrations.diffusers import list_layers
+    from segkern.integrations.diffusers.models.layers import find_unet
+
+    unet = find_unet(pipe)
+    before = unet.attn_processors
+    for layer in list_layers(pipe, *(8 * pixels for pixels in size.latent)):
+        if layer.part in layers:
+            assert layer.grid is not None
+            unet.get_submodule(layer.module).set_processor(make(layer.grid))
+    try:
+        yield
     finally:
         unet.set_attn_processor(dict(before))
-    return x

@@ -7,7 +7,8 @@ fifth of its channels and half of its grid's sides, so that attention and projec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ SDXL = Size(
         "projection_class_embeddings_input_dim": 2816,
     },
 )
+SDXL_SMALL_IMAGE = replace(SDXL, name="sdxl-416x608", latent=(52, 76))  # what a CPU does in seconds
 REDUCED = Size(
     "sdxl-reduced",
     (64, 64),
@@ -84,6 +86,7 @@ TINY = Size(
         "projection_class_embeddings_input_dim": 80,
     },
 )
+SIZES = {size.name: size for size in (SDXL, SDXL_SMALL_IMAGE, REDUCED, TINY)}
 _TEXT_TOKENS = 77
 
 
@@ -117,6 +120,26 @@ def inputs(size: Size, device: torch.device | str, dtype: torch.dtype, seed: int
         "pooled_prompt_embeds": normal(1, size.pooled),
         "negative_pooled_prompt_embeds": normal(1, size.pooled),
     }
+
+
+# Names of a denoiser's samples by whether there is CFG and a perturbed branch, as prefixes of a call's arguments.
+BRANCHES = {
+    (True, True): ("negative_", "", ""),
+    (True, False): ("negative_", ""),
+    (False, True): ("", ""),
+    (False, False): ("",),
+}
+
+
+def conditions(
+    size: Size, given: dict[str, torch.Tensor], order: Sequence[str]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Text and added conditions that a denoiser takes for samples in an order of ``BRANCHES``."""
+    text = torch.cat([given[f"{name}prompt_embeds"] for name in order])
+    pooled = torch.cat([given[f"{name}pooled_prompt_embeds"] for name in order])
+    height, width = (8 * pixels for pixels in size.latent)
+    ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=text.dtype, device=text.device)
+    return text, {"text_embeds": pooled, "time_ids": ids.repeat(len(order), 1)}
 
 
 def forward(pipe: Any, size: Size, guidance_scale: float) -> torch.Tensor:

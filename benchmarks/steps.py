@@ -12,30 +12,27 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPAGPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import machine, sdxl
+from benchmarks import sdxl
 from benchmarks.cases import select
 from benchmarks.official import official_run
-from benchmarks.results import RESULTS, write_json
-from benchmarks.sdxl import REDUCED, SDXL, Size
+from benchmarks.sdxl import Size
 from benchmarks.timing import shuffled, spread
-from segkern.core.private_apis import dynamo_settings
 from segkern.integrations.diffusers import PAG, SEG, guide
 from segkern.ops import flops  # noqa: F401  the counter knows our operators by it
 
-FOLDER = RESULTS / "step"
 GUIDANCE_SCALE = 5.0
 SEG_SCALE = 3.0
 COMPILED = ", compiled"
+FULL = ", all branches in full"
 SIGMAS = (3.0, 10.0, math.inf)
 LAYERS = (("mid",), ("mid", "up"), ("up",))
 # Relative distance of latents after a run from the official algorithm's. Half precision rounds at every layer.
@@ -44,9 +41,19 @@ _SAME = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 Row = dict[str, Any]
 
 
+class Steps(NamedTuple):
+    """Milliseconds of every step of a run but the first: on the clock, and of processors on all threads."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
 @dataclass(frozen=True)
 class Way:
-    """A way to make a run: ``plain``, ``official`` SEG, ``pag`` of diffusers, or ``segkern`` with its ``family``."""
+    """A way to make a run: ``plain``, ``official`` SEG, ``pag`` of diffusers, or ``segkern`` with its ``family``.
+
+    ``share`` is False where ``segkern`` computes every branch in full.
+    """
 
     name: str
     kind: str
@@ -55,6 +62,7 @@ class Way:
     layers: tuple[str, ...] = ()
     compiled: bool = False
     family: str = "SEG"
+    share: bool = True
 
     @property
     def guidance_scale(self) -> float:
@@ -69,6 +77,22 @@ class Way:
         return SEG(scale=SEG_SCALE, sigma=self.sigma, layers=self.layers)
 
 
+def official_of(way: Way) -> Way:
+    """The way that is not segkern's and gives the same latents; without a name."""
+    kind = ("pag" if way.family == "PAG" else "official") if way.kind == "segkern" else way.kind
+    return Way("", kind, way.cfg, way.sigma, way.layers)
+
+
+def distance(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative distance in norm from what is expected, in float64."""
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
+
+
+def limit_of(dtype: torch.dtype) -> float:
+    """The distance from the official algorithm's result that still is the same."""
+    return _SAME[dtype]
+
+
 def ways(compiled: bool = False) -> tuple[Way, ...]:
     """All of them, first the two that others are compared with; ``compiled`` adds each with a compiled denoiser."""
     chosen = [Way("no guidance", "plain", False), Way("CFG", "plain", True)]
@@ -80,6 +104,7 @@ def ways(compiled: bool = False) -> tuple[Way, ...]:
         for layers in LAYERS:
             where = "+".join(layers)
             chosen += [Way(f"{prefix}segkern {where} sigma {s:g}", "segkern", cfg, s, layers) for s in SIGMAS]
+        chosen.append(Way(f"{prefix}segkern mid sigma 10{FULL}", "segkern", cfg, 10.0, ("mid",), share=False))
     if compiled:
         chosen += [replace(way, name=f"{way.name}{COMPILED}", compiled=True) for way in chosen]
     return tuple(chosen)
@@ -109,19 +134,20 @@ class Bench:
         self.pags = {False: sdxl.pipeline(unet, **options), True: sdxl.pipeline(compiled, **options)}
         self.pipe = self.pipes[False]
         self.given = sdxl.inputs(size, device, dtype)
-        self._expected: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._expected: dict[tuple[Way, int], torch.Tensor] = {}
 
-    def run(self, way: Way, steps: int) -> tuple[torch.Tensor, list[float]]:
+    def run(self, way: Way, steps: int) -> tuple[torch.Tensor, Steps]:
         """Latents, and the milliseconds of every step but the first."""
-        ends: list[float] = []
+        ends: list[tuple[float, float]] = []
 
         def after_step() -> None:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            ends.append(time.perf_counter())
+            ends.append((time.perf_counter(), time.process_time()))
 
         latents = self.runner(way, steps, after_step)()
-        return latents, [1e3 * (end - begin) for begin, end in itertools.pairwise(ends)]
+        passed = [[1e3 * (b - a) for a, b in itertools.pairwise(clock)] for clock in zip(*ends, strict=True)]
+        return latents, Steps(*passed)
 
     def runner(self, way: Way, steps: int, after_step: Callable[[], None]) -> Callable[[], torch.Tensor]:
         """A whole run, denoising only."""
@@ -142,7 +168,7 @@ class Bench:
 
         def run() -> torch.Tensor:
             pipe = self.pipes[way.compiled]
-            with guide(pipe, way.spec) if way.kind == "segkern" else nullcontext():
+            with guide(pipe, way.spec, share=way.share) if way.kind == "segkern" else nullcontext():
                 latents: torch.Tensor = pipe(**call).images
             return latents
 
@@ -152,15 +178,15 @@ class Bench:
         """How far guided latents are from the official algorithm's, and why that is too far."""
         if not latents.isfinite().all():
             return None, "its latents are not finite"
+        official = official_of(way)
+        key = official, steps
         if way.kind != "segkern":
+            if not way.compiled:
+                self._expected[key] = latents.double()
             return None, None
-        key = way.cfg, way.family, way.sigma, way.layers, steps
         if key not in self._expected:
-            official = Way("", "pag" if way.family == "PAG" else "official", way.cfg, way.sigma, way.layers)
             self._expected[key] = self.runner(official, steps, lambda: None)().double()
-        expected = self._expected[key]
-        error = float((latents.double() - expected).norm() / expected.norm())
-        limit = _SAME[self.dtype]
+        error, limit = distance(latents, self._expected[key]), limit_of(self.dtype)
         of = "diffusers' PAG" if way.family == "PAG" else "the official algorithm"
         return error, None if error <= limit else f"{error:.1e} off the latents of {of}, above {limit:g}"
 
@@ -172,11 +198,11 @@ def counted(size: Size, names: Collection[str] | None = None) -> dict[str, float
     return {way.name: count(pipe, size, way) for way in countable if names is None or way.name in names}
 
 
-def count(pipe: Any, size: Size, way: Way, share: bool = True) -> float:
+def count(pipe: Any, size: Size, way: Way) -> float:
     """Floating-point operations of one step on a denoiser without data."""
     with ExitStack() as stack:
         if way.kind == "segkern":
-            guidance = guide(pipe, way.spec, share=share, cfg="batch" if way.cfg else "none")
+            guidance = guide(pipe, way.spec, share=way.share, cfg="batch" if way.cfg else "none")
             stack.enter_context(guidance)
             stack.enter_context(guidance.run([1.0]))
         counter = stack.enter_context(FlopCounterMode(display=False))
@@ -186,20 +212,22 @@ def count(pipe: Any, size: Size, way: Way, share: bool = True) -> float:
 
 def measure(
     bench: Bench, chosen: Sequence[Way], steps: int, rounds: int, progress: Callable[[str], None] = lambda name: None
-) -> list[Row]:
-    """A row for each way: ``ms`` per step, ``ratio`` to the plain way with or without CFG, and what else is known."""
+) -> Iterator[list[Row]]:
+    """After every round a row for each way: ``ms`` per step, ``ratio`` to the plain way with or without CFG, and more.
+
+    ``cpu_ms`` and ``cpu_ratio`` are the same of the time that processors spent, which on a CPU is less disturbed by
+    other programs.
+    """
     eager = [replace(way, name=way.name.removesuffix(COMPILED), compiled=False) for way in chosen]
     operations = counted(bench.size, {way.name for way in eager} | {plain(way) for way in eager})
-    by_name = {way.name: way for way in chosen}
     rows: dict[str, Row] = {}
-    times: dict[str, list[float]] = {}
+    runs: dict[str, list[tuple[float, Steps]]] = {}
     for way in chosen:
         progress(way.name)
         row: Row = {"way": way.name, "kind": way.kind, "cfg": way.cfg, "compiled": way.compiled, "ratio_to": plain(way)}
         row |= {"sigma": f"{way.sigma:g}", "layers": list(way.layers), "error": None, "reason": None}
-        row |= dict.fromkeys(("ms", "ratio", "counted", "run_seconds"))
-        row["peak_mib"] = "not measured"
-        row["host_ms"] = "not measured"
+        row |= dict.fromkeys(("ms", "ratio", "cpu_ms", "cpu_ratio", "graph_ratio", "counted", "run_seconds"))
+        row |= dict.fromkeys(("peak_mib", "host_ms", "graph_ms"), "not measured")
         name = way.name.removesuffix(COMPILED)
         if name in operations:
             row["counted"] = operations[name] / operations[plain(replace(way, compiled=False))]
@@ -208,23 +236,26 @@ def measure(
         row["error"], row["reason"] = bench.check(way, latents, steps)
         if row["reason"] is None and bench.device.type == "cuda":
             row |= _on_a_gpu(bench, way, steps)
-    whole: dict[str, list[float]] = {}
+    right = {way.name: way for way in chosen if rows[way.name]["reason"] is None}
     for turn in range(rounds):
-        for name in shuffled(list(rows), turn):
-            if rows[name]["reason"] is None:
-                way = by_name[name]
-                progress(f"{way.name}, round {turn + 1} of {rounds}")
-                start = time.perf_counter()
-                _, milliseconds = bench.run(way, steps)
-                whole.setdefault(way.name, []).append(time.perf_counter() - start)
-                times.setdefault(way.name, []).append(spread(milliseconds)["median"])
-    for name, ms in times.items():
-        row = rows[name]
-        row["ms"] = spread(ms)
-        row["run_seconds"] = spread(whole[name])["median"]
-        if row["ratio_to"] in times:
-            row["ratio"] = spread(a / b for a, b in zip(ms, times[row["ratio_to"]], strict=True))
-    return list(rows.values())
+        for name in shuffled(list(right), turn):
+            progress(f"{name}, round {turn + 1} of {rounds}")
+            start = time.perf_counter()
+            _, passed = bench.run(right[name], steps)
+            runs.setdefault(name, []).append((time.perf_counter() - start, passed))
+        for name in right:
+            _summarise(rows[name], runs[name], runs.get(rows[name]["ratio_to"]))
+        yield list(rows.values())
+
+
+def _summarise(row: Row, runs: list[tuple[float, Steps]], plain_runs: list[tuple[float, Steps]] | None) -> None:
+    """Put what a way's runs took, and what they took of the plain way's, into its row."""
+    row["run_seconds"] = spread(seconds for seconds, _ in runs)["median"]
+    for clock, prefix in (("wall", ""), ("cpu", "cpu_")):
+        mine, its = ([spread(getattr(steps, clock))["median"] for _, steps in of] for of in (runs, plain_runs or []))
+        row[f"{prefix}ms"] = spread(mine)
+        if its:
+            row[f"{prefix}ratio"] = spread(a / b for a, b in zip(mine, its, strict=True))
 
 
 def plain(way: Way) -> str:
@@ -243,61 +274,3 @@ def _on_a_gpu(bench: Bench, way: Way, steps: int) -> Row:
     torch.cuda.synchronize(bench.device)
     peak = torch.cuda.max_memory_allocated(bench.device) / 2**20
     return {"peak_mib": peak, "host_ms": 1e3 * host / steps}
-
-
-def run_steps(
-    device: torch.device,
-    chosen: Sequence[Way],
-    steps: int,
-    rounds: int,
-    out: Path | None = None,
-    size: Size | None = None,
-    progress: Callable[[str], None] = lambda name: None,
-) -> tuple[Path, dict[str, Any]]:
-    """Measure and write ``benchmarks/results/step/<device>.json``."""
-    usual, dtype = (SDXL, torch.bfloat16) if device.type == "cuda" else (REDUCED, torch.float32)
-    bench = Bench(size or usual, device, dtype)
-    environment = machine.described(device)
-    result = {
-        "environment": environment,
-        "size": bench.size.name,
-        "latent": list(bench.size.latent),
-        "dtype": str(dtype).removeprefix("torch."),
-        "steps": steps,
-        "rounds": rounds,
-        "sdxl_flops": counted(SDXL) if size is None else {},
-        "rows": [],
-    }
-    # Every way compiles the same denoiser; past a limit it would run as it is written, and be called compiled.
-    limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "fail_on_recompile_limit_hit": True}
-    with dynamo_settings(**limits):
-        result["rows"] = measure(bench, chosen, steps, rounds, progress)
-    path = out or FOLDER / f"{machine.slug(environment['device'])}.json"
-    write_json(path, result)
-    return path, result
-
-
-HEADINGS = ("run", "ms per step", "x plain", "p20 to p80", "x counted", "s per run", "peak MiB", "host ms", "error")
-
-
-def lines(result: dict[str, Any]) -> list[list[str]]:
-    """Rows as text."""
-    shown = []
-    for row in result["rows"]:
-        if row["reason"] is not None:
-            shown.append([row["way"], f"no time: {row['reason']}", *[""] * (len(HEADINGS) - 2)])
-            continue
-        ratio = row["ratio"]
-        shown.append(
-            [
-                row["way"],
-                f"{row['ms']['median']:.4g}",
-                "" if ratio is None else f"{ratio['median']:.3f}",
-                "" if ratio is None else f"{ratio['p20']:.3f} to {ratio['p80']:.3f}",
-                "" if row["counted"] is None else f"{row['counted']:.3f}",
-                f"{row['run_seconds']:.3g}",
-                *(x if isinstance(x, str) else f"{x:.4g}" for x in (row["peak_mib"], row["host_ms"])),
-                "" if row["error"] is None else f"{row['error']:.1e}",
-            ]
-        )
-    return shown

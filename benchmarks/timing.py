@@ -120,14 +120,15 @@ def _captured(
             missing[name]["graph"] = f"not measured: {no_graph[name]}"
             continue
         try:
-            graphs[name] = _capture(call)
+            held = max(1, min(_CALLS_IN_A_GRAPH, round(1.0 / wall(call, torch.device("cuda")))))
+            graphs[name] = capture(call, held)[0], held
         except RuntimeError as error:
             missing[name]["graph"] = f"not measured: {first_line(error)}"
     return graphs
 
 
-def _capture(call: Call) -> tuple[torch.cuda.CUDAGraph, int]:
-    held = max(1, min(_CALLS_IN_A_GRAPH, round(1.0 / wall(call, torch.device("cuda")))))
+def capture(call: Call, held: int = 1) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph that holds a call so many times, and the tensor that its replays write."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries make their workspaces for the stream of the capture
@@ -138,10 +139,10 @@ def _capture(call: Call) -> tuple[torch.cuda.CUDAGraph, int]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):
         for _ in range(held):
-            call()
+            result = call()
     graph.replay()
     torch.cuda.synchronize()
-    return graph, held
+    return graph, result
 
 
 def first_line(error: BaseException) -> str:

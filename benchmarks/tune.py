@@ -67,17 +67,21 @@ def screen(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device
     of ``tile``, ``blur`` (which the tile would get), ``error``, ``reason``, and ``ms`` with median, p20 and p80.
     """
     inputs = case.inputs(device)
-    calls = {
-        str(number): _with_tile(_cheaper_blur(case, sigma, tile, device), inputs, sigma, tile)
-        for number, tile in enumerate(tiles)
-    }
-    times = _time(calls, inputs, sigma, device, rounds)
+    times = _time(tile_calls(inputs, sigma, tiles, device), inputs, sigma, device, rounds)
     rows = [
-        {"tile": asdict(tile), "blur": _cheaper_blur(case, sigma, tile, device), **times[str(number)]}
-        for number, tile in enumerate(tiles)
+        {"tile": asdict(tile), "blur": _cheaper_blur(case, sigma, tile, device), **times[str(tile)]} for tile in tiles
     ]
     rows.sort(key=lambda row: row["ms"]["median"] if row["ms"] else float("inf"))
     return _described(case, sigma, device, rounds) | {"now": asdict(tiles[0]), "tiles": rows}
+
+
+def tile_calls(inputs: Inputs, sigma: float, tiles: Sequence[Tile], device: torch.device) -> dict[str, Call]:
+    """A call with each tile, by the tile in words, with the blur that it would get."""
+    case = inputs.case
+    return {
+        str(tile): _with_tile(_cheaper_blur(case, sigma, tile, device), inputs, sigma, tile)
+        for tile in dict.fromkeys(tiles)
+    }
 
 
 def confirm(case: Case, sigma: float, best: Tile, device: torch.device, rounds: int) -> Record:

@@ -40,7 +40,7 @@ def parts(pipe: Any) -> dict[str, int]:
 
 @functools.lru_cache
 def guided(pipe: Any, layers: str, sigma: float, cfg: bool = True, share: bool = True) -> float:
-    return steps.count(pipe, SDXL, Way("", "segkern", cfg, sigma, (layers,)), share)
+    return steps.count(pipe, SDXL, Way("", "segkern", cfg, sigma, (layers,), share=share))
 
 
 @functools.lru_cache
