@@ -7,11 +7,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= auto
 SECONDS ?= 600
+BUDGET ?= 540
+OUT ?= outputs/device
+DEVICE_OPTIONS = --out $(OUT) --budget $(BUDGET) $(if $(DRY),--dry) $(if $(WHEELS),--wheels $(WHEELS))
+REAL_STEPS := "CFG,CFG + official SEG sigma 10,CFG + segkern mid sigma 10*"
 # The oldest diffusers that is supported: the one that Python 3.10 is tested with.
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow test-browser robustness fuzz docs lint format typecheck pytest compatibility benchmark evaluate train wheel release clean
+.PHONY: help install demo ui test test-slow test-browser robustness fuzz docs lint format typecheck pytest compatibility benchmark device evaluate train wheel release clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -71,10 +75,14 @@ compatibility: $(INSTALLED) ## the tests that prove docs/models.md, with the old
 
 benchmark: $(INSTALLED) ## speed against everything one could pick instead, into benchmarks/results; long on a CPU
 	for suite in attention infinite coarse blur mass step; do $(BIN)/python -m benchmarks run --suite $$suite || exit 1; done
+	$(BIN)/python -m benchmarks run --suite step --cases sdxl-416x608 --steps 2 --rounds 3 --providers $(REAL_STEPS)
 	$(BIN)/python -m benchmarks host
 	$(BIN)/python -m benchmarks energy
 	$(BIN)/python -m benchmarks plot benchmarks/results/*.json benchmarks/results/step/*.json
 	$(BIN)/python -m benchmarks tables
+
+device: $(if $(DRY),$(INSTALLED)) ## a GPU's first nine minutes, into OUT=outputs/device; DRY=1 rehearses it without one; WHEELS=FOLDER
+	$(if $(wildcard $(INSTALLED))$(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks device $(DEVICE_OPTIONS)
 
 evaluate: $(INSTALLED) ## what guidance does to samples; long on a CPU
 	$(BIN)/python -m studies.evaluation

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import compare as comparison
+from benchmarks import device as first_minutes
 from benchmarks import host as host_costs
 from benchmarks import machine, plots, results, tables
 from benchmarks.cases import CASES, TINY, Case, select
@@ -240,12 +241,8 @@ def tune(
 
     screened: list[tuning.Record] = []
     confirmed: list[tuning.Record] = []
-    path = (
-        out
-        or (results.QUICK if quick else results.RESULTS)
-        / "tuned"
-        / f"{machine.slug(machine.described(where)['device'])}.json"
-    )
+    name = machine.slug(machine.described(where)["device"])
+    path = out or (results.QUICK if quick else results.RESULTS) / "tuned" / f"{name}.json"
     for case in chosen:
         reason = None if quick else tuning.why_not(where, case, sigma)
         if reason is not None:
@@ -263,10 +260,30 @@ def tune(
         alike = [case for case in chosen if case.name in names and case.dtype_name == group[0]["dtype"]]
         confirmed += [tuning.confirm(case, sigma, best, where, 1 if quick else rounds) for case in alike]
     installed = tuning.install(confirmed) if install and not quick else []
-    results.write_json(path, {"screened": screened, "confirmed": confirmed, "installed": installed})
+    table = results.read_json(tuning.TABLE) if installed else {}
+    results.write_json(path, {"screened": screened, "confirmed": confirmed, "installed": installed, "table": table})
     typer.echo(f"wrote {path}")
     for line in installed:
         typer.echo(line)
+
+
+@app.command()
+def device(
+    out: Annotated[Path, typer.Option(help="Folder.")] = Path("outputs/device"),
+    budget: Annotated[float, typer.Option(min=1.0, help="Seconds for all stages.")] = first_minutes.BUDGET,
+    wheels: Annotated[
+        Path | None, typer.Option(help="Folder with wheels of packages that may be missing, such as diffusers.")
+    ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Rehearse every stage without a GPU; the numbers mean nothing.")
+    ] = False,
+    only: Annotated[str, typer.Option(help="Stages, with commas; all if not given.")] = "",
+) -> None:
+    """Learn the most in the first minutes on a device: stages with limits and a folder of JSON files."""
+    with refusing():
+        names = parse_list("--only", only, str, "names", empty=True)
+        passed = first_minutes.run(out, budget, wheels, dry, names, typer.echo)
+    raise typer.Exit(not passed)
 
 
 @app.command()

@@ -28,6 +28,7 @@ from segkern.kernels import _configs, _routes
 from segkern.kernels import tiled_attention as kernel
 from segkern.kernels._configs import Tile
 
+TABLE = _configs.TUNED  # what segkern reads
 _WORTH = 0.02  # of the time: less is noise
 
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)

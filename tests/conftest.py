@@ -62,7 +62,15 @@ def pytest_collection_finish() -> None:
 
 
 pytest_addoption = compatibility.pytest_addoption
-pytest_collection_modifyitems = compatibility.pytest_collection_modifyitems
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that compute on a CUDA device where there is one: they take it as a fixture or from a module."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()) or "DEVICE" in vars(getattr(item, "module", object)):
+            item.add_marker("cuda")
+    compatibility.pytest_collection_modifyitems(items)
 
 
 def pytest_configure(config: pytest.Config) -> None:

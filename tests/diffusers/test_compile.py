@@ -182,6 +182,7 @@ def test_the_code_that_inductor_writes_gives_the_same_latents() -> None:
         assert relative(output, eager) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
 def test_a_guided_step_in_a_cuda_graph(sigma: float) -> None:

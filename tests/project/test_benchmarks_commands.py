@@ -31,8 +31,9 @@ QUICK: dict[str, tuple[str, ...]] = {
     "compatibility": ("compatibility",),
     "tables": ("tables",),
 }
-# These take files, or a process that does not interpret Triton: tests/kernels/test_compile.py runs that one.
-ELSEWHERE = {"plot", "compare", "compile"}
+# These take files, processes of their own (test_benchmarks_device.py), or one that does not interpret Triton
+# (tests/kernels/test_compile.py).
+ELSEWHERE = {"plot", "compare", "compile", "device"}
 
 
 @pytest.mark.parametrize("name", QUICK)
