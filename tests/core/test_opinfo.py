@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's own sample inputs of ``scaled_dot_product_attention``: shapes, strides and masks that its tests draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import segkern
+from segkern import Grid, reference
+from tests.core.contract import oracle_attention, plain_attention
+
+DTYPES = (torch.float64, torch.float32, torch.float16)
+
+pytestmark = pytest.mark.slow  # PyTorch's samples take ten seconds to import
+
+Sample = tuple[list[torch.Tensor], dict[str, Any]]
+
+
+@cache
+def attention_of_pytorch() -> Any:
+    """The entry of PyTorch's database of operators, which is not imported before a test runs."""
+    pytest.importorskip("expecttest", reason="PyTorch's samples need expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (attention,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]
+    return attention
+
+
+def samples(dtype: torch.dtype, wanted: bool = False) -> Iterator[Sample]:
+    """Query, key and value and their options, of samples in four dimensions.
+
+    Dropout is left out, keys and values of grouped heads are repeated, and a causal call has a mask.
+    """
+    for sample in attention_of_pytorch().sample_inputs("cpu", dtype, requires_grad=wanted):
+        (q, k, v), options = (sample.input, *sample.args), dict(sample.kwargs)
+        options.pop("dropout_p", 0.0)
+        if options.pop("enable_gqa", False):
+            k, v = (x.detach().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            k, v = k.requires_grad_(wanted), v.requires_grad_(wanted)
+        if any(x.dim() != 4 for x in (q, k, v)):
+            continue
+        if options.pop("is_causal", False):
+            options["attn_mask"] = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        assert set(options) <= {"attn_mask", "scale"}
+        yield [q, k, v], options
+
+
+def grid_of(query: torch.Tensor) -> Grid:
+    """Two rows in the query's tokens, after the first if their number is odd; a single one of a single token."""
+    tokens = query.shape[2]
+    return Grid(2, tokens // 2, tokens % 2) if tokens > 1 else Grid(1, 1)
+
+
+def test_there_are_samples() -> None:
+    options = [options for _, options in samples(torch.float32)]
+    assert len(options) >= 8
+    assert sum("attn_mask" in one for one in options) >= 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sigma", [0.0, 1.5], ids=str)
+def test_results_are_those_of_the_reference(sigma: float, dtype: torch.dtype) -> None:
+    for (q, k, v), options in samples(dtype):
+        grid = grid_of(q)
+        output, lse = segkern.seg_attention(q, k, v, grid, sigma, return_lse=True, **options)
+        oracle, oracle_lse = oracle_attention(q, k, v, grid, sigma, **options)
+        if dtype == torch.float64:
+            torch.testing.assert_close(output, oracle, rtol=1e-10, atol=1e-10)
+        else:
+            # The contract with a few roundings more: logits are in the hundreds, so each one moves probabilities.
+            plain_error = (plain_attention(q, k, v, grid, sigma, **options).double() - oracle).abs().max()
+            allowance = 4 * torch.finfo(dtype).eps * oracle.abs().max()
+            assert (output.double() - oracle).abs().max() <= 2 * plain_error + allowance
+        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        size = max(1.0, q.abs().max().item() * k.abs().max().item() * q.shape[3] ** 0.5)
+        torch.testing.assert_close(lse.double(), oracle_lse, rtol=0, atol=8 * eps * size)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.5], ids=str)
+def test_gradients_are_those_of_the_reference(sigma: float) -> None:
+    for inputs, options in samples(torch.float64, wanted=True):
+        grid = grid_of(inputs[0])
+        mask = options.get("attn_mask")
+        wanted = [*inputs, *([mask] if mask is not None and mask.requires_grad else [])]
+        found, expected = (
+            torch.autograd.grad(function(*inputs, grid, sigma, **options).square().sum(), wanted)
+            for function in (segkern.seg_attention, reference.seg_attention)
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
