@@ -40,6 +40,7 @@ from segkern.core.tracing import (
     check_not_jit_traced,
     differentiable_backend,
     fixed_numbers,
+    fixed_sigmas,
     is_plain,
     is_traced,
     is_transformed,
@@ -84,7 +85,7 @@ def gaussian_blur(
         torch.Size([2, 4, 54, 16])
     """
     check_tensor("x", x)
-    grid, sigma = check_grid(grid, x.shape[2], video=True), fixed_numbers(sigma)
+    grid, sigma = check_grid(grid, x.shape[2], video=True), fixed_sigmas(sigma)
     if grid.frames > 1:
         return blur_by_frame(partial(gaussian_blur, boundary=boundary, backend=backend), x, grid, sigma)
     check_boundary(boundary)
@@ -167,7 +168,7 @@ def seg_attention(
     query, key, value = autocast_inputs(check_tensor, query=query, key=key, value=value)
     traced = is_traced()
     if traced:
-        sigma, scale = fixed_numbers(sigma), fixed_numbers(scale)
+        sigma, scale = fixed_sigmas(sigma), fixed_numbers(scale)
     if isinstance(grid, Grid) and grid.frames > 1:
         if query_stride not in (1, (1, 1)):
             raise ValueError(f"query_stride={query_stride} takes a grid of one frame, got {grid}")
@@ -284,7 +285,7 @@ def attention_energy(
     """
     query, key = autocast_inputs(check_tensor, query=query, key=key)
     check_qk(query, key)
-    sigma = fixed_numbers(sigma)
+    sigma = fixed_sigmas(sigma)
     if is_traced() and isinstance(sigma, torch.Tensor):
         if grid is None:
             raise ValueError(f"a tensor of sigmas needs a grid, segkern.Grid(height, width), got {grid=}")

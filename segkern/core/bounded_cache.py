@@ -20,7 +20,7 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-_THREAD_NAME = "segkern-tables"
+_OF_THREAD = threading.local()  # "apart" in one of make_apart
 
 
 def make_apart(make: Callable[[], T], device: torch.device | None = None) -> T:
@@ -29,12 +29,13 @@ def make_apart(make: Callable[[], T], device: torch.device | None = None) -> T:
     Nothing of the caller's thread is there: no dispatch mode, ``torch.func`` transform, default device, inference mode
     or gradient, and not the memory pool of a CUDA graph, which compilers direct the allocations of a thread to.
     """
-    if threading.current_thread().name == _THREAD_NAME:
+    if getattr(_OF_THREAD, "apart", False):
         return make()
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
+        _OF_THREAD.apart = True
         try:
             stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
             with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -44,7 +45,7 @@ def make_apart(make: Callable[[], T], device: torch.device | None = None) -> T:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name=_THREAD_NAME)
+    thread = threading.Thread(target=run, name="segkern-tables")
     thread.start()
     thread.join()
     if errors:

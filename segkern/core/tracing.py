@@ -42,10 +42,18 @@ def fixed_numbers(value: Any) -> Any:
     if not torch.compiler.is_compiling():
         return value
     if isinstance(value, (list, tuple)):
-        if any(isinstance(entry, torch.Tensor) for entry in value):  # which can only be read when the graph runs
-            return torch.stack([torch.as_tensor(entry, dtype=torch.float64) for entry in value])
         return tuple([fixed_numbers(entry) for entry in value])
     return specialised_number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def fixed_sigmas(sigma: Any) -> Any:
+    """:func:`fixed_numbers`, or a tensor of what can only be read when the graph runs: tensors and NumPy's numbers."""
+    if torch.compiler.is_compiling():
+        if isinstance(sigma, (list, tuple)) and any(isinstance(entry, torch.Tensor) for entry in sigma):
+            return torch.stack([torch.as_tensor(entry, dtype=torch.float64) for entry in sigma])
+        if hasattr(sigma, "__array__"):
+            return torch.as_tensor(sigma)
+    return fixed_numbers(sigma)
 
 
 def check_not_jit_traced(call: str) -> None:

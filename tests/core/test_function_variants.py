@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -116,3 +117,26 @@ def test_compiled_calls_read_tensors_of_sigmas_beside_gradients(sigma: Any, retu
         inputs = [x.requires_grad_() for x in tensors()]
         grads.append(torch.autograd.grad(call(*inputs, sigma), inputs))
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("sigma", [np.array([0.0, 1.3]), np.float32(1.3)], ids=["array", "number"])
+def test_compiled_calls_take_sigmas_of_numpy(sigma: Any) -> None:
+    def blur(x: torch.Tensor, sigma: Any) -> torch.Tensor:
+        return segkern.gaussian_blur(x, GRID, sigma)
+
+    x = tensors()[0]
+    assert torch.equal(torch.compile(blur, backend="eager", fullgraph=True)(x, sigma), blur(x, sigma))
+
+
+def test_tables_first_made_in_inference_mode_in_a_thread_of_any_name_serve_gradients() -> None:
+    x = tensors()[0]
+
+    def infer() -> None:
+        with torch.inference_mode():
+            segkern.gaussian_blur(x, GRID, 0.5171)
+
+    thread = threading.Thread(target=infer, name="segkern-tables")
+    thread.start()
+    thread.join()
+    segkern.gaussian_blur(x.requires_grad_(), GRID, 0.5171).sum().backward()
+    assert x.grad is not None
