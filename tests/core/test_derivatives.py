@@ -56,6 +56,11 @@ CALLS["emptied rows"] = (
         reference.seg_attention(q, k, v, GRID, SIGMA, attn_mask=KEEP | ~KEEP.any(1, True)) * KEEP.any(1, True)
     ),
 )
+# A compilation takes a second or so.
+few_quick = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "gaussian_blur" else pytest.mark.slow) for name in FUNCTIONS]
+)
+SECOND = (*FUNCTIONS, "additive mask", "log-sum-exp", "emptied rows", "per head")
 every_call = pytest.mark.parametrize(("ours", "plain"), CALLS.values(), ids=CALLS)
 
 
@@ -137,7 +142,7 @@ def test_kernels_refuse_forward_derivatives(name: str) -> None:
 REFUSED = r"segkern's functions take no part in torch\.func's transforms and forward-mode derivatives inside"
 
 
-@every_function
+@few_quick
 def test_forward_derivatives_inside_a_graph_are_refused(name: str) -> None:
     torch._dynamo.reset()
     inputs, direction = tensors(torch.float64), torch.randn(SHAPE, dtype=torch.float64)
@@ -153,7 +158,7 @@ def test_forward_derivatives_inside_a_graph_are_refused(name: str) -> None:
             torch.compile(compiled, backend="aot_eager", fullgraph=True)(inputs[0], direction)
 
 
-@pytest.mark.parametrize("name", ["seg_attention", "attention_mass"])
+@few_quick
 def test_without_fullgraph_they_are_taken_eagerly(name: str) -> None:
     torch._dynamo.reset()
     inputs, direction = tensors(torch.float64), torch.randn(SHAPE, dtype=torch.float64)
@@ -168,7 +173,7 @@ def test_without_fullgraph_they_are_taken_eagerly(name: str) -> None:
     close(torch.func.jvp(inside, (inputs[0],), (direction,))[1], expected)
 
 
-@every_function
+@few_quick
 def test_a_graph_refuses_to_run_inside_a_dual_level(name: str) -> None:
     torch._dynamo.reset()
     inputs = tensors()
@@ -257,7 +262,7 @@ class Drawn:
         }
 
 
-@pytest.mark.parametrize("number", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 60))])
+@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 60))])
 def test_drawn_calls_pass_gradcheck_and_gradgradcheck(number: int) -> None:
     """PyTorch's attention has second derivatives in its composed form alone, which sdpa_kernel asks for."""
     for call, inputs in Drawn(number).calls().values():
@@ -284,10 +289,11 @@ def twice(function: Function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 @pytest.mark.skipif(not triton_is_installed(), reason="kernels need triton")
 @pytest.mark.parametrize(
     "name",
-    ["seg_attention", "gaussian_blur", "attention_mass", "attention_energy",
-     *(pytest.param(name, marks=pytest.mark.robustness) for name in (
-         "coarse queries", "additive mask", "log-sum-exp", "emptied rows", "per head"))],
-)  # fmt: skip
+    [
+        "gaussian_blur",
+        *(pytest.param(name, marks=pytest.mark.robustness) for name in SECOND if name != "gaussian_blur"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_operators_have_second_derivatives(name: str) -> None:
     ours, plain = CALLS[name]

@@ -94,7 +94,7 @@ LAYERS: dict[str, Callable[[], Layer]] = {
 
 
 @pytest.mark.parametrize("strict", some_quick({"not strict": False, "strict": True}, "not strict"))
-@pytest.mark.parametrize("make", some_quick(LAYERS, "blurred", "log-sum-exp", "blur by head", "mass", "energy"))
+@pytest.mark.parametrize("make", some_quick(LAYERS, "blurred", "blur by head", "mass"))
 def test_an_exported_graph_serves_every_batch_and_size(make: Callable[[], Layer], strict: bool) -> None:
     layer, image = make().eval(), torch.randn(2, 8, 4, 6)
     sizes = {0: Dim("batch", max=64), 2: Dim("height", min=3, max=64), 3: Dim("width", min=3, max=64)}
@@ -279,7 +279,7 @@ NUMBERS = (1.5, 2.5, 4.0, 0.0, 3, math.inf)
 
 
 @pytest.mark.parametrize("dynamic", some_quick(DYNAMIC | {"static": False}, "dynamic by itself"))
-@pytest.mark.parametrize("name", some_quick(dict(zip(CHANGING, CHANGING, strict=True)), "blur", "scale of masses"))
+@pytest.mark.parametrize("name", some_quick(dict(zip(CHANGING, CHANGING, strict=True)), "blur"))
 def test_numbers_may_change_under_fullgraph(name: str, dynamic: bool | None) -> None:
     function, q = CHANGING[name], draw()[0]
     compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
@@ -397,7 +397,7 @@ def mass(x: torch.Tensor, grid: Grid, keep: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dynamic", some_quick(DYNAMIC, "dynamic"))
-@pytest.mark.parametrize("function", some_quick(SIZED, "mask_of_keys", "blur_by_head"))
+@pytest.mark.parametrize("function", some_quick(SIZED, "blur_by_head"))
 def test_sizes_may_change_under_fullgraph(function: Callable[..., torch.Tensor], dynamic: bool | None) -> None:
     counter = CompileCounter()
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=dynamic)
@@ -420,7 +420,7 @@ BATCHES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("dynamic", some_quick(DYNAMIC, "dynamic by itself"))
-@pytest.mark.parametrize("function", some_quick(BATCHES, "one for each head", "some samples with heads"))
+@pytest.mark.parametrize("function", some_quick(BATCHES, "one for each head"))
 def test_batches_may_change_under_fullgraph(function: Callable[..., torch.Tensor], dynamic: bool | None) -> None:
     compiled = torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
     for batch in (2, 3, 4, 1):
