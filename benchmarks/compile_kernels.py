@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.compiled_code import TARGETS, Compiled, compile_kernel
+from benchmarks.compiled_code import TARGETS, TYPES, Compiled, compile_kernel
 from benchmarks.results import RESULTS
 from segkern.core.environment import commit
 from segkern.kernels import _configs
@@ -26,7 +26,16 @@ from segkern.kernels._launch import compile_options
 from segkern.kernels._routes import BlurPlace
 from segkern.kernels.attention_energy import _attention_energy_kernel
 from segkern.kernels.attention_mass import _attention_mass_kernel
-from segkern.kernels.gaussian_blur import BLOCK_I, BLOCK_J, _gaussian_blur_kernel, blur_block_d, blur_options
+from segkern.kernels.gaussian_blur import (
+    AXIS_OPTIONS,
+    BLOCK_I,
+    BLOCK_J,
+    _axis_blur_kernel,
+    _image_blur_kernel,
+    blur_block_d,
+    image_constants,
+    image_options,
+)
 from segkern.kernels.split_attention import (
     _EXPANDED_TOKENS,
     COMBINE_OPTIONS,
@@ -39,6 +48,7 @@ RESULT = RESULTS / "compiled" / "kernels.json"
 _BLURS = BlurPlace.PROLOGUE, BlurPlace.BEFORE
 _HALF_DIMS = (16, 40, 64, 80, 96, 128, 160, 192, 256)
 _FULL_DIMS = (40, 64, 128, 160, 256)
+_BLURRED_GRIDS = tuple((height, width) for height in (32, 64) for width in (32, 64, 76))  # one of each kind
 
 
 def compile_attention(
@@ -83,19 +93,27 @@ def compile_described(target: str, head_dim: int, blur: BlurPlace = BlurPlace.BE
     return compile_attention(target, head_dim, torch.bfloat16, tile=tile, blur=blur)
 
 
-def compile_blur(target: str, head_dim: int, dtype: torch.dtype, second: bool = False) -> Compiled:
-    """The separable blur's first launch, from the input's dtype to float32, or the second one, back again."""
+def compile_image_blur(target: str, head_dim: int, dtype: torch.dtype, height: int, width: int) -> Compiled:
+    """The separable blur in half precision, as for a grid."""
+    hip = target.startswith("gfx")
+    options = compile_options(image_options(height, width, hip), hip)
+    planes = dict.fromkeys(("row_weights_ptr", "column_weights_ptr"), f"*{TYPES[dtype]}")
+    types = planes | {"halfway_scale": "fp32", "out_scale": "fp32"}
+    constants = {"HEAD_DIM": head_dim, "WIDE": False, **image_constants(height, width)}
+    return compile_kernel(_image_blur_kernel, target, head_dim, dtype, types, constants, options)
+
+
+def compile_axis_blur(target: str, head_dim: int) -> Compiled:
+    """The separable blur in float32."""
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_I": BLOCK_I,
         "BLOCK_J": BLOCK_J,
         "BLOCK_D": blur_block_d(head_dim),
-        "PRECISION": _configs.blur_precision(dtype, target.startswith("gfx")),
         "WIDE": False,
     }
-    types = {("x_ptr" if second else "out_ptr"): "*fp32"}
-    options = compile_options(blur_options(dtype), target.startswith("gfx"))
-    return compile_kernel(_gaussian_blur_kernel, target, head_dim, dtype, types, constants, options)
+    options = compile_options(AXIS_OPTIONS, target.startswith("gfx"))
+    return compile_kernel(_axis_blur_kernel, target, head_dim, torch.float32, {}, constants, options)
 
 
 def compile_split(target: str, head_dim: int, dtype: torch.dtype, rows: int, mask: int = 0) -> list[Compiled]:
@@ -169,8 +187,10 @@ def compile_all(target: str) -> list[Compiled]:
         records += [compile_described(target, head_dim, blur) for head_dim in (64, 80, 128) for blur in _BLURS]
     records += [compile_attention(target, head_dim, bf16, blur=BlurPlace.BEFORE) for head_dim in (64, 80, 128)]
     for head_dim, dtype in ((64, bf16), (80, half), (256, full)):
-        records += [compile_blur(target, head_dim, dtype, second) for second in (False, True)]
         records += [record for rows in (1, 289) for record in compile_split(target, head_dim, dtype, rows)]
+    for head_dim, dtype in ((64, bf16), (64, half), (40, half)):
+        records += [compile_image_blur(target, head_dim, dtype, *grid) for grid in _BLURRED_GRIDS]
+    records += [compile_axis_blur(target, head_dim) for head_dim in (40, 64, 256)]
     records += compile_split(target, 160, half, 1)
     for rows, mask in ((1, 1), (1, 2), (289, 1), (289, 2)):
         records += compile_split(target, 64, half, rows, mask)
@@ -186,7 +206,8 @@ def compile_few(target: str) -> list[Compiled]:
     records.append(compile_attention(target, 64, torch.bfloat16, blur=BlurPlace.BEFORE))
     if _configs.has_descriptors(target):
         records.append(compile_described(target, 80))
-    records.append(compile_blur(target, 64, torch.bfloat16))
+    records += [compile_image_blur(target, 64, torch.bfloat16, *grid) for grid in _BLURRED_GRIDS]
+    records.append(compile_axis_blur(target, 64))
     for rows, head_dim in ((1, 64), (289, 80)):
         records += compile_split(target, head_dim, torch.bfloat16, rows)
     return records + compile_scores(target, 64, torch.bfloat16) + compile_scores(target, 80, torch.float16)

@@ -27,7 +27,13 @@ _SIGMAS = {
     "a third at sigma 2": (0.0, 0.0, 2.0),
     "a third at infinity": (0.0, 0.0, math.inf),
 }
-_KERNELS = ("_tiled_attention_kernel", "_split_attention_kernel", "_combine_splits_kernel", "_gaussian_blur_kernel")
+_KERNELS = (
+    "_tiled_attention_kernel",
+    "_split_attention_kernel",
+    "_combine_splits_kernel",
+    "_image_blur_kernel",
+    "_axis_blur_kernel",
+)
 
 Timed = Callable[[], object]
 

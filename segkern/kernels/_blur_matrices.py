@@ -3,6 +3,9 @@
 
 They are made once per (sigmas, grid, boundary, device) and kept (``core/bounded_cache.py``), so that a call copies
 nothing from the host.
+
+Half precision has a matrix in two planes, whose sum is the float32 weights: the weights rounded to the dtype, and what
+is left of them, rounded too. Matrix instructions of the dtype then multiply weights of twice its digits.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ class Unblurred(IntEnum):
     OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
 
 
+PLANE_STEP = 64
+PLANE_SCALE = {torch.float16: 2.0**14, torch.bfloat16: 1.0}  # of weights, so that both planes' stay normal numbers
+
+
 @dataclass(frozen=True)
 class BlurMatrices:
     """Blur matrices of some samples of a batch; all tensors on one device.
@@ -32,8 +39,9 @@ class BlurMatrices:
     Attributes:
         samples: int32 ``[S]``, indices into the batch.
         index: int32 ``[S]``, the matrix of each of them, or ``Unblurred``.
-        rows: float32 ``[T, height, height]``.
-        columns: float32 ``[T, width, width]``.
+        rows: float32 ``[T, height, height]``, or planes ``[T, 2, n, n]`` with n the height padded by zero weights to a
+            multiple of ``PLANE_STEP``.
+        columns: the same of the width.
         reach: int32 ``[T, 2]``, tokens that a blurred token looks up and down, left and right.
     """
 
@@ -54,12 +62,14 @@ def blur_matrices(
     device: torch.device,
     adjoint: bool = False,
     outside: bool = False,
+    planes: torch.dtype | None = None,
 ) -> BlurMatrices:
     """Matrices for ``samples``, whose sigmas are given in the same order.
 
     Args:
         adjoint: use transposed matrices.
         outside: samples of infinite sigma are marked OUTSIDE instead of getting the matrix of the mean.
+        planes: half precision that matrices are given in, see above.
     """
     distinct = sorted({sigma for sigma in sigmas if sigma > 0.0 and not (outside and math.isinf(sigma))})
     index = {math.inf: Unblurred.OUTSIDE.value} | {sigma: number for number, sigma in enumerate(distinct)}
@@ -72,8 +82,8 @@ def blur_matrices(
     return BlurMatrices(
         samples=index_tensor(samples, device),
         index=index_tensor(tuple(index.get(sigma, Unblurred.PLAIN.value) for sigma in sigmas), device),
-        rows=_stack(matrices[0], height).to(device),
-        columns=_stack(matrices[1], width).to(device),
+        rows=_stack(matrices[0], height, planes).to(device),
+        columns=_stack(matrices[1], width, planes).to(device),
         reach=torch.tensor(reach, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device),
     )
 
@@ -98,7 +108,14 @@ def consecutive(samples: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(first, last + 1) for first, last in zip(firsts, lasts, strict=True))
 
 
-def _stack(matrices: list[torch.Tensor], length: int) -> torch.Tensor:
-    if matrices:
-        return torch.stack(matrices).contiguous()
-    return torch.zeros(0, length, length, dtype=torch.float32, device="cpu")
+def _stack(matrices: list[torch.Tensor], length: int, planes: torch.dtype | None) -> torch.Tensor:
+    count = len(matrices)
+    weights = torch.stack(matrices) if matrices else torch.zeros(0, length, length, dtype=torch.float32, device="cpu")
+    if planes is None:
+        return weights.contiguous()
+    size = -(-length // PLANE_STEP) * PLANE_STEP
+    padded = torch.zeros(count, 2, size, size, dtype=planes, device="cpu")
+    weights = weights * PLANE_SCALE[planes]
+    padded[:, 0, :length, :length] = weights
+    padded[:, 1, :length, :length] = weights - padded[:, 0, :length, :length].to(torch.float32)
+    return padded

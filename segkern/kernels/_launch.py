@@ -59,9 +59,12 @@ def launching(device: torch.device) -> AbstractContextManager[Any]:
 _LARGEST_TILE = 256  # rows, columns or channels that a program addresses from one pointer
 
 
-def strides_are_wide(*strides: tuple[int, ...]) -> bool:
-    """Whether offsets inside a tile of four-dimensional tensors may exceed 32 bits, so that a kernel needs 64."""
-    return any(max(stride[2], stride[3]) * _LARGEST_TILE >= 2**31 for stride in strides)
+def strides_are_wide(*strides: tuple[int, ...], rows: int = _LARGEST_TILE) -> bool:
+    """Whether offsets inside a tile of four-dimensional tensors may exceed 32 bits, so that a kernel needs 64.
+
+    ``rows`` is how many tokens from the first one a program addresses, if more than those of an ordinary tile.
+    """
+    return any(max(s[2] * max(rows, _LARGEST_TILE), s[3] * _LARGEST_TILE) >= 2**31 for s in strides)
 
 
 _DESCRIBED_BYTES = 16  # addresses and strides of a tensor descriptor are multiples of it

@@ -53,7 +53,7 @@ NOT_BROKEN: dict[str, Callable[[], BaseException]] = {
 }
 
 KERNELS = {
-    gaussian_blur: ("_gaussian_blur_kernel",),
+    gaussian_blur: ("_image_blur_kernel", "_axis_blur_kernel"),
     tiled_attention: ("_tiled_attention_kernel",),
     split_attention: ("_split_attention_kernel", "_combine_splits_kernel"),
     attention_energy: ("_attention_energy_kernel",),

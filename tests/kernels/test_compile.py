@@ -35,7 +35,8 @@ def test_kernels_compile_without_spills(target: str) -> None:
     assert {record["target"] for record in records} == {target}
     assert {record["kernel"] for record in records} == {
         "_tiled_attention_kernel",
-        "_gaussian_blur_kernel",
+        "_axis_blur_kernel",
+        "_image_blur_kernel",
         "_split_attention_kernel",
         "_combine_splits_kernel",
         "_attention_energy_kernel",
