@@ -2,10 +2,11 @@
 """The kernels that serve an attention: where its queries are blurred, and whether its keys are split.
 
 Queries are blurred in the prologue of attention, or by the separable kernel before it. In the prologue every tile of
-queries reads, from L2, the source rows within reach of its own grid rows: cheap for a small blur, and half of the
-attention's own work and more when every row is in reach. The separable kernel moves each query a few times whatever
-the reach, but is two launches. The cost of either is bytes over the bandwidth of L2, plus launches. The rates are
-rounded from published microbenchmarks of the devices; no timing of these kernels is in them yet.
+queries reads, from L2, the source rows within reach of its own grid rows, and spreads their sums over its tokens. The
+separable kernel is a launch of its own, and moves each query a few times. What either takes is estimated as the sum of
+its launches, of bytes over the bandwidth of L2, and of instructions over the rate at which they are issued; products
+are among the instructions, and nothing of it is taken to overlap. Instructions were counted in code compiled for
+Hopper, rates are rounded from published microbenchmarks of the devices; no timing of these kernels is in them yet.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _MIN_WIDTH_IN_PROLOGUE = 8  # narrower grids waste most of a column block
 _LAUNCH_MICROSECONDS = 2.0  # of a kernel that waits for the one before it
 _L2_BYTES_PER_MICROSECOND = {"sm_80": 4.0e6, "sm_90": 5.5e6, "sm_100": 9.0e6, "gfx942": 1.0e7}
 _DEFAULT_BYTES_PER_MICROSECOND = 3.0e6
+_INSTRUCTIONS_PER_MICROSECOND = {"sm_80": 6.0e5, "sm_90": 9.0e5, "sm_100": 1.1e6, "gfx942": 1.3e6}  # of warps
+_DEFAULT_INSTRUCTIONS_PER_MICROSECOND = 5.0e5
+_PROLOGUE_WARPS = 8
 
 
 class BlurPlace(IntEnum):
@@ -84,21 +88,46 @@ def estimate_blur(
     Example:
         >>> for sigma in (1.0, 10.0):
         ...     print(estimate_blur("sm_90", Grid(64, 64), (sigma,), "reflect", 10, 64, 2, 128).place.name)
-        PROLOGUE
+        BEFORE
         BEFORE
     """
     height, width = grid.height, grid.width
     tiles = -(-grid.tokens // block_m)
     rows_of_tile = min(height, max(1.0, block_m / width) + (block_m % width != 0))
-    read = 0.0
+    reads = instructions = before_bytes = before_instructions = 0.0
     for sigma in sigmas:
         row_reach, column_reach = (blur_reach(sigma, n, boundary) for n in (height, width))
         columns = width if block_m >= width else min(width, block_m + 2 * column_reach)
-        read += tiles * rows_of_tile * min(height, 2 * row_reach + 1) * columns * head_dim * heads * itemsize
-    halfway = 4  # bytes of float32 between the two axes, written and read
-    moved = len(sigmas) * grid.tokens * head_dim * heads * (2 * itemsize + 2 * halfway)
+        source_rows, steps = min(height, 2 * row_reach + 1), tiles * rows_of_tile * heads
+        reads += steps * source_rows * columns * head_dim * itemsize
+        blocks = steps * -(-columns // 16) * head_dim / 64
+        instructions += blocks * _PROLOGUE_WARPS * ((370 if itemsize == 2 else 900) + 26 * source_rows)
+        moved, issued = _separable_blur(height, width, row_reach, column_reach, head_dim, itemsize)
+        before_bytes += moved * heads
+        before_instructions += issued * heads
     rate = _L2_BYTES_PER_MICROSECOND.get(arch, _DEFAULT_BYTES_PER_MICROSECOND)
-    return BlurEstimate(read / rate, 2 * _LAUNCH_MICROSECONDS + moved / rate, width < _MIN_WIDTH_IN_PROLOGUE)
+    issue = _INSTRUCTIONS_PER_MICROSECOND.get(arch, _DEFAULT_INSTRUCTIONS_PER_MICROSECOND)
+    launches = 1 if itemsize == 2 else 2
+    before = launches * _LAUNCH_MICROSECONDS + before_bytes / rate + before_instructions / issue
+    return BlurEstimate(reads / rate + instructions / issue, before, width < _MIN_WIDTH_IN_PROLOGUE)
+
+
+def _separable_blur(
+    height: int, width: int, row_reach: int, column_reach: int, head_dim: int, itemsize: int
+) -> tuple[float, float]:
+    """Bytes that the separable kernel moves for one head, and instructions that its warps issue."""
+    if itemsize == 4:
+        taps = min(height, 2 * row_reach + 32) + min(width, 2 * column_reach + 32)
+        elements = height * width * head_dim
+        return elements * (2 * itemsize + 8), elements * taps * 0.047
+    rows = 32 if height <= 32 else 64  # see image_constants and image_options
+    source_rows = min(height, rows + 2 * row_reach)
+    source_columns = min(width, 16 + 2 * column_reach) if width > 64 else width
+    programs = -(-height // rows) * -(-width // 16) * -(-head_dim // 16)
+    warps = 8 if max(height, width) <= 32 else 16
+    steps = -(-source_rows // 16) * (0.6 + 0.4 * max(1.0, source_columns / 64))
+    moved = programs * source_rows * source_columns * 16 * itemsize + height * width * head_dim * itemsize
+    return moved, programs * warps * (500 + 165 * steps)
 
 
 @lru_cache(maxsize=256)

@@ -135,15 +135,50 @@ def fused_attention(
 
     query, key, value = in_memory(query), in_memory(key), in_memory(value)
     attn_mask = None if attn_mask is None else in_memory(attn_mask)
-    simple = place is None and attn_mask is None and not return_lse and math.inf not in sigmas and any(sigmas)
+    simple = place is None and attn_mask is None and not return_lse and any(sigmas)
     if simple and sdpa_is_faster(query.device, query.shape[3], query.dtype):
-        blurred = fused_blur(query, grid, sigmas, boundary)
-        out, _ = torch_attention.attend(blurred, key, value, scale, None, False)
-        return tokens_first(out), None
+        return _blur_and_pytorch(query, key, value, grid, sigmas, scale, boundary), None
     out = empty_output(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
     launch_seg_attention(query, key, value, out, lse, grid, sigmas, scale, attn_mask, boundary, place)
     return out, lse
+
+
+def _blur_and_pytorch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grid: Grid,
+    sigmas: tuple[float, ...],
+    scale: float,
+    boundary: str,
+) -> torch.Tensor:
+    """Our blur and PyTorch's attention; our kernel of few rows for samples of infinite sigma.
+
+    Without such samples the launch that blurs also gathers the plain queries, so that one attention serves the batch:
+    that moves fewer bytes than joining outputs of two. With them the plain samples' output is copied.
+    """
+    from segkern.kernels._blur_matrices import consecutive
+    from segkern.kernels.split_attention import launch_uniform_attention
+
+    if math.inf not in sigmas:
+        blurred = fused_blur(query, grid, sigmas, boundary)
+        return tokens_first(torch_attention.attend(blurred, key, value, scale, None, False)[0])
+    if scale < 0.0:  # kernels take the maximum before scaling
+        query, scale = -query, -scale
+    out = empty_output(query, value.shape[3])
+    uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma))
+    launch_uniform_attention(query, key, value, out, None, grid, uniform, scale, None)
+    parts = [(run, slice(None)) for run in consecutive(tuple(i for i in range(len(sigmas)) if i not in uniform))]
+    for run in consecutive(uniform):
+        parts += [(run, slice(0, grid.start)), (run, slice(grid.stop, query.shape[2]))]
+    for run, tokens in parts:
+        rows = query[run, :, tokens]
+        if tokens == slice(None) and any(sigmas[run]):
+            rows = fused_blur(rows, grid, sigmas[run], boundary)
+        if rows.shape[2]:
+            out[run, :, tokens] = torch_attention.attend(rows, key[run], value[run], scale, None, False)[0]
+    return out
 
 
 def run_attention(chosen: str, asked: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -192,19 +192,23 @@ def test_smallest_finite_mask_is_not_minus_infinity(backend: str, rows: int) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("sigma", "scale"),
+    [((0.0, 1.3, 4.0), None), ((0.0, 1.3, math.inf), -0.3), ((math.inf, 0.0, math.inf), None), (math.inf, 0.2)],
+    ids=str,
+)
 def test_blur_then_pytorchs_attention_where_that_was_faster(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    sigma: object, scale: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     monkeypatch.setattr(_routes, "sdpa_is_faster", lambda *_: True)
     monkeypatch.setattr("segkern.kernels.seg_attention.launch_seg_attention", lambda *_: calls.append("kernel"))
     query, key, value = (draw((3, 2, 40, 16), dtype, DEVICE, layout) for layout in LAYOUTS[:3])
-    grid, sigma = Grid(4, 9, 2), (0.0, 1.3, 4.0)
-    output = segkern.seg_attention(query, key, value, grid, sigma, backend="triton")
-    oracle, _ = oracle_attention(query, key, value, grid, sigma)
-    assert_contract(output, oracle, plain_attention(query, key, value, grid, sigma))
+    grid = Grid(4, 9, 2)
+    output = segkern.seg_attention(query, key, value, grid, sigma, scale=scale, backend="triton")
+    oracle, _ = oracle_attention(query, key, value, grid, sigma, scale=scale)
+    assert_contract(output, oracle, plain_attention(query, key, value, grid, sigma, scale=scale))
     assert output.transpose(1, 2).is_contiguous()
     assert calls == []
-    segkern.seg_attention(query, key, value, grid, (0.0, 1.3, math.inf), backend="triton")
     segkern.seg_attention(query, key, value, grid, sigma, backend="triton", return_lse=True)
-    assert calls == ["kernel", "kernel"]
+    assert calls == ["kernel"]
