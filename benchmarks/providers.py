@@ -22,6 +22,7 @@ from benchmarks.official import official_blur
 from segkern.core.dispatch import why_not_triton
 from segkern.core.gaussian import blur_matrix
 from segkern.ops.attention import fused_attention
+from segkern.ops.torch_attention import attend_by
 
 Call = Callable[[], torch.Tensor]
 Blur = Callable[[torch.Tensor], torch.Tensor]  # image tokens of the blurred samples [third, heads, tokens, dim]
@@ -154,9 +155,11 @@ def _blur_only(make: Callable[[Inputs, float], Blur], inputs: Inputs, sigma: flo
     return run
 
 
-def _then_sdpa(make: Callable[[Inputs, float], Call], inputs: Inputs, sigma: float) -> Call:
-    blur, key, value = make(inputs, sigma), inputs.key, inputs.value
-    return lambda: F.scaled_dot_product_attention(blur(), key, value)
+def _then_sdpa(make: Callable[[Inputs, float], Call], inputs: Inputs, sigma: float, backend: str = "default") -> Call:
+    blur, key, value, scale = make(inputs, sigma), inputs.key, inputs.value, inputs.case.head_dim**-0.5
+    if backend == "default":
+        return lambda: F.scaled_dot_product_attention(blur(), key, value)
+    return lambda: attend_by(backend, blur(), key, value, scale)
 
 
 @lru_cache(maxsize=1)
@@ -209,6 +212,12 @@ _ALL_PROVIDERS = (
     Provider("triton", partial(_ours, backend="triton"), _GUIDED, why_not=_no_triton),
     *(Provider(name, partial(_blurring, how), ("attention",), why_not=_no_blurring) for name, how in BLURS.items()),
     Provider("blur + sdpa", partial(_then_sdpa, _our_blur), _GUIDED),
+    *(
+        Provider(
+            f"blur + sdpa {name}", partial(_then_sdpa, _our_blur, backend=name), ("attention",), why_not=_no_triton
+        )
+        for name in ("flash", "cudnn")
+    ),
     *(Provider(f"stride {n}", partial(_ours, stride=n), ("attention", "coarse"), exact=False) for n in (2, 4)),
     *(Provider(f"stride {n}", partial(_ours, stride=n), ("coarse",), exact=False) for n in (3, 8)),
     # The blur alone, with the copy of the batch that follows it where it is not segkern's.

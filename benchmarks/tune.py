@@ -32,7 +32,7 @@ TABLE = _configs.TUNED  # what segkern reads
 _WORTH = 0.02  # of the time: less is noise
 
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
-_SDPA = "blur + sdpa"
+_SDPA = {"default": "blur + sdpa", "flash": "blur + sdpa flash", "cudnn": "blur + sdpa cudnn"}
 _PROLOGUE, _BEFORE = BLURS
 
 Record = dict[str, Any]
@@ -89,8 +89,8 @@ def confirm(case: Case, sigma: float, best: Tile, device: torch.device, rounds: 
     """The present tile and the best one with every way to blur, and our blur before PyTorch's attention.
 
     The result has what ``screen``'s has but for ``tiles``: ``best``, ``blur`` (which each of the two would get) and
-    ``calls``: by ``now`` or ``best`` and the name of the blur's provider, or by ``sdpa`` alone, ``error``, ``reason``
-    and ``ms``.
+    ``calls``: by ``now`` or ``best`` and the name of the blur's provider, or ``sdpa`` and a backend, ``error``,
+    ``reason`` and ``ms``.
     """
     inputs = case.inputs(device)
     now = _configs.attention_tile(_configs.architecture(device), case.head_dim, case.dtype)
@@ -98,7 +98,7 @@ def confirm(case: Case, sigma: float, best: Tile, device: torch.device, rounds: 
     calls = {
         f"{which}, {blur}": _with_tile(blur, inputs, sigma, tile) for which, tile in tiles.items() for blur in BLURS
     }
-    calls["sdpa"] = PROVIDERS[_SDPA].make(inputs, sigma)
+    calls |= {f"sdpa {backend}": PROVIDERS[name].make(inputs, sigma) for backend, name in _SDPA.items()}
     return _described(case, sigma, device, rounds) | {
         "now": asdict(now),
         "best": asdict(best),
@@ -186,58 +186,80 @@ def _ratios(record: Record) -> dict[Tile, float]:
 def install(confirmed: Sequence[Record], path: Path = _configs.TUNED) -> list[str]:
     """Put what was faster into the table that segkern reads; says what it did, a line per head dimension and dtype.
 
-    What can win is the present tile, the best one, or PyTorch's attention after our blur: whatever has the lowest
-    geometric mean of its times over the present tile's, by ``_WORTH`` at least. A tile that errs with either way to
-    blur is out, whichever way was timed.
+    A tile wins by the lowest geometric mean of its times over the present tile's, by ``_WORTH`` at least; one that errs
+    with either way to blur is out, whichever way was timed. PyTorch's attention after our blur wins over that tile in
+    the same way, but for each size class and backend by itself.
     """
     table = json.loads(path.read_text(encoding="utf-8"))
     said = []
     for (arch, dtype, head_dim), cases in groups(confirmed).items():
         what = f"{arch}, {dtype}, head dimension {head_dim}"
-        times = _options(cases)
-        present = times.get("now")
-        if present is None:
+        times = _tile_times(cases)
+        if "now" not in times:
             said.append(f"{what}: nothing is changed, the present tile errs or does not run")
             continue
-        gains = {option: 1 - _mean(a / b for a, b in zip(ms, present, strict=True)) for option, ms in times.items()}
-        winner = max(gains, key=lambda option: gains[option])
-        if gains[winner] < _WORTH:
-            winner = "now"
-        tile = Tile(**cases[0]["best" if winner == "best" else "now"])
-        entry = {"tile": asdict(tile), "sdpa": winner == "sdpa"}
-        entry |= {"gain": round(gains[winner], 4), "cases": [case["case"] for case in cases]}
+        gain = _gain(times.get("best", times["now"]), times["now"])
+        winner = "best" if gain >= _WORTH else "now"
+        tile = Tile(**cases[0][winner])
+        sdpa, gains = _faster_sdpa(cases, times[winner])
+        entry = {"tile": asdict(tile), "sdpa": sdpa, "gain": round(gain if winner == "best" else 0.0, 4)}
+        entry |= {"sdpa_gain": gains, "cases": [case["case"] for case in cases]}
         entry |= {name: cases[0]["environment"][name] for name in ("device", "torch", "triton", "commit")}
         default = _configs.default_tile(arch, head_dim, getattr(torch, dtype))
         entries = table.setdefault(arch, {}).setdefault(dtype, {})
-        if winner == "now" and tile == default:
+        if not sdpa and winner == "now" and tile == default:
             entries.pop(str(head_dim), None)
         else:
             entries[str(head_dim)] = entry
-        said.append(f"{what}: {_words(winner, tile, gains[winner])}")
+        said.append(f"{what}: {_words(winner, tile, gain, sdpa, gains)}")
     table = {arch: {dtype: by_dim for dtype, by_dim in dtypes.items() if by_dim} for arch, dtypes in table.items()}
     table = {arch: dtypes for arch, dtypes in table.items() if dtypes}
     path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return said
 
 
-def _options(cases: Sequence[Record]) -> dict[str, list[float]]:
-    """Times of all cases by what computes them, ``now``, ``best`` or ``sdpa``; only what is right in every case."""
+def _tile_times(cases: Sequence[Record]) -> dict[str, list[float]]:
+    """Times of all cases by tile, ``now`` or ``best``; only of those that are right in every case."""
     times: dict[str, list[float]] = {}
     for which in ("now", "best"):
         if all(case["calls"][f"{which}, {blur}"]["reason"] is None for case in cases for blur in BLURS):
             chosen = [case["calls"][f"{which}, {case['blur'][which]}"] for case in cases]
             times[which] = [call["ms"]["median"] for call in chosen]
-    if all(case["calls"]["sdpa"]["reason"] is None for case in cases):
-        times["sdpa"] = [case["calls"]["sdpa"]["ms"]["median"] for case in cases]
     return times
 
 
-def _words(winner: str, tile: Tile, gain: float) -> str:
-    if winner == "sdpa":
-        return f"blurring first and PyTorch's attention are {gain:.1%} faster than the present tile"
+def _faster_sdpa(cases: Sequence[Record], ours: Sequence[float]) -> tuple[dict[str, str], dict[str, float]]:
+    """By size class the backend that is faster than our times, if one is, and its gain."""
+    faster, gains = {}, {}
+    for size in dict.fromkeys(_configs.size_class(case["tokens"]) for case in cases):
+        some = [(case["calls"], ms) for case, ms in zip(cases, ours, strict=True) if _in_class(case, size)]
+        found = {
+            backend: _gain([calls[f"sdpa {backend}"]["ms"]["median"] for calls, _ in some], [ms for _, ms in some])
+            for backend in _SDPA
+            if all(calls[f"sdpa {backend}"]["reason"] is None for calls, _ in some)
+        }
+        best = max(found, key=lambda backend: found[backend], default=None)
+        if best is not None and found[best] >= _WORTH:
+            faster[size], gains[size] = best, round(found[best], 4)
+    return faster, gains
+
+
+def _in_class(case: Record, size: str) -> bool:
+    return _configs.size_class(case["tokens"]) == size
+
+
+def _gain(times: Sequence[float], over: Sequence[float]) -> float:
+    return 1 - _mean(a / b for a, b in zip(times, over, strict=True))
+
+
+def _words(winner: str, tile: Tile, gain: float, sdpa: Mapping[str, str], gains: Mapping[str, float]) -> str:
     if winner == "now":
-        return f"{tile} stays, nothing is faster by {_WORTH:.0%}"
-    return f"{tile} is {gain:.1%} faster than the present tile"
+        said = f"{tile} stays, no tile is faster by {_WORTH:.0%}"
+    else:
+        said = f"{tile} is {gain:.1%} faster than the present tile"
+    for size, backend in sdpa.items():
+        said += f"; {size}: blurring first and PyTorch's attention ({backend}) are {gains[size]:.1%} faster than that"
+    return said
 
 
 def _mean(ratios: Iterable[float]) -> float:

@@ -98,8 +98,10 @@ def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[s
     arch = arch or _configs.architecture(device)
     tile = _configs.attention_tile(arch, call.head_dim, call.dtype)
     known = _configs.measured(arch, call.head_dim, call.dtype)
-    if known is not None and known.sdpa and 0 < call.sigma < math.inf:
-        return [("computed by", "the separable kernel, then PyTorch's attention: measured to be faster")]
+    sdpa = None if known is None else known.sdpa.get(_configs.size_class(call.grid.tokens))
+    if sdpa is not None and 0 < call.sigma < math.inf:
+        backend = "" if sdpa == "default" else f" ({sdpa})"
+        return [("computed by", f"the separable kernel, then PyTorch's attention{backend}: measured to be faster")]
     answers = [("attention tile", f"{_tile(tile)}, {'a default' if known is None else 'measured'}")]
     if 0 < call.sigma < math.inf:
         estimate = _routes.estimate_blur(

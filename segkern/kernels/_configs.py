@@ -163,17 +163,31 @@ def has_descriptors(arch: str) -> bool:
 TUNED = Path(__file__).with_name("tuned.json")
 
 
+_SMALL = 2048  # query tokens
+
+
+def size_class(tokens: int) -> str:
+    """The name under which sizes are measured together.
+
+    Example:
+        >>> [size_class(tokens) for tokens in (1024, 4096)]
+        ['small', 'large']
+    """
+    return "small" if tokens <= _SMALL else "large"
+
+
 @dataclass(frozen=True)
 class Tuned:
     """The fastest way measured on a device, for attention without a mask.
 
     Attributes:
         tile: of the attention kernel.
-        sdpa: whether blurring first and PyTorch's attention were faster than it.
+        sdpa: PyTorch's attention where that was faster than the kernel: by ``size_class``, the backend that was
+            (``"flash"``, ``"cudnn"``, ``"efficient"``) or ``"default"`` for the one that PyTorch chooses.
     """
 
     tile: Tile
-    sdpa: bool
+    sdpa: dict[str, str]
 
 
 @lru_cache(maxsize=1)

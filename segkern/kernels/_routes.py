@@ -22,7 +22,7 @@ from segkern.core.bounded_cache import bounded_cache
 from segkern.core.gaussian import blur_reach
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import BlurMatrices, Unblurred, blur_matrices, index_tensor
-from segkern.kernels._configs import architecture, attention_tile, key_splits, measured, multiprocessors
+from segkern.kernels._configs import architecture, attention_tile, key_splits, measured, multiprocessors, size_class
 
 _MIN_WIDTH_IN_PROLOGUE = 8  # narrower grids waste most of a column block
 _LAUNCH_MICROSECONDS = 2.0  # of a kernel that waits for the one before it
@@ -131,10 +131,13 @@ def _separable_blur(
 
 
 @lru_cache(maxsize=256)
-def sdpa_is_faster(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether blurring first and PyTorch's attention were measured to be faster than the attention kernel."""
+def faster_sdpa(device: torch.device, head_dim: int, dtype: torch.dtype, tokens: int) -> str | None:
+    """The backend of PyTorch's attention that was measured to be faster than the attention kernel, see ``Tuned``.
+
+    Without a measurement there is none: published rates of both are alike, within what an estimate errs by.
+    """
     known = measured(architecture(device), head_dim, dtype)
-    return known is not None and known.sdpa
+    return None if known is None else known.sdpa.get(size_class(tokens))
 
 
 @dataclass(frozen=True)

@@ -130,14 +130,15 @@ def fused_attention(
 
     ``place`` settles where queries are blurred (``_routes.py``), and that the attention is ours.
     """
-    from segkern.kernels._routes import sdpa_is_faster
+    from segkern.kernels._routes import faster_sdpa
     from segkern.kernels.seg_attention import launch_seg_attention
 
     query, key, value = in_memory(query), in_memory(key), in_memory(value)
     attn_mask = None if attn_mask is None else in_memory(attn_mask)
-    simple = place is None and attn_mask is None and not return_lse and any(sigmas)
-    if simple and sdpa_is_faster(query.device, query.shape[3], query.dtype):
-        return _blur_and_pytorch(query, key, value, grid, sigmas, scale, boundary), None
+    if place is None and attn_mask is None and not return_lse and any(sigmas):
+        sdpa = faster_sdpa(query.device, query.shape[3], query.dtype, query.shape[2])
+        if sdpa is not None:
+            return _blur_and_pytorch(query, key, value, grid, sigmas, scale, boundary, sdpa), None
     out = empty_output(query, value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
     launch_seg_attention(query, key, value, out, lse, grid, sigmas, scale, attn_mask, boundary, place)
@@ -152,8 +153,9 @@ def _blur_and_pytorch(
     sigmas: tuple[float, ...],
     scale: float,
     boundary: str,
+    sdpa: str,
 ) -> torch.Tensor:
-    """Our blur and PyTorch's attention; our kernel of few rows for samples of infinite sigma.
+    """Our blur and PyTorch's attention by a backend; our kernel of few rows for samples of infinite sigma.
 
     Without such samples the launch that blurs also gathers the plain queries, so that one attention serves the batch:
     that moves fewer bytes than joining outputs of two. With them the plain samples' output is copied.
@@ -163,7 +165,7 @@ def _blur_and_pytorch(
 
     if math.inf not in sigmas:
         blurred = fused_blur(query, grid, sigmas, boundary)
-        return tokens_first(torch_attention.attend(blurred, key, value, scale, None, False)[0])
+        return tokens_first(torch_attention.attend_by(sdpa, blurred, key, value, scale))
     if scale < 0.0:  # kernels take the maximum before scaling
         query, scale = -query, -scale
     out = empty_output(query, value.shape[3])
@@ -177,7 +179,7 @@ def _blur_and_pytorch(
         if tokens == slice(None) and any(sigmas[run]):
             rows = fused_blur(rows, grid, sigmas[run], boundary)
         if rows.shape[2]:
-            out[run, :, tokens] = torch_attention.attend(rows, key[run], value[run], scale, None, False)[0]
+            out[run, :, tokens] = torch_attention.attend_by(sdpa, rows, key[run], value[run], scale)
     return out
 
 

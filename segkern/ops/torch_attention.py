@@ -9,10 +9,12 @@ run it on a single query row. All of it is differentiable PyTorch.
 from __future__ import annotations
 
 import math
+import threading
 from enum import Enum, auto
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from segkern.core.arguments import is_wide
 from segkern.core.precision import exact_dtype, full_precision
@@ -22,6 +24,14 @@ from segkern.grid import Grid
 from segkern.ops.torch_blur import gaussian_blur, grid_mean, join
 
 _ROWS_AT_ONCE = 1024  # logits of so many query rows are formed at a time where PyTorch's attention does not serve
+
+
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+_CHOOSING = threading.Lock()  # PyTorch's choice is one for all threads
 
 
 class _Queries(Enum):
@@ -57,6 +67,19 @@ def attend(
     else:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
     return output, _composed_attention(query, key, None, scale, attn_mask, True)[1] if return_lse else None
+
+
+def attend_by(backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """PyTorch's attention by a backend, ``"flash"``, ``"cudnn"``, ``"efficient"`` or ``"default"`` for its own choice.
+
+    Where the backend cannot serve the call, PyTorch chooses another.
+    """
+    if backend == "default":
+        return attend(query, key, value, scale, None, False)[0]
+    first = _BACKENDS[backend]
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with _CHOOSING, sdpa_kernel([first, *(other for other in others if other != first)], set_priority=True):
+        return attend(query, key, value, scale, None, False)[0]
 
 
 def _composed_attention(

@@ -193,15 +193,21 @@ def test_smallest_finite_mask_is_not_minus_infinity(backend: str, rows: int) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("sigma", "scale"),
-    [((0.0, 1.3, 4.0), None), ((0.0, 1.3, math.inf), -0.3), ((math.inf, 0.0, math.inf), None), (math.inf, 0.2)],
+    ("sigma", "scale", "backend"),
+    [
+        ((0.0, 1.3, 4.0), None, "default"),
+        ((0.0, 1.3, 4.0), -0.3, "flash"),
+        ((0.0, 1.3, math.inf), -0.3, "cudnn"),
+        ((math.inf, 0.0, math.inf), None, "default"),
+        (math.inf, 0.2, "efficient"),
+    ],
     ids=str,
 )
 def test_blur_then_pytorchs_attention_where_that_was_faster(
-    sigma: object, scale: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    sigma: object, scale: float | None, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(_routes, "sdpa_is_faster", lambda *_: True)
+    monkeypatch.setattr(_routes, "faster_sdpa", lambda *_: backend)
     monkeypatch.setattr("segkern.kernels.seg_attention.launch_seg_attention", lambda *_: calls.append("kernel"))
     query, key, value = (draw((3, 2, 40, 16), dtype, DEVICE, layout) for layout in LAYOUTS[:3])
     grid = Grid(4, 9, 2)

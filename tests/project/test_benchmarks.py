@@ -47,7 +47,8 @@ def test_a_quick_run_has_a_row_for_every_way_case_and_sigma(quick: Path) -> None
 def test_rows_have_times_errors_and_ratios_or_a_reason(quick: Path) -> None:
     rows = results.read(quick)["rows"]
     reasons = {row["provider"]: row["reason"] for row in rows if row["reason"]}
-    assert reasons.keys() == {"sdpa efficient", "sdpa cudnn", "triton", *BLURS}, reasons
+    on_a_gpu = {"sdpa efficient", "sdpa cudnn", "triton", "blur + sdpa flash", "blur + sdpa cudnn", *BLURS}
+    assert reasons.keys() == on_a_gpu, reasons
     for row in rows:
         if row["reason"]:
             assert row["wall_ms"] is row["ratio"] is row["tflops"] is None
@@ -208,17 +209,25 @@ def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
 
 
 def confirmed(
-    case: str, sdpa: float | None = 1.0, *, chosen: str = "before", best: Tile | None = None, **ms: float | None
+    case: str,
+    sdpa: float | None = 1.0,
+    *,
+    tokens: int = 4096,
+    chosen: str = "before",
+    best: Tile | None = None,
+    **ms: float | None,
 ) -> dict[str, Any]:
     """As ``confirm`` gives it: every call takes 1 ms but for those given, and errs where None is given."""
     calls = {f"{which}, triton {blur}": 1.0 for which in ("now", "best") for blur in ("prologue", "before")}
-    calls |= {name.replace("_", ", triton "): value for name, value in ms.items()} | {"sdpa": sdpa}
+    calls |= {name.replace("_", ", triton "): value for name, value in ms.items()}
+    calls |= {"sdpa default": sdpa, "sdpa flash": None, "sdpa cudnn": None if sdpa is None else sdpa - 0.01}
     now = tune._configs.default_tile("sm_90", 64, torch.bfloat16)
     return {
         "architecture": "sm_90",
         "dtype": "bfloat16",
         "head_dim": 64,
         "case": case,
+        "tokens": tokens,
         "environment": {"device": "a GPU", "torch": "2", "triton": "3", "commit": "abc"},
         "now": asdict(now),
         "best": asdict(best or Tile(64, 32, 16, 8, 2)),
@@ -234,17 +243,19 @@ def confirmed(
     ("cases", "said", "sdpa", "which"),
     [
         ([confirmed("a", best_before=0.99)], "stays", None, None),
-        ([confirmed("a", best_before=0.8), confirmed("b", best_before=0.9)], "15.1% faster", False, "best"),
+        ([confirmed("a", best_before=0.8), confirmed("b", best_before=0.9)], "15.1% faster", {}, "best"),
         ([confirmed("a", best_before=0.8), confirmed("b", best_before=None)], "stays", None, None),
         ([confirmed("a", best_before=0.8, best_prologue=None)], "stays", None, None),
         ([confirmed("a", chosen="prologue", best_before=0.5)], "stays", None, None),
-        ([confirmed("a", 0.95, best_before=0.9)], "is 10.0% faster", False, "best"),
-        ([confirmed("a", 0.85, best_before=0.9)], "PyTorch's attention are 15.0% faster", True, "now"),
+        ([confirmed("a", 0.95, best_before=0.9)], "is 10.0% faster", {}, "best"),
+        ([confirmed("a", 0.82, best_before=0.9)], "(cudnn) are 10.0% faster", {"large": "cudnn"}, "best"),
+        ([confirmed("a", 0.81, tokens=1024)], "(cudnn) are 20.0% faster", {"small": "cudnn"}, "now"),
+        ([confirmed("a", 0.81), confirmed("b", tokens=1024)], "large: blurring", {"large": "cudnn"}, "now"),
         ([confirmed("a", None, now_before=None, best_before=0.1)], "nothing is changed", None, None),
     ],
 )
 def test_the_fastest_that_is_right_everywhere_is_installed(
-    cases: list[dict[str, Any]], said: str, sdpa: bool | None, which: str | None, tmp_path: Path
+    cases: list[dict[str, Any]], said: str, sdpa: dict[str, str] | None, which: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "tuned.json"
     path.write_text("{}")
@@ -277,12 +288,12 @@ def test_what_is_installed_is_read_and_explained(tmp_path: Path, monkeypatch: py
     try:
         tune.install([confirmed("a", best_before=0.9)], path)
         assert "by the separable kernel, before" in explained(10.0)["queries are blurred"]
-        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(other, False)
+        assert tune._configs.measured("sm_90", 64, torch.bfloat16) == tune._configs.Tuned(other, {})
         assert tune._configs.attention_tile("sm_90", 64, torch.bfloat16) == other
         assert tune._configs.attention_tile("sm_90", 64, torch.bfloat16, masked=True) != other
         assert tune._configs.attention_tile("sm_90", 64, torch.float16) == usual
         tune.install([confirmed("a", 0.5, best=replace(other, descriptors=True), best_before=0.9)], path)
-        assert "PyTorch's attention" in explained(3.0)["computed by"]
+        assert "PyTorch's attention (cudnn)" in explained(3.0)["computed by"]
         tune.install([confirmed("a", best=replace(other, descriptors=True), best_before=0.9)], path)
         assert "by descriptors, measured" in explained(3.0)["attention tile"]
     finally:
