@@ -186,13 +186,11 @@ def seg_attention(
         attend_heads = partial(seg_attention, grid=grid, **options)
         sigmas, mask = head_sigmas(sigma, *query.shape[:2]), check_mask(attn_mask, query, key)
         return call_by_head(attend_heads, (query, key, value), sigmas, mask)
-    mask = None
-    if attn_mask is not None:
-        check_qkv(query, key, value)  # whose shapes a mask is compared to
-        mask = check_mask(attn_mask, query, key)
-    plain = is_plain(query, key, value) if mask is None else is_plain(query, key, value, mask)
+    plain = is_plain(query, key, value) if attn_mask is None else is_plain(query, key, value, attn_mask)
     arguments: Any = (grid, sigma, scale, boundary, query_stride, backend)
-    call = check_attention_call(query, key, value, *arguments, plain=plain, wide_mask=is_wide(mask, query))
+    wide = isinstance(attn_mask, torch.Tensor) and isinstance(query, torch.Tensor) and is_wide(attn_mask, query)
+    call = check_attention_call(query, key, value, *arguments, plain=plain, wide_mask=wide)
+    mask = None if attn_mask is None else check_mask(attn_mask, query, key)
     asked = differentiable_backend(backend, query, key, value, *(() if mask is None else (mask,)))
     if asked != backend:
         call = replace(call, backend=asked, asked=asked)
