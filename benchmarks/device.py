@@ -224,8 +224,10 @@ def run(
     if not dry and not torch.cuda.is_available():
         raise ValueError("device needs a CUDA or ROCm device, and there is none here; --dry rehearses it without")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "blur.json").unlink(missing_ok=True)  # a stage adds to it
     chosen = [stage for stage in known if not only or stage.name.partition(":")[0] in only]
+    for stage in chosen:
+        if "--out" in stage.arguments:  # what an earlier run left would pass for this one's
+            Path(stage.arguments[stage.arguments.index("--out") + 1]).unlink(missing_ok=True)
     with _terminated_as_by_an_exception(), tempfile.TemporaryDirectory() as site, integrations_as_installed():
         if wheels is not None:
             for name in install_missing(wheels, Path(site)):

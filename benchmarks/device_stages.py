@@ -102,7 +102,8 @@ def _to_compile(cases: list[Case], device: torch.device, quick: bool) -> Iterato
     """Everything that the attention suite and tuning call, by name."""
     for case in cases:
         inputs = case.inputs(device)
-        for provider in find_providers("attention", [*BLURS, "auto"] if quick else ()):
+        ways = find_providers("attention", [*BLURS, "auto"] if quick else ())
+        for provider in (way for way in ways if way.kind != "plain"):
             for sigma in (1.0, 10.0, math.inf):
                 if (quick and math.isfinite(sigma)) or provider.why_not(inputs, sigma) is None:
                     yield f"{case.name}, {provider.name}, sigma {sigma:g}", _made(provider.name, inputs, sigma)

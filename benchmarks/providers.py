@@ -189,7 +189,7 @@ def _scores_scratch(case: Case) -> float:
     return 2.0 * case.batch * case.heads * case.tokens**2 * max(4, case.dtype.itemsize)
 
 
-_HOST_COPY = "it copies a kernel from the host at every call"
+HOST_COPY = "it copies a kernel from the host at every call"
 _GUIDED = ("attention", "infinite")
 _ALL = (*_GUIDED, "coarse", "blur")
 
@@ -202,7 +202,7 @@ _ALL_PROVIDERS = (
     Provider("sdpa efficient", partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION), _ALL, "plain", why_not=_no_gpu_backend),
     Provider("sdpa cudnn", partial(_sdpa, SDPBackend.CUDNN_ATTENTION), _ALL, "plain", why_not=_no_gpu_backend),
     # A blur, then PyTorch's attention: the official 2-D convolution, two products, one product; then FlexAttention.
-    Provider("official", partial(_then_sdpa, partial(_blur_only, _official)), _GUIDED, no_graph=_HOST_COPY),
+    Provider("official", partial(_then_sdpa, partial(_blur_only, _official)), _GUIDED, no_graph=HOST_COPY),
     Provider("separable", partial(_then_sdpa, partial(_blur_only, _separable)), _GUIDED),
     Provider("dense", partial(_then_sdpa, partial(_blur_only, _dense)), _GUIDED, scratch=_dense_scratch),
     Provider("flex", _flex, _GUIDED),
@@ -221,7 +221,7 @@ _ALL_PROVIDERS = (
     *(Provider(f"stride {n}", partial(_ours, stride=n), ("attention", "coarse"), exact=False) for n in (2, 4)),
     *(Provider(f"stride {n}", partial(_ours, stride=n), ("coarse",), exact=False) for n in (3, 8)),
     # The blur alone, with the copy of the batch that follows it where it is not segkern's.
-    Provider("blur official", partial(_blur_only, _official), ("blur",), "blur", no_graph=_HOST_COPY),
+    Provider("blur official", partial(_blur_only, _official), ("blur",), "blur", no_graph=HOST_COPY),
     Provider("blur separable", partial(_blur_only, _separable), ("blur",), "blur"),
     Provider("blur dense", partial(_blur_only, _dense), ("blur",), "blur", scratch=_dense_scratch),
     Provider("blur torch", partial(_our_blur, backend="torch"), ("blur",), "blur"),

@@ -7,8 +7,10 @@ against the official algorithm's, and a replay's against the call that is no gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor
 
 from benchmarks import timing
 from benchmarks.official import OfficialProcessor, guided, processors
+from benchmarks.providers import HOST_COPY
 from benchmarks.sdxl import BRANCHES, conditions
 from benchmarks.steps import SEG_SCALE, Bench, Row, Way, distance, limit_of, official_of, plain
 from segkern.integrations.diffusers import guide
@@ -32,6 +35,9 @@ def add_graphs(bench: Bench, rows: Sequence[Row], chosen: Sequence[Way], rounds:
     for row in rows:
         way = by_name.get(row["way"])
         if way is None or row["reason"] is not None:
+            continue
+        if way.kind == "official" and math.isfinite(way.sigma):
+            row["graph_ms"] = f"not measured: {HOST_COPY}"
             continue
         try:
             row["graph_ms"] = _wrong(bench, way, expected) or "not measured"
@@ -66,8 +72,8 @@ def prediction_of(bench: Bench, way: Way) -> Iterator[Call]:
             stack.enter_context(guidance)
             stack.enter_context(guidance.run(timesteps))
         elif way.kind == "official":
-            make: Callable[..., Any] = lambda grid: OfficialProcessor(grid, way.sigma, len(order))  # noqa: E731
-            stack.enter_context(processors(pipe, bench.size, way.layers, make))
+            blurring = partial(OfficialProcessor, sigma=way.sigma, branches=len(order))
+            stack.enter_context(processors(pipe, bench.size, way.layers, blurring))
         elif way.kind == "pag":
             identity = PAGCFGIdentitySelfAttnProcessor2_0 if way.cfg else PAGIdentitySelfAttnProcessor2_0
             stack.enter_context(processors(pipe, bench.size, way.layers, lambda grid: identity()))
