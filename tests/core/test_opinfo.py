@@ -37,7 +37,8 @@ def samples(dtype: torch.dtype, wanted: bool = False) -> Iterator[Sample]:
     Dropout is left out, keys and values of grouped heads are repeated, and a causal call has a mask.
     """
     for sample in attention_of_pytorch().sample_inputs("cpu", dtype, requires_grad=wanted):
-        (q, k, v), options = (sample.input, *sample.args), dict(sample.kwargs)
+        inputs: tuple[torch.Tensor, ...] = (sample.input, *sample.args)
+        (q, k, v), options = inputs, dict(sample.kwargs)
         options.pop("dropout_p", 0.0)
         if options.pop("enable_gqa", False):
             k, v = (x.detach().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

@@ -18,17 +18,18 @@ from tests.core.backends import QUICK_BACKENDS
 
 GRID = Grid(8, 9, start=2)
 OLD_SETTINGS = ("highest", "high", "medium")
-HOLDERS: tuple[Any, ...] = (torch.backends, torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+ONE_DNN: Any = torch.backends.mkldnn  # whose stubs lack the products
+HOLDERS: tuple[Any, ...] = (torch.backends, ONE_DNN.matmul, torch.backends.cuda.matmul)
 
 # The older setting, and the newer ones of all of PyTorch, of a library, and of its products.
 SETTINGS: dict[str, Callable[[], None]] = {
     **{f"precision {value}": partial(torch.set_float32_matmul_precision, value) for value in OLD_SETTINGS},
     "everywhere tf32": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
     "everywhere ieee": lambda: setattr(torch.backends, "fp32_precision", "ieee"),
-    "oneDNN bf16": lambda: setattr(torch.backends.mkldnn, "fp32_precision", "bf16"),
-    "oneDNN tf32": lambda: setattr(torch.backends.mkldnn, "fp32_precision", "tf32"),
-    "products bf16": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
-    "products tf32": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "tf32"),
+    "oneDNN bf16": lambda: setattr(ONE_DNN, "fp32_precision", "bf16"),
+    "oneDNN tf32": lambda: setattr(ONE_DNN, "fp32_precision", "tf32"),
+    "products bf16": lambda: setattr(ONE_DNN.matmul, "fp32_precision", "bf16"),
+    "products tf32": lambda: setattr(ONE_DNN.matmul, "fp32_precision", "tf32"),
     "CUDA's products tf32": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
 }
 
