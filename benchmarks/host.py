@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from time import perf_counter
 from typing import Any
 from unittest import mock
@@ -45,6 +46,10 @@ class _Nothing:
         return lambda *_, **__: None
 
 
+def _nothing(*arguments: object) -> None:
+    pass
+
+
 @contextmanager
 def without_launches() -> Iterator[None]:
     """Inside, the Triton path runs on a CPU up to its launches, which do nothing."""
@@ -59,7 +64,46 @@ def without_launches() -> Iterator[None]:
             (module, kernel) for module in modules for kernel in _KERNELS if hasattr(module, kernel)
         ):
             stack.enter_context(mock.patch.object(module, kernel, _Nothing()))
+        for module in modules:
+            if hasattr(module, "launch"):
+                stack.enter_context(mock.patch.object(module, "launch", _nothing))
         yield
+
+
+def measure_launches(rounds: int = 200, calls: int = 50) -> list[dict[str, Any]]:
+    """A row for each kind of blurred call: ``us`` it takes, of which ``launch_us`` for ``launches`` launches.
+
+    Each is the least of many short rounds, which other work on the machine disturbs least. Triton's own share of a
+    launch is part of it, the driver's is not (``idle_driver.py``). Kernels must not be interpreted in the process.
+    """
+    from benchmarks.idle_driver import idle_driver
+    from segkern.kernels._routes import BlurPlace
+    from segkern.ops.attention import fused_attention
+
+    q, k, v = (torch.randn(_SHAPE).half() for _ in range(3))
+    ways = {
+        "a third blurred in the prologue": (_SIGMAS["a third at sigma 2"], BlurPlace.PROLOGUE),
+        "a third blurred before": (_SIGMAS["a third at sigma 2"], BlurPlace.BEFORE),
+        "a third at infinity": (_SIGMAS["a third at infinity"], None),
+    }
+    rows = []
+    torch.set_num_threads(1)
+    with idle_driver() as driver:
+        for name, (sigmas, place) in ways.items():
+            call = partial(fused_attention, q, k, v, None, _GRID, sigmas, 0.25, "reflect", False, place)
+            call()
+            driver.launches.clear()
+            driver.noting = True
+            call()
+            driver.noting = False
+            whole = without = math.inf
+            for _ in range(rounds):  # side by side
+                whole = min(whole, _microseconds(call, calls))
+                with without_launches():
+                    without = min(without, _microseconds(call, calls))
+            count = len(driver.launches)
+            rows.append({"call": name, "launches": count, "us": whole, "launch_us": whole - without})
+    return rows
 
 
 def _microseconds(call: Timed, calls: int) -> float:

@@ -28,7 +28,7 @@ import triton.language as tl
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import PLANE_SCALE, PLANE_STEP, blur_matrices, consecutive
 from segkern.kernels._configs import Options
-from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide
+from segkern.kernels._launch import compile_options, launch, launching, next_power_of_2, strides_are_wide
 from segkern.kernels._primitives import from_row, load_tile, matrix, store_tile
 
 BLOCK_I = 32
@@ -319,25 +319,17 @@ def _blur_images(
     halving = _ADJOINT_HALVING if adjoint and scale != 1.0 else 1.0
     programs = tiles * -(-head_dim // TILE_CHANNELS.value) * heads * len(samples)
     with launching(image.device):
-        _image_blur_kernel[(programs,)](
-            image,
-            out,
-            matrices.samples,
-            matrices.index,
-            matrices.rows,
-            matrices.columns,
-            matrices.reach,
-            *image.stride(),
-            *out.stride(),
-            heads,
-            height,
-            width,
-            scale * halving,
-            scale / halving,
-            HEAD_DIM=head_dim,
-            WIDE=strides_are_wide(image.stride(), out.stride(), rows=64 * width),
-            **constants,
-            **compile_options(image_options(height, width, torch.version.hip is not None)),
+        launch(
+            _image_blur_kernel,
+            programs,
+            (image, out, matrices.samples, matrices.index, matrices.rows, matrices.columns, matrices.reach),
+            (*image.stride(), *out.stride(), heads, height, width, scale * halving, scale / halving),
+            {
+                "HEAD_DIM": head_dim,
+                "WIDE": strides_are_wide(image.stride(), out.stride(), rows=64 * width),
+                **constants,
+                **compile_options(image_options(height, width, torch.version.hip is not None)),
+            },
         )
 
 
@@ -354,25 +346,19 @@ def _blur_axes(
     with launching(image.device):
         for source, target, weights, reach, lines, length, line_step, axis_step in axes:
             programs = -(-length // BLOCK_I) * lines * heads * batch
-            _axis_blur_kernel[(programs,)](
-                source,
-                target,
-                matrices.index,
-                weights,
-                reach,
-                *source.stride(),
-                *target.stride(),
-                heads,
-                lines,
-                length,
-                line_step,
-                axis_step,
-                HEAD_DIM=head_dim,
-                BLOCK_I=BLOCK_I,
-                BLOCK_J=BLOCK_J,
-                BLOCK_D=blur_block_d(head_dim),
-                WIDE=strides_are_wide(source.stride(), target.stride()),
-                **compile_options(AXIS_OPTIONS),
+            launch(
+                _axis_blur_kernel,
+                programs,
+                (source, target, matrices.index, weights, reach),
+                (*source.stride(), *target.stride(), heads, lines, length, line_step, axis_step),
+                {
+                    "HEAD_DIM": head_dim,
+                    "BLOCK_I": BLOCK_I,
+                    "BLOCK_J": BLOCK_J,
+                    "BLOCK_D": blur_block_d(head_dim),
+                    "WIDE": strides_are_wide(source.stride(), target.stride()),
+                    **compile_options(AXIS_OPTIONS),
+                },
             )
 
 
