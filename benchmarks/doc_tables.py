@@ -20,6 +20,7 @@ from studies.evaluation import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/evaluation.md", "docs/models.md")
+_REAL = "sdxl-416x608"  # the size of SDXL's own configuration on a CPU
 _BLOCK = re.compile(r"(<!-- ([a-z-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -99,6 +100,28 @@ def steps(prefixes: Sequence[str], sigmas: Sequence[str] = ("", "10", "inf")) ->
     devices = [file["environment"]["device"] for file in files]
     headings = [f"{device}, {whose}" for device in devices for whose in ("segkern", "official")]
     return markdown(("guidance", "FLOPs on SDXL", *headings), lines)
+
+
+def real_steps() -> str:
+    """Guided steps of Stable Diffusion XL's own configuration on a CPU, a table for each file."""
+    parts = []
+    for file in _step_files():
+        if file["size"] != _REAL:
+            continue
+        lines = []
+        for row in file["rows"]:
+            spreads = (f"{ratio['median']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})" for ratio in _ratios(row))
+            counted = "" if row["counted"] is None else f"{row['counted']:.3f}"
+            error = "" if row["error"] is None else f"{row['error']:.0e}"
+            lines.append([row["way"], f"{row['ms']['median'] / 1e3:.1f} s", *spreads, counted, error])
+        headings = ("run", "a step", "time, x CFG", "CPU time, x CFG", "FLOPs, x CFG", "distance to official")
+        measured = f"{_measured(file['environment'])}, {file['dtype']}, {file['rounds']} rounds"
+        parts += [f"{measured}:", markdown(headings, lines)]
+    return "\n\n".join(parts)
+
+
+def _ratios(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    return row["ratio"], row["cpu_ratio"]
 
 
 def _step_files() -> list[dict[str, Any]]:
@@ -194,6 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "approximations": lambda: comparison("approximations"),
     "steps": lambda: steps(["CFG + "]),
     "all-steps": lambda: steps(["", "CFG + "]),
+    "real-steps": real_steps,
     "measurements": lambda: attention(["3", "10", "inf"], {"official": "official", "auto": "segkern"}),
     "attention": lambda: attention(["0.5", "1", "3", "10", "30", "inf"], _ALL),
     "compiled": compiled,
