@@ -48,7 +48,7 @@ def fixed_numbers(value: Any) -> Any:
 
 def fixed_sigmas(sigma: Any) -> Any:
     """:func:`fixed_numbers`, or a tensor of what can only be read when the graph runs: tensors and NumPy's numbers."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not isinstance(sigma, (int, float)):  # a graph's symbol is asked nothing else
         if isinstance(sigma, (list, tuple)) and any(isinstance(entry, torch.Tensor) for entry in sigma):
             return torch.stack([torch.as_tensor(entry, dtype=torch.float64) for entry in sigma])
         if hasattr(sigma, "__array__"):
