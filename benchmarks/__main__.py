@@ -340,14 +340,20 @@ def compile_command(
     targets: Annotated[
         list[str] | None, typer.Argument(help="Architectures such as sm_90 or gfx942; all if not given.")
     ] = None,
-    few: Annotated[bool, typer.Option("--few", help="Each kernel once or twice instead of all.")] = False,
+    few: Annotated[bool, typer.Option("--few", help="Two head dimensions instead of all.")] = False,
     save: Annotated[bool, typer.Option("--save", help="Keep the records of all kernels for all targets.")] = False,
+    triton: Annotated[
+        Path | None, typer.Option(help="Folder of pip install --no-deps --target with another triton.")
+    ] = None,
 ) -> None:
     """Compile the kernels for real targets and print what the code uses; exit code 1 where one spills or worse."""
     from benchmarks import compile_kernels, compiled_code
 
-    if save and (few or targets):
-        fail("--save keeps everything: give no targets and no --few")
+    if save and (few or targets or triton):
+        fail("--save keeps everything of the installed triton: give no targets, no --few and no --triton")
+    if triton is not None:
+        with refusing():
+            raise typer.Exit(compile_kernels.compile_with(triton, [*(targets or ()), *["--few"] * few]))
     with refusing():
         result = compile_kernels.compile_targets(targets or list(compiled_code.TARGETS), few)
     if save:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from segkern.kernels._routes import BlurPlace
+from benchmarks.flavours import Flavour
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,89 +36,97 @@ SHARED_LIMIT = {  # bytes a program may use
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# Of pointers that are not to the inputs' dtype; of others where a kernel says so.
-_TYPES = {
-    **dict.fromkeys(("samples_ptr", "query_samples_ptr", "index_ptr", "blur_index_ptr", "reach_ptr"), "*i32"),
-    **dict.fromkeys(("row_weights_ptr", "column_weights_ptr", "weights_ptr"), "*fp32"),
-    **dict.fromkeys(("lse_ptr", "max_ptr", "inverse_ptr", "partial_ptr"), "*fp32"),
-    "scale": "fp32",
+_PER_MULTIPROCESSOR = {  # bytes of shared memory, threads; registers are 65,536 everywhere
+    "sm_80": (164 * 1024, 2048),
+    "sm_86": (100 * 1024, 1536),
+    "sm_89": (100 * 1024, 1536),
+    "sm_90": (228 * 1024, 2048),
+    "sm_100": (228 * 1024, 2048),
+    "sm_120": (100 * 1024, 1536),
 }
-_MULTIPLYING = ("_tiled_attention_kernel", "_attention_energy_kernel", "_attention_mass_kernel")
+_MULTIPLYING = (
+    "_unmasked_attention_kernel",
+    "_tiled_attention_kernel",
+    "_attention_energy_kernel",
+    "_attention_mass_kernel",
+)
 _MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # HMMA elsewhere
 
 
 @dataclass
 class Compiled:
-    """The resources that one kernel's code uses on one target."""
+    """The resources that one kernel's code uses on one target.
+
+    Attributes:
+        flags: constants other than sizes, and the type of the mask where there is one.
+        tile: BLOCK_* and the compiler's options.
+        loop: warp instructions per 1,024 scores of the loop over keys by kind, None where there is no such loop.
+        overlap: whether exponentials are computed while products run: on Hopper, between one's issue and the wait for
+            it, elsewhere between matrix instructions; None on Blackwell, whose products say when they are ready.
+        programs: that fit a multiprocessor at the same time; None where that is not known.
+    """
 
     kernel: str
     target: str
     head_dim: int
     dtype: str
-    masked: bool
-    blur: str  # "prologue", "before", or "" of other kernels
+    flags: dict[str, Any]
     registers: int
     spilled_bytes: int
     local_bytes: int
     shared_bytes: int
     matrix_instructions: dict[str, int]
     serialisation: list[str]
-    tile: dict[str, int]  # BLOCK_* and the compiler's options
+    tile: dict[str, int]
+    loop: dict[str, float] | None
+    overlap: bool | None
+    programs: int | None
 
 
-def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any], dtype: str) -> dict[str, str]:
-    """A type per parameter: pointers by name, unit strides as constants, 32-bit integers otherwise."""
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in types:
-            signature[name] = types[name]
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{dtype}"
-        else:
-            signature[name] = "i32"
-    return signature
-
-
-def compile_kernel(
-    kernel: Any,
-    target: str,
-    head_dim: int,
-    dtype: torch.dtype,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    options: dict[str, Any],
-) -> Compiled:
-    """Compile one kernel with aligned pointers and strides, and read the result."""
-    constants = dict(constants)
-    for name in kernel.arg_names:
-        if name.startswith("stride_") and name.endswith("d"):
-            constants[name] = 1  # head dimensions are contiguous in every usual layout
-    signature = _signature(kernel, _TYPES | types, constants, TYPES[dtype])
+def compile_flavour(flavour: Flavour, kernel: Any, target: str) -> Compiled:
+    """Compile one flavour with aligned pointers and strides, and read the result."""
+    constants, types, options = dict(flavour.constants), dict(flavour.types), dict(flavour.options)
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if name not in constants and (signature[name].startswith("*") or name.startswith("stride_"))
+        if name in types and (types[name].startswith("*") or name.startswith("stride_"))
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    blocks = {name: value for name, value in constants.items() if name.startswith("BLOCK_")}
-    tile = blocks | {name: options[name] for name in ("num_warps", "num_stages")}
-    tile |= {"descriptors": int(constants.get("DESCRIPTORS", False))}
+    tile = {name: value for name, value in constants.items() if name.startswith("BLOCK_")} | options
     used = _read_amdgcn(compiled) if target.startswith("gfx") else _read_cubin(compiled, target)
+    code = used.pop("code")
+    scores = tile["BLOCK_M"] * tile["BLOCK_N"] / options["num_warps"] if {"BLOCK_M", "BLOCK_N"} <= tile.keys() else 0
+    loop, overlap = (None, None) if not scores else _loop_over_keys(code, scores, TARGETS[target].warp_size)
+    flags = {
+        name: value
+        for name, value in constants.items()
+        if not name.startswith(("BLOCK_", "HEAD_DIM", "stride_")) and "PRECISION" not in name
+    }
+    if flags.get("MASK"):
+        flags["MASK"] = types["mask_ptr"]
     return Compiled(
-        kernel=kernel.fn.__name__,
+        kernel=flavour.kernel,
         target=target,
-        head_dim=head_dim,
-        dtype=TYPES[dtype],
-        masked=constants.get("MASK", 0) != 0,
-        blur=BlurPlace(constants["BLUR"]).name.lower() if "BLUR" in constants else "",
-        shared_bytes=compiled.metadata.shared,
+        head_dim=flavour.head_dim,
+        dtype=flavour.dtype,
+        flags=flags,
         tile=tile,
+        shared_bytes=compiled.metadata.shared,
+        loop=loop,
+        overlap=overlap,
+        programs=_programs(target, used["registers"], compiled.metadata.shared, compiled.metadata.num_warps),
         **used,
     )
+
+
+def _programs(target: str, registers: int, shared: int, warps: int) -> int | None:
+    if target not in _PER_MULTIPROCESSOR:
+        return None
+    most_shared, most_threads = _PER_MULTIPROCESSOR[target]
+    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
+    return min(by_registers, most_threads // (32 * warps), most_shared // (shared + 1024), 32)
 
 
 def _tool(name: str) -> str:
@@ -136,6 +143,7 @@ def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
         # Only Hopper's matrix instructions can be serialised, and only the assembler says so.
         messages = _assembler_messages(compiled.asm["ptx"], Path(folder)) if target == "sm_90" else ""
     return {
+        "code": _instructions(sass),
         "registers": _search(r"REG:(\d+)", resources),
         "spilled_bytes": _search(r"STACK:(\d+)", resources),  # kernels have no other use of a stack
         "local_bytes": _search(r"LOCAL:(\d+)", resources),
@@ -147,8 +155,11 @@ def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
 def _assembler_messages(ptx: str, folder: Path) -> str:
     source = folder / "kernel.ptx"
     source.write_text(ptx)
-    assembler = "ptxas-blackwell" if Path(_tool("ptxas-blackwell")).exists() else "ptxas"  # reads newer PTX
-    return _run(assembler, "-v", "--gpu-name=sm_90a", source, "-o", folder / "again.cubin")
+    options = "-v", "--gpu-name=sm_90a", source, "-o", folder / "again.cubin"
+    try:
+        return _run("ptxas", *options)
+    except subprocess.CalledProcessError:  # triton 3.9 writes PTX too new for it, and assembles with the other one
+        return _run("ptxas-blackwell", *options)
 
 
 def _run(tool: str, *arguments: str | Path) -> str:
@@ -163,12 +174,95 @@ def _read_amdgcn(compiled: Any) -> dict[str, Any]:
     # Scalar registers spill to lanes of vector registers, not to memory: private memory would show below.
     spills = [int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)]
     return {
+        "code": _instructions_of_amd(text),
         "registers": vgprs,
         "spilled_bytes": 4 * sum(spills),
         "local_bytes": _search(r"\.private_segment_fixed_size:\s*(\d+)", text),
         "matrix_instructions": _count(text, r"\b(v_mfma)_"),
         "serialisation": [],
     }
+
+
+Code = list[tuple[str, str]]  # (opcode or "", label or the label that is jumped to or "")
+
+
+def _instructions(sass: str) -> Code:
+    code = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            code.append(("", label[1]))
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            jump = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+            code.append((found[1], jump[1] if jump else ""))
+    return code
+
+
+def _instructions_of_amd(text: str) -> Code:
+    code = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\w+):", line):
+            code.append(("", label[1]))
+        elif found := re.match(r"\s+([svdgb]\w*_\w+)\b", line):
+            jump = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
+            code.append((found[1], jump[1] if jump else ""))
+    return code
+
+
+_KINDS = {  # the first pattern that an opcode begins with counts
+    "matrix": r"HGMMA|QGMMA|HMMA|UTCHMMA|v_mfma",
+    "EX2": r"MUFU\.EX2|v_exp_f32",
+    "FMUL": r"FMUL|v_(pk_)?mul_f32",
+    "FFMA": r"FFMA|v_(pk_)?fma|v_fmac|v_mac",
+    "FADD": r"FADD|v_(pk_)?(add|sub)_f32",
+    "FMNMX": r"FMNMX|v_max",
+    "shared": r"LDS|STS|ds_|LDTM|STTM",
+    "barriers": r"BAR|SYNCS|s_barrier",
+}
+KINDS = (*_KINDS, "other")
+
+
+def _kind(opcode: str) -> str:
+    return next((kind for kind, pattern in _KINDS.items() if re.match(pattern, opcode)), "other")
+
+
+def _loop_over_keys(code: Code, scores: float, lanes: int) -> tuple[dict[str, float] | None, bool | None]:
+    """Instructions per 1,024 scores by kind of the shortest loop with products and exponentials, and overlap in it.
+
+    ``scores`` are a warp's in a block of keys. A loop that was unrolled has exponentials for several blocks.
+    """
+    places = {label: place for place, (opcode, label) in enumerate(code) if not opcode}
+    loops = []
+    for place, (opcode, label) in enumerate(code):
+        if opcode and places.get(label, place) < place:
+            opcodes = [name for name, _ in code[places[label] : place + 1] if name]
+            kinds = Counter(map(_kind, opcodes))
+            if kinds["matrix"] and kinds["EX2"] >= 4:
+                loops.append(opcodes)
+    if not loops:
+        return None, None
+    opcodes = min(loops, key=len)
+    kinds = Counter(map(_kind, opcodes))
+    blocks = max(1, round(kinds["EX2"] * lanes / scores))
+    per = 1024 / (scores * blocks)
+    counts = {kind: round(kinds[kind] * per, 1) for kind in KINDS}
+    overlap = None if any(name.startswith("UTCHMMA") for name in opcodes) else _overlaps(opcodes)
+    return counts | {"all": round(len(opcodes) * per, 1)}, overlap
+
+
+def _overlaps(opcodes: Sequence[str]) -> bool:
+    issued, seen, between, waits = False, False, 0, any(name.startswith("WARPGROUP.DEPBAR") for name in opcodes)
+    for name in (*opcodes, *opcodes):  # the loop's end is followed by its beginning
+        kind = _kind(name)
+        if kind == "matrix":
+            between += seen
+            issued, seen = True, False
+        elif kind == "EX2" and issued:
+            if waits:
+                return True
+            seen = True
+        elif name.startswith("WARPGROUP.DEPBAR"):
+            issued = False
+    return between > 4  # matrix instructions of one product with exponentials before them
 
 
 def _search(pattern: str, text: str) -> int:
@@ -186,7 +280,8 @@ def faults(records: Sequence[Compiled]) -> list[str]:
     """Spills, too much shared memory, serialised or missing matrix instructions, a line for each."""
     wrong = []
     for record in records:
-        name = f"{record.target}: {record.kernel} D={record.head_dim} {record.dtype}{' masked' * record.masked}"
+        flags = " ".join(f"{name}={value}" for name, value in record.flags.items() if value)
+        name = f"{record.target}: {record.kernel} D={record.head_dim} {record.dtype} {flags}".rstrip()
         if record.spilled_bytes or record.local_bytes:
             wrong.append(f"{name} spills {record.spilled_bytes}, local memory {record.local_bytes} bytes")
         if record.shared_bytes > SHARED_LIMIT[record.target]:
@@ -195,8 +290,8 @@ def faults(records: Sequence[Compiled]) -> list[str]:
             wrong.append(f"{name}: assembler warns {record.serialisation}")
         if record.kernel not in _MULTIPLYING or record.dtype == "fp32":
             continue
-        # The widest heads under a mask have tiles too small for the newer instructions.
-        small = record.masked and record.head_dim > 160 and record.target != "gfx942"
+        # The general kernel has tiles too small for the newer instructions in the widest heads.
+        small = record.kernel == "_tiled_attention_kernel" and record.head_dim > 160 and record.target != "gfx942"
         if not record.matrix_instructions.get("HMMA" if small else _MATRIX_INSTRUCTION.get(record.target, "HMMA")):
             wrong.append(f"{name}: no matrix instructions but {record.matrix_instructions}")
     return wrong

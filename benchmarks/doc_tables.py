@@ -179,6 +179,45 @@ def compiled() -> str:
     return f"{made}\n\n{markdown(headings, lines)}"
 
 
+def instructions() -> str:
+    """Instructions of the loops over keys at head dimension 64 in bfloat16, ours beside those of others' kernels."""
+    from benchmarks.compiled_code import KINDS
+
+    file = results.read_json(results.RESULTS / "compiled" / "kernels.json")
+    lines = []
+    for record in file["kernels"]:
+        flags = record["flags"]
+        if (record["head_dim"], record["dtype"]) != (64, "bf16") or not flags.get("EVEN_KEYS", True):
+            continue
+        ours = {True: "ours, blurred in the prologue", False: "ours, as is or blurred before"}
+        others = {True: "style of FlexAttention", False: "style of Triton's tutorial"}
+        if record["kernel"] == "_unmasked_attention_kernel":
+            name = ours[flags["PROLOGUE"]]
+            if record["target"] == "sm_90" and not flags["DESCRIPTORS"]:
+                name = "ours, keys not aligned to 16 bytes"
+        elif record["kernel"] == "_plain_attention_kernel":
+            name = others[flags["FLEX"]]
+        else:
+            continue
+        sizes = f"{record['registers']}, {record['shared_bytes'] / 1024:.0f} KiB"
+        programs = "" if record["programs"] is None else str(record["programs"])
+        loop = [f"{record['loop'][kind]:.0f}" for kind in (*KINDS, "all")]
+        tile = f"{record['tile']['BLOCK_M']} x {record['tile']['BLOCK_N']}"
+        lines.append(
+            [
+                record["target"],
+                name,
+                tile,
+                *loop,
+                sizes,
+                programs,
+                {True: "yes", False: "no", None: ""}[record["overlap"]],
+            ]
+        )
+    headings = ("target", "kernel", "tile", *KINDS, "all", "registers, shared memory", "programs", "overlap")
+    return markdown(headings, lines)
+
+
 def models(group: str) -> str:
     """Outcomes of the tests that hold guidance on a group of models against another computation of it."""
     files = compatibility.committed()
@@ -221,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "measurements": lambda: attention(["3", "10", "inf"], {"official": "official", "auto": "segkern"}),
     "attention": lambda: attention(["0.5", "1", "3", "10", "30", "inf"], _ALL),
     "compiled": compiled,
+    "instructions": instructions,
     "unets": lambda: models("UNets"),
     "transformers": lambda: models("Transformers"),
     "video": lambda: models("Video"),

@@ -29,6 +29,7 @@ _SIGMAS = {
     "a third at infinity": (0.0, 0.0, math.inf),
 }
 _KERNELS = (
+    "_unmasked_attention_kernel",
     "_tiled_attention_kernel",
     "_split_attention_kernel",
     "_combine_splits_kernel",
@@ -55,9 +56,9 @@ def without_launches() -> Iterator[None]:
     """Inside, the Triton path runs on a CPU up to its launches, which do nothing."""
     import triton
 
-    from segkern.kernels import gaussian_blur, split_attention, tiled_attention
+    from segkern.kernels import gaussian_blur, split_attention, tiled_attention, unmasked_attention
 
-    modules = (tiled_attention, split_attention, gaussian_blur)
+    modules = (unmasked_attention, tiled_attention, split_attention, gaussian_blur)
     with triton.knobs.runtime.scope(), ExitStack() as stack:
         triton.knobs.runtime.interpret = True
         for module, kernel in (

@@ -25,7 +25,7 @@ from benchmarks.cases import Case, Inputs
 from benchmarks.providers import BLURS, PROVIDERS, Call
 from benchmarks.results import describe_case
 from segkern.kernels import _configs, _routes
-from segkern.kernels import tiled_attention as kernel
+from segkern.kernels import unmasked_attention as kernel
 from segkern.kernels._configs import Tile
 
 TABLE = _configs.TUNED  # what segkern reads

@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import triton
 
 from segkern.core.dispatch import interpreting
 
@@ -34,9 +33,7 @@ class Tile:
     """Shape of one program's work: queries, keys and grid columns at a time, and the compiler's options.
 
     With ``descriptors`` the hardware copies keys and values block by block (Hopper and later, without a mask), which
-    saves registers of pointers. Warps of their own for the copies (``warp_specialize``) are not to be had: with Triton
-    3.7, on Hopper they want queries from a descriptor too and one loop over keys, where ours are blurred and masking is
-    left to a second loop; on Blackwell the compiler fails on that loop, and without it issues many more instructions.
+    saves registers of pointers.
     """
 
     block_m: int
@@ -77,10 +74,9 @@ _FLOAT32: Tiles = (
 
 # Of 8 warps, two programs fit a multiprocessor: one's products hide behind the other's exponentials.
 _TWO_PROGRAMS = 128
-_HOPPER_BLOCK_N = 64 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 32  # 3.9 spills 64 keys
 
-# family -> bytes per element -> tiles
-_ATTENTION: dict[str, dict[int, Tiles]] = {
+# Of energies and masses: family -> bytes per element -> tiles
+_SCORES: dict[str, dict[int, Tiles]] = {
     "sm_80": {
         2: (
             (80, Tile(128, 64, 16, 8, 3)),
@@ -103,7 +99,6 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
     },
     "sm_90": {
         2: (
-            (64, Tile(128, _HOPPER_BLOCK_N, 16, 8, 3, max_registers=_TWO_PROGRAMS)),
             (192, Tile(128, 64, 16, 8, 3)),
             (256, Tile(64, 64, 16, 8, 2)),
         ),
@@ -124,6 +119,65 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
         ),
         4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
     },
+}
+# Of attention without a mask.
+_ATTENTION: dict[str, dict[int, Tiles]] = {
+    "sm_80": {
+        2: (
+            (128, Tile(128, 64, 16, 8, 3)),
+            (192, Tile(128, 32, 16, 8, 2)),
+            (256, Tile(64, 32, 16, 8, 2)),
+        ),
+        4: _FLOAT32,
+    },
+    "sm_86": {
+        2: (
+            (80, Tile(128, 64, 16, 8, 3)),
+            (128, Tile(128, 32, 16, 8, 3)),
+            (192, Tile(128, 32, 16, 8, 2)),
+            (256, Tile(64, 32, 16, 8, 2)),
+        ),
+        4: _FLOAT32,
+    },
+    "sm_90": {
+        2: (
+            (192, Tile(128, 64, 16, 8, 2)),
+            (256, Tile(64, 64, 16, 4, 2)),
+        ),
+        4: _FLOAT32,
+    },
+    "sm_100": {
+        2: (
+            (192, Tile(128, 64, 16, 8, 3)),
+            (256, Tile(64, 64, 16, 8, 2)),
+        ),
+        4: _FLOAT32,
+    },
+    "gfx942": {
+        2: (
+            (96, Tile(128, 64, 16, 8, 2)),
+            (160, Tile(128, 32, 16, 8, 2)),
+            (256, Tile(64, 32, 16, 4, 1)),
+        ),
+        4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
+    },
+}
+# The same with descriptors: without pointers there are registers for more keys at a time; 128 spill in wide heads.
+_DESCRIBED: dict[str, Tiles] = {
+    "sm_90": (
+        (80, Tile(128, 128, 16, 8, 3, descriptors=True)),
+        (256, Tile(128, 64, 16, 8, 2, descriptors=True)),
+    ),
+}
+# With a blur in the prologue; wider heads are blurred before, and so are all on Blackwell, where a tile spills.
+_PROLOGUE: dict[str, Tiles] = {
+    "sm_80": ((64, Tile(128, 64, 16, 8, 3)), (128, Tile(128, 32, 16, 8, 3))),
+    "sm_86": ((64, Tile(128, 64, 16, 8, 3)), (128, Tile(128, 32, 16, 8, 3))),
+    "sm_90": (
+        (64, Tile(128, 128, 16, 8, 2, descriptors=True)),
+        (128, Tile(128, 64, 16, 8, 2, descriptors=True)),
+    ),
+    "gfx942": ((96, Tile(128, 64, 16, 8, 2)), (128, Tile(128, 32, 16, 8, 2))),
 }
 _MASKED: Tiles = (
     (80, Tile(128, 32, 16, 8, 2)),
@@ -157,7 +211,7 @@ def has_descriptors(arch: str) -> bool:
         >>> [has_descriptors(arch) for arch in ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942")]
         [False, True, True, False, False]
     """
-    return _FAMILY.get(arch) in ("sm_90", "sm_100")
+    return arch == "interpreter" or _FAMILY.get(arch) in ("sm_90", "sm_100")
 
 
 TUNED = Path(__file__).with_name("tuned.json")
@@ -208,27 +262,73 @@ def measured(arch: str, head_dim: int, dtype: torch.dtype) -> Tuned | None:
 
 
 @lru_cache(maxsize=256)
-def attention_tile(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
+def attention_tile(
+    arch: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    masked: bool = False,
+    prologue: bool = False,
+    described: bool = True,
+) -> Tile:
     """The attention kernel's tile: the measured one, or a default; unknown architectures get a safe one.
 
-    A mask's tile takes registers as well, so a program has fewer keys or queries at a time then.
+    Args:
+        arch: such as ``"sm_90"``.
+        head_dim: of a head.
+        dtype: of the tensors.
+        masked: there is a mask, whose tile takes registers as well: so fewer keys or queries at a time.
+        prologue: queries are blurred in the prologue; what was measured is without.
+        described: keys and values can be copied by descriptors.
     """
     if arch == "interpreter":
         return _INTERPRETER
-    known = None if masked else measured(arch, head_dim, dtype)
-    return default_tile(arch, head_dim, dtype, masked) if known is None else known.tile
+    known = None if masked or prologue else measured(arch, head_dim, dtype)
+    if known is not None and (described or not known.tile.descriptors):
+        return known.tile
+    return default_tile(arch, head_dim, dtype, masked, prologue, described)
 
 
-def default_tile(arch: str, head_dim: int, dtype: torch.dtype, masked: bool = False) -> Tile:
+def default_tile(
+    arch: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    masked: bool = False,
+    prologue: bool = False,
+    described: bool = True,
+) -> Tile:
     """The attention kernel's tile for an architecture where nothing was measured."""
-    gfx = arch.startswith("gfx")
-    if masked and dtype.itemsize == 2:
-        if gfx:
-            return _MASKED_GFX
-        tiles = _MASKED
-    else:
-        tiles = _ATTENTION[_FAMILY.get(arch, "gfx942" if gfx else _DEFAULT_FAMILY)][dtype.itemsize]
-    padded = sum(split_head_dim(head_dim))
+    family = _family(arch)
+    tiles = _ATTENTION[family][dtype.itemsize]
+    if dtype.itemsize == 2:
+        if masked:
+            tiles = ((256, _MASKED_GFX),) if family == "gfx942" else _MASKED
+        elif prologue:
+            tiles = _PROLOGUE[family]
+        elif described:
+            tiles = _DESCRIBED.get(family, tiles)
+    return _first(tiles, sum(split_head_dim(head_dim)))
+
+
+def fits_prologue(arch: str, head_dim: int, dtype: torch.dtype, described: bool) -> bool:
+    """Whether the kernel has registers for a blur in its prologue.
+
+    Example:
+        >>> [fits_prologue("sm_90", head_dim, torch.float16, described=True) for head_dim in (64, 160)]
+        [True, False]
+    """
+    if arch == "interpreter" or dtype.itemsize == 4:
+        return True
+    tiles = _PROLOGUE.get(_family(arch))
+    if tiles is None or (tiles[0][1].descriptors and not described):
+        return False
+    return sum(split_head_dim(head_dim)) <= tiles[-1][0]
+
+
+def _family(arch: str) -> str:
+    return _FAMILY.get(arch, "gfx942" if arch.startswith("gfx") else _DEFAULT_FAMILY)
+
+
+def _first(tiles: Tiles, padded: int) -> Tile:
     return next(tile for largest, tile in tiles if padded <= largest)
 
 
@@ -249,7 +349,7 @@ def split_tile(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: 
     if dtype == torch.float32:
         return Tile(16, 16 if padded > 128 else 32, 0, 8, 1, max_registers=255)
     if rows <= 16:
-        return Tile(16, 32 if masked or padded > 128 else 64, 0, 4, 2)
+        return Tile(16, 32 if masked or padded > 128 else 64, 0, 4, 2, 255 if masked else None)
     # So that no target spills, with any of the versions of Triton.
     eight = padded > 96 or ((masked or padded > 64) and _FAMILY.get(arch) != "sm_100")
     return Tile(64, 32, 0, 8 if eight else 4, 2)
@@ -265,11 +365,10 @@ def scores_tile(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """
     if arch == "interpreter":
         return _INTERPRETER
-    tile = default_tile(arch, head_dim, dtype)
-    block_d, block_r = split_head_dim(head_dim)
+    family, (block_d, block_r) = _family(arch), split_head_dim(head_dim)
+    tile = _first(_SCORES[family][dtype.itemsize], block_d + block_r)
     if dtype.itemsize == 4:
         return replace(tile, block_n=16) if block_d + block_r == 256 else tile
-    family = _FAMILY.get(arch, "gfx942" if arch.startswith("gfx") else _DEFAULT_FAMILY)
     if block_r == 0 and family in ("sm_80", "sm_86", "sm_90"):
         return replace(tile, max_registers=_TWO_PROGRAMS)
     if family in ("gfx942", "sm_90"):

@@ -69,6 +69,14 @@ def load_tile(
 
 
 @triton.jit
+def load_rows(rows, column_stride, mask_n, first_d: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns ``first_d ..`` of rows that begin at pointers and have a step from column to column each."""
+    offs_d = first_d + tl.arange(0, BLOCK_D)
+    ptrs = rows[:, None] + offs_d[None, :] * column_stride[:, None]
+    return tl.load(ptrs, mask=mask_n[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
 def load_parts(
     x,
     offs_n,
@@ -121,30 +129,24 @@ def multiply_tiles(x, x_rest, y, y_rest, BLOCK_R: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def log2_bias(bias):
-    """An additive mask in units of log2; the most negative finite number stays finite, as in PyTorch."""
-    bias = bias.to(tl.float32)
-    return tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, -3.0e38))
-
-
-@triton.jit
-def online_softmax_update(logits, row_max, row_sum):
+def online_softmax_update(logits, unit: tl.constexpr, row_max, row_sum):
     """Probabilities (not normalised), new maximum and sum, and the factor for what was accumulated so far.
 
-    ``logits`` are in units of log2. A row of minus infinities so far stays at maximum minus infinity and sum 0.
+    ``unit`` times logits are in units of log2. It is applied to differences: an additive mask's most negative finite
+    number would overflow. A row of minus infinities so far stays at maximum minus infinity and sum 0.
     """
     new_max = tl.maximum(row_max, tl.max(logits, axis=1))
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.math.exp2(logits - shift[:, None])
-    factor = tl.math.exp2(row_max - shift)
+    weights = tl.math.exp2((logits - shift[:, None]) * unit)
+    factor = tl.math.exp2((row_max - shift) * unit)
     return weights, new_max, row_sum * factor + tl.sum(weights, axis=1), factor
 
 
 @triton.jit
 def scaled_softmax_update(products, scale, row_max, row_sum):
-    """:func:`online_softmax_update` of ``scale * products`` where no logit is masked and ``scale >= 0``.
+    """:func:`online_softmax_update` of ``scale * products`` where no logit is masked, in units of log2; ``scale >= 0``.
 
-    The scale is folded into one fused multiply-add per element.
+    The scale, which includes that of the units, is folded into one fused multiply-add per element.
     """
     new_max = tl.maximum(row_max, tl.max(products, axis=1) * scale)
     weights = tl.math.exp2(products * scale - new_max[:, None])
@@ -173,74 +175,58 @@ def attend_keys(
     first,  # a multiple of BLOCK_N
     stop,  # the same, but for the last key
     keys,
-    scale,
+    scale,  # of the logits; not negative
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     MASK: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Weighted values, maxima and sums of a tile of queries over keys ``first .. stop - 1``.
 
     Whole blocks of keys come first, without a mask of their rows, then what is left behind them at the very end.
+    Logits are in units of log2 where there is no mask, since a multiplication is saved then.
     """
+    unit: tl.constexpr = 1.0 if MASK == _NO_MASK else LOG2E
+    if MASK == _NO_MASK:
+        scale *= LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     acc_rest = 0.0
     if BLOCK_R > 0:
         acc_rest = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    if DESCRIPTORS:
-        k_blocks = describe(k, keys, HEAD_DIM, BLOCK_N, BLOCK_D)
-        v_blocks = describe(v, keys, HEAD_DIM, BLOCK_N, BLOCK_D)
-        if BLOCK_R > 0:
-            k_rest_blocks = describe(k, keys, HEAD_DIM, BLOCK_N, BLOCK_R)
-            v_rest_blocks = describe(v, keys, HEAD_DIM, BLOCK_N, BLOCK_R)
     offs_n = tl.arange(0, BLOCK_N)
     full = tl.minimum(stop, keys - keys % BLOCK_N)
-    for TAIL in tl.static_range(0, 1 if EVEN_KEYS else 2):
+    for TAIL in tl.static_range(0, 2):
         for n in tl.range(full if TAIL else first, stop if TAIL else full, BLOCK_N):
             mask_n = n + offs_n < keys
-            if DESCRIPTORS:
-                k_tile = k_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
-            else:
-                k_tile = load_tile(from_row(k, n), offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, TAIL == 1)
+            k_tile = load_tile(from_row(k, n), offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, TAIL == 1)  # [BLOCK_N, BLOCK_D]
             products = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if BLOCK_R > 0:  # one part after the other: both at once spill on some targets
-                if DESCRIPTORS:
-                    k_rest = k_rest_blocks.load([n, BLOCK_D])
-                else:
-                    k_rest = load_tile(from_row(k, n), offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL == 1)
+                k_rest = load_tile(from_row(k, n), offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL == 1)
                 products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision=PRECISION)
-            if TAIL or MASK != _NO_MASK:
+            if MASK != _NO_MASK or TAIL:
                 logits = products * scale
                 if MASK != _NO_MASK:
                     mask_tile = mask.ptr + tl.cast(n, tl.int64) * mask.column_stride
                     mask_ptrs = mask_tile + offs_m[:, None] * mask.row_stride + offs_n[None, :] * mask.column_stride
                     bounds = mask_m[:, None] & mask_n[None, :]
                     if MASK == _ADDITIVE:
-                        logits += log2_bias(tl.load(mask_ptrs, mask=bounds, other=0.0))
+                        logits += tl.load(mask_ptrs, mask=bounds, other=0.0).to(tl.float32)
                     else:
                         logits = tl.where(tl.load(mask_ptrs, mask=bounds, other=1) != 0, logits, float("-inf"))
                 if TAIL:
                     logits = tl.where(mask_n[None, :], logits, float("-inf"))
-                weights, row_max, row_sum, factor = online_softmax_update(logits, row_max, row_sum)
+                weights, row_max, row_sum, factor = online_softmax_update(logits, unit, row_max, row_sum)
             else:
                 weights, row_max, row_sum, factor = scaled_softmax_update(products, scale, row_max, row_sum)
-            if DESCRIPTORS:
-                v_tile = v_blocks.load([n, 0])  # [BLOCK_N, BLOCK_D]
-            else:
-                v_tile = load_tile(from_row(v, n), offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, TAIL == 1)
+            v_tile = load_tile(from_row(v, n), offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, TAIL == 1)  # [BLOCK_N, BLOCK_D]
             weights = weights.to(v_tile.dtype)
             acc = tl.dot(weights, v_tile, acc * factor[:, None], input_precision=PRECISION)
             if BLOCK_R > 0:
-                if DESCRIPTORS:
-                    v_rest = v_rest_blocks.load([n, BLOCK_D])
-                else:
-                    v_rest = load_tile(from_row(v, n), offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL == 1)
+                v_rest = load_tile(from_row(v, n), offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL == 1)
                 acc_rest = tl.dot(weights, v_rest, acc_rest * factor[:, None], input_precision=PRECISION)
-    return acc, acc_rest, row_max, row_sum
+    return acc, acc_rest, row_max if MASK != _NO_MASK else row_max * LN2, row_sum

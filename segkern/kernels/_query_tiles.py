@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jit helpers for attention's queries: a tile of them, blurred when it is loaded or blurred before."""
+"""Jit helper for attention's queries: a tile of them, blurred when it is loaded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from segkern.kernels._primitives import from_row, load_parts, load_tile
-from segkern.kernels._routes import BlurPlace
-
-_PROLOGUE = tl.constexpr(BlurPlace.PROLOGUE.value)
-_BEFORE = tl.constexpr(BlurPlace.BEFORE.value)
+from segkern.kernels._primitives import from_row, load_tile
 
 
 class ImageGrid(NamedTuple):
@@ -83,57 +79,3 @@ def blur_tile(
             )
             acc = tl.dot(horizontal, column_sum, acc, input_precision=PRECISION)
     return acc
-
-
-@triton.jit
-def load_rows(rows, column_stride, mask_n, first_d: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns ``first_d ..`` of rows that begin at pointers and have a step from column to column each."""
-    offs_d = first_d + tl.arange(0, BLOCK_D)
-    ptrs = rows[:, None] + offs_d[None, :] * column_stride[:, None]
-    return tl.load(ptrs, mask=mask_n[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def query_tile(
-    q,  # Matrix of one head's queries
-    blurred,  # Matrix of its blurred image, if BEFORE
-    weights,  # of its blur, if PROLOGUE
-    grid,
-    is_blurred,
-    start_m,
-    mask_m,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLUR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Both parts of a tile of queries, those of the image blurred; only rows of ``mask_m`` are wanted."""
-    offs_m = tl.arange(0, BLOCK_M)
-    start = start_m - grid.start
-    grid_index = start + offs_m
-    in_image = is_blurred & (grid_index >= 0) & (grid_index < grid.height * grid.width)
-    q_rows = from_row(q, start_m)
-    if BLUR == _BEFORE:
-        # Rows point to either matrix and are loaded once. A choice between two loaded tiles would be made in registers,
-        # and matrix instructions that have queries there wait for each other.
-        blurred = from_row(blurred, start)
-        rows = tl.where(in_image, blurred.ptr + offs_m * blurred.row_stride, q_rows.ptr + offs_m * q.row_stride)
-        column_stride = tl.where(in_image, blurred.column_stride, q.column_stride)
-        tile = load_rows(rows, column_stride, mask_m, 0, HEAD_DIM, BLOCK_D)
-        rest = 0.0
-        if BLOCK_R > 0:
-            rest = load_rows(rows, column_stride, mask_m, BLOCK_D, HEAD_DIM, BLOCK_R)
-    else:
-        tile, rest = load_parts(q_rows, offs_m, mask_m & (in_image == 0), HEAD_DIM, BLOCK_D, BLOCK_R, True)
-    if BLUR == _PROLOGUE:
-        if is_blurred & (start_m + BLOCK_M > grid.start) & (start_m < grid.start + grid.height * grid.width):
-            image = from_row(q, grid.start)
-            blur = blur_tile(image, weights, grid, start, 0, HEAD_DIM, BLOCK_M, BLOCK_C, BLOCK_D, PRECISION)
-            tile = tl.where(in_image[:, None], blur.to(tile.dtype), tile)
-            if BLOCK_R > 0:
-                blur = blur_tile(image, weights, grid, start, BLOCK_D, HEAD_DIM, BLOCK_M, BLOCK_C, BLOCK_R, PRECISION)
-                rest = tl.where(in_image[:, None], blur.to(tile.dtype), rest)
-    return tile, rest

@@ -22,7 +22,15 @@ from segkern.core.bounded_cache import bounded_cache
 from segkern.core.gaussian import blur_reach
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import BlurMatrices, Unblurred, blur_matrices, index_tensor
-from segkern.kernels._configs import architecture, attention_tile, key_splits, measured, multiprocessors, size_class
+from segkern.kernels._configs import (
+    architecture,
+    attention_tile,
+    fits_prologue,
+    key_splits,
+    measured,
+    multiprocessors,
+    size_class,
+)
 
 _MIN_WIDTH_IN_PROLOGUE = 8  # narrower grids waste most of a column block
 _LAUNCH_MICROSECONDS = 2.0  # of a kernel that waits for the one before it
@@ -34,9 +42,8 @@ _PROLOGUE_WARPS = 8
 
 
 class BlurPlace(IntEnum):
-    """The place at which queries are blurred, as a number that kernels have as a constant."""
+    """The place at which queries are blurred."""
 
-    NOWHERE = 0
     PROLOGUE = 1
     BEFORE = 2
 
@@ -167,7 +174,8 @@ def attention_route(
     grid: Grid,
     sigmas: tuple[float, ...],
     boundary: str,
-    masked: bool,
+    usual: bool,
+    described: bool,
     rows_alike: bool,
     place: BlurPlace | None = None,
 ) -> Route:
@@ -181,7 +189,8 @@ def attention_route(
         grid: of the query tokens.
         sigmas: one per sample.
         boundary: of the blur.
-        masked: whether there is a mask.
+        usual: whether the kernel without a mask serves it, which alone can blur in its prologue.
+        described: whether keys and values can be copied by descriptors.
         rows_alike: whether the mask, if any, is the same for all queries: else equal queries have unequal results.
         place: PROLOGUE or BEFORE where that is settled; chosen by cost if not.
     """
@@ -190,14 +199,14 @@ def attention_route(
     uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
     rest = tuple(i for i in range(len(sigmas)) if i not in uniform or grid.tokens < tokens)
     arch, parallel = architecture(device), multiprocessors(device)
-    tile = attention_tile(arch, head_dim, dtype, masked)
+    tile = attention_tile(arch, head_dim, dtype, not usual, False, described)
     if not any(sigmas[i] for i in rest):
         programs = -(-tokens // tile.block_m) * heads * len(rest)
         if not rest or (programs < parallel and key_splits(programs, keys, tile.block_n, parallel)[0] > 1):
             return Route(uniform, rest)
     blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in uniform)
     wanted = tuple(sigmas[i] for i in blurred)
-    if math.inf in wanted:
+    if math.inf in wanted or not usual or not fits_prologue(arch, head_dim, dtype, described):
         place = BlurPlace.BEFORE  # whose matrices include that of the mean
     elif wanted and place is None:
         place = estimate_blur(arch, grid, wanted, boundary, heads, head_dim, dtype.itemsize, tile.block_m).place

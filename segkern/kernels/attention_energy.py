@@ -33,7 +33,7 @@ from segkern.kernels.gaussian_blur import blurred_image
 from segkern.kernels.split_attention import mean_query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_ob", "stride_oh", "stride_os"])
 def _attention_energy_kernel(
     q_ptr,
     k_ptr,
@@ -63,7 +63,6 @@ def _attention_energy_kernel(
     BLOCK_N: tl.constexpr,  # divides keys_per_split
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
     STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -89,7 +88,7 @@ def _attention_energy_kernel(
     first = split * keys_per_split
     stop = tl.minimum(first + keys_per_split, keys)
     full = tl.minimum(stop, keys - keys % BLOCK_N)
-    for TAIL in tl.static_range(0, 1 if EVEN_KEYS else 2):  # whole blocks, then what is left behind them
+    for TAIL in tl.static_range(0, 2):  # whole blocks, then what is left behind them
         for n in tl.range(full if TAIL else first, stop if TAIL else full, BLOCK_N):
             mask_n = n + offs_n < keys
             k_tile, k_rest = load_parts(from_row(k, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
@@ -198,7 +197,6 @@ def _launch(
             keys_per_split,
             splits,
             scale * LOG2E.value,
-            EVEN_KEYS=keys % tile.block_n == 0,
             STATISTICS=maxima is not None,
             WIDE=strides_are_wide(query.stride(), key.stride()),
             **tile_constants(tile, head_dim, query.dtype),

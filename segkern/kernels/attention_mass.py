@@ -56,7 +56,6 @@ def _attention_mass_kernel(
     BLOCK_N: tl.constexpr,  # queries; divides queries_per_split
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    EVEN_QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -81,7 +80,7 @@ def _attention_mass_kernel(
     first = split * queries_per_split
     stop = tl.minimum(first + queries_per_split, queries)
     full = tl.minimum(stop, queries - queries % BLOCK_N)
-    for TAIL in tl.static_range(0, 1 if EVEN_QUERIES else 2):  # whole blocks, then what is left behind them
+    for TAIL in tl.static_range(0, 2):  # whole blocks, then what is left behind them
         for n in tl.range(full if TAIL else first, stop if TAIL else full, BLOCK_N):
             mask_n = n + offs_n < queries
             if TAIL:
@@ -134,7 +133,6 @@ def launch_attention_mass(query: torch.Tensor, key: torch.Tensor, out: torch.Ten
             queries_per_split,
             splits,
             scale * LOG2E.value,
-            EVEN_QUERIES=queries % tile.block_n == 0,
             WIDE=strides_are_wide(query.stride(), key.stride()),
             **tile_constants(tile, head_dim, query.dtype),
         )

@@ -6,9 +6,12 @@ from __future__ import annotations
 import torch
 
 from segkern.grid import Grid
+from segkern.kernels._configs import architecture, has_descriptors
+from segkern.kernels._launch import can_be_described, strides_are_wide
 from segkern.kernels._routes import BlurPlace, attention_route
 from segkern.kernels.split_attention import launch_split_attention, launch_uniform_attention
 from segkern.kernels.tiled_attention import launch_tiled_attention
+from segkern.kernels.unmasked_attention import launch_unmasked_attention
 
 
 def launch_seg_attention(
@@ -33,13 +36,23 @@ def launch_seg_attention(
         return
     if scale < 0.0:  # kernels take the maximum before scaling
         query, scale = -query, -scale
-    masked, rows_alike = attn_mask is not None, attn_mask is None or attn_mask.shape[2] == 1
+    rows_alike = attn_mask is None or attn_mask.shape[2] == 1
+    usual = attn_mask is None and key.shape[2] > 0 and _strides_are_usual(query, key, value, out)
+    described = usual and has_descriptors(architecture(query.device)) and can_be_described(key, value)
     kind = query.device, query.dtype, query.shape, key.shape[2]
-    route = attention_route(*kind, grid, sigmas, boundary, masked, rows_alike, place)
+    route = attention_route(*kind, grid, sigmas, boundary, usual, described, rows_alike, place)
     if route.uniform:
         launch_uniform_attention(query, key, value, out, lse, grid, route.uniform, scale, attn_mask)
     if route.matrices is not None:
-        tiles = route, route.matrices
-        launch_tiled_attention(query, key, value, out, lse, grid, sigmas, *tiles, scale, attn_mask, boundary)
+        tensors, blurs = (query, key, value, out, lse), (grid, sigmas, route, route.matrices)
+        if usual:
+            launch_unmasked_attention(*tensors, *blurs, scale, boundary, described)
+        else:
+            launch_tiled_attention(*tensors, *blurs, scale, attn_mask, boundary)
     elif route.rest:
         launch_split_attention(query, key, value, out, lse, route.rest, scale, attn_mask)
+
+
+def _strides_are_usual(*tensors: torch.Tensor) -> bool:
+    """Whether channels lie next to each other, and offsets inside a tile fit 32 bits."""
+    return all(x.stride(3) == 1 for x in tensors) and not strides_are_wide(*(x.stride() for x in tensors))

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import consecutive, index_tensor
-from segkern.kernels._configs import Options, architecture, key_splits, multiprocessors, split_tile
+from segkern.kernels._configs import MAX_SPLITS, Options, architecture, key_splits, multiprocessors, split_tile
 from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide, tile_constants
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import (
@@ -75,14 +75,13 @@ def _split_attention_kernel(
     keys,
     keys_per_split,
     splits,
-    scale,  # of the logits, times log2(e); not negative
+    scale,  # of the logits; not negative
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # divides keys_per_split
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     MASK: tl.constexpr,
-    EVEN_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -122,8 +121,6 @@ def _split_attention_kernel(
         BLOCK_D,
         BLOCK_R,
         MASK,
-        EVEN_KEYS,
-        False,
         PRECISION,
     )
 
@@ -135,7 +132,7 @@ def _split_attention_kernel(
     tl.store(partial_ptr + offs_m * (HEAD_DIM + 2) + HEAD_DIM + 1, row_sum, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["with_lse"])
 def _combine_splits_kernel(
     partial_ptr,  # float32 [samples * heads, splits, rows, HEAD_DIM + 2], contiguous
     out_ptr,
@@ -151,11 +148,11 @@ def _combine_splits_kernel(
     rows,
     copies,  # tokens that each row stands for
     splits,
+    with_lse,
     HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # not less than splits
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WITH_LSE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     pid = tl.program_id(0)  # of one axis: others hold 65,535 programs
@@ -174,7 +171,7 @@ def _combine_splits_kernel(
     maxima = tl.load(partial_ptr + offs_s * stride_s + HEAD_DIM, mask=mask_s, other=float("-inf"))
     sums = tl.load(partial_ptr + offs_s * stride_s + HEAD_DIM + 1, mask=mask_s, other=0.0)
     row_max = tl.max(maxima, axis=0)
-    factor = tl.math.exp2(maxima - tl.where(row_max == float("-inf"), 0.0, row_max))  # [BLOCK_S]
+    factor = tl.math.exp2((maxima - tl.where(row_max == float("-inf"), 0.0, row_max)) * LOG2E)  # [BLOCK_S]
     row_sum = tl.sum(sums * factor, axis=0)
     out_row = tl.sum(acc * factor[:, None], axis=0) * tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)  # [BLOCK_D]
 
@@ -184,8 +181,8 @@ def _combine_splits_kernel(
     out = matrix(out_ptr + sample * stride_ob + head * stride_oh, stride_on, stride_od, WIDE)
     written = tl.broadcast_to(out_row[None, :], [BLOCK_T, BLOCK_D])
     store_tile(from_row(out, token), written, offs_t, mask_t, 0, HEAD_DIM, BLOCK_D)
-    if WITH_LSE:
-        lse = tl.zeros([BLOCK_T], dtype=tl.float32) + (row_max + tl.math.log2(row_sum)) * LN2
+    if with_lse:
+        lse = tl.zeros([BLOCK_T], dtype=tl.float32) + row_max + tl.math.log2(row_sum) * LN2
         tl.store(lse_ptr + (sample * heads + head) * tokens + token + offs_t, lse, mask=mask_t)
 
 
@@ -275,9 +272,8 @@ def _launch(
             keys,
             keys_per_split,
             splits,
-            scale * LOG2E.value,
+            scale,
             MASK=mask_kind.value,
-            EVEN_KEYS=keys % tile.block_n == 0,
             WIDE=strides_are_wide(*strides, mask_strides),
             **tile_constants(tile, head_dim, query.dtype),
         )
@@ -285,7 +281,7 @@ def _launch(
         _combine_splits_kernel[(len(samples) * heads * rows * -(-copies // block_t),)](
             partial,
             out,
-            out if lse is None else lse,
+            partial if lse is None else lse,
             sample_index,
             *out_strides,
             heads,
@@ -294,11 +290,11 @@ def _launch(
             rows,
             copies,
             splits,
+            int(lse is not None),
             HEAD_DIM=head_dim,
-            BLOCK_S=next_power_of_2(splits),
+            BLOCK_S=MAX_SPLITS,
             BLOCK_T=block_t,
             BLOCK_D=next_power_of_2(head_dim),
-            WITH_LSE=lse is not None,
             WIDE=strides_are_wide(out_strides),
             **compile_options(COMBINE_OPTIONS),
         )

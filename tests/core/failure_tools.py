@@ -17,7 +17,14 @@ from triton.runtime.errors import OutOfResources, PTXASError
 import segkern
 from segkern import Grid, api
 from segkern.core import call_cache, dispatch, fallback
-from segkern.kernels import attention_energy, attention_mass, gaussian_blur, split_attention, tiled_attention
+from segkern.kernels import (
+    attention_energy,
+    attention_mass,
+    gaussian_blur,
+    split_attention,
+    tiled_attention,
+    unmasked_attention,
+)
 from segkern.ops import attention, masses
 
 CPU = torch.device("cpu")
@@ -55,6 +62,7 @@ NOT_BROKEN: dict[str, Callable[[], BaseException]] = {
 KERNELS = {
     gaussian_blur: ("_image_blur_kernel", "_axis_blur_kernel"),
     tiled_attention: ("_tiled_attention_kernel",),
+    unmasked_attention: ("_unmasked_attention_kernel",),
     split_attention: ("_split_attention_kernel", "_combine_splits_kernel"),
     attention_energy: ("_attention_energy_kernel",),
     attention_mass: ("_attention_mass_kernel",),

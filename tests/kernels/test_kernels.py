@@ -218,3 +218,20 @@ def test_blur_then_pytorchs_attention_where_that_was_faster(
     assert calls == []
     segkern.seg_attention(query, key, value, grid, sigma, backend="triton", return_lse=True)
     assert calls == ["kernel"]
+
+
+@pytest.mark.parametrize("rows", [1, 36], ids=["few rows", "tiles"])
+def test_the_most_negative_number_as_a_mask(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other libraries mask with it instead of minus infinity; a row of it alone has it as its log-sum-exp."""
+    spied_splits(monkeypatch)
+    query, key, value = (draw((1, 1, n, 16), torch.float32, DEVICE) for n in (rows, 300, 300))
+    mask = torch.full((1, 1, rows, 300), torch.finfo(torch.float32).min, device=DEVICE)
+    mask[:, :, 1:, :40] = 0.0
+    oracle, oracle_lse = oracle_attention(query, key, value, Grid(1, rows), 0.0, attn_mask=mask)
+    output, lse = segkern.seg_attention(
+        query, key, value, Grid(1, rows), 0.0, attn_mask=mask, backend="triton", return_lse=True
+    )
+    torch.testing.assert_close(lse, oracle_lse.float(), rtol=1e-5, atol=1e-5)
+    # What the first row's logits differ by is less than such a number can tell.
+    torch.testing.assert_close(output[:, :, 1:], oracle[:, :, 1:].float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output[0, 0, 0], value.mean(dim=2)[0, 0], rtol=1e-4, atol=1e-5)
