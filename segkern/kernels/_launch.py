@@ -81,8 +81,11 @@ def launch(
         numbers: the other arguments that are no constants.
         constants: by name, and the compiler's options.
     """
-    of_pointers = tuple([None if x is None else (x.dtype, x.data_ptr() % _ALIGNED_BYTES == 0) for x in pointers])
-    key = pointers[0].device, programs, of_pointers, numbers, tuple(constants.values())  # type: ignore[union-attr]
+    dtypes = tuple([None if x is None else x.dtype for x in pointers])
+    addresses = [0 if x is None else x.data_ptr() % _ALIGNED_BYTES for x in pointers]
+    aligned = None if not any(addresses) else tuple([address == 0 for address in addresses])
+    device = pointers[0].device  # type: ignore[union-attr]
+    key = device, programs, dtypes, aligned, numbers, tuple(constants.values())
     of, run, values = _FROZEN.get(key, (None, None, ()))
     if of is kernel:
         run(*pointers, *numbers, *values)

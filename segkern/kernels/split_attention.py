@@ -26,7 +26,14 @@ import triton.language as tl
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import consecutive, index_tensor
 from segkern.kernels._configs import MAX_SPLITS, Options, architecture, key_splits, multiprocessors, split_tile
-from segkern.kernels._launch import compile_options, launching, next_power_of_2, strides_are_wide, tile_constants
+from segkern.kernels._launch import (
+    compile_options,
+    launch,
+    launching,
+    next_power_of_2,
+    strides_are_wide,
+    tile_constants,
+)
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import (
     LN2,
@@ -255,46 +262,40 @@ def _launch(
     partial = query.new_empty(len(samples) * heads, splits, rows, head_dim + 2, dtype=torch.float32)
     sample_index = index_tensor(samples, query.device)
     with launching(query.device):
-        _split_attention_kernel[(programs * splits,)](
-            query,
-            key,
-            value,
-            mask,
-            partial,
-            sample_index,
-            index_tensor(query_samples, query.device),
-            *strides[0],
-            *strides[1],
-            *strides[2],
-            *mask_strides,
-            heads,
-            rows,
-            keys,
-            keys_per_split,
-            splits,
-            scale,
-            MASK=mask_kind.value,
-            WIDE=strides_are_wide(*strides, mask_strides),
-            **tile_constants(tile, head_dim, query.dtype),
+        launch(
+            _split_attention_kernel,
+            programs * splits,
+            (query, key, value, mask, partial, sample_index, index_tensor(query_samples, query.device)),
+            (
+                *strides[0],
+                *strides[1],
+                *strides[2],
+                *mask_strides,
+                heads,
+                rows,
+                keys,
+                keys_per_split,
+                splits,
+                scale,
+            ),
+            {
+                "MASK": mask_kind.value,
+                "WIDE": strides_are_wide(*strides, mask_strides),
+                **tile_constants(tile, head_dim, query.dtype),
+            },
         )
         block_t = 1 if copies == 1 else _EXPANDED_TOKENS
-        _combine_splits_kernel[(len(samples) * heads * rows * -(-copies // block_t),)](
-            partial,
-            out,
-            partial if lse is None else lse,
-            sample_index,
-            *out_strides,
-            heads,
-            out.shape[2],
-            first_token,
-            rows,
-            copies,
-            splits,
-            int(lse is not None),
-            HEAD_DIM=head_dim,
-            BLOCK_S=MAX_SPLITS,
-            BLOCK_T=block_t,
-            BLOCK_D=next_power_of_2(head_dim),
-            WIDE=strides_are_wide(out_strides),
-            **compile_options(COMBINE_OPTIONS),
+        launch(
+            _combine_splits_kernel,
+            len(samples) * heads * rows * -(-copies // block_t),
+            (partial, out, partial if lse is None else lse, sample_index),
+            (*out_strides, heads, out.shape[2], first_token, rows, copies, splits, int(lse is not None)),
+            {
+                "HEAD_DIM": head_dim,
+                "BLOCK_S": MAX_SPLITS,
+                "BLOCK_T": block_t,
+                "BLOCK_D": next_power_of_2(head_dim),
+                "WIDE": strides_are_wide(out_strides),
+                **compile_options(COMBINE_OPTIONS),
+            },
         )

@@ -22,7 +22,7 @@ import triton.language as tl
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import BlurMatrices, Unblurred
 from segkern.kernels._configs import architecture, attention_tile
-from segkern.kernels._launch import launching, strides_are_wide, tile_constants
+from segkern.kernels._launch import launch, launching, strides_are_wide, tile_constants
 from segkern.kernels._masks import mask_arguments
 from segkern.kernels._primitives import LN2, Matrix, attend_keys, from_row, load_rows, matrix, store_parts
 from segkern.kernels._routes import Route
@@ -166,30 +166,38 @@ def launch_tiled_attention(
     programs = -(-tokens // tile.block_m) * heads * matrices.samples.numel()
     blurred = blurred_image(query, grid, sigmas, route.before, boundary) if route.before else query
     with launching(query.device):
-        _tiled_attention_kernel[(programs,)](
-            query,
-            key,
-            value,
-            out,
-            matrices.rows if lse is None else lse,
-            mask,
-            matrices.samples,
-            matrices.index,
-            blurred,
-            *strides[0],
-            *strides[1],
-            *strides[2],
-            *strides[3],
-            *mask_strides,
-            heads,
-            tokens,
-            keys,
-            grid.height,
-            grid.width,
-            grid.start,
-            scale,
-            int(lse is not None),
-            MASK=mask_kind.value,
-            WIDE=strides_are_wide(*strides, mask_strides),
-            **tile_constants(tile, head_dim, query.dtype),
+        launch(
+            _tiled_attention_kernel,
+            programs,
+            (
+                query,
+                key,
+                value,
+                out,
+                matrices.rows if lse is None else lse,
+                mask,
+                matrices.samples,
+                matrices.index,
+                blurred,
+            ),
+            (
+                *strides[0],
+                *strides[1],
+                *strides[2],
+                *strides[3],
+                *mask_strides,
+                heads,
+                tokens,
+                keys,
+                grid.height,
+                grid.width,
+                grid.start,
+                scale,
+                int(lse is not None),
+            ),
+            {
+                "MASK": mask_kind.value,
+                "WIDE": strides_are_wide(*strides, mask_strides),
+                **tile_constants(tile, head_dim, query.dtype),
+            },
         )

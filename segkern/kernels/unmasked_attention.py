@@ -29,7 +29,7 @@ import triton.language as tl
 from segkern.grid import Grid
 from segkern.kernels._blur_matrices import BlurMatrices, Unblurred
 from segkern.kernels._configs import architecture, attention_tile, blur_precision
-from segkern.kernels._launch import launching, scratch_memory, tile_constants
+from segkern.kernels._launch import launch, launching, scratch_memory, tile_constants
 from segkern.kernels._primitives import (
     LN2,
     LOG2E,
@@ -247,34 +247,42 @@ def launch_unmasked_attention(
     tiles = sum(-(-count // tile.block_m) for count in (grid.start, grid.tokens, tokens - grid.stop))
     blurred = blurred_image(query, grid, sigmas, route.before, boundary) if route.before else query
     with launching(query.device), scratch_memory(by_descriptors):
-        _unmasked_attention_kernel[(tiles * heads * matrices.samples.numel(),)](
-            query,
-            key,
-            value,
-            out,
-            matrices.rows if lse is None else lse,
-            matrices.samples,
-            matrices.index,
-            blurred,
-            matrices.rows,
-            matrices.columns,
-            matrices.reach,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *value.stride()[:3],
-            *out.stride()[:3],
-            heads,
-            tokens,
-            keys,
-            grid.height,
-            grid.width,
-            grid.start,
-            scale * LOG2E.value,
-            int(lse is not None),
-            BLOCK_C=tile.block_c,
-            PROLOGUE=prologue,
-            EVEN_KEYS=keys % tile.block_n == 0,
-            DESCRIPTORS=by_descriptors,
-            BLUR_PRECISION=blur_precision(query.dtype),
-            **tile_constants(tile, head_dim, query.dtype),
+        launch(
+            _unmasked_attention_kernel,
+            tiles * heads * matrices.samples.numel(),
+            (
+                query,
+                key,
+                value,
+                out,
+                matrices.rows if lse is None else lse,
+                matrices.samples,
+                matrices.index,
+                blurred,
+                matrices.rows,
+                matrices.columns,
+                matrices.reach,
+            ),
+            (
+                *query.stride()[:3],
+                *key.stride()[:3],
+                *value.stride()[:3],
+                *out.stride()[:3],
+                heads,
+                tokens,
+                keys,
+                grid.height,
+                grid.width,
+                grid.start,
+                scale * LOG2E.value,
+                int(lse is not None),
+            ),
+            {
+                "BLOCK_C": tile.block_c,
+                "PROLOGUE": prologue,
+                "EVEN_KEYS": keys % tile.block_n == 0,
+                "DESCRIPTORS": by_descriptors,
+                "BLUR_PRECISION": blur_precision(query.dtype),
+                **tile_constants(tile, head_dim, query.dtype),
+            },
         )
