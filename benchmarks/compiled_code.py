@@ -242,7 +242,7 @@ def _loop_over_keys(code: Code, scores: float, lanes: int) -> tuple[dict[str, fl
         return None, None
     opcodes = min(loops, key=len)
     kinds = Counter(map(_kind, opcodes))
-    blocks = max(1, round(kinds["EX2"] * lanes / scores))
+    blocks = max(1, round(kinds["EX2"] * lanes / scores)) if lanes == 64 else 1  # AMD's loops are unrolled
     per = 1024 / (scores * blocks)
     counts = {kind: round(kinds[kind] * per, 1) for kind in KINDS}
     overlap = None if any(name.startswith("UTCHMMA") for name in opcodes) else _overlaps(opcodes)

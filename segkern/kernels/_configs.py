@@ -134,7 +134,7 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
         2: (
             (80, Tile(128, 64, 16, 8, 3)),
             (128, Tile(128, 32, 16, 8, 3)),
-            (192, Tile(128, 32, 16, 8, 2)),
+            (192, Tile(64, 32, 16, 8, 1)),
             (256, Tile(64, 32, 16, 8, 2)),
         ),
         4: _FLOAT32,
@@ -156,7 +156,7 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
     "gfx942": {
         2: (
             (96, Tile(128, 64, 16, 8, 2)),
-            (160, Tile(128, 32, 16, 8, 2)),
+            (128, Tile(128, 32, 16, 8, 2)),
             (256, Tile(64, 32, 16, 4, 1)),
         ),
         4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
@@ -172,7 +172,7 @@ _DESCRIBED: dict[str, Tiles] = {
 # With a blur in the prologue; wider heads are blurred before, and so are all on Blackwell, where a tile spills.
 _PROLOGUE: dict[str, Tiles] = {
     "sm_80": ((64, Tile(128, 64, 16, 8, 3)), (128, Tile(128, 32, 16, 8, 3))),
-    "sm_86": ((64, Tile(128, 64, 16, 8, 3)), (128, Tile(128, 32, 16, 8, 3))),
+    "sm_86": ((64, Tile(128, 64, 16, 8, 3)), (80, Tile(128, 32, 16, 8, 3)), (128, Tile(64, 64, 16, 4, 2))),
     "sm_90": (
         (64, Tile(128, 128, 16, 8, 2, descriptors=True)),
         (128, Tile(128, 64, 16, 8, 2, descriptors=True)),
@@ -180,7 +180,7 @@ _PROLOGUE: dict[str, Tiles] = {
     "gfx942": ((96, Tile(128, 64, 16, 8, 2)), (128, Tile(128, 32, 16, 8, 2))),
 }
 _MASKED: Tiles = (
-    (80, Tile(128, 32, 16, 8, 2)),
+    (64, Tile(128, 32, 16, 8, 2)),
     (160, Tile(64, 32, 16, 8, 1, max_registers=255)),
     (256, Tile(32, 16, 16, 8, 1, max_registers=255)),
 )
@@ -349,10 +349,12 @@ def split_tile(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: 
     if dtype == torch.float32:
         return Tile(16, 16 if padded > 128 else 32, 0, 8, 1, max_registers=255)
     if rows <= 16:
-        return Tile(16, 32 if masked or padded > 128 else 64, 0, 4, 2, 255 if masked else None)
+        if masked:
+            return Tile(16, 32 if padded <= 64 else 16, 0, 4, 2, max_registers=255)
+        return Tile(16, 32 if padded > 128 else 64, 0, 4, 2)
     # So that no target spills, with any of the versions of Triton.
     eight = padded > 96 or ((masked or padded > 64) and _FAMILY.get(arch) != "sm_100")
-    return Tile(64, 32, 0, 8 if eight else 4, 2)
+    return Tile(64, 16 if masked and padded > 64 else 32, 0, 8 if eight else 4, 2)
 
 
 @lru_cache(maxsize=256)

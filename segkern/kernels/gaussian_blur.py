@@ -34,7 +34,7 @@ from segkern.kernels._primitives import from_row, load_tile, matrix, store_tile
 BLOCK_I = 32
 BLOCK_J = 32
 _BLOCK_D = 64
-AXIS_OPTIONS = Options(num_warps=8, num_stages=2)  # 4 warps spill
+AXIS_OPTIONS = Options(num_warps=8, num_stages=2, max_registers=128)  # 4 warps spill
 
 _TILE_ROWS = tl.constexpr(32)  # matrix instructions of Hopper, from 64 rows on, take far more registers
 _TILE_COLUMNS = tl.constexpr(16)
