@@ -27,6 +27,8 @@ def attention_of_pytorch() -> Any:
     pytest.importorskip("expecttest", reason="PyTorch's samples need expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
+    # That import forbids to set PyTorch's flags from then on, which other tests do.
+    setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
     (attention,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]
     return attention
 

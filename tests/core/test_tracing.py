@@ -309,7 +309,7 @@ def check_no_stale_number(name: str, backend: str, dynamic: bool | None, wanted:
         if wanted:
             (grad,) = torch.autograd.grad(result.sum(), x)
             (expected,) = torch.autograd.grad(function(x, number).sum(), x)
-            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+            assert (grad - expected).norm() <= 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("name", some_quick(dict(zip(CHANGING, CHANGING, strict=True)), "energy"))
