@@ -36,7 +36,7 @@ def test_info_explains_one_attention() -> None:
     output = done("info", "--shape", "64x64", "--sigma", "10", "--arch", "sm_90")
     assert "by the separable kernel, before" in output
     assert "61 x 61 taps, one axis after the other" in output
-    assert "128 queries x 64 keys, 8 warps" in output
+    assert "128 queries x 128 keys, 8 warps" in output
     assert "in the prologue" in done("info", "--shape", "16x16", "--sigma", "0.5", "--arch", "sm_90", "--heads", "8")
     assert "1 of 988: the mean query" in done("info", "--shape", "26x38")
     assert "torch: " in done("info", "--shape", "64x64", "--sigma", "10", "--device", "cpu")
