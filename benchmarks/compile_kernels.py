@@ -56,7 +56,7 @@ def plain_flavours(target: str) -> list[Flavour]:
 
 
 def jobs(target: str, few: bool) -> list[tuple[str, Flavour]]:
-    """What is compiled for one target: bfloat16 in all head dimensions, float16 in the most usual one."""
+    """Flavours to compile for one target: bfloat16 in all head dimensions, float16 in the most usual one."""
     wanted = flavours(target, FEW if few else HEAD_DIMS)
     if not few:
         wanted += flavours(target, (64,), (torch.float16,)) + plain_flavours(target)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first minutes on a device: stages in order of worth, each a process of its own with its own limit, one budget.
 
-A folder gets a JSON file for each stage that has something to say, written while it runs, and ``stages.json``: what
-became of every stage, why, and the end of what it printed. A stage that fails, hangs or dies loses only itself. Nothing
+A folder gets a JSON file for each stage that has results, written while it runs, and ``stages.json``: how every stage
+ended, why, and the end of its output. A stage that fails, hangs or dies loses only itself. Nothing
 is installed and nothing is fetched; packages that are missing come from a folder of wheels.
 """
 
@@ -61,7 +61,7 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """What became of a stage: ``passed``, ``failed``, ``cut`` or ``not started``, and why."""
+    """The end of a stage: ``passed``, ``failed``, ``cut`` or ``not started``, and why."""
 
     name: str
     status: str
@@ -200,7 +200,7 @@ def _last(printed: IO[bytes]) -> str:
 
 
 def _is_there(module: str, environment: Mapping[str, str] | None) -> bool:
-    """Whether the processes of stages find a module."""
+    """True if the processes of stages find a module."""
     paths = (environment or {}).get("PYTHONPATH", "").split(os.pathsep)
     return importlib.util.find_spec(module) is not None or any((Path(path) / module).is_dir() for path in paths if path)
 
@@ -257,10 +257,10 @@ def install_missing(wheels: Path, site: Path) -> list[str]:
     Raises:
         ValueError: when the folder has no wheels, or pip refuses one.
     """
-    found = {path: path.name.partition("-")[0] for path in sorted(wheels.glob("*.whl"))}
-    if not found:
+    packages = {path: path.name.partition("-")[0] for path in sorted(wheels.glob("*.whl"))}
+    if not packages:
         raise ValueError(f"--wheels {str(wheels)!r} holds no *.whl")
-    missing = {path: name for path, name in found.items() if not _is_installed(name)}
+    missing = {path: name for path, name in packages.items() if not _is_installed(name)}
     if missing:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         command += ["--disable-pip-version-check", "--target", str(site), *map(str, missing)]

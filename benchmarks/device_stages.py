@@ -186,6 +186,7 @@ def run_tests(out: Out, quick: Quick = False) -> None:
     """Run the tests that compute on a CUDA device where there is one, on most cores."""
     jobs = 2 if quick else max(1, min(12, (os.cpu_count() or 1) - 2))
     arguments = ["-q", "-m", "cuda and not slow and not robustness", "-n", str(jobs), "--dist", "worksteal"]
+    # The device may have other versions of packages than the tested ones, whose warnings are no failures of ours.
     arguments += ["-p", "no:cacheprovider", "--maxfail", "40", "-W", "default"]
     where = _QUICK_TESTS if quick else _TESTS
     if importlib.util.find_spec("diffusers") is not None and not quick:

@@ -19,7 +19,7 @@ _SHARED_BYTES = 227 * 1024
 
 
 class _Utilities:
-    """What Triton asks of a driver to load a binary."""
+    """The part of a driver that loads binaries."""
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, ...]:
         return object(), name, 0, 0, 1024  # module, function, registers, spills, threads
@@ -29,7 +29,7 @@ class _Utilities:
 
 
 class IdleDriver:
-    """Notes its launches, where it is told to: the kernel's name, programs and arguments."""
+    """A driver that launches nothing; while ``noting``, it lists each launch: kernel, programs and arguments."""
 
     utils = _Utilities()
 

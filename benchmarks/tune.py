@@ -233,14 +233,14 @@ def _faster_sdpa(cases: Sequence[Record], ours: Sequence[float]) -> tuple[dict[s
     faster, gains = {}, {}
     for size in dict.fromkeys(_configs.size_class(case["tokens"]) for case in cases):
         some = [(case["calls"], ms) for case, ms in zip(cases, ours, strict=True) if _in_class(case, size)]
-        found = {
+        by_backend = {
             backend: _gain([calls[f"sdpa {backend}"]["ms"]["median"] for calls, _ in some], [ms for _, ms in some])
             for backend in _SDPA
             if all(calls[f"sdpa {backend}"]["reason"] is None for calls, _ in some)
         }
-        best = max(found, key=lambda backend: found[backend], default=None)
-        if best is not None and found[best] >= _WORTH:
-            faster[size], gains[size] = best, round(found[best], 4)
+        best = max(by_backend, key=lambda backend: by_backend[backend], default=None)
+        if best is not None and by_backend[best] >= _WORTH:
+            faster[size], gains[size] = best, round(by_backend[best], 4)
     return faster, gains
 
 

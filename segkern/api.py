@@ -296,14 +296,12 @@ def attention_energy(
     check_boundary(boundary)
     scale = check_scale(fixed_numbers(scale))
     chosen = _chosen(backend, "attention_energy", query, key)
-    composed = chosen == "torch" and is_transformed()
-    if composed or (grid is None and query.shape[2] == 0) or (is_plain(query, key) and can_skip_operator(query, key)):
-        grid, rest = grid or Grid(1, 1), (for_batch(sigmas, query.shape[0]), scale_of(scale, query), boundary)
-        if composed or query.shape[2] == 0:
-            return torch_masses.composed_energy(query, key, grid, *rest)
-        return masses.run_energy(chosen, backend, query, key, grid, *rest)
-    grid, asked = grid or Grid(1, 1), backend if chosen == "triton" else chosen
-    where = (grid.height, grid.width, grid.start)
+    composed = (chosen == "torch" and is_transformed()) or (grid is None and query.shape[2] == 0)
+    grid = Grid(1, 1) if grid is None else grid
+    if composed or (is_plain(query, key) and can_skip_operator(query, key)):
+        rest = query, key, grid, for_batch(sigmas, query.shape[0]), scale_of(scale, query), boundary
+        return torch_masses.composed_energy(*rest) if composed else masses.run_energy(chosen, backend, *rest)
+    where, asked = (grid.height, grid.width, grid.start), backend if chosen == "triton" else chosen
     return masses.attention_energy(query, key, *where, sigmas, scale, boundary, asked)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from segkern.core.numbers import check_no_gradient, real_number
+from segkern.core.precision import compute_dtype
 from segkern.core.tracing import is_traced
 from segkern.grid import Grid
 
@@ -42,9 +43,8 @@ def check_scale(scale: Any) -> float | None:
     if isinstance(scale, torch.Tensor) and is_traced():
         raise ValueError(f"scale must be a number while a call is compiled or traced, got a tensor; {instead}")
     number = real_number(scale)
-    if (
-        number is None or not abs(number) <= torch.finfo(torch.float32).max
-    ):  # nor NaN; larger ones are infinite in float32
+    # Larger ones are infinite in float32; NaN is not smaller.
+    if number is None or not abs(number) <= torch.finfo(torch.float32).max:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     return number
 
@@ -121,7 +121,7 @@ def check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
     if mask.dtype == torch.bool or mask.dtype == query.dtype:
         return mask
     # Not rounded to half precision: large numbers would become infinite, and close ones equal.
-    return mask.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return mask.to(compute_dtype(query.dtype))
 
 
 def is_wide(mask: torch.Tensor | None, query: torch.Tensor) -> bool:

@@ -20,22 +20,29 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-_OF_THREAD = threading.local()  # "apart" in one of make_apart
+_THREAD = threading.local()  # its "own" is true in a thread that call_in_own_thread has started
 
 
-def make_apart(make: Callable[[], T], device: torch.device | None = None) -> T:
-    """What ``make`` returns in a thread and on a stream of their own, finished on the device.
+def call_in_own_thread(make: Callable[[], T], device: torch.device | None = None) -> T:
+    """Call ``make`` in a new thread and on a stream of its own, and return its result once the device has finished.
 
-    Nothing of the caller's thread is there: no dispatch mode, ``torch.func`` transform, default device, inference mode
-    or gradient, and not the memory pool of a CUDA graph, which compilers direct the allocations of a thread to.
+    The thread has none of the caller's state: no dispatch mode, ``torch.func`` transform, default device, inference
+    mode or gradient, and no memory pool of a CUDA graph, to which compilers direct the allocations of a thread.
+
+    Args:
+        make: takes no arguments; it may call this function again, which then starts no further thread.
+        device: that it works on, for its stream.
+
+    Raises:
+        BaseException: whatever ``make`` raises.
     """
-    if getattr(_OF_THREAD, "apart", False):
+    if getattr(_THREAD, "own", False):
         return make()
     results: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
-        _OF_THREAD.apart = True
+        _THREAD.own = True
         try:
             stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
             with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
@@ -60,7 +67,7 @@ class BoundedCache(Generic[P, T]):
     while a CUDA graph was captured stay for good: the graph reads the same memory at every replay.
 
     Args:
-        make: the function, which runs as :func:`make_apart` says; a device is an argument of its own.
+        make: the function, called by :func:`call_in_own_thread`; a device is an argument of its own.
         most: results that are remembered.
 
     Calls raise a RuntimeError while a CUDA graph is captured, unless the result is known.
@@ -85,7 +92,7 @@ class BoundedCache(Generic[P, T]):
                         f"{self.__name__}{key} is not on the device yet, and a CUDA graph is being captured; run the "
                         f"same call once before capturing"
                     )
-                result = make_apart(lambda: self._make(*args, **kwargs), device)
+                result = call_in_own_thread(lambda: self._make(*args, **kwargs), device)
                 if len(self._results) >= self._most and not capturing():
                     self._drop()
                 self._results[key] = result

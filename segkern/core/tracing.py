@@ -48,7 +48,7 @@ def fixed_numbers(value: Any) -> Any:
 
 def fixed_sigmas(sigma: Any) -> Any:
     """:func:`fixed_numbers`, or a tensor of what can only be read when the graph runs: tensors and NumPy's numbers."""
-    if torch.compiler.is_compiling() and not isinstance(sigma, (int, float)):  # a graph's symbol is asked nothing else
+    if is_traced() and not isinstance(sigma, (int, float)):  # a symbol of a graph can be asked nothing else
         if isinstance(sigma, (list, tuple)) and any(isinstance(entry, torch.Tensor) for entry in sigma):
             return torch.stack([torch.as_tensor(entry, dtype=torch.float64) for entry in sigma])
         if hasattr(sigma, "__array__"):
@@ -119,8 +119,8 @@ def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
     return "torch"
 
 
-def check_operator() -> None:
-    """Raise a RuntimeError where an operator would drop forward-mode derivatives, as in a graph compiled before."""
+def check_no_forward_mode() -> None:
+    """Raise a RuntimeError inside a ``dual_level``, whose derivatives operators drop; for graphs compiled before it."""
     if forward_mode_is_active():
         raise RuntimeError(
             "segkern's operators have no forward-mode derivatives, and a torch.autograd.forward_ad.dual_level is open; "

@@ -310,7 +310,7 @@ def default_tile(
 
 
 def fits_prologue(arch: str, head_dim: int, dtype: torch.dtype, described: bool) -> bool:
-    """Whether the kernel has registers for a blur in its prologue.
+    """True if the kernel has registers for a blur in its prologue.
 
     Example:
         >>> [fits_prologue("sm_90", head_dim, torch.float16, described=True) for head_dim in (64, 160)]

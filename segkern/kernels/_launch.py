@@ -103,7 +103,7 @@ _LARGEST_TILE = 256  # rows, columns or channels that a program addresses from o
 
 
 def strides_are_wide(*strides: tuple[int, ...], rows: int = _LARGEST_TILE) -> bool:
-    """Whether offsets inside a tile of four-dimensional tensors may exceed 32 bits, so that a kernel needs 64.
+    """True if offsets inside a tile of four-dimensional tensors may exceed 32 bits, so that a kernel needs 64.
 
     ``rows`` is how many tokens from the first one a program addresses, if more than those of an ordinary tile.
     """
@@ -114,7 +114,7 @@ _DESCRIBED_BYTES = 16  # addresses and strides of a tensor descriptor are multip
 
 
 def can_be_described(*tensors: torch.Tensor) -> bool:
-    """Whether kernels can make tensor descriptors of each head: aligned, and channels next to each other."""
+    """True if kernels can make tensor descriptors of each head: aligned, and channels next to each other."""
     for x in tensors:
         *outer, last = x.stride()
         sizes = x.data_ptr(), *(n * x.itemsize for n in outer)

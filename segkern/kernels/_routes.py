@@ -174,7 +174,7 @@ def attention_route(
     grid: Grid,
     sigmas: tuple[float, ...],
     boundary: str,
-    usual: bool,
+    unmasked: bool,
     described: bool,
     rows_alike: bool,
     place: BlurPlace | None = None,
@@ -189,7 +189,7 @@ def attention_route(
         grid: of the query tokens.
         sigmas: one per sample.
         boundary: of the blur.
-        usual: whether the kernel without a mask serves it, which alone can blur in its prologue.
+        unmasked: whether the kernel without a mask serves it, which alone can blur in its prologue.
         described: whether keys and values can be copied by descriptors.
         rows_alike: whether the mask, if any, is the same for all queries: else equal queries have unequal results.
         place: PROLOGUE or BEFORE where that is settled; chosen by cost if not.
@@ -199,14 +199,14 @@ def attention_route(
     uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
     rest = tuple(i for i in range(len(sigmas)) if i not in uniform or grid.tokens < tokens)
     arch, parallel = architecture(device), multiprocessors(device)
-    tile = attention_tile(arch, head_dim, dtype, not usual, False, described)
+    tile = attention_tile(arch, head_dim, dtype, not unmasked, False, described)
     if not any(sigmas[i] for i in rest):
         programs = -(-tokens // tile.block_m) * heads * len(rest)
         if not rest or (programs < parallel and key_splits(programs, keys, tile.block_n, parallel)[0] > 1):
             return Route(uniform, rest)
     blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in uniform)
     wanted = tuple(sigmas[i] for i in blurred)
-    if math.inf in wanted or not usual or not fits_prologue(arch, head_dim, dtype, described):
+    if math.inf in wanted or not unmasked or not fits_prologue(arch, head_dim, dtype, described):
         place = BlurPlace.BEFORE  # whose matrices include that of the mean
     elif wanted and place is None:
         place = estimate_blur(arch, grid, wanted, boundary, heads, head_dim, dtype.itemsize, tile.block_m).place

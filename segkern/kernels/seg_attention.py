@@ -37,15 +37,15 @@ def launch_seg_attention(
     if scale < 0.0:  # kernels take the maximum before scaling
         query, scale = -query, -scale
     rows_alike = attn_mask is None or attn_mask.shape[2] == 1
-    usual = attn_mask is None and key.shape[2] > 0 and _strides_are_usual(query, key, value, out)
-    described = usual and has_descriptors(architecture(query.device)) and can_be_described(key, value)
+    unmasked = attn_mask is None and key.shape[2] > 0 and _has_usual_strides(query, key, value, out)
+    described = unmasked and has_descriptors(architecture(query.device)) and can_be_described(key, value)
     kind = query.device, query.dtype, query.shape, key.shape[2]
-    route = attention_route(*kind, grid, sigmas, boundary, usual, described, rows_alike, place)
+    route = attention_route(*kind, grid, sigmas, boundary, unmasked, described, rows_alike, place)
     if route.uniform:
         launch_uniform_attention(query, key, value, out, lse, grid, route.uniform, scale, attn_mask)
     if route.matrices is not None:
         tensors, blurs = (query, key, value, out, lse), (grid, sigmas, route, route.matrices)
-        if usual:
+        if unmasked:
             launch_unmasked_attention(*tensors, *blurs, scale, boundary, described)
         else:
             launch_tiled_attention(*tensors, *blurs, scale, attn_mask, boundary)
@@ -53,6 +53,6 @@ def launch_seg_attention(
         launch_split_attention(query, key, value, out, lse, route.rest, scale, attn_mask)
 
 
-def _strides_are_usual(*tensors: torch.Tensor) -> bool:
-    """Whether channels lie next to each other, and offsets inside a tile fit 32 bits."""
+def _has_usual_strides(*tensors: torch.Tensor) -> bool:
+    """True if channels lie next to each other, and offsets inside a tile fit 32 bits."""
     return all(x.stride(3) == 1 for x in tensors) and not strides_are_wide(*(x.stride() for x in tensors))

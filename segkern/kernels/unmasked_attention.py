@@ -241,8 +241,8 @@ def launch_unmasked_attention(
     _, heads, tokens, head_dim = query.shape
     keys = key.shape[2]
     prologue = not route.before and matrices.reach.numel() > 0
-    kind = prologue, described
-    tile = attention_tile(architecture(query.device), head_dim, query.dtype, False, *kind)
+    arch = architecture(query.device)
+    tile = attention_tile(arch, head_dim, query.dtype, False, prologue, described)
     by_descriptors = tile.descriptors and described
     tiles = sum(-(-count // tile.block_m) for count in (grid.start, grid.tokens, tokens - grid.stop))
     blurred = blurred_image(query, grid, sigmas, route.before, boundary) if route.before else query

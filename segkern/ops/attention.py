@@ -18,7 +18,7 @@ from segkern.ops.operators import (
     check_call,
     empty_output,
     host_reading_operator,
-    in_memory,
+    materialised,
     operator,
     owned,
     save_linear,
@@ -35,7 +35,7 @@ def fused_blur(
     """The blur by Triton kernels; arguments are checked already."""
     from segkern.kernels.gaussian_blur import launch_gaussian_blur
 
-    x = in_memory(x)
+    x = materialised(x)
     out = empty_output(x, x.shape[3])
     launch_gaussian_blur(x, out, grid, sigmas, boundary, adjoint)
     return out
@@ -133,8 +133,8 @@ def fused_attention(
     from segkern.kernels._routes import faster_sdpa
     from segkern.kernels.seg_attention import launch_seg_attention
 
-    query, key, value = in_memory(query), in_memory(key), in_memory(value)
-    attn_mask = None if attn_mask is None else in_memory(attn_mask)
+    query, key, value = materialised(query), materialised(key), materialised(value)
+    attn_mask = None if attn_mask is None else materialised(attn_mask)
     if place is None and attn_mask is None and not return_lse and any(sigmas):
         sdpa = faster_sdpa(query.device, query.shape[3], query.dtype, query.shape[2])
         if sdpa is not None:
@@ -211,23 +211,14 @@ def seg_attention(
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    height: int,
-    width: int,
-    start: int,
-    sigma: Sequence[float],
-    scale: float | None,
-    boundary: str,
-    backend: str,
-    return_lse: bool,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The operators' common part; ``arguments`` are the others of ``segkern::seg_attention``."""
+    height, width, start, sigma, scale, boundary, backend, return_lse = arguments
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
     chosen = choose_attention_backend(query, key, value, sigmas, backend, is_wide(attn_mask, query))
-    arguments = (query, key, value, attn_mask, grid, sigmas, scale_of(scale, query), boundary, return_lse)
-    out, lse = run_attention(chosen, backend, *arguments)
+    rest = grid, sigmas, scale_of(scale, query), boundary, return_lse
+    out, lse = run_attention(chosen, backend, query, key, value, attn_mask, *rest)
     return tokens_first(out), lse
 
 
@@ -277,28 +268,18 @@ def seg_attention_backward(
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and an additive mask (empty without one)."""
-    return _attend_backward(
-        grad_out, grad_lse, query, key, value, attn_mask, height, width, start, sigma, scale, boundary
-    )
+    tensors = grad_out, grad_lse, query, key, value, attn_mask
+    return _attend_backward(*tensors, height, width, start, sigma, scale, boundary)
 
 
 def _attend_backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    height: int,
-    width: int,
-    start: int,
-    sigma: Sequence[float],
-    scale: float | None,
-    boundary: str,
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, query: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients outside of the operator, where they can be differentiated again; its arguments."""
+    key, value, attn_mask, height, width, start, sigma, scale, boundary = arguments
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
-    arguments = query, key, value, attn_mask, grid, sigmas, scale_of(scale, query), boundary
-    return torch_attention.seg_attention_backward(grad_out, grad_lse, *arguments)
+    tensors = grad_out, grad_lse, query, key, value, attn_mask
+    return torch_attention.seg_attention_backward(*tensors, grid, sigmas, scale_of(scale, query), boundary)
 
 
 @seg_attention_backward.register_fake

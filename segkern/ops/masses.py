@@ -12,17 +12,17 @@ from segkern.core.arguments import scale_of
 from segkern.core.dispatch import choose_backend
 from segkern.core.fallback import run_with_fallback
 from segkern.core.precision import compute_dtype
-from segkern.core.tracing import check_operator
+from segkern.core.tracing import check_no_forward_mode
 from segkern.grid import Grid
 from segkern.ops import torch_masses
-from segkern.ops.operators import check_call, gradients_of, in_memory, operator
+from segkern.ops.operators import check_call, gradients_of, materialised, operator
 
 
 def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
     """Masses by Triton kernels, without gradient or tracer; arguments are checked already."""
     from segkern.kernels.attention_mass import launch_attention_mass
 
-    query, key = in_memory(query), in_memory(key)
+    query, key = materialised(query), materialised(key)
     out = query.new_empty(key.shape[:3], dtype=torch.float32)
     launch_attention_mass(query, key, out, scale)
     return out
@@ -34,7 +34,7 @@ def fused_energy(
     """The same for energies."""
     from segkern.kernels.attention_energy import launch_attention_energy
 
-    query, key = in_memory(query), in_memory(key)
+    query, key = materialised(query), materialised(key)
     out = query.new_empty(query.shape[:3], dtype=torch.float32)
     launch_attention_energy(query, key, out, grid, sigmas, scale, boundary)
     return out
@@ -57,7 +57,7 @@ def run_energy(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
 @operator("segkern::attention_mass")
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float | None, backend: str) -> torch.Tensor:
     """See :func:`segkern.attention_mass`."""
-    check_operator()
+    check_no_forward_mode()
     chosen, _ = choose_backend(query.device, query.dtype, query.shape[3], backend, operation="attention_mass")
     return run_mass(chosen, backend, query, key, scale_of(scale, query))
 
@@ -95,7 +95,7 @@ def attention_mass_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of query and key."""
-    check_operator()
+    check_no_forward_mode()
     return torch_masses.attention_mass_backward(grad, query, key, scale_of(scale, query))
 
 

@@ -16,7 +16,7 @@ import torch
 
 from segkern.core.gaussian import check_boundary
 from segkern.core.sigmas import check_sigma, for_batch
-from segkern.core.tracing import check_operator
+from segkern.core.tracing import check_no_forward_mode
 from segkern.grid import Grid
 
 operator = partial(torch.library.custom_op, mutates_args=())
@@ -25,8 +25,8 @@ operator = partial(torch.library.custom_op, mutates_args=())
 host_reading_operator = partial(operator, tags=(torch.Tag.cudagraph_unsafe,))
 
 
-def in_memory(x: torch.Tensor) -> torch.Tensor:
-    """The same values where kernels read them, by address, not a view that is negated when PyTorch reads it."""
+def materialised(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of a view that PyTorch negates when it reads it: kernels read memory by address."""
     return x.resolve_neg() if x.is_neg() else x
 
 
@@ -62,7 +62,7 @@ def check_call(
 
     Operators can be called, and graphs replayed, around the public functions, so they check again.
     """
-    check_operator()
+    check_no_forward_mode()
     grid = Grid(height, width, start)
     grid.check(x.shape[2])
     check_boundary(boundary)

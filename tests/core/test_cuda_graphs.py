@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import segkern
 from segkern import Grid
-from segkern.core.bounded_cache import bounded_cache, make_apart
+from segkern.core.bounded_cache import bounded_cache, call_in_own_thread
 
 GRID = Grid(3, 4, start=1)
 
@@ -70,7 +70,7 @@ def test_tables_are_made_outside_of_the_callers_thread_and_modes() -> None:
     @bounded_cache(most=4)
     def table(length: int, device: torch.device) -> torch.Tensor:
         threads.append(threading.get_ident())
-        return torch.zeros(length, device=device) + make_apart(lambda: torch.ones(length))
+        return torch.zeros(length, device=device) + call_in_own_thread(lambda: torch.ones(length))
 
     with Mode(), torch.inference_mode(), torch.device("meta"):
         result = table(3, torch.device("cpu"))
@@ -87,7 +87,7 @@ def test_errors_of_making_a_table_are_the_callers() -> None:
         raise KeyError("no such table")
 
     with pytest.raises(KeyError, match="no such table"):
-        make_apart(fail)
+        call_in_own_thread(fail)
 
 
 def test_a_table_that_is_missing_while_a_graph_is_captured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

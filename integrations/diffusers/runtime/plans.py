@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from segkern.core.bounded_cache import make_apart
+from segkern.core.bounded_cache import call_in_own_thread
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.branches import JoinPlan
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride, is_finite
@@ -89,10 +89,12 @@ class ForwardPlan:
 @lru_cache(maxsize=256)
 def _tensor(sigmas: tuple[float, ...]) -> torch.Tensor:
     """On the CPU, made once, whatever the caller's modes."""
-    return make_apart(lambda: torch.tensor(sigmas, dtype=torch.float64, device="cpu"))
+    return call_in_own_thread(lambda: torch.tensor(sigmas, dtype=torch.float64, device="cpu"))
 
 
 @lru_cache(maxsize=256)
 def shaped(grid: Grid) -> torch.Tensor:
     """A tensor of one number in memory, whose shape are a grid's numbers; made once, whatever the caller's modes."""
-    return make_apart(lambda: torch.zeros((), device="cpu").expand(grid.height, grid.width, grid.start, grid.frames))
+    return call_in_own_thread(
+        lambda: torch.zeros((), device="cpu").expand(grid.height, grid.width, grid.start, grid.frames)
+    )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkern.core.bounded_cache import make_apart
+from segkern.core.bounded_cache import call_in_own_thread
 from segkern.core.gaussian import blur_matrix
 from segkern.integrations.diffusers.runtime.steps import timestep_value
 
@@ -109,7 +109,9 @@ def blurred(x: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _matrix(length: int, sigma: float, taps: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return make_apart(lambda: blur_matrix(length, sigma, "reflect", taps=taps, dtype=dtype, device=device), device)
+    return call_in_own_thread(
+        lambda: blur_matrix(length, sigma, "reflect", taps=taps, dtype=dtype, device=device), device
+    )
 
 
 def blurred_input(
