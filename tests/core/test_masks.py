@@ -58,8 +58,7 @@ def assert_as_the_reference(
     """The contract, with the reference at the inputs' dtype, which keeps the mask in float32, for plain PyTorch."""
     oracle, lse = oracle_attention(*inputs, GRID, sigma, attn_mask=mask, **options)
     assert_contract(found[0], oracle, reference.seg_attention(*inputs, GRID, sigma, attn_mask=mask, **options))
-    if mask.amin() > -3e38:  # the kernels' log-sum-exp, in units of log2, ends there
-        torch.testing.assert_close(found[1].double(), lse, rtol=4e-7, atol=1e-2 if inputs[0].itemsize == 2 else 1e-5)
+    torch.testing.assert_close(found[1].double(), lse, rtol=4e-7, atol=1e-2 if inputs[0].itemsize == 2 else 1e-5)
 
 
 @every_backend

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import segkern
 from segkern import Grid, reference
-from tests.core.contract import oracle_attention, plain_attention
+from tests.core.contract import assert_contract, oracle_attention, plain_attention
 
 DTYPES = (torch.float64, torch.float32, torch.float16)
 
@@ -75,10 +76,14 @@ def test_results_are_those_of_the_reference(sigma: float, dtype: torch.dtype) ->
         if dtype == torch.float64:
             torch.testing.assert_close(output, oracle, rtol=1e-10, atol=1e-10)
         else:
-            # The contract with a few roundings more: logits are in the hundreds, so each one moves probabilities.
-            plain_error = (plain_attention(q, k, v, grid, sigma, **options).double() - oracle).abs().max()
-            allowance = 4 * torch.finfo(dtype).eps * oracle.abs().max()
-            assert (output.double() - oracle).abs().max() <= 2 * plain_error + allowance
+            # Logits are in the hundreds, so that every rounding moves probabilities. Plain PyTorch is then the worse of
+            # a composition and its own attention, which round in other places.
+            blurred = reference.gaussian_blur(q, grid, sigma)
+            ways = (
+                plain_attention(q, k, v, grid, sigma, **options),
+                F.scaled_dot_product_attention(blurred, k, v, **options),
+            )
+            assert_contract(output, oracle, max(ways, key=lambda way: (way.double() - oracle).abs().max().item()))
         eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
         size = max(1.0, q.abs().max().item() * k.abs().max().item() * q.shape[3] ** 0.5)
         torch.testing.assert_close(lse.double(), oracle_lse, rtol=0, atol=8 * eps * size)

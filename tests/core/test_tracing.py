@@ -222,6 +222,20 @@ def test_a_traced_call_of_one_sigma_per_sample_refuses_other_batches() -> None:
             traced(*draw(4))
 
 
+def test_tensors_in_a_sequence_of_sigmas_are_read_when_a_traced_call_runs() -> None:
+    for function in (
+        lambda q, a, b: segkern.seg_attention(q, q, q, GRID, [a, b]),
+        lambda q, a, b: segkern.gaussian_blur(q, GRID, (a, b)),
+        lambda q, a, b: segkern.attention_energy(q, q, GRID, [a, b]),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            given = draw()[0], torch.tensor(0.5), torch.tensor(2.0)
+            traced = torch.jit.trace(function, given, check_trace=False)
+        others = draw()[0], torch.tensor(3.0), torch.tensor(0.0)
+        assert_same(traced(*others), function(*others))
+
+
 def test_sizes_that_jit_trace_follows_make_no_grid() -> None:
     def attend(image: torch.Tensor) -> torch.Tensor:
         tokens = image.flatten(2).transpose(1, 2)[:, None]
