@@ -23,6 +23,7 @@ from benchmarks.cases import CASES, TINY, Case, select
 from benchmarks.measure import measure, usual_cases, usual_dtypes, usual_rounds
 from benchmarks.providers import SUITES, find_providers
 from segkern.cli import terminal
+from segkern.core.dispatch import interpreting, triton_is_installed
 from segkern.generation.loading import DTYPES, find_device
 from segkern.generation.options import parse_list
 from segkern.generation.tables import wide
@@ -288,15 +289,20 @@ def device(
 
 @app.command()
 def host(device: Device = "auto", quick: Quick = False, out: Out = None) -> None:
-    """Measure what a call costs the host, with tiny tensors."""
+    """Measure what a call costs the host, with tiny tensors; what launches on a GPU cost it is measured on any CPU."""
     with refusing():
         where = find_device(device)
     environment = machine.described(where)
     rows = host_costs.measure_host(where, rounds=1, calls=2) if quick else host_costs.measure_host(where)
+    launches = []
+    if where.type == "cpu" and triton_is_installed() and not interpreting():
+        launches = host_costs.measure_launches(rounds=1, calls=2) if quick else host_costs.measure_launches()
     folder = results.QUICK if quick else results.RESULTS
     path = out or folder / "host" / f"{machine.slug(environment['device'])}.json"
-    results.write_json(path, {"environment": environment, "rows": rows})
+    results.write_json(path, {"environment": environment, "rows": rows, "launches": launches})
     show(tables.of_lines(host_costs.HEADINGS, host_costs.lines(rows)))
+    for row in launches:
+        typer.echo(f"{row['call']}: launches {row['launches']}, {row['us']:.1f} us on the host")
     typer.echo(f"wrote {path}")
 
 

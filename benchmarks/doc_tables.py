@@ -218,6 +218,18 @@ def instructions() -> str:
     return markdown(headings, lines)
 
 
+def launches() -> str:
+    """The host's time for the launches of a blurred call, a table for each file that has it."""
+    parts = []
+    for path in sorted((results.RESULTS / "host").glob("*.json")):
+        file = results.read_json(path)
+        if file["launches"]:
+            lines = [[row["call"], str(row["launches"]), f"{row['us']:.1f} us"] for row in file["launches"]]
+            environment = f"{_measured(file['environment'])}, triton {file['environment']['triton']}"
+            parts += [f"{environment}:", markdown(("batch of 3", "launches", "host"), lines)]
+    return "\n\n".join(parts)
+
+
 def models(group: str) -> str:
     """Outcomes of the tests that hold guidance on a group of models against another computation of it."""
     files = compatibility.committed()
@@ -261,6 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: attention(["0.5", "1", "3", "10", "30", "inf"], _ALL),
     "compiled": compiled,
     "instructions": instructions,
+    "launches": launches,
     "unets": lambda: models("UNets"),
     "transformers": lambda: models("Transformers"),
     "video": lambda: models("Video"),

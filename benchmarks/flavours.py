@@ -158,7 +158,8 @@ def attention_calls(head_dim: int, dtype: torch.dtype) -> None:
         options = head_dim**-0.5, "reflect", True
         for place in _routes.BlurPlace:
             attention.fused_attention(q, k, v, None, grid, blurs, *options, place)
-        attention.fused_attention(q, k, v, None, grid, (0.0, math.inf), *options)
+        for sigma in (0.0, math.inf):  # beside a sample of infinite sigma
+            attention.fused_attention(q, k, v, None, grid, (sigma, math.inf), *options)
         for mask in masks:
             attention.fused_attention(q, k, v, mask, grid, blurs, *options)
             attention.fused_attention(q, k, v, mask[:, :, :1], grid, (math.inf, math.inf), *options)

@@ -3,6 +3,7 @@
 
 On a GPU a call is timed until it returns, not until its work ends. On a CPU the PyTorch path's own operators are part
 of the time; the Triton path runs there too, its kernels replaced by nothing, so that what is left is segkern's share.
+The launches themselves are timed there with a driver that launches nothing.
 """
 
 from __future__ import annotations
@@ -36,53 +37,69 @@ def _nothing(*arguments: object) -> None:
 
 
 @contextmanager
+def _launching(by: Callable[..., None]) -> Iterator[None]:
+    """Inside, attention and blur launch their kernels by another function."""
+    from segkern.kernels import gaussian_blur, split_attention, tiled_attention, unmasked_attention
+
+    modules = (unmasked_attention, tiled_attention, split_attention, gaussian_blur)
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "launch", by))
+        yield
+
+
+@contextmanager
 def without_launches() -> Iterator[None]:
     """Inside, the Triton path runs on a CPU up to its launches, which do nothing."""
     import triton
 
-    from segkern.kernels import gaussian_blur, split_attention, tiled_attention, unmasked_attention
-
-    modules = (unmasked_attention, tiled_attention, split_attention, gaussian_blur)
-    with triton.knobs.runtime.scope(), ExitStack() as stack:
+    with triton.knobs.runtime.scope(), _launching(_nothing):
         triton.knobs.runtime.interpret = True
-        for module in modules:
-            stack.enter_context(mock.patch.object(module, "launch", _nothing))
         yield
 
 
-def measure_launches(rounds: int = 200, calls: int = 50) -> list[dict[str, Any]]:
-    """A row for each kind of blurred call: ``us`` it takes, of which ``launch_us`` for ``launches`` launches.
+def measure_launches(rounds: int = 300, calls: int = 20) -> list[dict[str, Any]]:
+    """A row for each kind of blurred call on a GPU: how many ``launches`` it makes, and the ``us`` that they take.
 
-    Each is the least of many short rounds, which other work on the machine disturbs least. Triton's own share of a
-    launch is part of it, the driver's is not (``idle_driver.py``). Kernels must not be interpreted in the process.
+    The time is that of Triton and of segkern's own part of a launch, without the driver's (``idle_driver.py``), in the
+    midst of whole calls; the least of many rounds, which other work on the machine disturbs least. Kernels must not be
+    interpreted in the process.
     """
     from benchmarks.idle_driver import idle_driver
+    from segkern.kernels import _launch
     from segkern.kernels._routes import BlurPlace
     from segkern.ops.attention import fused_attention
 
     q, k, v = (torch.randn(_SHAPE).half() for _ in range(3))
     ways = {
-        "a third blurred in the prologue": (_SIGMAS["a third at sigma 2"], BlurPlace.PROLOGUE),
-        "a third blurred before": (_SIGMAS["a third at sigma 2"], BlurPlace.BEFORE),
+        "a third at sigma 2, blurred in the prologue": (_SIGMAS["a third at sigma 2"], BlurPlace.PROLOGUE),
+        "a third at sigma 2, blurred before": (_SIGMAS["a third at sigma 2"], BlurPlace.BEFORE),
         "a third at infinity": (_SIGMAS["a third at infinity"], None),
     }
+    spent: list[float] = []
+
+    def timed(*arguments: Any) -> None:
+        start = perf_counter()
+        _launch.launch(*arguments)
+        spent.append(perf_counter() - start)
+
     rows = []
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with idle_driver() as driver:
-        for name, (sigmas, place) in ways.items():
-            call = partial(fused_attention, q, k, v, None, _GRID, sigmas, 0.25, "reflect", False, place)
-            call()
-            driver.launches.clear()
-            driver.noting = True
-            call()
-            driver.noting = False
-            whole = without = math.inf
-            for _ in range(rounds):  # side by side
-                whole = min(whole, _microseconds(call, calls))
-                with without_launches():
-                    without = min(without, _microseconds(call, calls))
-            count = len(driver.launches)
-            rows.append({"call": name, "launches": count, "us": whole, "launch_us": whole - without})
+    try:
+        with idle_driver(), _launching(timed):
+            for name, (sigmas, place) in ways.items():
+                call = partial(fused_attention, q, k, v, None, _GRID, sigmas, 0.25, "reflect", False, place)
+                call()  # compiles
+                least = math.inf
+                for _ in range(rounds):
+                    spent.clear()
+                    for _ in range(calls):
+                        call()
+                    least = min(least, sum(spent) / calls * 1e6)
+                rows.append({"call": name, "launches": len(spent) // calls, "us": least})
+    finally:
+        torch.set_num_threads(threads)
     return rows
 
 

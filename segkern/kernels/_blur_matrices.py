@@ -26,6 +26,7 @@ class Unblurred(IntEnum):
 
     PLAIN = -1  # the sample's queries are taken as they are
     OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
+    MEAN = -3  # the sample's image tokens all have the mean of their queries
 
 
 PLANE_STEP = 64
@@ -61,18 +62,20 @@ def blur_matrices(
     boundary: str,
     device: torch.device,
     adjoint: bool = False,
-    outside: bool = False,
+    infinite: Unblurred | None = None,
     planes: torch.dtype | None = None,
 ) -> BlurMatrices:
     """Matrices for ``samples``, whose sigmas are given in the same order.
 
     Args:
         adjoint: use transposed matrices.
-        outside: samples of infinite sigma are marked OUTSIDE instead of getting the matrix of the mean.
+        infinite: mark of samples of infinite sigma, which else get the matrix of the mean.
         planes: half precision that matrices are given in, see above.
     """
-    distinct = sorted({sigma for sigma in sigmas if sigma > 0.0 and not (outside and math.isinf(sigma))})
-    index = {math.inf: Unblurred.OUTSIDE.value} | {sigma: number for number, sigma in enumerate(distinct)}
+    blurred = {sigma for sigma in sigmas if sigma > 0.0}
+    index = {} if infinite is None else {math.inf: infinite.value}
+    distinct = sorted(blurred - index.keys())
+    index |= {sigma: number for number, sigma in enumerate(distinct)}
     matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
     if adjoint:
         matrices = [[matrix.T for matrix in axis] for axis in matrices]

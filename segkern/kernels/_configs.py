@@ -169,10 +169,10 @@ _DESCRIBED: dict[str, Tiles] = {
         (256, Tile(128, 64, 16, 8, 2, descriptors=True)),
     ),
 }
-# With a blur in the prologue; wider heads are blurred before, and so are all on Blackwell, where a tile spills.
+# With a blur in the prologue. Wider heads, whose tiles spill or are small, are blurred before; so are all on Blackwell.
 _PROLOGUE: dict[str, Tiles] = {
     "sm_80": ((64, Tile(128, 64, 16, 8, 3)), (128, Tile(128, 32, 16, 8, 3))),
-    "sm_86": ((64, Tile(128, 64, 16, 8, 3)), (80, Tile(128, 32, 16, 8, 3)), (128, Tile(64, 64, 16, 4, 2))),
+    "sm_86": ((64, Tile(128, 64, 16, 8, 3)), (80, Tile(128, 32, 16, 8, 3))),
     "sm_90": (
         (64, Tile(128, 128, 16, 8, 2, descriptors=True)),
         (128, Tile(128, 64, 16, 8, 2, descriptors=True)),

@@ -64,33 +64,33 @@ _FROZEN: dict[Any, Any] = {}
 def launch(
     kernel: Any,
     programs: int,
-    pointers: tuple[torch.Tensor | None, ...],
+    tensors: tuple[torch.Tensor, ...],
+    tables: tuple[torch.Tensor, ...],
     numbers: tuple[int | float, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Launch a kernel: what ``kernel[(programs,)](*pointers, *numbers, **constants)`` does, in a third of its time.
+    """Do what ``kernel[(programs,)](*tensors, *tables, *numbers, **constants)`` does, in a third of its time.
 
     Triton looks at every argument of every launch to find the compiled kernel that fits. Here it does so once for
-    launches that agree in all it looks at: types and alignment of pointers, numbers, constants. After that the
+    launches that agree in what it looks at: types and alignment of tensors, numbers, constants. After that the
     compiled kernel is launched by itself.
 
     Args:
-        kernel: whose parameters are pointers, numbers and constants in this order.
+        kernel: whose parameters are tensors, tables, numbers and constants in this order.
         programs: how many.
-        pointers: tensors on one device, the current one.
+        tensors: of the caller, on one device, the current one.
+        tables: tensors that were made for launches: their types and alignment follow from the other arguments.
         numbers: the other arguments that are no constants.
         constants: by name, and the compiler's options.
     """
-    dtypes = tuple([None if x is None else x.dtype for x in pointers])
-    addresses = [0 if x is None else x.data_ptr() % _ALIGNED_BYTES for x in pointers]
-    aligned = None if not any(addresses) else tuple([address == 0 for address in addresses])
-    device = pointers[0].device  # type: ignore[union-attr]
-    key = device, programs, dtypes, aligned, numbers, tuple(constants.values())
+    dtypes = [x.dtype for x in tensors]
+    misaligned = [i for i, x in enumerate(tensors) if x.data_ptr() % _ALIGNED_BYTES]
+    key = tensors[0].device, programs, *dtypes, *misaligned, *numbers, *constants.values()
     of, run, values = _FROZEN.get(key, (None, None, ()))
     if of is kernel:
-        run(*pointers, *numbers, *values)
+        run(*tensors, *tables, *numbers, *values)
         return
-    compiled = kernel[(programs,)](*pointers, *numbers, **constants)
+    compiled = kernel[(programs,)](*tensors, *tables, *numbers, **constants)
     if compiled is None:  # interpreted
         return
     if len(_FROZEN) >= _MOST_FROZEN:

@@ -152,8 +152,9 @@ class Route:
     """The kernels that compute which samples of a batch.
 
     Attributes:
-        uniform: samples of infinite sigma, whose image tokens get one row's result.
-        rest: samples of which any tokens are left to compute.
+        uniform: samples of infinite sigma, whose image tokens get one row's result from the kernel for few rows.
+        rest: samples of which any tokens are left to compute; those of infinite sigma come first, whose programs
+            take longest.
         before: those of the rest that the separable kernel blurs first.
         matrices: of the rest, for tiles of attention; None where there is no rest, or so few rows, which are not
             blurred, that their keys are split over programs.
@@ -196,25 +197,29 @@ def attention_route(
     """
     _, heads, tokens, head_dim = shape
     axes = grid.height, grid.width
-    uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
-    rest = tuple(i for i in range(len(sigmas)) if i not in uniform or grid.tokens < tokens)
+    infinite = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
+    among_others = unmasked and len(infinite) < len(sigmas)  # whose tiles take as long as one of equal rows
+    uniform = () if among_others else infinite
+    finite = tuple(i for i in range(len(sigmas)) if i not in infinite)
+    rest = (infinite if among_others or grid.tokens < tokens else ()) + finite
     arch, parallel = architecture(device), multiprocessors(device)
     tile = attention_tile(arch, head_dim, dtype, not unmasked, False, described)
     if not any(sigmas[i] for i in rest):
         programs = -(-tokens // tile.block_m) * heads * len(rest)
         if not rest or (programs < parallel and key_splits(programs, keys, tile.block_n, parallel)[0] > 1):
             return Route(uniform, rest)
-    blurred = tuple(i for i in rest if sigmas[i] > 0.0 and i not in uniform)
+    blurred = tuple(i for i in finite if sigmas[i] > 0.0)
     wanted = tuple(sigmas[i] for i in blurred)
     if math.inf in wanted or not unmasked or not fits_prologue(arch, head_dim, dtype, described):
         place = BlurPlace.BEFORE  # whose matrices include that of the mean
     elif wanted and place is None:
         place = estimate_blur(arch, grid, wanted, boundary, heads, head_dim, dtype.itemsize, tile.block_m).place
+    mark = Unblurred.MEAN if among_others else Unblurred.OUTSIDE
     if not wanted or place == BlurPlace.PROLOGUE:
-        matrices = blur_matrices(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, outside=True)
+        matrices = blur_matrices(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, infinite=mark)
         return Route(uniform, rest, (), matrices)
     matrices = blur_matrices(rest, (0.0,) * len(rest), *axes, boundary, device)
-    index = dict.fromkeys(rest, Unblurred.PLAIN.value) | dict.fromkeys(uniform, Unblurred.OUTSIDE.value)
+    index = dict.fromkeys(rest, Unblurred.PLAIN.value) | dict.fromkeys(infinite, mark.value)
     index |= {sample: number for number, sample in enumerate(blurred)}
     matrices = replace(matrices, index=index_tensor(tuple(index[i] for i in rest), device))
     return Route(uniform, rest, blurred, matrices)

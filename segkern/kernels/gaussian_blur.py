@@ -321,7 +321,8 @@ def _blur_images(
         launch(
             _image_blur_kernel,
             programs,
-            (image, out, matrices.samples, matrices.index, matrices.rows, matrices.columns, matrices.reach),
+            (image, out),
+            (matrices.samples, matrices.index, matrices.rows, matrices.columns, matrices.reach),
             (*image.stride(), *out.stride(), heads, height, width, scale * halving, scale / halving),
             {
                 "HEAD_DIM": head_dim,
@@ -353,7 +354,8 @@ def _blur_axes(
             launch(
                 _axis_blur_kernel,
                 programs,
-                (source, target, matrices.index, weights, reach),
+                (source, target),
+                (matrices.index, weights, reach),
                 (*source.stride(), *target.stride(), heads, lines, length, line_step, axis_step),
                 {
                     "HEAD_DIM": head_dim,

@@ -265,7 +265,8 @@ def _launch(
         launch(
             _split_attention_kernel,
             programs * splits,
-            (query, key, value, mask, partial, sample_index, index_tensor(query_samples, query.device)),
+            (query, key, value, mask),
+            (partial, sample_index, index_tensor(query_samples, query.device)),
             (
                 *strides[0],
                 *strides[1],
@@ -288,7 +289,8 @@ def _launch(
         launch(
             _combine_splits_kernel,
             len(samples) * heads * rows * -(-copies // block_t),
-            (partial, out, partial if lse is None else lse, sample_index),
+            (partial, out),
+            (partial if lse is None else lse, sample_index),
             (*out_strides, heads, out.shape[2], first_token, rows, copies, splits, int(lse is not None)),
             {
                 "HEAD_DIM": head_dim,

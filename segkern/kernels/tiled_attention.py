@@ -169,17 +169,8 @@ def launch_tiled_attention(
         launch(
             _tiled_attention_kernel,
             programs,
-            (
-                query,
-                key,
-                value,
-                out,
-                matrices.rows if lse is None else lse,
-                mask,
-                matrices.samples,
-                matrices.index,
-                blurred,
-            ),
+            (query, key, value, out, matrices.rows if lse is None else lse, mask),
+            (matrices.samples, matrices.index, blurred),
             (
                 *strides[0],
                 *strides[1],

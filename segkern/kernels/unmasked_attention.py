@@ -4,6 +4,7 @@ r"""Attention without a mask, of queries as they are, blurred before, or blurred
 Mathematics, for the tokens of one sample and head with axis matrices ``B_h`` and ``B_w``::
 
     q~[i, j] = sum_{k, l} B_h[i, k] B_w[j, l] q[k, l]        (image tokens; others as they are)
+    q~[i, j] = the mean of the image's queries              (the same at infinite sigma)
     out      = softmax(scale * q~ k^T) v
     lse      = logsumexp(scale * q~ k^T)
 
@@ -11,6 +12,10 @@ Launch grid: one program per (sample, head, tile of BLOCK_M queries), tiles of a
 share its keys and values in L2. No tile straddles an end of the image: all queries of one lie in one place, original or
 blurred, which is chosen before they are loaded, once. A choice between two loaded tiles would be made in registers,
 and matrix instructions that have queries there wait for each other.
+
+At infinite sigma all image tokens of a head have one result. Its first tile computes it with equal rows, and writes it
+to all of them; the other tiles end at once. A tile of equal rows takes as long as any other, so these are hidden among
+the tiles of the batch's other samples.
 
 A program walks over the keys from the last block, which alone may be ragged, to the first, with an online softmax. A
 block's product with the values is issued after the next block's product with the keys, so that it runs while the
@@ -47,6 +52,20 @@ from segkern.kernels._routes import Route
 from segkern.kernels.gaussian_blur import blurred_image
 
 _OUTSIDE = tl.constexpr(Unblurred.OUTSIDE.value)
+_MEAN = tl.constexpr(Unblurred.MEAN.value)
+
+
+@triton.jit
+def _mean_row(
+    image, tokens, first_d: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The mean of rows, float32 ``[BLOCK_M, BLOCK_D]`` of equal rows."""
+    offs_m = tl.arange(0, BLOCK_M)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for m in range(0, tokens, BLOCK_M):
+        rows = load_tile(from_row(image, m), offs_m, m + offs_m < tokens, first_d, HEAD_DIM, BLOCK_D, True)
+        sums += rows.to(tl.float32)
+    return tl.broadcast_to(tl.sum(sums, axis=0)[None, :] / tokens, [BLOCK_M, BLOCK_D])
 
 
 @triton.jit(do_not_specialize=["with_lse"])
@@ -106,7 +125,8 @@ def _unmasked_attention_kernel(
     blur = tl.load(blur_index_ptr + slot)
 
     in_image = (tile >= first_tiles) & (tile < first_tiles + image_tiles)
-    if in_image & (blur == _OUTSIDE):
+    is_mean = in_image & (blur == _MEAN)
+    if in_image & ((blur == _OUTSIDE) | (is_mean & (tile > first_tiles))):
         return
     start_m = tile * BLOCK_M
     stop_m = grid_start
@@ -143,6 +163,11 @@ def _unmasked_attention_kernel(
                     image, weights, grid, start, BLOCK_D, HEAD_DIM, BLOCK_M, BLOCK_C, BLOCK_R, BLUR_PRECISION
                 )
                 q_rest = rest_blur.to(q_tile.dtype)
+    if is_mean:
+        image = from_row(q, grid_start)
+        q_tile = _mean_row(image, height * width, 0, HEAD_DIM, BLOCK_M, BLOCK_D).to(q_tile.dtype)
+        if BLOCK_R > 0:
+            q_rest = _mean_row(image, height * width, BLOCK_D, HEAD_DIM, BLOCK_M, BLOCK_R).to(q_tile.dtype)
     k = Matrix(k_ptr + sample * stride_kb + head * stride_kh, stride_kn, 1)
     v = Matrix(v_ptr + sample * stride_vb + head * stride_vh, stride_vn, 1)
     out = Matrix(out_ptr + sample * stride_ob + head * stride_oh, stride_on, 1)
@@ -213,10 +238,13 @@ def _unmasked_attention_kernel(
     inverse = (1.0 / row_sum)[:, None]
     if BLOCK_R > 0:
         acc_rest = tl.dot(rounded, v_rest, acc_rest * factor[:, None], input_precision=PRECISION) * inverse
-    store_parts(from_row(out, start_m), acc * inverse, acc_rest, offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R)
-    if with_lse:
-        lse_tile = lse_ptr + (sample * heads + head) * tokens + start_m
-        tl.store(lse_tile + offs_m, (row_max + tl.math.log2(row_sum)) * LN2, mask=mask_m)
+    lse_head = lse_ptr + (sample * heads + head) * tokens
+    stop_stores = tl.where(is_mean, stop_m, start_m + 1)
+    for m in range(start_m, stop_stores, BLOCK_M):
+        mask_m = m + offs_m < stop_m
+        store_parts(from_row(out, m), acc * inverse, acc_rest, offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R)
+        if with_lse:
+            tl.store(lse_head + m + offs_m, (row_max + tl.math.log2(row_sum)) * LN2, mask=mask_m)
 
 
 def launch_unmasked_attention(
@@ -250,11 +278,8 @@ def launch_unmasked_attention(
         launch(
             _unmasked_attention_kernel,
             tiles * heads * matrices.samples.numel(),
+            (query, key, value, out),
             (
-                query,
-                key,
-                value,
-                out,
                 matrices.rows if lse is None else lse,
                 matrices.samples,
                 matrices.index,

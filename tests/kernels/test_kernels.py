@@ -106,8 +106,21 @@ def spied_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("keys", [1, 31, 32, 33, 127, 129, 260])
 def test_infinite_sigma_at_any_number_of_keys(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = spied_splits(monkeypatch)
-    check_attention((3, 1, 2 * 9 + 1, 24), Grid(2, 9, start=1), (math.inf, 0.0, math.inf), DTYPES[1], keys=keys)
+    shape, grid = (3, 1, 2 * 9 + 1, 24), Grid(2, 9, start=1)
+    check_attention(shape, grid, (math.inf,) * 3, DTYPES[1], keys=keys)
     assert splits == [-(-keys // 128)]
+    check_attention(shape, grid, (math.inf, 0.0, math.inf), DTYPES[1], keys=keys)
+    assert len(splits) == 1, "a tile of the batch's attention serves them"
+
+
+@pytest.mark.usefixtures("blur_route")
+@pytest.mark.parametrize("height, width, start", [(1, 1, 3), (9, 11, 0), (4, 8, 33)])
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_infinite_sigma_beside_other_samples(head_dim: int, height: int, width: int, start: int) -> None:
+    """One tile computes and writes all tokens of an image, however many tiles those are."""
+    grid = Grid(height, width, start=start)
+    sigmas = math.inf, 0.0, 1.5, math.inf
+    check_attention((4, 2, grid.stop + 3, head_dim), grid, sigmas, DTYPES[1], ("packed",) * 3, keys=45)
 
 
 MASKS = {

@@ -47,29 +47,28 @@ def test_what_agrees_is_compiled_once() -> None:
     kernel, constants = Kernel(), {"WIDE": False, "BLOCK": 32, "num_warps": 4}
     x, table = torch.zeros(64), torch.zeros(8)
     for _ in range(3):
-        _launch.launch(kernel, 5, (x, None), (7, 0.5), constants)
+        _launch.launch(kernel, 5, (x,), (table,), (7, 0.5), constants)
     assert kernel.compiled == 1
-    assert kernel.launches == [((5, 1, 1), x, None, 7, 0.5, 32, False)] * 2  # constants in the kernel's order
+    assert kernel.launches == [((5, 1, 1), x, table, 7, 0.5, 32, False)] * 2  # constants in the kernel's order
     half = torch.zeros(64, dtype=torch.float16)
-    for count, (programs, pointers, numbers, chosen) in enumerate(
+    for count, (programs, tensor, numbers, chosen) in enumerate(
         (
-            (5, (x, table), (7, 0.5), constants),
-            (5, (half, None), (7, 0.5), constants),
-            (5, (x[1:], None), (7, 0.5), constants),
-            (6, (x, None), (7, 0.5), constants),
-            (5, (x, None), (8, 0.5), constants),
-            (5, (x, None), (7, 0.25), constants),
-            (5, (x, None), (7, 0.5), constants | {"WIDE": True}),
-            (5, (x, None), (7, 0.5), constants | {"num_warps": 8}),
+            (5, half, (7, 0.5), constants),
+            (5, x[1:], (7, 0.5), constants),
+            (6, x, (7, 0.5), constants),
+            (5, x, (8, 0.5), constants),
+            (5, x, (7, 0.25), constants),
+            (5, x, (7, 0.5), constants | {"WIDE": True}),
+            (5, x, (7, 0.5), constants | {"num_warps": 8}),
         ),
         start=2,
     ):
-        _launch.launch(kernel, programs, pointers, numbers, chosen)
+        _launch.launch(kernel, programs, (tensor,), (table,), numbers, chosen)
         assert kernel.compiled == count
     other = Kernel()
-    _launch.launch(other, 5, (x, None), (7, 0.5), constants)
+    _launch.launch(other, 5, (x,), (table,), (7, 0.5), constants)
     assert other.compiled == 1
-    _launch.launch(kernel, 5, (x, None), (7, 0.5), constants)
+    _launch.launch(kernel, 5, (x,), (table,), (7, 0.5), constants)
     assert not other.launches
 
 
@@ -78,7 +77,7 @@ def test_remembered_launches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(_launch, "_MOST_FROZEN", 3)
     kernel, x = Kernel(), torch.zeros(4)
     for programs in range(1, 10):
-        _launch.launch(kernel, programs, (x,), (7, 0.5), {"BLOCK": 32, "WIDE": False})
+        _launch.launch(kernel, programs, (x,), (), (7, 0.5), {"BLOCK": 32, "WIDE": False})
         assert len(_launch._FROZEN) <= 3
 
 
@@ -103,7 +102,7 @@ with idle_driver() as driver:
             fused_attention(q, k, v, None, Grid(4, 8), (0.0, sigma), 0.25, "reflect", False, place)
             seen.append(shown(driver.launches))
         assert seen[0] and seen[0] == seen[1], seen
-    assert len(_launch._FROZEN) == 6, len(_launch._FROZEN)
+    assert len(_launch._FROZEN) == 4, len(_launch._FROZEN)
 """
 
 
