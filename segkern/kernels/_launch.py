@@ -102,6 +102,7 @@ def launch(
 _LARGEST_TILE = 256  # rows, columns or channels that a program addresses from one pointer
 
 
+@lru_cache(maxsize=1024)
 def strides_are_wide(*strides: tuple[int, ...], rows: int = _LARGEST_TILE) -> bool:
     """True if offsets inside a tile of four-dimensional tensors may exceed 32 bits, so that a kernel needs 64.
 
@@ -116,11 +117,15 @@ _DESCRIBED_BYTES = 16  # addresses and strides of a tensor descriptor are multip
 def can_be_described(*tensors: torch.Tensor) -> bool:
     """True if kernels can make tensor descriptors of each head: aligned, and channels next to each other."""
     for x in tensors:
-        *outer, last = x.stride()
-        sizes = x.data_ptr(), *(n * x.itemsize for n in outer)
-        if last != 1 or outer[-1] <= 0 or any(n % _DESCRIBED_BYTES for n in sizes):
+        if x.data_ptr() % _DESCRIBED_BYTES or not _strides_can_be_described(x.stride(), x.itemsize):
             return False
     return True
+
+
+@lru_cache(maxsize=1024)
+def _strides_can_be_described(strides: tuple[int, ...], itemsize: int) -> bool:
+    *outer, last = strides
+    return last == 1 and outer[-1] > 0 and not any(n * itemsize % _DESCRIBED_BYTES for n in outer)
 
 
 def scratch_memory(wanted: bool) -> AbstractContextManager[Any]:

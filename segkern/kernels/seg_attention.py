@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from segkern.grid import Grid
@@ -37,7 +39,11 @@ def launch_seg_attention(
     if scale < 0.0:  # kernels take the maximum before scaling
         query, scale = -query, -scale
     rows_alike = attn_mask is None or attn_mask.shape[2] == 1
-    unmasked = attn_mask is None and key.shape[2] > 0 and _has_usual_strides(query, key, value, out)
+    unmasked = (
+        attn_mask is None
+        and key.shape[2] > 0
+        and _are_usual(query.stride(), key.stride(), value.stride(), out.stride())
+    )
     described = unmasked and has_descriptors(architecture(query.device)) and can_be_described(key, value)
     kind = query.device, query.dtype, query.shape, key.shape[2]
     route = attention_route(*kind, grid, sigmas, boundary, unmasked, described, rows_alike, place)
@@ -53,6 +59,7 @@ def launch_seg_attention(
         launch_split_attention(query, key, value, out, lse, route.rest, scale, attn_mask)
 
 
-def _has_usual_strides(*tensors: torch.Tensor) -> bool:
+@lru_cache(maxsize=1024)
+def _are_usual(*strides: tuple[int, ...]) -> bool:
     """True if channels lie next to each other, and offsets inside a tile fit 32 bits."""
-    return all(x.stride(3) == 1 for x in tensors) and not strides_are_wide(*(x.stride() for x in tensors))
+    return all(n[3] == 1 for n in strides) and not strides_are_wide(*strides)
