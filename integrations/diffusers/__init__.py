@@ -26,7 +26,7 @@ from segkern.integrations.diffusers.runtime.energy_recorder import EnergyRecorde
 from segkern.integrations.diffusers.runtime.guidance import Guidance, guide
 from segkern.integrations.diffusers.runtime.processor import SEGAttnProcessor
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, LayerReport, Report
-from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
+from segkern.integrations.specs import CFG, PAG, SAG, SEG
 
 __all__ = [
     "CFG",

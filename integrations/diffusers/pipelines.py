@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from segkern.integrations.diffusers.runtime.guidance import guide
 from segkern.integrations.diffusers.runtime.pipeline_class import call_in_run
-from segkern.integrations.diffusers.specs import SEG
+from segkern.integrations.specs import SEG
 
 _LARGEST_FINITE_SIGMA = 9999.0  # the official implementation takes any larger sigma for infinity
 

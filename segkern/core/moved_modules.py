@@ -13,7 +13,9 @@ MOVED = {
     "segkern.flops": "segkern.ops.flops",
     "segkern.loading": "segkern.generation.loading",
     "segkern.integrations.diffusers.architectures": "segkern.integrations.diffusers.models.architectures",
-    "segkern.integrations.diffusers.names": "segkern.integrations.diffusers.models.names",
+    "segkern.integrations.diffusers.names": "segkern.integrations.specs.layer_names",
+    "segkern.integrations.diffusers.specs": "segkern.integrations.specs",
+    "segkern.integrations.diffusers.models.names": "segkern.integrations.specs.layer_names",
 }
 
 

@@ -20,7 +20,7 @@ from segkern.version import __version__
 
 if TYPE_CHECKING:
     from segkern.integrations.diffusers import Report
-    from segkern.integrations.diffusers.specs.base import Spec
+    from segkern.integrations.specs.base import Spec
 
 Specs = tuple["Spec", ...]  # of one picture; none is no guidance
 
@@ -73,7 +73,7 @@ def check_layers(pipe: Any, specs: Specs, device: torch.device, dtype: torch.dty
         ValueError: for unknown layers, and for a backend that cannot serve them.
     """
     from segkern.integrations.diffusers.models.layers import list_layers, select_layers
-    from segkern.integrations.diffusers.specs.base import AttentionSpec
+    from segkern.integrations.specs.base import AttentionSpec
 
     for spec in specs:
         if isinstance(spec, AttentionSpec):

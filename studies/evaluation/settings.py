@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segkern.integrations.diffusers.specs.base import Spec
+    from segkern.integrations.specs.base import Spec
 
 MODES = ("unconditional", "prompts")
 

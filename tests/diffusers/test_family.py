@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import CFG, PAG, SEG, guide, list_layers
-from segkern.integrations.diffusers.specs.base import AttentionSpec
+from segkern.integrations.specs.base import AttentionSpec
 from tests.diffusers.slow_guidance import Branch, looped_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_sd
 

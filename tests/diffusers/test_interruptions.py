@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers, record_energy
-from segkern.integrations.diffusers.models.names import select_layers
+from segkern.integrations.specs.layer_names import select_layers
 from tests.diffusers.subjects import (
     QWEN,
     SD1,

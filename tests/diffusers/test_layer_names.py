@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkern.integrations.diffusers import LayerInfo, list_layers
-from segkern.integrations.diffusers.models.names import select_layers
+from segkern.integrations.specs.layer_names import select_layers
 from tests.diffusers.small_pipelines import tiny_pipeline
 from tests.diffusers.transformer_cases import MODELS
 

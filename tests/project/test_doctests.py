@@ -39,7 +39,7 @@ MODULES = [
     "segkern.playground.markup",
     "segkern.playground.snippet",
     "segkern.generation.tables",
-    "segkern.integrations.diffusers.specs.guidances",
+    "segkern.integrations.specs.guidances",
     "segkern.integrations.diffusers.guiders.components",
     "segkern.integrations.diffusers.models.layers",
     "segkern.integrations.diffusers.runtime.processor",

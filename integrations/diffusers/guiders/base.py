@@ -22,9 +22,9 @@ from segkern.integrations.diffusers.runtime.branches import shifted
 from segkern.integrations.diffusers.runtime.origins import Trust, check_trust
 from segkern.integrations.diffusers.runtime.report import Report
 from segkern.integrations.diffusers.runtime.steps import timestep_value
-from segkern.integrations.diffusers.specs import PAG, SAG
-from segkern.integrations.diffusers.specs.base import Spec
-from segkern.integrations.diffusers.specs.schedules import is_number
+from segkern.integrations.specs import PAG, SAG
+from segkern.integrations.specs.base import Spec
+from segkern.integrations.specs.schedules import is_number
 
 _INFINITY = "inf"  # JSON has no number for it
 

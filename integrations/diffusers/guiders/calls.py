@@ -31,8 +31,8 @@ from segkern.integrations.diffusers.runtime.reuse import Differences
 from segkern.integrations.diffusers.runtime.sag_forward import SAGForward
 from segkern.integrations.diffusers.runtime.steps import timestep_value
 from segkern.integrations.diffusers.runtime.support import choose_layers
-from segkern.integrations.diffusers.specs import SAG
-from segkern.integrations.diffusers.specs.base import Spec
+from segkern.integrations.specs import SAG
+from segkern.integrations.specs.base import Spec
 
 
 @dataclass

@@ -10,7 +10,7 @@ prompt, and it joins the call for the prompt at its first perturbed layer instea
 from __future__ import annotations
 
 from segkern.integrations.diffusers.guiders.base import SpecGuider
-from segkern.integrations.diffusers.specs import PAG, SAG, SEG
+from segkern.integrations.specs import PAG, SAG, SEG
 
 
 class SEGGuider(SpecGuider):

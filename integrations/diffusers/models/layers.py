@@ -18,7 +18,7 @@ from segkern.integrations.diffusers.models.architectures import (
     advised_layers,
     architecture_of,
 )
-from segkern.integrations.diffusers.models.names import PARTS, LayerInfo, select_layers
+from segkern.integrations.specs.layer_names import PARTS, LayerInfo, select_layers
 
 __all__ = ["PARTS", "UNETS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
 

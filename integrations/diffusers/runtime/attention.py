@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.projections import Projections
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, LayerRows, Stride
-from segkern.integrations.diffusers.specs.sigmas import Perturbed
+from segkern.integrations.specs.sigmas import Perturbed
 
 
 def self_attention(

@@ -21,7 +21,7 @@ from segkern.integrations.diffusers.runtime.plans import ForwardPlan, shaped
 from segkern.integrations.diffusers.runtime.recomputation import Recomputation
 from segkern.integrations.diffusers.runtime.regions import Regions
 from segkern.integrations.diffusers.runtime.report import Recorder
-from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec
+from segkern.integrations.specs.base import AttentionSpec, PlacedSpec
 
 _MOST_PLANS = 64  # kept; a run has a few
 

@@ -49,8 +49,8 @@ from segkern.integrations.diffusers.runtime.reuse import Differences
 from segkern.integrations.diffusers.runtime.sag_forward import SAGForward
 from segkern.integrations.diffusers.runtime.step_planner import RunState, StepPlanner
 from segkern.integrations.diffusers.runtime.support import check_model, check_pipeline, choose_layers
-from segkern.integrations.diffusers.specs import SAG
-from segkern.integrations.diffusers.specs.base import PlacedSpec, Spec
+from segkern.integrations.specs import SAG
+from segkern.integrations.specs.base import PlacedSpec, Spec
 
 _GUIDANCES: WeakSet[Guidance] = WeakSet()  # at work; hooks on denoisers keep them alive
 

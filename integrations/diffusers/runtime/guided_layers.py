@@ -9,7 +9,6 @@ from typing import Any
 
 from segkern.core.coarse_queries import check_query_stride
 from segkern.grid import Grid
-from segkern.integrations.diffusers.models.names import LayerInfo
 from segkern.integrations.diffusers.runtime.branches import Forward
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.hooks import acts_here
@@ -17,8 +16,9 @@ from segkern.integrations.diffusers.runtime.kernels import NativeAttention, chos
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride
-from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec
-from segkern.integrations.diffusers.specs.sigmas import Perturbation, Perturbed, per_sample
+from segkern.integrations.specs.base import AttentionSpec, PlacedSpec
+from segkern.integrations.specs.layer_names import LayerInfo
+from segkern.integrations.specs.sigmas import Perturbation, Perturbed, per_sample
 
 
 @dataclass

@@ -30,7 +30,7 @@ from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.hooks import acts_here
 from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
-from segkern.integrations.diffusers.specs.sigmas import Perturbation
+from segkern.integrations.specs.sigmas import Perturbation
 
 _PYTORCHS = pytorch_attention()
 

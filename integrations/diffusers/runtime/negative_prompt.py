@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from segkern.integrations.diffusers.runtime.branches import Arguments, DenoiserArguments
-from segkern.integrations.diffusers.specs import CFG
+from segkern.integrations.specs import CFG
 
 
 @dataclass(frozen=True)

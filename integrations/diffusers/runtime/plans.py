@@ -16,7 +16,7 @@ from segkern.core.bounded_cache import call_in_own_thread
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.branches import JoinPlan
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride, is_finite
-from segkern.integrations.diffusers.specs.sigmas import Perturbed
+from segkern.integrations.specs.sigmas import Perturbed
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from segkern.core.coarse_queries import coarse_grid
 from segkern.core.sigmas import equal_runs, is_finite_blur
 from segkern.grid import Grid
 from segkern.integrations.diffusers.runtime.projections import Projections
-from segkern.integrations.diffusers.specs.sigmas import Perturbation, Perturbed
+from segkern.integrations.specs.sigmas import Perturbation, Perturbed
 from segkern.ops.coarse import coarse_outputs, coarse_queries
 
 Stride = tuple[int, int]

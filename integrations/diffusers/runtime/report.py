@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from segkern.integrations.diffusers.specs import CFG, SAG
-from segkern.integrations.diffusers.specs.base import PlacedSpec, Spec
+from segkern.integrations.specs import CFG, SAG
+from segkern.integrations.specs.base import PlacedSpec, Spec
 
 _ROUNDING = 1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from segkern.integrations.diffusers.specs.base import Spec
+from segkern.integrations.specs.base import Spec
 
 
 @dataclass

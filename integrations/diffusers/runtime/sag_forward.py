@@ -14,8 +14,8 @@ from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer
 from segkern.integrations.diffusers.runtime.pipeline_run import repeated_forward
 from segkern.integrations.diffusers.runtime.processor import norms
 from segkern.integrations.diffusers.runtime.sag_blur import attended, blurred_input, check_scheduler, levels
-from segkern.integrations.diffusers.specs import SAG
-from segkern.integrations.diffusers.specs.base import Spec
+from segkern.integrations.specs import SAG
+from segkern.integrations.specs.base import Spec
 
 
 class SAGForward:

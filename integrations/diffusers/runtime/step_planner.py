@@ -16,8 +16,8 @@ from segkern.integrations.diffusers.runtime.negative_prompt import negative_text
 from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun
 from segkern.integrations.diffusers.runtime.reuse import Differences
 from segkern.integrations.diffusers.runtime.steps import Step, steps_of
-from segkern.integrations.diffusers.specs import CFG, PAG, SAG
-from segkern.integrations.diffusers.specs.base import Spec
+from segkern.integrations.specs import CFG, PAG, SAG
+from segkern.integrations.specs.base import Spec
 
 # What the call for a negative prompt adds, with the guidance scale where it alone may change.
 PendingShift = tuple[torch.Tensor | None, float | None]

@@ -23,9 +23,9 @@ from segkern.integrations.diffusers.models.layers import (
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
 from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
-from segkern.integrations.diffusers.specs import CFG, PAG, SAG, SEG
-from segkern.integrations.diffusers.specs.base import AttentionSpec, PlacedSpec, Spec
-from segkern.integrations.diffusers.specs.sigmas import LayerSigmas, Sigmas, check_heads
+from segkern.integrations.specs import CFG, PAG, SAG, SEG
+from segkern.integrations.specs.base import AttentionSpec, PlacedSpec, Spec
+from segkern.integrations.specs.sigmas import LayerSigmas, Sigmas, check_heads
 
 
 def check_pipeline(pipe: Any) -> list[Denoiser]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from segkern.core.coarse_queries import check_query_stride
 from segkern.core.dispatch import check_backend
 from segkern.core.gaussian import check_boundary
-from segkern.integrations.diffusers.specs.base import AttentionSpec, Layers, Spec
-from segkern.integrations.diffusers.specs.schedules import Schedule, is_number
-from segkern.integrations.diffusers.specs.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
+from segkern.integrations.specs.base import AttentionSpec, Layers, Spec
+from segkern.integrations.specs.schedules import Schedule, is_number
+from segkern.integrations.specs.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import TypeGuard
 
-from segkern.integrations.diffusers.models.names import layer_name
-from segkern.integrations.diffusers.specs.schedules import is_number
+from segkern.integrations.specs.layer_names import layer_name
+from segkern.integrations.specs.schedules import is_number
 
 
 class Perturbation(Enum):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance specs: what a user asks for, without importing diffusers."""
 
-from segkern.integrations.diffusers.specs.guidances import CFG, PAG, SAG, SEG
+from segkern.integrations.specs.guidances import CFG, PAG, SAG, SEG
 
 __all__ = ["CFG", "PAG", "SAG", "SEG"]

@@ -12,9 +12,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from segkern.integrations.diffusers.models.names import LayerInfo, layer_name
-from segkern.integrations.diffusers.specs.schedules import Schedule, check_schedule, factor, is_number
-from segkern.integrations.diffusers.specs.sigmas import Sigmas
+from segkern.integrations.specs.layer_names import LayerInfo, layer_name
+from segkern.integrations.specs.schedules import Schedule, check_schedule, factor, is_number
+from segkern.integrations.specs.sigmas import Sigmas
 
 Layers = str | int | range | Sequence[str | int | range]
 
