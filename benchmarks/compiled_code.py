@@ -64,6 +64,7 @@ class Compiled:
         overlap: whether exponentials are computed while products run: on Hopper, between one's issue and the wait for
             it, elsewhere between matrix instructions; None on Blackwell, whose products say when they are ready.
         programs: that fit a multiprocessor at the same time; None where that is not known.
+        overwritten: how often a register is written that a product in flight still reads, in loops; Hopper only.
     """
 
     kernel: str
@@ -81,6 +82,7 @@ class Compiled:
     loop: dict[str, float] | None
     overlap: bool | None
     programs: int | None
+    overwritten: int = 0
 
 
 def compile_flavour(flavour: Flavour, kernel: Any, target: str) -> Compiled:
@@ -149,6 +151,7 @@ def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
         "local_bytes": _search(r"LOCAL:(\d+)", resources),
         "matrix_instructions": _count(sass, r"\b(HGMMA|QGMMA|HMMA|IMMA|UTCHMMA|UTCQMMA)\b"),
         "serialisation": sorted(set(re.findall(r"C75\d\d", messages))),
+        "overwritten": _overwritten(sass),
     }
 
 
@@ -181,6 +184,47 @@ def _read_amdgcn(compiled: Any) -> dict[str, Any]:
         "matrix_instructions": _count(text, r"\b(v_mfma)_"),
         "serialisation": [],
     }
+
+
+_WIDTH = (  # of what is written to registers, where it is not one
+    (r"\.(64|WIDE)\b", 2),
+    (r"\.(128|M88\.4)\b", 4),
+)
+
+
+def _overwritten(sass: str) -> int:
+    """Registers that are written while a product of a loop may still read them.
+
+    Hopper's products read queries or shares from registers after they were issued, until the wait for them. ptxas
+    before CUDA 13.3 is known to give such registers to other values (triton issue 9433); results are wrong then.
+    """
+    places: dict[str, int] = {}
+    code: list[tuple[str, str]] = []  # opcode, operands
+    loops = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            places[label[1]] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)\s*([^;]*)", line):
+            jump = re.search(r"`\((\.L_x_\d+)\)", found[2]) if found[1].startswith("BRA") else None
+            code.append((found[1], found[2]))
+            if jump and jump[1] in places:
+                loops.append((places[jump[1]], len(code)))
+    return max((_overwritten_in(code[first:stop] * 2) for first, stop in loops), default=0)
+
+
+def _overwritten_in(code: Sequence[tuple[str, str]]) -> int:
+    in_flight: set[int] = set()
+    count = 0
+    for opcode, operands in code:
+        if opcode.startswith("WARPGROUP.DEPBAR"):
+            in_flight.clear()
+        elif opcode.startswith("HGMMA"):
+            if left := re.match(r"R\d+, R(\d+)", operands):
+                in_flight.update(range(int(left[1]), int(left[1]) + 4))
+        elif "SETP" not in opcode and (written := re.match(r"(?:!?U?P\w+, )*R(\d+)\b", operands)):
+            width = next((width for pattern, width in _WIDTH if re.search(pattern, opcode)), 1)
+            count += len(in_flight & set(range(int(written[1]), int(written[1]) + width)))
+    return count
 
 
 Code = list[tuple[str, str]]  # (opcode or "", label or the label that is jumped to or "")
@@ -277,7 +321,7 @@ def _count(text: str, pattern: str) -> dict[str, int]:
 
 
 def faults(records: Sequence[Compiled]) -> list[str]:
-    """Spills, too much shared memory, serialised or missing matrix instructions, a line for each."""
+    """Spills, too much shared memory, serialised, missing or disturbed matrix instructions, a line for each."""
     wrong = []
     for record in records:
         flags = " ".join(f"{name}={value}" for name, value in record.flags.items() if value)
@@ -288,6 +332,8 @@ def faults(records: Sequence[Compiled]) -> list[str]:
             wrong.append(f"{name}: {record.shared_bytes} bytes of shared memory")
         if record.serialisation:
             wrong.append(f"{name}: assembler warns {record.serialisation}")
+        if record.overwritten:
+            wrong.append(f"{name}: {record.overwritten} registers overwritten that a product in flight reads")
         if record.kernel not in _MULTIPLYING or record.dtype == "fp32":
             continue
         # The general kernel has tiles too small for the newer instructions in the widest heads.

@@ -101,6 +101,7 @@ def test_faults_are_found() -> None:
         ({"local_bytes": 8}, "local memory 8"),
         ({"shared_bytes": 300_000}, "300000 bytes of shared memory"),
         ({"serialisation": ["C7515"]}, "C7515"),
+        ({"overwritten": 3}, "3 registers overwritten"),
         ({"matrix_instructions": {"HMMA": 8}}, "no matrix instructions"),
     ):
         (fault,) = faults([Compiled(**sound | change)])
@@ -152,3 +153,21 @@ def test_instructions_of_a_loop_are_counted(lines: tuple[str, str], overlaps: bo
     assert loop is not None
     assert (loop["matrix"], loop["EX2"], loop["FMUL"], loop["other"], loop["all"]) == (2, 8, 2, 4, 16)
     assert overlap is overlaps
+
+
+IN_FLIGHT = """
+.L_x_1:
+        /*0010*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0020*/                   F2FP.BF16.F32.PACK_AB R{}, R3, R2 ;
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR4].tnspB, R88, gsb0 ;
+        /*0040*/                   ISETP.NE.AND P0, PT, R152, RZ, PT ;
+        /*0050*/              @P0  SHFL.BFLY PT, R{}, R153, 0x2, 0x1f ;
+        /*0060*/              @P1  BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(("registers", "count"), [((152, 156), 0), ((156, 155), 2)], ids=["before", "in flight"])
+def test_registers_of_products_in_flight_are_watched(registers: tuple[int, int], count: int) -> None:
+    from benchmarks.compiled_code import _overwritten
+
+    assert _overwritten(IN_FLIGHT.format(*registers)) == count
