@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy
@@ -61,13 +62,27 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The same with what a module's tests imported and keep, which would be looked through by all that come after."""
+    if nextitem is None or item.path != nextitem.path:
+        gc.collect()
+        gc.freeze()
+
+
 pytest_addoption = compatibility.pytest_addoption
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that compute on a CUDA device where there is one: they take it as a fixture or from a module."""
+    """Mark tests: ``cuda`` those that compute on a device, a fixture or of a module, ``slow`` most of ``one_in``'s."""
+    seen: Counter[str] = Counter()
     for item in items:
+        if (sampled := item.get_closest_marker("one_in")) is not None:
+            function = item.nodeid.partition("[")[0]
+            if seen[function] % sampled.args[0]:
+                item.add_marker("slow")
+            seen[function] += 1
         if "device" in getattr(item, "fixturenames", ()) or "DEVICE" in vars(getattr(item, "module", object)):
             item.add_marker("cuda")
     compatibility.pytest_collection_modifyitems(items)

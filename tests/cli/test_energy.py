@@ -178,6 +178,7 @@ def fake(layers: int, sigmas: list[float]) -> dict[str, Any]:
     return {**known, "sigmas": sigmas, "layers": made}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("layers", "sigmas"), [(1, [0.0]), (11, [0.0, math.inf]), (11, [0.0, 1.0, math.inf])], ids=str)
 def test_every_number_of_layers_and_sigmas_can_be_drawn(layers: int, sigmas: list[float], tmp_path: Path) -> None:
     summary = fake(layers, sigmas)

@@ -93,6 +93,7 @@ def test_guidance_none_is_the_stock_pipeline(plain: Path) -> None:
     assert difference(stock, picture(plain)) == 0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("names", ["pag", "sag", "seg,pag"])
 def test_each_guidance_draws_its_own_picture(names: str, tmp_path: Path) -> None:
     plain = generate(tmp_path / "plain.png", *PLAIN, "--steps", "4")

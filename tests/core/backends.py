@@ -13,6 +13,8 @@ DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 BACKENDS = ["torch"] + (["triton"] if triton_is_installed() else [])
 # The interpreter takes its time.
 QUICK_BACKENDS = ["torch"] + [pytest.param(name, marks=pytest.mark.robustness) for name in BACKENDS[1:]]
+# Inductor compiles C++, which takes long; that graphs are whole and right, and their gradients, is the same before it.
+every_compiler = pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 PLAIN_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Triton's interpreter computes wrong bfloat16 products.
 BACKENDS_AND_DTYPES = [

@@ -16,7 +16,7 @@ from segkern import Grid, reference
 from segkern.core.gaussian import BOUNDARIES
 from segkern.core.sigmas import check_sigma
 from segkern.ops import torch_masses
-from tests.core.backends import BACKENDS, BACKENDS_AND_DTYPES, CUDA, DEVICE, PLAIN_DTYPES
+from tests.core.backends import BACKENDS, BACKENDS_AND_DTYPES, CUDA, DEVICE, PLAIN_DTYPES, every_compiler
 from tests.core.contract import LAYOUTS, assert_contract, draw, plain_blur
 
 pytestmark = [
@@ -66,6 +66,7 @@ def check_energy(
             assert torch.equal(image, image[:, :1].expand_as(image))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @settings(max_examples=12, suppress_health_check=USUAL)
 @given(data=st.data())
@@ -208,6 +209,7 @@ def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dty
     torch.testing.assert_close(result, expected, rtol=near, atol=near)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     query, key = (torch.randn(3, 2, n, 8, device=DEVICE, requires_grad=True) for n in (14, 9))
@@ -217,6 +219,7 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(backward, (grad, query.detach(), key.detach(), *WHERE, 0.3, "reflect"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sigma", [0.0, 1.3, math.inf, SIGMA], ids=str)
 def test_gradients(sigma: object) -> None:
     query, key = (torch.randn(3, 1, n, 2, dtype=torch.float64, requires_grad=True) for n in (14, 5))
@@ -224,13 +227,14 @@ def test_gradients(sigma: object) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_graph_break(backend: str) -> None:
+@every_compiler
+def test_compiles_without_graph_break(compiler: str, backend: str) -> None:
     def loss(query: torch.Tensor, key: torch.Tensor, sigma: float) -> torch.Tensor:
         blurred = segkern.attention_energy(query, key, GRID, (0.0, sigma, math.inf), backend=backend)
         return (blurred - segkern.attention_energy(query, key, backend=backend)).square().sum()
 
     tensors = [torch.randn(3, 2, 14, 8, device=DEVICE, requires_grad=True) for _ in range(2)]
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
     for sigma in (1.5, 2.5):
         torch.testing.assert_close(compiled(*tensors, sigma), loss(*tensors, sigma), rtol=1e-4, atol=1e-5)
     result = torch.autograd.grad(compiled(*tensors, 2.5), tensors)

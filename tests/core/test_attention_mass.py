@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import segkern
 from segkern import reference
 from segkern.ops import torch_masses
-from tests.core.backends import BACKENDS, BACKENDS_AND_DTYPES, CUDA, DEVICE, PLAIN_DTYPES
+from tests.core.backends import BACKENDS, BACKENDS_AND_DTYPES, CUDA, DEVICE, PLAIN_DTYPES, every_compiler
 from tests.core.contract import LAYOUTS, assert_contract, draw, plain_mass
 
 pytestmark = [
@@ -44,6 +44,7 @@ def check_mass(
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @settings(max_examples=12, suppress_health_check=USUAL)
 @given(data=st.data())
@@ -55,12 +56,14 @@ def test_any_shape_and_strides(backend: str, dtype: torch.dtype, data: st.DataOb
     check_mass(shape, data.draw(st.integers(1, 70)), dtype, backend, layouts, scale)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES)
 @pytest.mark.parametrize("dim", [1, 16, 40, 64, 80, 100, 128, 160, 256])
 def test_head_dimensions(dim: int, backend: str, dtype: torch.dtype) -> None:
     check_mass((2, 1, 45, dim), 39, dtype, backend)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tokens", "keys"), [(300, 9), (9, 300), (1, 1), (1, 40), (40, 1), (160, 128)], ids=str)
 def test_few_of_one_and_many_of_the_other(tokens: int, keys: int, backend: str) -> None:
@@ -186,6 +189,7 @@ def test_gradients_inside_autocast_are_not_rounded() -> None:
         assert ((result - expected).norm() / expected.norm()).item() < 1e-5
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     query = torch.randn(2, 2, 14, 8, device=DEVICE, requires_grad=True)
@@ -203,12 +207,13 @@ def test_gradients(scale: float | None) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_graph_break(backend: str) -> None:
+@every_compiler
+def test_compiles_without_graph_break(compiler: str, backend: str) -> None:
     def loss(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (segkern.attention_mass(query, key, backend=backend) - 1.0).relu().square().sum()
 
     tensors = [torch.randn(2, 2, 14, 8, device=DEVICE, requires_grad=True) for _ in range(2)]
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(*tensors), loss(*tensors), rtol=1e-5, atol=1e-5)
     result = torch.autograd.grad(compiled(*tensors), tensors)
     for ours, theirs in zip(result, torch.autograd.grad(loss(*tensors), tensors), strict=True):

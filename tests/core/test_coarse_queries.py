@@ -148,6 +148,7 @@ def test_equals_the_reference(data: st.DataObject) -> None:
     torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_rounds_no_worse_than_plain_pytorch(dtype: torch.dtype, backend: str, device: torch.device) -> None:
@@ -201,6 +202,7 @@ def test_gradients_are_those_of_the_reference(through_operators: bool, monkeypat
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_operators(adjoint: bool) -> None:
     tokens, points = randn(2, 3, 22, 4), randn(2, 3, 11, 4)

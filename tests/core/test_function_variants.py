@@ -54,6 +54,7 @@ def test_autocast_takes_tensors_of_several_dtypes(cast: int) -> None:
             FUNCTIONS["seg_attention"](*mixed)
 
 
+@pytest.mark.one_in(5)
 @every_function
 def test_linear_maps_of_derivatives(name: str) -> None:
     """``torch.func.linearize`` keeps what does not depend on the direction; of the reference too."""
@@ -103,6 +104,7 @@ def test_what_cannot_be_a_scale_is_refused(scale: Any) -> None:
             call()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "sigma", [torch.tensor(1.3), [torch.tensor(0.0), torch.tensor(1.3)], (torch.tensor(math.inf), 0.5)], ids=str
 )

@@ -96,6 +96,7 @@ def test_kernels_serve_wide_masks_on_a_gpu(sigma: float) -> None:
     assert_as_the_reference(inputs, sigma, mask, found)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_call_keeps_the_mask(dtype: torch.dtype, dynamic: bool) -> None:

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import segkern
 from segkern import Grid
-from tests.core.backends import BACKENDS
+from tests.core.backends import BACKENDS, every_compiler
 
 GRID, SIGMA = Grid(3, 4, start=1), (0.0, 1.5, math.inf)
 
@@ -39,6 +39,7 @@ def test_opcheck_blur(backend: str, device: torch.device) -> None:
         torch.library.opcheck(torch.ops.segkern.gaussian_blur.default, arguments)
 
 
+@pytest.mark.one_in(2)
 def test_opcheck_attention_backward(backend: str, device: torch.device) -> None:
     query, key, value = tensors(device)
     grads = torch.randn_like(query), torch.randn(3, 2, 14, device=device)
@@ -83,24 +84,26 @@ def test_blur_gradient_is_the_transposed_blur(backend: str, device: torch.device
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_without_graph_break(backend: str, device: torch.device) -> None:
+@every_compiler
+def test_compiles_without_graph_break(compiler: str, backend: str, device: torch.device) -> None:
     def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sigma: float) -> torch.Tensor:
         blurred = segkern.gaussian_blur(value, GRID, 0.7, backend=backend)
         attended = segkern.seg_attention(query, key, blurred, GRID, (0.0, sigma, math.inf), backend=backend)
         return attended.transpose(1, 2).reshape(3, 14, 16) * 2
 
-    compiled = torch.compile(step, fullgraph=True)
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
     for sigma in (1.5, 2.5, 4.0):
         inputs = tensors(device)
         torch.testing.assert_close(compiled(*inputs, sigma), step(*inputs, sigma), rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_gradients(backend: str, device: torch.device) -> None:
+@every_compiler
+def test_compiled_gradients(compiler: str, backend: str, device: torch.device) -> None:
     def loss(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return segkern.seg_attention(query, key, value, GRID, SIGMA, backend=backend).square().sum()
 
     inputs = tensors(device, grad=True)
-    result = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*inputs), inputs)
+    result = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=compiler)(*inputs), inputs)
     expected = torch.autograd.grad(loss(*inputs), inputs)
     for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -125,6 +128,7 @@ def test_shapes_are_inferred_on_fake_tensors(backend: str) -> None:
     assert real.isfinite().all(), "tables made while tracing must not be kept"
 
 
+@pytest.mark.one_in(2)
 def test_compiles_once_for_all_grids(backend: str, device: torch.device) -> None:
     frames = []
 
@@ -168,6 +172,7 @@ def test_tables_made_under_a_callers_mode_are_ordinary_tensors(backend: str) -> 
     assert result.isfinite().all()
 
 
+@pytest.mark.one_in(2)
 def test_a_tensor_of_sigmas_is_read_when_a_compiled_graph_runs(backend: str, device: torch.device) -> None:
     counter = CompileCounter()
     q, k, v = tensors(device)

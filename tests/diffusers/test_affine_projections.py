@@ -121,6 +121,7 @@ CHANGES: dict[str, Callable[[nn.Module, str], None]] = {
 PLACES = ["to_q", "to_out.0"]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("place", ["to_q", pytest.param("to_out.0", marks=pytest.mark.robustness)])
 @pytest.mark.parametrize("kind", CHANGES)
 def test_guidance_with_projections_that_are_not_affine(kind: str, place: str) -> None:

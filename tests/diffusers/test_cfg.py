@@ -23,6 +23,7 @@ PROVED = [
 ]
 
 
+@pytest.mark.one_in(3)
 @proves(task="text to image", guidance="CFG")
 @pytest.mark.parametrize("others", [(), (SEG(sigma=2.0), PAG(scale=1.0, layers="up"))], ids=["alone", "with others"])
 @pytest.mark.parametrize("negative", ["", "a blurry photograph"], ids=["no negative prompt", "negative prompt"])

@@ -73,6 +73,7 @@ def tokens_of(image: torch.Tensor) -> torch.Tensor:
     return image.flatten(2).transpose(1, 2)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("gamma", [0.5, 1.5, 4.0])
 @pytest.mark.parametrize("blur", [1.0, math.inf], ids=str)
 @pytest.mark.parametrize("cfg", [1.0, 3.0], ids=["no cfg", "cfg"])
@@ -167,6 +168,7 @@ def test_the_moments_themselves() -> None:
         assert variance == pytest.approx(lines(mode, 1.0, 1.0)[0].variance, rel=far)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("cfg", [1.0, 1.5], ids=["no cfg", "cfg"])
 @pytest.mark.parametrize("sampler", ODES)
 def test_ode_samplers_tend_to_the_guided_probability_flow(sampler: str, cfg: float) -> None:
@@ -193,6 +195,7 @@ def test_ode_samplers_tend_to_the_guided_probability_flow(sampler: str, cfg: flo
         assert abs(values[2]) < 0.02, (mode, moment, values)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sampler", SDES)
 def test_sde_samplers_tend_to_the_guided_sde(sampler: str) -> None:
     """Up to 4 standard errors, doubled steps leave less to go, and no more than the last doubling went.

@@ -131,6 +131,7 @@ def test_a_context_entered_twice_is_left_when_the_outer_one_is() -> None:
         pass
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("place", ["callback", "denoiser", "callback of another thread's run"])
 @pytest.mark.parametrize("subject", every(SD1, QWEN))
 def test_removal_during_a_run_ends_the_guidance_after_the_step(subject: Subject, place: str) -> None:
@@ -247,6 +248,7 @@ def test_a_guided_pipeline_in_a_server() -> None:
         assert guidance.report().forwards == 2 * STEPS * 10
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "subject, kind", [(SD1, "SEG, reuse"), (SD1, "SAG"), (QWEN, "SEG, reuse")], ids=["sd1", "sd1, SAG", "qwen-image"]
 )

@@ -13,6 +13,7 @@ from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
 from tests.diffusers.subjects import QWEN, SD1, SD3, SDXL, Subject, every, kinds, left_as_it_was
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["SEG", "SEG, infinite", "PAG", "SEG, PAG, SAG"])
 @pytest.mark.parametrize("subject", every(SD3))
 def test_another_dtype(subject: Subject, kind: str) -> None:

@@ -65,6 +65,7 @@ def change(pipe: Any, how: str) -> None:
             attn.norm_q, attn.norm_k = (torch.nn.RMSNorm(layer.head_dim) for _ in range(2))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "no CFG"])
 @pytest.mark.parametrize("how", ["plain", "fused", "norms"])
 def test_records_are_of_what_attention_gets(how: str, guidance_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +93,7 @@ def test_records_are_of_what_attention_gets(how: str, guidance_scale: float, mon
         assert torch.equal(record.map().flatten(2), record.by_query.energies[0])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "whole branches"])
 @pytest.mark.parametrize("inside", [True, False], ids=["guided first", "recorded first"])
 def test_beside_a_guidance_the_conditional_branch_is_recorded(share: bool, inside: bool) -> None:

@@ -81,6 +81,7 @@ CASES: dict[str, tuple[AttentionSpec, Callable[[Any], dict[str, Any]], Callable[
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", CASES)
 def test_each_is_what_its_definition_says(case: str) -> None:
     spec, entries, strength = CASES[case]
@@ -94,6 +95,7 @@ def test_each_is_what_its_definition_says(case: str) -> None:
         assert relative(looped_run(pipe, [Branch(entries(pipe), strength)], **arguments), expected) > 1e-4
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "in full"])
 @pytest.mark.parametrize("guidance_scale", [GUIDANCE_SCALE, 1.0], ids=["CFG", "without CFG"])
 def test_any_set_at_once(guidance_scale: float, share: bool) -> None:

@@ -48,6 +48,7 @@ def plain(pipe: Any, cfg: bool = True) -> float:
     return steps.count(pipe, SDXL, CFG if cfg else PLAIN)
 
 
+@pytest.mark.slow
 def test_the_configuration_is_sdxls(pipe: Any) -> None:
     assert sum(parameter.numel() for parameter in pipe.unet.parameters()) == 2_567_463_684
     assert plain(pipe, cfg=False) == pytest.approx(6.76e12, rel=1e-3)
@@ -60,8 +61,8 @@ def test_the_configuration_is_sdxls(pipe: Any) -> None:
     [
         (10.0, True, 1.345),
         pytest.param(10.0, False, 1.69, marks=pytest.mark.slow),
-        (math.inf, True, 1.333),
-        (math.inf, False, 1.666),
+        pytest.param(math.inf, True, 1.333, marks=pytest.mark.slow),
+        pytest.param(math.inf, False, 1.666, marks=pytest.mark.slow),
     ],
 )
 def test_guidance_of_the_middle_costs_a_third_of_cfg(pipe: Any, sigma: float, cfg: bool, most: float) -> None:
@@ -112,6 +113,7 @@ def test_a_branch_costs_what_comes_after_its_first_layers_inputs(
     assert extra == bound + blur
 
 
+@pytest.mark.slow
 def test_at_infinity_layers_project_one_query_row(pipe: Any, parts: dict[str, int]) -> None:
     finite, infinite = (guided(pipe, "mid", sigma) for sigma in (10.0, math.inf))
     layers = [layer for layer in list_layers(pipe, 1024, 1024) if layer.part == "mid"]
@@ -127,7 +129,8 @@ def test_at_infinity_layers_project_one_query_row(pipe: Any, parts: dict[str, in
     assert finite - infinite == pytest.approx(saved, rel=1e-3)
 
 
-@pytest.mark.parametrize("cfg", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["CFG", "without CFG"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", [True, False], ids=["CFG", "without CFG"])
 def test_identity_attention_saves_the_attention_and_later_layers_queries_and_keys(
     cfg: bool, pipe: Any, parts: dict[str, int]
 ) -> None:

@@ -33,6 +33,7 @@ def proved(case: dict[str, Any]) -> pytest.MarkDecorator:
     return proves(guidance="SEG at infinity" if case["seg_blur_sigma"] > 9999 else "SEG")
 
 
+@pytest.mark.one_in(4)
 @proves(model="Stable Diffusion XL", task="text to image")
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
 @pytest.mark.parametrize("case", [pytest.param(case, marks=proved(case)) for case in CASES], ids=IDS)
@@ -48,6 +49,7 @@ def test_guide_reproduces_the_official_latents(case: dict[str, Any], share: bool
     assert relative(case["unguided"], case["output"]) > 100 * PIPELINE_TOLERANCE, "the case would not notice guidance"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_official_arguments_reproduce_the_official_latents(case: dict[str, Any]) -> None:
     stock, seg = split(case)

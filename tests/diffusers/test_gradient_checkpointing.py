@@ -118,6 +118,7 @@ def test_with_a_guidance_that_leads_away_from_a_text() -> None:
     assert relative(gradients(unet, lambda: run(specs, guidance_scale=1.0).backward()), expected) < 1e-6
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux", "qwen-image", "pixart-sigma", "wan"])
 def test_transformers(name: str) -> None:
     model, run = transformer(name)

@@ -76,6 +76,7 @@ CASES: dict[str, tuple[list[SEG], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", CASES)
 def test_guided_runs_follow_the_formula(name: str) -> None:
     specs, arguments = CASES[name]
@@ -124,6 +125,7 @@ def test_the_boundary_reaches_the_layers(boundary: str) -> None:
         assert relative(run(pipe, latents=latents), reflected) > 1e-4
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
 def test_half_precision_stays_as_near_to_float32_as_the_stock_run(dtype: torch.dtype, sigma: float) -> None:
@@ -150,6 +152,7 @@ def test_without_sharing_every_block_sees_every_branch() -> None:
     assert set(map(tuple, seen.values())) == {(2,)}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "scheduler, steps, forwards, guided",
     [
@@ -175,6 +178,7 @@ def test_start_and_stop_are_fractions_of_the_denoisers_calls(
     handle.remove()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
 @pytest.mark.parametrize(
     "spec", [SEG(start=0.5), SEG(scale=0.0), SEG(sigma=0.0)], ids=["before_start", "no_scale", "no_sigma"]

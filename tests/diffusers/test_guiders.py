@@ -46,6 +46,7 @@ MODULAR = "modular pipeline"
 PROVED = ("SEG at infinity", "SEG", "PAG", "SAG")  # by the specs
 
 
+@pytest.mark.one_in(3)
 @proves(model="Stable Diffusion XL", task=MODULAR)
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize(
@@ -75,6 +76,7 @@ def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> 
     assert torch.equal(run(pipe, PROMPTS, latents=latents, guidance_scale=guidance_scale), plain)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("name", "cfg"),
     # Without it Qwen-Image's modular pipeline takes the norm of the conditional prediction, and its stock one does not.
@@ -179,6 +181,7 @@ def test_guidance_rescale_measures_the_unmodified_conditional_prediction(spec: A
     assert relative(run_sdxl(modular_sdxl(pipe, guider), pipe, latents=latents), unscaled) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "spec",
     [

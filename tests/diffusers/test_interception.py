@@ -122,6 +122,7 @@ def _sliced(pipe: Any) -> None:
         pipe.transformer.get_submodule(name).set_attention_slice(1)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("change", [_default, _sliced])
 @pytest.mark.parametrize("sigma", [1.5, math.inf, None], ids=str)
 def test_processors_that_multiply_matrices(change: Callable[[Any], None], sigma: float | None) -> None:
@@ -158,6 +159,7 @@ MASKS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks_of_a_joint_attention(kind: str, share: bool) -> None:

@@ -49,6 +49,7 @@ BUILT: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.one_in(6)
 @pytest.mark.parametrize("name", BUILT)
 def test_guide_takes_every_layer_that_is_listed(name: str) -> None:
     pipe = BUILT[name]()

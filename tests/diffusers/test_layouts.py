@@ -53,6 +53,7 @@ def guided(step: str, naming: str, samples: int = 1, one_text: bool = False, **l
         return pipe(**given).images
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("step", ["separate", "cloned", "cast", "views", "batch", "batch, flipped"])
 @pytest.mark.parametrize("samples", [1, 2])
@@ -60,6 +61,7 @@ def test_pipelines_that_call_as_the_stock_one_or_with_both_halves(step: str, nam
     assert relative(guided(step, naming, samples), slow(samples)) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize(
     ("step", "samples", "words"),

@@ -65,6 +65,7 @@ STATEMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("of", ["pipeline", "denoiser"])
 @pytest.mark.parametrize("calls", STATEMENTS)
 def test_a_loop_that_is_told(calls: str, of: str) -> None:
@@ -77,6 +78,7 @@ def test_a_loop_that_is_told(calls: str, of: str) -> None:
             assert relative(output, expected) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("calls", [*STATEMENTS, "u, c"])
 @pytest.mark.parametrize("stated", STATEMENTS)
 def test_a_wrong_statement_is_refused_where_the_texts_show_it(calls: str, stated: str) -> None:
@@ -90,6 +92,7 @@ def test_a_wrong_statement_is_refused_where_the_texts_show_it(calls: str, stated
             assert relative(loop(pipe, calls), expected) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("before", [None, {"guidance_scale": 1.0}, {"guidance_rescale": 0.7}])
 def test_what_a_stock_run_has_left_is_not_believed(before: dict[str, Any] | None) -> None:
     pipe, expected = pipeline(), slow()

@@ -269,6 +269,7 @@ def with_processors(processor: Any, where: str = "attn2") -> Any:
     return pipe
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("spec", [PAG(), SEG(), SAG(), CFG(negative_prompt="a boat")], ids=str)
 @pytest.mark.parametrize("processor", [Halves(), Scaled(), scaled], ids=["halves", "scaled", "function"])
 def test_unknown_processors_are_refused(processor: Any, spec: Any) -> None:
@@ -278,6 +279,7 @@ def test_unknown_processors_are_refused(processor: Any, spec: Any) -> None:
         guide(with_processors(processor), spec)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("processor", [Scaled(), scaled], ids=["class", "function"])
 def test_processors_that_are_trusted(processor: Any, images: int) -> None:

@@ -53,6 +53,7 @@ KINDS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("images", [1, pytest.param(2, marks=pytest.mark.robustness)])
 @pytest.mark.parametrize("specs", [(PAG(),), (PAG(stop=0.5),), (SEG(layers="up"), PAG())], ids=str)
 @pytest.mark.parametrize("kind", KINDS)

@@ -34,6 +34,7 @@ def theirs(
         pipe.unet.set_attn_processor(original)
 
 
+@pytest.mark.one_in(5)
 @proves(task="text to image", guidance="PAG")
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize(
@@ -53,6 +54,7 @@ def test_it_is_that_of_the_pipelines_with_pag(
     assert relative(ours, run(pipe, **arguments)) > 1e-3
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_adaptive_scale_is_theirs(model: str, guidance_scale: float) -> None:

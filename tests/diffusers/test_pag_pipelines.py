@@ -63,6 +63,7 @@ def other(kind: Any, pipe: Any, layers: str | list[str], **more: Any) -> Any:
     return made
 
 
+@pytest.mark.one_in(5)
 @proves(guidance="PAG")
 @pytest.mark.parametrize(
     ("name", "cfg"), [pytest.param(*case, marks=of_unet(case[0], UNETS[case[0]])) for case in UNET_RUNS]

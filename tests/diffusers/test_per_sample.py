@@ -72,6 +72,7 @@ KINDS = {
 }
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
 @pytest.mark.parametrize("kind", [*KINDS, "CFG", "CFG, PAG, SAG"])

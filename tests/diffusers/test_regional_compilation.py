@@ -22,6 +22,9 @@ Draw = Callable[[Any, tuple[int, ...]], torch.Tensor]
 SIZES = [(8, 8), (16, 8), (8, 24)]
 
 
+pytestmark = pytest.mark.slow  # test_compile.py has a quick case
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
@@ -83,9 +86,9 @@ def check(pipe: Any, model: Any, compile_: Any, draw: Draw, specs: Sequence[Any]
     "specs",
     [
         [SEG(sigma=1.5, layers="m0", start=0.4)],
-        pytest.param([SEG(layers="m0")], marks=pytest.mark.slow),
-        pytest.param([PAG(layers="m0"), SEG(sigma=1.0, layers="u0", blend=0.5)], marks=pytest.mark.slow),
-        pytest.param([SAG()], marks=pytest.mark.slow),
+        [SEG(layers="m0")],
+        [PAG(layers="m0"), SEG(sigma=1.0, layers="u0", blend=0.5)],
+        [SAG()],
     ],
     ids=["SEG", "SEG at infinity", "PAG and SEG", "SAG"],
 )
@@ -94,7 +97,6 @@ def test_repeated_blocks_of_a_unet(specs: Sequence[Any]) -> None:
     check(pipe, pipe.unet, repeated, draw_unet, specs, SIZES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("specs", [[SEG(sigma=1.5)], [SEG()], [PAG(layers=["d0", "mid", "u0"])]], ids=str)
 def test_more_blocks(specs: Sequence[Any]) -> None:
     pipe = tiny_pipeline(own_unet=True)
@@ -102,7 +104,6 @@ def test_more_blocks(specs: Sequence[Any]) -> None:
     assert first[3] == first[5], "sizes do not share what was compiled"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "qwen-image"])
 def test_repeated_blocks_of_a_transformer(name: str) -> None:
     model = MODELS[name]
@@ -116,7 +117,6 @@ def test_repeated_blocks_of_a_transformer(name: str) -> None:
     assert first[3] == first[4], "sizes do not share what was compiled"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [r".*attn1", r"mid_block", r"(up|down)_blocks\.\d|.*resnets\.\d"])
 def test_other_parts(pattern: str) -> None:
     pipe = smaller_pipeline()
@@ -124,7 +124,6 @@ def test_other_parts(pattern: str) -> None:
     check(pipe, pipe.unet, each(pattern), draw_unet, specs, SIZES[:2])
 
 
-@pytest.mark.slow
 def test_kinds_of_guidance_do_not_use_up_the_recompile_limit() -> None:
     """Of dynamo, which is 8 for each function."""
     pipe = smaller_pipeline()
@@ -164,7 +163,6 @@ def test_a_copy_made_in_the_midst_of_a_forward_is_plain() -> None:
     assert torch.equal(draw_unet(other, (8, 8)), plain)
 
 
-@pytest.mark.slow
 def test_gradients_under_checkpointing() -> None:
     pipe = smaller_pipeline()
     call: Any = type(pipe).__call__

@@ -39,6 +39,7 @@ def theirs(pipe: Any, scale: float, **arguments: Any) -> torch.Tensor:
             module._forward_hooks.clear()
 
 
+@pytest.mark.one_in(5)
 @proves(model="Stable Diffusion 1", task="text to image", guidance="SAG")
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -105,6 +106,7 @@ def sag_run(pipe: Any, latents: torch.Tensor, guidance_scale: float, steps: int,
     return x
 
 
+@pytest.mark.one_in(3)
 @proves(model="Stable Diffusion XL", task="text to image", guidance="SAG")
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize("scheduler", ["Euler", "DDIM"])

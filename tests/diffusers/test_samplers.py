@@ -86,6 +86,7 @@ def distance(model: str, sampler: str, prediction: str, dtype: torch.dtype, spec
     return relative(output, expected)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("cfg", [5.0, 1.0], ids=["cfg", "no cfg"])
 @pytest.mark.parametrize("sampler, prediction", CASES, ids=map(" - ".join, CASES))
 def test_guided_runs_are_those_of_a_loop_of_its_own(sampler: str, prediction: str, cfg: float) -> None:
@@ -94,11 +95,13 @@ def test_guided_runs_are_those_of_a_loop_of_its_own(sampler: str, prediction: st
     assert distance("sd", sampler, prediction, torch.float64, spec, cfg) < 1e-11
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("sampler, sigma", [(name, (1.0, math.inf)[i % 2]) for i, name in enumerate(SAMPLERS)])
 def test_in_float32_they_differ_by_rounding(sampler: str, sigma: float) -> None:
     assert distance("sdxl", sampler, "epsilon", torch.float32, SEG(2.0, sigma), 5.0) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sde_samplers_draw_noise_and_the_others_do_not(sampler: str) -> None:
     """What the table calls an SDE sampler is one: a guided run that ignored its generator would pass for equal."""
@@ -125,6 +128,7 @@ def guided_calls(pipe: Any, spec: SEG, steps: int) -> tuple[torch.Tensor, list[b
     return output, calls
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind, steps", [(TWICE[0], 3), (TWICE[0], 4), (TWICE[1], 3), (TWICE[2], 3)])
 def test_both_calls_of_a_step_are_guided_or_neither(kind: str, steps: int) -> None:
     pipe = sampled_pipeline("sd", getattr(diffusers, kind), "epsilon")

@@ -49,6 +49,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.filterwarnings("ignore::segkern.integrations.diffusers.GuidanceWarning")
 @pytest.mark.parametrize("task", ["text", "image"])
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -47,6 +47,7 @@ def cells() -> Iterator[Any]:
             yield pytest.param(name, guidance, marks=proves(group=group, model=model, task=task, guidance=word))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name, guidance", list(cells()))
 def test_equals_the_slow_way(name: str, guidance: str) -> None:
     """Every branch in a forward of its own, attention by blurred logits in float64; not square, mostly two samples."""

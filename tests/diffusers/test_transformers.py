@@ -38,6 +38,7 @@ def with_layers(spec: Any, layers: Any) -> Any:
     return type(spec)(scale=spec.scale, layers=layers, **({"sigma": spec.sigma} if isinstance(spec, SEG) else {}))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no-cfg"])
 @pytest.mark.parametrize("guidance", [pytest.param(name, marks=proves(guidance=PROVED[name])) for name in GUIDANCES])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=of_transformer(name)) for name in MODELS])

@@ -36,6 +36,7 @@ def built(name: str) -> Any:
     return CASES[name].build(CASES[name])
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(
     ("name", "cfg"),
     [pytest.param(*case, marks=proved(*case)) for case in RUNS],

@@ -50,6 +50,7 @@ def like_a_fresh_one(subject: Subject, pipe: Any, change: Callable[[Any], Any], 
     assert relative(subject.run(pipe, **more), expected) < PIPELINE_TOLERANCE
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["SEG, infinite", "SEG, reuse", "PAG", "SEG, PAG, SAG"])
 @pytest.mark.parametrize("subject", every(SD3))
 def test_arguments_that_change_between_runs(subject: Subject, kind: str) -> None:

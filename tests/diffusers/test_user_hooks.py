@@ -65,6 +65,7 @@ def hooked(unet: Any, name: str, hook: Callable[..., Any]) -> None:
         part.register_forward_hook(hook)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("spec", [SEG(), PAG(layers="m0"), SAG()], ids=str)
 @pytest.mark.parametrize(
     ("name", "hook"),

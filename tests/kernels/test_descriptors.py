@@ -19,6 +19,7 @@ from tests.kernels.kernel_tools import CUDA, DEVICE, check_attention
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("blur_route")
 @pytest.mark.parametrize(
     ("dim", "layouts", "described"),

@@ -47,6 +47,7 @@ def test_planes_are_the_float32_weights(sigma: float, dtype: torch.dtype) -> Non
         assert ((both - weights).abs() <= torch.finfo(dtype).eps ** 2 * weights + 2.0**-38).all()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("grid", KINDS, ids=str)
 def test_grids_of_every_kind(grid: Grid, dtype: torch.dtype) -> None:

@@ -35,6 +35,7 @@ EXAMPLES = 60 if CUDA else 25
 sigmas = st.one_of(st.just(0.0), st.floats(0.2, 30.0), st.just(math.inf))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("blur_route")
 @settings(max_examples=EXAMPLES // 2, suppress_health_check=[HealthCheck.function_scoped_fixture, *USUAL])
 @given(data=st.data())
@@ -54,6 +55,7 @@ def test_any_grid_stride_sigma_and_batch(data: st.DataObject) -> None:
     )
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.usefixtures("blur_route")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 128, 160, 256])
@@ -61,6 +63,7 @@ def test_head_dimensions(dim: int, dtype: torch.dtype) -> None:
     check_attention((3, 1, 5 * 9, dim), Grid(5, 9), (0.0, 1.2, math.inf), dtype)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(13, 19), (1, 50), (50, 1), (3, 40)], ids=str)
 def test_unusual_grids(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -75,6 +78,7 @@ def test_sdxl_grids(shape: tuple[int, int], sigma: float, dtype: torch.dtype) ->
     check_attention((3, 10, shape[0] * shape[1], 64), Grid(*shape), (0.0, 0.0, sigma), dtype)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 21])
 @pytest.mark.parametrize("keys", [128, 300])
@@ -103,6 +107,7 @@ def spied_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("keys", [1, 31, 32, 33, 127, 129, 260])
 def test_infinite_sigma_at_any_number_of_keys(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = spied_splits(monkeypatch)
@@ -133,6 +138,7 @@ MASKS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("blur_route")
 @pytest.mark.parametrize("make_mask", MASKS.values(), ids=MASKS)
 def test_masks(make_mask) -> None:
@@ -141,6 +147,7 @@ def test_masks(make_mask) -> None:
     check_attention(shape, Grid(4, 9, start=2), (0.0, 1.0, math.inf), torch.float32, keys=45, attn_mask=mask)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("boundary", BOUNDARIES)
@@ -204,6 +211,7 @@ def test_smallest_finite_mask_is_not_minus_infinity(backend: str, rows: int) -> 
     torch.testing.assert_close(output, value.mean(dim=2, keepdim=True).expand_as(output), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("sigma", "scale", "backend"),

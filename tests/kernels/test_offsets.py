@@ -131,6 +131,7 @@ class Recorder:
         return lambda *_, **__: self.grids.append(grid)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("sigma", [0.0, 2.0, math.inf], ids=str)
 @pytest.mark.parametrize(
     ("batch", "heads", "grid"),

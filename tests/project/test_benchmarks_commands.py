@@ -36,7 +36,10 @@ QUICK: dict[str, tuple[str, ...]] = {
 ELSEWHERE = {"plot", "compare", "compile", "device"}
 
 
-@pytest.mark.parametrize("name", QUICK)
+SLOW = {"run step", "tune", "energy"}  # the others' files test what these call
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in QUICK])
 def test_every_command_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doc_tables, "ROOT", tmp_path)
     for page in doc_tables.PAGES:

@@ -40,6 +40,7 @@ def test_latents_that_are_not_the_official_algorithms_have_no_time(
     assert step_suite.lines({"rows": [row]})[0][1].startswith("no time: ")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("cfg", [False, True])
 @pytest.mark.parametrize("sigma", [3.0, math.inf])
 def test_ours_are_the_official_latents(bench: Bench, sigma: float, cfg: bool) -> None:
@@ -59,6 +60,7 @@ def test_all_branches_in_full_give_the_same_and_cost_half_as_much_again(bench: B
     assert counts[1] < counts[0]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("cfg", [False, True])
 def test_what_a_graph_would_hold_is_the_official_prediction(
     bench: Bench, cfg: bool, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -87,16 +88,14 @@ def noted_text(pipe: Any) -> RunText | None:
 def pipelines_with(denoisers: Iterable[nn.Module]) -> list[Any]:
     """Every pipeline of this process that has one of the denoisers as a component."""
     models = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in denoisers]
-    kinds: dict[type, bool] = {}
+    things = gc.get_objects()
+    # Of a million objects, so without a loop in Python.
+    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, (DiffusionPipeline, ModularPipeline))}
     pipelines = []
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if kind not in kinds:
-            kinds[kind] = issubclass(kind, (DiffusionPipeline, ModularPipeline))
-        if kinds[kind]:
-            parts = [getattr(thing, name, None) for name in ("unet", "transformer", "transformer_2")]
-            if any(getattr(part, "_orig_mod", part) is model for part in parts for model in models):
-                pipelines.append(thing)
+    for thing in itertools.compress(things, map(kinds.__contains__, map(type, things))):
+        parts = [getattr(thing, name, None) for name in ("unet", "transformer", "transformer_2")]
+        if any(getattr(part, "_orig_mod", part) is model for part in parts for model in models):
+            pipelines.append(thing)
     return pipelines
 
 
