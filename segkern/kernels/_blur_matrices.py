@@ -10,7 +10,6 @@ is left of them, rounded too. Matrix instructions of the dtype then multiply wei
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -26,7 +25,7 @@ class Unblurred(IntEnum):
 
     PLAIN = -1  # the sample's queries are taken as they are
     OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
-    MEAN = -3  # the sample's image tokens all have the mean of their queries
+    MEAN = -3  # all image tokens have the first of the means of queries; less: the second, and so on
 
 
 PLANE_STEP = 64
@@ -62,20 +61,16 @@ def blur_matrices(
     boundary: str,
     device: torch.device,
     adjoint: bool = False,
-    infinite: Unblurred | None = None,
     planes: torch.dtype | None = None,
 ) -> BlurMatrices:
     """Matrices for ``samples``, whose sigmas are given in the same order.
 
     Args:
         adjoint: use transposed matrices.
-        infinite: mark of samples of infinite sigma, which else get the matrix of the mean.
         planes: half precision that matrices are given in, see above.
     """
-    blurred = {sigma for sigma in sigmas if sigma > 0.0}
-    index = {} if infinite is None else {math.inf: infinite.value}
-    distinct = sorted(blurred - index.keys())
-    index |= {sigma: number for number, sigma in enumerate(distinct)}
+    distinct = sorted({sigma for sigma in sigmas if sigma > 0.0})
+    index = {sigma: number for number, sigma in enumerate(distinct)}
     matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
     if adjoint:
         matrices = [[matrix.T for matrix in axis] for axis in matrices]

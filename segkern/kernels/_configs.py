@@ -142,7 +142,7 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
     "sm_90": {
         2: (
             (192, Tile(128, 64, 16, 8, 2)),
-            (256, Tile(64, 64, 16, 4, 2)),
+            (256, Tile(64, 32, 16, 4, 2)),
         ),
         4: _FLOAT32,
     },
@@ -162,10 +162,11 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
         4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
     },
 }
-# The same with descriptors: without pointers there are registers for more keys at a time; 128 spill in wide heads.
+# The same with descriptors: without pointers there are registers for more keys at a time; 128 spill in wider heads.
 _DESCRIBED: dict[str, Tiles] = {
     "sm_90": (
         (80, Tile(128, 128, 16, 8, 3, descriptors=True)),
+        (128, Tile(128, 128, 16, 8, 2, descriptors=True)),
         (256, Tile(128, 64, 16, 8, 2, descriptors=True)),
     ),
 }

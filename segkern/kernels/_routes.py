@@ -156,6 +156,7 @@ class Route:
         rest: samples of which any tokens are left to compute; those of infinite sigma come first, whose programs
             take longest.
         before: those of the rest that the separable kernel blurs first.
+        means: those of the rest whose image tokens all get the mean query's result, from one tile of each head.
         matrices: of the rest, for tiles of attention; None where there is no rest, or so few rows, which are not
             blurred, that their keys are split over programs.
     """
@@ -163,6 +164,7 @@ class Route:
     uniform: tuple[int, ...]
     rest: tuple[int, ...]
     before: tuple[int, ...] = ()
+    means: tuple[int, ...] = ()
     matrices: BlurMatrices | None = None
 
 
@@ -197,29 +199,31 @@ def attention_route(
     """
     _, heads, tokens, head_dim = shape
     axes = grid.height, grid.width
+    if grid.tokens == 1:  # a token is its own mean
+        sigmas = (0.0,) * len(sigmas)
     infinite = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
     among_others = unmasked and len(infinite) < len(sigmas)  # whose tiles take as long as one of equal rows
-    uniform = () if among_others else infinite
-    finite = tuple(i for i in range(len(sigmas)) if i not in infinite)
-    rest = (infinite if among_others or grid.tokens < tokens else ()) + finite
+    means, uniform = (infinite, ()) if among_others else ((), infinite)
+    others = tuple(i for i in range(len(sigmas)) if i not in infinite)
+    rest = (infinite if means or grid.tokens < tokens else ()) + others
     arch, parallel = architecture(device), multiprocessors(device)
     tile = attention_tile(arch, head_dim, dtype, not unmasked, False, described)
     if not any(sigmas[i] for i in rest):
         programs = -(-tokens // tile.block_m) * heads * len(rest)
         if not rest or (programs < parallel and key_splits(programs, keys, tile.block_n, parallel)[0] > 1):
             return Route(uniform, rest)
-    blurred = tuple(i for i in finite if sigmas[i] > 0.0)
+    blurred = tuple(i for i in others if sigmas[i] > 0.0)
     wanted = tuple(sigmas[i] for i in blurred)
     if math.inf in wanted or not unmasked or not fits_prologue(arch, head_dim, dtype, described):
         place = BlurPlace.BEFORE  # whose matrices include that of the mean
     elif wanted and place is None:
         place = estimate_blur(arch, grid, wanted, boundary, heads, head_dim, dtype.itemsize, tile.block_m).place
-    mark = Unblurred.MEAN if among_others else Unblurred.OUTSIDE
-    if not wanted or place == BlurPlace.PROLOGUE:
-        matrices = blur_matrices(rest, tuple(sigmas[i] for i in rest), *axes, boundary, device, infinite=mark)
-        return Route(uniform, rest, (), matrices)
-    matrices = blur_matrices(rest, (0.0,) * len(rest), *axes, boundary, device)
-    index = dict.fromkeys(rest, Unblurred.PLAIN.value) | dict.fromkeys(infinite, mark.value)
-    index |= {sample: number for number, sample in enumerate(blurred)}
+    before = blurred if place == BlurPlace.BEFORE else ()
+    index = dict.fromkeys(rest, Unblurred.PLAIN.value) | dict.fromkeys(uniform, Unblurred.OUTSIDE.value)
+    index |= {sample: Unblurred.MEAN.value - number for number, sample in enumerate(means)}
+    numbers = {sigma: number for number, sigma in enumerate(sorted(set(wanted)))}
+    index |= {sample: number if before else numbers[sigmas[sample]] for number, sample in enumerate(blurred)}
+    in_prologue = tuple(sigmas[i] if i in blurred and not before else 0.0 for i in rest)
+    matrices = blur_matrices(rest, in_prologue, *axes, boundary, device)
     matrices = replace(matrices, index=index_tensor(tuple(index[i] for i in rest), device))
-    return Route(uniform, rest, blurred, matrices)
+    return Route(uniform, rest, before, means, matrices)

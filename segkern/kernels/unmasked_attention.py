@@ -13,13 +13,14 @@ share its keys and values in L2. No tile straddles an end of the image: all quer
 blurred, which is chosen before they are loaded, once. A choice between two loaded tiles would be made in registers,
 and matrix instructions that have queries there wait for each other.
 
-At infinite sigma all image tokens of a head have one result. Its first tile computes it with equal rows, and writes it
-to all of them; the other tiles end at once. A tile of equal rows takes as long as any other, so these are hidden among
-the tiles of the batch's other samples.
+At infinite sigma all image tokens of a head have one result. Its first tile computes it with equal rows, the mean of
+the queries that is read with a stride of 0, and writes it to all of them; the other tiles end at once. A tile of equal
+rows takes as long as any other, so these are hidden among the tiles of the batch's other samples.
 
 A program walks over the keys from the last block, which alone may be ragged, to the first, with an online softmax. A
 block's product with the values is issued after the next block's product with the keys, so that it runs while the
-exponentials of that block are computed; on Hopper it would otherwise be waited for at once.
+exponentials of that block are computed; on Hopper it would otherwise be waited for at once. Of wide heads the shares
+are rounded before they wait for their turn, which takes half of the registers.
 
 Memory traffic per head: Q and out once, but a tile that blurs reads the source rows within reach, from L2; K and V once
 per tile, from L2.
@@ -50,22 +51,10 @@ from segkern.kernels._primitives import (
 from segkern.kernels._query_tiles import ImageGrid, Weights, blur_tile
 from segkern.kernels._routes import Route
 from segkern.kernels.gaussian_blur import blurred_image
+from segkern.kernels.split_attention import mean_query
 
 _OUTSIDE = tl.constexpr(Unblurred.OUTSIDE.value)
 _MEAN = tl.constexpr(Unblurred.MEAN.value)
-
-
-@triton.jit
-def _mean_row(
-    image, tokens, first_d: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The mean of rows, float32 ``[BLOCK_M, BLOCK_D]`` of equal rows."""
-    offs_m = tl.arange(0, BLOCK_M)
-    sums = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for m in range(0, tokens, BLOCK_M):
-        rows = load_tile(from_row(image, m), offs_m, m + offs_m < tokens, first_d, HEAD_DIM, BLOCK_D, True)
-        sums += rows.to(tl.float32)
-    return tl.broadcast_to(tl.sum(sums, axis=0)[None, :] / tokens, [BLOCK_M, BLOCK_D])
 
 
 @triton.jit(do_not_specialize=["with_lse"])
@@ -78,6 +67,7 @@ def _unmasked_attention_kernel(
     samples_ptr,  # int32 [samples]
     blur_index_ptr,  # int32 [samples]: of a blurred image, of a matrix if PROLOGUE, or Unblurred
     blurred_ptr,  # [B, height * width, heads, HEAD_DIM], contiguous; not read where no sample was blurred before
+    means_ptr,  # [M, heads, HEAD_DIM], contiguous; not read where no sample has MEAN
     row_weights_ptr,  # float32 [T, height, height], if PROLOGUE
     column_weights_ptr,  # float32 [T, width, width]
     reach_ptr,  # int32 [T, 2]
@@ -113,6 +103,8 @@ def _unmasked_attention_kernel(
     PRECISION: tl.constexpr,
     BLUR_PRECISION: tl.constexpr,
 ):
+    # Beside accumulators of 64 registers for each product there is no room for 64 of shares in float32.
+    ROUND_EARLY: tl.constexpr = DESCRIPTORS and BLOCK_D >= 128 and BLOCK_N >= 128
     grid_stop = grid_start + height * width
     first_tiles = tl.cdiv(grid_start, BLOCK_M)
     image_tiles = tl.cdiv(height * width, BLOCK_M)
@@ -125,7 +117,7 @@ def _unmasked_attention_kernel(
     blur = tl.load(blur_index_ptr + slot)
 
     in_image = (tile >= first_tiles) & (tile < first_tiles + image_tiles)
-    is_mean = in_image & (blur == _MEAN)
+    is_mean = in_image & (blur <= _MEAN)
     if in_image & ((blur == _OUTSIDE) | (is_mean & (tile > first_tiles))):
         return
     start_m = tile * BLOCK_M
@@ -147,6 +139,8 @@ def _unmasked_attention_kernel(
         token = tl.cast(blur, tl.int64) * height * width + (start_m - grid_start)
         first = tl.where(is_blurred, blurred_ptr + (token * heads + head) * HEAD_DIM, rows.ptr)
         rows = Matrix(first, tl.where(is_blurred, heads * HEAD_DIM, stride_qn), 1)
+    mean = means_ptr + ((_MEAN - tl.cast(blur, tl.int64)) * heads + head) * HEAD_DIM
+    rows = Matrix(tl.where(is_mean, mean, rows.ptr), tl.where(is_mean, 0, rows.row_stride), 1)
     q_tile, q_rest = load_parts(rows, offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R, True)
     if PROLOGUE:
         if is_blurred:
@@ -163,11 +157,6 @@ def _unmasked_attention_kernel(
                     image, weights, grid, start, BLOCK_D, HEAD_DIM, BLOCK_M, BLOCK_C, BLOCK_R, BLUR_PRECISION
                 )
                 q_rest = rest_blur.to(q_tile.dtype)
-    if is_mean:
-        image = from_row(q, grid_start)
-        q_tile = _mean_row(image, height * width, 0, HEAD_DIM, BLOCK_M, BLOCK_D).to(q_tile.dtype)
-        if BLOCK_R > 0:
-            q_rest = _mean_row(image, height * width, BLOCK_D, HEAD_DIM, BLOCK_M, BLOCK_R).to(q_tile.dtype)
     k = Matrix(k_ptr + sample * stride_kb + head * stride_kh, stride_kn, 1)
     v = Matrix(v_ptr + sample * stride_vb + head * stride_vh, stride_vn, 1)
     out = Matrix(out_ptr + sample * stride_ob + head * stride_oh, stride_on, 1)
@@ -199,6 +188,8 @@ def _unmasked_attention_kernel(
     row_max = tl.max(logits, axis=1)
     shares = tl.math.exp2(logits - row_max[:, None])  # not normalised, of the block before the loop's
     row_sum = tl.sum(shares, axis=1)
+    if ROUND_EARLY:
+        shares = shares.to(q_tile.dtype).to(tl.int16, bitcast=True)
 
     for done in tl.range(BLOCK_N, last + BLOCK_N, BLOCK_N):
         n = last - done
@@ -216,7 +207,13 @@ def _unmasked_attention_kernel(
                 products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision=PRECISION)
             mask_v = n + BLOCK_N + offs_n < keys
             v_tile = load_tile(from_row(v, n + BLOCK_N), offs_n, mask_v, 0, HEAD_DIM, BLOCK_D, not EVEN_KEYS)
-        rounded = shares.to(v_tile.dtype)
+        if ROUND_EARLY:
+            # The product reads registers until it is waited for, and the next shares must not be written to them: they
+            # are copied. ptxas before CUDA 13.3 drops a mere copy (triton issue 9433), not a computed one: an exclusive
+            # or with a zero that is not known when compiling.
+            rounded = (shares ^ (with_lse >> 1).to(tl.int16)).to(v_tile.dtype, bitcast=True)
+        else:
+            rounded = shares.to(v_tile.dtype)
         acc = tl.dot(rounded, v_tile, acc * factor[:, None], input_precision=PRECISION)
         if BLOCK_R > 0:
             if DESCRIPTORS:
@@ -225,6 +222,8 @@ def _unmasked_attention_kernel(
                 v_rest = load_tile(from_row(v, n + BLOCK_N), offs_n, mask_v, BLOCK_D, HEAD_DIM, BLOCK_R, not EVEN_KEYS)
             acc_rest = tl.dot(rounded, v_rest, acc_rest * factor[:, None], input_precision=PRECISION)
         shares, row_max, row_sum, factor = scaled_softmax_update(products, scale, row_max, row_sum)
+        if ROUND_EARLY:
+            shares = shares.to(v_tile.dtype).to(tl.int16, bitcast=True)
 
     if DESCRIPTORS:
         v_tile = v_blocks.load([0, 0])
@@ -233,7 +232,7 @@ def _unmasked_attention_kernel(
             v_rest = v_rest_blocks.load([0, BLOCK_D])
     else:
         v_tile, v_rest = load_parts(v, offs_n, offs_n < keys, HEAD_DIM, BLOCK_D, BLOCK_R, not EVEN_KEYS)
-    rounded = shares.to(v_tile.dtype)
+    rounded = shares.to(v_tile.dtype, bitcast=True) if ROUND_EARLY else shares.to(v_tile.dtype)
     acc = tl.dot(rounded, v_tile, acc * factor[:, None], input_precision=PRECISION)
     inverse = (1.0 / row_sum)[:, None]
     if BLOCK_R > 0:
@@ -274,6 +273,7 @@ def launch_unmasked_attention(
     by_descriptors = tile.descriptors and described
     tiles = sum(-(-count // tile.block_m) for count in (grid.start, grid.tokens, tokens - grid.stop))
     blurred = blurred_image(query, grid, sigmas, route.before, boundary) if route.before else query
+    means = mean_query(query, grid, route.means)[0].contiguous() if route.means else query
     with launching(query.device), scratch_memory(by_descriptors):
         launch(
             _unmasked_attention_kernel,
@@ -284,6 +284,7 @@ def launch_unmasked_attention(
                 matrices.samples,
                 matrices.index,
                 blurred,
+                means,
                 matrices.rows,
                 matrices.columns,
                 matrices.reach,

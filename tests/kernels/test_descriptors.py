@@ -52,6 +52,18 @@ def test_keys_and_values_by_descriptors(
     assert sum(seen) == 2 * described
 
 
+def test_wide_heads_round_shares_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of several blocks, the last of them ragged or not, with the tile that Hopper takes."""
+    if CUDA and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("needs Hopper or later")
+    tile = _configs.default_tile("sm_90", 128, torch.float16)
+    assert tile.descriptors
+    assert tile.block_n == 128
+    monkeypatch.setattr("segkern.kernels.unmasked_attention.attention_tile", lambda *_: tile)
+    for keys in (128, 256, 300):
+        check_attention((2, 1, 45, 128), Grid(5, 9), (0.0, 1.2), torch.float16, ("tokens_first",) * 3, keys=keys)
+
+
 def test_tritons_allocator_is_given_back() -> None:
     before = triton_allocator()
     with _launch.scratch_memory(True):
