@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidance on a model: the hooks of ComfyUI that compute a perturbed prediction and add what it says.
+
+The prediction moves by ``scale * (c - p)`` away from ``p``, the conditional prediction with perturbed attention. Up to
+the first perturbed layer ``p`` is computed as ``c`` was: so the model's own forward is recorded there, and the
+perturbed one begins there. Hooks of other nodes are called on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP
+
+from segkern.integrations.specs import PAG, SEG
+from segkern.integrations.specs.layer_names import LayerInfo, select_layers
+
+from .perturbation import Perturbation
+from .recording import Recording
+from .report import GuidanceReport, distance
+from .transformers import FAMILIES, Transformer
+from .unet import UNet
+
+_KEY = "segkern"
+_CALC = "sampler_calc_cond_batch_function"
+
+Arguments = dict[str, Any]
+
+
+@dataclass
+class _Run:
+    """The recording of the evaluation that is under way, shared by the guidances of a model and its clones."""
+
+    recording: Recording | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ModelGuidance:
+    """One guidance on one model.
+
+    Attributes:
+        spec: what was asked for; ``start`` and ``stop`` are ComfyUI's percents.
+        model: its layers.
+        layers: the perturbed ones, in execution order.
+        sigmas: noise levels between which it acts, the larger first.
+        rescale: how far the result is brought to the standard deviation of the conditional prediction.
+        run: of the model.
+        report: of its effect.
+    """
+
+    spec: SEG | PAG
+    model: UNet | Transformer
+    layers: Sequence[LayerInfo]
+    sigmas: tuple[float, float]
+    rescale: float
+    run: _Run
+    report: GuidanceReport
+
+    def acts(self, sigma: torch.Tensor) -> bool:
+        """True if the prediction at a noise level is moved."""
+        first, last = self.sigmas
+        moves = self.spec.scale != 0.0 and self.spec.perturbs()
+        return moves and first >= float(sigma.max()) > last
+
+    def __call__(self, arguments: Arguments) -> torch.Tensor:
+        """The guided prediction (``sampler_post_cfg_function``)."""
+        denoised, sigma, x = arguments["denoised"], arguments["sigma"], arguments["input"]
+        self.report.evaluations += 1
+        if not self.acts(sigma) or arguments["cond"] is None:
+            return denoised
+        self.report.acted += 1
+        options = create_model_options_clone(arguments["model_options"])
+        options.pop(_CALC, None)
+        transformer_options = options.setdefault("transformer_options", {})
+        sigma = float(self.spec.sigma) if isinstance(self.spec, SEG) else None  # type: ignore[arg-type]
+        self.model.perturb(transformer_options, self.layers, Perturbation(sigma, self.report))
+        recording = self.run.recording
+        replay = None
+        if recording is not None and recording.x is x:
+            replay = self.model.replay(transformer_options, recording, self.layers)
+        (perturbed,) = comfy.samplers.calc_cond_batch(arguments["model"], [arguments["cond"]], x, sigma, options)
+        if replay is None:
+            reason = self.model.why_not_shared or _why_not_recorded(arguments["model_options"])
+            self.report.full[reason] += 1
+        elif replay.full is not None:
+            self.report.full[replay.full] += 1
+        if recording is not None:
+            recording.users -= 1
+            if recording.users == 0:
+                self.run.recording = None
+        conditional = arguments["cond_denoised"]
+        guided = denoised + self.spec.scale * (conditional - perturbed)
+        if self.rescale:
+            guided = guided * (1.0 - self.rescale + self.rescale * _spread(conditional) / _spread(guided))
+        self.report.prediction.append(distance(guided, denoised))
+        return guided
+
+
+class RecordingCalc:
+    """Computes the model's own predictions and records what perturbed forwards will need."""
+
+    def __init__(self, before: Callable[[Arguments], Any] | None) -> None:
+        self.before = before
+
+    def __call__(self, arguments: Arguments) -> Any:
+        options = arguments["model_options"]
+        guidances = [g for g in guidances_of(options) if g.acts(arguments["sigma"]) and not g.model.why_not_shared]
+        if guidances and "multigpu_clones" not in options:
+            run, model = guidances[0].run, guidances[0].model
+            run.recording = Recording(arguments["input"], len(guidances))
+            options = create_model_options_clone(options)
+            entries = [guidance.layers for guidance in guidances]
+            model.record(options.setdefault("transformer_options", {}), run.recording, entries)
+        if self.before is not None:
+            return self.before({**arguments, "model_options": options})
+        given = (arguments[name] for name in ("model", "conds", "input", "sigma"))
+        return comfy.samplers.calc_cond_batch(*given, options)
+
+
+def _run_wrapper(executor: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Begin and end a run of the sampler."""
+    guidances = guidances_of(executor.class_obj.model_options)
+    for guidance in guidances:
+        guidance.report.clear()
+        guidance.run.recording = None
+    try:
+        return executor(*arguments, **keywords)
+    finally:
+        for guidance in guidances:
+            guidance.run.recording = None
+
+
+def guidances_of(model_options: Arguments) -> list[ModelGuidance]:
+    """The guidances of a model, in the order of the nodes."""
+    return [hook for hook in model_options.get("sampler_post_cfg_function", []) if isinstance(hook, ModelGuidance)]
+
+
+def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0) -> Any:
+    """A clone of a model with one more guidance.
+
+    Args:
+        model: a ``ModelPatcher``.
+        spec: the guidance; its ``layers`` are not read.
+        layers: names with commas, of :func:`select_layers`; empty for the model's default.
+        rescale: from 0 to 1.
+
+    Raises:
+        ValueError: for a model or layers that it cannot handle.
+    """
+    described = describe(model.get_model_object("diffusion_model"))
+    names = [name.strip() for name in layers.split(",") if name.strip()]
+    if not names:
+        if described.default_layers is None:
+            raise ValueError(
+                f"there is no advice which layers of this model to perturb; name some of "
+                f"{', '.join(layer.module for layer in described.layers)}"
+            )
+        names = [described.default_layers]
+    chosen = select_layers(described.layers, names)
+    sampling = model.get_model_object("model_sampling")
+    sigmas = sampling.percent_to_sigma(spec.start), sampling.percent_to_sigma(spec.stop)
+    patched = model.clone()
+    before = guidances_of(patched.model_options)
+    run = before[0].run if before else _Run()
+    report = GuidanceReport(spec, tuple(layer.module for layer in chosen), described.skipped(chosen))
+    patched.set_model_sampler_post_cfg_function(ModelGuidance(spec, described, chosen, sigmas, rescale, run, report))
+    calc = patched.model_options.get(_CALC)
+    if not isinstance(calc, RecordingCalc):
+        patched.set_model_sampler_calc_cond_batch_function(RecordingCalc(calc))
+    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, _KEY)
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _run_wrapper)
+    return patched
+
+
+def describe(model: torch.nn.Module) -> UNet | Transformer:
+    """The layers of a denoiser.
+
+    Raises:
+        ValueError: for one that is not known.
+    """
+    if type(model) in FAMILIES:
+        return Transformer(model)
+    if type(model) is UNetModel:
+        return UNet(model)
+    known = ["Stable Diffusion 1, 2 and XL", *(family.users for family in FAMILIES.values())]
+    raise ValueError(f"guidance cannot handle a {type(model).__name__}; it knows {', '.join(known)}")
+
+
+def _why_not_recorded(model_options: Arguments) -> str:
+    if "multigpu_clones" in model_options:
+        return "conditionings are computed on several devices"
+    return "the guider or another node computes the model's predictions by itself"
+
+
+def _spread(x: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of each sample."""
+    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nodes for guidance by perturbed self-attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from comfy_api.latest import ComfyExtension, io, ui
+
+from segkern.integrations.specs import PAG, SEG
+
+from .guidance import add_guidance, guidances_of
+
+_CATEGORY = "model/patch/segkern"
+_LAYERS = (
+    "The self-attention layers to perturb, with commas between. Empty: the model's default, which is mid for Stable "
+    "Diffusion 1, 2 and XL. UNets: down, mid, up; a transformer such as input.7, middle.0 or output.0; one of its "
+    "blocks such as middle.0.3; d2.2-9 and u0.4 mean blocks 2 to 9 of the third transformer down and block 4 of the "
+    "first one up. Flux, SD3, Wan and others: block numbers such as 7-9. An unknown name is an error that lists valid "
+    "ones."
+)
+
+
+def _float(name: str, default: float, lowest: float, highest: float, step: float, tooltip: str) -> Any:
+    return io.Float.Input(name, default=default, min=lowest, max=highest, step=step, round=False, tooltip=tooltip)
+
+
+def _scale(name: str, default: float) -> Any:
+    return _float(
+        name,
+        default,
+        -100.0,
+        100.0,
+        0.1,
+        "How far the prediction moves away from the perturbed one. It is added to CFG, which stays what it is. 0 turns "
+        "guidance off and costs nothing. Start from 3 with CFG 1 to 5; less if colours get too strong.",
+    )
+
+
+def _blur(name: str) -> Any:
+    sigma = _float(
+        "sigma",
+        10.0,
+        0.0,
+        10000.0,
+        0.5,
+        "Standard deviation of the blur in tokens of the layer. Small values perturb little: start from 10, or from "
+        "an eighth of the layer's width.",
+    )
+    return io.DynamicCombo.Input(
+        name,
+        options=[io.DynamicCombo.Option("infinite", []), io.DynamicCombo.Option("finite", [sigma])],
+        tooltip="How much queries are blurred. infinite replaces every query by the mean query: the strongest blur, "
+        "and the cheapest.",
+    )
+
+
+def _common() -> list[Any]:
+    return [
+        io.String.Input("layers", default="", tooltip=_LAYERS, placeholder="mid"),
+        _float("start_percent", 0.0, 0.0, 1.0, 0.01, "The part of sampling at which guidance begins; 0 is the start."),
+        _float("end_percent", 1.0, 0.0, 1.0, 0.01, "The part of sampling at which guidance ends; 1 is the end."),
+        _float(
+            "rescale",
+            0.0,
+            0.0,
+            1.0,
+            0.05,
+            "Brings the contrast of the result back to that of the conditional prediction: 0 not at all, 1 fully. "
+            "Raise it if pictures get too contrasty.",
+        ),
+    ]
+
+
+def _sigma(blur: dict[str, Any]) -> float:
+    return math.inf if blur["blur"] == "infinite" else float(blur["sigma"])
+
+
+def _model() -> Any:
+    return io.Model.Input("model", tooltip="The model to guide. It stays unguided; the output is a guided copy.")
+
+
+class SmoothedEnergyGuidance(io.ComfyNode):
+    """Blurred queries."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SegkernSmoothedEnergyGuidance",
+            display_name="Smoothed Energy Guidance",
+            category=_CATEGORY,
+            description="Improves structure and detail without training, with any prompt or none: the model also "
+            "predicts with blurred self-attention, and the picture moves away from that. Costs about a third of a "
+            "forward per step at the mid layers.",
+            search_aliases=["SEG", "guidance", "attention", "PAG", "segkern"],
+            inputs=[_model(), _scale("scale", 3.0), _blur("blur"), *_common()],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        scale: float,
+        blur: dict[str, Any],
+        layers: str,
+        start_percent: float,
+        end_percent: float,
+        rescale: float,
+    ) -> io.NodeOutput:
+        spec = SEG(scale=scale, sigma=_sigma(blur), start=start_percent, stop=end_percent)
+        return io.NodeOutput(add_guidance(model, spec, layers, rescale))
+
+
+class PerturbedAttentionGuidance(io.ComfyNode):
+    """The identity instead of attention."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SegkernPerturbedAttentionGuidance",
+            display_name="Perturbed Attention Guidance (segkern)",
+            category=_CATEGORY,
+            description="Like Smoothed Energy Guidance, but every image token looks only at itself in the perturbed "
+            "layers. It is stronger at the same scale.",
+            search_aliases=["PAG", "guidance", "attention", "segkern"],
+            inputs=[_model(), _scale("scale", 2.0), *_common()],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, scale: float, layers: str, start_percent: float, end_percent: float, rescale: float
+    ) -> io.NodeOutput:
+        spec = PAG(scale=scale, start=start_percent, stop=end_percent)
+        return io.NodeOutput(add_guidance(model, spec, layers, rescale))
+
+
+class CombinedGuidance(io.ComfyNode):
+    """Both on one model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SegkernCombinedGuidance",
+            display_name="SEG + PAG Guidance",
+            category=_CATEGORY,
+            description="Smoothed Energy Guidance and Perturbed Attention Guidance together, each with a perturbed "
+            "forward of its own that begins at its first layer. The same as one node after the other.",
+            search_aliases=["SEG", "PAG", "combine", "guidance", "segkern"],
+            inputs=[
+                _model(),
+                _scale("seg_scale", 2.0),
+                _blur("blur"),
+                _scale("pag_scale", 1.0),
+                *_common(),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        seg_scale: float,
+        blur: dict[str, Any],
+        pag_scale: float,
+        layers: str,
+        start_percent: float,
+        end_percent: float,
+        rescale: float,
+    ) -> io.NodeOutput:
+        part: dict[str, Any] = {"start": start_percent, "stop": end_percent}
+        model = add_guidance(model, SEG(scale=seg_scale, sigma=_sigma(blur), **part), layers)
+        return io.NodeOutput(add_guidance(model, PAG(scale=pag_scale, **part), layers, rescale))
+
+
+class GuidanceInfo(io.ComfyNode):
+    """The effect of guidance, after sampling."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SegkernGuidanceInfo",
+            display_name="Guidance Info (segkern)",
+            category=_CATEGORY,
+            description="Says in which steps guidance acted, how far it moved each layer's attention and the "
+            "prediction, and what it shared with the model's own forward. Connect the guided model and the sampler's "
+            "latent, so that it runs after the sampler.",
+            search_aliases=["SEG", "PAG", "report", "segkern"],
+            inputs=[
+                io.Model.Input("model", tooltip="The guided model, as the sampler got it."),
+                io.Latent.Input("latent", tooltip="The sampler's output; it is passed on."),
+            ],
+            outputs=[io.Latent.Output(), io.String.Output(display_name="info")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> float:
+        return math.nan  # equal to nothing: run every time
+
+    @classmethod
+    def execute(cls, model: Any, latent: dict[str, Any]) -> io.NodeOutput:
+        reports = [str(guidance.report) for guidance in guidances_of(model.model_options)]
+        text = "\n\n".join(reports) or "This model has no guidance by segkern: connect the output of its nodes."
+        return io.NodeOutput(latent, text, ui=ui.PreviewText(text))
+
+
+class SegkernExtension(ComfyExtension):
+    """The node pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """The nodes."""
+        return [SmoothedEnergyGuidance, PerturbedAttentionGuidance, CombinedGuidance, GuidanceInfo]
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    """What ComfyUI calls."""
+    return SegkernExtension()

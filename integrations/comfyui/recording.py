@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations of the conditional prediction, kept from a model's own forward until its perturbed one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_CONDITIONAL = 0  # ComfyUI's index of the positive conditioning in ``cond_or_uncond``
+
+
+@dataclass
+class Recording:
+    """Activations of one evaluation of the model, by place in the model and by conditioning.
+
+    ComfyUI joins conditionings in batches as memory allows, and splits them again; each has a ``uuid`` that
+    ``transformer_options`` lists in the order of the batch.
+
+    Attributes:
+        x: the noisy latents that were evaluated; what was recorded serves no others.
+        users: how many guidances will still read it.
+    """
+
+    x: torch.Tensor
+    users: int
+    _kept: dict[Hashable, dict[Hashable, torch.Tensor]] = field(default_factory=dict)
+
+    def keep(
+        self, place: Hashable, transformer_options: Mapping[str, Any], activation: torch.Tensor, values: bool = True
+    ) -> None:
+        """Copy the rows of positive conditionings; layers and other nodes change activations in place.
+
+        Without ``values`` zeros are recorded, which take no memory.
+        """
+        uuids, kinds = transformer_options["uuids"], transformer_options["cond_or_uncond"]
+        for uuid, kind, rows in zip(uuids, kinds, activation.chunk(len(uuids)), strict=True):
+            if kind == _CONDITIONAL:
+                self._kept.setdefault(place, {})[uuid] = (
+                    rows.clone() if values else rows.new_zeros(()).expand(rows.shape)
+                )
+
+    def has(self, places: Iterable[Hashable], transformer_options: Mapping[str, Any], batch: int) -> bool:
+        """True if all places were recorded for every conditioning of a batch."""
+        return all(sum(rows.shape[0] for rows in self._rows(place, transformer_options)) == batch for place in places)
+
+    def take(self, place: Hashable, transformer_options: Mapping[str, Any]) -> torch.Tensor:
+        """What was recorded, in the order of a batch; a new tensor, which may be changed in place."""
+        return torch.cat(self._rows(place, transformer_options))
+
+    def _rows(self, place: Hashable, transformer_options: Mapping[str, Any]) -> list[torch.Tensor]:
+        kept = self._kept.get(place, {})
+        return [kept[uuid] for uuid in transformer_options["uuids"] if uuid in kept]

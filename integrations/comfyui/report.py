@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The effect of guidance on a run, in numbers and words."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from segkern.integrations.specs import PAG, SEG
+
+
+@dataclass
+class GuidanceReport:
+    """The effect of one guidance since its run began.
+
+    Attributes:
+        spec: the guidance.
+        layers: names of the layers that it perturbs.
+        skipped: share of the model's layers that the perturbed forward takes from the model's own.
+        evaluations: of the model.
+        acted: evaluations in which the guidance acted.
+        full: reasons why perturbed forwards were computed in full, and how many.
+        prediction: sum over evaluations of the relative distance that the prediction moved.
+    """
+
+    spec: SEG | PAG
+    layers: tuple[str, ...]
+    skipped: float = 0.0
+    evaluations: int = 0
+    acted: int = 0
+    full: Counter[str] = field(default_factory=Counter)
+    prediction: list[torch.Tensor] = field(default_factory=list)
+    _moved: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Begin a run."""
+        self.evaluations = self.acted = 0
+        self.full.clear()
+        self.prediction.clear()
+        self._moved.clear()
+
+    def wants(self, layer: str) -> bool:
+        """True if a layer's effect is to be measured: once in a run, since it takes the layer's own attention too."""
+        return layer not in self._moved
+
+    def note(self, layer: str, perturbed: torch.Tensor, own: torch.Tensor) -> None:
+        """Note how far a layer's attention moved; nothing waits for the device."""
+        self._moved[layer] = distance(perturbed, own)
+
+    def __str__(self) -> str:
+        lines = [f"{title(self.spec)}: acted in {self.acted} of {self.evaluations} evaluations of the model"]
+        if self.evaluations == 0:
+            lines.append("  The model has not run since the workflow was loaded, or runs without this guidance.")
+        elif self.acted == 0:
+            lines.append("  It had no effect: " + self._why_idle())
+        else:
+            moved = float(torch.stack(self.prediction).mean())
+            lines.append(f"  It moved the prediction by {moved:.2%} on average.")
+            if moved == 0.0:
+                lines.append("  It had no effect: the perturbed prediction equals the model's own.")
+            lines += [f"  {name}: moved attention by {float(by):.1%}" for name, by in self._moved.items()]
+            missing = [name for name in self.layers if name not in self._moved]
+            if missing:
+                lines.append(f"  The model never computed: {', '.join(missing)}.")
+            lines.append("  " + self._cost())
+        return "\n".join(lines)
+
+    def _why_idle(self) -> str:
+        if self.spec.scale == 0.0:
+            return "its scale is 0."
+        if isinstance(self.spec, SEG) and self.spec.sigma == 0.0:
+            return "its sigma is 0."
+        return f"no step lies between start_percent {self.spec.start:g} and end_percent {self.spec.stop:g}."
+
+    def _cost(self) -> str:
+        full = sum(self.full.values())
+        if full == 0:
+            return (
+                f"Each perturbed forward shared the model's own up to its first layer ({self.skipped:.0%} of blocks)."
+            )
+        reasons = "; ".join(f"{reason} ({count} times)" for reason, count in self.full.items())
+        return f"{full} of {self.acted} perturbed forwards were computed in full: {reasons}."
+
+
+def title(spec: SEG | PAG) -> str:
+    """A guidance in a few words.
+
+    Example:
+        >>> title(SEG(scale=3.0, sigma=math.inf))
+        'SEG, scale 3, infinite sigma'
+    """
+    if isinstance(spec, PAG):
+        return f"PAG, scale {spec.scale:g}"
+    sigma = "infinite sigma" if spec.sigma == math.inf else f"sigma {spec.sigma:g}"
+    return f"SEG, scale {spec.scale:g}, {sigma}"
+
+
+def distance(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Relative L2 distance, float32, on the device."""
+    x, own = x.to(torch.float32), own.to(torch.float32)
+    return (x - own).norm() / own.norm().clamp_min(torch.finfo(torch.float32).tiny)
