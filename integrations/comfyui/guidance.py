@@ -16,7 +16,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import create_model_options_clone
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from segkern.integrations.specs import PAG, SEG
 from segkern.integrations.specs.layer_names import LayerInfo, select_layers
@@ -48,7 +48,6 @@ class ModelGuidance:
         spec: what was asked for; ``start`` and ``stop`` are ComfyUI's percents.
         model: its layers.
         layers: the perturbed ones, in execution order.
-        sigmas: noise levels between which it acts, the larger first.
         rescale: how far the result is brought to the standard deviation of the conditional prediction.
         run: of the model.
         report: of its effect.
@@ -57,49 +56,76 @@ class ModelGuidance:
     spec: SEG | PAG
     model: UNet | Transformer
     layers: Sequence[LayerInfo]
-    sigmas: tuple[float, float]
     rescale: float
     run: _Run
     report: GuidanceReport
 
-    def acts(self, sigma: torch.Tensor) -> bool:
-        """True if the prediction at a noise level is moved."""
-        first, last = self.sigmas
-        moves = self.spec.scale != 0.0 and self.spec.perturbs()
-        return moves and first >= float(sigma.max()) > last
+    def acts(self, arguments: Arguments) -> bool:
+        """True if the prediction of an evaluation is moved.
+
+        Percents are those of the noise schedule in use: nodes after this one may change it.
+        """
+        spec = self.spec
+        if spec.scale == 0.0 or not spec.perturbs():
+            return False
+        if spec.start == 0.0 and spec.stop == 1.0:
+            return True  # without a look at the noise level, which would wait for the device
+        sigma, schedule = float(arguments["sigma"].max()), arguments["model"].model_sampling
+        begun = spec.start == 0.0 or sigma <= schedule.percent_to_sigma(spec.start)
+        return begun and (spec.stop == 1.0 or sigma > schedule.percent_to_sigma(spec.stop))
 
     def __call__(self, arguments: Arguments) -> torch.Tensor:
         """The guided prediction (``sampler_post_cfg_function``)."""
-        denoised, sigma, x = arguments["denoised"], arguments["sigma"], arguments["input"]
+        denoised = arguments["denoised"]
         self.report.evaluations += 1
-        if not self.acts(sigma) or arguments["cond"] is None:
+        if not self.acts(arguments):
             return denoised
-        self.report.acted += 1
-        options = create_model_options_clone(arguments["model_options"])
-        options.pop(_CALC, None)
-        transformer_options = options.setdefault("transformer_options", {})
-        sigma = float(self.spec.sigma) if isinstance(self.spec, SEG) else None  # type: ignore[arg-type]
-        self.model.perturb(transformer_options, self.layers, Perturbation(sigma, self.report))
-        recording = self.run.recording
-        replay = None
-        if recording is not None and recording.x is x:
-            replay = self.model.replay(transformer_options, recording, self.layers)
-        (perturbed,) = comfy.samplers.calc_cond_batch(arguments["model"], [arguments["cond"]], x, sigma, options)
-        if replay is None:
-            reason = self.model.why_not_shared or _why_not_recorded(arguments["model_options"])
-            self.report.full[reason] += 1
-        elif replay.full is not None:
-            self.report.full[replay.full] += 1
-        if recording is not None:
-            recording.users -= 1
-            if recording.users == 0:
-                self.run.recording = None
         conditional = arguments["cond_denoised"]
-        guided = denoised + self.spec.scale * (conditional - perturbed)
+        guided = denoised + self.spec.scale * (conditional - self._perturbed(arguments))
         if self.rescale:
             guided = guided * (1.0 - self.rescale + self.rescale * _spread(conditional) / _spread(guided))
         self.report.prediction.append(distance(guided, denoised))
         return guided
+
+    def _perturbed(self, arguments: Arguments) -> torch.Tensor:
+        """The conditional prediction with perturbed attention."""
+        if arguments["cond"] is None:
+            raise ValueError(
+                "guidance needs the positive conditioning, which this guider does not give to post-CFG functions; use "
+                "another guider, such as CFGGuider"
+            )
+        x, recording = arguments["input"], self.run.recording
+        options = create_model_options_clone(arguments["model_options"])
+        transformer_options = options.setdefault("transformer_options", {})
+        blur = float(self.spec.sigma) if isinstance(self.spec, SEG) else None  # type: ignore[arg-type]
+        perturbation = Perturbation(blur, self.report)
+        self.model.perturb(transformer_options, self.layers, perturbation)
+        replay = None
+        if recording is not None and recording.x is x:
+            replay = self.model.replay(transformer_options, recording, self.layers)
+        forwards = 0
+
+        def count(executor: Callable[..., Any], *given: Any, **keywords: Any) -> Any:
+            nonlocal forwards
+            forwards += 1
+            return executor(*given, **keywords)
+
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, count, transformer_options)
+        (perturbed,) = comfy.samplers.calc_cond_batch(
+            arguments["model"], [arguments["cond"]], x, arguments["sigma"], options
+        )
+        missing = [layer.module for layer in self.layers if layer.module not in perturbation.computed]
+        if forwards and missing:
+            raise RuntimeError(
+                f"guidance could not reach the attention of {', '.join(missing)}: another node replaces or compiles "
+                f"it (TorchCompileModel, TensorRT, DeepCache), or skips the block; remove that node, or choose other "
+                f"layers"
+            )
+        if replay is None:
+            self.report.full[self.model.why_not_shared or _why_not_recorded(arguments["model_options"])] += 1
+        elif replay.full is not None:
+            self.report.full[replay.full] += 1
+        return perturbed
 
 
 class RecordingCalc:
@@ -110,10 +136,10 @@ class RecordingCalc:
 
     def __call__(self, arguments: Arguments) -> Any:
         options = arguments["model_options"]
-        guidances = [g for g in guidances_of(options) if g.acts(arguments["sigma"]) and not g.model.why_not_shared]
+        guidances = [g for g in guidances_of(options) if g.acts(arguments) and not g.model.why_not_shared]
         if guidances and "multigpu_clones" not in options:
             run, model = guidances[0].run, guidances[0].model
-            run.recording = Recording(arguments["input"], len(guidances))
+            run.recording = Recording(arguments["input"])
             options = create_model_options_clone(options)
             entries = [guidance.layers for guidance in guidances]
             model.record(options.setdefault("transformer_options", {}), run.recording, entries)
@@ -123,16 +149,19 @@ class RecordingCalc:
         return comfy.samplers.calc_cond_batch(*given, options)
 
 
-def _run_wrapper(executor: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Begin and end a run of the sampler."""
-    guidances = guidances_of(executor.class_obj.model_options)
-    for guidance in guidances:
+def _run(executor: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Begin a report with every run of the sampler, and keep no activation after it (``OUTER_SAMPLE``)."""
+    for guidance in guidances_of(executor.class_obj.model_options):
         guidance.report.clear()
-        guidance.run.recording = None
+    return _evaluate(executor, *arguments, **keywords)
+
+
+def _evaluate(executor: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Keep no activation after an evaluation of the model, however it ends (``PREDICT_NOISE``)."""
     try:
         return executor(*arguments, **keywords)
     finally:
-        for guidance in guidances:
+        for guidance in guidances_of(executor.class_obj.model_options):
             guidance.run.recording = None
 
 
@@ -163,18 +192,17 @@ def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0)
             )
         names = [described.default_layers]
     chosen = select_layers(described.layers, names)
-    sampling = model.get_model_object("model_sampling")
-    sigmas = sampling.percent_to_sigma(spec.start), sampling.percent_to_sigma(spec.stop)
     patched = model.clone()
     before = guidances_of(patched.model_options)
     run = before[0].run if before else _Run()
     report = GuidanceReport(spec, tuple(layer.module for layer in chosen), described.skipped(chosen))
-    patched.set_model_sampler_post_cfg_function(ModelGuidance(spec, described, chosen, sigmas, rescale, run, report))
+    patched.set_model_sampler_post_cfg_function(ModelGuidance(spec, described, chosen, rescale, run, report))
     calc = patched.model_options.get(_CALC)
     if not isinstance(calc, RecordingCalc):
         patched.set_model_sampler_calc_cond_batch_function(RecordingCalc(calc))
-    patched.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, _KEY)
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, _run_wrapper)
+    for place, wrapper in ((WrappersMP.OUTER_SAMPLE, _run), (WrappersMP.PREDICT_NOISE, _evaluate)):
+        patched.remove_wrappers_with_key(place, _KEY)
+        patched.add_wrapper_with_key(place, _KEY, wrapper)
     return patched
 
 

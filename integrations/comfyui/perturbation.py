@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -23,10 +23,12 @@ class Perturbation:
     Attributes:
         sigma: of the blur of queries; None for the identity instead of attention.
         report: where each layer's effect is noted.
+        computed: names of the layers that it perturbed.
     """
 
     sigma: float | None
     report: GuidanceReport
+    computed: set[str] = field(default_factory=set)
 
     def __call__(
         self,
@@ -49,6 +51,7 @@ class Perturbation:
             attend: the layer's own attention, with whatever other nodes changed in it.
             fused: whether no other node changes the attention, so that segkern may compute all of it.
         """
+        self.computed.add(layer)
         if self.sigma is None:
             output = _identity(query, key, value, grid, attend)
         elif fused:

@@ -21,11 +21,11 @@ class Recording:
 
     Attributes:
         x: the noisy latents that were evaluated; what was recorded serves no others.
-        users: how many guidances will still read it.
+        whole: False once some conditioning was not evaluated in one piece: tiles and windows share its ``uuid``.
     """
 
     x: torch.Tensor
-    users: int
+    whole: bool = True
     _kept: dict[Hashable, dict[Hashable, torch.Tensor]] = field(default_factory=dict)
 
     def keep(
@@ -36,15 +36,19 @@ class Recording:
         Without ``values`` zeros are recorded, which take no memory.
         """
         uuids, kinds = transformer_options["uuids"], transformer_options["cond_or_uncond"]
+        if activation.shape[0] != len(uuids) * self.x.shape[0]:
+            self.whole = False
+            return
         for uuid, kind, rows in zip(uuids, kinds, activation.chunk(len(uuids)), strict=True):
             if kind == _CONDITIONAL:
-                self._kept.setdefault(place, {})[uuid] = (
-                    rows.clone() if values else rows.new_zeros(()).expand(rows.shape)
-                )
+                kept = self._kept.setdefault(place, {})
+                self.whole = self.whole and uuid not in kept
+                kept[uuid] = rows.clone() if values else rows.new_zeros(()).expand(rows.shape)
 
     def has(self, places: Iterable[Hashable], transformer_options: Mapping[str, Any], batch: int) -> bool:
         """True if all places were recorded for every conditioning of a batch."""
-        return all(sum(rows.shape[0] for rows in self._rows(place, transformer_options)) == batch for place in places)
+        counts = (sum(rows.shape[0] for rows in self._rows(place, transformer_options)) for place in places)
+        return self.whole and all(count == batch for count in counts)
 
     def take(self, place: Hashable, transformer_options: Mapping[str, Any]) -> torch.Tensor:
         """What was recorded, in the order of a batch; a new tensor, which may be changed in place."""

@@ -21,23 +21,21 @@ class GuidanceReport:
         layers: names of the layers that it perturbs.
         skipped: share of the model's layers that the perturbed forward takes from the model's own.
         evaluations: of the model.
-        acted: evaluations in which the guidance acted.
         full: reasons why perturbed forwards were computed in full, and how many.
-        prediction: sum over evaluations of the relative distance that the prediction moved.
+        prediction: relative distances that the prediction moved, of the evaluations in which the guidance acted.
     """
 
     spec: SEG | PAG
     layers: tuple[str, ...]
     skipped: float = 0.0
     evaluations: int = 0
-    acted: int = 0
     full: Counter[str] = field(default_factory=Counter)
     prediction: list[torch.Tensor] = field(default_factory=list)
     _moved: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Begin a run."""
-        self.evaluations = self.acted = 0
+        self.evaluations = 0
         self.full.clear()
         self.prediction.clear()
         self._moved.clear()
@@ -49,6 +47,11 @@ class GuidanceReport:
     def note(self, layer: str, perturbed: torch.Tensor, own: torch.Tensor) -> None:
         """Note how far a layer's attention moved; nothing waits for the device."""
         self._moved[layer] = distance(perturbed, own)
+
+    @property
+    def acted(self) -> int:
+        """Evaluations in which the guidance acted."""
+        return len(self.prediction)
 
     def __str__(self) -> str:
         lines = [f"{title(self.spec)}: acted in {self.acted} of {self.evaluations} evaluations of the model"]

@@ -235,6 +235,8 @@ class _Replay(_LayerPatch):
             return self.compute(module, x, *arguments)
         if place == self.entry:
             return self.compute(module, self.recording.take(("input of", place.name), options), *arguments)
+        if isinstance(module, SpatialTransformer):
+            options["transformer_index"] += 1  # which other nodes read, and a skipped one counts too
         if place.last and place.block < self.entry.block:
             return self.recording.take(("output of", place.name), options)
         return x  # what it gives is not read

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_base
@@ -211,3 +213,19 @@ def sample(
         model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, denoise=denoise,
         disable_pbar=True, seed=4, **options,
     )  # fmt: skip
+
+
+@contextmanager
+def forwards(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Outputs of the denoiser, in its own dtype, of all its forwards."""
+    outputs: list[torch.Tensor] = []
+    handle = model.model.diffusion_model.register_forward_hook(lambda *given: outputs.append(given[-1].detach()))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def relative(x: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference over the largest expected value."""
+    return float((x - expected).abs().max() / expected.abs().max())
