@@ -151,10 +151,10 @@ FRAMES = {"wan": 3}
 IN_FIVE = ("wan", "qwen")
 
 
-def make_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A patcher of a small model whose attention is far from uniform."""
+def make_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+    """A patcher of a small model whose attention is far from uniform, with changes of its configuration."""
     kind, config = CONFIGS[name]
-    description = getattr(comfy.supported_models, kind)(dict(config))
+    description = getattr(comfy.supported_models, kind)(config | changes)
     description.set_inference_dtype(dtype, None)
     description.custom_operations = None
     torch.manual_seed(0)
@@ -169,6 +169,9 @@ def make_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.05)
         if any(part in parameter_name for part in ("to_q", "to_k", "qkv", "q_proj", "k_proj", ".q.", ".k.")):
             parameter.mul_(2.0)
+    for buffer_name, buffer in model.diffusion_model.named_buffers():
+        if buffer_name == "pos_embed":  # which ComfyUI leaves for a checkpoint to fill
+            torch.nn.init.normal_(buffer, std=0.5)
     return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
 
 
@@ -196,7 +199,7 @@ def sample(
     cfg: float = 4.0,
     steps: int = 3,
     sampler: str = "euler",
-    scheduler: str = "normal",
+    scheduler: str = "simple",
     positive: Any = None,
     negative: Any = None,
     noise: torch.Tensor | None = None,
