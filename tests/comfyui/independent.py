@@ -33,7 +33,6 @@ class Independent:
         window: percents.
         rescale: of the result.
         text: tokens before the image in a transformer's first attention.
-        grid: frames, height and width of a transformer's image.
         moved: of each attention, the relative distances that its output moved.
         guided: what it gave, an evaluation each.
     """
@@ -44,7 +43,6 @@ class Independent:
     window: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     text: int = 0
-    grid: tuple[int, int, int] = (1, 0, 0)
     moved: list[list[float]] = field(default_factory=list)
     guided: list[torch.Tensor] = field(default_factory=list)
 
@@ -108,6 +106,12 @@ class Independent:
         def leave(module: Any, given: Any, output: Any) -> None:
             inside.clear()
 
+        grid = [1, 0, 0]  # frames, height and width in patches, of the forward under way
+
+        def measure(module: Any, given: Any) -> None:
+            *_, frames, height, width = 1, *given[0].shape[2:]
+            grid[:] = frames, -(-height // 2), -(-width // 2)
+
         before = options.get("optimized_attention_override")
 
         def override(
@@ -126,7 +130,7 @@ class Independent:
                 inside[0] += 1
                 if not skip_reshape:
                     q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
-                out = self.attention(q, k, v, self.grid, start, mask)
+                out = self.attention(q, k, v, (grid[0], grid[1], grid[2]), start, mask)
                 return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
             layout = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
             if before is not None:
@@ -135,7 +139,8 @@ class Independent:
 
         options["optimized_attention_override"] = override
         chosen = [blocks[number] for number in self.layers]
-        handles = [block.register_forward_pre_hook(enter) for block in chosen]
+        handles = [model.register_forward_pre_hook(measure)]
+        handles += [block.register_forward_pre_hook(enter) for block in chosen]
         handles += [block.register_forward_hook(leave) for block in chosen]
         try:
             yield

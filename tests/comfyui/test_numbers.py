@@ -3,59 +3,18 @@
 
 from __future__ import annotations
 
-import math
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from segkern_pack.guidance import add_guidance, guidances_of
 
-from segkern.integrations.specs import PAG, SEG
+from segkern.integrations.specs import PAG
 
-from .independent import Independent
-from .small_models import FRAMES, conditioning, forwards, latents, make_model, relative, sample
-
-CALC = "sampler_calc_cond_batch_function"
-UNET_LAYERS = {
-    "sd15": {
-        "mid": [("middle", 0, 0)],
-        "up": [("output", i, 0) for i in range(4)],
-        "down": [("input", 1, 0), ("input", 3, 0)],
-        "input.3, output.2": [("input", 3, 0), ("output", 2, 0)],
-        "output.3": [("output", 3, 0)],
-    },
-    "sdxl": {
-        "mid": [("middle", 0, i) for i in range(3)],
-        "up": [("output", i, j) for i in (0, 1) for j in (0, 1)],
-        "middle.0.1": [("middle", 0, 1)],
-        "u1.1, d0.1": [("output", 1, 1), ("input", 3, 1)],
-        "output": [("output", i, j) for i in (0, 1) for j in (0, 1)],
-    },
-}
-TRANSFORMER_LAYERS = {
-    "flux": {"1,4": [1, 4], "0": [0], "single": [3, 4, 5], "5": [5]},
-    "sd3": {"1-2": [1, 2], "0": [0], "3": [3]},
-    "qwen": {"1": [1], "0-2": [0, 1, 2]},
-    "wan": {"1": [1], "0,2": [0, 2]},
-    "lumina": {"1": [1], "0-2": [0, 1, 2]},
-}
-SPECS = {
-    "seg inf": SEG(scale=2.0, sigma=math.inf),
-    "seg 1.5": SEG(scale=2.0, sigma=1.5),
-    "seg 10": SEG(scale=-1.0, sigma=10.0),
-    "pag": PAG(scale=2.0),
-}
-
+from .comparison import SPECS, TRANSFORMER_LAYERS, UNET_LAYERS, compare, independent, small
+from .small_models import conditioning, latents, make_model, relative, sample
 
 ALL, TWO = tuple(SPECS), ("seg 1.5", "pag")
-
-
-def unshared(model: Any) -> Any:
-    """A clone of a guided model whose perturbed forwards are computed in full."""
-    clone = model.clone()
-    clone.model_options.pop(CALC)
-    return clone
 
 
 def cases(layers: dict[str, dict[str, Any]]) -> list[Any]:
@@ -68,47 +27,11 @@ def cases(layers: dict[str, dict[str, Any]]) -> list[Any]:
     ]
 
 
-@cache
-def small(name: str) -> Any:
-    """A small model, in float64 where ComfyUI's code keeps it."""
-    return make_model(name, torch.float64 if name in UNET_LAYERS else torch.float32)
-
-
-def sigma_of(spec: SEG | PAG) -> float | None:
-    return float(spec.sigma) if isinstance(spec, SEG) else None  # type: ignore[arg-type]
-
-
-def independent(name: str, layers: Any, spec: SEG | PAG, height: int, width: int, **options: Any) -> Independent:
-    """A spec's guidance without the pack."""
-    grid = FRAMES.get(name, 1), -(-height // 2), -(-width // 2)
-    text = 0 if name == "wan" else 5
-    return Independent(layers, sigma_of(spec), spec.scale, **{"text": text, "grid": grid, **options})
-
-
-def compare(model: Any, name: str, ours: Any, reference: Any, exact: float, **options: Any) -> torch.Tensor:
-    """Two evaluations: every forward of the first to ``exact``, the latents to float32's rounding."""
-    options = {"steps": 2, **options}
-    with forwards(model) as expected:
-        expected_latent = sample(reference, name, **options)
-    with forwards(model) as full:
-        unshared_latent = sample(unshared(ours), name, **options)
-    with forwards(model) as own:
-        latent = sample(ours, name, **options)
-    assert len(own) == len(full) == len(expected) >= 2
-    half = len(own) // 2
-    for a, b, c in list(zip(own, full, expected, strict=True))[:half]:
-        assert relative(a, c) < exact
-        assert relative(b, c) < exact
-    assert relative(latent, expected_latent) < 2e-5
-    assert relative(unshared_latent, expected_latent) < 2e-5
-    return latent
-
-
 @pytest.mark.parametrize("name, layers, spec", cases(UNET_LAYERS))
 def test_unets(name: str, layers: str, spec: str) -> None:
     model, asked = small(name), SPECS[spec]
     ours = add_guidance(model, asked, layers)
-    reference = independent(name, UNET_LAYERS[name][layers], asked, 9, 14)
+    reference = independent(name, UNET_LAYERS[name][layers], asked)
     compare(model, name, ours, reference.on(model, name), 1e-10, noise=latents(name, 9, 14, 2))
     assert not guidances_of(ours.model_options)[0].report.full
 
@@ -117,7 +40,7 @@ def test_unets(name: str, layers: str, spec: str) -> None:
 def test_transformers(name: str, layers: str, spec: str) -> None:
     model, asked = small(name), SPECS[spec]
     ours = add_guidance(model, asked, layers)
-    reference = independent(name, TRANSFORMER_LAYERS[name][layers], asked, 9, 14)
+    reference = independent(name, TRANSFORMER_LAYERS[name][layers], asked)
     compare(model, name, ours, reference.on(model, name), 1e-5, noise=latents(name, 9, 14, 2))
 
 
@@ -130,7 +53,7 @@ def test_a_run_without_guidance_is_another() -> None:
 
 def test_padded_tokens_of_z_image_are_not_blurred() -> None:
     model, asked = make_model("lumina", torch.float32, pad_tokens_multiple=8), SPECS["seg 1.5"]
-    reference = independent("lumina", [1], asked, 9, 14, text=8)
+    reference = independent("lumina", [1], asked, text=8)
     compare(
         model, "lumina", add_guidance(model, asked, "1"), reference.on(model, "lumina"), 1e-5,
         noise=latents("lumina", 9, 14, 2),
@@ -148,7 +71,7 @@ def test_reference_images_of_flux_are_not_blurred(spec: str, method: str) -> Non
         "reference_latents_method": method,
     }
     given = {name: conditioning("flux", seed, **extra) for name, seed in (("positive", 2), ("negative", 3))}
-    reference = independent("flux", [1, 4], asked, 9, 14)
+    reference = independent("flux", [1, 4], asked)
     ours = add_guidance(model, asked, "1,4")
     with_references = compare(
         model, "flux", ours, reference.on(model, "flux"), 1e-5, noise=latents("flux", 9, 14, 2), **given
@@ -160,7 +83,7 @@ def test_text_masked_out_in_qwen() -> None:
     model, asked = small("qwen"), SPECS["seg 1.5"]
     masks = {"attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
     given = {name: conditioning("qwen", seed, **masks) for name, seed in (("positive", 2), ("negative", 3))}
-    reference = independent("qwen", [0, 1, 2], asked, 9, 14)
+    reference = independent("qwen", [0, 1, 2], asked)
     ours = add_guidance(model, asked, "0-2")
     latent = compare(model, "qwen", ours, reference.on(model, "qwen"), 1e-5, noise=latents("qwen", 9, 14, 2), **given)
     assert relative(latent, sample(ours, "qwen", steps=2, noise=latents("qwen", 9, 14, 2))) > 1e-3
@@ -175,7 +98,7 @@ def test_lumina_cannot_share_and_says_so() -> None:
 def test_rescaled_guidance() -> None:
     model, asked = small("sdxl"), SPECS["seg inf"]
     ours = add_guidance(model, asked, "mid", rescale=0.7)
-    reference = independent("sdxl", UNET_LAYERS["sdxl"]["mid"], asked, 9, 14, rescale=0.7)
+    reference = independent("sdxl", UNET_LAYERS["sdxl"]["mid"], asked, rescale=0.7)
     latent = compare(model, "sdxl", ours, reference.on(model, "sdxl"), 1e-10, noise=latents("sdxl", 9, 14, 2))
     other = sample(add_guidance(model, asked, "mid"), "sdxl", steps=2, noise=latents("sdxl", 9, 14, 2))
     assert relative(latent, other) > 1e-3
@@ -189,7 +112,7 @@ def test_two_guidances_in_either_order(name: str, first: str, second: str, order
     ours = reference = model
     for spec, choice in given if order == 0 else given[::-1]:
         ours = add_guidance(ours, spec, choice)
-        reference = independent(name, layers[choice], spec, 9, 14).on(reference, name)
+        reference = independent(name, layers[choice], spec).on(reference, name)
     exact = 1e-5 if name == "flux" else 1e-10
     compare(model, name, ours, reference, exact, noise=latents(name, 9, 14, 2))
     assert not any(guidance.report.full for guidance in guidances_of(ours.model_options))
@@ -202,7 +125,7 @@ def test_the_report_tells_how_far_each_layer_moved() -> None:
     for name, layers in (("sdxl", "mid"), ("flux", "1,4"), ("sd3", "1-2"), ("wan", "1")):
         model, asked = small(name), SPECS["seg 1.5"]
         chosen = {**UNET_LAYERS, **TRANSFORMER_LAYERS}[name][layers]
-        reference = independent(name, chosen, asked, 9, 14)
+        reference = independent(name, chosen, asked)
         ours = add_guidance(model, asked, layers)
         for guided in (reference.on(model, name), ours):
             sample(guided, name, steps=2, noise=latents(name, 9, 14, 2))
