@@ -88,7 +88,7 @@ class SmoothedEnergyGuidance(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SegkernSmoothedEnergyGuidance",
-            display_name="Smoothed Energy Guidance",
+            display_name="Smoothed Energy Guidance (SEG)",
             category=_CATEGORY,
             description="Improves structure and detail without training, with any prompt or none: the model also "
             "predicts with blurred self-attention, and the picture moves away from that. Costs about a third of a "
@@ -144,7 +144,7 @@ class CombinedGuidance(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SegkernCombinedGuidance",
-            display_name="SEG + PAG Guidance",
+            display_name="Combined Guidance (segkern)",
             category=_CATEGORY,
             description="Smoothed Energy Guidance and Perturbed Attention Guidance together, each with a perturbed "
             "forward of its own that begins at its first layer. The same as one node after the other.",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
-PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
-COMFYUI = Path(sys.prefix).parent / "vendor" / "ComfyUI"
-DOUBLES = Path(__file__).parent / "doubles"
+import pytest
+
+from .server import COMFYUI, DOUBLES, PACK, Server, link_pack, serving
 
 collect_ignore_glob: list[str] = []
 
@@ -34,3 +34,17 @@ if (COMFYUI / "main.py").is_file():
     _import_pack()
 else:
     collect_ignore_glob.append("test_*.py")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """ComfyUI with the pack and a small checkpoint."""
+    from .small_checkpoint import write_checkpoint
+
+    base = tmp_path_factory.mktemp("comfyui")
+    link_pack(base)
+    checkpoints = base / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    write_checkpoint(checkpoints / "small.safetensors")
+    with serving(base) as running:
+        yield running

@@ -13,6 +13,7 @@ VERSION = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)((a|b|rc)\d+)?")
 # Where it stands: a pattern whose match is replaced, once, by the version and the day.
 PLACES = {
     "segkern/version.py": (r'^__version__ = ".*"$', '__version__ = "{version}"'),
+    "integrations/comfyui/pyproject.toml": (r'^version = ".*"$', 'version = "{version}"'),
     "CITATION.cff": (r"^version: .*\n(date-released: .*\n)?", "version: {version}\ndate-released: {day}\n"),
     "CHANGELOG.md": (r"^## \S+ - unreleased$", "## {version} - {day}"),
 }

@@ -27,7 +27,15 @@ def versions(root: Path) -> dict[str, str]:
     assert heading is not None
     assert source is not None
     cited = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
-    return {"CHANGELOG.md": heading[1], "version.py": source[1], "CITATION.cff": str(cited["version"])}
+    nodes = (root / "integrations" / "comfyui" / "pyproject.toml").read_text(encoding="utf-8")
+    packed = re.search(r'^version = "(.*)"$', nodes, re.MULTILINE)
+    assert packed is not None
+    return {
+        "CHANGELOG.md": heading[1],
+        "version.py": source[1],
+        "CITATION.cff": str(cited["version"]),
+        "integrations/comfyui/pyproject.toml": packed[1],
+    }
 
 
 def test_one_version_everywhere() -> None:
@@ -45,7 +53,7 @@ def test_the_newest_heading_of_the_changelog_comes_first() -> None:
 def checkout(tmp_path: Path) -> Path:
     """A folder with the files that name the version."""
     for name in PLACES:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     changelog = (tmp_path / "CHANGELOG.md").read_text(encoding="utf-8")
     text = re.sub(r"^## .*$", "## 7.0.0 - unreleased", changelog, count=1, flags=re.MULTILINE)
