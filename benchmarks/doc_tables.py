@@ -180,14 +180,18 @@ def compiled() -> str:
 
 
 def instructions() -> str:
-    """Instructions of the loops over keys at head dimension 64 in bfloat16, ours beside those of others' kernels."""
+    """Instructions of the loops over keys in bfloat16, ours beside those of others' kernels.
+
+    At head dimension 64, and on Hopper at 128.
+    """
     from benchmarks.compiled_code import KINDS
 
     file = results.read_json(results.RESULTS / "compiled" / "kernels.json")
     lines = []
     for record in file["kernels"]:
         flags = record["flags"]
-        if (record["head_dim"], record["dtype"]) != (64, "bf16") or not flags.get("EVEN_KEYS", True):
+        wide = record["head_dim"] == 128 and record["target"] == "sm_90" and flags.get("DESCRIPTORS")
+        if not (record["head_dim"] == 64 or wide) or record["dtype"] != "bf16" or not flags.get("EVEN_KEYS", True):
             continue
         ours = {True: "ours, blurred in the prologue", False: "ours, as is or blurred before"}
         others = {True: "style of FlexAttention", False: "style of Triton's tutorial"}
@@ -195,6 +199,8 @@ def instructions() -> str:
             name = ours[flags["PROLOGUE"]]
             if record["target"] == "sm_90" and not flags["DESCRIPTORS"]:
                 name = "ours, keys not aligned to 16 bytes"
+            if wide:
+                name += ", head dimension 128"
         elif record["kernel"] == "_plain_attention_kernel":
             name = others[flags["FLEX"]]
         else:
@@ -223,7 +229,7 @@ def launches() -> str:
     parts = []
     for path in sorted((results.RESULTS / "host").glob("*.json")):
         file = results.read_json(path)
-        if file["launches"]:
+        if file.get("launches"):
             lines = [[row["call"], str(row["launches"]), f"{row['us']:.1f} us"] for row in file["launches"]]
             environment = f"{_measured(file['environment'])}, triton {file['environment']['triton']}"
             parts += [f"{environment}:", markdown(("batch of 3", "launches", "host"), lines)]
