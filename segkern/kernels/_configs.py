@@ -149,7 +149,7 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
     "sm_100": {
         2: (
             (192, Tile(128, 64, 16, 8, 3)),
-            (256, Tile(64, 64, 16, 8, 2)),
+            (256, Tile(64, 64, 16, 8, 1)),
         ),
         4: _FLOAT32,
     },
@@ -182,10 +182,14 @@ _PROLOGUE: dict[str, Tiles] = {
 }
 _MASKED: Tiles = (
     (64, Tile(128, 32, 16, 8, 2)),
-    (160, Tile(64, 32, 16, 8, 1, max_registers=255)),
+    (128, Tile(64, 32, 16, 8, 1, max_registers=255)),
+    (160, Tile(64, 16, 16, 8, 1, max_registers=255)),
     (256, Tile(32, 16, 16, 8, 1, max_registers=255)),
 )
-_MASKED_GFX = Tile(64, 32, 16, 4, 1)
+_MASKED_OF: dict[str, Tiles] = {  # where others are safe
+    "sm_100": ((64, Tile(128, 32, 16, 8, 1)), *_MASKED[1:]),
+    "gfx942": ((256, Tile(64, 32, 16, 4, 1)),),
+}
 _INTERPRETER = Tile(32, 32, 16, 4, 1)
 _SPLIT_INTERPRETER = Tile(16, 32, 0, 4, 1)
 _INTERPRETER_MULTIPROCESSORS = 8
@@ -302,7 +306,7 @@ def default_tile(
     tiles = _ATTENTION[family][dtype.itemsize]
     if dtype.itemsize == 2:
         if masked:
-            tiles = ((256, _MASKED_GFX),) if family == "gfx942" else _MASKED
+            tiles = _MASKED_OF.get(family, _MASKED)
         elif prologue:
             tiles = _PROLOGUE[family]
         elif described:
@@ -354,7 +358,7 @@ def split_tile(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: 
             return Tile(16, 32 if padded <= 64 else 16, 0, 4, 2, max_registers=255)
         return Tile(16, 32 if padded > 128 else 64, 0, 4, 2)
     # So that no target spills, with any of the versions of Triton.
-    eight = padded > 96 or ((masked or padded > 64) and _FAMILY.get(arch) != "sm_100")
+    eight = padded > 96 or (masked and padded > 64) or ((masked or padded > 64) and _FAMILY.get(arch) != "sm_100")
     return Tile(64, 16 if masked and padded > 64 else 32, 0, 8 if eight else 4, 2)
 
 
