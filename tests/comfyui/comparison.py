@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from segkern_pack.guidance import RecordingCalc
 
 from segkern.integrations.specs import PAG, SEG
 
@@ -49,7 +50,11 @@ SPECS = {
 def unshared(model: Any) -> Any:
     """A clone of a guided model whose perturbed forwards are computed in full."""
     clone = model.clone()
-    clone.model_options.pop(CALC)
+    calc = clone.model_options[CALC]
+    if isinstance(calc, RecordingCalc):
+        del clone.model_options[CALC]
+        if calc.before is not None:
+            clone.set_model_sampler_calc_cond_batch_function(calc.before)
     return clone
 
 
