@@ -87,13 +87,13 @@ class SmoothedEnergyGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="SegkernSmoothedEnergyGuidance",
+            node_id="SmoothedEnergyGuidanceSegkern",
             display_name="Smoothed Energy Guidance (SEG)",
             category=_CATEGORY,
             description="Improves structure and detail without training, with any prompt or none: the model also "
             "predicts with blurred self-attention, and the picture moves away from that. Costs about a third of a "
             "forward per step at the mid layers.",
-            search_aliases=["SEG", "guidance", "attention", "PAG", "segkern"],
+            search_aliases=["SEG", "guidance", "attention", "segkern"],
             inputs=[_model(), _scale("scale", 3.0), _blur("blur"), *_common()],
             outputs=[io.Model.Output()],
         )
@@ -119,8 +119,8 @@ class PerturbedAttentionGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="SegkernPerturbedAttentionGuidance",
-            display_name="Perturbed Attention Guidance (segkern)",
+            node_id="PerturbedAttentionGuidanceSegkern",
+            display_name="Perturbed Attention Guidance (PAG, segkern)",
             category=_CATEGORY,
             description="Like Smoothed Energy Guidance, but every image token looks only at itself in the perturbed "
             "layers. It is stronger at the same scale.",
@@ -143,12 +143,12 @@ class CombinedGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="SegkernCombinedGuidance",
+            node_id="CombinedGuidanceSegkern",
             display_name="Combined Guidance (segkern)",
             category=_CATEGORY,
             description="Smoothed Energy Guidance and Perturbed Attention Guidance together, each with a perturbed "
             "forward of its own that begins at its first layer. The same as one node after the other.",
-            search_aliases=["SEG", "PAG", "combine", "guidance", "segkern"],
+            search_aliases=["SEG + PAG", "PAG + SEG", "segkern"],
             inputs=[
                 _model(),
                 _scale("seg_scale", 2.0),
@@ -182,13 +182,13 @@ class GuidanceInfo(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="SegkernGuidanceInfo",
+            node_id="GuidanceInfoSegkern",
             display_name="Guidance Info (segkern)",
             category=_CATEGORY,
             description="Says in which steps guidance acted, how far it moved each layer's attention and the "
             "prediction, and what it shared with the model's own forward. Connect the guided model and the sampler's "
             "latent, so that it runs after the sampler.",
-            search_aliases=["SEG", "PAG", "report", "segkern"],
+            search_aliases=["report", "segkern"],
             inputs=[
                 io.Model.Input("model", tooltip="The guided model, as the sampler got it."),
                 io.Latent.Input("latent", tooltip="The sampler's output; it is passed on."),

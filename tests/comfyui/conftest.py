@@ -46,5 +46,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     checkpoints = base / "models" / "checkpoints"
     checkpoints.mkdir(parents=True)
     write_checkpoint(checkpoints / "small.safetensors")
+    (checkpoints / "sd_xl_base_1.0.safetensors").symlink_to("small.safetensors")  # the name in the templates
+    user = base / "user" / "default"
+    user.mkdir(parents=True)
+    (user / "comfy.settings.json").write_text('{"Comfy.TutorialCompleted": true}')  # no dialog over the page
     with serving(base) as running:
         yield running

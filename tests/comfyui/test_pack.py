@@ -52,7 +52,7 @@ def test_every_node_has_a_help_page_that_names_its_inputs(schemas: dict[str, Any
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_templates_give_values_that_the_nodes_take(path: Path, schemas: dict[str, Any]) -> None:
     ours = [node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] if node["type"] in schemas]
-    assert "SegkernGuidanceInfo" in [node["type"] for node in ours]
+    assert "GuidanceInfoSegkern" in [node["type"] for node in ours]
     for node in ours:
         widgets = [given for given in schemas[node["type"]].inputs if given.io_type not in ("MODEL", "LATENT")]
         for given, value in zip(widgets, node.get("widgets_values", []), strict=True):

@@ -21,7 +21,7 @@ WORKFLOW: Workflow = {
     "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": ""}},
     "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 192, "height": 128, "batch_size": 1}},
     "guide": {
-        "class_type": "SegkernSmoothedEnergyGuidance",
+        "class_type": "SmoothedEnergyGuidanceSegkern",
         "inputs": {"model": ["load", 0], "scale": 3.0, "blur": "infinite", **_COMMON},
     },
     "sample": {
@@ -39,14 +39,14 @@ WORKFLOW: Workflow = {
             "denoise": 1.0,
         },
     },
-    "info": {"class_type": "SegkernGuidanceInfo", "inputs": {"model": ["guide", 0], "latent": ["sample", 0]}},
+    "info": {"class_type": "GuidanceInfoSegkern", "inputs": {"model": ["guide", 0], "latent": ["sample", 0]}},
     "save": {"class_type": "SaveLatent", "inputs": {"samples": ["info", 0], "filename_prefix": "latents"}},
 }
 NODES = (
-    "SegkernSmoothedEnergyGuidance",
-    "SegkernPerturbedAttentionGuidance",
-    "SegkernCombinedGuidance",
-    "SegkernGuidanceInfo",
+    "SmoothedEnergyGuidanceSegkern",
+    "PerturbedAttentionGuidanceSegkern",
+    "CombinedGuidanceSegkern",
+    "GuidanceInfoSegkern",
 )
 
 
