@@ -358,7 +358,7 @@ def split_tile(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: 
             return Tile(16, 32 if padded <= 64 else 16, 0, 4, 2, max_registers=255)
         return Tile(16, 32 if padded > 128 else 64, 0, 4, 2)
     # So that no target spills, with any of the versions of Triton.
-    eight = padded > 96 or (masked and padded > 64) or ((masked or padded > 64) and _FAMILY.get(arch) != "sm_100")
+    eight = padded > 96 or (masked and padded > 80) or ((masked or padded > 64) and _FAMILY.get(arch) != "sm_100")
     return Tile(64, 16 if masked and padded > 64 else 32, 0, 8 if eight else 4, 2)
 
 
