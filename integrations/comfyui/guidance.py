@@ -29,15 +29,22 @@ from .unet import UNet
 
 _KEY = "segkern"
 _CALC = "sampler_calc_cond_batch_function"
+_PRE_CFG = "sampler_pre_cfg_function"
 
 Arguments = dict[str, Any]
 
 
 @dataclass
 class _Run:
-    """The recording of the evaluation that is under way, shared by the guidances of a model and its clones."""
+    """The evaluation that is under way, shared by the guidances of a model and its clones.
+
+    Attributes:
+        recording: of the model's own forward.
+        conditional: the latents, and the conditional prediction before other nodes change it.
+    """
 
     recording: Recording | None = None
+    conditional: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +87,9 @@ class ModelGuidance:
         self.report.evaluations += 1
         if not self.acts(arguments):
             return denoised
-        conditional = arguments["cond_denoised"]
+        conditional, kept = arguments["cond_denoised"], self.run.conditional
+        if kept is not None and kept[0] is arguments["input"]:
+            conditional = kept[1]
         guided = denoised + self.spec.scale * (conditional - self._perturbed(arguments))
         if self.rescale:
             guided = guided * (1.0 - self.rescale + self.rescale * _spread(conditional) / _spread(guided))
@@ -97,6 +106,7 @@ class ModelGuidance:
         x, recording = arguments["input"], self.run.recording
         options = create_model_options_clone(arguments["model_options"])
         transformer_options = options.setdefault("transformer_options", {})
+        _refuse_nodes(transformer_options)
         blur = float(self.spec.sigma) if isinstance(self.spec, SEG) else None  # type: ignore[arg-type]
         perturbation = Perturbation(blur, self.report)
         self.model.perturb(transformer_options, self.layers, perturbation)
@@ -149,6 +159,13 @@ class RecordingCalc:
         return comfy.samplers.calc_cond_batch(*given, options)
 
 
+def _keep_conditional(arguments: Arguments) -> Any:
+    """Keep the conditional prediction, which nodes such as APG change (``sampler_pre_cfg_function``)."""
+    for guidance in guidances_of(arguments["model_options"]):
+        guidance.run.conditional = arguments["input"], arguments["conds_out"][0].clone()
+    return arguments["conds_out"]
+
+
 def _run(executor: Any, *arguments: Any, **keywords: Any) -> Any:
     """Begin a report with every run of the sampler, and keep no activation after it (``OUTER_SAMPLE``)."""
     for guidance in guidances_of(executor.class_obj.model_options):
@@ -162,7 +179,7 @@ def _evaluate(executor: Any, *arguments: Any, **keywords: Any) -> Any:
         return executor(*arguments, **keywords)
     finally:
         for guidance in guidances_of(executor.class_obj.model_options):
-            guidance.run.recording = None
+            guidance.run.recording = guidance.run.conditional = None
 
 
 def guidances_of(model_options: Arguments) -> list[ModelGuidance]:
@@ -200,6 +217,8 @@ def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0)
     calc = patched.model_options.get(_CALC)
     if not isinstance(calc, RecordingCalc):
         patched.set_model_sampler_calc_cond_batch_function(RecordingCalc(calc))
+    others = [hook for hook in patched.model_options.get(_PRE_CFG, []) if hook is not _keep_conditional]
+    patched.model_options[_PRE_CFG] = [_keep_conditional, *others]
     for place, wrapper in ((WrappersMP.OUTER_SAMPLE, _run), (WrappersMP.PREDICT_NOISE, _evaluate)):
         patched.remove_wrappers_with_key(place, _KEY)
         patched.add_wrapper_with_key(place, _KEY, wrapper)
@@ -218,6 +237,21 @@ def describe(model: torch.nn.Module) -> UNet | Transformer:
         return UNet(model)
     known = ["Stable Diffusion 1, 2 and XL", *(family.users for family in FAMILIES.values())]
     raise ValueError(f"guidance cannot handle a {type(model).__name__}; it knows {', '.join(known)}")
+
+
+def _refuse_nodes(transformer_options: Arguments) -> None:
+    """Raise for nodes that make the perturbed prediction another than the conditional one without being asked to."""
+    if "easycache" in transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}):
+        raise ValueError(
+            "guidance cannot act beside EasyCache, which would take the perturbed prediction for the model's own and "
+            "compare new predictions with old ones; use LazyCache, which keeps the guided prediction"
+        )
+    for patch in transformer_options.get("patches", {}).get("attn1_output_patch", []):
+        if getattr(patch, "__qualname__", "").startswith("NAGuidance."):
+            raise ValueError(
+                "guidance cannot act beside Normalized Attention Guidance, which mixes the positive and the negative "
+                "prediction inside attention: the perturbed prediction has no negative one; remove one of the two nodes"
+            )
 
 
 def _why_not_recorded(model_options: Arguments) -> str:

@@ -35,6 +35,7 @@ class Independent:
         text: tokens before the image in a transformer's first attention.
         moved: of each attention, the relative distances that its output moved.
         guided: what it gave, an evaluation each.
+        conditional: prediction of the evaluation under way; None where a guider does not tell it.
     """
 
     layers: Sequence[Any]
@@ -45,12 +46,20 @@ class Independent:
     text: int = 0
     moved: list[list[float]] = field(default_factory=list)
     guided: list[torch.Tensor] = field(default_factory=list)
+    conditional: torch.Tensor | None = None
 
     def on(self, model: Any, name: str) -> Any:
         """A clone of a small model with this guidance."""
         guided = model.clone()
+        others = guided.model_options.get("sampler_pre_cfg_function", [])
+        guided.model_options["sampler_pre_cfg_function"] = [self._pre_cfg, *others]
         guided.set_model_sampler_post_cfg_function(lambda arguments: self._post_cfg(arguments, name))
         return guided
+
+    def _pre_cfg(self, arguments: dict[str, Any]) -> list[torch.Tensor]:
+        """Keep the model's own conditional prediction, before other nodes change it."""
+        self.conditional = arguments["conds_out"][0].clone()
+        return arguments["conds_out"]
 
     def _post_cfg(self, arguments: dict[str, Any], name: str) -> torch.Tensor:
         sampling = arguments["model"].model_sampling
@@ -66,7 +75,7 @@ class Independent:
                 (p,) = comfy.samplers.calc_cond_batch(
                     arguments["model"], [arguments["cond"]], arguments["input"], arguments["sigma"], options
                 )
-            c = arguments["cond_denoised"]
+            c = arguments["cond_denoised"] if self.conditional is None else self.conditional
             guided = guided + self.scale * (c - p)
             if self.rescale:
                 dims = tuple(range(1, c.ndim))

@@ -12,7 +12,6 @@ import comfy.samplers
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DualCFGGuider
-from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_perpneg import PerpNegGuider
 from segkern_pack.guidance import add_guidance, guidances_of
@@ -273,18 +272,6 @@ def test_runs_repeat_whatever_ran_between(name: str, layers: str) -> None:
     assert torch.equal(sample(other, name), both)
     assert len(guidances_of(guided.model_options)) == 1
     assert relative(both, first) > 1e-3
-
-
-def test_a_cache_of_forwards_beside_guidance() -> None:
-    """EasyCache skips forwards; a perturbed one is then what it says, as for a third full forward."""
-    model, asked = small("flux"), SPECS["seg 1.5"]
-    reference = independent("flux", [1, 4], asked)
-
-    def cached(given: Any) -> Any:
-        return EasyCacheNode.execute(given, 0.5, 0.1, 0.95, False)[0]
-
-    ours = cached(add_guidance(model, asked, "1,4"))
-    assert relative(sample(ours, "flux", steps=6), sample(cached(reference.on(model, "flux")), "flux", steps=6)) < 2e-5
 
 
 @pytest.mark.parametrize(
