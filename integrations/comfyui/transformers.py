@@ -183,7 +183,13 @@ def _note_latents(executor: Any, x: torch.Tensor, *arguments: Any, **keywords: A
 
 def _grid(model: Any, options: Options) -> Grid:
     """The image's tokens: latents in patches, filled up to whole ones."""
-    *_, height, width = shape = options[_LATENTS]
+    shape = options.get(_LATENTS)
+    if shape is None:
+        raise RuntimeError(
+            "guidance cannot tell the size of the latents: another node compiles the model so that it takes the first "
+            "forward's options for all others (TorchCompileModel); remove that node"
+        )
+    *_, height, width = shape
     frames = shape[2] if len(shape) == 5 else 1
     patch = model.patch_size
     by_frame, by_row, by_column = patch if isinstance(patch, (tuple, list)) else (1, patch, patch)

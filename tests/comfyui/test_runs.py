@@ -11,6 +11,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy.ldm.modules.attention import SpatialTransformer
 from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DualCFGGuider
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_perpneg import PerpNegGuider
@@ -320,3 +321,31 @@ def test_models_that_are_not_known() -> None:
         add_guidance(model, PAG(), "mid")
     with pytest.raises(ValueError, match="there is no advice which layers of this model to perturb; name some of"):
         add_guidance(small("flux"), PAG(), " , ")
+
+
+def test_a_compiled_transformer_that_forgets_its_options_is_refused() -> None:
+    """TorchCompileModel drops the guards on options: the first forward's serve all others."""
+    guided = add_guidance(small("flux"), PAG(scale=2.0), "1").clone()
+
+    def forgetful(executor: Any, *given: Any, **rest: Any) -> Any:
+        def old(x: Any) -> Any:
+            return {k: v for k, v in x.items() if k != "segkern_latents"} if isinstance(x, dict) else x
+
+        return executor(*map(old, given), **rest)
+
+    guided.add_wrapper_with_key("diffusion_model", "forgetful", forgetful)
+    with pytest.raises(RuntimeError, match=r"compiles the model .* \(TorchCompileModel\); remove that node"):
+        sample(guided, "flux", steps=1)
+
+
+@pytest.mark.parametrize("name, layers", [("sdxl", "middle.0.1"), ("flux", "1,4")])
+def test_layers_that_another_node_skips_are_refused(name: str, layers: str) -> None:
+    guided = add_guidance(small(name), PAG(scale=2.0), layers).clone()
+    patches = guided.model_options["transformer_options"].setdefault("patches", {})
+    if name == "sdxl":
+        patches["forward_timestep_embed_patch"] = [(SpatialTransformer, lambda layer, x, *given: x)]
+    else:
+        guided.set_model_patch_replace(lambda given, extra: given, "dit", "single_block", 1)
+    missing = "middle.0.1" if name == "sdxl" else "single.1"
+    with pytest.raises(RuntimeError, match=f"could not reach the attention of {missing}: another node replaces"):
+        sample(guided, name, steps=1)
