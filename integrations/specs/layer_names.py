@@ -56,14 +56,8 @@ def layer_name(layer: Any) -> str | None:
     return None
 
 
-def select_layers(
-    available: Sequence[LayerInfo],
-    wanted: str | Iterable[str],
-    advice: str = "list_layers(pipe) lists every layer",
-) -> list[LayerInfo]:
+def select_layers(available: Sequence[LayerInfo], wanted: str | Iterable[str]) -> list[LayerInfo]:
     """The layers that the names in ``wanted`` stand for, each once, in execution order.
-
-    ``advice`` ends the message of an error.
 
     Raises:
         ValueError: for a name that stands for none of the ``available`` layers; the message lists what would.
@@ -72,7 +66,7 @@ def select_layers(
     for name in [wanted] if isinstance(wanted, str) else wanted:
         matches = _matches(available, name)
         if not matches:
-            raise ValueError(f"unknown layer {name!r}; {_what_is_valid(available)}; {advice}")
+            raise ValueError(f"unknown layer {name!r}; {_what_is_valid(available)}")
         chosen.update(layer.module for layer in matches)
     return [layer for layer in available if layer.module in chosen]
 
@@ -134,7 +128,7 @@ def _what_is_valid(available: Sequence[LayerInfo]) -> str:
     if available[-1].comfyui is not None:
         valid.append(f"names as in ComfyUI such as {available[-1].comfyui!r}")
     prefix = available[0].module.rsplit(".", 1)[0]
-    glob = f"*.{prefix.rsplit('.', 1)[-1]}.*" if "." in prefix else f"{prefix}.*"
+    glob = f"*.{prefix.rsplit('.', 1)[-1]}.*"
     return (
         f"valid are {', '.join(valid)}, module names and their dotted prefixes such as {prefix!r}, and globs such as "
         f"{glob!r}"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -125,7 +124,7 @@ def serving(base: Path) -> Iterator[Server]:
         wait_for(answers)
         yield server
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
