@@ -208,7 +208,7 @@ def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0)
                 f"{', '.join(layer.module for layer in described.layers)}"
             )
         names = [described.default_layers]
-    chosen = select_layers(described.layers, names)
+    chosen = select_layers(described.layers, names, "the node's help page explains them")
     patched = model.clone()
     before = guidances_of(patched.model_options)
     run = before[0].run if before else _Run()

@@ -91,8 +91,8 @@ class SmoothedEnergyGuidance(io.ComfyNode):
             display_name="Smoothed Energy Guidance (SEG)",
             category=_CATEGORY,
             description="Improves structure and detail without training, with any prompt or none: the model also "
-            "predicts with blurred self-attention, and the picture moves away from that. At the mid layers of SDXL a step "
-            "takes a third longer than CFG alone.",
+            "predicts with blurred self-attention, and the picture moves away from that. At SDXL's mid layers a step "
+            "with CFG costs about a third more.",
             search_aliases=["SEG", "guidance", "attention", "segkern"],
             inputs=[_model(), _scale("scale", 3.0), _blur("blur"), *_common()],
             outputs=[io.Model.Output()],

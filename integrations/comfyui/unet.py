@@ -48,7 +48,6 @@ class _Place:
 class UNet:
     """The self-attention layers of a UNet, and what guidance does to its forward."""
 
-    default_layers: str | None = "mid"
     why_not_shared: str | None = None  # where no forward can skip blocks
 
     def __init__(self, model: UNetModel) -> None:
@@ -71,6 +70,8 @@ class UNet:
                 if not isinstance(module, SpatialTransformer):
                     continue
                 for index, transformer in enumerate(module.transformer_blocks):
+                    if transformer.disable_self_attn:  # looks at the text instead
+                        continue
                     layer = f"{name[0]}.{name[1]}.{index}"
                     self._transformers[layer] = module, index
                     layers.append(
@@ -86,6 +87,7 @@ class UNet:
                     count[part] += 1
                 transformers[part] += 1
         self.layers: Sequence[LayerInfo] = layers
+        self.default_layers = "mid" if count["middle"] else None  # smaller models such as SSD-1B have none there
 
     def skipped(self, layers: Sequence[LayerInfo]) -> float:
         """The share of blocks before the first of some layers."""

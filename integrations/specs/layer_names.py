@@ -56,8 +56,14 @@ def layer_name(layer: Any) -> str | None:
     return None
 
 
-def select_layers(available: Sequence[LayerInfo], wanted: str | Iterable[str]) -> list[LayerInfo]:
+def select_layers(
+    available: Sequence[LayerInfo],
+    wanted: str | Iterable[str],
+    advice: str = "list_layers(pipe) lists every layer",
+) -> list[LayerInfo]:
     """The layers that the names in ``wanted`` stand for, each once, in execution order.
+
+    ``advice`` ends the message of an error.
 
     Raises:
         ValueError: for a name that stands for none of the ``available`` layers; the message lists what would.
@@ -66,7 +72,7 @@ def select_layers(available: Sequence[LayerInfo], wanted: str | Iterable[str]) -
     for name in [wanted] if isinstance(wanted, str) else wanted:
         matches = _matches(available, name)
         if not matches:
-            raise ValueError(f"unknown layer {name!r}; {_what_is_valid(available)}")
+            raise ValueError(f"unknown layer {name!r}; {_what_is_valid(available)}; {advice}")
         chosen.update(layer.module for layer in matches)
     return [layer for layer in available if layer.module in chosen]
 
@@ -128,7 +134,7 @@ def _what_is_valid(available: Sequence[LayerInfo]) -> str:
     if available[-1].comfyui is not None:
         valid.append(f"names as in ComfyUI such as {available[-1].comfyui!r}")
     prefix = available[0].module.rsplit(".", 1)[0]
-    glob = f"*.{prefix.rsplit('.', 1)[-1]}.*"
+    glob = f"*.{prefix.rsplit('.', 1)[-1]}.*" if "." in prefix else f"{prefix}.*"
     return (
         f"valid are {', '.join(valid)}, module names and their dotted prefixes such as {prefix!r}, and globs such as "
         f"{glob!r}"
