@@ -198,10 +198,6 @@ class GuidanceInfo(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **inputs: Any) -> float:
-        return math.nan  # equal to nothing: run every time
-
-    @classmethod
     def execute(cls, model: Any, latent: dict[str, Any]) -> io.NodeOutput:
         reports = [str(guidance.report) for guidance in guidances_of(model.model_options)]
         text = "\n\n".join(reports) or "This model has no guidance by segkern: connect the output of its nodes."

@@ -87,6 +87,15 @@ def test_guidance_acts_in_every_run(server: Server) -> None:
             assert (latents - unguided).norm() > 1e-3 * unguided.norm()
 
 
+def test_an_unchanged_workflow_computes_and_saves_nothing(server: Server) -> None:
+    workflow = changed(sample=again(7))
+    _, text = run(server, workflow)
+    done = server.run(workflow)
+    (cached,) = (message for kind, message in done["status"]["messages"] if kind == "execution_cached")
+    assert {"sample", "info", "save"} <= set(cached["nodes"])
+    assert done["outputs"]["info"]["text"] == [text]
+
+
 def test_a_finite_blur_is_a_choice_with_a_number(server: Server) -> None:
     _, text = run(server, changed(guide={"blur": "finite", "blur.sigma": 1.5}))
     assert "SEG, scale 3, sigma 1.5: acted in 3 of 3" in text
