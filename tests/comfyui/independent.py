@@ -35,7 +35,7 @@ class Independent:
         text: tokens before the image in a transformer's first attention.
         moved: of each attention, the relative distances that its output moved.
         guided: what it gave, an evaluation each.
-        conditional: prediction of the evaluation under way; None where a guider does not tell it.
+        conditional: latents and their conditional prediction; None where a guider does not tell it.
     """
 
     layers: Sequence[Any]
@@ -46,7 +46,7 @@ class Independent:
     text: int = 0
     moved: list[list[float]] = field(default_factory=list)
     guided: list[torch.Tensor] = field(default_factory=list)
-    conditional: torch.Tensor | None = None
+    conditional: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def on(self, model: Any, name: str) -> Any:
         """A clone of a small model with this guidance."""
@@ -58,7 +58,7 @@ class Independent:
 
     def _pre_cfg(self, arguments: dict[str, Any]) -> list[torch.Tensor]:
         """Keep the model's own conditional prediction, before other nodes change it."""
-        self.conditional = arguments["conds_out"][0].clone()
+        self.conditional = arguments["input"], arguments["conds_out"][0].clone()
         return arguments["conds_out"]
 
     def _post_cfg(self, arguments: dict[str, Any], name: str) -> torch.Tensor:
@@ -75,7 +75,8 @@ class Independent:
                 (p,) = comfy.samplers.calc_cond_batch(
                     arguments["model"], [arguments["cond"]], arguments["input"], arguments["sigma"], options
                 )
-            c = arguments["cond_denoised"] if self.conditional is None else self.conditional
+            c, kept = arguments["cond_denoised"], self.conditional
+            c = kept[1] if kept is not None and kept[0] is arguments["input"] else c
             guided = guided + self.scale * (c - p)
             if self.rescale:
                 dims = tuple(range(1, c.ndim))

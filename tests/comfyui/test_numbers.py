@@ -9,7 +9,7 @@ import pytest
 import torch
 from segkern_pack.guidance import add_guidance, guidances_of
 
-from segkern.integrations.specs import PAG
+from segkern.integrations.specs import PAG, SEG
 
 from .comparison import SPECS, TRANSFORMER_LAYERS, UNET_LAYERS, compare, independent, small
 from .small_models import conditioning, latents, make_model, relative, sample
@@ -136,3 +136,33 @@ def test_the_report_tells_how_far_each_layer_moved() -> None:
         assert moved == pytest.approx(expected, rel=1e-4)
         for by in expected:
             assert f"moved attention by {by:.1%}" in str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "height, width, asked, batch, cfg",
+    [
+        (512, 512, SPECS["seg inf"], 3, 5.0),
+        (1536, 640, SEG(scale=2.0, sigma=1.0), 1, 1.0),
+        (896, 576, SPECS["seg 10"], 1, 5.0),
+        (640, 1536, SPECS["pag"], 1, 1.0),
+    ],
+    ids=["512x512", "1536x640", "896x576", "640x1536"],
+)
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
+def test_sizes_that_people_use(name: str, height: int, width: int, asked: SEG | PAG, batch: int, cfg: float) -> None:
+    """Four steps; UNets have no attention at the latents' own resolution, whose matrices would not fit."""
+    levels = {
+        "num_res_blocks": [1, 1, 1],
+        "channel_mult": [1, 2, 2],
+        "transformer_depth": [0, 0, 1],
+        "transformer_depth_output": [0, 0, 0, 0, 1, 1],
+    }
+    unet = name in UNET_LAYERS
+    changes = levels if unet else {"depth": 2, "depth_single_blocks": 1}
+    model = make_model(name, torch.float64 if unet else torch.float32, **changes)
+    ours = add_guidance(model, asked, "mid" if unet else "1")
+    middle = [("middle", 0, i) for i in range(3 if name == "sdxl" else 1)]
+    reference = independent(name, middle if unet else [1], asked).on(model, name)
+    noise = latents(name, height // 8, width // 8, batch if unet else 1)
+    compare(model, name, ours, reference, 1e-9 if unet else 2e-5, steps=4, noise=noise, cfg=cfg)

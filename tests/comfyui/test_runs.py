@@ -145,6 +145,26 @@ def test_a_guider_without_conditioning_is_refused() -> None:
         run_guider(guider)
 
 
+def test_a_recording_serves_the_latents_that_it_was_made_of_alone() -> None:
+    class Twice(comfy.samplers.CFGGuider):
+        """Evaluates the model for two latents, and records for the first one."""
+
+        def predict_noise(self, x: Any, timestep: Any, model_options: Any, seed: Any = None) -> Any:
+            positive, given = self.conds["positive"], (timestep, model_options)
+            comfy.samplers.sampling_function(self.inner_model, x.flip(-1), timestep, None, positive, 1.0, model_options)
+            (c,) = comfy.samplers.calc_cond_batch(self.inner_model, [positive], x, *given)
+            return comfy.samplers.cfg_function(self.inner_model, c, c, 1.0, x, *given, cond=positive)
+
+    def run(guided: Any) -> torch.Tensor:
+        guider = Twice(guided)
+        guider.set_conds(Options.positive, Options.negative)
+        return run_guider(guider)
+
+    reference = independent("sdxl", LAYERS["sdxl"]["mid"], SPECS["seg 1.5"])
+    reference_latent = run(reference.on(small("sdxl"), "sdxl"))
+    assert relative(run(add_guidance(small("sdxl"), SPECS["seg 1.5"], "mid")), reference_latent) < 2e-5
+
+
 @EITHER
 @pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0), (0.3, 0.7), (0.0, 0.001)])
 def test_a_part_of_a_run(name: str, layers: str, window: tuple[float, float]) -> None:
