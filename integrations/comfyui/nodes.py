@@ -34,7 +34,7 @@ def _scale(name: str, default: float) -> Any:
         100.0,
         0.1,
         "How far the prediction moves away from the perturbed one. It is added to CFG, which stays what it is. 0 turns "
-        "guidance off and costs nothing. Start from 3 with CFG 1 to 5; less if colours get too strong.",
+        f"guidance off and costs nothing. Start from {default:g} with CFG 1 to 5; less if colours get too strong.",
     )
 
 
@@ -45,8 +45,8 @@ def _blur(name: str) -> Any:
         0.0,
         10000.0,
         0.5,
-        "Standard deviation of the blur in tokens of the layer. Small values perturb little: start from 10, or from "
-        "an eighth of the layer's width.",
+        "Standard deviation of the blur in tokens of the layer. Small values perturb little: start from 10, which the "
+        "method's authors use on the 32 x 32 tokens of Stable Diffusion XL's mid layers.",
     )
     return io.DynamicCombo.Input(
         name,
