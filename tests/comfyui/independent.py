@@ -119,8 +119,8 @@ class Independent:
         grid = [1, 0, 0]  # frames, height and width in patches, of the forward under way
 
         def measure(module: Any, given: Any) -> None:
-            *_, frames, height, width = 1, *given[0].shape[2:]
-            grid[:] = frames, -(-height // 2), -(-width // 2)
+            frames, height, width = (1, *given[0].shape[2:])[-3:]
+            grid[:] = [frames, -(-height // 2), -(-width // 2)]
 
         before = options.get("optimized_attention_override")
 

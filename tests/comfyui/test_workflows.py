@@ -78,12 +78,13 @@ def test_several_conditionings(name: str, layers: str, kind: str, memory: str, m
     if memory == "separate":
         monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda *given: 0)
     mask = torch.rand(1, 9, 14, generator=torch.Generator().manual_seed(7))
-    extras: list[dict[str, Any]] = {
+    every: dict[str, list[dict[str, Any]]] = {
         "areas": [area(9, 6, 0, 0), area(7, 9, 2, 5), {}],
         "equal areas": [area(6, 8, 0, 0), area(6, 8, 3, 6), {}],
         "masks": [{"mask": mask, "mask_strength": 0.8}, {"mask": 1 - mask}, {}],
         "times": [{"start_percent": 0.0, "end_percent": 0.4}, {"start_percent": 0.4, "end_percent": 1.0}, {}],
-    }[kind]
+    }
+    extras = every[kind]
     positive = [entry for seed, extra in enumerate(extras) for entry in conditioning(name, 20 + seed, **extra)]
     same(name, layers, positive=positive)
     same(name, layers, positive=positive, negative=positive)
