@@ -106,7 +106,7 @@ class ModelGuidance:
         x, recording = arguments["input"], self.run.recording
         options = create_model_options_clone(arguments["model_options"])
         transformer_options = options.setdefault("transformer_options", {})
-        _refuse_nodes(transformer_options)
+        _refuse_nodes(transformer_options, self.model)
         blur = float(self.spec.sigma) if isinstance(self.spec, SEG) else None  # type: ignore[arg-type]
         perturbation = Perturbation(blur, self.report)
         self.model.perturb(transformer_options, self.layers, perturbation)
@@ -167,19 +167,26 @@ def _keep_conditional(arguments: Arguments) -> Any:
 
 
 def _run(executor: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Begin a report with every run of the sampler, and keep no activation after it (``OUTER_SAMPLE``)."""
+    """Begin a report with every run of the sampler (``OUTER_SAMPLE``)."""
     for guidance in guidances_of(executor.class_obj.model_options):
         guidance.report.clear()
-    return _evaluate(executor, *arguments, **keywords)
+    return executor(*arguments, **keywords)
 
 
 def _evaluate(executor: Any, *arguments: Any, **keywords: Any) -> Any:
     """Keep no activation after an evaluation of the model, however it ends (``PREDICT_NOISE``)."""
+    guidances = guidances_of(executor.class_obj.model_options)
     try:
-        return executor(*arguments, **keywords)
+        prediction = executor(*arguments, **keywords)
     finally:
-        for guidance in guidances_of(executor.class_obj.model_options):
+        for guidance in guidances:
             guidance.run.recording = guidance.run.conditional = None
+    if any(guidance.report.evaluations == 0 for guidance in guidances):
+        raise RuntimeError(
+            "guidance was not applied: this guider calls no post-CFG functions (the Dual Model Guider at CFG 1 does "
+            "not); use another guider, such as CFGGuider, or another CFG"
+        )
+    return prediction
 
 
 def guidances_of(model_options: Arguments) -> list[ModelGuidance]:
@@ -239,9 +246,15 @@ def describe(model: torch.nn.Module) -> UNet | Transformer:
     raise ValueError(f"guidance cannot handle a {type(model).__name__}; it knows {', '.join(known)}")
 
 
-def _refuse_nodes(transformer_options: Arguments) -> None:
+def _refuse_nodes(transformer_options: Arguments, model: UNet | Transformer) -> None:
     """Raise for nodes that make the perturbed prediction another than the conditional one without being asked to."""
-    if "easycache" in transformer_options.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {}):
+    wrappers = transformer_options.get("wrappers", {})
+    if isinstance(model, Transformer) and "torch.compile" in wrappers.get(WrappersMP.APPLY_MODEL, {}):
+        raise ValueError(
+            "guidance cannot act beside TorchCompileModel on a transformer, where it lets one forward's patches serve "
+            "others; remove that node (models of Stable Diffusion 1, 2 and XL may be compiled)"
+        )
+    if "easycache" in wrappers.get(WrappersMP.DIFFUSION_MODEL, {}):
         raise ValueError(
             "guidance cannot act beside EasyCache, which would take the perturbed prediction for the model's own and "
             "compare new predictions with old ones; use LazyCache, which keeps the guided prediction"

@@ -6,10 +6,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import comfy.samplers
 import pytest
 import torch
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, apply_torch_compile_factory
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_cfg import CFGNorm, CFGZeroStar
+from comfy_extras.nodes_custom_sampler import Guider_DualModel
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from comfy_extras.nodes_eps import EpsilonScaling
 from comfy_extras.nodes_fresca import FreSca
@@ -21,7 +24,7 @@ from segkern_pack.guidance import add_guidance
 from segkern.integrations.specs import SEG
 
 from .comparison import small
-from .small_models import latents, relative, sample
+from .small_models import conditioning, latents, relative, sample
 from .test_other_nodes import ORDER, Node, node
 
 NOTHING = SEG(scale=3.0, sigma=0.05)  # of one tap
@@ -74,3 +77,33 @@ def test_nodes_that_are_refused(name: str, other: Node, message: str, order: Any
     guided = order(other)(small(name), lambda model: add_guidance(model, NOTHING, LAYERS[name]))
     with pytest.raises(ValueError, match=message):
         sample(guided, name, steps=1, noise=latents(name, 9, 14, 2))
+
+
+@ORDER
+def test_compiled_transformers_are_refused(order: Any) -> None:
+    def compiled(model: Any) -> Any:
+        model = model.clone()
+        wrapper = apply_torch_compile_factory({"diffusion_model": model.model.diffusion_model})  # compiling takes long
+        model.add_wrapper_with_key("apply_model", COMPILE_KEY, wrapper)
+        return model
+
+    guided = order(compiled)(small("flux"), lambda model: add_guidance(model, NOTHING, "1"))
+    with pytest.raises(ValueError, match=r"beside TorchCompileModel on a transformer, .*; remove that node"):
+        sample(guided, "flux", steps=1)
+    guided = order(compiled)(small("sdxl"), lambda model: add_guidance(model, NOTHING, "mid"))
+    assert sample(guided, "sdxl", steps=1).isfinite().all()
+
+
+def test_a_guider_without_post_cfg_functions_is_refused() -> None:
+    noise = latents("sdxl", 9, 14, 1)
+    for cfg in (1.0, 3.0):
+        guider = Guider_DualModel(add_guidance(small("sdxl"), NOTHING, "mid"), small("sdxl"))
+        guider.set_conds(conditioning("sdxl", 2), conditioning("sdxl", 3))
+        guider.set_cfg(cfg)
+        sigmas = comfy.samplers.calculate_sigmas(small("sdxl").get_model_object("model_sampling"), "simple", 2)
+        given = (noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas)
+        if cfg == 1.0:
+            with pytest.raises(RuntimeError, match=r"not applied: this guider .* use another guider"):
+                guider.sample(*given, disable_pbar=True, seed=1)
+        else:
+            assert guider.sample(*given, disable_pbar=True, seed=1).isfinite().all()
