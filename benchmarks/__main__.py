@@ -363,7 +363,7 @@ def compile_command(
     with refusing():
         result = compile_kernels.compile_targets(targets or list(compiled_code.TARGETS), few)
     if save:
-        results.write_json(compile_kernels.RESULT, result)
+        results.write_json(compile_kernels.RESULT, result, dense=True)
     else:
         typer.echo(json.dumps(result, indent=1))
     wrong = compiled_code.faults([compiled_code.Compiled(**record) for record in result["kernels"]])

@@ -67,11 +67,12 @@ def key(row: Row) -> tuple[str, ...]:
     return row["case"], row["dtype"], row["sigma"], row["provider"]
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a whole file, or leave the one before untouched."""
+def write_json(path: Path, content: object, dense: bool = False) -> None:
+    """Write a whole file, or leave the one before untouched; ``dense`` takes a line for each item of a list."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=None if dense else 1, ensure_ascii=False)
+    part.write_text((text.replace("}, {", "},\n{") if dense else text) + "\n", encoding="utf-8")
     part.replace(path)
 
 
