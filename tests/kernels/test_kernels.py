@@ -147,7 +147,7 @@ def test_masks(make_mask) -> None:
     check_attention(shape, Grid(4, 9, start=2), (0.0, 1.0, math.inf), torch.float32, keys=45, attn_mask=mask)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(10)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("boundary", BOUNDARIES)

@@ -31,6 +31,7 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return {"pipe": small(diffusers.StableDiffusionXLPipeline), "folder": tmp_path}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [name for name in pages_with("python") if ROOT / name != MOVING])
 def test_python_runs(name: str, names: dict[str, Any]) -> None:
     if name == "docs/guiders.md":
