@@ -102,7 +102,8 @@ with idle_driver() as driver:
             fused_attention(q, k, v, None, Grid(4, 8), (0.0, sigma), 0.25, "reflect", False, place)
             seen.append(shown(driver.launches))
         assert seen[0] and seen[0] == seen[1], seen
-    assert len(_launch._FROZEN) == 4, len(_launch._FROZEN)
+    # Infinity launches the kernel that attention of queries blurred before does.
+    assert len(_launch._FROZEN) == 3, len(_launch._FROZEN)
 """
 
 

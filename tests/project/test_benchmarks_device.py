@@ -280,6 +280,6 @@ def test_the_rehearsal_runs_every_stage(tmp_path: Path) -> None:
     files = {path.name for path in tmp_path.iterdir()}
     expected = ("environment", "blur", "attention", "tune", "tests", "step")
     assert files == {device.SUMMARY, *(f"{name}.json" for name in expected)}
-    assert read_json(tmp_path / "tests.json")["passed"] > 5
+    assert read_json(tmp_path / "tests.json")["passed"] > 3
     assert all(row["reason"] is None for row in read_json(tmp_path / "blur.json")["rows"])
     assert all(row["graph_ms"].startswith("not measured") for row in read_json(tmp_path / "step.json")["rows"])
