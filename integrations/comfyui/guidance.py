@@ -35,7 +35,7 @@ Arguments = dict[str, Any]
 
 
 @dataclass
-class _Run:
+class _Evaluation:
     """The evaluation that is under way, shared by the guidances of a model and its clones.
 
     Attributes:
@@ -56,7 +56,7 @@ class ModelGuidance:
         model: its layers.
         layers: the perturbed ones, in execution order.
         rescale: how far the result is brought to the standard deviation of the conditional prediction.
-        run: of the model.
+        evaluation: of the model, the one under way.
         report: of its effect.
     """
 
@@ -64,7 +64,7 @@ class ModelGuidance:
     model: UNet | Transformer
     layers: Sequence[LayerInfo]
     rescale: float
-    run: _Run
+    evaluation: _Evaluation
     report: GuidanceReport
 
     def acts(self, arguments: Arguments) -> bool:
@@ -87,7 +87,7 @@ class ModelGuidance:
         self.report.evaluations += 1
         if not self.acts(arguments):
             return denoised
-        conditional, kept = arguments["cond_denoised"], self.run.conditional
+        conditional, kept = arguments["cond_denoised"], self.evaluation.conditional
         if kept is not None and kept[0] is arguments["input"]:
             conditional = kept[1]
         guided = denoised + self.spec.scale * (conditional - self._perturbed(arguments))
@@ -103,12 +103,11 @@ class ModelGuidance:
                 "guidance needs the positive conditioning, which this guider does not give to post-CFG functions; use "
                 "another guider, such as CFGGuider"
             )
-        x, recording = arguments["input"], self.run.recording
+        x, recording = arguments["input"], self.evaluation.recording
         options = create_model_options_clone(arguments["model_options"])
         transformer_options = options.setdefault("transformer_options", {})
         _refuse_nodes(transformer_options, self.model)
-        blur = float(self.spec.sigma) if isinstance(self.spec, SEG) else None  # type: ignore[arg-type]
-        perturbation = Perturbation(blur, self.report)
+        perturbation = Perturbation(_sigma(self.spec), self.report)
         self.model.perturb(transformer_options, self.layers, perturbation)
         replay = None
         if recording is not None and recording.x is x:
@@ -148,11 +147,11 @@ class RecordingCalc:
         options = arguments["model_options"]
         guidances = [g for g in guidances_of(options) if g.acts(arguments) and not g.model.why_not_shared]
         if guidances and "multigpu_clones" not in options:
-            run, model = guidances[0].run, guidances[0].model
-            run.recording = Recording(arguments["input"])
+            evaluation, model = guidances[0].evaluation, guidances[0].model
+            evaluation.recording = Recording(arguments["input"])
             options = create_model_options_clone(options)
             entries = [guidance.layers for guidance in guidances]
-            model.record(options.setdefault("transformer_options", {}), run.recording, entries)
+            model.record(options.setdefault("transformer_options", {}), evaluation.recording, entries)
         if self.before is not None:
             return self.before({**arguments, "model_options": options})
         given = (arguments[name] for name in ("model", "conds", "input", "sigma"))
@@ -161,26 +160,30 @@ class RecordingCalc:
 
 def _keep_conditional(arguments: Arguments) -> Any:
     """Keep the conditional prediction, which nodes such as APG change (``sampler_pre_cfg_function``)."""
-    for guidance in guidances_of(arguments["model_options"]):
-        guidance.run.conditional = arguments["input"], arguments["conds_out"][0].clone()
+    for guidance in guidances_of(arguments["model_options"])[:1]:  # all share the evaluation
+        guidance.evaluation.conditional = arguments["input"], arguments["conds_out"][0].clone()
     return arguments["conds_out"]
 
 
-def _run(executor: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Begin a report with every run of the sampler (``OUTER_SAMPLE``)."""
+def _begin_reports(executor: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Begin new reports with every run of the sampler (``OUTER_SAMPLE``)."""
     for guidance in guidances_of(executor.class_obj.model_options):
         guidance.report.clear()
     return executor(*arguments, **keywords)
 
 
-def _evaluate(executor: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Keep no activation after an evaluation of the model, however it ends (``PREDICT_NOISE``)."""
+def _release_activations(executor: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Release activations after an evaluation of the model, however it ends (``PREDICT_NOISE``).
+
+    Raises:
+        RuntimeError: for a guider that never called a guidance.
+    """
     guidances = guidances_of(executor.class_obj.model_options)
     try:
         prediction = executor(*arguments, **keywords)
     finally:
         for guidance in guidances:
-            guidance.run.recording = guidance.run.conditional = None
+            guidance.evaluation.recording = guidance.evaluation.conditional = None
     if any(guidance.report.evaluations == 0 for guidance in guidances):
         raise RuntimeError(
             "guidance was not applied: this guider calls no post-CFG functions (the Dual Model Guider at CFG 1 does "
@@ -204,8 +207,9 @@ def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0)
         rescale: from 0 to 1.
 
     Raises:
-        ValueError: for a model or layers that it cannot handle.
+        ValueError: for a model, layers or a sigma that it cannot handle.
     """
+    _sigma(spec)
     described = describe(model.get_model_object("diffusion_model"))
     names = [name.strip() for name in layers.split(",") if name.strip()]
     if not names:
@@ -218,18 +222,31 @@ def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0)
     chosen = select_layers(described.layers, names, "the node's help page explains them")
     patched = model.clone()
     before = guidances_of(patched.model_options)
-    run = before[0].run if before else _Run()
+    evaluation = before[0].evaluation if before else _Evaluation()
     report = GuidanceReport(spec, tuple(layer.module for layer in chosen), described.skipped(chosen))
-    patched.set_model_sampler_post_cfg_function(ModelGuidance(spec, described, chosen, rescale, run, report))
+    patched.set_model_sampler_post_cfg_function(ModelGuidance(spec, described, chosen, rescale, evaluation, report))
     calc = patched.model_options.get(_CALC)
     if not isinstance(calc, RecordingCalc):
         patched.set_model_sampler_calc_cond_batch_function(RecordingCalc(calc))
     others = [hook for hook in patched.model_options.get(_PRE_CFG, []) if hook is not _keep_conditional]
     patched.model_options[_PRE_CFG] = [_keep_conditional, *others]
-    for place, wrapper in ((WrappersMP.OUTER_SAMPLE, _run), (WrappersMP.PREDICT_NOISE, _evaluate)):
+    for place, wrapper in ((WrappersMP.OUTER_SAMPLE, _begin_reports), (WrappersMP.PREDICT_NOISE, _release_activations)):
         patched.remove_wrappers_with_key(place, _KEY)
         patched.add_wrapper_with_key(place, _KEY, wrapper)
     return patched
+
+
+def _sigma(spec: SEG | PAG) -> float | None:
+    """The sigma of a blur; None for PAG.
+
+    Raises:
+        ValueError: for a sigma of each image, head or layer.
+    """
+    if isinstance(spec, PAG):
+        return None
+    if not isinstance(spec.sigma, (int, float)):
+        raise ValueError(f"guidance in ComfyUI takes one sigma for all images, heads and layers, got {spec.sigma!r}")
+    return float(spec.sigma)
 
 
 def describe(model: torch.nn.Module) -> UNet | Transformer:

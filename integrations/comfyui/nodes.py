@@ -213,5 +213,5 @@ class SegkernExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> ComfyExtension:
-    """What ComfyUI calls."""
+    """The extension, for which ComfyUI asks when it loads the pack."""
     return SegkernExtension()

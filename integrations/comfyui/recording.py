@@ -51,7 +51,7 @@ class Recording:
         return self.whole and all(count == batch for count in counts)
 
     def take(self, place: Hashable, transformer_options: Mapping[str, Any]) -> torch.Tensor:
-        """What was recorded, in the order of a batch; a new tensor, which may be changed in place."""
+        """Recorded rows in the order of a batch, as a new tensor, which may be changed in place."""
         return torch.cat(self._rows(place, transformer_options))
 
     def _rows(self, place: Hashable, transformer_options: Mapping[str, Any]) -> list[torch.Tensor]:

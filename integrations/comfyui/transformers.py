@@ -106,7 +106,7 @@ class Transformer:
     """The blocks of a transformer, and what guidance does to its forward."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._family = model, FAMILIES[type(model)]
+        self.model, self._family = model, FAMILIES[type(model)]
         self._keys: list[tuple[Stage, int]] = []
         layers = []
         for stage in self._family.stages:
@@ -134,7 +134,7 @@ class Transformer:
             chosen[index] = layer.module
             if stage.key is not None:
                 key = stage.key, index
-                attentions = _attentions(getattr(self._model, stage.blocks)[index])
+                attentions = _attentions(getattr(self.model, stage.blocks)[index])
                 before = _replacement(options, key)
                 _replace(options, key, _PerturbedBlock(self, layer.module, perturbation, attentions, before))
         if any(stage.key is None for stage in self._family.stages):
@@ -157,11 +157,11 @@ class Transformer:
         return replay
 
     def grid(self, options: Options, arguments: Arguments, tokens: int) -> Grid:
-        """Where the image lies among the tokens of a block's first attention."""
-        grid = _grid(self._model, options)
-        start = self._family.before(self._model, options, arguments, tokens)
+        """The image's grid among the tokens of a block's first attention."""
+        grid = _grid(self.model, options)
+        start = self._family.before(self.model, options, arguments, tokens)
         after = sum(options.get("reference_image_num_tokens", ()))
-        multiple = getattr(self._model, "pad_tokens_multiple", None) or 1
+        multiple = getattr(self.model, "pad_tokens_multiple", None) or 1
         if start < 0 or start + -(-grid.tokens // multiple) * multiple + after != tokens:
             raise ValueError(
                 f"guidance cannot tell where the image lies: {self._family.users} has {tokens} tokens, "
@@ -175,10 +175,19 @@ class Transformer:
         return layer.block
 
 
-def _note_latents(executor: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
-    """Let blocks know the shape of the latents of this forward: with areas it differs from the run's."""
-    *others, options = arguments
-    return executor(x, *others, {**options, _LATENTS: tuple(x.shape)}, **keywords)
+def _note_latents(
+    executor: Any,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    c_concat: torch.Tensor | None = None,
+    c_crossattn: torch.Tensor | None = None,
+    control: Any = None,
+    transformer_options: Options | None = None,
+    **conditions: Any,
+) -> torch.Tensor:
+    """Note the shape of a forward's latents in its options: with areas it differs from the run's."""
+    options = {**(transformer_options or {}), _LATENTS: tuple(x.shape)}
+    return executor(x, t, c_concat, c_crossattn, control, options, **conditions)
 
 
 def _grid(model: Any, options: Options) -> Grid:
@@ -252,7 +261,7 @@ class _PerturbedBlock(_BlockPatch):
             if first:
                 grid = self.model.grid(options, arguments, call.query.shape[2])
             else:  # of the image alone
-                grid = _grid(self.model._model, options)
+                grid = _grid(self.model.model, options)
             layer = self.layer if first else f"{self.layer}.attn2"
             return self.perturbation(layer, call.query, call.key, call.value, grid, call.attend, call.fused)
 

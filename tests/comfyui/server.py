@@ -90,7 +90,7 @@ class Server:
 
 
 def wait_for(condition: Any) -> Any:
-    """What ``condition`` gives as soon as it is true."""
+    """The first true value of ``condition``, which is asked again and again."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if value := condition():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers names stand for in models that differ from Stable Diffusion, and what is said of unknown ones."""
+"""Layer names of models that differ from Stable Diffusion, and the errors for unknown ones."""
 
 from __future__ import annotations
 
@@ -34,3 +34,8 @@ def test_examples_in_an_error_are_valid() -> None:
         add_guidance(small("flux"), SEG(), "mid")
     (guidance,) = guidances_of(add_guidance(small("flux"), SEG(), "double.*").model_options)
     assert [layer.module for layer in guidance.layers] == ["double.0", "double.1", "double.2"]
+
+
+def test_a_sigma_for_each_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes one sigma for all images"):
+        add_guidance(make_model("sd15"), SEG(sigma=(1.0, 2.0)), "mid")

@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.context_windows
 import comfy.ldm.modules.attention
+import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import torch
@@ -23,6 +24,8 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
 from comfy_extras.nodes_tomesd import TomePatchModel
 from segkern_pack.guidance import add_guidance
+
+from segkern.integrations.specs import SEG
 
 from .comparison import SPECS, small, unshared
 from .small_models import latents, relative, sample
@@ -296,3 +299,18 @@ def test_context_windows_are_computed_in_full(order: Any) -> None:
     noise = latents("wan", 9, 14, 1)  # ComfyUI's windows take one video
     latent = same("wan", "1", arrange=order(windows), full=True, noise=noise)
     assert relative(latent, alone("wan", "1", noise=noise)) > 1e-4
+
+
+def test_another_wrapper_may_name_the_options() -> None:
+    def by_keyword(executor, x, t, c_concat, c_crossattn, control, transformer_options, **conditions):
+        return executor(
+            x, t, c_concat=c_concat, c_crossattn=c_crossattn, control=control,
+            transformer_options=transformer_options, **conditions,
+        )  # fmt: skip
+
+    model = small("flux")
+    guided = add_guidance(model, SEG(scale=2.0), "1")
+    wrapped = model.clone()
+    wrapped.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "other", by_keyword)
+    with_other = add_guidance(wrapped, SEG(scale=2.0), "1")
+    assert torch.equal(sample(with_other, "flux", steps=2), sample(guided, "flux", steps=2))

@@ -29,8 +29,8 @@ def inputs(schema: Any) -> list[Any]:
 @pytest.fixture(scope="module")
 def schemas() -> dict[str, Any]:
     extension = asyncio.run(segkern_pack.comfy_entrypoint())
-    found = [node.GET_SCHEMA() for node in asyncio.run(extension.get_node_list())]
-    return {schema.node_id: schema for schema in found}
+    schemas = [node.GET_SCHEMA() for node in asyncio.run(extension.get_node_list())]
+    return {schema.node_id: schema for schema in schemas}
 
 
 def test_every_input_and_node_is_explained(schemas: dict[str, Any]) -> None:

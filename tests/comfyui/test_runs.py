@@ -240,7 +240,7 @@ def test_nothing_is_left_of_an_interrupted_run(name: str, layers: str, where: st
             sample(guided, name, callback=callback)
     finally:
         handle.remove()
-    assert guidances_of(guided.model_options)[0].run.recording is None
+    assert guidances_of(guided.model_options)[0].evaluation.recording is None
     gc.collect()
     assert kept
     assert not any(tensor() is not None for tensor in kept)
