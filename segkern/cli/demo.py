@@ -60,7 +60,13 @@ def demo(
             results[subject] = draw_with_progress(pipe, request, plan)
             for specs, result in zip(plan, results[subject], strict=True):
                 changed = f"{difference(result.image, results[subject][0].image):.1f} / 255" if specs else "-"
-                table.add_row(subject.heading, label(specs), f"{result.seconds:.1f}", _moved(result), changed)
+                table.add_row(
+                    subject.heading,
+                    label(specs, request.guidance_scale),
+                    f"{result.seconds:.1f}",
+                    _moved(result),
+                    changed,
+                )
         metadata = [image_metadata(source, request, specs, dtype) for specs in plan if specs]
         _save_sheet(results, plan, metadata, sum(p.numel() for p in pipe.unet.parameters()), out / name)
     wide(table).print(table)
@@ -84,7 +90,7 @@ def _save_sheet(
 ) -> None:
     """A row for each subject, with the metadata of all of them."""
     rows = [
-        Row([Tile(result.image, label(specs)) for specs, result in zip(plan, row, strict=True)], subject.heading)
+        Row([Tile(result.image, label(specs, 1.0)) for specs, result in zip(plan, row, strict=True)], subject.heading)
         for subject, row in results.items()
     ]
     with_prompts = any(subject.prompt for subject in results)

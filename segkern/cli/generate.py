@@ -136,14 +136,21 @@ def generate(
     if compare:
         details["seg_sigma"] = ", ".join(f"{value:g}" for value in sigmas)
         image = contact_sheet(
-            [Row([Tile(result.image, label(specs)) for result, specs in zip(results, plan, strict=True)])],
+            [
+                Row(
+                    [
+                        Tile(result.image, label(specs, guidance_scale))
+                        for result, specs in zip(results, plan, strict=True)
+                    ]
+                )
+            ],
             request.prompt,
             f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
-            f"guidance scale {guidance_scale:g}, SEG scale {scales['seg']:g} in {layers}",
+            f"SEG scale {scales['seg']:g} in {layers}",
         )
     has_settings = save(image, out, details)
     if names:
-        headings, rows = report_rows(plan, results)
+        headings, rows = report_rows(plan, results, guidance_scale)
         table = Table(*headings, title="guidance report")
         for row in rows:
             table.add_row(*row)

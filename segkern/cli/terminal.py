@@ -64,7 +64,7 @@ def draw_with_progress(pipe: Any, request: ImageRequest, plan: Sequence[Specs], 
     results = []
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         for specs in plan:
-            task = progress.add_task(label(specs), total=request.steps)
+            task = progress.add_task(label(specs, request.guidance_scale), total=request.steps)
 
             def advance(pipe: Any, index: int, timestep: Any, tensors: Any, task: Any = task) -> Any:
                 progress.update(task, total=pipe.num_timesteps, completed=index + 1)

@@ -133,10 +133,14 @@ def denoiser_calls(pipe: Any, steps: int) -> int:
     return len(scheduler.timesteps)
 
 
-def report_rows(plan: Sequence[Specs], results: Sequence[ImageResult]) -> tuple[list[str], list[list[str]]]:
-    """The guidance report of several runs: headings, and a row for each run, guidance and layer."""
+def report_rows(
+    plan: Sequence[Specs], results: Sequence[ImageResult], guidance_scale: float
+) -> tuple[list[str], list[list[str]]]:
+    """Return the guidance report of several images: the headings, and a row per image, guidance method and layer."""
     reports = [
-        (label(specs), result.report) for specs, result in zip(plan, results, strict=True) if result.report is not None
+        (label(specs, guidance_scale), result.report)
+        for specs, result in zip(plan, results, strict=True)
+        if result.report is not None
     ]
     several = any(len(report.specs) > 1 for _, report in reports)
     headings = ["run", *["guidance"] * several, "layer", "fired", "moved", "module"]
@@ -149,16 +153,31 @@ def report_rows(plan: Sequence[Specs], results: Sequence[ImageResult]) -> tuple[
     return headings, rows
 
 
-def label(specs: Specs) -> str:
-    """The name of a run in tables and pictures."""
-    return " + ".join(map(_label, specs)) or "without guidance"
+def label(specs: Specs, guidance_scale: float, *, brief: bool = False) -> str:
+    """Return the caption of an image: its guidance methods with their main number.
+
+    Args:
+        specs: Guidance methods used for the image, in addition to classifier-free guidance (CFG).
+        guidance_scale: CFG scale; 1 or less means no CFG, as in diffusers.
+        brief: Whether to leave out the numbers of the guidance methods other than CFG.
+
+    Example:
+        >>> label((), 5.0), label((), 1.0)
+        ('CFG 5', 'no guidance')
+        >>> from segkern.integrations.diffusers import PAG, SEG
+        >>> label((SEG(3.0, 4.0, "mid"), PAG(2.0)), 5.0)
+        'CFG 5 + SEG sigma 4 + PAG 2'
+        >>> label((SEG(3.0, 4.0, "mid"),), 5.0, brief=True)
+        'CFG 5 + SEG'
+    """
+    names = [f"CFG {guidance_scale:g}"] if guidance_scale > 1 else []
+    names += [type(spec).__name__ if brief else _label(spec) for spec in specs]
+    return " + ".join(names) or "no guidance"
 
 
 def _label(spec: Spec) -> str:
-    sigma = getattr(spec, "sigma", None)
-    if type(spec).__name__ == "SEG" and isinstance(sigma, float):
-        return "sigma infinity" if sigma == float("inf") else f"sigma {sigma:g}"
-    return f"{type(spec).__name__} {spec.scale:g}"
+    name, sigma = type(spec).__name__, getattr(spec, "sigma", None)
+    return f"SEG sigma {sigma:g}" if name == "SEG" and isinstance(sigma, float) else f"{name} {spec.scale:g}"
 
 
 def image_metadata(source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype) -> dict[str, object]:

@@ -154,7 +154,7 @@ class Playground:
         self._past.append(result.plain.parent)
         while len(self._past) > _KEPT_RUNS:  # gradio has copied what it serves
             shutil.rmtree(self._past.popleft())
-        name = f"With guidance: {_caption(run.settings.specs)}"
+        name = f"With guidance: {_caption(run.settings.specs, run.settings.request.guidance_scale)}"
         return {
             self._controls["message"]: message,
             results["plain"]: gr.update(value=str(result.plain), elem_classes=enlarged),
@@ -255,12 +255,9 @@ def _no_proxy() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _caption(specs: Specs) -> str:
-    """One guidance in a few words, such as ``SEG sigma 4`` or ``PAG 3``, several by name: there is little room."""
-    names = [type(spec).__name__ for spec in specs]
-    if len(names) > 1:
-        return " + ".join(names)
-    return f"{names[0]} {label(specs).removeprefix(names[0]).strip()}"
+def _caption(specs: Specs, guidance_scale: float) -> str:
+    """Return a short caption such as ``CFG 5 + SEG sigma 4``; several methods are named without numbers."""
+    return label(specs, guidance_scale, brief=len(specs) > 1)
 
 
 def _theme() -> Any:

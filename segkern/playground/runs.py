@@ -141,7 +141,7 @@ def carry_out(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunRes
     if recorder is not None:
         summary = report.summary(recorder, plain_metadata, _BOUNDARY)
         maps = _one_below_another(plots.plot_maps(summary, files, plain.image))
-    headings, rows = report_rows([specs], [guided])
+    headings, rows = report_rows([specs], [guided], request.guidance_scale)
     return RunResult(
         plain=plain_file,
         guided=guided_file,

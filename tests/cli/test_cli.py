@@ -69,9 +69,9 @@ def test_info_names_versions_and_backends() -> None:
 def test_demo(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     output = done("demo", "--steps", "1", "--out", out)
-    assert output.count("without guidance") == 8
-    assert output.count("sigma infinity") == 8
-    assert re.search(r"96 x 64, seed \d+. +. sigma 5 +. +\d+\.\d +. m0 \d+\.\d%", output)
+    assert output.count("no guidance") == 8
+    assert output.count("SEG sigma inf") == 8
+    assert re.search(r"96 x 64, seed \d+. +. SEG sigma 5 +. +\d+\.\d +. m0 \d+\.\d%", output)
     for name in ("demo.png", "demo-unconditional.png"):
         sheet = picture(out / name)
         assert sheet.width == 6 * 288 + 5 * 18 + 2 * 36

@@ -76,7 +76,7 @@ def test_seed_and_guidance_make_the_picture(guided: Path, plain: Path, tmp_path:
     first = picture(guided)
     output = done("generate", "demo", PROMPT, *SMALL, "--out", tmp_path / "again.png")
     assert difference(first, picture(tmp_path / "again.png")) == 0
-    assert re.search(r"sigma infinity . m0 +. 2 of 2 . \d+\.\d% . mid_block\.", output)
+    assert re.search(r"CFG 5 \+ SEG sigma inf . m0 +. 2 of 2 . \d+\.\d% . mid_block\.", output)
     assert f"wrote {tmp_path / 'again.png'}" in output
     assert difference(first, generate(tmp_path / "other.png", "--seed", "2")) > 1
     assert difference(first, picture(plain)) > 1

@@ -124,7 +124,7 @@ def test_two_pages_get_their_own_pictures(playground: Any) -> None:
 def test_everything_of_a_run_is_shown(playground: Any) -> None:
     last = shown(playground, list(playground._run(take(playground, energy=True, guidances=["SEG", "PAG"])[0]))[-1])
     assert last.keys() == {*playground._results, "message"}
-    assert last["guided"]["label"] == "With guidance: SEG + PAG"
+    assert last["guided"]["label"] == "With guidance: CFG 3 + SEG + PAG"
     assert last["plain"]["value"] == last["plain_file"]["value"] != last["guided"]["value"]
     assert Path(last["maps"]).exists()
     assert "m0" in last["report"]
@@ -154,7 +154,7 @@ def test_a_page_closed_in_the_middle_frees_the_pipeline(playground: Any) -> None
     assert not playground._runs
     last = shown(playground, list(playground._run(take(playground)[0]))[-1])
     assert "Drawn in" in last["message"]
-    assert last["guided"]["label"] == "With guidance: SEG sigma infinity"
+    assert last["guided"]["label"] == "With guidance: CFG 3 + SEG sigma inf"
 
 
 def test_files_of_runs_long_past_are_removed(playground: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ MODULES = [
     "segkern.kernels._configs",
     "segkern.kernels._routes",
     "segkern.kernels._blur_matrices",
+    "segkern.generation.drawing",
     "segkern.generation.loading",
     "segkern.generation.options",
     "segkern.playground.choices",
