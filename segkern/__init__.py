@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Smoothed Energy Guidance (SEG, arXiv 2408.00760) in PyTorch and Triton.
 
-Importing this package imports neither Triton nor diffusers; kernels are loaded at their first use and the
-diffusers adapter lives in :mod:`segkern.integrations.diffusers`.
+Importing this package does not import Triton or diffusers. Kernels are loaded on first use. The diffusers adapter
+is in :mod:`segkern.integrations.diffusers`.
 """
 
 from segkern import reference

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions: what they mean, what they accept, and the way to the backend that serves them."""
+"""The public functions: argument checks, documentation, and the choice of the backend."""
 
 from __future__ import annotations
 
@@ -62,22 +62,24 @@ def gaussian_blur(
 
     Args:
         x: ``[batch, heads, tokens, dim]``, any strides; float16, bfloat16, float32 or float64.
-        grid: where the image lies in the tokens; the others pass through unchanged.
-        sigma: standard deviation in tokens, one number or one per sample, or for a sample a sequence of one per
-            head; 0 copies, ``math.inf`` replaces every image token by the mean of the image. Under ``torch.compile``
-            numbers become part of what is compiled; a CPU tensor is read when the graph runs. There are no derivatives
-            with respect to sigma.
+        grid: Position of the image in the token sequence. Tokens outside it are returned unchanged.
+        sigma: Standard deviation in tokens: one number, one per sample, or a sequence of one per head for a sample. 0
+            copies the tokens; ``math.inf`` replaces every image token with the mean of the image. Under
+            ``torch.compile``, Python numbers are constants of the compiled graph, and a CPU tensor is read when the
+            graph runs.
+            The result is not differentiable with respect to sigma.
         boundary: ``"reflect"`` (without repeating the edge, as the official implementation does), ``"symmetric"``
             (edge repeated) or ``"circular"``. Only the last two keep the mean exactly.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``. An explicit backend that cannot run raises an error.
 
     Returns:
-        A new tensor of x's shape and dtype. Sums are taken in float32 (float64 for float64) and rounded once.
+        A new tensor with the shape and dtype of ``x``. Sums are computed in float32 (float64 for float64) and rounded
+        once.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
-    Source: SEG (arXiv 2408.00760); blurring queries equals blurring logits (Proposition 3.1).
+    Source: SEG (arXiv 2408.00760). Blurring the queries is equivalent to blurring the logits (Proposition 3.1).
 
     Example:
         >>> x = torch.randn(2, 4, 6 * 9, 16)
@@ -118,44 +120,46 @@ def seg_attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Self-attention whose queries are Gaussian-blurred over the token grid.
+    """Compute self-attention with queries that are Gaussian-blurred over the token grid.
 
-    ``softmax(scale * blur(query) key^T + mask) value``, which by linearity is attention with its *logits* blurred
-    over the queries. One sigma per sample lets one call serve a batch of unblurred, blurred and infinite samples,
-    for example ``sigma=(0, 0, math.inf)`` for [unconditional, conditional, perturbed].
+    Computes ``softmax(scale * blur(query) key^T + mask) value``. Because the blur is linear, this equals attention
+    with its *logits* blurred over the queries. With one sigma per sample, a single call can serve unblurred, blurred
+    and mean-query samples, for example ``sigma=(0, 0, math.inf)`` for [unconditional, conditional, perturbed].
 
     Args:
         query: ``[batch, heads, tokens, head_dim]``, any strides, after QK-norm and rotary embedding.
         key: ``[batch, heads, keys, head_dim]``.
         value: ``[batch, heads, keys, value_dim]``.
-        grid: where the image lies in the query tokens; the other queries are never blurred. The frames of a video are
-            blurred each by itself, before the attention.
-        sigma: standard deviation in tokens, one number or one per sample; 0 is plain attention, ``math.inf``
-            gives every image token the attention output of the mean query. A sample may have a sequence of one sigma
-            per head (``[[...]]`` for every sample); neighbouring heads that agree are one call. Under
-            ``torch.compile`` numbers become part of what is compiled, and other numbers are compiled anew; a CPU
-            tensor of one sigma, or of one per sample, is read when the graph runs. It takes no ``query_stride``. There
-            are no derivatives with respect to sigma.
-        scale: of the logits, a number; ``1 / sqrt(head_dim)`` by default. There are no derivatives with respect to it;
-            one that is learnt multiplies the queries, beside ``scale=1``.
-        attn_mask: boolean (True takes part) or additive, broadcastable to ``[batch, heads, tokens, keys]``.
+        grid: Position of the image in the query tokens. Queries outside it are never blurred. For a video, each frame
+            is blurred separately before the attention.
+        sigma: Standard deviation in tokens, one number or one per sample. 0 is plain attention; ``math.inf`` gives
+            every image token the attention output of the mean query. A sample may have a sequence of one sigma per
+            head (``[[...]]`` for every sample); neighbouring heads with equal sigmas share one call. Under
+            ``torch.compile``, Python numbers are constants of the compiled graph, and new values recompile it. A CPU
+            tensor with one sigma, or one per sample, is read when the graph runs; it cannot be combined with
+            ``query_stride``. The result is not differentiable with respect to sigma.
+        scale: Factor of the logits, a number; ``1 / sqrt(head_dim)`` by default. The result is not differentiable with
+            respect to it; to learn a scale, multiply the queries by it and pass ``scale=1``.
+        attn_mask: Boolean (True means that the key takes part) or additive mask, broadcastable to
+            ``[batch, heads, tokens, keys]``.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`gaussian_blur`.
-        query_stride: 1 computes every query row. With more, or a pair for height and width, samples of finite sigma
-            are computed at points that are so many tokens apart at most, and interpolated between, log-sum-exp
-            included: a blurred query changes slowly. It is an approximation whose error depends on the data: it
-            grows with the stride over sigma, with the logits' swing, and where a small grid clamps the taps.
-            Sampling and interpolation are products of small matrices in PyTorch on every backend; see
+        query_stride: 1 computes every query row. A larger stride, or a pair for height and width, computes samples of
+            finite sigma only at points at most that many tokens apart and interpolates the output and the log-sum-exp
+            between them, because a blurred query changes slowly. This is an approximation. Its error depends on the
+            data: it grows with the ratio of stride to sigma, with the spread of the logits, and where a small grid
+            clamps the taps. Sampling and interpolation are products of small matrices in PyTorch on every backend; see
             :mod:`segkern.core.coarse_queries`.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason. Should
-            a kernel fail to compile or to launch, ``"auto"`` warns once and takes PyTorch's path from then on.
-        return_lse: also return the rows' log-sum-exp (natural logarithm); minus it is the row's energy.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``. An explicit backend that cannot run raises an error. If a
+            kernel fails to compile or launch, ``"auto"`` warns once and uses PyTorch from then on.
+        return_lse: Whether to also return the log-sum-exp of each row (natural logarithm). The energy of a row is
+            minus its log-sum-exp.
 
     Returns:
-        ``[batch, heads, tokens, value_dim]`` in the query's dtype (under autocast in its dtype, as PyTorch's
-        attention); with ``return_lse`` also float32 ``[batch, heads, tokens]``.
+        ``[batch, heads, tokens, value_dim]`` in the dtype of the query (under autocast in the autocast dtype, as for
+        PyTorch's attention). With ``return_lse``, also a float32 tensor ``[batch, heads, tokens]``.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: SEG (arXiv 2408.00760), Proposition 3.1.
 
@@ -171,7 +175,7 @@ def seg_attention(
         sigma, scale = fixed_sigmas(sigma), fixed_numbers(scale)
     if isinstance(grid, Grid) and grid.frames > 1:
         if query_stride not in (1, (1, 1)):
-            raise ValueError(f"query_stride={query_stride} takes a grid of one frame, got {grid}")
+            raise ValueError(f"query_stride={query_stride} supports only a grid of one frame, got {grid}")
         query = gaussian_blur(query, grid, sigma, boundary=boundary, backend=backend)
         grid, sigma = Grid(1, 1), 0.0
     if traced and isinstance(sigma, torch.Tensor):
@@ -180,7 +184,7 @@ def seg_attention(
         )
     if has_head_sigmas(sigma):
         if query_stride not in (1, (1, 1)):
-            raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
+            raise ValueError(f"query_stride={query_stride} supports only one sigma per sample, got {sigma}")
         check_qkv(query, key, value)
         options: Any = {"scale": scale, "boundary": boundary, "backend": backend, "return_lse": return_lse}
         attend_heads = partial(seg_attention, grid=grid, **options)
@@ -205,24 +209,25 @@ def seg_attention(
 def attention_mass(
     query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None, backend: str = "auto"
 ) -> torch.Tensor:
-    """The attention that each key receives: ``mass[k] = sum over queries of softmax(scale * query key^T)[:, k]``.
+    """Return the attention each key receives: ``mass[k] = sum over queries of softmax(scale * query key^T)[:, k]``.
 
-    Every query gives away a mass of 1, so that the masses of a head sum to the number of queries, and a key that
-    receives as much as all others has ``queries / keys``. The matrix of probabilities is never formed.
+    Every query distributes a mass of 1, so the masses of a head sum to the number of queries. With uniform attention,
+    every key receives ``queries / keys``. The matrix of probabilities is never formed.
 
     Args:
         query: ``[batch, heads, tokens, head_dim]``, any strides; float16, bfloat16, float32 or float64.
-        key: ``[batch, heads, keys, head_dim]`` of the query's dtype; there may be more or fewer keys than queries.
-        scale: of the logits; ``1 / sqrt(head_dim)`` by default.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
+        key: ``[batch, heads, keys, head_dim]`` in the dtype of the query. There may be more or fewer keys than queries.
+        scale: Factor of the logits; ``1 / sqrt(head_dim)`` by default.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``. An explicit backend that cannot run raises an error.
 
     Returns:
-        float32 ``[batch, heads, keys]``, float64 for float64: products and sums are never rounded to half precision.
+        A float32 tensor ``[batch, heads, keys]``, or float64 for float64 inputs. Products and sums are never rounded
+        to half precision.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
-    Source: Self-Attention Guidance (arXiv 2210.00939), whose mask is where the masses exceed 1.
+    Source: Self-Attention Guidance (arXiv 2210.00939), which masks the keys whose mass exceeds 1.
 
     Example:
         >>> q, k = torch.randn(2, 2, 8, 26 * 38, 64)
@@ -251,27 +256,28 @@ def attention_energy(
     boundary: str = "reflect",
     backend: str = "auto",
 ) -> torch.Tensor:
-    """The energy of each query's row of logits, ``-logsumexp(scale * blur(query) key^T)``, natural logarithm.
+    """Return the energy of each query's row of logits, ``-logsumexp(scale * blur(query) key^T)`` (natural logarithm).
 
-    A blur of the queries raises the sum of the energies over the grid, where its boundary keeps the mean: that is what
-    Smoothed Energy Guidance is named after; :mod:`segkern.energy` has more of it. It is minus what
-    ``seg_attention(..., return_lse=True)`` gives, without values and the work on them.
+    If the boundary keeps the mean, blurring the queries raises the sum of the energies over the grid. Smoothed Energy
+    Guidance is named after this; see :mod:`segkern.energy`. The result is minus the log-sum-exp that
+    ``seg_attention(..., return_lse=True)`` returns, without the cost of the values.
 
     Args:
         query: ``[batch, heads, tokens, head_dim]``, any strides; float16, bfloat16, float32 or float64.
-        key: ``[batch, heads, keys, head_dim]`` of the query's dtype.
-        grid: where the image lies in the query tokens; it may be left out where every sigma is 0.
-        sigma: of the blur in tokens, one number or one per sample; 0 is no blur, ``math.inf`` gives every image token
-            the energy of the mean query, of which one row is computed.
-        scale: of the logits; ``1 / sqrt(head_dim)`` by default.
+        key: ``[batch, heads, keys, head_dim]`` in the dtype of the query.
+        grid: Position of the image in the query tokens. Optional if every sigma is 0.
+        sigma: Standard deviation of the blur in tokens, one number or one per sample. 0 is no blur; ``math.inf`` gives
+            every image token the energy of the mean query, which is computed once.
+        scale: Factor of the logits; ``1 / sqrt(head_dim)`` by default.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`segkern.gaussian_blur`.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``; an explicit choice that cannot run raises its reason.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``. An explicit backend that cannot run raises an error.
 
     Returns:
-        float32 ``[batch, heads, tokens]``, float64 for float64. Blurred queries are rounded to their dtype.
+        A float32 tensor ``[batch, heads, tokens]``, or float64 for float64 inputs. Blurred queries are rounded to the
+        dtype of the query.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: SEG (arXiv 2408.00760), section 3: the energy of modern Hopfield networks.
 
@@ -316,7 +322,7 @@ def _attention(
     return_lse: bool,
     plain: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Every query row; ``plain`` as :func:`is_plain` says of the tensors."""
+    """Compute every query row. ``plain`` is the result of :func:`is_plain` for the tensors."""
     if plain:
         rest = for_batch(call.sigmas, query.shape[0]), scale_of(call.scale, query), boundary, return_lse
         if call.backend == "torch" or can_skip_operator(query, key, value, mask):
@@ -342,10 +348,10 @@ def _attention_at(
     backend: str,
     return_lse: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Every query row, with sigmas that are known when it runs."""
+    """Compute every query row with sigmas that are read when the graph runs."""
     if query_stride not in (1, (1, 1)):
         raise ValueError(
-            f"query_stride={query_stride} takes numbers as sigma while a call is compiled or traced, got a tensor"
+            f"query_stride={query_stride} needs sigma as a number while a call is compiled or traced, got a tensor"
         )
     check_qkv(query, key, value)
     sigmas = check_traced_sigma(sigma, query.shape[0])
@@ -364,8 +370,8 @@ def _attention_at(
 def _check_one_row(mask: torch.Tensor | None, stride: tuple[int, int]) -> None:
     if mask is not None and mask.shape[2] != 1:
         raise ValueError(
-            f"query_stride={stride} interpolates between query rows, which a mask with rows of its own "
-            f"{tuple(mask.shape)} does not allow; take query_stride=1 or a mask [batch, heads, 1, keys]"
+            f"query_stride={stride} interpolates between query rows, but attn_mask {tuple(mask.shape)} has one row per "
+            f"query; pass query_stride=1 or a mask [batch, heads, 1, keys]"
         )
 
 
@@ -380,7 +386,7 @@ def _coarse_attention(
     return_lse: bool,
     plain: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Samples of finite sigma at the points of the coarse grid, the others as ever."""
+    """Compute samples of finite sigma at the points of the coarse grid, and the other samples at every token."""
     stride = call.stride
     _check_one_row(mask, stride)
     outputs, lses = [], []
@@ -407,14 +413,14 @@ def _coarse_attention(
 
 
 def _coarse_lse(lse: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
-    """Log-sum-exp of all tokens; minus infinity, where every key is masked, is so in all rows alike."""
+    """Interpolate the log-sum-exp to all tokens. If every key is masked, it is minus infinity in all rows."""
     masked = (lse == -math.inf).all(dim=-1, keepdim=True)
     every_token = coarse_outputs(lse.masked_fill(masked, 0.0)[..., None], grid, stride, boundary)[..., 0]
     return every_token.masked_fill(masked, -math.inf)
 
 
 def _chosen(backend: str, operation: str, query: torch.Tensor, key: torch.Tensor) -> str:
-    """The backend that serves the call; as asked for where a tracer follows it."""
+    """Return the backend that serves the call, or the requested one if the call is traced."""
     check_backend(backend)
     backend = differentiable_backend(backend, query, key)
     if is_plain(query, key):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The place of an image, or of the frames of a video, in a sequence of tokens."""
+"""The position of an image, or of the frames of a video, in a sequence of tokens."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from segkern.core.numbers import whole_number
 
 @dataclass(frozen=True)
 class Grid:
-    """An image of ``height x width`` tokens inside a sequence, row-major, from token ``start`` on.
+    """An image of ``height x width`` tokens inside a sequence, in row-major order, starting at token ``start``.
 
-    Tokens before ``start`` and from ``stop`` on (text tokens of a joint attention) are not part of the
-    image: they are never blurred and never enter a mean. With ``frames`` so many images lie one after the other,
-    and each is blurred by itself.
+    Tokens before ``start`` and from ``stop`` on (such as the text tokens of a joint attention) are not part of the
+    image: they are never blurred and never enter a mean. With ``frames``, that many images follow one another, and each
+    is blurred separately.
 
     Args:
-        height: rows of tokens, at least 1.
-        width: columns of tokens, at least 1.
-        start: index of the image's first token in the sequence.
-        frames: of a video, at least 1.
+        height: Number of token rows, at least 1.
+        width: Number of token columns, at least 1.
+        start: Index of the image's first token in the sequence.
+        frames: Number of video frames, at least 1.
 
-    Integers of NumPy and integer tensors of one element are converted to Python's.
+    NumPy integers and one-element integer tensors are converted to Python integers.
 
     Raises:
-        ValueError: when a number is not an integer or out of range, or is a size that ``torch.jit.trace`` follows as
-            a tensor.
+        ValueError: If a number is not an integer or is out of range, or if it is a size that ``torch.jit.trace``
+            records as a tensor.
 
     Example:
         >>> grid = Grid(26, 38, start=77)

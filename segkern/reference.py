@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operation in plain PyTorch: the specification that kernels and fast paths are tested against.
+"""Reference implementations in plain PyTorch, against which kernels and fast paths are tested.
 
-Nothing here is fast or saves memory. Half-precision inputs are computed in float32 and rounded where the kernels
-round: blurred queries and outputs to the input's dtype. float64 stays float64 throughout.
+They are neither fast nor memory-efficient. Half-precision inputs are computed in float32 and rounded where the kernels
+round: blurred queries and outputs to the dtype of the input. float64 stays float64 throughout.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def attention(
     scale: float | None = None,
     attn_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``softmax(scale * query key^T + mask) value`` and the rows' log-sum-exp (natural logarithm).
+    """Return ``softmax(scale * query key^T + mask) value`` and the log-sum-exp of the rows (natural logarithm).
 
-    A row whose keys are all masked gives 0 and a log-sum-exp of minus infinity, as PyTorch's does.
+    A row whose keys are all masked has output 0, as in PyTorch, and a log-sum-exp of minus infinity.
     """
     logits = _logits(query, key, scale)
     if attn_mask is not None:
@@ -74,7 +74,7 @@ def attention(
 
 
 def attention_mass(query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
-    """For each key the sum of its probabilities over the queries; see :func:`segkern.attention_mass`."""
+    """Return, for each key, the sum of its probabilities over the queries; see :func:`segkern.attention_mass`."""
     return torch.softmax(_logits(query, key, scale), dim=-1).sum(dim=-2).to(compute_dtype(query.dtype))
 
 
@@ -87,7 +87,7 @@ def attention_energy(
     scale: float | None = None,
     boundary: str = "reflect",
 ) -> torch.Tensor:
-    """Minus the log-sum-exp of every blurred query's logits; see :func:`segkern.attention_energy`."""
+    """Return minus the log-sum-exp of every blurred query's logits; see :func:`segkern.attention_energy`."""
     if grid is not None:
         query = gaussian_blur(query, grid, sigma, boundary=boundary)
     elif any(check_sigma(sigma, query.shape[0])):
@@ -114,11 +114,11 @@ def seg_attention(
     query_stride: int | tuple[int, int] = 1,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of blurred queries; see :func:`segkern.seg_attention`. The log-sum-exp keeps float64 for float64."""
+    """Compute attention of blurred queries; see :func:`segkern.seg_attention`. A float64 log-sum-exp stays float64."""
     stride = check_query_stride(query_stride)
     if stride != (1, 1):
         if has_head_sigmas(sigma):
-            raise ValueError(f"query_stride={query_stride} takes one sigma per sample, got {sigma}")
+            raise ValueError(f"query_stride={query_stride} supports only one sigma per sample, got {sigma}")
         output, lse = _coarse_attention(query, key, value, grid, sigma, scale, attn_mask, boundary, stride)  # type: ignore[arg-type]
         return (output, lse) if return_lse else output
     blurred = gaussian_blur(query, grid, sigma, boundary=boundary)
@@ -137,11 +137,11 @@ def _coarse_attention(
     boundary: str,
     stride: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample by sample: queries at the points of the coarse grid, output and log-sum-exp carried to all tokens."""
+    """Compute queries at the points of the coarse grid, then interpolate output and log-sum-exp to all tokens."""
     grid.check(query.shape[2])
     if attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] != 1:
         raise ValueError(
-            f"a mask with rows of its own {tuple(attn_mask.shape)} cannot be interpolated; take a stride of 1"
+            f"a mask with one row per query {tuple(attn_mask.shape)} cannot be interpolated; pass query_stride=1"
         )
     coarse = coarse_grid(grid, stride, boundary)
     sizes = ((grid.height, coarse.height), (grid.width, coarse.width))
@@ -159,7 +159,7 @@ def _coarse_attention(
             rows = _along_axes(query[one], grid, *into)
             output, lse = attention(rows, key[one], value[one], scale=scale, attn_mask=mask)
             output = _along_axes(output, coarse, *back)
-            nothing = (lse == -math.inf).all(dim=-1, keepdim=True)  # every key is masked, for all rows alike
+            nothing = (lse == -math.inf).all(dim=-1, keepdim=True)  # every key is masked, in all rows
             lse = _along_axes(lse.masked_fill(nothing, 0.0)[..., None], coarse, *back)[..., 0]
             lse = lse.masked_fill(nothing, -math.inf)
         outputs.append(output)
@@ -168,7 +168,7 @@ def _coarse_attention(
 
 
 def _along_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """A matrix on each axis of the grid's tokens in ``[batch, heads, tokens, dim]``, the others left as they are."""
+    """Apply a matrix to each axis of the grid's tokens in ``[batch, heads, tokens, dim]``; leave other tokens as is."""
     exact = exact_dtype(x)
     image = x[:, :, grid.start : grid.stop].to(exact).unflatten(2, (grid.height, grid.width))
     rows, columns = rows.to(x.device, exact), columns.to(x.device, exact)

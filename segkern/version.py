@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package's version, its only place."""
+"""The package version, defined only here."""
 
 __version__ = "0.1.0"

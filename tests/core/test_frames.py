@@ -111,7 +111,7 @@ def test_what_takes_one_frame_says_so() -> None:
         ValueError, match=r"grid must have one frame here, got Grid\(height=2, width=3, start=0, frames=2\)"
     ):
         segkern.attention_energy(q, k, grid, 1.0)
-    with pytest.raises(ValueError, match="query_stride=2 takes a grid of one frame"):
+    with pytest.raises(ValueError, match="query_stride=2 supports only a grid of one frame"):
         segkern.seg_attention(q, k, v, grid, 1.0, query_stride=2)
     with pytest.raises(ValueError, match=r"covers tokens 0 to 17 \(3 x 2 x 3 = 18\), but the sequence has only 12"):
         segkern.gaussian_blur(q, Grid(2, 3, frames=3), 1.0)
