@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by all of the package: Gaussian taps, argument checks, backend choice, caches."""
+"""Code shared by the whole package: Gaussian taps, argument checks, backend choice, caches."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the public functions' arguments; every message quotes what it got."""
+"""Argument checks of the public functions. Every message quotes the bad value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from segkern.grid import Grid
 
 
 def check_tensor(name: str, x: torch.Tensor) -> None:
-    """Raise a ValueError unless it is a floating-point tensor ``[batch, heads, tokens, dim]``."""
+    """Raise a ValueError unless ``x`` is a floating-point tensor ``[batch, heads, tokens, dim]``."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} must be a tensor [batch, heads, tokens, dim], got {type(x).__name__}")
     check_layout(name, x)
@@ -28,14 +28,14 @@ def check_tensor(name: str, x: torch.Tensor) -> None:
 
 
 def check_layout(name: str, x: torch.Tensor) -> None:
-    """Raise a ValueError for nested, sparse and other tensors that have no strides."""
+    """Raise a ValueError for nested tensors, sparse tensors and other tensors without strides."""
     if x.is_nested or x.layout != torch.strided:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-        raise ValueError(f"{name} must be a dense tensor, got a {kind} one; pad it, or convert it by to_dense()")
+        raise ValueError(f"{name} must be a dense tensor, got a {kind} one; pad it or convert it with to_dense()")
 
 
 def check_scale(scale: Any) -> float | None:
-    """The scale as a float, or None for ``1 / sqrt(head_dim)``; a ValueError unless it is a finite number."""
+    """Return the scale as a float, or None for ``1 / sqrt(head_dim)``. Raise a ValueError unless it is finite."""
     if scale is None:
         return None
     instead = "multiply the queries by it and pass scale=1"
@@ -43,29 +43,29 @@ def check_scale(scale: Any) -> float | None:
     if isinstance(scale, torch.Tensor) and is_traced():
         raise ValueError(f"scale must be a number while a call is compiled or traced, got a tensor; {instead}")
     number = real_number(scale)
-    # Larger ones are infinite in float32; NaN is not smaller.
+    # Larger numbers are infinite in float32. The negated comparison also catches NaN.
     if number is None or not abs(number) <= torch.finfo(torch.float32).max:
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     return number
 
 
 def scale_of(scale: float | None, query: torch.Tensor) -> float:
-    """The scale, or ``1 / sqrt(head_dim)`` for None."""
+    """Return the scale, or ``1 / sqrt(head_dim)`` for None."""
     return 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
 
 
 def check_grid(grid: Grid, tokens: int, *, video: bool = False) -> Grid:
-    """The grid itself; a ValueError unless it is one that fits so many tokens, and one image unless a video will do."""
+    """Return the grid. Raise a ValueError unless it fits ``tokens``, and, without ``video``, has one frame."""
     if not isinstance(grid, Grid):
         raise ValueError(f"grid must be a segkern.Grid(height, width, start=0), got {grid!r}")
     if grid.frames != 1 and not video:
-        raise ValueError(f"grid must have one frame here, got {grid}; call it for the tokens of each frame")
+        raise ValueError(f"grid must have one frame here, got {grid}; call the function for each frame's tokens")
     grid.check(tokens)
     return grid
 
 
 def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Raise a ValueError unless the three fit each other."""
+    """Raise a ValueError unless query, key and value are compatible."""
     _check_alike("query, key and value", query=query, key=key, value=value)
     if key.shape[3] != query.shape[3] or value.shape[2] != key.shape[2]:
         raise ValueError(
@@ -75,7 +75,7 @@ def check_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> No
 
 
 def check_qk(query: torch.Tensor, key: torch.Tensor) -> None:
-    """Raise a ValueError unless the two fit each other."""
+    """Raise a ValueError unless query and key are compatible."""
     _check_alike("query and key", query=query, key=key)
     if key.shape[3] != query.shape[3]:
         raise ValueError(
@@ -85,7 +85,7 @@ def check_qk(query: torch.Tensor, key: torch.Tensor) -> None:
 
 
 def _check_alike(names: str, **tensors: torch.Tensor) -> None:
-    """Raise a ValueError unless dtype, device, batch and heads are the same, and there is a key."""
+    """Raise a ValueError unless the tensors share dtype, device, batch and heads, and there is at least one key."""
     query = tensors["query"]
     for name, x in tensors.items():
         check_tensor(name, x)
@@ -102,7 +102,7 @@ def _check_alike(names: str, **tensors: torch.Tensor) -> None:
 
 
 def check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """The mask with 4 dimensions, each of the full size or 1: boolean, in the query's dtype, or in float32 at least."""
+    """Return the mask with 4 dimensions, each full or 1: boolean, in the query's dtype, or at least float32."""
     if mask is None:
         return None
     full = (*query.shape[:3], key.shape[2])
@@ -114,16 +114,16 @@ def check_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise ValueError(f"attn_mask must be boolean or floating point, got {mask.dtype}")
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    # Not by "size in (1, want)", which is no comparison of a graph's sizes.
+    # "size in (1, want)" does not work for symbolic sizes of a graph.
     if len(shape) != 4 or any(size != 1 and size != want for size, want in zip(shape, full, strict=True)):
         raise ValueError(f"attn_mask must be broadcastable to [batch, heads, tokens, keys] = {full}, got {shape}")
     mask = mask.reshape(shape)
     if mask.dtype == torch.bool or mask.dtype == query.dtype:
         return mask
-    # Not rounded to half precision: large numbers would become infinite, and close ones equal.
+    # Rounding to half precision would make large numbers infinite and close ones equal.
     return mask.to(compute_dtype(query.dtype))
 
 
 def is_wide(mask: torch.Tensor | None, query: torch.Tensor) -> bool:
-    """True for an additive mask in a wider dtype than the query's."""
+    """Return True for an additive mask in a wider dtype than the query."""
     return mask is not None and mask.dtype != torch.bool and mask.dtype != query.dtype

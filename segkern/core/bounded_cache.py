@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bounded cache of tables made on a device, safe beside CUDA graphs, other streams and the caller's modes."""
+"""A bounded cache of device tables, safe under CUDA graphs, several streams and the caller's modes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ T = TypeVar("T")
 
 
 def capturing() -> bool:
-    """True while a CUDA graph is being captured on the current stream."""
+    """Return True while a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-_THREAD = threading.local()  # its "own" is true in a thread that call_in_own_thread has started
+_THREAD = threading.local()  # its attribute "own" is true in threads that call_in_own_thread started
 
 
 def call_in_own_thread(make: Callable[[], T], device: torch.device | None = None) -> T:
-    """Call ``make`` in a new thread and on a stream of its own, and return its result once the device has finished.
+    """Call ``make`` in a new thread on a new stream and return its result once the device has finished.
 
-    The thread has none of the caller's state: no dispatch mode, ``torch.func`` transform, default device, inference
-    mode or gradient, and no memory pool of a CUDA graph, to which compilers direct the allocations of a thread.
+    The thread does not inherit the caller's state: dispatch modes, ``torch.func`` transforms, the default device,
+    inference mode, gradient mode, or a CUDA graph's memory pool, to which compilers direct a thread's allocations.
 
     Args:
-        make: takes no arguments; it may call this function again, which then starts no further thread.
-        device: that it works on, for its stream.
-
+        make: Function without arguments. If it calls ``call_in_own_thread`` itself, no further thread is started.
+        device: Device on which ``make`` works, for the stream.
     Raises:
-        BaseException: whatever ``make`` raises.
+        BaseException: Any exception that ``make`` raises.
     """
     if getattr(_THREAD, "own", False):
         return make()
@@ -61,16 +60,16 @@ def call_in_own_thread(make: Callable[[], T], device: torch.device | None = None
 
 
 class BoundedCache(Generic[P, T]):
-    """A function that remembers its results by its arguments; callers must not write to them.
+    """A function that caches its results by its arguments. Callers must not write to the results.
 
-    When there are too many they are all dropped, once no kernel reads them any more. Only those that were asked for
-    while a CUDA graph was captured stay for good: the graph reads the same memory at every replay.
+    A full cache is emptied once no kernel reads its results any more. Results that were requested while a CUDA graph
+    was captured are kept for good, because the graph reads the same memory at every replay.
 
     Args:
-        make: the function, called by :func:`call_in_own_thread`; a device is an argument of its own.
-        most: results that are remembered.
+        make: The function, called by :func:`call_in_own_thread`. A device must be an argument of the function.
+        most: Maximum number of cached results.
 
-    Calls raise a RuntimeError while a CUDA graph is captured, unless the result is known.
+    Calls raise a RuntimeError while a CUDA graph is captured, unless the result is cached.
     """
 
     def __init__(self, make: Callable[P, T], most: int) -> None:
@@ -104,18 +103,18 @@ class BoundedCache(Generic[P, T]):
         dropped, self._results = self._results, {}
         for device in {device for key in dropped for device in _devices(key)}:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # kernels of other streams than the one that made a table
+                torch.cuda.synchronize(device)  # kernels on other streams may still read a table
 
     def __len__(self) -> int:
         return len(self._results) + len(self._captured)
 
     def cache_clear(self) -> None:
-        """Forget all, also what captured graphs read."""
+        """Drop all results, including those that captured graphs read."""
         self._results, self._captured = {}, {}
 
 
 def bounded_cache(most: int) -> Callable[[Callable[P, T]], BoundedCache[P, T]]:
-    """A decorator; see :class:`BoundedCache`.
+    """Return a decorator that caches a function's results; see :class:`BoundedCache`.
 
     Example:
         >>> calls = []
@@ -130,6 +129,6 @@ def bounded_cache(most: int) -> Callable[[Callable[P, T]], BoundedCache[P, T]]:
 
 
 def _devices(key: Any) -> list[torch.device]:
-    """Devices among the arguments of a call."""
+    """Return the devices among the arguments of a call."""
     parts = [part for entry in key for part in (entry if isinstance(entry, tuple) else (entry,))]
     return [part for part in parts if isinstance(part, torch.device)]

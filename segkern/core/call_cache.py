@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache of checked calls of attention: the same call comes thousands of times and is checked once."""
+"""A cache of checked attention calls: a call that is repeated thousands of times is checked once."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from segkern.core.gaussian import check_boundary
 from segkern.core.sigmas import for_batch, given_sigmas, is_finite_blur
 from segkern.grid import Grid
 
-MOST_CALLS = 1024  # remembered; a run has a few dozen
+MOST_CALLS = 1024  # a run has a few dozen different calls
 
 
 @dataclass(frozen=True)
 class CheckedCall:
-    """Checked arguments of one kind of call.
+    """The checked arguments of one kind of call.
 
     Attributes:
-        sigmas: one per sample; where a tracer follows the call perhaps one for all, so that a batch of any size fits.
-        scale: of the logits; where a tracer follows the call, None for ``1 / sqrt(head_dim)``.
-        stride: of the query rows, height and width.
-        coarse: whether some sample leaves out rows.
-        backend: ``"torch"`` or ``"triton"``, whichever serves the call; as asked for where a tracer follows it.
-        asked: the backend that the caller asked for.
+        sigmas: One sigma per sample. In a traced call it may be one for all samples, so a batch of any size fits.
+        scale: Factor of the logits. In a traced call, None means ``1 / sqrt(head_dim)``.
+        stride: Stride of the query rows, height and width.
+        coarse: Whether any sample is computed at fewer rows.
+        backend: The backend that serves the call, ``"torch"`` or ``"triton"``; in a traced call, the requested one.
+        asked: The backend that the caller requested.
     """
 
     sigmas: tuple[float, ...]
@@ -59,18 +59,18 @@ def check_attention_call(
     plain: bool,
     wide_mask: bool = False,
 ) -> CheckedCall:
-    """Check all arguments but the mask against each other.
+    """Check all arguments except the mask, separately and together.
 
     Args:
-        plain: the three are real tensors in an eager run: the backend is chosen, and the call remembered.
-        wide_mask: see :func:`segkern.core.dispatch.choose_attention_backend`.
+        plain: Whether the three are real tensors in eager mode. If so, a backend is chosen and the call is cached.
+        wide_mask: See :func:`segkern.core.dispatch.choose_attention_backend`.
 
     Raises:
-        ValueError: when one does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
     """
     cache_key = None
     if plain and _is_hashable(grid, sigma, scale, query_stride, boundary, backend):
-        # Backends are chosen anew after kernels have failed.
+        # The backend is chosen again after kernels have failed.
         tensors = tuple((x.shape, x.dtype, x.device) for x in (query, key, value))
         cache_key = tensors, grid, sigma, scale, boundary, query_stride, backend, wide_mask, failure_count()
         known = _CALLS.get(cache_key)
@@ -102,7 +102,7 @@ def forget_calls() -> None:
 
 
 def _is_hashable(grid: object, sigma: object, scale: object, stride: object, boundary: object, backend: object) -> bool:
-    """True for numbers as such, not tensors, generators or NumPy's; True equals 1 but is no number here."""
+    """Return True for plain Python numbers, not tensors, generators or NumPy numbers. True equals 1 but is excluded."""
     sigmas = sigma if type(sigma) is tuple else (sigma,)
     strides = stride if type(stride) is tuple else (stride,)
     return (

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coarse queries: a blurred query changes slowly over the grid, so few points of it say what lies between.
+"""Coarse queries: a blurred query changes slowly over the grid, so a few points determine the values in between.
 
-Along an axis of ``n`` tokens, ``m`` points are spread evenly. Fields on the axis are sums of the waves that the
+On an axis of ``n`` tokens, ``m`` points are evenly spaced. A field on the axis is a sum of the waves that the
 boundary's padding keeps apart: cosines for reflect (DCT-I) and symmetric (DCT-II), sines and cosines for circular.
-``S = C(points) C(tokens)^-1 B`` is the blurred field at the points, whichever of its waves the blur let through, and
-``P`` carries ``m`` values to the tokens by the waves that ``m`` points tell apart. Both are small matrices of one
-axis, like the blur itself, and linear over tokens, so they commute with projections of the channels.
+``S = C(points) C(tokens)^-1 B`` evaluates the blurred field at the points, with all the waves that the blur lets
+through. ``P`` interpolates ``m`` values to the tokens with the waves that ``m`` points can distinguish. Both are small
+matrices of one axis, like the blur, and linear over tokens, so they commute with projections of the channels.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from segkern.grid import Grid
 
 
 def check_query_stride(query_stride: int | tuple[int, int]) -> tuple[int, int]:
-    """The stride of each axis, height first.
+    """Return the stride of each axis, height first.
 
     Raises:
-        ValueError: unless it is an integer of at least 1, or a pair of them.
+        ValueError: If ``query_stride`` is neither an integer of at least 1 nor a pair of them.
 
     Example:
         >>> check_query_stride(2), check_query_stride((1, 4))
@@ -34,16 +34,16 @@ def check_query_stride(query_stride: int | tuple[int, int]) -> tuple[int, int]:
     strides = [whole_number(stride) for stride in pair]
     if len(strides) != 2 or any(stride is None or stride < 1 for stride in strides):
         raise ValueError(
-            f"query_stride must be an integer of at least 1 or one for height and one for width, got {query_stride!r}"
+            f"query_stride must be an integer of at least 1, or a pair of them (height, width), got {query_stride!r}"
         )
     height, width = strides
     return int(height), int(width)  # type: ignore[arg-type]
 
 
 def point_count(length: int, stride: int, boundary: str) -> int:
-    """The least number of points for an axis of ``length`` tokens that are ``stride`` tokens apart at most.
+    """Return the smallest number of points at most ``stride`` tokens apart on an axis of ``length`` tokens.
 
-    Reflected, an axis has a point at each end.
+    With ``"reflect"``, both ends of the axis are points.
 
     Example:
         >>> [point_count(64, 4, "reflect"), point_count(13, 4, "reflect"), point_count(5, 100, "reflect")]
@@ -55,7 +55,7 @@ def point_count(length: int, stride: int, boundary: str) -> int:
 
 
 def coarse_grid(grid: Grid, stride: tuple[int, int], boundary: str) -> Grid:
-    """The points of a grid as a grid of their own, which begins at the same token.
+    """Return the points of a grid as a grid that starts at the same token.
 
     Example:
         >>> coarse_grid(Grid(26, 38, start=77), (4, 4), "reflect")
@@ -66,7 +66,7 @@ def coarse_grid(grid: Grid, stride: tuple[int, int], boundary: str) -> Grid:
 
 
 def points(length: int, count: int, boundary: str) -> torch.Tensor:
-    """Places of the points, in tokens: float64 ``[count]``; all tokens themselves when there are as many.
+    """Return the positions of the points in tokens, float64 ``[count]``. With ``count == length``, they are the tokens.
 
     Example:
         >>> points(9, 3, "reflect").tolist(), points(9, 3, "symmetric").tolist(), points(9, 3, "circular").tolist()
@@ -81,7 +81,7 @@ def points(length: int, count: int, boundary: str) -> torch.Tensor:
 
 
 def _waves(at: torch.Tensor, count: int, length: int, boundary: str) -> torch.Tensor:
-    """The ``count`` slowest waves of an axis of ``length`` tokens at these places: float64 ``[places, count]``."""
+    """Return the ``count`` slowest waves of an axis of ``length`` tokens at these positions, ``[positions, count]``."""
     number = torch.arange(count, dtype=torch.float64, device="cpu")
     if boundary == "reflect":
         return torch.cos(math.pi / max(length - 1, 1) * at[:, None] * number)
@@ -102,12 +102,12 @@ def sampling_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The blurred field at ``count`` points: ``[count, length]``, every row of which sums to 1.
+    """Return the matrix that gives the blurred field at ``count`` points, ``[count, length]``. Its rows sum to 1.
 
-    It is made in float64 and rounded once; with as many points as tokens it is the blur.
+    The matrix is computed in float64 and rounded once. With as many points as tokens, it is the blur matrix.
 
     Raises:
-        ValueError: for a negative sigma or NaN, an unknown boundary, or a count that does not fit.
+        ValueError: If sigma is negative or NaN, the boundary is unknown, or the count is out of range.
 
     Example:
         >>> sampling_matrix(64, 4.0, 16).shape
@@ -130,13 +130,13 @@ def interpolation_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """From values at ``count`` points to the tokens: ``[length, count]``, every row of which sums to 1.
+    """Return the matrix from values at ``count`` points to the tokens, ``[length, count]``. Its rows sum to 1.
 
-    Exact for every sum of the ``count`` slowest waves, and the identity when every token is a point. It is made in
-    float64 and rounded once.
+    It is exact for every sum of the ``count`` slowest waves, and the identity if every token is a point. It is computed
+    in float64 and rounded once.
 
     Raises:
-        ValueError: for an unknown boundary or a count that does not fit.
+        ValueError: If the boundary is unknown or the count is out of range.
 
     Example:
         >>> torch.allclose(interpolation_matrix(64, 16) @ torch.ones(16), torch.ones(64))
@@ -145,7 +145,7 @@ def interpolation_matrix(
     _check_count(count, length)
     check_boundary(boundary)
     if count == length:
-        return torch.eye(length, dtype=dtype, device="cpu").to(device)  # done when it returns: streams share it
+        return torch.eye(length, dtype=dtype, device="cpu").to(device)  # synchronous, because streams share the result
     there = _waves(points(length, count, boundary), count, length, boundary)
     matrix = torch.linalg.solve(there.T, _tokens(length, count, boundary).T).T
     return matrix.to(device=device, dtype=dtype)
@@ -157,7 +157,7 @@ def _check_count(count: int, length: int) -> None:
 
 
 def _tokens(length: int, count: int, boundary: str) -> torch.Tensor:
-    """The slowest waves at the tokens, ``[length, count]``."""
+    """Return the slowest waves at the tokens, ``[length, count]``."""
     return _waves(torch.arange(length, dtype=torch.float64, device="cpu"), count, length, boundary)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a backend; the predicate that refuses one is the one that explains."""
+"""The choice of a backend. The predicate that rejects a backend also explains why."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @lru_cache(maxsize=1)
 def triton_is_installed() -> bool:
-    """True if ``import triton`` would find a package; it is not imported."""
+    """Return True if ``import triton`` would find a package, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)
 def why_triton_is_broken() -> str | None:
-    """The error that ``import triton`` raises; None where it works."""
+    """Return the error that ``import triton`` raises, or None if it succeeds."""
     try:
         import triton  # noqa: F401
-    except Exception as error:  # of a package of many parts, and native ones
+    except Exception as error:  # a package with native parts can raise anything
         return describe_error(error)
     return None
 
 
 def interpreting() -> bool:
-    """True if Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before their first use)."""
+    """Return True if Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` before their first use)."""
     if not triton_is_installed() or why_triton_is_broken() is not None:
         return False
     import triton
@@ -49,18 +49,18 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None = None) -> str | None:
-    """The reason why the Triton kernels cannot serve such a call; None when they can.
+    """Return the reason why the Triton kernels cannot serve a call, or None if they can.
 
     Example:
         >>> why_not_triton(torch.device("cuda"), torch.float64, 64)
-        'the Triton kernels take float16, bfloat16 and float32, not float64'
+        'the Triton kernels support float16, bfloat16 and float32, not float64'
     """
     if dtype not in _TRITON_DTYPES:
-        return f"the Triton kernels take float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+        return f"the Triton kernels support float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        return f"the Triton kernels take head dimensions from 1 to {MAX_HEAD_DIM}, not {head_dim}"
+        return f"the Triton kernels support head dimensions from 1 to {MAX_HEAD_DIM}, not {head_dim}"
     if value_dim not in (None, head_dim):
-        return f"the Triton kernels need values as wide as queries, not head_dim {head_dim} and value_dim {value_dim}"
+        return f"the Triton kernels need value_dim equal to head_dim, not head_dim {head_dim} and value_dim {value_dim}"
     if not triton_is_installed():
         return "the package triton is not installed (pip install triton)"
     if device.type == "cpu":
@@ -80,7 +80,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int, valu
 
 
 def check_backend(backend: str) -> None:
-    """Raise a ValueError that quotes an unknown backend."""
+    """Raise a ValueError for an unknown backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
 
@@ -94,19 +94,20 @@ def choose_backend(
     blurs: bool = True,
     operation: str = "seg_attention",
 ) -> tuple[str, str]:
-    """The backend that serves a call and the reason: ``("triton" | "torch", reason)``.
+    """Return the backend that serves a call, and the reason: ``("triton" | "torch", reason)``.
 
     Args:
-        device: of the tensors.
-        dtype: of the tensors.
-        head_dim: of queries and keys.
-        backend: what the caller asked for.
-        value_dim: of values, if it may differ.
-        blurs: whether any sample has a sigma other than 0, or its rows are those of one at fewer points.
-        operation: whose kernels serve it; where they failed in this process, ``"auto"`` does not try them again.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+        head_dim: Head dimension of queries and keys.
+        backend: The backend that the caller requested.
+        value_dim: Head dimension of the values, if it may differ.
+        blurs: Whether any sample has a sigma other than 0, or is computed at the points of a coarse grid.
+        operation: The operation. If its kernels failed in this process, ``"auto"`` does not try them again.
 
     Raises:
-        ValueError: when ``backend`` is unknown, or is ``"triton"`` and cannot serve the call; the message says why.
+        ValueError: If ``backend`` is unknown, or is ``"triton"`` and cannot serve the call. The message gives the
+            reason.
 
     Example:
         >>> choose_backend(torch.device("cpu"), torch.float64, 64)[0]
@@ -114,7 +115,7 @@ def choose_backend(
     """
     check_backend(backend)
     if backend == "torch":
-        return "torch", "asked for"
+        return "torch", "requested"
     reason = why_not_triton(device, dtype, head_dim, value_dim)
     if backend == "triton":
         if reason is not None:
@@ -123,11 +124,11 @@ def choose_backend(
     if reason is not None:
         return "torch", reason
     if not blurs:
-        return "torch", "nothing to blur: PyTorch's own attention"
+        return "torch", "no blur: PyTorch's own attention"
     if device.type == "cpu":
-        return "torch", "Triton's interpreter is for tests"
+        return "torch", "Triton's interpreter is only for tests"
     if dtype == torch.float32:
-        return "torch", "float32 products at full precision gain nothing from the fused kernels"
+        return "torch", "fused kernels are not faster for float32 products at full precision"
     failure = failure_reason(device, operation, dtype, head_dim)
     if failure is not None:
         return "torch", f"the kernels failed: {failure}"
@@ -142,10 +143,10 @@ def choose_attention_backend(
     backend: str,
     wide_mask: bool = False,
 ) -> str:
-    """The backend that serves ``seg_attention``; see :func:`choose_backend`.
+    """Return the backend that serves ``seg_attention``; see :func:`choose_backend`.
 
-    ``wide_mask`` is for an additive mask in a wider dtype than the queries', which PyTorch's attention on a GPU lacks.
+    ``wide_mask`` marks an additive mask in a wider dtype than the queries. PyTorch's attention on a GPU lacks it.
     """
-    # Few rows have a kernel of their own.
+    # A separate kernel serves calls with few rows.
     fused = any(sigmas) or query.shape[2] < key.shape[2] or wide_mask
     return choose_backend(query.device, query.dtype, query.shape[3], backend, value.shape[3], fused)[0]

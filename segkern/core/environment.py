@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device, versions and commit that a measurement names beside its numbers."""
+"""The device, versions and commit to record with a measurement."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from segkern.version import __version__
 
 
 def environment(device: torch.device, *packages: str) -> dict[str, Any]:
-    """The machine and the versions that something is measured with.
+    """Return the machine and the versions that a measurement uses.
 
     Args:
-        device: that computes.
-        packages: whose versions matter beside Python's, torch's and segkern's.
+        device: Device that computes.
+        packages: Packages whose versions to record, in addition to Python, torch and segkern.
     """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -34,7 +34,7 @@ def environment(device: torch.device, *packages: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the name of the processor."""
     listed = Path("/proc/cpuinfo")
     for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []:
         if line.startswith("model name"):
@@ -43,10 +43,10 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of segkern's own checkout, marked where files differ from it; empty outside one."""
+    """Return the commit of segkern's checkout, marked if files differ from it, or an empty string outside one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return ""  # installed, perhaps below the checkout of something else
+        return ""  # installed, possibly inside the checkout of another project
     ask = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         asked = subprocess.run(ask, cwd=root, capture_output=True, text=True, check=False)
@@ -56,7 +56,7 @@ def commit() -> str:
 
 
 def fingerprint(*modules: torch.nn.Module) -> str:
-    """The first letters of a checksum over all weights, as float32.
+    """Return the first 16 hexadecimal digits of a checksum of all weights as float32.
 
     Example:
         >>> fingerprint(torch.nn.Identity())
@@ -70,7 +70,7 @@ def fingerprint(*modules: torch.nn.Module) -> str:
 
 
 def version_of(package: str) -> str:
-    """Version of an installed package.
+    """Return the version of an installed package.
 
     Example:
         >>> version_of("no-such-package")

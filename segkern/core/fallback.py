@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's path in place of kernels that cannot be compiled or launched: one warning, and no second attempt.
+"""The PyTorch fallback for kernels that fail to compile or launch: one warning, and no second attempt.
 
-Triton compiles a kernel at its first launch, and much of that is the machine's: a C compiler for the launcher, ptxas, a
-folder for its cache, a driver that takes the binary. Everything that such a launch raises is a :class:`KernelFailure`,
-but for what PyTorch's path would meet as well: no memory left, a device that an earlier kernel has broken.
+Triton compiles a kernel at its first launch. That depends on the machine: a C compiler for the launcher, ptxas, a
+cache folder, a driver that accepts the binary. Every error of such a launch is a :class:`KernelFailure`, except errors
+that PyTorch's path would raise as well: out of memory, or a device that an earlier kernel has broken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class KernelFailure(RuntimeError):
-    """A Triton kernel could not be compiled or launched; its cause is what Triton raised."""
+    """A Triton kernel failed to compile or launch. The cause is Triton's exception."""
 
 
 Kind = tuple[torch.device, str, torch.dtype, int]  # device, operation, dtype, head_dim
@@ -31,7 +31,7 @@ _WARNED: set[tuple[torch.device, str]] = set()
 _LOCK = threading.Lock()
 
 _NOT_THE_KERNELS = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)
-# By its text, because Triton raises a RuntimeError with the driver's words for all that the driver refuses.
+# Recognised by their text, because Triton raises a RuntimeError with the driver's message for every driver error.
 _TEXTS_OF_OTHERS = (
     "out of memory",
     "an illegal",
@@ -45,28 +45,28 @@ _TEXTS_OF_OTHERS = (
     "address space",
     "context is destroyed",
     "unknown error",
-    "captur",  # capturing, captured: a CUDA graph does not allow it now
+    "captur",  # capturing, captured: not allowed while a CUDA graph is captured
 )
 
 
 def run_with_fallback(
     operation: str, asked: str, kernels: Callable[..., T], pytorch: Callable[..., T], x: torch.Tensor, *arguments: Any
 ) -> T:
-    """``kernels(x, *arguments)``; should they fail, ``pytorch(x, *arguments)`` for this and all such calls to come.
+    """Return ``kernels(x, *arguments)``. If that fails, use ``pytorch(x, *arguments)`` for this and all such calls.
 
     Args:
-        operation: such as ``"seg_attention"``.
-        asked: the backend that the caller asked for.
-        kernels: launches the kernels.
-        pytorch: computes the same with PyTorch.
-        x: the first tensor of the call; its device, dtype and last dimension are what is given up.
+        operation: Name of the operation, such as ``"seg_attention"``.
+        asked: The backend that the caller requested.
+        kernels: Function that launches the kernels.
+        pytorch: Function that computes the same result with PyTorch.
+        x: First tensor of the call. The fallback applies to its device, dtype and last dimension.
 
     Raises:
-        KernelFailure, ImportError: the kernels' error, where ``asked`` is ``"triton"``.
+        KernelFailure, ImportError: If the kernels fail and ``asked`` is ``"triton"``.
     """
     try:
         return kernels(x, *arguments)
-    except (KernelFailure, ImportError) as error:  # a broken Triton is met when kernels are imported
+    except (KernelFailure, ImportError) as error:  # ImportError: a broken Triton fails when kernels are imported
         if asked == "triton":
             raise
         reason = describe_error(error.__cause__ or error)
@@ -76,8 +76,8 @@ def run_with_fallback(
         _WARNED.add((x.device, reason))
     if not warned:
         warnings.warn(
-            f"segkern's Triton kernels cannot be used for {operation} on {x.device} ({reason}); PyTorch's path serves "
-            f"such calls from now on. backend='triton' raises the whole error",
+            f"segkern's Triton kernels cannot be used for {operation} on {x.device} ({reason}); using PyTorch for such "
+            f"calls from now on. Pass backend='triton' to see the full error",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -85,7 +85,7 @@ def run_with_fallback(
 
 
 def is_kernel_failure(error: BaseException) -> bool:
-    """True if an error that a launch raised is about compiling and launching the kernel.
+    """Return True if the error of a launch is about compiling or launching the kernel.
 
     Example:
         >>> [is_kernel_failure(RuntimeError(f"Triton Error [CUDA]: {text}")) for text in
@@ -98,31 +98,31 @@ def is_kernel_failure(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in one line.
+    """Return an error in one line.
 
     Example:
         >>> describe_error(OSError("no file"))
         'OSError: no file'
     """
-    text = getattr(error, "error_message", None) or str(error)  # without the source code that Triton puts before it
-    if isinstance(error, subprocess.CalledProcessError):  # whose command names files that are new each time
+    text = getattr(error, "error_message", None) or str(error)  # without Triton's source code excerpt
+    if isinstance(error, subprocess.CalledProcessError):  # its command contains temporary file names
         program = error.cmd if isinstance(error.cmd, str) else error.cmd[0]
         text = f"{program} ended with {error.returncode}"
     return textwrap.shorten(f"{type(error).__name__}: {text}", 300)
 
 
 def failure_reason(device: torch.device, operation: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """The reason for which a kind of call was given up in this process, or None."""
+    """Return the reason why this process gave up a kind of call, or None."""
     return _REASONS.get((device, operation, dtype, head_dim)) if _REASONS else None
 
 
 def failure_count() -> int:
-    """The number of kinds of calls that were given up in this process."""
+    """Return how many kinds of calls this process gave up."""
     return len(_REASONS)
 
 
 def forget_failures() -> None:
-    """Try all kernels again, and warn again of those that fail."""
+    """Try all kernels again, and warn again about those that fail."""
     with _LOCK:
         _REASONS.clear()
         _WARNED.clear()

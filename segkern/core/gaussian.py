@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Gaussian blur of one axis: taps, the ``[n, n]`` matrix, boundaries.
 
-Every rule about the Gaussian is written here and nowhere else. A blur of the grid is separable: with ``B_h``
-and ``B_w`` from :func:`blur_matrix`, ``blurred[i, j] = sum_{k, l} B_h[i, k] B_w[j, l] x[k, l]``.
+All rules about the Gaussian are defined here. The blur of a grid is separable: with ``B_h`` and ``B_w`` from
+:func:`blur_matrix`, ``blurred[i, j] = sum_{k, l} B_h[i, k] B_w[j, l] x[k, l]``.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ BOUNDARIES: tuple[str, ...] = get_args(Boundary)
 
 
 def tap_count(sigma: float, length: int) -> int:
-    """Number of taps of a finite ``sigma`` on an axis of ``length`` tokens: odd, about ``6 sigma``, clamped.
+    """Return the number of taps of a finite ``sigma`` on an axis of ``length`` tokens: odd, about ``6 sigma``, clamped.
 
-    Source: the official implementation's kernel size, ``ceil(6 sigma)`` made odd; the clamp to the largest odd
-    number that reflect padding allows is applied to each axis by itself.
+    Source: the kernel size of the official implementation, ``ceil(6 sigma)`` made odd. It is clamped on each axis
+    separately to the largest odd number that reflect padding allows.
 
     Example:
         >>> [tap_count(1.0, 64), tap_count(10.0, 64), tap_count(100.0, 64), tap_count(100.0, 33)]
         [7, 61, 65, 33]
     """
-    reach = math.ceil(min(6.0 * sigma, 2.0 * length + 2.0))  # beyond the clamp the exact number is irrelevant
+    reach = math.ceil(min(6.0 * sigma, 2.0 * length + 2.0))  # the exact number is irrelevant beyond the clamp
     return min(reach + 1 - reach % 2, length - (length % 2 - 1))
 
 
 def gaussian_taps(sigma: float, length: int, count: int | None = None) -> torch.Tensor:
-    """The normalised taps of a finite, positive ``sigma``: float64 ``[tap_count(sigma, length)]``, or ``[count]``.
+    """Return the normalised taps of a finite positive ``sigma``, float64 ``[tap_count(sigma, length)]`` or ``[count]``.
 
     Example:
         >>> round(gaussian_taps(1.0, 64).sum().item(), 12)
         1.0
     """
     radius = (tap_count(sigma, length) if count is None else count) // 2
-    # The largest exponent is subtracted by construction (x = 0), so that a tiny sigma gives (0, 1, 0), not 0 / 0.
+    # The largest exponent is 0 (at x = 0), so a tiny sigma gives (0, 1, 0), not 0 / 0.
     scaled = torch.arange(-radius, radius + 1, dtype=torch.float64, device="cpu") / sigma
     weights = torch.exp(-0.5 * scaled * scaled)
     return weights / weights.sum()
 
 
 def blur_reach(sigma: float, length: int, boundary: str) -> int:
-    """The distance, in tokens, that a blurred token looks along an axis; ``length`` when it may look anywhere."""
+    """Return how many tokens away a blurred token may look along an axis; ``length`` if it may look anywhere."""
     if sigma == 0.0:
         return 0
     if math.isinf(sigma) or boundary == "circular":
@@ -57,7 +57,7 @@ def blur_reach(sigma: float, length: int, boundary: str) -> int:
 
 
 def _fold(index: torch.Tensor, length: int, boundary: str) -> torch.Tensor:
-    """Map positions at most ``length`` outside ``0 .. length-1`` to the token that the boundary puts there."""
+    """Map positions at most ``length`` outside ``0 .. length-1`` to the token that the boundary places there."""
     if boundary == "circular":
         return index % length
     edge = 1 if boundary == "symmetric" else 0  # symmetric repeats the edge token, reflect does not
@@ -74,21 +74,21 @@ def blur_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The blur of one axis as a matrix: ``blurred = matrix @ x`` for ``x`` of shape ``[length, ...]``.
+    """Return the blur of one axis as a matrix: ``blurred = matrix @ x`` for ``x`` of shape ``[length, ...]``.
 
     Args:
-        length: tokens on the axis.
-        sigma: standard deviation in tokens; 0 gives the identity, ``math.inf`` the mean of the axis.
+        length: Number of tokens on the axis.
+        sigma: Standard deviation in tokens; 0 is the identity, ``math.inf`` the mean of the axis.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``. The last two keep the mean exactly.
-        taps: of a finite, positive sigma, an odd number in the place of :func:`tap_count`.
-        dtype: of the result; weights are made in float64 and rounded once.
-        device: of the result.
+        taps: Odd number of taps for a finite, positive sigma, instead of :func:`tap_count`.
+        dtype: Dtype of the result. Weights are computed in float64 and rounded once.
+        device: Device of the result.
 
     Returns:
-        ``[length, length]``; every row sums to 1.
+        ``[length, length]``. Every row sums to 1.
 
     Raises:
-        ValueError: when sigma is negative or NaN, the boundary is unknown, or ``taps`` reach further beyond the edges
+        ValueError: If sigma is negative or NaN, the boundary is unknown, or ``taps`` extend further beyond the edges
             than the boundary has tokens.
 
     Example:
@@ -104,7 +104,7 @@ def blur_matrix(
     weights = gaussian_taps(sigma, length, taps)
     radius = weights.numel() // 2
     if radius > length - (boundary == "reflect"):
-        raise ValueError(f"{taps} taps reach too far for {boundary!r} on an axis of {length} tokens")
+        raise ValueError(f"{taps} taps are too many for {boundary!r} on an axis of {length} tokens")
     rows = torch.arange(length, device="cpu")[:, None]
     columns = _fold(rows + torch.arange(-radius, radius + 1, device="cpu")[None, :], length, boundary)
     matrix = torch.zeros(length, length, dtype=torch.float64, device="cpu")
@@ -116,6 +116,6 @@ cached_blur_matrix = bounded_cache(most=64)(blur_matrix)
 
 
 def check_boundary(boundary: str) -> None:
-    """Raise a ValueError that quotes an unknown boundary."""
+    """Raise a ValueError for an unknown boundary."""
     if boundary not in BOUNDARIES:
         raise ValueError(f"boundary must be one of {', '.join(map(repr, BOUNDARIES))}, got {boundary!r}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that name the new place of modules that the documentation once imported from another one."""
+"""Import errors that name the new location of modules that have moved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOVED = {
 
 
 class MovedModuleFinder:
-    """The last finder on ``sys.meta_path``: asked only for modules that no other finder knows."""
+    """The last finder on ``sys.meta_path``, called only for modules that no other finder has found."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:

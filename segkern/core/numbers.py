@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that arguments may hold: Python's, NumPy's, and tensors or arrays of one element."""
+"""Conversion of number arguments: Python numbers, NumPy numbers, and one-element tensors or arrays."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch.autograd import forward_ad
 
 
 def real_number(value: Any) -> float | None:
-    """The value as a float, or None unless it is one real number.
+    """Return the value as a float, or None unless it is one real number.
 
     Example:
         >>> real_number(2), real_number(torch.tensor([0.5])), real_number([0.5]), real_number(True)
         (2.0, 0.5, None, None)
     """
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):  # Real covers NumPy's numbers
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt, Real)):  # Real covers NumPy numbers
         try:
             return None if isinstance(value, bool) else float(value)
         except OverflowError:  # an integer or a fraction beyond float64
             return None
     if isinstance(value, torch.Tensor):
         return float(value.detach()) if value.numel() == 1 and holds_real_numbers(value) else None
-    # An array, but for NumPy's masked number.
+    # An array, except NumPy's masked number.
     if getattr(value, "size", None) == 1 and hasattr(value, "item") and not hasattr(value, "mask"):
         return real_number(value.item())
     return None
 
 
 def whole_number(value: Any) -> int | None:
-    """The value as an integer, or None unless it is one.
+    """Return the value as an integer, or None unless it is one.
 
-    While ``torch.jit.trace`` follows a call, sizes are tensors that it cannot follow through an integer; they are None.
+    ``torch.jit.trace`` represents sizes as tensors and cannot trace them through an integer, so they return None.
 
     Example:
         >>> whole_number(3), whole_number(torch.tensor(3)), whole_number(3.0), whole_number(torch.tensor(True))
@@ -42,11 +42,11 @@ def whole_number(value: Any) -> int | None:
     """
     if isinstance(value, bool):
         return None
-    if isinstance(value, (int, torch.SymInt)):  # a symbol while compiling stays one
+    if isinstance(value, (int, torch.SymInt)):  # a symbol stays a symbol while compiling
         return value  # type: ignore[return-value]
     if isinstance(value, torch.Tensor) and (torch.jit.is_tracing() or not _is_integral(value)):
         return None
-    if "bool" in type(value).__name__:  # NumPy's truth value, which has an index in some versions
+    if "bool" in type(value).__name__:  # NumPy's bool, which has an index in some versions
         return None
     try:
         return operator.index(value)
@@ -55,18 +55,18 @@ def whole_number(value: Any) -> int | None:
 
 
 def holds_real_numbers(x: torch.Tensor) -> bool:
-    """True for a dense tensor of real numbers, of any dtype but truth values, that is not on the meta device."""
+    """Return True for a dense tensor of real numbers of any dtype except bool, not on the meta device."""
     readable = x.layout == torch.strided and not (x.is_nested or x.is_quantized or x.is_meta)
     return readable and not (x.is_complex() or x.dtype == torch.bool)
 
 
 def check_no_gradient(name: str, value: object, instead: str) -> None:
-    """Raise a ValueError if the value is a tensor whose derivative is wanted, for none is computed.
+    """Raise a ValueError if the value is a tensor that requires a derivative, which is not computed.
 
     Args:
-        name: of the argument.
-        value: any value; only tensors can want a derivative.
-        instead: what to do, for the message.
+        name: Name of the argument.
+        value: Any value. Only tensors can require a derivative.
+        instead: What to do instead, for the message.
     """
     if not isinstance(value, torch.Tensor):
         return

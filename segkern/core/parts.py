@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls on parts of tensors: heads that share their sigmas, frames of a video."""
+"""Calls on parts of tensors: heads that share their sigmas, and frames of a video."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def call_by_head(
     sigmas: tuple[tuple[float, ...], ...],
     mask: torch.Tensor | None = None,
 ) -> Any:
-    """The results of ``call`` for each run of heads with the same sigmas, joined again.
+    """Call ``call`` once for each run of heads with equal sigmas, and concatenate the results.
 
     Args:
-        call: takes views of some heads, ``sigma``, a number or a tuple of one per sample, and ``attn_mask`` where there
-            is one.
-        tensors: ``[batch, heads, ...]``.
-        sigmas: ``[1 or batch][heads]``.
-        mask: ``[1 or batch, 1 or heads, ...]``.
+        call: Function of views of some heads, ``sigma`` (a number or one per sample), and ``attn_mask`` if there is a
+            mask.
+        tensors: Tensors ``[batch, heads, ...]``.
+        sigmas: Sigmas ``[1 or batch][heads]``.
+        mask: Mask ``[1 or batch, 1 or heads, ...]``.
     """
     check_not_jit_traced("one sigma per head")
-    columns = list(zip(*sigmas, strict=True)) or [(0.0,) * len(sigmas)]  # no heads at all are a run of none
+    columns = list(zip(*sigmas, strict=True)) or [(0.0,) * len(sigmas)]  # without heads, one empty run
     results = []
     for heads, column in equal_runs(columns):
         sigma = column[0] if len(column) == 1 else column
@@ -43,13 +43,13 @@ def call_by_head(
 def blur_by_frame(
     blur: Callable[..., torch.Tensor], x: torch.Tensor, grid: Grid, sigma: float | Iterable[float | Sequence[float]]
 ) -> torch.Tensor:
-    """``blur(x, grid, sigma)`` of one image, for each frame of a video: its tokens become those of more heads.
+    """Call ``blur(x, grid, sigma)`` for each frame of a video, with the frames as additional heads.
 
     Args:
-        blur: takes ``[batch, heads, height * width, dim]``, a grid of one frame and sigma.
-        x: ``[batch, heads, tokens, dim]``.
-        grid: of the video.
-        sigma: one number, or one per sample, or for a sample one per head.
+        blur: Function of ``[batch, heads, height * width, dim]``, a grid of one frame, and sigma.
+        x: Tensor ``[batch, heads, tokens, dim]``.
+        grid: Grid of the video.
+        sigma: One number, one per sample, or for a sample one per head.
     """
     check_not_jit_traced("a grid of frames")
     frames = x[:, :, grid.start : grid.stop].unflatten(2, (grid.frames, grid.height * grid.width))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision of blurs, logits and masses, whatever autocast and PyTorch's settings for float32 products say."""
+"""The precision of blurs, logits and masses, independent of autocast and of PyTorch's float32 matmul settings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from segkern.core.tracing import has_autocast
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: the dtype of masses, energies and the blur's sums."""
+    """Return float64 for float64, otherwise float32: the dtype of masses, energies and the sums of the blur."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def exact_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a product of matrices is exact to float32: float64 where PyTorch would round float32.
+    """Return the dtype in which matrix products are accurate to float32: float64 where PyTorch would round float32.
 
     ``torch.set_float32_matmul_precision("medium")`` rounds the factors of a product to bfloat16 on some CPUs, and
     ``"high"`` to TF32 on a GPU.
@@ -39,7 +39,7 @@ def _rounds_float32_products(device_type: str) -> bool:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: blur weights and logits keep their dtype."""
+    """Return a context that disables autocast, so blur weights and logits keep their dtype."""
     if not has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)

@@ -13,19 +13,19 @@ from segkern.core.numbers import check_no_gradient, holds_real_numbers, real_num
 
 T = TypeVar("T")
 
-_NO_SEQUENCE = (str, bytes, Mapping, Set)  # although they can be iterated over
+_NO_SEQUENCE = (str, bytes, Mapping, Set)  # iterable, but not sequences of sigmas
 
 
 def is_finite_blur(sigma: float) -> bool:
-    """True if sigma is neither 0 (no blur) nor infinite (the mean)."""
+    """Return True if sigma is neither 0 (no blur) nor infinite (the mean)."""
     return 0.0 < sigma < math.inf
 
 
 def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]:
-    """One checked float per sample from a number or one number per sample.
+    """Return one checked float per sample, from a number or one number per sample.
 
     Raises:
-        ValueError: for a negative sigma, NaN, what is no number, or a number of sigmas that is not the batch size.
+        ValueError: If a sigma is negative, NaN or not a number, or if the number of sigmas is not the batch size.
 
     Example:
         >>> check_sigma((0, 0, math.inf), 3)
@@ -35,10 +35,10 @@ def check_sigma(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]
 
 
 def given_sigmas(sigma: float | Iterable[float], batch: int) -> tuple[float, ...]:
-    """The checked floats of ``sigma``: one for all samples of the batch, or one per sample.
+    """Return the checked floats of ``sigma``: one for all samples of the batch, or one per sample.
 
     Raises:
-        ValueError: as :func:`check_sigma` does.
+        ValueError: For the same reasons as :func:`check_sigma`.
 
     Example:
         >>> given_sigmas(2, 3), given_sigmas((0, 2, 2), 3)
@@ -63,31 +63,31 @@ def given_sigmas(sigma: float | Iterable[float], batch: int) -> tuple[float, ...
                 f"sigma must be one number or one per sample: got {len(sigmas)} numbers {sigmas} for a batch of {batch}"
             )
     for value in sigmas:
-        if not value >= 0.0:  # true for NaN as well
+        if not value >= 0.0:  # also catches NaN
             raise ValueError(f"sigma must be 0 (no blur), positive, or math.inf (mean query); got {value}")
     return sigmas
 
 
 def check_traced_sigma(sigma: torch.Tensor, batch: int) -> torch.Tensor:
-    """A tensor of sigmas that is read when a compiled or traced graph runs, ``[1]`` for all samples or ``[batch]``.
+    """Return a tensor of sigmas that a compiled or traced graph reads when it runs, ``[1]`` or ``[batch]``.
 
     Raises:
-        ValueError: unless it lies on the CPU, wants no derivative, and has one number or one per sample.
+        ValueError: If it is not on the CPU, requires a derivative, or does not have one number or one per sample.
     """
     check_no_gradient("sigma", sigma, "pass sigma.detach()")
     if sigma.device.type != "cpu" or sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] != batch):
         raise ValueError(
-            f"a tensor of sigmas lies on the CPU and has one number or one per sample while a call is compiled or "
-            f"traced, got shape {tuple(sigma.shape)} on {sigma.device} for a batch of {batch}"
+            f"while a call is compiled or traced, a tensor of sigmas must be on the CPU and have one number or one per "
+            f"sample, got shape {tuple(sigma.shape)} on {sigma.device} for a batch of {batch}"
         )
     return sigma.reshape(1) if sigma.dim() == 0 else sigma
 
 
 def for_batch(sigmas: Sequence[float], batch: int) -> tuple[float, ...]:
-    """One sigma per sample, from one for all or one each.
+    """Return one sigma per sample, from one for all samples or one per sample.
 
     Raises:
-        ValueError: for another number of sigmas than 1 or the batch size.
+        ValueError: If the number of sigmas is neither 1 nor the batch size.
     """
     if len(sigmas) == 1:
         return tuple(sigmas) * batch
@@ -97,36 +97,36 @@ def for_batch(sigmas: Sequence[float], batch: int) -> tuple[float, ...]:
 
 
 def _entries(sigma: Iterable[Any]) -> tuple[Any, ...]:
-    """The entries of a sequence, numbers of a tensor as Python's."""
+    """Return the entries of a sequence; the numbers of a tensor become Python numbers."""
     if not isinstance(sigma, torch.Tensor):
         return tuple(sigma)
     if not holds_real_numbers(sigma):
-        raise ValueError(f"a tensor of sigmas must be a dense one of real numbers, got {sigma!r}")
+        raise ValueError(f"a tensor of sigmas must be dense and contain real numbers, got {sigma!r}")
     return tuple(sigma.tolist())
 
 
 def has_head_sigmas(sigma: object) -> bool:
-    """True if any sample has a sequence of sigmas, one for each head."""
-    if isinstance(sigma, (int, float)):  # a graph's numbers too, which may be asked nothing else
+    """Return True if any sample has a sequence of sigmas, one for each head."""
+    if isinstance(sigma, (int, float)):  # includes a graph's symbolic numbers, which support no other check
         return False
-    dimensions = getattr(sigma, "ndim", None)  # of a tensor or a NumPy array
+    dimensions = getattr(sigma, "ndim", None)  # of a tensor or NumPy array
     if dimensions is not None:
         return bool(dimensions > 1)
     return isinstance(sigma, (list, tuple)) and any(map(is_sequence, sigma))
 
 
 def is_sequence(entry: Any) -> bool:
-    """True if a sample's entry has one sigma for each head."""
+    """Return True if a sample's entry has one sigma for each head."""
     if isinstance(entry, (int, float)):
         return False
     return isinstance(entry, (list, tuple)) or getattr(entry, "ndim", 0) > 0
 
 
 def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], ...]:
-    """One checked float per head, for all samples (a single entry) or for each; see :func:`has_head_sigmas`.
+    """Return one checked float per head, for all samples (a single entry) or for each; see :func:`has_head_sigmas`.
 
     Raises:
-        ValueError: for another number of samples or heads, and as :func:`check_sigma` does.
+        ValueError: If the number of samples or heads does not match, or for the same reasons as :func:`check_sigma`.
 
     Example:
         >>> head_sigmas([0, (1, math.inf)], batch=2, heads=2), head_sigmas([(1, 2)], batch=2, heads=2)
@@ -138,12 +138,12 @@ def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], 
         raise ValueError(f"sigma must have one entry per sample, got {len(samples)} for a batch of {batch}: {sigma}")
     rows = [tuple(entry) if is_sequence(entry) else (entry,) * heads for entry in samples]
     if any(len(row) != heads for row in rows):
-        raise ValueError(f"sigma must have one number per sample or one per head, of which there are {heads}: {sigma}")
+        raise ValueError(f"sigma must have one number per sample or one for each of the {heads} heads, got {sigma}")
     return tuple([given_sigmas(row, heads) for row in rows])
 
 
 def equal_runs(sigmas: Sequence[T]) -> list[tuple[slice, T]]:
-    """Consecutive samples of equal sigma, or of whatever one value per sample says, as slices of the batch.
+    """Return slices of the batch over consecutive samples with equal sigma (or another per-sample value).
 
     Example:
         >>> equal_runs((0.0, 0.0, 3.0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tracers, transforms, derivatives and autocast around a call, and what they require of it."""
+"""Checks for tracers, transforms, derivatives and autocast around a call."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from segkern.core.private_apis import (
 
 
 def is_traced() -> bool:
-    """True while ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records a call, to run it later."""
+    """Return True while ``torch.compile``, ``torch.export`` or ``torch.jit.trace`` records a call."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    """True if these are real, dense tensors in an eager run, none that a tracer follows.
+    """Return True if these are real, dense tensors in eager mode, not followed by a tracer.
 
-    Only then may tables be made here, and a backend be chosen; operators do both when they run.
+    Only then may the caller make tables or choose a backend here; otherwise the operators do so when they run.
     """
     return not is_traced() and all(
         type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided and not x.is_nested for x in tensors
@@ -34,10 +34,10 @@ def is_plain(*tensors: torch.Tensor) -> bool:
 
 
 def fixed_numbers(value: Any) -> Any:
-    """The value with its numbers as constants of the graph that is compiled, which other numbers compile anew.
+    """Return the value with its numbers as constants of the compiled graph. New numbers recompile the graph.
 
-    A number that stays a symbol of the graph cannot be asked what it is, and Inductor of torch 2.13 takes an old value
-    of it where it also multiplies a tensor (pytorch/pytorch#197889).
+    Code cannot branch on a number that stays a symbol of the graph. Inductor of torch 2.13 also uses an old value of
+    the symbol where it multiplies a tensor (pytorch/pytorch#197889).
     """
     if not torch.compiler.is_compiling():
         return value
@@ -47,8 +47,8 @@ def fixed_numbers(value: Any) -> Any:
 
 
 def fixed_sigmas(sigma: Any) -> Any:
-    """:func:`fixed_numbers`, or a tensor of what can only be read when the graph runs: tensors and NumPy's numbers."""
-    if is_traced() and not isinstance(sigma, (int, float)):  # a symbol of a graph can be asked nothing else
+    """Apply :func:`fixed_numbers`, or return a tensor for values that are known only when the graph runs."""
+    if is_traced() and not isinstance(sigma, (int, float)):  # a graph's symbolic numbers support no other check
         if isinstance(sigma, (list, tuple)) and any(isinstance(entry, torch.Tensor) for entry in sigma):
             return torch.stack([torch.as_tensor(entry, dtype=torch.float64) for entry in sigma])
         if hasattr(sigma, "__array__"):
@@ -57,11 +57,11 @@ def fixed_sigmas(sigma: Any) -> Any:
 
 
 def check_not_jit_traced(call: str) -> None:
-    """Raise a ValueError for a call that ``torch.jit.trace`` would record for the present sizes alone."""
+    """Raise a ValueError for a call that ``torch.jit.trace`` would record for the present sizes only."""
     if torch.jit.is_tracing():
         raise ValueError(
-            f"torch.jit.trace cannot record {call}: it would keep the present sizes, and be wrong for others; take "
-            f"torch.export or torch.compile"
+            f"torch.jit.trace cannot record {call}: the trace would be valid for the present sizes only and wrong for "
+            f"others; use torch.export or torch.compile"
         )
 
 
@@ -71,9 +71,9 @@ def _is_transformed_while_compiling() -> bool:
 
 
 def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
-    """True if nothing follows a call (no gradient, transform or mode), so that its function may be called directly.
+    """Return True if nothing follows a call (gradient, transform, mode), so its function may be called directly.
 
-    Tensors without data are seen: the operator tells shapes of results, where its function would go through blocks.
+    Tensors without data are excluded: the operator's fake returns shapes, but the function would compute blocks.
     """
     if any(x is not None and x.is_meta for x in tensors):
         return False
@@ -83,48 +83,48 @@ def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """True if an eager call needs PyTorch's own operations: under ``torch.func`` or forward-mode derivatives."""
+    """Return True if an eager call needs PyTorch operations: under ``torch.func`` or forward-mode derivatives."""
     return not torch.compiler.is_compiling() and (transform_is_active() or forward_mode_is_active())
 
 
 def own_result(x: torch.Tensor) -> torch.Tensor:
-    """The same memory in a tensor that may be changed in place where gradients are on.
+    """Return a tensor with the same memory that may be changed in place where gradients are enabled.
 
-    Autograd does not allow that for a view that was made where they were off.
+    Autograd does not allow in-place changes of a view that was made while gradients were disabled.
     """
     return x if torch.is_grad_enabled() or is_traced() or is_transformed() else x.detach()
 
 
 def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
-    """The backend, or PyTorch's path where operators have no rules: forward-mode derivatives, ``torch.func``.
+    """Return the backend, or ``"torch"`` where operators have no rules: forward-mode derivatives, ``torch.func``.
 
     Raises:
-        ValueError: for ``"triton"`` there, and inside ``torch.compile``.
+        ValueError: If the backend is ``"triton"`` there, or such a derivative is taken inside ``torch.compile``.
     """
     if torch.compiler.is_compiling():
         if _is_transformed_while_compiling():
             raise ValueError(
-                "segkern's functions take no part in torch.func's transforms and forward-mode derivatives inside "
-                "torch.compile; take the transform of the function that is not compiled"
+                "segkern's functions do not support torch.func transforms or forward-mode derivatives inside "
+                "torch.compile; transform the function outside torch.compile"
             )
         return backend
     if not (transform_is_active() or forward_mode_is_active()):
         return backend
     if backend == "triton":
         if _has_tangent(*tensors):
-            raise ValueError("backend='triton' has no forward-mode derivatives; take backend='torch'")
+            raise ValueError("backend='triton' does not support forward-mode derivatives; use backend='torch'")
         if transform_is_active():
-            raise ValueError("backend='triton' takes no part in torch.func's transforms; take backend='torch'")
+            raise ValueError("backend='triton' does not support torch.func transforms; use backend='torch'")
         return backend
     return "torch"
 
 
 def check_no_forward_mode() -> None:
-    """Raise a RuntimeError inside a ``dual_level``, whose derivatives operators drop; for graphs compiled before it."""
+    """Raise a RuntimeError inside a ``dual_level``, where operators drop derivatives; for graphs compiled earlier."""
     if forward_mode_is_active():
         raise RuntimeError(
-            "segkern's operators have no forward-mode derivatives, and a torch.autograd.forward_ad.dual_level is open; "
-            "call segkern's functions outside of torch.compile there, with backend='auto' or 'torch'"
+            "segkern's operators do not support forward-mode derivatives, and a torch.autograd.forward_ad.dual_level "
+            "is open; call segkern's functions outside torch.compile there, with backend='auto' or 'torch'"
         )
 
 
@@ -133,7 +133,7 @@ def _has_tangent(*tensors: torch.Tensor) -> bool:
 
 
 def autocast_inputs(check: Callable[[str, Any], None], **tensors: Any) -> tuple[Any, ...]:
-    """The arguments as autocast casts those of PyTorch's attention, by name; each is checked before it is cast."""
+    """Return the arguments as autocast casts those of PyTorch's attention, by name. Each is checked before the cast."""
     first = next(iter(tensors.values()))
     if not isinstance(first, torch.Tensor):
         return tuple(tensors.values())
@@ -147,7 +147,7 @@ def autocast_inputs(check: Callable[[str, Any], None], **tensors: Any) -> tuple[
 
 
 def has_autocast(device_type: str) -> bool:
-    """True if PyTorch knows autocast for a kind of device. The compiler of torch 2.11 cannot trace that question."""
+    """Return True if autocast supports this device type. The compiler of torch 2.11 cannot trace this check."""
     if torch.compiler.is_compiling():
         return device_type != "meta"
     return torch.amp.is_autocast_available(device_type)

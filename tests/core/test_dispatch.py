@@ -68,7 +68,7 @@ def test_auto_takes_the_kernels_on_a_gpu_when_there_is_something_to_blur(hopper:
 
 def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "interpreting", lambda: True)
-    assert choose_backend(CPU, torch.float32, 64) == ("torch", "Triton's interpreter is for tests")
+    assert choose_backend(CPU, torch.float32, 64) == ("torch", "Triton's interpreter is only for tests")
 
 
 def test_explicit_choice_that_cannot_run_raises_from_the_public_function() -> None:

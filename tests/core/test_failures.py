@@ -37,7 +37,7 @@ def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], E
         expected = call(*inputs, backend="torch")
         with failing(make) as kernel:
             fallback.forget_failures()
-            with pytest.warns(RuntimeWarning, match="PyTorch's path serves such calls from now on") as told:
+            with pytest.warns(RuntimeWarning, match="using PyTorch for such calls from now on") as told:
                 assert torch.equal(call(*inputs), expected)
             assert len(told) == 1
             assert type(make()).__name__ in str(told[0].message)

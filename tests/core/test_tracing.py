@@ -206,7 +206,7 @@ def test_a_jit_traced_call_is_right_for_other_batches(function: Callable[..., to
 
 @pytest.mark.parametrize("function", UNTRACEABLE.values(), ids=UNTRACEABLE)
 def test_what_jit_trace_would_record_for_one_size_is_refused(function: Callable[..., torch.Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"torch\.jit\.trace cannot record .*take torch\.export or torch\.compile"):
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace cannot record .*use torch\.export or torch\.compile"):
         jit_trace(function)
 
 
