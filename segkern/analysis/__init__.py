@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The energy of attention: values, moments, curvature, recorded runs and their plots."""
+"""Analysis of the energy of attention: values, moments, curvature, recorded runs and plots."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blur's own part in the curvature of the energy, and exact Hessians of small grids; see :mod:`segkern.energy`."""
+"""The blur's factor in the curvature of the energy, and exact Hessians of small grids; see :mod:`segkern.energy`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from segkern.analysis.logits import Over, blurred_image, check_arguments
 from segkern.core.gaussian import blur_matrix
 from segkern.grid import Grid
 
-EXACT_LIMIT = 1024  # side of the largest Hessian that is formed
+EXACT_LIMIT = 1024  # maximum number of rows of an exact Hessian
 
 
 def _axis_matrices(grid: Grid, sigma: float, boundary: str) -> list[torch.Tensor]:
-    """The blur's matrix of each axis, height first."""
+    """Return the blur matrix of each axis, height first."""
     return [blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width)]
 
 
 def log_diagonal(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
-    """``sum_i log b_ii`` over the grid's tokens: the factor that SEG's proof of Theorem 3.1 gives the blur.
+    """Return ``sum_i log b_ii`` over the grid's tokens: the blur's factor in SEG's proof of Theorem 3.1.
 
     Example:
         >>> log_diagonal(Grid(4, 4), math.inf) == 16 * math.log(1 / 16)
@@ -32,7 +32,7 @@ def log_diagonal(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
 
 
 def log_determinant(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
-    """``log |det B|`` of the blur over the grid; minus infinity for the mean query, which forgets everything else.
+    """Return ``log |det B|`` of the blur over the grid, which is minus infinity for infinite sigma (the mean query).
 
     ``B`` is the Kronecker product of its axes' matrices, so ``det B = det(B_h)^width det(B_w)^height``.
 
@@ -41,23 +41,23 @@ def log_determinant(grid: Grid, sigma: float, boundary: str = "reflect") -> floa
         (0.0, -inf)
     """
     if math.isinf(sigma) and grid.tokens > 1:
-        return -math.inf  # not left to the rounding of a singular matrix's determinant
+        return -math.inf  # exact, where slogdet of a singular matrix would return rounding error
     rows, columns = _axis_matrices(grid, sigma, boundary)
     return (grid.width * torch.linalg.slogdet(rows)[1] + grid.height * torch.linalg.slogdet(columns)[1]).item()
 
 
 def largest_curvature(grid: Grid, sigma: float, boundary: str = "reflect") -> float:
-    """The largest curvature that the energy of one key has anywhere, in any direction, once it is blurred.
+    """Return the largest curvature of the blurred energy of one key, over all logits and directions.
 
-    The second derivative of ``-lse(B a)`` in a direction ``v`` is minus the variance of ``B v`` under the softmax: at
-    most ``range(B v)^2 / 4``, whatever the logits ``a``. Over directions of length 1 that is at most
-    ``max_ij |B_i - B_j|^2 / 4`` with the rows of ``B``, and where ``B`` can be inverted some logits come as close to it
-    as one likes. It is one half without a blur, never more with one, whatever the boundary, and 0 for the mean query.
-    In this sense a blur flattens the landscape for certain; at given logits it need not, see :mod:`segkern.energy`.
+    The second derivative of ``-lse(B a)`` in a direction ``v`` is minus the variance of ``B v`` under the softmax. It
+    is at most ``range(B v)^2 / 4`` for any logits ``a``. Over directions of length 1, that is at most
+    ``max_ij |B_i - B_j|^2 / 4`` with the rows of ``B``. If ``B`` is invertible, some logits come arbitrarily close to
+    this bound. The bound is one half without a blur, never larger with one, for any boundary, and 0 for the mean query.
+    In this sense a blur always flattens the energy landscape. At given logits it may not; see :mod:`segkern.energy`.
 
     Args:
-        grid: of the queries.
-        sigma: standard deviation in tokens, or ``math.inf``.
+        grid: Grid of the queries.
+        sigma: Standard deviation in tokens, or ``math.inf``.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
 
     Returns:
@@ -92,21 +92,21 @@ def curvature_spectrum(
     scale: float | None = None,
     boundary: str = "reflect",
 ) -> torch.Tensor:
-    """Eigenvalues of the exact Hessian of the energy with respect to the logits before the blur, for small grids.
+    """Return the eigenvalues of the exact Hessian of the energy with respect to the unblurred logits, for small grids.
 
-    For one key that is ``-B^T (diag(p) - p p^T) B`` with the softmax ``p`` of its blurred logits; for the rows of
-    ``over="keys"``, which the blur mixes, it is one matrix over all logits. It is negative semidefinite: returned are
-    magnitudes. One of each vector's is 0.
+    For one key, the Hessian is ``-B^T (diag(p) - p p^T) B`` with the softmax ``p`` of the key's blurred logits. For
+    ``over="keys"``, the blur mixes the rows, so there is one matrix over all logits. The Hessian is negative
+    semidefinite; the magnitudes of its eigenvalues are returned. One eigenvalue of each vector is 0.
 
     Args:
-        query, key, grid, sigma, over, scale, boundary: as for :func:`energies`.
+        query, key, grid, sigma, over, scale, boundary: As for :func:`energies`.
 
     Returns:
-        float64, largest first: ``[batch, heads, keys, height * width]`` for ``over="queries"``, and
+        float64, in descending order: ``[batch, heads, keys, height * width]`` for ``over="queries"``, and
         ``[batch, heads, height * width * keys]`` for ``over="keys"``.
 
     Raises:
-        ValueError: when an argument does not fit, and for a Hessian of more than 1024 rows.
+        ValueError: If an argument is invalid, or the Hessian would have more than 1024 rows.
 
     Source: SEG, Theorem 3.1, without its approximation.
 
@@ -118,7 +118,7 @@ def curvature_spectrum(
     query, key, sigmas, scale = check_arguments(query, key, grid, sigma, over, scale, boundary, torch.float64)
     _check_size(grid.tokens * (1 if over == "queries" else key.shape[2]), over, grid, key.shape[2])
     logits = scale * blurred_image(query, grid, sigmas, boundary) @ key.transpose(-2, -1)
-    spectra = []  # of each sample and head
+    spectra = []  # one per sample and head
     for sample, value in enumerate(sigmas):
         blur = torch.kron(*_axis_matrices(grid, value, boundary)).to(query.device)
         for head in logits[sample]:  # [queries, keys]
@@ -132,18 +132,18 @@ def curvature_spectrum(
     if not spectra:
         size = (key.shape[2], grid.tokens) if over == "queries" else (grid.tokens * key.shape[2],)
         return query.new_empty(*shape, *size)
-    largest_first = torch.stack(spectra).flip(-1).clamp_min(0.0).unflatten(0, shape)  # rounding below 0 is 0
+    largest_first = torch.stack(spectra).flip(-1).clamp_min(0.0).unflatten(0, shape)  # clamps rounding errors below 0
     return largest_first if over == "queries" else largest_first[:, :, 0]
 
 
 def _column_hessian(logits: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
-    """``B^T (diag(p) - p p^T) B`` with the softmax ``p`` of one key's blurred logits ``[queries]``."""
+    """Return ``B^T (diag(p) - p p^T) B`` with the softmax ``p`` of one key's blurred logits ``[queries]``."""
     p = torch.softmax(logits, dim=-1)
     return blur.T @ (torch.diag(p) - torch.outer(p, p)) @ blur
 
 
 def _rows_hessian(logits: torch.Tensor, blur: torch.Tensor) -> torch.Tensor:
-    """The same for all rows of blurred logits ``[queries, keys]`` at once, ``[queries * keys, queries * keys]``."""
+    """Return the Hessian over all rows of blurred logits ``[queries, keys]``, ``[queries * keys, queries * keys]``."""
     p = torch.softmax(logits, dim=-1)
     of_rows = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]  # [queries, keys, keys]
     return torch.einsum("ra,rb,rjk->ajbk", blur, blur, of_rows).flatten(2, 3).flatten(0, 1)
@@ -157,6 +157,6 @@ def _check_size(side: int, over: Over, grid: Grid, keys: int) -> None:
     if over == "keys":
         logits = f"{grid.height} x {grid.width} queries times {keys} keys = {side} logits"
     raise ValueError(
-        f"the exact Hessian over {logits} would have {side} rows, and at most {EXACT_LIMIT} are formed; take a "
-        f"smaller grid, or log_curvature, which needs no Hessian"
+        f"the exact Hessian over {logits} would have {side} rows, but the maximum is {EXACT_LIMIT}; use a smaller "
+        f"grid, or log_curvature, which needs no Hessian"
     )

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The energy of attention, and what blurring its queries does to it: for analysis, at any size.
+"""The energy of attention and the effect of blurring its queries, for analysis at any size.
 
-With logits ``A = scale * Q K^T`` the energy of a vector ``a`` of them is ``E'(a) = -lse(a)``, lse the log of the sum of
-exponentials, and the energy of a layer the sum over its vectors. There are two ways to cut ``A`` into vectors:
+With logits ``A = scale * Q K^T``, the energy of a vector ``a`` of logits is ``E'(a) = -lse(a)``, where lse is the
+logarithm of the sum of exponentials. The energy of a layer is the sum over its vectors. ``A`` can be split into vectors
+in two ways:
 
-- ``over="keys"``: the logits of one query, a row. This is the softmax that attention takes, and gives an energy to each
-  query, so a map over the grid. SEG's appendix B calls it the dual.
-- ``over="queries"``: the logits of one key, a column, which is SEG's Definition 2.1 and the one its statements are
-  about: the blur acts within such a vector.
+- ``over="keys"``: the logits of one query, a row. This is the softmax of attention. It gives one energy per query, so
+  the energies form a map over the grid. SEG's appendix B calls this the dual.
+- ``over="queries"``: the logits of one key, a column. This is SEG's Definition 2.1, and the statements of the paper are
+  about it: the blur acts within such a vector.
 
-A blur ``B`` over the query grid gives ``B A``, which are the logits of blurred queries (Proposition 3.1). Its weights
-are not negative and its rows add up to 1; its columns do under the boundaries symmetric and circular only. With those
-the mean of the logits is kept, their variance is not raised (Lemma 3.1) and a layer's energy does not fall (Lemma 3.2);
-one row's energy may. Energy does not always grow with sigma, because taps are cut off and clamped. ``|det|`` of the
-Hessian (Theorem 3.1) falls only by the blur's own factor, and not for peaked logits; what falls at any logits and for
-any boundary is a bound on the curvature, :func:`largest_curvature`. ``docs/energy.md`` has each statement with what it
-needs and a case in which it fails; ``tests/core/test_theory.py`` and ``test_theory_curvature.py`` test them.
+A blur ``B`` over the query grid gives ``B A``, the logits of the blurred queries (Proposition 3.1). The weights of the
+blur are not negative and its rows sum to 1. Its columns sum to 1 only for the boundaries symmetric and circular. With
+these two, the blur keeps the mean of the logits, does not raise their variance (Lemma 3.1) and does not lower a layer's
+energy (Lemma 3.2), although it may lower the energy of one row. Energy does not always grow with sigma, because taps
+are cut off and clamped. ``|det|`` of the Hessian (Theorem 3.1) falls only by the blur's own factor, and not for peaked
+logits. For any logits and any boundary, the blur lowers a bound on the curvature, :func:`largest_curvature`.
+``docs/energy.md`` lists each statement with its conditions and a counterexample without them.
+``tests/core/test_theory.py`` and ``test_theory_curvature.py`` test the statements.
 
 Source: SEG, arXiv 2408.00760: Definition 2.1 (equation 5), section 3, appendices A and B.
 """
@@ -61,23 +63,25 @@ def energies(
     boundary: str = "reflect",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """``-lse`` of the logits of every image query (``over="keys"``) or of every key (``over="queries"``), in nats.
+    """Return ``-lse`` of each image query's logits (``over="keys"``) or each key's (``over="queries"``), in nats.
 
     Args:
-        query: ``[batch, heads, tokens, head_dim]``, as attention gets it: after QK-norm and rotary embedding.
+        query: ``[batch, heads, tokens, head_dim]``, as passed to attention: after QK-norm and rotary embedding.
         key: ``[batch, heads, keys, head_dim]``.
-        grid: where the image lies in the query tokens; the others have no part in anything here.
-        sigma: of the blur, in tokens: one number or one per sample; 0 is none, ``math.inf`` the mean query.
-        over: what the log-sum-exp runs over; see :mod:`segkern.energy`.
-        scale: of the logits; ``1 / sqrt(head_dim)`` by default.
+        grid: Position of the image in the query tokens. Queries outside it are ignored.
+        sigma: Standard deviation of the blur in tokens, one number or one per sample; 0 is no blur, ``math.inf`` the
+            mean query.
+        over: The axis of the log-sum-exp; see :mod:`segkern.energy`.
+        scale: Factor of the logits; ``1 / sqrt(head_dim)`` by default.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``. Only the last two keep the mean of the logits.
-        dtype: in which all is computed and returned, ``torch.float32`` or ``torch.float64``.
+        dtype: Dtype of the computation and the result, ``torch.float32`` or ``torch.float64``.
 
     Returns:
-        ``[batch, heads, height * width]`` in row-major order, or ``[batch, heads, keys]``.
+        ``[batch, heads, height * width]`` in row-major order for ``over="keys"``, ``[batch, heads, keys]`` for
+        ``over="queries"``.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: SEG, Definition 2.1 (``over="queries"``), and its dual in appendix B (``over="keys"``).
 
@@ -108,10 +112,10 @@ def layer_energy(
     boundary: str = "reflect",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The energy of a layer, ``[batch, heads]`` in nats: the sum of :func:`energies`, whose arguments it takes.
+    """Return the energy of a layer, ``[batch, heads]`` in nats: the sum of :func:`energies` with the same arguments.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: SEG, equation 5.
 
@@ -135,32 +139,32 @@ def log_curvature(
     boundary: str = "reflect",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """``log |det|`` of the Hessian of the layer's energy with respect to its logits, one of each vector held fixed.
+    """Return ``log |det|`` of the Hessian of the layer's energy over its logits, with one logit per vector held fixed.
 
-    The Hessian is negative semidefinite, so the determinant's sign is ``(-1)`` to the number of logits that are free.
-    With all of them free it is 0. The value is also what is left of the whole Hessian when ``p p^T`` is dropped, which
-    is the paper's approximation; and for an unblurred vector of n logits the product of the nonzero eigenvalues is n
-    times its determinant. It is ``sum(logits) + n * energy``, plus the blur's part:
+    The Hessian is negative semidefinite, so the sign of the determinant is ``(-1)`` to the number of free logits. If no
+    logit is held fixed, the determinant is 0. The same value results from the whole Hessian if ``p p^T`` is dropped,
+    which is the paper's approximation. For an unblurred vector of n logits, the product of the nonzero eigenvalues is n
+    times its determinant. The value is ``sum(logits) + n * energy``, plus the blur's part:
 
-    - ``factor="none"``: nothing. The curvature of E' at the blurred logits, with respect to those.
+    - ``factor="none"``: nothing. The curvature of E' at the blurred logits, with respect to the blurred logits.
     - ``"paper"``: ``log b_ii`` for each logit, equation 20 of the proof.
-    - ``"chain"``: ``2 log |det B|`` for each key that is free, with respect to the logits before the blur, by the chain
-      rule: exact. Minus infinity for the mean query.
+    - ``"chain"``: ``2 log |det B|`` for each free key, with respect to the logits before the blur. Exact, by the chain
+      rule. Minus infinity for the mean query.
 
     Args:
-        query, key, grid, sigma, over, scale, boundary, dtype: as for :func:`energies`, but ``over="queries"`` by
+        query, key, grid, sigma, over, scale, boundary, dtype: As for :func:`energies`, but ``over="queries"`` by
             default, as in the paper.
-        factor: the blur's part, see above. Without a blur all are the same.
+        factor: The blur's part, see above. Without a blur, all three give the same value.
 
     Returns:
-        ``[batch, heads]``, natural logarithm, a sum over all of the layer's vectors; as it has a part for every logit,
-        divide it by their number for the geometric mean.
+        ``[batch, heads]``, natural logarithm, summed over all vectors of the layer. Divide it by the number of logits
+        for the geometric mean.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: SEG, Theorem 3.1 and appendix A.3. Its conclusion, that a blur lowers the determinant, holds for logits that
-    are not too peaked; the proof's claim that it does so with ``"none"`` is wrong; see :mod:`segkern.energy`.
+    are not too peaked. The proof claims the same for ``"none"``, which is wrong; see :mod:`segkern.energy`.
 
     Example:
         >>> q, k = torch.randn(2, 1, 1, 4 * 4, 8)
@@ -181,16 +185,16 @@ def log_curvature(
 
 @dataclass(frozen=True)
 class OverSigma:
-    """The result of :func:`over_sigma`; every tensor but ``energies`` is ``[sigmas, batch, heads]``.
+    """The result of :func:`over_sigma`. Every tensor except ``energies`` is ``[sigmas, batch, heads]``.
 
     Attributes:
-        sigmas: in tokens.
-        energies: of each vector, ``[sigmas, batch, heads, vectors]``, in nats.
-        energy: of the layer, their sum.
-        mean: of all logits.
-        variance: of all logits.
-        query_variance: of one key's logits over the queries, which is what Lemma 3.1 speaks of; the mean over the keys.
-        log_curvature: by its factor, ``"none"``, ``"paper"`` and ``"chain"``.
+        sigmas: Sigmas in tokens.
+        energies: Energy of each vector, ``[sigmas, batch, heads, vectors]``, in nats.
+        energy: Energy of the layer, the sum of ``energies``.
+        mean: Mean of all logits.
+        variance: Variance of all logits.
+        query_variance: Variance of one key's logits over the queries, the subject of Lemma 3.1; mean over the keys.
+        log_curvature: Log-curvature by factor, ``"none"``, ``"paper"`` and ``"chain"``.
     """
 
     sigmas: tuple[float, ...]
@@ -213,14 +217,14 @@ def over_sigma(
     boundary: str = "reflect",
     dtype: torch.dtype = torch.float32,
 ) -> OverSigma:
-    """Energy, moments and curvature at several sigmas, each for the whole batch.
+    """Return energy, moments and curvature at several sigmas, each applied to the whole batch.
 
     Args:
-        query, key, grid, over, scale, boundary, dtype: as for :func:`energies`.
-        sigmas: at least one; 0 is no blur.
+        query, key, grid, over, scale, boundary, dtype: As for :func:`energies`.
+        sigmas: At least one sigma; 0 is no blur.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Example:
         >>> q, k = torch.randn(2, 1, 8, 6 * 9, 16)
@@ -263,7 +267,7 @@ def _log_determinant(
     factor: Factor,
     boundary: str,
 ) -> torch.Tensor:
-    """:func:`log_curvature` of a layer whose energy and mean logit ``[batch, heads]`` are known."""
+    """Return :func:`log_curvature` of a layer from its energy and mean logit ``[batch, heads]``."""
     without_blur = mean * (grid.tokens * keys) + energy * (grid.tokens if over == "queries" else keys)
     free = keys if over == "queries" else keys - 1
     blur_parts = [_blur_part(grid, sigma, boundary, factor, keys, free) for sigma in sigmas]
@@ -271,7 +275,7 @@ def _log_determinant(
 
 
 def _blur_part(grid: Grid, sigma: float, boundary: str, factor: Factor, keys: int, free: int) -> float:
-    """The blur's part in the logarithm of the determinant, for so many keys of which so many are free."""
+    """Return the blur's part of the log-determinant, for ``keys`` keys of which ``free`` are free."""
     if factor == "paper":
         return keys * log_diagonal(grid, sigma, boundary)
     return 2 * free * log_determinant(grid, sigma, boundary) if factor == "chain" and free else 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and variance of blurred logits without forming them, and the checks that all of the analysis shares."""
+"""Mean and variance of blurred logits without forming them, and the argument checks of the analysis functions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Moments(NamedTuple):
     """Mean and variance of logits.
 
     Attributes:
-        mean: ``[batch, heads]``, or ``[batch, heads, keys]`` for each key by itself.
-        variance: the same shape; divided by the number of logits, not by one less.
+        mean: Mean, ``[batch, heads]``, or ``[batch, heads, keys]`` for each key separately.
+        variance: Variance, same shape, divided by the number of logits (no Bessel's correction).
     """
 
     mean: torch.Tensor
@@ -42,21 +42,22 @@ def logit_moments(
     boundary: str = "reflect",
     dtype: torch.dtype = torch.float32,
 ) -> Moments:
-    """Mean and variance of the blurred logits of the image's queries, without forming the logits.
+    """Return mean and variance of the blurred logits of the image's queries, without forming the logits.
 
-    With the covariances ``C_q`` and ``C_k`` of queries and keys: the mean is ``q^T k`` of the mean query and key, the
-    variance of one key's logits over the queries is ``k^T C_q k``, and that of all logits is the mean of ``q^T C_k q``
-    plus ``k^T C_q k`` of the mean key. Nothing is subtracted from a square, so small variances keep their digits.
+    Let ``C_q`` and ``C_k`` be the covariances of queries and keys. The mean is ``q^T k`` of the mean query and key. The
+    variance of one key's logits over the queries is ``k^T C_q k``. The variance of all logits is the mean of
+    ``q^T C_k q`` plus ``k^T C_q k`` of the mean key. No squares are subtracted, so small variances stay accurate.
 
     Args:
-        query, key, grid, sigma, scale, boundary, dtype: as for :func:`energies`.
-        per_key: of each key's logits over the queries, which is what Lemma 3.1 speaks of, rather than of all.
+        query, key, grid, sigma, scale, boundary, dtype: As for :func:`energies`.
+        per_key: Whether to return the moments of each key's logits over the queries (the subject of Lemma 3.1) instead
+            of those of all logits.
 
     Returns:
-        Mean and variance, ``[batch, heads]`` or with ``per_key`` ``[batch, heads, keys]``, in ``dtype``.
+        Mean and variance, ``[batch, heads]``, or with ``per_key`` ``[batch, heads, keys]``, in ``dtype``.
 
     Raises:
-        ValueError: when an argument does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: SEG, Lemma 3.1.
 
@@ -92,7 +93,7 @@ def check_arguments(
     boundary: str,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float]:
-    """Query and key in ``dtype``, one sigma per sample, the scale; a ValueError for what does not fit."""
+    """Return query and key in ``dtype``, one sigma per sample, and the scale; raise a ValueError for bad arguments."""
     for name, x in (("query", query), ("key", key)):
         check_tensor(name, x)
     if dtype not in (torch.float32, torch.float64):
@@ -108,15 +109,15 @@ def check_arguments(
 
 
 def blurred_image(query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str) -> torch.Tensor:
-    """The blurred queries of the image alone, ``[batch, heads, height * width, head_dim]``."""
+    """Return the blurred queries of the image, ``[batch, heads, height * width, head_dim]``."""
     return gaussian_blur(query, grid, sigmas, boundary)[:, :, grid.start : grid.stop]
 
 
 def _covariance(centred: torch.Tensor) -> torch.Tensor:
-    """``[..., dim, dim]`` of centred vectors ``[..., count, dim]``."""
+    """Return the covariance ``[..., dim, dim]`` of centred vectors ``[..., count, dim]``."""
     return centred.transpose(-2, -1) @ centred / centred.shape[-2]
 
 
 def _form(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``x^T M x`` of every vector in ``[..., count, dim]``."""
+    """Return ``x^T M x`` for every vector in ``[..., count, dim]``."""
     return ((x @ matrix) * x).sum(dim=-1)

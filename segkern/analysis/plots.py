@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of recorded energies: maps over the token grid, curves over sigma and over steps."""
+"""Plots of recorded energies: maps over the token grid, curves over sigma and over steps."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LAYERS_IN_A_SHEET = 6
-_ALONE_IN_A_ROW = 3  # layers beside each other where there is one step
-_NAMED_LAYERS = 10  # more share a colour bar instead of a legend
-_GAP = 1.0  # from the finite sigmas to 0 and infinity on an axis of their powers of two
+_ALONE_IN_A_ROW = 3  # layers per row if there is one step
+_NAMED_LAYERS = 10  # with more layers, a colour bar replaces the legend
+_GAP = 1.0  # distance of 0 and infinity from the finite sigmas on the log2 axis
 
 
 def map_files(layers: int) -> list[str]:
-    """Names of the sheets that so many layers fill."""
+    """Return the file names of the sheets for this number of layers."""
     sheets = math.ceil(layers / LAYERS_IN_A_SHEET)
     return ["maps.png"] if sheets == 1 else [f"maps-{number}.png" for number in range(1, sheets + 1)]
 
 
 def plot_maps(run: dict[str, Any], folder: Path, picture: Image | None = None) -> list[Path]:
-    """Energy of each query over the grid: a row for each layer, with a scale of its own, a column for each chosen step.
+    """Plot the energy of each query over the grid: one row per layer, with its own scale, one column per chosen step.
 
     Args:
-        run: the result of :func:`segkern.analysis.report.summary`.
-        folder: where the sheets go.
-        picture: what the run drew, shown on the left.
+        run: The result of :func:`segkern.analysis.report.summary`.
+        folder: Output folder of the sheets.
+        picture: Generated image to show on the left.
     """
     layers = run["layers"]
     paths = [folder / name for name in map_files(len(layers))]
@@ -57,7 +57,7 @@ def _sheet(layers: Sequence[dict[str, Any]], run: dict[str, Any], picture: Image
     if picture is not None:
         panel = figure.add_subplot(grid[0, 0])
         panel.imshow(picture)
-        panel.set_title("picture", fontsize=11)
+        panel.set_title("image", fontsize=11)
         panel.set_axis_off()
     for index, layer in enumerate(layers):
         row, place = divmod(index, in_a_row)
@@ -78,7 +78,7 @@ def _sheet(layers: Sequence[dict[str, Any]], run: dict[str, Any], picture: Image
 
 
 def plot_over_steps(run: dict[str, Any], path: Path) -> None:
-    """The mean energy of a layer's queries in every step, a curve for each layer."""
+    """Plot the mean energy of a layer's queries at every step, one curve per layer."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -87,17 +87,17 @@ def plot_over_steps(run: dict[str, Any], path: Path) -> None:
     layers = run["layers"]
     for layer, style in zip(layers, _styles(layers), strict=True):
         panel.plot(range(len(layer["energy"])), layer["energy"], **style)
-    panel.set_xlabel("step of the denoiser (the first has the most noise)")
+    panel.set_xlabel("denoiser step (the first has the most noise)")
     panel.set_ylabel("mean energy of a query (nats)")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
     _name_layers(figure, [panel], layers)
-    figure.suptitle(f"Energy of self-attention over a run\n{_title(run)}", fontsize=12, parse_math=False)
+    figure.suptitle(f"Energy of self-attention during a run\n{_title(run)}", fontsize=12, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
 def plot_over_sigma(run: dict[str, Any], path: Path) -> None:
-    """Effects of a blur on energy, variance and curvature, a row for each chosen step, a curve for each layer."""
+    """Plot the effect of a blur on energy, variance and curvature, one row per chosen step, one curve per layer."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
@@ -121,10 +121,10 @@ def plot_over_sigma(run: dict[str, Any], path: Path) -> None:
                     {**style, "linestyle": line, "label": style["label"] if line == "-" else None},
                 )
         names = (
-            ("Mean energy of a query", "above unblurred (nats)"),
-            ("Variance of a key's logits", "share of unblurred"),
-            ("log |det| of the Hessian of -lse", "change for each logit (nats)"),
-            ("log |det|, the blur's factor included", "change for each logit (nats)"),
+            ("Mean energy of a query", "change from unblurred (nats)"),
+            ("Variance of a key's logits", "ratio to unblurred"),
+            ("log |det| of the Hessian of -lse", "change per logit (nats)"),
+            ("log |det| with the blur's factor", "change per logit (nats)"),
         )
         for panel, (title, axis) in zip(row, names, strict=True):
             panel.set_title(f"{title}, step {step}", fontsize=11)
@@ -133,16 +133,16 @@ def plot_over_sigma(run: dict[str, Any], path: Path) -> None:
             panel.grid(alpha=0.3)
             _sigma_axis(panel, sigmas)
         row[1].set_ylim(0.0, max(1.05, row[1].get_ylim()[1]))
-    lines = (("-", "last panel: b_ii, the paper's factor"), (":", "det(B)², the chain rule's, -∞ at σ = ∞"))
+    lines = (("-", "last panel: paper's factor b_ii"), (":", "chain rule's factor det(B)², -∞ at σ = ∞"))
     factors = [Line2D([], [], color="black", linestyle=line, label=text) for line, text in lines]
     _name_layers(figure, panels.flatten().tolist(), layers, factors)
-    title = f"What blurring the queries does, boundary {run['boundary']}\n{_title(run)}"
+    title = f"Effect of blurring the queries, boundary {run['boundary']}\n{_title(run)}"
     figure.suptitle(title, fontsize=13, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
 def _places(sigmas: Sequence[float]) -> list[float]:
-    """Places of sigmas on an axis: powers of two, 0 and infinity a step outside of the finite ones."""
+    """Return positions of sigmas on a log2 axis, with 0 and infinity one step outside the finite ones."""
     powers = [math.log2(sigma) for sigma in sigmas if 0.0 < sigma < math.inf] or [0.0]
     return [
         min(powers) - _GAP if sigma == 0.0 else max(powers) + _GAP if math.isinf(sigma) else math.log2(sigma)
@@ -151,7 +151,7 @@ def _places(sigmas: Sequence[float]) -> list[float]:
 
 
 def _curve(panel: Axes, sigmas: Sequence[float], values: Sequence[float], style: dict[str, Any]) -> None:
-    """Joined between finite sigmas, thin towards 0 and infinity; values that are infinite are left out."""
+    """Plot finite values: a thick line between finite sigmas, a thin one to 0 and infinity."""
     points = sorted(zip(_places(sigmas), values, sigmas, strict=True))
     points = [point for point in points if math.isfinite(point[1])]
     inner = [point for point in points if 0.0 < point[2] < math.inf]
@@ -174,7 +174,7 @@ def _sigma_axis(panel: Axes, sigmas: Sequence[float]) -> None:
 
 
 def _styles(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Few layers get colours that differ strongly, many go from blue to red in the order in which they run."""
+    """Return line styles: contrasting colours for few layers, blue to red in execution order for many."""
     from matplotlib import colormaps
 
     if len(layers) <= _NAMED_LAYERS:
@@ -185,7 +185,7 @@ def _styles(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _name_layers(figure: Any, panels: list[Axes], layers: Sequence[dict[str, Any]], others: Sequence[Any] = ()) -> None:
-    """A legend of the layers, or where they are many a colour bar, and of what else needs a name."""
+    """Add a legend of the layers, or a colour bar if there are many, and of the other handles."""
     few = len(layers) <= _NAMED_LAYERS
     handles = [*(panels[0].get_legend_handles_labels()[0] if few else []), *others]
     if handles:
@@ -203,7 +203,7 @@ def _name_layers(figure: Any, panels: list[Axes], layers: Sequence[dict[str, Any
     ticks = sorted({round(last * part / 6) for part in range(7)})
     bar.set_ticks(ticks, labels=[layers[index]["name"] for index in ticks])
     bar.ax.set_ylim(0, last)
-    bar.set_label("layer, in the order in which they run")
+    bar.set_label("layer, in execution order")
 
 
 def _title(run: dict[str, Any]) -> str:

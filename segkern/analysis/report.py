@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The summary of a recorded run in plain numbers: means over heads and samples, maps, and JSON of both."""
+"""The summary of a recorded run: means over heads and samples, energy maps, and their JSON file."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from segkern.analysis.energy import OverSigma
     from segkern.integrations.diffusers import EnergyRecorder, LayerEnergy
 
-_DIGITS = 4  # of the maps' numbers, which are nats
+_DIGITS = 4  # decimal places of the maps, in nats
 
 
 def summary(recorder: EnergyRecorder, details: dict[str, object], boundary: str) -> dict[str, Any]:
-    """Everything that is written to disk about one run of a pipeline.
+    """Return the data about one pipeline run that is written to disk.
 
     Args:
-        recorder: its records, of one run.
-        details: what was drawn and with what, by name.
-        boundary: of the blurs.
+        recorder: Recorder with the records of one run.
+        details: Settings of the run, by name.
+        boundary: Boundary of the blurs.
 
     Returns:
-        ``details``, ``boundary``, ``sigmas`` and ``layers``. Of a layer: its names, ``heads``, ``grid``, ``energy``,
-        the mean over the queries in each step, and ``at``, by the step's number: ``map_by_query`` and ``map_by_key``,
-        without a blur, and lists over the sigmas. Energies are in nats for each query or key, determinants for each
-        logit.
+        ``details``, ``boundary``, ``sigmas`` and ``layers``. Each layer has its names, ``heads``, ``grid``, ``energy``
+        (the mean over the queries at each step) and ``at``. ``at`` maps a step number to ``map_by_query`` and
+        ``map_by_key``, which are unblurred, and to lists over the sigmas. Energies are in nats per query or key,
+        determinants per logit.
     """
     layers = []
     for layer in recorder.layers:
@@ -76,29 +76,29 @@ def _cut(cut: OverSigma, record: LayerEnergy) -> dict[str, Any]:
 
 
 def _means(values: torch.Tensor) -> list[float]:
-    """Over samples and heads, of ``[sigmas, samples, heads]``."""
+    """Return the means over samples and heads of ``[sigmas, samples, heads]``."""
     return [float(value) for value in values.flatten(1).mean(dim=1)]
 
 
 def _map(energies: torch.Tensor) -> list[list[float]]:
-    """Mean over samples and heads of ``[samples, heads, height, width]``, rounded."""
+    """Return the rounded mean over samples and heads of ``[samples, heads, height, width]``."""
     return [[round(value, _DIGITS) for value in row] for row in energies.flatten(0, 1).mean(dim=0).tolist()]
 
 
 def chosen_steps(run: dict[str, Any]) -> list[int]:
-    """The steps in which all sigmas were recorded."""
+    """Return the steps at which all sigmas were recorded."""
     return sorted({int(step) for layer in run["layers"] for step in layer["at"]})
 
 
 def write(path: Path, run: dict[str, Any]) -> None:
-    """As JSON, a line for each entry and each layer; numbers that JSON lacks as words, "inf" and "-inf"."""
+    """Write JSON with one line per entry and per layer. Infinite numbers become the strings "inf" and "-inf"."""
     lines = [f"{json.dumps(name)}: {_line(value)}" for name, value in run.items() if name != "layers"]
     layers = ",\n  ".join(map(_line, run["layers"]))
     path.write_text("{\n" + ",\n".join([*lines, f'"layers": [\n  {layers}\n]']) + "\n}\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The summary that :func:`write` wrote."""
+    """Read a summary that :func:`write` wrote."""
     run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return run | {name: from_json_values(run[name]) for name in ("sigmas", "layers") if name in run}
 
@@ -108,7 +108,7 @@ def _line(value: object) -> str:
 
 
 def json_values(value: object) -> object:
-    """The same with words for numbers that JSON lacks, in dictionaries and lists too."""
+    """Return the value with numbers that JSON lacks replaced by strings, including inside dictionaries and lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -117,7 +117,7 @@ def json_values(value: object) -> object:
 
 
 def from_json_values(value: object) -> object:
-    """The same with those words as numbers again."""
+    """Undo :func:`json_values`."""
     if value in ("inf", "-inf", "nan"):
         return float(str(value))
     if isinstance(value, dict):
@@ -126,7 +126,7 @@ def from_json_values(value: object) -> object:
 
 
 def table_rows(run: dict[str, Any], step: int) -> list[tuple[str, ...]]:
-    """A row of words for each layer at one step: its energy, and how far each sigma lifts it."""
+    """Return one table row per layer at one step: its energy, and the increase at each sigma."""
     rows = []
     for layer in run["layers"]:
         if str(step) in layer["at"]:
@@ -137,7 +137,7 @@ def table_rows(run: dict[str, Any], step: int) -> list[tuple[str, ...]]:
 
 
 def sigma_label(sigma: float) -> str:
-    """A sigma in words, infinity as its sign.
+    """Return a sigma as text, with infinity as its symbol.
 
     Example:
         >>> [sigma_label(value) for value in (0.0, 0.5, math.inf)]

@@ -206,7 +206,7 @@ def test_what_else_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one sigma"):
         energy.over_sigma(query, key, GRID, ())
     large = torch.zeros(1, 1, 33 * 32, 4)
-    with pytest.raises(ValueError, match="33 x 32 = 1056 queries would have 1056 rows, and at most 1024"):
+    with pytest.raises(ValueError, match="33 x 32 = 1056 queries would have 1056 rows, but the maximum is 1024"):
         energy.curvature_spectrum(large, large, Grid(33, 32))
     none = torch.zeros(0, 2, 6, 4)
     assert energy.curvature_spectrum(none, none[:, :, :5], Grid(2, 3)).shape == (0, 2, 5, 6)
