@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators ``segkern::gaussian_blur`` and ``segkern::seg_attention*``; kernels are imported when launched."""
+"""The operators ``segkern::gaussian_blur`` and ``segkern::seg_attention*``. Kernels are imported on first launch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def fused_blur(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str, adjoint: bool = False
 ) -> torch.Tensor:
-    """The blur by Triton kernels; arguments are checked already."""
+    """Blur with Triton kernels. The arguments are already checked."""
     from segkern.kernels.gaussian_blur import launch_gaussian_blur
 
     x = materialised(x)
@@ -69,7 +69,7 @@ def gaussian_blur(
     backend: str,
     adjoint: bool = False,
 ) -> torch.Tensor:
-    """See :func:`segkern.gaussian_blur`; one sigma for all samples or one each. ``adjoint`` is the transposed blur."""
+    """See :func:`segkern.gaussian_blur`. ``sigma`` has one entry or one per sample; ``adjoint`` transposes the blur."""
     return _blur(x, height, width, start, sigma, boundary, backend, adjoint)
 
 
@@ -84,7 +84,7 @@ def gaussian_blur_at(
     backend: str,
     adjoint: bool = False,
 ) -> torch.Tensor:
-    """The same with sigmas that are read when it runs, from a CPU tensor ``[1]`` or ``[batch]``."""
+    """Blur like ``segkern::gaussian_blur``, with sigmas read at run time from a CPU tensor ``[1]`` or ``[batch]``."""
     return _blur(x, height, width, start, sigma.tolist(), boundary, backend, adjoint)
 
 
@@ -126,9 +126,9 @@ def fused_attention(
     return_lse: bool,
     place: BlurPlace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention by Triton kernels, without gradient or tracer; arguments are checked already.
+    """Compute attention with Triton kernels, without gradient or tracer. The arguments are already checked.
 
-    ``place`` settles where queries are blurred (``_routes.py``), and that the attention is ours.
+    If ``place`` is given, it sets where queries are blurred (``_routes.py``), and our attention kernels are used.
     """
     from segkern.kernels._routes import faster_sdpa
     from segkern.kernels.seg_attention import launch_seg_attention
@@ -155,10 +155,11 @@ def _blur_and_pytorch(
     boundary: str,
     sdpa: str,
 ) -> torch.Tensor:
-    """Our blur and PyTorch's attention by a backend; our kernel of few rows for samples of infinite sigma.
+    """Combine our blur with PyTorch's attention by a backend, and our few-row kernel for samples of infinite sigma.
 
-    Without such samples the launch that blurs also gathers the plain queries, so that one attention serves the batch:
-    that moves fewer bytes than joining outputs of two. With them the plain samples' output is copied.
+    Without infinite samples, the launch that blurs also gathers the plain queries, so one attention call serves the
+    batch. This moves fewer bytes than joining two outputs. With infinite samples, the output of the plain samples is
+    copied.
     """
     from segkern.kernels._blur_matrices import consecutive
     from segkern.kernels.split_attention import launch_uniform_attention
@@ -166,7 +167,7 @@ def _blur_and_pytorch(
     if math.inf not in sigmas:
         blurred = fused_blur(query, grid, sigmas, boundary)
         return tokens_first(torch_attention.attend_by(sdpa, blurred, key, value, scale))
-    if scale < 0.0:  # kernels take the maximum before scaling
+    if scale < 0.0:  # kernels compute the maximum before scaling
         query, scale = -query, -scale
     out = empty_output(query, value.shape[3])
     uniform = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma))
@@ -184,7 +185,7 @@ def _blur_and_pytorch(
 
 
 def run_attention(chosen: str, asked: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention by the chosen backend; ``arguments`` are those of :func:`fused_attention`."""
+    """Compute attention with the chosen backend. ``arguments`` are those of :func:`fused_attention`."""
     if chosen == "torch":
         return torch_attention.seg_attention(*arguments)
     return run_with_fallback("seg_attention", asked, fused_attention, torch_attention.seg_attention, *arguments)
@@ -205,7 +206,7 @@ def seg_attention(
     backend: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`segkern.seg_attention`; the second result is empty unless ``return_lse``."""
+    """See :func:`segkern.seg_attention`. The second result is empty unless ``return_lse``."""
     out, lse = _attend(query, key, value, attn_mask, height, width, start, sigma, scale, boundary, backend, return_lse)
     return out, query.new_empty(0, dtype=torch.float32) if lse is None else owned(lse.contiguous())
 
@@ -213,7 +214,7 @@ def seg_attention(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The operators' common part; ``arguments`` are the others of ``segkern::seg_attention``."""
+    """Run the common part of the operators. ``arguments`` are the remaining ones of ``segkern::seg_attention``."""
     height, width, start, sigma, scale, boundary, backend, return_lse = arguments
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
     chosen = choose_attention_backend(query, key, value, sigmas, backend, is_wide(attn_mask, query))
@@ -242,7 +243,7 @@ def seg_attention_at(
     boundary: str,
     backend: str,
 ) -> torch.Tensor:
-    """The same with sigmas that are read when it runs, from a CPU tensor ``[1]`` or ``[batch]``; it has no gradient."""
+    """Attend like ``segkern::seg_attention``, with sigmas read at run time from a CPU tensor; no gradient."""
     where = height, width, start, sigma.tolist()
     return _attend(query, key, value, attn_mask, *where, scale, boundary, backend, False)[0]
 
@@ -267,7 +268,7 @@ def seg_attention_backward(
     scale: float | None,
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value and an additive mask (empty without one)."""
+    """Return the gradients of query, key, value and an additive mask (empty without one)."""
     tensors = grad_out, grad_lse, query, key, value, attn_mask
     return _attend_backward(*tensors, height, width, start, sigma, scale, boundary)
 
@@ -275,7 +276,7 @@ def seg_attention_backward(
 def _attend_backward(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, query: torch.Tensor, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients outside of the operator, where they can be differentiated again; its arguments."""
+    """Compute the gradients outside the operator, where they can be differentiated again. Same arguments."""
     key, value, attn_mask, height, width, start, sigma, scale, boundary = arguments
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
     tensors = grad_out, grad_lse, query, key, value, attn_mask
@@ -310,7 +311,7 @@ def _attention_gradient(
     query, key, value, mask = ctx.saved_tensors
     if grad_out is None:
         grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
-    # Compositions can be differentiated again, which operators cannot.
+    # Compositions of PyTorch operations can be differentiated again; operators cannot.
     backward = _attend_backward if torch.is_grad_enabled() else seg_attention_backward
     grads = backward(grad_out, grad_lse if ctx.with_lse else None, query, key, value, mask, *ctx.arguments)
     grad_mask = grads[3] if ctx.needs_input_grad[3] else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blurred queries at points between tokens, and outputs back at the tokens: small matrices on each axis, in PyTorch."""
+"""Blurred queries at points between tokens, and outputs interpolated back to the tokens: small matrices per axis."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def coarse_queries_operator(
     boundary: str,
     adjoint: bool = False,
 ) -> torch.Tensor:
-    """See :func:`coarse_queries`; ``adjoint`` is the transposed map, from the points to the tokens."""
+    """See :func:`coarse_queries`. ``adjoint`` applies the transposed map, from the points to the tokens."""
     grid, stride = Grid(height, width, start), (stride[0], stride[1])
     _, sigmas = check_call(x, *_axes(coarse_grid(grid, stride, boundary) if adjoint else grid), sigma, boundary)
     return tokens_first(_sample(x, grid, sigmas, stride, boundary, adjoint))
@@ -38,7 +38,7 @@ def coarse_queries_operator(
 def coarse_outputs_operator(
     x: torch.Tensor, height: int, width: int, start: int, stride: Sequence[int], boundary: str, adjoint: bool = False
 ) -> torch.Tensor:
-    """See :func:`coarse_outputs`; ``adjoint`` is the transposed map, from the tokens to the points."""
+    """See :func:`coarse_outputs`. ``adjoint`` applies the transposed map, from the tokens to the points."""
     grid, stride = Grid(height, width, start), (stride[0], stride[1])
     check_call(x, *_axes(grid if adjoint else coarse_grid(grid, stride, boundary)), (0.0,), boundary)
     return tokens_first(_interpolate(x, grid, stride, boundary, adjoint))
@@ -80,9 +80,9 @@ coarse_outputs_operator.register_autograd(_outputs_gradient, setup_context=save_
 def coarse_queries(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], stride: tuple[int, int], boundary: str
 ) -> torch.Tensor:
-    """The blurred image at the points of its coarse grid, one finite sigma for all samples or one each.
+    """Return the blurred image at the points of its coarse grid, with one finite sigma in total or per sample.
 
-    The tokens of ``grid`` in ``[batch, heads, tokens, dim]`` give way to those of its coarse grid.
+    In ``[batch, heads, tokens, dim]``, the tokens of the coarse grid replace those of ``grid``.
     """
     if is_plain(x):
         return _sample(x, grid, sigmas, stride, boundary)
@@ -90,7 +90,7 @@ def coarse_queries(
 
 
 def coarse_outputs(x: torch.Tensor, grid: Grid, stride: tuple[int, int], boundary: str) -> torch.Tensor:
-    """From the points of the coarse grid to all tokens of ``grid``."""
+    """Interpolate from the points of the coarse grid to all tokens of ``grid``."""
     if is_plain(x):
         return _interpolate(x, grid, stride, boundary)
     return coarse_outputs_operator(x, *_axes(grid), stride, boundary)
@@ -106,7 +106,7 @@ def _sample(
 ) -> torch.Tensor:
     coarse, dtype = coarse_grid(grid, stride, boundary), exact_dtype(x)
     parts = []
-    for samples, sigma in equal_runs(sigmas) or [(slice(0), 0.0)]:  # an empty batch is a run of none
+    for samples, sigma in equal_runs(sigmas) or [(slice(0), 0.0)]:  # an empty batch is one empty run
         rows, columns = (
             cached_sampling_matrix(length, sigma, count, boundary, dtype=dtype, device=x.device)
             for length, count in ((grid.height, coarse.height), (grid.width, coarse.width))
@@ -134,7 +134,7 @@ def _axes(grid: Grid) -> tuple[int, int, int]:
 
 
 def _empty(x: torch.Tensor, grid: Grid, stride: Sequence[int], boundary: str, *, to_points: bool) -> torch.Tensor:
-    """A result with as many tokens more or less as the coarse grid has."""
+    """Return an empty result with the image's token count changed to or from that of the coarse grid."""
     fewer = grid.tokens - coarse_grid(grid, (stride[0], stride[1]), boundary).tokens
     batch, heads, tokens, dim = x.shape
     shape = batch, heads, tokens - fewer if to_points else tokens + fewer, dim

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLOP formulas of the operators: import this module before making a ``torch.utils.flop_counter.FlopCounterMode``.
+"""FLOP formulas of the operators. Import this module before making a ``torch.utils.flop_counter.FlopCounterMode``.
 
-PyTorch's counter knows its own operations; of ours it knows after the import. Importing segkern does not do it, since
-the counter imports Triton.
+PyTorch's counter counts segkern's operators only after this import. Importing segkern does not import this module,
+because the counter imports Triton.
 
-Counted is what our kernels do: one query row for the image of a sample of infinite sigma, products with one matrix per
-axis for a finite blur, scores twice for masses. Gradients are compositions in PyTorch that compute the scores again.
+The formulas count the work of our kernels: one query row for the image of a sample of infinite sigma, a product with
+one matrix per axis for a finite blur, and the scores twice for masses. Gradients are compositions in PyTorch that
+compute the scores again.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from segkern.core.sigmas import is_finite_blur
-from segkern.ops import attention, masses  # noqa: F401  their operators are defined there
+from segkern.ops import attention, masses  # noqa: F401  defines the operators
 
 Shape = Sequence[int]
 
 
 def _blur(shape: Shape, height: int, width: int, sigma: Sequence[float]) -> int:
-    """One product per axis for each sample of finite sigma."""
+    """Return the FLOPs of the blur: one product per axis for each sample of finite sigma."""
     _, heads, _, dim = shape
     return 2 * sum(map(is_finite_blur, sigma)) * heads * dim * height * width * (height + width)
 
 
 def _rows(tokens: int, height: int, width: int, sigma: Sequence[float]) -> int:
-    """Query rows of a head over all samples: the image of a sample of infinite sigma has one."""
+    """Return the query rows of a head over all samples. The image of a sample of infinite sigma is one row."""
     return sum(tokens - height * width + 1 if math.isinf(s) else tokens for s in sigma)
 
 
@@ -46,7 +47,7 @@ def gaussian_blur_flop(
 def seg_attention_flop(
     query: Shape, key: Shape, value: Shape, attn_mask: Shape | None, *arguments: Any, **_: Any
 ) -> int:
-    """``segkern::seg_attention``; equal queries have unequal rows only under a mask with rows of its own."""
+    """``segkern::seg_attention``. Rows of equal queries differ only under a mask with one row per query."""
     height, width, _start, sigma = arguments[:4]
     batch, heads, tokens, dim = query
     one_row = attn_mask is None or attn_mask[2] == 1
@@ -56,21 +57,21 @@ def seg_attention_flop(
 
 @register_flop_formula(torch.ops.segkern.seg_attention_at)
 def seg_attention_at_flop(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    """``segkern::seg_attention_at``: its sigmas are not known beforehand, so every row counts, and no blur."""
+    """``segkern::seg_attention_at``. The sigmas are not known in advance, so all rows are counted, and no blur."""
     batch, heads, tokens, dim = query
     return 2 * batch * heads * tokens * key[2] * (dim + value[3])
 
 
 @register_flop_formula(torch.ops.segkern.attention_mass)
 def attention_mass_flop(query: Shape, key: Shape, *_: Any, **__: Any) -> int:
-    """``segkern::attention_mass``: scores for the rows' sums and again for the keys', as the kernels do."""
+    """``segkern::attention_mass``. The scores are computed for the row sums and again for the key sums."""
     batch, heads, tokens, dim = query
     return 2 * 2 * batch * heads * tokens * key[2] * dim
 
 
 @register_flop_formula(torch.ops.segkern.attention_energy)
 def attention_energy_flop(query: Shape, key: Shape, *arguments: Any, **__: Any) -> int:
-    """``segkern::attention_energy``: the scores once, of one row for the image of a sample of infinite sigma."""
+    """``segkern::attention_energy``. The scores are computed once; the image at infinite sigma is one row."""
     height, width, _start, sigma = arguments[:4]
     _, heads, tokens, dim = query
     return 2 * heads * _rows(tokens, height, width, sigma) * key[2] * dim + _blur(query, height, width, sigma)
@@ -78,13 +79,13 @@ def attention_energy_flop(query: Shape, key: Shape, *arguments: Any, **__: Any) 
 
 @register_flop_formula(torch.ops.segkern.attention_mass_backward)
 def attention_mass_backward_flop(grad: Shape, query: Shape, key: Shape, *_: Any, **__: Any) -> int:
-    """Scores again, and from those of them the gradients of queries and keys."""
+    """Count the scores again, and the gradients of queries and keys from the gradients of the scores."""
     batch, heads, tokens, dim = query
     return 3 * 2 * batch * heads * tokens * key[2] * dim
 
 
 @register_flop_formula(torch.ops.segkern.attention_energy_backward)
 def attention_energy_backward_flop(grad: Shape, query: Shape, key: Shape, *arguments: Any, **_: Any) -> int:
-    """The same of every row, and the blur there and back."""
+    """Count the gradients of every row, and the blur forward and backward."""
     height, width, _start, sigma = arguments[:4]
     return attention_mass_backward_flop(grad, query, key) + 2 * _blur(query, height, width, sigma)

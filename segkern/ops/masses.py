@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators ``segkern::attention_mass`` and ``segkern::attention_energy``, and those of their gradients."""
+"""The operators ``segkern::attention_mass`` and ``segkern::attention_energy``, and their backward operators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from segkern.ops.operators import check_call, gradients_of, materialised, operat
 
 
 def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """Masses by Triton kernels, without gradient or tracer; arguments are checked already."""
+    """Compute masses with Triton kernels, without gradient or tracer. The arguments are already checked."""
     from segkern.kernels.attention_mass import launch_attention_mass
 
     query, key = materialised(query), materialised(key)
@@ -31,7 +31,7 @@ def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Te
 def fused_energy(
     query: torch.Tensor, key: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], scale: float, boundary: str
 ) -> torch.Tensor:
-    """The same for energies."""
+    """Compute energies with Triton kernels, without gradient or tracer. The arguments are already checked."""
     from segkern.kernels.attention_energy import launch_attention_energy
 
     query, key = materialised(query), materialised(key)
@@ -41,14 +41,14 @@ def fused_energy(
 
 
 def run_mass(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
-    """Masses by the chosen backend; ``arguments`` are those of :func:`fused_mass`."""
+    """Compute masses with the chosen backend. ``arguments`` are those of :func:`fused_mass`."""
     if chosen == "torch":
         return torch_masses.attention_mass(*arguments)
     return run_with_fallback("attention_mass", asked, fused_mass, torch_masses.attention_mass, *arguments)
 
 
 def run_energy(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
-    """Energies by the chosen backend; ``arguments`` are those of :func:`fused_energy`."""
+    """Compute energies with the chosen backend. ``arguments`` are those of :func:`fused_energy`."""
     if chosen == "torch":
         return torch_masses.attention_energy(*arguments)
     return run_with_fallback("attention_energy", asked, fused_energy, torch_masses.attention_energy, *arguments)
@@ -94,7 +94,7 @@ def _(query: torch.Tensor, *arguments: object) -> torch.Tensor:
 def attention_mass_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of query and key."""
+    """Return the gradients of query and key."""
     check_no_forward_mode()
     return torch_masses.attention_mass_backward(grad, query, key, scale_of(scale, query))
 
@@ -111,7 +111,7 @@ def attention_energy_backward(
     scale: float | None,
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of query and key."""
+    """Return the gradients of query and key."""
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
     scale = scale_of(scale, query)
     return torch_masses.attention_energy_backward(grad, query, key, grid, sigmas, scale, boundary)
@@ -127,13 +127,13 @@ def _(
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.arguments = inputs[2:-1]  # all but the backend
+    ctx.arguments = inputs[2:-1]  # without the backend
 
 
 def _mass_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     query, key = ctx.saved_tensors
     (scale,) = ctx.arguments
-    if torch.is_grad_enabled():  # gradients of these gradients are wanted
+    if torch.is_grad_enabled():  # the gradients are to be differentiated again
         mass = torch_masses.composed_mass(query, key, scale_of(scale, query))
         return *gradients_of(mass, (query, key), grad), None, None
     return *attention_mass_backward(grad, query, key, scale), None, None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the operators ``segkern::*``: how they are declared, how results lie in memory, checks of the grid.
+"""Shared code of the operators ``segkern::*``: their declaration, the memory layout of results, checks of the grid.
 
-They are opaque to tracers: the backend is chosen and blur tables are made when they run, never in a graph.
-Results are laid out ``[batch, tokens, heads, dim]`` in memory, as PyTorch's attention does, and seen as
+The operators are opaque to tracers. They choose the backend and make blur tables when they run, never in a graph.
+Results are stored as ``[batch, tokens, heads, dim]``, like those of PyTorch's attention, and viewed as
 ``[batch, heads, tokens, dim]``. Gradients are compositions of PyTorch operations on the saved inputs.
 """
 
@@ -21,36 +21,36 @@ from segkern.grid import Grid
 
 operator = partial(torch.library.custom_op, mutates_args=())
 
-# For those whose sigmas are a tensor on the CPU: a CUDA graph would replay with the sigmas it was captured with.
+# For operators whose sigmas are a CPU tensor: a CUDA graph would replay with the sigmas of the capture.
 host_reading_operator = partial(operator, tags=(torch.Tag.cudagraph_unsafe,))
 
 
 def materialised(x: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of a view that PyTorch negates when it reads it: kernels read memory by address."""
+    """Return the tensor, or a copy of a lazily negated view, because kernels read memory directly."""
     return x.resolve_neg() if x.is_neg() else x
 
 
 def gradients_of(
     output: torch.Tensor, inputs: tuple[torch.Tensor, ...], grad: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients that can be differentiated again, None for inputs without one."""
+    """Return gradients that can be differentiated again, and None for inputs that require no gradient."""
     wanted = [x for x in inputs if x.requires_grad]
     grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
     return tuple([next(grads) if x.requires_grad else None for x in inputs])
 
 
 def owned(x: torch.Tensor) -> torch.Tensor:
-    """The same values and memory in a tensor that is no view, which autograd would not let be changed in place."""
+    """Return a tensor with the same memory that is not a view, because autograd restricts in-place changes of views."""
     return x.new_empty(0).set_(x)  # type: ignore[call-overload]
 
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:
-    """The same values laid out ``[batch, tokens, heads, dim]``, seen as ``[batch, heads, tokens, dim]``; no view."""
+    """Return a contiguous ``[batch, tokens, heads, dim]`` seen as ``[batch, heads, tokens, dim]``, not as a view."""
     return owned(x.transpose(1, 2).contiguous().transpose(1, 2))
 
 
 def empty_output(query: torch.Tensor, value_dim: int) -> torch.Tensor:
-    """``[batch, heads, tokens, value_dim]`` in that layout."""
+    """Return an empty ``[batch, heads, tokens, value_dim]`` in the layout of :func:`tokens_first`."""
     shape = *query.shape[:3], value_dim
     return torch.empty_permuted(shape, (0, 2, 1, 3), dtype=query.dtype, device=query.device)
 
@@ -58,9 +58,9 @@ def empty_output(query: torch.Tensor, value_dim: int) -> torch.Tensor:
 def check_call(
     x: torch.Tensor, height: int, width: int, start: int, sigma: Sequence[float], boundary: str
 ) -> tuple[Grid, tuple[float, ...]]:
-    """Grid and one sigma per sample that fit ``x``, from one sigma for all or one each.
+    """Return the grid and one sigma per sample for ``x``, from one sigma for all samples or one per sample.
 
-    Operators can be called, and graphs replayed, around the public functions, so they check again.
+    The public functions check too, but operators can be called, and graphs replayed, without them.
     """
     check_no_forward_mode()
     grid = Grid(height, width, start)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of blurred queries by PyTorch's own attention, and its gradients.
+"""Attention of blurred queries with PyTorch's own attention, and its gradients.
 
-Nothing of size N x N is formed and the queries of unblurred samples are not copied: each run of samples of one kind
-(plain, blurred, infinite) is one call of ``scaled_dot_product_attention``, and samples of infinite sigma
-run it on a single query row. All of it is differentiable PyTorch.
+No N x N matrix is formed, and the queries of unblurred samples are not copied. Each run of samples of one kind (plain,
+blurred, infinite) is one call of ``scaled_dot_product_attention``. Samples of infinite sigma use a single query row.
+All of it is differentiable PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
 from segkern.ops.torch_blur import gaussian_blur, grid_mean, join
 
-_ROWS_AT_ONCE = 1024  # logits of so many query rows are formed at a time where PyTorch's attention does not serve
+_ROWS_AT_ONCE = 1024  # query rows whose logits are formed at a time if PyTorch's attention cannot be used
 
 
 _BACKENDS = {
@@ -31,11 +31,11 @@ _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-_CHOOSING = threading.Lock()  # PyTorch's choice is one for all threads
+_CHOOSING = threading.Lock()  # PyTorch's backend choice is global to all threads
 
 
 class _Queries(Enum):
-    """The queries of a sample, by its sigma."""
+    """The kind of a sample's queries, determined by its sigma."""
 
     PLAIN = auto()
     BLURRED = auto()
@@ -56,9 +56,9 @@ def attend(
     attn_mask: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """PyTorch's attention and, if asked for, the rows' log-sum-exp."""
+    """Return PyTorch's attention and, if requested, the log-sum-exp of the rows."""
     wide = attn_mask is not None and is_wide(attn_mask, query)
-    # PyTorch's attention has no forward-mode derivatives, and on a GPU takes no mask of another dtype.
+    # PyTorch's attention has no forward-mode derivatives, and on a GPU it rejects a mask of another dtype.
     if forward_mode_is_active() or (wide and query.device.type != "cpu"):
         return _composed_attention(query, key, value, scale, attn_mask, return_lse)
     if wide:
@@ -70,9 +70,9 @@ def attend(
 
 
 def attend_by(backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """PyTorch's attention by a backend, ``"flash"``, ``"cudnn"``, ``"efficient"`` or ``"default"`` for its own choice.
+    """Compute PyTorch's attention with backend ``"flash"``, ``"cudnn"``, ``"efficient"``, or ``"default"`` (automatic).
 
-    Where the backend cannot serve the call, PyTorch chooses another.
+    If the backend cannot serve the call, PyTorch chooses another.
     """
     if backend == "default":
         return attend(query, key, value, scale, None, False)[0]
@@ -90,10 +90,10 @@ def _composed_attention(
     attn_mask: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention, a block of rows at a time, of operations that have derivatives of every kind; no output without value.
+    """Compute attention in blocks of rows from operations with all kinds of derivatives; no output without ``value``.
 
-    The log-sum-exp is float32 ``[batch, heads, tokens]``. A row without any key gives 0, minus infinity, and gradients
-    of 0.
+    The log-sum-exp is float32 ``[batch, heads, tokens]``. A row without any key has output 0, log-sum-exp minus
+    infinity, and gradients of 0.
     """
     exact = exact_dtype(query)
     key, value = key.to(exact), None if value is None else value.to(exact)
@@ -118,10 +118,10 @@ def _composed_attention(
 def _logits(
     query: torch.Tensor, key: torch.Tensor, scale: float, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Masked logits ``[batch, heads, rows, keys]`` in the dtype of query and key, autocast or not.
+    """Return masked logits ``[batch, heads, rows, keys]`` in the dtype of query and key, regardless of autocast.
 
-    Where a mask takes every key from a row, as the second result ``[batch, heads, rows, 1]`` says, its logits are 0, of
-    which softmax and log-sum-exp have finite derivatives.
+    The second result ``[batch, heads, rows, 1]`` marks rows whose keys are all masked. The logits of these rows are 0,
+    where softmax and log-sum-exp have finite derivatives.
     """
     with full_precision(query.device):
         logits = torch.matmul(query, key.transpose(-2, -1)) * scale
@@ -146,8 +146,8 @@ def _attend_mean(
     attn_mask: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention at infinite sigma: one row for the whole image, the other tokens as they are."""
-    if attn_mask is not None and attn_mask.shape[-2] != 1:  # the mask makes rows differ although queries do not
+    """Compute attention at infinite sigma: one row for the whole image, the other tokens unchanged."""
+    if attn_mask is not None and attn_mask.shape[-2] != 1:  # the mask differs between rows, although queries do not
         return attend(
             gaussian_blur(query, grid, (math.inf,) * query.shape[0], "reflect"),
             key,
@@ -180,7 +180,7 @@ def seg_attention(
     boundary: str,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of blurred queries and, if asked for, the rows' log-sum-exp; arguments are checked already."""
+    """Return attention of blurred queries and, if requested, the log-sum-exp. The arguments are already checked."""
     if sigmas and not any(sigmas):
         return attend(query, key, value, scale, attn_mask, return_lse)
     outputs: list[torch.Tensor] = []
@@ -198,7 +198,7 @@ def seg_attention(
         lses.append(lse)
     if len(outputs) == 1:
         output, lse = outputs[0], lses[0]
-        if kind == _Queries.MEAN:  # expanded rows, which look like tensors of their own to the caller
+        if kind == _Queries.MEAN:  # the rows are expanded; the caller needs separate memory
             return _own(output), None if lse is None else _own(lse)
         return output, lse
     if not outputs:  # an empty batch
@@ -222,9 +222,9 @@ def seg_attention_backward(
     scale: float,
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key, value and an additive mask, probabilities recomputed a block of rows at a time.
+    """Return the gradients of query, key, value and an additive mask. Probabilities are recomputed in blocks of rows.
 
-    They are differentiable themselves.
+    The gradients are themselves differentiable.
     """
     exact = exact_dtype(query)
     additive = attn_mask if attn_mask is not None and attn_mask.dtype != torch.bool else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blur in PyTorch: a matrix product for each axis, the mean for infinite sigma. All of it is differentiable."""
+"""The blur in PyTorch: a matrix product per axis, or the mean for infinite sigma. All of it is differentiable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from segkern.grid import Grid
 
 
 def grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Mean token of the image, ``[batch, heads, 1, dim]`` in the input's dtype."""
+    """Return the mean token of the image, ``[batch, heads, 1, dim]`` in the input's dtype."""
     image = x[:, :, grid.start : grid.stop]
     return image.mean(dim=2, keepdim=True, dtype=compute_dtype(x.dtype)).to(x.dtype)
 
@@ -23,8 +23,8 @@ def grid_mean(x: torch.Tensor, grid: Grid) -> torch.Tensor:
 def _mix_image(image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Apply a matrix to each axis of ``[batch, heads, height * width, dim]``: ``rows`` to height, ``columns`` to width.
 
-    Works on a channels-last view ``[batch, height, width, heads * dim]`` where the layout allows it, so that each
-    axis is one matrix product over long contiguous rows: first over the width, then over the height.
+    Works on a channels-last view ``[batch, height, width, heads * dim]`` if the layout allows it, so each axis is one
+    matrix product over long contiguous rows: first over the width, then over the height.
     """
     batch, heads, _, dim = image.shape
     (new_height, height), (new_width, width) = rows.shape, columns.shape
@@ -38,7 +38,7 @@ def _mix_image(image: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -
 
 
 def mix_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Apply a matrix to each axis of the grid's tokens; those outside pass through."""
+    """Apply a matrix to each axis of the grid's tokens. Tokens outside the grid are unchanged."""
     image = _mix_image(x[:, :, grid.start : grid.stop], rows, columns)
     if grid.tokens == x.shape[2]:
         return image
@@ -46,7 +46,7 @@ def mix_axes(x: torch.Tensor, grid: Grid, rows: torch.Tensor, columns: torch.Ten
 
 
 def _blur_run(x: torch.Tensor, grid: Grid, sigma: float, boundary: str, adjoint: bool = False) -> torch.Tensor:
-    """Blur a run of samples of one positive sigma; tokens outside the grid pass through."""
+    """Blur consecutive samples of one positive sigma. Tokens outside the grid are unchanged."""
     if not math.isinf(sigma):
         dtype, device = exact_dtype(x), x.device
         rows = cached_blur_matrix(grid.height, sigma, boundary, dtype=dtype, device=device)
@@ -64,7 +64,7 @@ def gaussian_blur(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], boundary: str, adjoint: bool = False
 ) -> torch.Tensor:
     """Blur ``[batch, heads, tokens, dim]``, one sigma per sample; ``adjoint`` applies the transposed blur."""
-    if not any(sigmas):  # an empty batch among them
+    if not any(sigmas):  # includes an empty batch
         return x.clone(memory_format=torch.contiguous_format)
     parts = [
         x[samples] if sigma == 0.0 else _blur_run(x[samples], grid, sigma, boundary, adjoint)
@@ -72,7 +72,7 @@ def gaussian_blur(
     ]
     if len(parts) > 1:
         return join(parts, dim=0)
-    # An infinite part is an expanded row.
+    # The result for infinite sigma is an expanded row, which must be copied.
     return parts[0] if is_finite_blur(sigmas[0]) else parts[0].clone(memory_format=torch.contiguous_format)
 
 

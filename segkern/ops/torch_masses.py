@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Energies of rows, masses of keys and their gradients in PyTorch.
 
-Logits are formed a block at a time, some query rows of some heads, 16 MB of float32 on a CPU; nothing of size N x N
-is. Every block lies in the same memory and is turned into probabilities in place.
+Logits are formed in blocks of some query rows of some heads, 16 MB of float32 on a CPU. No N x N matrix is formed. All
+blocks reuse the same memory and are turned into probabilities in place.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from segkern.core.sigmas import equal_runs
 from segkern.grid import Grid
 from segkern.ops.torch_blur import gaussian_blur, grid_mean
 
-# Rows of a block, and its logits of all heads, at most. A CPU is fastest where they fit its cache, but its threads wait
-# for each other after every operation on a block, which smaller ones would have more of; others fill a GPU.
+# Maximum rows of a block, and maximum logits over all heads. A CPU is fastest if a block fits its cache, but its
+# threads synchronise after every operation on a block, so smaller blocks would synchronise more often. Other devices
+# need large blocks to be fully used.
 _CPU_BLOCK = (1024, 2**22)
 _OTHER_BLOCK = (4096, 2**26)
 
@@ -26,7 +27,7 @@ Heads = tuple[int, slice]  # a sample and some of its heads
 
 
 def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """For each key the sum of its probabilities over the queries, ``[batch, heads, keys]``; it has no gradient."""
+    """Return, for each key, the sum of its probabilities over the queries, ``[batch, heads, keys]``; no gradient."""
     mass = torch.zeros(*key.shape[:3], dtype=exact_dtype(query), device=query.device)
     for heads, _, logits in _blocks(query, key, scale):
         torch.softmax(logits, dim=-1, out=logits)
@@ -37,9 +38,9 @@ def attention_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torc
 def attention_energy(
     query: torch.Tensor, key: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], scale: float, boundary: str
 ) -> torch.Tensor:
-    """Minus the log-sum-exp of every blurred query's logits, ``[batch, heads, tokens]``; it has no gradient.
+    """Return minus the log-sum-exp of every blurred query's logits, ``[batch, heads, tokens]``; no gradient.
 
-    The image tokens of a sample of infinite sigma share the row of their mean.
+    The image tokens of a sample of infinite sigma share one row, that of their mean.
     """
     energy = torch.empty(*query.shape[:3], dtype=compute_dtype(query.dtype), device=query.device)
     for samples, sigma in equal_runs(sigmas):
@@ -65,14 +66,14 @@ def _write_energy(query: torch.Tensor, key: torch.Tensor, scale: float, energy: 
 
 
 def composed_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """:func:`attention_mass` of operations that can be transformed and differentiated any number of times."""
+    """Compute :func:`attention_mass` from operations that can be transformed and differentiated repeatedly."""
     return torch.softmax(_all_logits(query, key, scale), dim=-1).sum(dim=-2).to(compute_dtype(query.dtype))
 
 
 def composed_energy(
     query: torch.Tensor, key: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], scale: float, boundary: str
 ) -> torch.Tensor:
-    """:func:`attention_energy` of operations that can be transformed and differentiated any number of times."""
+    """Compute :func:`attention_energy` from operations that can be transformed and differentiated repeatedly."""
     if any(sigmas):
         query = gaussian_blur(query, grid, sigmas, boundary)
     return -torch.logsumexp(_all_logits(query, key, scale), dim=-1).to(compute_dtype(query.dtype))
@@ -87,11 +88,11 @@ def _all_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.T
 def attention_mass_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of query and key from that of the masses, ``[batch, heads, keys]``."""
+    """Return the gradients of query and key from the gradient of the masses, ``[batch, heads, keys]``."""
     into = _Gradients(query, key, scale)
     for heads, rows, logits in _blocks(query, key, scale):
         torch.softmax(logits, dim=-1, out=logits)
-        weights = grad[heads][:, None].to(logits.dtype)  # of a key, whatever the row
+        weights = grad[heads][:, None].to(logits.dtype)  # per key, equal for all rows
         with full_precision(query.device):
             centre = torch.matmul(logits, weights.transpose(1, 2))
         into.add(heads, rows, logits.mul_(weights - centre))
@@ -107,7 +108,7 @@ def attention_energy_backward(
     scale: float,
     boundary: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of query and key from that of the energies, ``[batch, heads, tokens]``."""
+    """Return the gradients of query and key from the gradient of the energies, ``[batch, heads, tokens]``."""
     blurred = gaussian_blur(query, grid, sigmas, boundary) if any(sigmas) else query
     into = _Gradients(blurred, key, scale)
     for heads, rows, logits in _blocks(blurred, key, scale):
@@ -120,7 +121,7 @@ def attention_energy_backward(
 
 
 class _Gradients:
-    """Sums gradients of logits up to those of queries and keys."""
+    """Accumulates gradients of queries and keys from gradients of logits."""
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
         dtype = exact_dtype(query)
@@ -139,7 +140,7 @@ class _Gradients:
 
 
 def _blocks(query: torch.Tensor, key: torch.Tensor, scale: float) -> Iterator[tuple[Heads, slice, torch.Tensor]]:
-    """Heads, rows and their logits ``[heads, rows, keys]``, which the next block overwrites."""
+    """Yield heads, rows and their logits ``[heads, rows, keys]``. The next block overwrites the logits."""
     batch, heads, tokens, _ = query.shape
     keys, dtype = key.shape[2], exact_dtype(query)
     most_rows, most = _CPU_BLOCK if query.device.type == "cpu" else _OTHER_BLOCK
