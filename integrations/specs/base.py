@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base classes of guidance specs: the scale, and the part of a run in which a guidance acts. No diffusers in here.
+"""Base classes of guidance specs. This module does not import diffusers.
 
-Each adds ``scale * (reference - degraded)`` to the prediction; they differ in how the degraded one comes about.
+Each spec adds ``scale * (reference - degraded)`` to the prediction. Specs differ in how they compute the degraded
+prediction.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from segkern.integrations.specs.sigmas import Sigmas
 
 Layers = str | int | range | Sequence[str | int | range]
 
-MAIN_FIELDS = ("scale", "sigma", "layers", "layer")  # which a repr always shows
+MAIN_FIELDS = ("scale", "sigma", "layers", "layer")  # always shown by repr
 
 
 class Spec(ABC):
-    """The fields that all guidances have.
+    """Fields that all guidance methods share.
 
     Attributes:
-        scale: how far the prediction moves.
-        start: fraction of the run at which it begins to act.
-        stop: fraction of the run from which it no longer acts.
-        schedule: of the scale over the run.
-        reuse: forwards for which a degraded prediction serves.
+        scale: Guidance scale.
+        start: Fraction of the inference steps at which guidance starts.
+        stop: Fraction of the inference steps at which guidance stops.
+        schedule: How the scale changes over the inference steps.
+        reuse: Number of guided denoiser calls that share one degraded prediction.
     """
 
     scale: float
@@ -39,9 +40,9 @@ class Spec(ABC):
     reuse: int
 
     def strength(self, fraction: float, timestep: float | None = None) -> float:
-        """The scale at a fraction of the run, ``step / steps``; 0 where the guidance does not act.
+        """Return the scale at a fraction of the inference steps, ``step / steps``; 0 if guidance is inactive there.
 
-        ``timestep`` is the scheduler's, for those whose scale depends on it.
+        ``timestep`` is the scheduler's timestep. Only methods whose scale depends on it read it.
         """
         if self.scale == 0.0 or not self.start <= fraction < self.stop:
             return 0.0
@@ -49,20 +50,20 @@ class Spec(ABC):
 
     @property
     def depends_on_step(self) -> bool:
-        """True if it does not act alike in all steps of a run; so is taken a class with a ``strength`` of its own."""
+        """Whether guidance differs between steps. Subclasses that override ``strength`` always count as dependent."""
         own = not str(type(self).strength.__module__).startswith("segkern.")
         return own or self.start > 0.0 or self.stop < 1.0 or self.schedule != "constant" or self.reuse > 1
 
     def __repr__(self) -> str:
-        """Its main values, and what else differs from the defaults."""
+        """Show the main values and all values that differ from the defaults."""
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.main_values().items())})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Its values by name, but for tensors."""
+        """Return all values except tensors, by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
 
     def main_values(self, always: Container[str] = MAIN_FIELDS) -> dict[str, Any]:
-        """The values of some fields, where they have one, and whatever else differs from the defaults."""
+        """Return the values of the fields in ``always``, unless None, and all values that differ from the defaults."""
         defaults = {f.name: f.default for f in fields(self)}  # type: ignore[arg-type]
         return {
             name: value
@@ -71,7 +72,7 @@ class Spec(ABC):
         }
 
     def active(self, fraction: float) -> bool:
-        """True if it acts at this fraction of the run."""
+        """Return True if guidance is active at this fraction of the inference steps."""
         return self.strength(fraction) != 0.0
 
     def _check_common(self) -> None:
@@ -91,33 +92,33 @@ class Spec(ABC):
 
 
 class AttentionSpec(Spec):
-    """A guidance whose degraded prediction comes from another attention in some self-attention layers.
+    """A guidance method that computes its degraded prediction by changing attention in some self-attention layers.
 
     Attributes:
-        layers: where it acts; None for the model's own default.
-        blend: 1 is the other attention alone, less mixes it with the layer's own.
+        layers: Layers to perturb; None for the model's default.
+        blend: Share of the perturbed attention in a layer's output. 1 uses the perturbed attention only.
     """
 
     layers: Layers | None
     blend: float
-    # Of a blur; a guidance without one takes what others ask for in a layer they share.
+    # Only a blur has these. In a layer shared with a blur, methods without one use the blur's values.
     boundary: str | None = None
     backend: str | None = None
     query_stride: int | tuple[int, int] = 1
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Names of its layers; none where they are the model's own default."""
+        """Names of the perturbed layers; empty for the model's default."""
         if self.layers is None:
             return ()
         return _names(type(self).__name__, (self.layers,) if isinstance(self.layers, str) else self.layers)
 
     @abstractmethod
     def perturbs(self) -> bool:
-        """True if it changes any layer at all."""
+        """Return True if the spec changes any layer."""
 
     def strength(self, fraction: float, timestep: float | None = None) -> float:
-        """The scale at a fraction of the run; 0 too where the layers would stay what they are."""
+        """Return the scale at a fraction of the inference steps; 0 if the spec changes no layer."""
         return super().strength(fraction, timestep) if self.perturbs() and self.blend else 0.0
 
     def _check_attention(self) -> None:
@@ -133,26 +134,26 @@ class AttentionSpec(Spec):
 
 
 def _names(owner: str, layers: Layers) -> tuple[str, ...]:
-    """Several layer names as a tuple, so that a spec stays what it was when its caller's list changes."""
+    """Return layer names as a tuple, so later changes to the caller's list do not affect the spec."""
     given: Any = (layers,) if isinstance(layers, (int, range)) else layers
     several = given if isinstance(given, (list, tuple, set, frozenset)) else ()
     names = tuple(name for name in map(layer_name, several) if name is not None)
     if not names or len(names) != len(several):
         raise ValueError(
-            f"{owner}.layers must be a layer name such as 'mid', 'd4', 'u0-29', of a transformer a block's number or a "
-            f"range of them, or a list of those, got {layers!r}"
+            f"{owner}.layers must be a layer name such as 'mid', 'd4' or 'u0-29', for a transformer a block number or "
+            f"a range of them, or a list of these, got {layers!r}"
         )
     return names
 
 
 @dataclass(frozen=True)
 class PlacedSpec:
-    """One guidance and where it acts.
+    """A spec with the layers it acts on.
 
     Attributes:
-        spec: it.
-        layers: those it perturbs, or the one it reads, in execution order; none for one that has no layers.
-        sigmas: of each blurred layer, by its module; none for identity attention.
+        spec: The spec.
+        layers: The layers that the spec perturbs or reads, in execution order; empty if it uses no layers.
+        sigmas: Sigmas of each blurred layer, by module name; empty for identity attention.
     """
 
     spec: Spec

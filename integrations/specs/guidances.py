@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guidances one can ask for: their numbers, where they act and when. No diffusers in here."""
+"""Guidance specs: scale, layers and range of steps of each guidance method. This module does not import diffusers."""
 
 from __future__ import annotations
 
@@ -21,45 +21,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class SEG(AttentionSpec):
-    """Smoothed Energy Guidance: away from the prediction with blurred queries in some self-attention layers.
+    """Smoothed Energy Guidance (SEG): guide away from a prediction with blurred attention queries.
 
-    Adds ``scale * (c - p)`` to the prediction, where ``c`` is the conditional prediction and ``p`` the same
-    with blurred queries: ``c + s (c - p)`` without classifier-free guidance, ``u + g (c - u) + s (c - p)``
-    with it.
+    Adds ``scale * (c - p)`` to the prediction. ``c`` is the conditional prediction and ``p`` is the same prediction
+    with blurred queries in the chosen self-attention layers. The result is ``c + s (c - p)`` without classifier-free
+    guidance and ``u + g (c - u) + s (c - p)`` with it.
 
     Args:
-        scale: ``s``, the method's ``gamma - 1``; any finite number. 0 turns the guidance off.
-        sigma: standard deviation of the blur in tokens; ``math.inf`` (the method's default) replaces every
-            query by the mean query, 0 turns the guidance off. Also a sequence with one sigma per image of the batch,
-            or with a sequence of one per head for each image (``[[...]]`` for all of them); or a mapping from names as
-            ``layers`` has them to any of these, which must name every layer once.
-        layers: of a UNet ``"down"``, ``"mid"``, ``"up"``, an official index such as ``"d4"``, ``"m0"``, ``"u29"`` or
-            a range ``"u0-29"``, or a name of ComfyUI's nodes such as ``"u0.4"``; of a transformer a block's number,
-            ``7``, ``"4-9"`` or ``range(4, 10)``, or its short name such as ``"s3"``; of both a module name or a dotted
-            prefix of one; a glob; or several of those. See
-            :func:`~segkern.integrations.diffusers.list_layers`. None stands for the names in a mapping of sigmas, else
-            for a UNet's ``"mid"`` or a transformer's own default, which ``segkern layers`` tells.
-        start: fraction of the run's steps at which it begins to act.
-        stop: fraction of the run's steps from which it no longer acts. A step outside ``[start, stop)`` is
-            the plain step and costs nothing extra. Where a scheduler calls the denoiser twice in a step (Heun),
-            both calls are that step.
+        scale: Guidance scale ``s``, which is ``gamma - 1`` in the paper. Any finite number; 0 turns guidance off.
+        sigma: Standard deviation of the blur, in tokens. ``math.inf`` (the default of the method) replaces every query
+            by the mean query; 0 turns guidance off. Also accepts a sequence with one sigma per image of the batch, a
+            sequence with a list of one sigma per head for each image (``[[...]]`` applies to all images), or a mapping
+            from layer names, as in ``layers``, to any of these. A mapping must name every layer exactly once.
+        layers: Layers to blur, as one name or a list of names. UNet: ``"down"``, ``"mid"``, ``"up"``, an official index
+            such as ``"d4"``, ``"m0"`` or ``"u29"``, a range such as ``"u0-29"``, or a name as in ComfyUI nodes such as
+            ``"u0.4"``. Transformer: a block number or range such as ``7``, ``"4-9"`` or ``range(4, 10)``, or a short
+            name such as ``"s3"``. Both: a module name, a dotted prefix of one, or a glob. See
+            :func:`~segkern.integrations.diffusers.list_layers`. None uses the names of a sigma mapping if there is
+            one, otherwise ``"mid"`` for a UNet or the model's default for a transformer, which ``segkern layers``
+            shows.
+        start: Fraction of the inference steps at which guidance starts.
+        stop: Fraction of the inference steps at which guidance stops. Steps outside ``[start, stop)`` are not guided
+            and cost nothing extra. If the scheduler calls the denoiser twice in a step (Heun), both calls count as
+            that step.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`segkern.gaussian_blur`.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``; see :func:`segkern.seg_attention`.
-        query_stride: 1 computes every query row. With more, or a pair for height and width, layers compute a finite
-            sigma's rows at points so many tokens apart at most and interpolate between them; see
-            :func:`segkern.seg_attention`. An approximation, which says nothing where sigma is 0 or infinite; it needs
-            one number as sigma.
-        reuse: 1 computes the perturbed branch in every step. With more, an approximation, it is computed in every
-            ``reuse``-th step in which the guidance acts, and the others, which cost what a plain step costs, take
-            its last difference ``c - p``. A run begins with a computed one. A step in which the scheduler calls the
-            denoiser twice (Heun) computes it twice or not at all.
-        schedule: of the scale: ``"constant"``; ``"linear"`` or ``"cosine"``, which fall from it at ``start`` to 0 at
-            ``stop``; or a function from the fraction of the run done to a factor. Where that is 0 a step is plain.
-        blend: 1 is attention with blurred queries; less mixes the layer's output with that of its own attention,
-            ``blend * blurred + (1 - blend) * own``. 0 turns the guidance off.
+        query_stride: 1 computes every query row. A larger number, or a pair for height and width, is an approximation:
+            with a finite sigma, layers compute query rows at most this many tokens apart and interpolate between them;
+            see :func:`segkern.seg_attention`. It has no effect if sigma is 0 or infinite, and requires sigma to be a
+            single number.
+        reuse: 1 computes the perturbed branch in every step. A larger number is an approximation: the branch is
+            computed in every ``reuse``-th guided step, and the guided steps between reuse its last difference
+            ``c - p`` at the cost of an unguided step. The first guided step of a run always computes it. If the
+            scheduler calls the denoiser twice in a step (Heun), both calls compute the branch or both reuse it.
+        schedule: How the scale changes over the steps: ``"constant"``, ``"linear"`` or ``"cosine"``, or a function
+            that maps the completed fraction of the steps to a factor. ``"linear"`` and ``"cosine"`` fall from the full
+            scale at ``start`` to 0 at ``stop``. Steps with a factor of 0 are not guided.
+        blend: Share of the blurred attention in a layer's output, ``blend * blurred + (1 - blend) * own``. 1 uses the
+            blurred attention only; 0 turns guidance off.
 
     Raises:
-        ValueError: when a value does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: SEG (arXiv 2408.00760), Proposition 3.1, and its official implementation for the defaults.
 
@@ -95,36 +97,37 @@ class SEG(AttentionSpec):
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Names of its layers; those of a mapping of sigmas where no others are given."""
+        """Names of the blurred layers. If ``layers`` is None, these are the names of a sigma mapping."""
         if self.layers is None and isinstance(self.sigma, LayerSigmas):
             return tuple(self.sigma)
         return super().layer_names
 
     def perturbs(self) -> bool:
-        """True if any sigma blurs."""
+        """Return True if any sigma is greater than 0."""
         return largest(self.sigma) > 0.0  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, repr=False)
 class PAG(AttentionSpec):
-    """Perturbed-Attention Guidance: away from the prediction with identity attention in some self-attention layers.
+    """Perturbed-Attention Guidance (PAG): guide away from a prediction with identity attention.
 
-    The same two sums as :class:`SEG` with another ``p``: in the layers every token attends to itself alone, so that
-    their output is the projected values, which needs neither queries nor keys nor a softmax.
+    Uses the formulas of :class:`SEG` with another ``p``: in the chosen layers, every token attends only to itself. The
+    output of such a layer is its projected values, so it needs no queries, keys or softmax.
 
     Args:
-        scale: ``s``; any finite number. 0 turns the guidance off.
-        layers: as :class:`SEG` takes them.
-        start: fraction of the run's steps at which it begins to act.
-        stop: fraction of the run's steps from which it no longer acts.
-        adaptive_scale: the scale falls by so much with each of the scheduler's timesteps below 1000,
-            ``max(0, scale - adaptive_scale * (1000 - t))``. Reading ``t`` waits for a GPU that holds it.
-        reuse: as :class:`SEG` takes it.
-        schedule: as :class:`SEG` takes it; multiplies what ``adaptive_scale`` left.
-        blend: 1 is identity attention; less mixes in the layer's own, 0 turns the guidance off.
+        scale: Guidance scale ``s``. Any finite number; 0 turns guidance off.
+        layers: Layers to perturb, in the form that :class:`SEG` accepts.
+        start: Fraction of the inference steps at which guidance starts.
+        stop: Fraction of the inference steps at which guidance stops.
+        adaptive_scale: Decrease of the scale per scheduler timestep below 1000,
+            ``max(0, scale - adaptive_scale * (1000 - t))``. If ``t`` is on a GPU, reading it synchronizes.
+        reuse: See :class:`SEG`.
+        schedule: See :class:`SEG`. Multiplies the scale after ``adaptive_scale`` is applied.
+        blend: Share of the identity attention in a layer's output. 1 uses identity attention only; 0 turns guidance
+            off.
 
     Raises:
-        ValueError: when a value does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: PAG (arXiv 2403.17377), equations 15 and 16; ``adaptive_scale`` from diffusers' pipelines with PAG.
 
@@ -149,16 +152,16 @@ class PAG(AttentionSpec):
             raise ValueError(f"PAG.adaptive_scale must be 0 or a positive number, got {self.adaptive_scale!r}")
 
     def perturbs(self) -> bool:
-        """Always."""
+        """Return True: identity attention changes every layer."""
         return True
 
     @property
     def depends_on_step(self) -> bool:
-        """True if it does not act alike in all steps of a run."""
+        """Whether guidance differs between steps."""
         return super().depends_on_step or self.adaptive_scale > 0.0
 
     def strength(self, fraction: float, timestep: float | None = None) -> float:
-        """The scale at a fraction of the run and a timestep; without one as if ``adaptive_scale`` were 0."""
+        """Return the scale at a fraction of the steps and a timestep; None ignores ``adaptive_scale``."""
         full = super().strength(fraction)
         if timestep is None or not self.adaptive_scale or self.scale <= 0.0:
             return full
@@ -167,28 +170,28 @@ class PAG(AttentionSpec):
 
 @dataclass(frozen=True, repr=False)
 class SAG(Spec):
-    """Self-Attention Guidance: away from the prediction for an image blurred where a layer attends.
+    """Self-Attention Guidance (SAG): guide away from the prediction for an image that is blurred where a layer attends.
 
-    After the forward a second one follows, on the same timestep: what the first predicts as the clean image is blurred
-    in the places that a self-attention layer looks at most, and noised again with the predicted noise. Under
-    classifier-free guidance all of it is unconditional: ``u + g (c - u) + s (u - u')``; without it ``c + s (c - c')``.
-    The second forward has another image from its first convolution on: it can share nothing with the first. Guided
-    steps wait for a GPU that holds the timestep.
+    Each guided step calls the denoiser a second time at the same timestep. The clean image predicted by the first call
+    is blurred where a self-attention layer attends most, then noised again with the predicted noise. With
+    classifier-free guidance, all of this uses the unconditional prediction: ``u + g (c - u) + s (u - u')``; without it,
+    the result is ``c + s (c - c')``. The second call has a different input, so it shares no work with the first. If the
+    timestep is on a GPU, guided steps synchronize to read it.
 
     Args:
-        scale: ``s``; any finite number. 0 turns the guidance off.
-        layer: whose attention makes the mask; one layer, as ``SEG.layers`` names them.
-        start: fraction of the run's steps at which it begins to act.
-        stop: fraction of the run's steps from which it no longer acts.
-        threshold: tokens are blurred that receive more attention than this, summed over queries and averaged over
-            heads; the mean over all tokens is 1.
-        sigma: of the blur of the predicted clean image, in its own pixels.
-        kernel_size: taps of that blur, odd.
-        reuse: as :class:`SEG` takes it.
-        schedule: as :class:`SEG` takes it.
+        scale: Guidance scale ``s``. Any finite number; 0 turns guidance off.
+        layer: The one layer whose attention defines the mask, named as in ``SEG.layers``.
+        start: Fraction of the inference steps at which guidance starts.
+        stop: Fraction of the inference steps at which guidance stops.
+        threshold: Tokens that receive more attention than this are blurred. Attention is summed over queries and
+            averaged over heads; its mean over all tokens is 1.
+        sigma: Standard deviation of the blur of the predicted clean image, in its own pixels.
+        kernel_size: Number of taps of the blur; odd.
+        reuse: See :class:`SEG`.
+        schedule: See :class:`SEG`.
 
     Raises:
-        ValueError: when a value does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: SAG (arXiv 2210.00939), equations 16 and 25; diffusers' pipeline for the defaults.
 
@@ -222,26 +225,27 @@ class SAG(Spec):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class CFG(Spec):
-    """Classifier-free guidance for runs in which the pipeline does none.
+    """Classifier-free guidance (CFG) for runs in which the pipeline does not apply it.
 
-    Adds ``scale * (c - u)``, where ``u`` is the prediction for a negative prompt; with ``scale = guidance_scale - 1``
-    that is the pipeline's own ``u + g (c - u)``. Call the pipeline with its ``guidance_scale`` at 1 or 0, or with
-    prompts alone where it has none. Text is what is negated: an image prompt (IP-Adapter), a ControlNet's residuals and
-    Stable Diffusion XL's sizes stay on both sides. ``SAG`` beside it degrades the negative prediction.
+    Adds ``scale * (c - u)``, where ``u`` is the prediction for a negative prompt. With ``scale = guidance_scale - 1``,
+    this equals the pipeline's ``u + g (c - u)``. Call the pipeline with a ``guidance_scale`` of 1 or 0. If it has no
+    such argument, pass positive prompts only. Only the text is negated: an image prompt (IP-Adapter), ControlNet
+    residuals and the size conditioning of Stable Diffusion XL are the same for both predictions. If ``SAG`` is also
+    active, it degrades the negative prediction.
 
     Args:
-        scale: ``guidance_scale - 1``; any finite number. 0 turns the guidance off.
-        negative_prompt: encoded by the pipeline when ``guide`` is called.
-        negative_prompt_embeds: instead of it, ``[1 or samples, tokens, channels]``.
-        negative_pooled_prompt_embeds: beside them where the model takes a pooled embedding (Stable Diffusion XL),
-            ``[1 or samples, channels]``.
-        start: fraction of the run's steps at which it begins to act.
-        stop: fraction of the run's steps from which it no longer acts.
-        reuse: as :class:`SEG` takes it.
-        schedule: as :class:`SEG` takes it.
+        scale: ``guidance_scale - 1``. Any finite number; 0 turns guidance off.
+        negative_prompt: Negative prompt. The pipeline encodes it when ``guide`` is called.
+        negative_prompt_embeds: Embeddings to use instead of ``negative_prompt``, ``[1 or samples, tokens, channels]``.
+        negative_pooled_prompt_embeds: Pooled embeddings that go with ``negative_prompt_embeds`` if the model uses them
+            (Stable Diffusion XL), ``[1 or samples, channels]``.
+        start: Fraction of the inference steps at which guidance starts.
+        stop: Fraction of the inference steps at which guidance stops.
+        reuse: See :class:`SEG`.
+        schedule: See :class:`SEG`.
 
     Raises:
-        ValueError: when a value does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: classifier-free guidance (arXiv 2207.12598), equation 6.
 
@@ -262,7 +266,7 @@ class CFG(Spec):
     def __post_init__(self) -> None:
         self._check_common()
         if not isinstance(self.negative_prompt, str):
-            raise ValueError(f"CFG.negative_prompt must be a text, got {self.negative_prompt!r}")
+            raise ValueError(f"CFG.negative_prompt must be a string, got {self.negative_prompt!r}")
         for name, dims in (("negative_prompt_embeds", 3), ("negative_pooled_prompt_embeds", 2)):
             embeds = getattr(self, name)
             if embeds is not None and getattr(embeds, "ndim", None) != dims:
@@ -272,7 +276,7 @@ class CFG(Spec):
                 )
 
     def __eq__(self, other: object) -> bool:
-        """True if all values are the same, embeddings by their numbers."""
+        """Return True if all values are equal; embeddings are compared element by element."""
         if not isinstance(other, CFG):
             return NotImplemented
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
@@ -289,7 +293,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _stride(value: int | tuple[int, int]) -> int | tuple[int, int]:
-    """The stride as it was given, a list of two as a pair."""
+    """Return the checked stride in the form it was given; a list of two becomes a pair."""
+
     try:
         pair = check_query_stride(value)
     except ValueError as error:

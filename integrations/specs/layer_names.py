@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of self-attention layers, and the layers that a name stands for. One resolver for all models."""
+"""Names of self-attention layers, and the function that resolves them for all models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from segkern.grid import Grid
 
-PARTS = ("down", "mid", "up")  # of a UNet, in execution order; a layer's official index begins with the first letter
+PARTS = ("down", "mid", "up")  # of a UNet, in execution order; the first letter begins a layer's official index
 
 _INDEX = re.compile(r"([a-z])(\d+)(?:-\1?(\d+))?", re.ASCII)  # d4, u0-29, b7, s0-s5
 _COMFYUI = re.compile(r"([dmu])(\d+)\.(\d+)(?:-(\d+))?", re.ASCII)  # u0.4, d2.2-9
@@ -23,16 +23,16 @@ class LayerInfo:
     """One self-attention layer of a denoiser.
 
     Attributes:
-        name: the short one. Of a UNet the official index: ``d4``, ``m0``, ``u29``; of a transformer the block's
-            letter and number: ``b7``, ``s3``; where a block has two self-attentions, ``b7.attn`` and ``b7.attn2``, so
-            that ``b7`` stands for both.
-        module: name of the attention module inside the denoiser.
-        part: ``"down"``, ``"mid"`` or ``"up"``; of a transformer its list of blocks.
-        heads: number of heads.
-        head_dim: channels per head.
-        grid: the tokens' grid at the height and width that were asked for; None when none were.
-        comfyui: of a UNet, the name in ComfyUI's nodes: ``u0.4`` is block 4 of the first transformer in ``up``.
-        block: of a transformer, the number of its block, counted over all lists in execution order.
+        name: Short name. UNet: the official index, such as ``d4``, ``m0`` or ``u29``. Transformer: the letter and
+            number of the block, such as ``b7`` or ``s3``. If a block has two self-attentions, they are ``b7.attn`` and
+            ``b7.attn2``, and ``b7`` selects both.
+        module: Name of the attention module in the denoiser.
+        part: ``"down"``, ``"mid"`` or ``"up"`` for a UNet; the list of blocks for a transformer.
+        heads: Number of heads.
+        head_dim: Number of channels per head.
+        grid: Token grid at the requested height and width; None if no size was given.
+        comfyui: UNet only: the name in ComfyUI nodes; ``u0.4`` is block 4 of the first transformer in ``up``.
+        block: Transformer only: the block number, counted over all lists in execution order.
     """
 
     name: str
@@ -46,7 +46,7 @@ class LayerInfo:
 
 
 def layer_name(layer: Any) -> str | None:
-    """One name, from a name, a block's number or a range of them; None for anything else."""
+    """Return one name for a name, a block number or a range of block numbers; None for anything else."""
     if isinstance(layer, str):
         return layer
     if isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0:
@@ -61,12 +61,12 @@ def select_layers(
     wanted: str | Iterable[str],
     advice: str = "list_layers(pipe) lists every layer",
 ) -> list[LayerInfo]:
-    """The layers that the names in ``wanted`` stand for, each once, in execution order.
+    """Return the layers that ``wanted`` names, each once, in execution order.
 
-    ``advice`` ends the message of an error.
+    ``advice`` is appended to the error message.
 
     Raises:
-        ValueError: for a name that stands for none of the ``available`` layers; the message lists what would.
+        ValueError: If a name matches none of the ``available`` layers. The message lists valid names.
     """
     chosen: set[str] = set()
     for name in [wanted] if isinstance(wanted, str) else wanted:
@@ -100,7 +100,7 @@ def _matches(available: Sequence[LayerInfo], name: str) -> list[LayerInfo]:
 def _range(
     available: Sequence[LayerInfo], first: str, last: str | None, number: Callable[[LayerInfo], int | None]
 ) -> list[LayerInfo]:
-    """Layers whose number lies in a range, every number of which some layer must have."""
+    """Return the layers whose number is in a range, or an empty list if any number of the range has no layer."""
     wanted = range(int(first), int(last or first) + 1)
     numbered = [(n, layer) for layer in available if (n := number(layer)) is not None and n in wanted]
     complete = len({n for n, _ in numbered}) == len(wanted)
@@ -108,7 +108,7 @@ def _range(
 
 
 def _after(name: str | None, prefix: str) -> int | None:
-    """The number after a prefix; of ``b7.attn2`` the 7, since both of a block's attentions belong to the block."""
+    """Return the number after a prefix. The number of ``b7.attn2`` is 7 because both attentions belong to the block."""
     if name is None or not name.startswith(prefix):
         return None
     number = name[len(prefix) :].split(".")[0]
@@ -116,7 +116,7 @@ def _after(name: str | None, prefix: str) -> int | None:
 
 
 def _what_is_valid(available: Sequence[LayerInfo]) -> str:
-    """Only what stands for a layer of this model, examples too."""
+    """List valid names. Every example in the list matches a layer of this model."""
     if not available:
         return "this model has no self-attention layers"
     parts: dict[str, list[str]] = {}
@@ -136,13 +136,14 @@ def _what_is_valid(available: Sequence[LayerInfo]) -> str:
     prefix = available[0].module.rsplit(".", 1)[0]
     glob = f"*.{prefix.rsplit('.', 1)[-1]}.*" if "." in prefix else f"{prefix}.*"
     return (
-        f"valid are {', '.join(valid)}, module names and their dotted prefixes such as {prefix!r}, and globs such as "
-        f"{glob!r}"
+        f"valid names are {', '.join(valid)}, module names and their dotted prefixes such as {prefix!r}, and globs "
+        f"such as {glob!r}"
     )
 
 
 def _ends(names: Sequence[str]) -> str:
-    """The first and the last of them.
+    """Return the first and the last name.
+
 
     Example:
         >>> _ends(["d0", "d1", "d2"]), _ends(["m0"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules of a guidance's scale over a run. No diffusers in here."""
+"""Schedules of the guidance scale over the inference steps. This module does not import diffusers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def check_schedule(owner: str, schedule: object) -> None:
-    """Raise a ValueError that quotes what is no schedule."""
+    """Raise a ValueError if ``schedule`` is not a schedule."""
     if not (callable(schedule) or (isinstance(schedule, str) and schedule in SCHEDULES)):
         raise ValueError(
-            f"{owner}.schedule must be one of {', '.join(map(repr, SCHEDULES))}, or a function from the fraction of "
-            f"the run done to a factor of the scale, got {schedule!r}"
+            f"{owner}.schedule must be one of {', '.join(map(repr, SCHEDULES))}, or a function from the completed "
+            f"fraction of the steps to a factor of the scale, got {schedule!r}"
         )
 
 
 def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: float) -> float:
-    """The factor of the scale at a fraction of the run in ``[start, stop)``.
+    """Return the factor of the scale at a fraction of the steps in ``[start, stop)``.
 
-    ``"constant"`` is 1; ``"linear"`` falls from 1 at ``start`` to 0 at ``stop`` in a straight line, ``"cosine"`` in
-    half a wave; a function is given the fraction and answers with the factor.
+    ``"constant"`` returns 1. ``"linear"`` and ``"cosine"`` fall from 1 at ``start`` to 0 at ``stop``, along a straight
+    line and half a cosine wave. A function receives the fraction and returns the factor.
 
     Raises:
-        ValueError: when a function's answer is not a finite number; the message quotes it.
+        ValueError: If a function returns anything but a finite number. The message quotes it.
 
     Example:
         >>> [factor("SEG", "linear", x, 0.0, 0.5) for x in (0.0, 0.25)]
@@ -38,11 +38,11 @@ def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: 
     if callable(schedule):
         answer = schedule(fraction)
         try:
-            value = float(answer)  # NumPy's numbers and tensors of one element too
+            value = float(answer)  # also accepts NumPy numbers and one-element tensors
         except (TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            raise ValueError(f"{owner}.schedule must give a finite number, got {answer!r} at fraction {fraction:g}")
+            raise ValueError(f"{owner}.schedule must return a finite number, got {answer!r} at fraction {fraction:g}")
         return value
     if schedule == "constant":
         return 1.0
@@ -51,5 +51,6 @@ def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: 
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """True if it is a real number, NumPy's too, and not a truth value."""
+    """Return True for real numbers, including NumPy numbers, but not for booleans."""
+
     return isinstance(value, Real) and not isinstance(value, bool)

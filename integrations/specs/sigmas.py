@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guidance's sigma in all its forms: one number, one per sample, per head, per layer. No diffusers in here."""
+"""The forms a sigma can have: one number, or one per sample, head or layer. This module does not import diffusers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from segkern.integrations.specs.schedules import is_number
 
 
 class Perturbation(Enum):
-    """Attention that is no blur, in a sigma's place."""
+    """Attention that is perturbed without a blur; used in place of a sigma."""
 
     IDENTITY = "every token attends to itself alone"
 
 
-Sigma = float | tuple[float, ...]  # of one sample: one number, or one per head
-Sigmas = float | tuple[Sigma, ...]  # of a layer: one number, or one entry per sample
-Perturbed = Sigma | Perturbation  # what a sample's attention is: 0 is the plain layer
+Sigma = float | tuple[float, ...]  # for one sample: one number, or one per head
+Sigmas = float | tuple[Sigma, ...]  # for one layer: one number, or one entry per sample
+Perturbed = Sigma | Perturbation  # a sample's attention; 0 leaves the layer unchanged
 
 GivenSigmas = float | Sequence[float | Sequence[float]]
 
 
 class LayerSigmas(Mapping[str, Sigmas]):
-    """Sigmas by the names of layers; it cannot be changed."""
+    """An immutable mapping from layer names to sigmas."""
 
     def __init__(self, sigmas: Mapping[str, Sigmas]) -> None:
         self._sigmas = dict(sigmas)
@@ -50,10 +50,10 @@ class LayerSigmas(Mapping[str, Sigmas]):
 
 
 def checked_sigma(owner: str, given: object) -> Sigmas | LayerSigmas:
-    """Check a sigma: its numbers become floats, its sequences tuples; a mapping's names are looked at later.
+    """Check a sigma and normalize it: numbers become floats, sequences become tuples. Layer names are not checked.
 
     Raises:
-        ValueError: when it is nothing of the kind; the message quotes it.
+        ValueError: If it is not a valid sigma. The message quotes it.
     """
     if isinstance(given, Mapping):
         named = {layer_name(name): _of_layer(owner, value) for name, value in given.items()}
@@ -94,14 +94,14 @@ def _items(given: object) -> list[object] | None:
 
 def _refusal(owner: str, given: object) -> ValueError:
     return ValueError(
-        f"{owner}.sigma must be 0 (no blur), positive, or math.inf (mean query); one number, a sequence with one per "
-        f"sample, or with a sequence per sample of one per head ([[...]] for all samples); or a mapping from layer "
-        f"names to any of these, got {given!r}"
+        f"{owner}.sigma must be 0 (no blur), positive, or math.inf (mean query), given as one number, a sequence of "
+        f"one per sample, a sequence with a list of one per head for each sample ([[...]] for all samples), or a "
+        f"mapping from layer names to any of these, got {given!r}"
     )
 
 
 def check_heads(owner: str, sigmas: Sigmas, layer: str, heads: int) -> None:
-    """Raise a ValueError unless a sigma per head has one for each of a layer's heads."""
+    """Raise a ValueError if the number of sigmas per head differs from the layer's number of heads."""
     for entry in sigmas if isinstance(sigmas, tuple) else ():
         if isinstance(entry, tuple) and len(entry) != heads:
             raise ValueError(
@@ -110,14 +110,14 @@ def check_heads(owner: str, sigmas: Sigmas, layer: str, heads: int) -> None:
 
 
 def per_sample(owner: str, sigmas: Sigmas, samples: int) -> tuple[Sigma, ...]:
-    """One entry for each sample of a branch.
+    """Return one entry for each sample of a branch; a single entry is repeated.
 
     Raises:
-        ValueError: for another number of them than samples; a single one serves all.
+        ValueError: If the number of entries is neither 1 nor the number of samples.
     """
     if not isinstance(sigmas, tuple):
         return (sigmas,) * samples
-    # Heads that agree are one number, which costs less.
+    # Equal sigmas of all heads become one number, which is cheaper to compute.
     sigmas = tuple(entry[0] if isinstance(entry, tuple) and len(set(entry)) == 1 else entry for entry in sigmas)
     if len(sigmas) == 1:
         return sigmas * samples
@@ -129,7 +129,7 @@ def per_sample(owner: str, sigmas: Sigmas, samples: int) -> tuple[Sigma, ...]:
 
 
 def largest(sigmas: Sigmas | Mapping[str, Sigmas]) -> float:
-    """The largest number in it; 0 when nothing is blurred."""
+    """Return the largest sigma; 0 if nothing is blurred."""
     if isinstance(sigmas, Mapping):
         return max(map(largest, sigmas.values()))
     if isinstance(sigmas, tuple):

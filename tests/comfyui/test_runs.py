@@ -328,7 +328,7 @@ def test_guidance_at_a_noise_level_of_zero() -> None:
 
 @pytest.mark.parametrize("layers", ["middle.7", "x", "d99", "mid,nothing", "7", "0-99", "input.3.0.0"])
 def test_unknown_layers(layers: str) -> None:
-    with pytest.raises(ValueError, match=f"unknown layer '{layers.split(',')[-1]}'; valid are"):
+    with pytest.raises(ValueError, match=f"unknown layer '{layers.split(',')[-1]}'; valid names are"):
         add_guidance(small("sdxl"), PAG(), layers)
 
 

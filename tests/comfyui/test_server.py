@@ -120,7 +120,7 @@ def test_a_wrong_layer_is_an_error_in_words(server: Server) -> None:
     status = server.run(changed(guide={"layers": "d9"}))["status"]
     (error,) = (message for kind, message in status["messages"] if kind == "execution_error")
     assert error["node_id"] == "guide"
-    assert error["exception_message"].startswith("unknown layer 'd9'; valid are 'down' (d0)")
+    assert error["exception_message"].startswith("unknown layer 'd9'; valid names are 'down' (d0)")
     run(server, changed(sample=again(6)))
 
 

@@ -168,7 +168,7 @@ def test_a_spec_quotes_what_does_not_fit(options: dict[str, Any], message: str) 
 
 def test_a_schedules_answer_must_be_a_number() -> None:
     spec = SEG(schedule=lambda done: math.nan)
-    with pytest.raises(ValueError, match=r"SEG.schedule must give a finite number, got nan at fraction 0.25"):
+    with pytest.raises(ValueError, match=r"SEG.schedule must return a finite number, got nan at fraction 0.25"):
         spec.strength(0.25)
 
 

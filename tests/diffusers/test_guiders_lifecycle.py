@@ -181,7 +181,7 @@ def test_denoisers_and_layers_that_do_not_fit() -> None:
     pipe = tiny_pipeline()
     processors = dict(pipe.unet.attn_processors)
     for guider, message in [
-        (SEGGuider(layers="m7"), "unknown layer 'm7'; valid are 'down'"),
+        (SEGGuider(layers="m7"), "unknown layer 'm7'; valid names are 'down'"),
         (SEGGuider(sigma={"mid": 1.0}, layers="d0"), "SEG.sigma has no entry for layer d0"),
         (SEGGuider(sigma=[1.0, 2.0, 3.0]), "SEG.sigma has 3 entries, one per sample, for a batch with 1"),
     ]:

@@ -156,7 +156,7 @@ WORDS = ("", "middle", "d6", "x0", "M0", "0", "d٣", "u9.0", "u0.", "mid_bloc", 
 @pytest.mark.parametrize("name", RANGES + WORDS)
 def test_names_that_no_layer_of_a_unet_has(name: str) -> None:
     """Also long ranges, which are not counted out."""
-    with pytest.raises(ValueError, match=f"unknown layer {re.escape(repr(name))}; valid are ") as error:
+    with pytest.raises(ValueError, match=f"unknown layer {re.escape(repr(name))}; valid names are ") as error:
         select_layers(layers_of("unet"), ["mid", name])
     assert "'down' (d0 to d5), 'mid' (m0 to m1), 'up' (u0 to u8)" in str(error.value)
 

@@ -219,7 +219,7 @@ def test_attention_that_is_not_met_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("spec", "quoted"),
     [
-        (SEG(layers="mid"), "unknown layer 'mid'; valid are 'transformer_blocks' .b0 to b3., block numbers 0 to 3"),
+        (SEG(layers="mid"), "unknown layer 'mid'; valid names are 'transformer_blocks' .b0 to b3., block numbers 0 to 3"),
         (SEG(layers=[1, 7]), "unknown layer '7'"),
         (SEG(layers=range(2, 9)), "unknown layer '2-8'"),
         (SEG(layers=1, query_stride=2), "query_stride=2 needs a UNet2DConditionModel"),

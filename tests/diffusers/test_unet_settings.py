@@ -173,7 +173,7 @@ def test_free_init_runs_the_loop_several_times() -> None:
     [
         (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel takes SEG\(...\) and PAG\(...\)"),
         (CFG(), "CFG needs a UNet2DConditionModel"),
-        (PAG(layers="d7"), "unknown layer 'd7'; valid are 'down' .d0., 'mid' .m0., 'up' .u0 to u1."),
+        (PAG(layers="d7"), "unknown layer 'd7'; valid names are 'down' .d0., 'mid' .m0., 'up' .u0 to u1."),
     ],
     ids=["sag", "cfg", "layer"],
 )
@@ -244,6 +244,6 @@ def test_models_without_a_middle_say_so() -> None:
     """SSD-1B has no attention there, the smallest BK-SDM nothing at all."""
     for name, up in (("ssd-1b", "u0 to u3"), ("bk-sdm-tiny", "u0 to u1")):
         _, pipe = built(name)
-        with pytest.raises(ValueError, match=f"unknown layer 'mid'; valid are 'down' .*, 'up' .{up}."):
+        with pytest.raises(ValueError, match=f"unknown layer 'mid'; valid names are 'down' .*, 'up' .{up}."):
             guide(pipe, SEG())
         assert hooks_of(pipe.unet) == 0
