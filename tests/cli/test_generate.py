@@ -112,7 +112,7 @@ def test_each_guidance_draws_its_own_picture(names: str, tmp_path: Path) -> None
 def test_guidance_that_never_acts_is_said(tmp_path: Path) -> None:
     output = done("generate", "demo", PROMPT, *SMALL, "--scale", "0", "--out", tmp_path / "a.jpg")
     assert "warning: SEG(scale=0.0" in output
-    assert "fired in none of 2 forwards" in output
+    assert "fired in none of 2 denoiser calls" in output
     assert "only PNG keeps the settings" in output
     assert picture(tmp_path / "a.jpg").size == (64, 48)
 

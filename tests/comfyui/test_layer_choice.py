@@ -28,9 +28,8 @@ def test_layers_that_look_at_the_text_are_no_self_attention() -> None:
 
 
 def test_examples_in_an_error_are_valid() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown layer 'mid'; valid names are .* globs such as 'double.\*'; the node's help page explains"
-    ):
+    message = r"unknown layer 'mid'; valid names are .* globs such as 'double.\*'; the node's help page explains"
+    with pytest.raises(ValueError, match=message):
         add_guidance(small("flux"), SEG(), "mid")
     (guidance,) = guidances_of(add_guidance(small("flux"), SEG(), "double.*").model_options)
     assert [layer.module for layer in guidance.layers] == ["double.0", "double.1", "double.2"]

@@ -88,5 +88,5 @@ def test_skip_layer_guidance_is_refused_where_its_arguments_are_not_seen() -> No
     given = model.call(4, 4, 1, True) | {"height": 4 * model.factor, "width": 4 * model.factor}
     call = type(pipe).__call__
     given |= {"num_inference_steps": 3, "skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
-    with guide(pipe, SEG(layers=model.layers)), pytest.raises(ValueError, match="runs skip-layer guidance"):
+    with guide(pipe, SEG(layers=model.layers)), pytest.raises(ValueError, match="uses skip-layer guidance"):
         call(pipe, **given, output_type="latent")

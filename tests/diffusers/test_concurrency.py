@@ -40,7 +40,7 @@ def test_two_guided_pipelines_at_once(outer: Subject, inner: Subject) -> None:
 
     def within(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         outputs.append(inner.run(second))
-        with pytest.raises(ValueError, match="guided already"):
+        with pytest.raises(ValueError, match="already guided"):
             guide(first, outer.seg(scale=1.0))
         return given
 

@@ -175,7 +175,7 @@ def test_reports_processors_and_guiders_are_pickled(way: Callable[[Any], Any]) -
 def test_a_guidance_itself_is_not_pickled() -> None:
     pipe = SD3.build()
     with guide(pipe, SD3.seg()) as guidance:
-        with pytest.raises(TypeError, match=r"pickle the pipeline, which arrives unguided, or report\(\)"):
+        with pytest.raises(TypeError, match=r"pickle the pipeline .* or the result of report\(\)"):
             pickle.dumps(guidance)
         assert copy.deepcopy({"guidance": guidance})["guidance"] is guidance
         SD3.run(pipe)
@@ -208,7 +208,7 @@ def test_a_pipeline_made_from_a_guided_one_can_be_guided_itself() -> None:
     plain = draw(StableDiffusionXLImg2ImgPipeline.from_pipe(pipe))
     guidance = guide(pipe, SEG())
     beside = draw(StableDiffusionXLImg2ImgPipeline.from_pipe(pipe))
-    with pytest.warns(UserWarning, match="ran for other pipelines only"):
+    with pytest.warns(UserWarning, match="called only by other pipelines"):
         guidance.remove()
     assert torch.equal(beside, plain)
     img2img = StableDiffusionXLImg2ImgPipeline.from_pipe(pipe)

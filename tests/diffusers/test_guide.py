@@ -109,7 +109,7 @@ def test_every_size_is_guided_on_its_own_grid(
     }
     with warnings.catch_warnings():
         # A grid of one token leaves nothing to blur.
-        warnings.filterwarnings("ignore", "SEG.*changed nothing")
+        warnings.filterwarnings("ignore", "SEG.*had no effect")
         with guide(pipe, *specs) as guidance:
             output = run(pipe, **arguments)
         assert all(layer.fired == 1 for layer in guidance.report().layers)

@@ -252,7 +252,7 @@ def test_no_guidance_is_classifier_free_guidance_alone() -> None:
     plain = run_sdxl(modular_sdxl(pipe, ClassifierFreeGuidance(5.0)), pipe, latents=latents)
     guider = SEGGuider(guidance_scale=5.0, scale=0.0)
     assert torch.equal(run_sdxl(modular_sdxl(pipe, guider), pipe, latents=latents), plain)
-    with pytest.warns(UserWarning, match="fired in none of 6 forwards"):
+    with pytest.warns(UserWarning, match="fired in none of 6 denoiser calls"):
         guider.report()
 
 

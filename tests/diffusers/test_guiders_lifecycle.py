@@ -275,7 +275,7 @@ def test_default_layers_are_those_of_the_model() -> None:
         guider.set_state(0, 3, torch.tensor(1.0))
         guider.prepare_models(pipe.transformer)
         guider.cleanup_models(pipe.transformer)
-        with pytest.warns(UserWarning, match="fired in none of 1 forwards"):
+        with pytest.warns(UserWarning, match="fired in none of 1 denoiser calls"):
             assert [row.layer for row in guider.report().layers] == ["b2"]
 
 
@@ -329,7 +329,7 @@ def test_the_page_has_an_example_that_runs(capsys: pytest.CaptureFixture[str]) -
     scope: dict[str, Any] = {"pipe": pipe}
     exec(example, scope)
     assert scope["image"].size == (96, 64)
-    assert "10 forwards of the denoiser" in capsys.readouterr().out
+    assert "10 denoiser calls" in capsys.readouterr().out
 
 
 def test_an_argument_that_its_spec_does_not_take_is_refused() -> None:

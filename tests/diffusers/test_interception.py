@@ -98,7 +98,9 @@ def test_the_report_names_a_kernel_that_guidance_replaced(how: str) -> None:
             assert {p._attention_backend for p in pipe.transformer.attn_processors.values()} == {"_native_math"}
     assert relative(guided, expected) < PIPELINE_TOLERANCE
     (note,) = active.report().notes
-    assert "layers b1, s1 ran on PyTorch's and segkern's kernels, not on the backend '_native_math'" in note
+    assert (
+        "layers b1, s1 used the attention kernels of PyTorch and segkern instead of the backend '_native_math'" in note
+    )
     assert f"note: {note}" in str(active.report())
     assert active.report().to_dict()["notes"] == [note]
 
@@ -108,8 +110,8 @@ def test_the_report_names_a_sliced_unet() -> None:
     pipe.enable_attention_slicing()
     with guide(pipe, SEG()) as active:
         run_unet(pipe, latents=noise(1, 8, 12))
-    assert "m0, m1 ran" in active.report().notes[0]
-    assert "not on SlicedAttnProcessor's" in active.report().notes[0]
+    assert "m0, m1 used" in active.report().notes[0]
+    assert "instead of SlicedAttnProcessor's" in active.report().notes[0]
 
 
 def _default(pipe: Any) -> None:

@@ -179,7 +179,7 @@ def test_a_prediction_that_is_not_a_number(subject: Subject) -> None:
     assert subject.run(pipe).isnan().all()
     handle.remove()
     assert torch.equal(subject.run(pipe), expected)
-    with pytest.warns(UserWarning, match="met NaN") as told:  # later steps began with it
+    with pytest.warns(UserWarning, match="encountered NaN") as told:  # later steps began with it
         guided.remove()
     assert len(told) == 1
     picture.assert_same(pipe)
@@ -207,7 +207,7 @@ def test_a_run_that_breaks_off_before_the_first_step(subject: Subject) -> None:
         error = torch.OutOfMemoryError
         with patched(pipe.scheduler, "set_timesteps", error, 0), pytest.raises(error):
             subject.run(pipe)
-        with pytest.warns(UserWarning, match="fired in none of 0 forwards"):
+        with pytest.warns(UserWarning, match="fired in none of 0 denoiser calls"):
             guided.report()
         expected = subject.run(pipe)
         with failing(subject.denoiser(pipe), ZeroDivisionError), pytest.raises(ZeroDivisionError):

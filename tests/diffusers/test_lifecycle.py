@@ -98,7 +98,7 @@ class NoPipeline(NoDenoiser):
     "pipe, specs, quoted",
     [
         (NoDenoiser(), [SEG()], "NoDenoiser"),
-        (tiny_pipeline().unet, [SEG()], "layout of a UNet2DConditionModel.*cfg='none'"),
+        (tiny_pipeline().unet, [SEG()], "layout for a UNet2DConditionModel.*cfg='none'"),
         (OtherDenoiser(), [SEG()], "OtherDenoiser with a Linear"),
         (NoPipeline(), [SEG()], "NoPipeline is not callable"),
         (tiny_pipeline(), [], "at least one spec"),
@@ -146,7 +146,7 @@ def test_a_second_guidance_is_refused_and_the_first_goes_on() -> None:
     pipe, latents = tiny_pipeline(), noise()
     with guide(pipe, SEG()):
         expected = run(pipe, latents=latents)
-        with pytest.raises(ValueError, match=r"guided already.*several specs"):
+        with pytest.raises(ValueError, match="already guided; pass all specs"):
             guide(pipe, SEG(layers="up"))
         assert torch.equal(run(pipe, latents=latents), expected)
     with guide(pipe, SEG(layers="up")):
@@ -163,7 +163,7 @@ def test_a_denoiser_called_outside_a_run_says_so() -> None:
     }
     with guide(pipe, SEG()):
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"outside a run of it.*cfg='none'.*guidance\.run\(timesteps\)"):
+            with pytest.raises(ValueError, match=r"outside a run of that .*cfg='none'.*guidance\.run\(timesteps\)"):
                 pipe.unet(**arguments)
             run(pipe, latents=noise())  # what it leaves on the pipeline is nothing to a loop of one's own
 

@@ -102,7 +102,7 @@ def test_what_a_stock_run_has_left_is_not_believed(before: dict[str, Any] | None
             run(pipe, PROMPT, latents=noise(IMAGES), **before)
         for calls in (*STATEMENTS, "u, c"):
             for bar in (False, True):
-                with pytest.raises(ValueError, match="outside a run of it"):
+                with pytest.raises(ValueError, match="outside a run of that pipeline"):
                     loop(pipe, calls, bar=bar)
         assert relative(run(pipe, PROMPT, latents=noise(IMAGES), guidance_scale=SCALE), expected) < PIPELINE_TOLERANCE
     assert type(other) is diffusers.StableDiffusionImg2ImgPipeline
@@ -121,7 +121,7 @@ def test_an_exception_in_a_loop_and_calls_after_it() -> None:
         timesteps = pipe.scheduler.timesteps
         with pytest.raises(ZeroDivisionError):
             failing()
-        with pytest.raises(ValueError, match="outside a run of it"):
+        with pytest.raises(ValueError, match="outside a run of that pipeline"):
             loop(pipe, "[u, c]")
         with guidance.run(timesteps), guidance.run(timesteps):
             assert relative(loop(pipe, "[u, c]"), expected) < PIPELINE_TOLERANCE

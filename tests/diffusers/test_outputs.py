@@ -104,7 +104,7 @@ def test_an_output_of_another_batch_is_refused_in_plain_steps_too(stop: float) -
         if stop == 1.0:
             run(pipe, latents=noise())
         else:
-            with pytest.raises(RuntimeError, match="UNet2DConditionModel gave 3 predictions for a batch of 2"):
+            with pytest.raises(RuntimeError, match="UNet2DConditionModel returned 3 predictions for a batch of 2"):
                 run(pipe, latents=noise())
 
 

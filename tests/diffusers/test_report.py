@@ -56,7 +56,7 @@ def test_the_report_prints_as_a_table_and_turns_into_a_dictionary() -> None:
         run(pipe, latents=noise())
     report = guidance.report()
     lines = str(report).splitlines()
-    assert lines[0] == "3 forwards of the denoiser"
+    assert lines[0] == "3 denoiser calls"
     assert lines[2].startswith("SEG(scale=3.0, sigma=inf, layers='mid'")
     assert lines[3].split() == ["layer", "fired", "moved", "module"]
     assert [line.split()[0] for line in lines[4:]] == ["m0", "m1"]
@@ -70,7 +70,7 @@ def test_the_report_prints_as_a_table_and_turns_into_a_dictionary() -> None:
 def test_before_the_first_forward_nothing_has_fired() -> None:
     pipe = tiny_pipeline()
     guidance = guide(pipe, SEG())
-    with pytest.warns(UserWarning, match="fired in none of 0 forwards"):
+    with pytest.warns(UserWarning, match="fired in none of 0 denoiser calls"):
         report = guidance.report()
     assert [(row.fired, row.moved) for row in report.layers] == [(0, None)] * 2
     assert "-" in str(report).splitlines()[4].split()
@@ -82,11 +82,11 @@ def test_before_the_first_forward_nothing_has_fired() -> None:
 @pytest.mark.parametrize(
     "spec, latents, problem",
     [
-        (SEG(start=0.9), noise(), "fired in none of 3 forwards"),
+        (SEG(start=0.9), noise(), "fired in none of 3 denoiser calls"),
         (SEG(scale=0.0), noise(), "fired in none"),
         (SEG(sigma=0.0), noise(), "fired in none"),
-        (SEG(), noise(1, 4, 4), "changed nothing"),
-        (SEG(sigma=0.01), noise(), "changed nothing"),
+        (SEG(), noise(1, 4, 4), "had no effect"),
+        (SEG(sigma=0.01), noise(), "had no effect"),
     ],
     ids=["too_late", "no_scale", "no_sigma", "one_token", "sigma_too_small"],
 )
@@ -99,10 +99,9 @@ def test_a_guidance_that_did_nothing_warns_on_leaving_and_in_its_report(
             run(pipe, latents=latents)
         guidance.remove()
         report = guidance.report()
-    assert len(caught) == 2, "one on leaving, one with the report"
-    for warning in caught:
-        assert problem in str(warning.message)
-        assert warning.filename == __file__
+    (warning,) = caught  # the report does not repeat the warning issued on leaving
+    assert problem in str(warning.message)
+    assert warning.filename == __file__
     assert f"warning: {report.problems[0]}" in str(report)
 
 
@@ -111,6 +110,31 @@ def test_only_the_guidance_that_did_nothing_is_named() -> None:
     with problems_warned() as caught, guide(pipe, SEG(), SEG(scale=0.0)):
         run(pipe, latents=noise())
     assert ["scale=0.0" in str(warning.message) for warning in caught] == [True]
+
+
+def test_one_warning_names_all_guidances_without_effect() -> None:
+    pipe = tiny_pipeline()
+    with problems_warned() as caught:
+        with guide(pipe, SEG(scale=0.0), SEG(sigma=0.0), SEG()) as guidance:
+            run(pipe, latents=noise())
+        report = guidance.report()
+    (warning,) = caught
+    assert str(warning.message) == "; ".join(report.problems)
+    assert len(report.problems) == 2
+
+
+def test_a_report_warns_again_after_more_denoiser_calls() -> None:
+    pipe = tiny_pipeline()
+    guidance = guide(pipe, SEG(start=0.9))
+    with problems_warned() as caught:
+        for _ in range(2):
+            run(pipe, latents=noise())
+            guidance.report()
+        guidance.remove()
+    assert [f"none of {calls} denoiser calls" in str(w.message) for calls, w in zip((3, 6), caught, strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def test_leaving_by_an_exception_does_not_add_warnings() -> None:
@@ -133,7 +157,7 @@ def test_rounding_of_half_precision_is_not_movement(dtype: torch.dtype) -> None:
     arguments = {"prompt": None, **{name: text.to(dtype) for name, text in texts.items()}}
     with problems_warned() as caught, guide(pipe, SEG()):
         run(pipe, latents=noise(1, 4, 4).to(dtype), **arguments)
-    assert ["changed nothing" in str(warning.message) for warning in caught] == [True]
+    assert ["had no effect" in str(warning.message) for warning in caught] == [True]
     with guide(pipe, SEG()) as guidance:
         run(pipe, latents=noise().to(dtype), **arguments)
     assert guidance.report().problems == ()

@@ -108,7 +108,7 @@ def test_several_images_in_a_list_have_one_size() -> None:
         with guide(pipe, SEG(layers=model.layers)) as active:
             run(model, pipe)
     assert active.report().layers[0].fired == 3
-    with pytest.warns(UserWarning, match="fired in none of 1 forwards"):
+    with pytest.warns(UserWarning, match="fired in none of 1 denoiser calls"):
         loop.remove()
 
 

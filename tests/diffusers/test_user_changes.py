@@ -232,7 +232,8 @@ def test_a_clean_run_warns_and_logs_nothing(
     subject.run(pipe)
     with pytest.warns(UserWarning, match="fired in none") as once:
         guidance.remove()
-    assert len(once) == 2  # one for each cause
+    assert len(once) == 1
+    assert str(once[0].message).count("had no effect") == 2  # one warning names both specs
 
 
 @pytest.mark.parametrize("subject", UNETS, ids=["sd1", "sdxl"])
@@ -263,7 +264,7 @@ def test_another_denoiser_is_refused(when: str) -> None:
         if when == "before the run":
             pipe.unet = other
         given = {"callback_on_step_end": replace} if when == "in a callback" else {}
-        with pytest.raises(ValueError, match="was given another unet while guided"):
+        with pytest.raises(ValueError, match=r"unet of this .* was replaced while guided"):
             SD1.run(pipe, **given)
         pipe.unet = own
         assert torch.equal(SD1.run(pipe), expected)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``guide``: guidance on a stock pipeline, through hooks that come off again."""
+"""``guide`` and ``Guidance``: guidance on an unmodified diffusers pipeline, through hooks that can be removed."""
 
 from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace, TracebackType
@@ -44,7 +43,7 @@ from segkern.integrations.diffusers.runtime.pipeline_run import (
     in_repeated_forward,
 )
 from segkern.integrations.diffusers.runtime.processor import norms, unwrap
-from segkern.integrations.diffusers.runtime.report import GuidanceWarning, Recorder, Report
+from segkern.integrations.diffusers.runtime.report import Recorder, Report
 from segkern.integrations.diffusers.runtime.reuse import Differences
 from segkern.integrations.diffusers.runtime.sag_forward import SAGForward
 from segkern.integrations.diffusers.runtime.step_planner import RunState, StepPlanner
@@ -52,7 +51,7 @@ from segkern.integrations.diffusers.runtime.support import check_model, check_pi
 from segkern.integrations.specs import SAG
 from segkern.integrations.specs.base import PlacedSpec, Spec
 
-_GUIDANCES: WeakSet[Guidance] = WeakSet()  # at work; hooks on denoisers keep them alive
+_GUIDANCES: WeakSet[Guidance] = WeakSet()  # the active ones; hooks on denoisers keep them alive
 
 
 def guide(
@@ -63,45 +62,50 @@ def guide(
     conditional: ConditionalPlace | None = None,
     trust: Trust = (),
 ) -> Guidance:
-    """Turn on guidance for every run of a pipeline, until the context is left or ``remove()`` is called.
+    """Enable guidance for every run of a pipeline, until the context exits or ``remove()`` is called.
 
-    The pipeline stays the stock one, whatever its task (text to image, image to image, inpainting,
-    ControlNet, T2I-Adapter, IP-Adapter, LoRA): hooks on its denoiser append one branch for each spec (``SAG`` has
-    a forward of its own), compute the guided prediction and hand it back in the shape the pipeline expects. The
-    pipeline's own arguments mean what they always meant. Specs combine: each adds its scale times its difference,
-    ``u + g (c - u) + sum_i s_i (c - p_i)``, and a layer may belong to several. Guidance belongs to the pipeline:
-    another one that shares its denoiser runs unguided, or with guidances of its own, in another thread too: forwards
-    of a guided denoiser come one after the other. Copies and pickles of the pipeline or its denoiser are unguided.
+    Works with unmodified diffusers pipelines for any task (text to image, image to image, inpainting, ControlNet,
+    T2I-Adapter, IP-Adapter, LoRA). Hooks on the denoiser append one branch to the batch for each spec, compute the
+    guided prediction and return it in the shape that the pipeline expects; ``SAG`` uses a separate denoiser call
+    instead of a branch. The pipeline's own arguments keep their meaning.
 
-    The layout of the denoiser's batch is read from what the pipeline says (the arguments of its call, its properties,
-    its texts) and verified in every run. In a denoising loop of your own nothing says it: give ``cfg``, and enter
+    Specs combine: each adds its scale times its difference, ``u + g (c - u) + sum_i s_i (c - p_i)``. A layer may be
+    used by several specs.
+
+    Guidance belongs to the pipeline. Another pipeline that shares the denoiser is not guided, or has its own guidance,
+    also in another thread; calls of a guided denoiser run one at a time. Copies and pickles of the pipeline or its
+    denoiser are not guided.
+
+    segkern reads the layout of the denoiser's batch from the pipeline's public interface (call arguments, properties,
+    prompt embeddings) and verifies it in every run. For a custom denoising loop, pass ``cfg`` and enter
     :meth:`Guidance.run` around the loop.
 
     Args:
-        pipe: a pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors), a ``UNetMotionModel``
-            (AnimateDiff) or one of the known transformers (docs/models.md lists them), or that denoiser alone. It may
-            be compiled.
-        specs: the guidances, at least one.
-        share: let a branch join the batch only at the transformer block of its first layer, since it equals the
-            conditional branch before; a UNet's layer projects the branch's queries, keys and values once for both.
-            The result is the same, up to rounding, and costs less; False is there to check.
-        cfg: classifier-free guidance of a loop, or of a pipeline that does not say: ``"none"``, ``"batch"`` (both
-            predictions in one call) or ``"separate"`` (a call for each, the conditional one first); None to find it.
-        conditional: the half of a batch with the conditional samples, ``"first"`` or ``"second"``, with
-            ``cfg="batch"``; the second if None.
-        trust: classes of attention processors and blocks, and functions that replaced a module's ``forward``, which are
-            not of PyTorch or diffusers: the statement that each treats every sample of a batch by itself, wherever it
-            stands, and keeps nothing from one forward to the next. Guidance appends samples to the batch, so any that
-            would see them and is not named here is refused.
+        pipe: A pipeline with a ``UNet2DConditionModel`` (Stable Diffusion 1, 2, XL, Kolors), a ``UNetMotionModel``
+            (AnimateDiff) or a supported transformer (listed in docs/models.md), or that denoiser alone. The denoiser
+            may be compiled.
+        specs: One or more guidance specs.
+        share: Let a branch join the batch at the transformer block of its first layer, because it equals the
+            conditional branch up to there. In a UNet, that layer also shares the projections of queries, keys and
+            values. The result is the same up to rounding, at a lower cost. Use False to verify this.
+        cfg: How a custom loop, or a pipeline whose layout segkern cannot read, applies classifier-free guidance:
+            ``"none"``, ``"batch"`` (both predictions in one call) or ``"separate"`` (one call for each, the conditional
+            one first). None detects it.
+        conditional: Which half of the batch is conditional if ``cfg="batch"``: ``"first"`` or ``"second"``. None means
+            the second.
+        trust: Attention processors, block classes and functions that replace a module's ``forward``, if they are not
+            part of PyTorch or diffusers. Listing one asserts that it processes each sample of a batch independently of
+            its position and keeps no state between calls. Guidance appends samples to the batch, so code that would
+            process them and is not listed here is refused.
 
     Returns:
-        The active guidance, a context manager. Leaving it, by an exception too, puts back the very objects
-        that were there. It warns if the denoiser ran but a guidance fired never or moved nothing.
+        The active guidance, a context manager. On exit, also after an exception, it restores the original objects. It
+        issues one warning if the denoiser ran and guidance had no effect.
 
     Raises:
-        ValueError: for a pipeline, layer or spec that does not fit; the message quotes it and the pipeline is
-            left as it was. A run of the pipeline raises it before its first step for a batch that is laid out in
-            another way.
+        ValueError: If a pipeline, layer or spec is not supported. The message quotes it, and the pipeline is unchanged.
+            A run of the pipeline raises the same error before its first step if the layout of its batch is not
+            supported.
 
     Source: SEG (arXiv 2408.00760); its official implementation for the sum with classifier-free guidance.
 
@@ -117,12 +121,13 @@ def guide(
     placed = [(denoiser, choose_layers(denoiser, specs)) for denoiser in check_pipeline(pipe)]
     if any(guidance._owner is pipe for guidance in _GUIDANCES):
         raise ValueError(
-            f"this {type(pipe).__name__} is guided already; pass several specs in one guide call, or remove the other"
+            f"this {type(pipe).__name__} is already guided; pass all specs to one guide call, or remove the other "
+            "guidance"
         )
     if isinstance(pipe, nn.Module) and cfg is None:
         raise ValueError(
-            f"guide needs the layout of a {type(pipe).__name__}'s batches where there is no pipeline to tell it: "
-            f"guide(denoiser, ..., cfg='none', 'batch' or 'separate') and `with guidance.run(timesteps):`"
+            f"guide needs a batch layout for a {type(pipe).__name__} without a pipeline: call "
+            f"guide(denoiser, ..., cfg='none', 'batch' or 'separate') and use `with guidance.run(timesteps):`"
         )
     layout = (cfg, conditional == "first")
     guidance = Guidance(pipe, *placed[0], share, layout, trust)
@@ -136,27 +141,27 @@ def guide(
 
 
 def _check_layout(cfg: object, conditional: object, specs: Sequence[object]) -> None:
-    """Raise a ValueError for a layout that there is not."""
+    """Raise a ValueError if ``cfg`` or ``conditional`` is invalid."""
     if cfg not in (None, "none", "batch", "separate"):
         raise ValueError(f"cfg must be 'none', 'batch', 'separate' or None, got {cfg!r}")
     if conditional not in (None, "first", "second"):
         raise ValueError(f"conditional must be 'first', 'second' or None, got {conditional!r}")
     if conditional is not None and cfg != "batch":
         raise ValueError(
-            f"conditional={conditional!r} tells the halves of a batch apart and needs cfg='batch', got cfg={cfg!r}; "
-            f"with cfg='separate' the conditional call comes first"
+            f"conditional={conditional!r} selects a half of the batch and needs cfg='batch', got cfg={cfg!r}; with "
+            f"cfg='separate' the conditional call comes first"
         )
     if cfg == "separate" and any(isinstance(spec, SAG) for spec in specs):
         raise ValueError("SAG(...) needs both predictions in one batch, got cfg='separate'")
 
 
 def is_guided(denoiser: nn.Module) -> bool:
-    """True if a guidance acts on a denoiser."""
+    """Return True if a guidance is active on a denoiser."""
     return any(guidance._acts_on(denoiser) for guidance in _GUIDANCES)
 
 
 def _under_way(runs: WeakKeyDictionary[Any, int]) -> bool:
-    """True if any of these runs, which began before their pipelines were watched, may be under way."""
+    """Return True if one of these runs may be active; they began before their pipelines were watched."""
     for pipe, ended in list(runs.items()):
         if ended_runs(pipe) != ended:
             runs.pop(pipe, None)
@@ -164,7 +169,7 @@ def _under_way(runs: WeakKeyDictionary[Any, int]) -> bool:
 
 
 class Guidance:
-    """Guidance at work on a pipeline; made by :func:`guide`."""
+    """Active guidance on a pipeline; created by :func:`guide`."""
 
     def __init__(
         self,
@@ -176,16 +181,16 @@ class Guidance:
         trust: Trust = (),
         beside: Guidance | None = None,
     ) -> None:
-        self._owner = pipe  # whose runs are guided: a pipeline, or a denoiser alone
+        self._owner = pipe  # the pipeline, or denoiser without a pipeline, whose runs are guided
         self._pipe = SimpleNamespace(unet=pipe) if isinstance(pipe, nn.Module) else pipe
         self._name = type(pipe).__name__
-        self._others: list[Guidance] = []  # of denoisers that take turns with this one in a run
+        self._others: list[Guidance] = []  # for the other denoisers of the pipeline
         self._denoiser = denoiser
-        # torch.compile's wrapper, if there is one: bookkeeping stays outside
+        # May be the wrapper of torch.compile. Hooks on the wrapper are not compiled.
         self._module: nn.Module = getattr(self._pipe, denoiser.name)
         self._specs = tuple(placed_spec.spec for placed_spec in placed)
         self._cfg, self._conditional_first = layout
-        self._for_others = 0  # forwards that other pipelines asked for
+        self._for_others = 0  # denoiser calls made by other pipelines
         self._denoiser_guidance = DenoiserGuidance(denoiser, placed, trust=trust)
         self._checks = ModuleChecks(denoiser, self._denoiser_guidance.first, share, trust)
         self._recorder: Recorder = self._denoiser_guidance.recorder if beside is None else beside._recorder
@@ -193,41 +198,40 @@ class Guidance:
         self._arguments = denoiser.arguments
         self._installed = False
         self._notes_contexts = False
-        self._entered = 0  # contexts that are open
-        self._main: Guidance = self if beside is None else beside  # which removes them all
-        self._leaving = False  # as soon as the forward under way is over
+        self._entered = 0  # number of open contexts
+        self._main: Guidance = self if beside is None else beside  # the one that removes all
+        self._leaving = False  # whether to remove the guidance after the current denoiser call
         self._lock = denoiser_lock(denoiser.model)
-        self._handles: list[RemovableHandle] = []  # on the denoiser, for as long as it is guided
+        self._handles: list[RemovableHandle] = []  # hooks on the denoiser while guidance is active
         self._watched: WeakSet[Any] = WeakSet()  # pipelines with this denoiser
-        self._thread = threading.get_ident()  # that calls guide
-        self._reads = component_reads(
-            pipe
-        )  # of the pipeline's components, after which there were no others that share its denoiser
-        # Those that may be in a run which began before they were watched, with the number of their runs that had ended.
+        self._thread = threading.get_ident()  # the thread that called guide
+        # Reads of the pipeline's components when no other pipeline shared its denoiser.
+        self._reads = component_reads(pipe)
+        # Pipelines that may be in a run that began before they were watched, with the number of their finished runs.
         self._begun: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._begun_elsewhere: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # in another thread
-        self._made_since: list[Any] = []  # others, when a call outside of runs came last
-        self._nested = 0  # calls within a forward, which were refused
+        self._made_since: list[Any] = []  # pipelines found at the last denoiser call outside a run
+        self._nested = 0  # number of refused calls within the current denoiser call
         self._layers = self._denoiser_guidance.layers
         self._planner = StepPlanner(self._pipe, denoiser, self._specs, self._denoiser_guidance.first, share)
         self._sag = SAGForward(self._pipe, self._specs)
-        self._runs: dict[PipelineRun, RunState] = {}  # under way
-        self._under_way = False  # a forward of the denoiser, in the thread that has the lock
-        self._run: PipelineRun | None = None  # whose forward that is; None for one outside of known runs
-        self._kind: CallKind | None = None  # of that call
+        self._runs: dict[PipelineRun, RunState] = {}  # active runs
+        self._under_way = False  # whether the thread that holds the lock is in a denoiser call
+        self._run: PipelineRun | None = None  # the run of that call; None outside known runs
+        self._kind: CallKind | None = None  # the kind of that call
         self._pair = 0
-        self._forward: Forward | None = None  # its plan; None when it is a plain one
-        self._given: Arguments = ((), {})  # its arguments, where another forward follows
-        self._size: int | None = None  # of its batch; None for another pipeline's
+        self._forward: Forward | None = None  # the plan of that call; None if it is not guided
+        self._given: Arguments = ((), {})  # the arguments of that call, if another call follows
+        self._size: int | None = None  # the batch size of that call; None for other pipelines
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guidance:
-        """A copy of something that holds a pipeline and its guidance; the copied pipeline is not guided."""
+        """Return this object: copying an object that holds a pipeline and its guidance does not guide the copy."""
         return self
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "a Guidance acts on a pipeline of this process and cannot be pickled; pickle the pipeline, which arrives "
-            "unguided, or report()"
+            "a Guidance belongs to a pipeline in this process and cannot be pickled; pickle the pipeline (the copy is "
+            "not guided) or the result of report()"
         )
 
     def __enter__(self) -> Guidance:
@@ -240,27 +244,27 @@ class Guidance:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._entered -= 1
-        if self._entered <= 0:  # the outermost one
+        if self._entered <= 0:  # the outermost context
             self._remove(warn=kind is None)
 
     def remove(self) -> None:
-        """Take the guidance off the pipeline; nothing happens when it is off already.
+        """Remove the guidance from the pipeline. Does nothing if it has been removed.
 
-        Where a step is under way in which guidance acts already, it comes off when the denoiser is through with it.
+        If a guided denoiser call is active, the guidance is removed after that call.
         """
         self._remove(warn=True)
 
     def run(self, timesteps: Sequence[float] | torch.Tensor) -> PipelineRun:
-        """A run of a denoising loop of your own, a context manager around it.
+        """Return a context manager to enter around a custom denoising loop.
 
-        Inside, calls of the denoiser are guided as ``cfg`` of :func:`guide` says. The prediction of the two parts is
-        combined as usual, ``u + g (c - u)``.
+        In the context, denoiser calls are guided as :func:`guide`'s ``cfg`` specifies. The loop combines the two
+        predictions as usual, ``u + g (c - u)``.
 
         Args:
-            timesteps: those of the loop, in the order in which it takes them, such as ``scheduler.timesteps``.
+            timesteps: The timesteps of the loop, in the order of the loop, such as ``scheduler.timesteps``.
 
         Raises:
-            ValueError: without ``cfg``, and for timesteps that are no numbers.
+            ValueError: If ``guide`` was called without ``cfg``, or if the timesteps are not numbers.
 
         Example:
             >>> guidance = guide(unet, SEG(scale=3.0), cfg="batch")  # doctest: +SKIP
@@ -272,16 +276,16 @@ class Guidance:
         """
         if self._cfg is None:
             raise ValueError(
-                "a denoising loop of your own does not tell the layout of its batches: "
-                "guide(..., cfg='none', 'batch' or 'separate')"
+                "segkern cannot read the batch layout of a custom denoising loop; pass cfg='none', 'batch' or "
+                "'separate' to guide"
             )
         values = timesteps.tolist() if isinstance(timesteps, torch.Tensor) else list(timesteps)
         if not values or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-            raise ValueError(f"timesteps must be numbers, in the order in which the loop takes them, got {timesteps!r}")
+            raise ValueError(f"timesteps must be finite numbers in the order of the loop, got {timesteps!r}")
         return PipelineRun(self._owner, {}, text=noted_text(self._owner), timesteps=timesteps)
 
     def report(self) -> Report:
-        """Report the guidance so far; warns if it fired never or moved nothing."""
+        """Return the report so far, and warn if guidance had no effect. The same warning is issued only once."""
         report = self._recorder.report()
         self._recorder.warn(report, stacklevel=3)
         return report
@@ -297,12 +301,12 @@ class Guidance:
                 _GUIDANCES.add(self)
             note_contexts(self._denoiser.model)
             self._notes_contexts = True
-            self._denoiser_guidance.attach()  # says now what would not do
+            self._denoiser_guidance.attach()  # raises if a module is not supported
             self._denoiser_guidance.detach()
             self._denoiser_guidance.recomputation.lock = self._lock
             self._denoiser_guidance.recomputation.compiled = self._module is not self._denoiser.model
             self._handles.append(self._module.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
-            # Other forward hooks get the prediction the pipeline gets, so this one comes first.
+            # This hook comes first, so that other forward hooks get the same prediction as the pipeline.
             after = Outer(self._after)
             self._handles.append(self._module.register_forward_hook(after, prepend=True, always_call=True))
             for other in self._others:
@@ -316,7 +320,7 @@ class Guidance:
         self._watched.add(pipe)
 
     def _watch_others(self) -> list[Any]:
-        """Watch all pipelines that share the denoisers; those that were not watched yet."""
+        """Watch all pipelines that share the denoisers, and return those that were not watched before."""
         modules = [guidance._module for guidance in (self, *self._others)]
         others = [pipe for pipe in pipelines_with(modules) if pipe not in self._watched]
         for pipe in others:
@@ -333,7 +337,7 @@ class Guidance:
             for guidance in (self, *self._others):
                 guidance._lock.acquire()
                 locks.callback(guidance._lock.release)
-            # Another thread's forward may have taken it off, or a run owe the second of two calls.
+            # A call in another thread may have removed it, or the second of two paired calls may be missing.
             if self._installed and not self._awaits_second_call():
                 self._take_off(warn)
 
@@ -342,11 +346,11 @@ class Guidance:
         return any(guidance._denoiser.model is model for guidance in (self, *self._others))
 
     def _is_inside(self) -> bool:
-        """True if this thread is in a forward of the denoiser."""
+        """Return True if this thread is in a denoiser call."""
         return self._under_way and self._lock.is_held_here
 
     def _awaits_second_call(self) -> bool:
-        """True if a run that is under way has made one of two calls that belong together."""
+        """Return True if an active run has made the first of two paired calls."""
         states = [state for guidance in (self, *self._others) for state in guidance._runs.values()]
         return any(state.pending and state.layout.expects_negative() for state in states)
 
@@ -365,7 +369,6 @@ class Guidance:
             forget_at_begin(self._owner, self._begin_run)
         self._watched.clear()
         had_hooks = bool(self._handles)
-        ran = had_hooks and self._recorder.forwards > 0
         while self._handles:
             self._handles.pop().remove()
         self._clear()
@@ -375,23 +378,22 @@ class Guidance:
         )  # what unfuse_qkv_projections will put back
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
-        component, pipe = self._denoiser.name, self._name
-        if warn and had_hooks and self._recorder.forwards == 0 and self._for_others:
-            message = (
-                f"the {component} of this {pipe} ran for other pipelines only; give guide the pipeline that runs it"
-            )
-            warnings.warn(f"guidance did nothing: {message}", GuidanceWarning, stacklevel=4)
-        if ran and warn:
+        if warn and had_hooks and (self._recorder.forwards or self._for_others):
+            if not self._recorder.forwards:
+                self._recorder.cause = (
+                    f"the {self._denoiser.name} of this {self._name} was called only by other pipelines; pass the "
+                    f"pipeline that calls it to guide"
+                )
             self._recorder.warn(self._recorder.report(), stacklevel=5)
 
     def _clear(self) -> None:
-        """Between forwards the denoiser has its own processors, to be looked at or changed, and nothing is kept."""
+        """Remove what guidance attaches for one denoiser call, so that users see the original processors."""
         self._forward, self._given = None, ((), {})
         self._layers.forget()
         self._denoiser_guidance.detach()
 
     def _state(self, run: PipelineRun) -> RunState:
-        """The state of a run of the guided pipeline."""
+        """Return the state of a run of the guided pipeline."""
         state = self._runs.get(run)
         if state is None:
             layout = BatchLayout(
@@ -404,7 +406,7 @@ class Guidance:
         return state
 
     def _begin_run(self, run: PipelineRun) -> None:
-        """Check before a run and after it that the pipeline has the denoisers that are guided."""
+        """Check before and after a run that the pipeline still has the guided denoisers."""
         if self._installed:
             self._check_denoisers()
             run.at_end(self._check_run)
@@ -414,18 +416,18 @@ class Guidance:
             self._check_denoisers()
 
     def _check_denoisers(self) -> None:
-        """Raise a ValueError if the pipeline has another denoiser than the one that is guided."""
+        """Raise a ValueError if the denoiser of the pipeline was replaced."""
         for guidance in (self, *self._others):
             component = guidance._denoiser.name
             model = getattr(self._pipe, component, None)
             if getattr(model, "_orig_mod", model) is not guidance._denoiser.model:
                 raise ValueError(
-                    f"this {self._name} was given another {component} while guided, which runs unguided; remove the "
-                    f"guidance and call guide again"
+                    f"the {component} of this {self._name} was replaced while guided, and the new one is not guided; "
+                    f"remove the guidance and call guide again"
                 )
 
     def _end_run(self, run: PipelineRun, failed: bool) -> None:
-        """Forget a run that has ended, and clean up after an interrupt, for which PyTorch calls no hooks."""
+        """Discard the state of a run, and clean up after an interrupt, for which PyTorch calls no hooks."""
         state = self._runs.pop(run, None)
         if self._under_way and self._run is run and self._lock.is_held_here:
             self._clear()
@@ -440,8 +442,8 @@ class Guidance:
         self._lock.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """Before the denoiser: decide what this forward does and tell the blocks and layers."""
-        if module is not self._module or in_repeated_forward():  # a copy is not guided
+        """Before a denoiser call: plan the call and set up blocks and layers."""
+        if module is not self._module or in_repeated_forward():  # copies are not guided
             return None
         run = current_run()
         if run is None and not self._main._is_of_others():
@@ -450,10 +452,10 @@ class Guidance:
             self._nested += 1
             raise RuntimeError(
                 f"the {type(self._denoiser.model).__name__} of this {self._name} was called within its own guided "
-                f"forward, by a hook perhaps; call it between steps, as in callback_on_step_end"
+                f"call, perhaps by a hook; call it between steps, as in callback_on_step_end"
             )
         self._lock.acquire()
-        if not self._installed:  # taken off while this thread waited
+        if not self._installed:  # removed while this thread waited for the lock
             self._lock.release()
             return None
         self._under_way, self._run, self._forward = True, run, None
@@ -469,10 +471,10 @@ class Guidance:
         return self._begin(run, args, kwargs)
 
     def _is_of_others(self) -> bool:
-        """True if a call outside of known runs is of another pipeline, whose run began before it was watched.
+        """Return True if a call outside known runs belongs to another pipeline whose run began before it was watched.
 
-        It is where components of this pipeline were read since, as to make another one, and one was made; or in another
-        thread than the one that called ``guide``, while others may be in a run.
+        That is so if a pipeline was created from this pipeline's components since, or if the call is in another thread
+        than the one that called ``guide`` and another pipeline may be in a run.
         """
         elsewhere = threading.get_ident() != self._thread
         if _under_way(self._begun) or (elsewhere and _under_way(self._begun_elsewhere)):
@@ -484,17 +486,17 @@ class Guidance:
         return bool(self._begun) or (elsewhere and bool(self._begun_elsewhere))
 
     def _refuse_outside_run(self) -> NoReturn:
-        """Raise a ValueError for a call of the denoiser in no run."""
+        """Raise a ValueError for a denoiser call outside a run."""
         others = ", ".join(type(pipe).__name__ for pipe in self._main._made_since)
-        since = f" ({others} shares it and was made since: run it again)" if others else ""
+        since = f" ({others} shares it and was created since: run it again)" if others else ""
         raise ValueError(
-            f"the {type(self._denoiser.model).__name__} of a guided {self._name} was called outside a run of "
-            f"it{since}; for a denoising loop of your own: guide(..., cfg='none', 'batch' or 'separate') and "
+            f"the {type(self._denoiser.model).__name__} of a guided {self._name} was called outside a run of that "
+            f"pipeline{since}; for a custom denoising loop, pass cfg='none', 'batch' or 'separate' to guide and use "
             f"`with guidance.run(timesteps):`"
         )
 
     def _begin(self, run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """Begin a forward of the guided pipeline."""
+        """Begin a denoiser call of the guided pipeline."""
         denoiser = self._denoiser
         latents = denoiser.latents(args, kwargs)
         self._size = len(latents)
@@ -502,8 +504,8 @@ class Guidance:
         if not denoiser.is_step(args, kwargs):
             if not run.arguments and not run.is_loop:
                 raise ValueError(
-                    f"this {self._name} runs skip-layer guidance, which measures its conditional prediction, and guide "
-                    f"does not see that in a call of the class's function; call pipe(...)"
+                    f"this {self._name} uses skip-layer guidance, which guide cannot see in a call of the class's "
+                    f"function; call pipe(...)"
                 )
             return None
         run.checkpoints.check(latents, type(denoiser.model).__name__)
@@ -513,7 +515,7 @@ class Guidance:
         if call.kind is CallKind.PROMPT and state.pending:
             state.drop_pending(self._name)
         if self._main._leaving and call.kind is not CallKind.NEGATIVE:
-            self._end_forward()  # no hook will
+            self._end_forward()  # no hook does this after an early return
             self._main._take_off(warn=True)
             return None
         self._recorder.forwards += 1
@@ -535,10 +537,10 @@ class Guidance:
         return self._planner.grown(forward, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the denoiser: fold the branches back and take down what the layers report."""
+        """After a denoiser call: fold the branches into the output and collect the reports of the layers."""
         if module is not self._module or in_repeated_forward() or not self._is_inside():
             return None
-        if self._nested:  # the call that was refused
+        if self._nested:  # the refused call
             self._nested -= 1
             return None
         try:
@@ -551,7 +553,7 @@ class Guidance:
         return changed
 
     def _end(self, output: Any) -> Any:
-        """The denoiser's output with the guidance in it; None for the one it gave."""
+        """Return the denoiser's output with guidance added; None to keep it."""
         run, forward = self._run, self._forward
         if output is None:  # an exception
             self._clear()
@@ -579,12 +581,12 @@ class Guidance:
     def _folded(
         self, forward: Forward, state: RunState, sample: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The sum of the differences, and the guided prediction of the pipeline's own batch."""
+        """Return the sum of the differences, and the guided prediction for the pipeline's own batch."""
         batch, moved = forward.batch, self._denoiser_guidance.reports(forward)
         expected = batch.with_branches(len(forward.branches))
         if sample.shape[0] != expected:
-            raise RuntimeError(f"the guided denoiser gave {sample.shape[0]} predictions for a batch of {expected}")
-        if forward.sag:  # the second forward of a denoiser in a CUDA graph writes where the first one did
+            raise RuntimeError(f"the guided denoiser returned {sample.shape[0]} predictions for a batch of {expected}")
+        if forward.sag:  # in a CUDA graph, the second denoiser call overwrites the output of the first
             sample, moved = sample.clone(), {key: pair.clone() for key, pair in moved.items()}
         guided = [(forward.strengths[index], state.differences.last(index)) for index in forward.reused]
         for branch, index in enumerate(forward.branches):

@@ -54,12 +54,12 @@ def with_prediction(output: Any, prediction: Any, batch: Batch | None = None) ->
 
 
 def check_size(output: Any, size: int, denoiser: str) -> None:
-    """Raise a RuntimeError for an output that is not of the batch that the pipeline passed."""
+    """Raise a RuntimeError if the output has another batch size than the pipeline's input."""
     prediction = prediction_of(output)
     if isinstance(prediction, Sized) and len(prediction) != size:
         raise RuntimeError(
-            f"{denoiser} gave {len(prediction)} predictions for a batch of {size} under guide: something in it gave "
-            f"what belongs to another forward; a cache, or a module whose forward was replaced, does"
+            f"{denoiser} returned {len(prediction)} predictions for a batch of {size} under guide, which belong to "
+            f"another call; a cache, or a module whose forward was replaced, can cause this"
         )
 
 

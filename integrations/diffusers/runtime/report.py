@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a guidance: how often each layer fired and how far it moved the attention output."""
+"""The guidance report: how often each layer was guided and how far its attention output moved."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import torch
 from segkern.integrations.specs import CFG, SAG
 from segkern.integrations.specs.base import PlacedSpec, Spec
 
-_ROUNDING = 1e-6  # the least relative distance that counts as moved; more for types whose own rounding is coarser
+_ROUNDING = 1e-6  # smallest relative distance that counts as an effect, unless the dtype rounds more coarsely
 
-# What a guidance moves, where it is not the outputs of its layers.
+# What a guidance method moves, if that is not the outputs of its layers.
 _SUBJECTS: dict[type, str] = {SAG: "its degraded images", CFG: "its predictions"}
 
 
 class GuidanceWarning(UserWarning):
-    """A guidance that never fired, or changed nothing."""
+    """Guidance had no effect or encountered NaN."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The effect of one guidance at one layer.
+    """The effect of one guidance spec on one layer.
 
     Attributes:
-        spec: index of the guidance among those given to ``guide``.
-        layer: official index of the layer; ``"text"`` for ``CFG``, which has no layer.
-        module: name of the layer's attention module; empty for ``CFG``.
-        fired: forwards in which the guidance acted there.
-        moved: mean over those forwards and the samples of ``|perturbed - conditional| / |conditional|``, L2
-            norms of the layer's output; for ``SAG`` of the denoiser's input, for ``CFG`` of its prediction; None when
-            it never fired.
+        spec: Index of the spec among those passed to ``guide``.
+        layer: Official index of the layer; ``"text"`` for ``CFG``, which uses no layer.
+        module: Name of the layer's attention module; empty for ``CFG``.
+        fired: Number of denoiser calls in which the spec acted on the layer.
+        moved: Relative change ``|perturbed - conditional| / |conditional|``, averaged over those calls and all samples.
+            The L2 norms are of the layer's output; for ``SAG``, of the denoiser's input; for ``CFG``, of its
+            prediction. None if the spec never acted.
     """
 
     spec: int
@@ -47,14 +47,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The effects of all guidances since ``guide``; ``print`` it for a table.
+    """The effects of all guidance specs since ``guide`` was called. Print it to get a table.
 
     Attributes:
-        forwards: of the denoiser, guided or not.
-        specs: the guidances.
-        layers: one entry for each guidance and layer.
-        problems: one sentence for each guidance that fired never or moved nothing.
-        notes: one sentence for each attention kernel that was chosen for some layers and that guidance replaced there.
+        forwards: Number of denoiser calls, guided or not.
+        specs: The guidance specs.
+        layers: One entry for each spec and layer.
+        problems: One sentence for each spec that had no effect or encountered NaN.
+        notes: One sentence for each attention kernel that the user chose and that guidance replaced in some layers.
     """
 
     forwards: int
@@ -64,9 +64,9 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain dictionaries and lists, ready for JSON but for infinite sigmas.
+        """Return the report as plain dictionaries and lists. They are valid JSON unless a sigma is infinite.
 
-        A guidance's functions are told by name, its tensors not at all.
+        Functions are represented by their names. Tensors are omitted.
         """
         return {
             "forwards": self.forwards,
@@ -77,7 +77,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        blocks = [f"{self.forwards} forwards of the denoiser"]
+        blocks = [f"{self.forwards} denoiser calls"]
         for index, spec in enumerate(self.specs):
             rows = [row for row in self.layers if row.spec == index]
             width = max(len("layer"), *(len(row.layer) for row in rows))
@@ -86,12 +86,12 @@ class Report:
                 moved = "-" if row.moved is None else f"{row.moved:.2%}"
                 lines.append(f"  {row.layer:<{width}}  {row.fired:>5}  {moved:>8}  {row.module}")
             blocks.append("\n".join(lines))
-        told = [*(f"warning: {problem}" for problem in self.problems), *(f"note: {note}" for note in self.notes)]
-        return "\n\n".join([*blocks, *told])
+        remarks = [*(f"warning: {problem}" for problem in self.problems), *(f"note: {note}" for note in self.notes)]
+        return "\n\n".join([*blocks, *remarks])
 
 
 def _plain(value: Any) -> Any:
-    """A spec's value in JSON's types."""
+    """Convert a value of a spec to JSON types."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -103,24 +103,27 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class Recorder:
-    """Collects what the layers report, on their device and without waiting for it.
+    """Collects the effects on the layers on their device, without synchronizing.
 
     Attributes:
-        placed: the guidances and their layers.
-        forwards: of the denoiser so far.
-        kernels: of attention that were chosen for layers, by the name of the module.
+        placed: The guidance specs and their layers.
+        forwards: Number of denoiser calls so far.
+        kernels: Attention kernels that the user chose, by module name.
+        cause: Why no spec acted, if it is known.
     """
 
     placed: tuple[PlacedSpec, ...]
     forwards: int = 0
     kernels: dict[str, str] = field(default_factory=dict)
-    # Which (guidance, module) pairs fired together -> in how many forwards, and the sum of their relative
-    # distances.
+    cause: str = ""
+    # For each set of (spec, module) pairs that acted in the same call: the number of calls and the sum of their
+    # relative distances.
     _sums: dict[tuple[tuple[int, str], ...], tuple[int, torch.Tensor]] = field(default_factory=dict, init=False)
     _dtype: torch.dtype = field(default=torch.float32, init=False)
+    _warned: tuple[str, ...] = field(default=(), init=False)
 
     def add(self, moved: dict[tuple[int, str], torch.Tensor], dtype: torch.dtype) -> None:
-        """Take one forward's norms ``[2, samples]`` of each guidance and layer that fired."""
+        """Add the norms ``[2, samples]`` of each spec and layer that acted in one denoiser call."""
         if not moved:
             return
         self._dtype = dtype
@@ -131,13 +134,13 @@ class Recorder:
         self._sums[tuple(moved)] = (fired + 1, total + ratios)
 
     def report(self) -> Report:
-        """The report so far. Waits for the device."""
+        """Return the report so far. Synchronizes with the device."""
         fired: dict[tuple[int, str], int] = {}
         totals: dict[tuple[int, str], float] = {}
         for pairs, (count, total) in self._sums.items():
             for pair in pairs:
                 fired[pair] = fired.get(pair, 0) + count
-            if total.is_meta:  # a denoiser without data moves nothing that could be told
+            if total.is_meta:  # tensors without data have no distances
                 continue
             for pair, value in zip(pairs, total.tolist(), strict=True):
                 totals[pair] = totals.get(pair, 0.0) + value
@@ -157,15 +160,19 @@ class Recorder:
             if row.fired and row.module in self.kernels:
                 layers.setdefault(self.kernels[row.module], {})[row.layer] = None
         return tuple(
-            f"in guided steps the attention of layers {', '.join(names)} ran on PyTorch's and segkern's kernels, "
-            f"not on {kernel}, which was chosen for it"
+            f"in guided steps, layers {', '.join(names)} used the attention kernels of PyTorch and segkern instead of "
+            f"{kernel}, which was chosen for them"
             for kernel, names in layers.items()
         )
 
     def warn(self, report: Report, stacklevel: int) -> None:
-        """Warn of each problem, at the caller ``stacklevel - 1`` calls above this one."""
-        for problem in report.problems:
-            warnings.warn(problem, GuidanceWarning, stacklevel=stacklevel)
+        """Issue one warning for all problems, unless the last warning was the same.
+
+        The warning points to the caller ``stacklevel - 1`` calls above this one.
+        """
+        if report.problems and report.problems != self._warned:
+            self._warned = report.problems
+            warnings.warn("; ".join(report.problems), GuidanceWarning, stacklevel=stacklevel)
 
     def _problems(self, rows: list[LayerReport]) -> tuple[str, ...]:
         problems = []
@@ -174,9 +181,10 @@ class Recorder:
             subject = _SUBJECTS.get(type(spec), "its layers")
             rounding = 0.0 if type(spec) in _SUBJECTS else torch.finfo(self._dtype).eps
             if not any(row.fired for row in rows if row.spec == index):
-                problems.append(f"{spec} fired in none of {self.forwards} forwards of the denoiser")
+                cause = self.cause or f"it fired in none of {self.forwards} denoiser calls"
+                problems.append(f"{spec} had no effect: {cause}")
             elif any(math.isnan(moved) for moved in moves):
-                problems.append(f"{spec} met NaN: the outputs of {subject} are not numbers")
+                problems.append(f"{spec} encountered NaN in {subject}")
             elif moves and not any(moved > max(_ROUNDING, rounding) for moved in moves):
-                problems.append(f"{spec} changed nothing: {subject} moved by {max(moves):.1e} at most")
+                problems.append(f"{spec} had no effect: {subject} moved by at most {max(moves):.1e}")
         return tuple(problems)
