@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[all]"
 	touch $@
 
-demo: $(INSTALLED) ## the bundled model with and without guidance; writes outputs/demo.png and outputs/demo-unconditional.png
+demo: $(INSTALLED) ## generate images before and after guidance: outputs/demo.png and outputs/demo-prompts.png
 	$(BIN)/segkern demo --out outputs --overwrite
 
 ui: $(INSTALLED) ## the playground in the browser; Ctrl-C ends it

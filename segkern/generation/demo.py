@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts, sizes and seeds that show what the bundled model and guidance do."""
+"""Prompts, sizes and seeds of the demo images."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ SQUARE, WIDE = (64, 64), (96, 64)
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of a sheet.
+    """Arguments of one demo image.
 
     Attributes:
-        prompt: empty for none.
-        size: width and height in pixels.
-        seed: of the noise.
+        prompt: Prompt; an empty string for an unconditional image.
+        size: Width and height in pixels.
+        seed: Seed of the initial noise.
     """
 
     prompt: str
@@ -24,6 +24,7 @@ class Subject:
 
     @property
     def heading(self) -> str:
+        """Prompt, size and seed in one line."""
         width, height = self.size
         return f"{self.prompt or 'no prompt'} ({width} x {height}, seed {self.seed})"
 
@@ -34,9 +35,5 @@ PROMPTED = (
     Subject("a small orange cross in front of a large purple circle", SQUARE, 3),
     Subject("a row of three green triangles on a light background", WIDE, 4),
 )
-UNPROMPTED = (
-    Subject("", SQUARE, 11),
-    Subject("", SQUARE, 12),
-    Subject("", SQUARE, 13),
-    Subject("", WIDE, 14),
-)
+# Consecutive seeds from 1, so that nobody can have chosen the ones that look best.
+UNCONDITIONAL = tuple(Subject("", SQUARE, seed) for seed in range(1, 13))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageStat
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
 _PAPER, _INK, _FAINT = "white", "#1a1a1a", "#666666"
@@ -151,6 +151,16 @@ def difference(first: Image.Image, second: Image.Image) -> float:
     """Mean absolute difference of two pictures of one size, in levels of 0 to 255."""
     channels = ImageStat.Stat(ImageChops.difference(first.convert("RGB"), second.convert("RGB"))).mean
     return sum(channels) / len(channels)
+
+
+def difference_image(first: Image.Image, second: Image.Image) -> Image.Image:
+    """Return where two images of one size differ, in shades of gray: white for equal pixels, black for opposite ones.
+
+    Example:
+        >>> difference_image(Image.new("RGB", (1, 1), "black"), Image.new("RGB", (1, 1), "gray")).getpixel((0, 0))
+        127
+    """
+    return ImageOps.invert(ImageChops.difference(first.convert("RGB"), second.convert("RGB")).convert("L"))
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

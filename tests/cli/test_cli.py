@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from segkern.cli.app import app
+from segkern.generation.demo import PROMPTED, UNCONDITIONAL
 from segkern.generation.loading import DEMO, find_device, find_model
+from segkern.generation.pictures import difference_image
 from segkern.version import __version__
 from tests.cli.cli_tools import done, picture, refusal
 
@@ -67,23 +70,39 @@ def test_info_names_versions_and_backends() -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
+    """The tiles of a seed are the images that ``segkern generate`` gives, and their difference."""
     out = tmp_path / "new" / "folder"
-    output = done("demo", "--steps", "1", "--out", out)
-    assert output.count("no guidance") == 8
-    assert output.count("SEG sigma inf") == 8
-    assert re.search(r"96 x 64, seed \d+. +. SEG sigma 5 +. +\d+\.\d +. m0 \d+\.\d%", output)
-    for name in ("demo.png", "demo-unconditional.png"):
-        sheet = picture(out / name)
-        assert sheet.width == 6 * 288 + 5 * 18 + 2 * 36
-        assert sheet.text["seg_sigma"] == "1, 2, 5, 10, inf"
+    output = done("demo", "--steps", "2", "--out", out)
+    images, prompts = len(UNCONDITIONAL), len(PROMPTED)
+    assert re.search(rf"no guidance +. {images} ", output)
+    assert re.search(rf"SEG sigma inf +. {images} +. \d+\.\d +. m0 \d+\.\d% +. \d+\.\d%", output)
+    assert re.search(rf"CFG 3 \+ SEG sigma inf +. {prompts} ", output)
+    for name in ("demo.png", "demo-prompts.png"):
+        assert picture(out / name).text["seg_sigma"] == "inf"
         assert f"wrote {out / name}" in output
-    assert "six yellow stars" in picture(out / "demo.png").text["prompt"]
+    assert picture(out / "demo.png").text["seed"] == "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12"
+    assert picture(out / "demo.png").width == 6 * 256 + 5 * 16 + 2 * 32
+    assert PROMPTED[1].prompt in picture(out / "demo-prompts.png").text["prompt"]
     evaluation = json.loads((DEMO / "evaluation.json").read_text(encoding="utf-8"))
     assert evaluation["verdict"] in output
     chosen = next(row for row in evaluation["rows"] if row["setting"] == evaluation["chosen"])
     distance = chosen["measures"]["frechet_distance"]
     assert f"{distance['mean']:.2f} ± {distance['spread']:.2f}" in output
-    assert "exists" in refusal("demo", "--steps", "1", "--out", out)
+    assert "exists" in refusal("demo", "--steps", "2", "--out", out)
+
+    sheet = picture(out / "demo.png").convert("RGB")
+    seed = 2  # the second half of the first row
+    options = ("--steps", "2", "--guidance-scale", "1", "--seed", seed)
+    images = []
+    for guidance in ("none", "seg"):
+        done("generate", "demo", "", *options, "--guidance", guidance, "--out", tmp_path / f"{guidance}.png")
+        images.append(picture(tmp_path / f"{guidance}.png").convert("RGB"))
+    expected = [*images, difference_image(*images).convert("RGB")]
+    for column, image in enumerate(expected, start=3):
+        left = 32 + column * (256 + 16)
+        tops = [top for top in range(sheet.height - 256) if sheet.getpixel((left, top)) == image.getpixel((0, 0))]
+        tile = image.resize((256, 256), Image.Resampling.NEAREST).tobytes()
+        assert any(sheet.crop((left, top, left + 256, top + 256)).tobytes() == tile for top in tops[:200])
 
 
 def test_hub_names_are_recognised_without_asking_the_hub() -> None:
