@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels and their launchers; importing a module here imports Triton."""
+"""Triton kernels and their launchers. Importing any module of this package imports Triton."""

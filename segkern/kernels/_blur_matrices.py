@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blur matrices of a batch on its device: which sample has which, and how far they reach.
+"""Blur matrices of a batch on its device: the matrix of each sample, and its reach.
 
-They are made once per (sigmas, grid, boundary, device) and kept (``core/bounded_cache.py``), so that a call copies
+The matrices are made once per (sigmas, grid, boundary, device) and cached (``core/bounded_cache.py``), so a call copies
 nothing from the host.
 
-Half precision has a matrix in two planes, whose sum is the float32 weights: the weights rounded to the dtype, and what
-is left of them, rounded too. Matrix instructions of the dtype then multiply weights of twice its digits.
+In half precision, a matrix has two planes that sum to the float32 weights: the weights rounded to the dtype, and the
+rounded remainder. The matrix instructions of the dtype then multiply weights of twice its precision.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from segkern.core.gaussian import blur_matrix, blur_reach
 
 
 class Unblurred(IntEnum):
-    """Stands where a blurred sample has the index of its blur."""
+    """Values of ``BlurMatrices.index`` for samples that are not blurred."""
 
-    PLAIN = -1  # the sample's queries are taken as they are
-    OUTSIDE = -2  # only the sample's tokens outside the grid are wanted
-    MEAN = -3  # all image tokens have the first of the means of queries; less: the second, and so on
+    PLAIN = -1  # use the sample's queries as they are
+    OUTSIDE = -2  # compute only the sample's tokens outside the grid
+    MEAN = -3  # all image tokens use the first mean query; lower values are the second mean, and so on
 
 
 PLANE_STEP = 64
-PLANE_SCALE = {torch.float16: 2.0**14, torch.bfloat16: 1.0}  # of weights, so that both planes' stay normal numbers
+PLANE_SCALE = {torch.float16: 2.0**14, torch.bfloat16: 1.0}  # factor of the weights that keeps both planes normal
 
 
 @dataclass(frozen=True)
 class BlurMatrices:
-    """Blur matrices of some samples of a batch; all tensors on one device.
+    """Blur matrices of some samples of a batch. All tensors are on one device.
 
     Attributes:
         samples: int32 ``[S]``, indices into the batch.
-        index: int32 ``[S]``, the matrix of each of them, or ``Unblurred``.
-        rows: float32 ``[T, height, height]``, or planes ``[T, 2, n, n]`` with n the height padded by zero weights to a
-            multiple of ``PLANE_STEP``.
-        columns: the same of the width.
-        reach: int32 ``[T, 2]``, tokens that a blurred token looks up and down, left and right.
+        index: int32 ``[S]``, the matrix of each sample, or a value of ``Unblurred``.
+        rows: float32 ``[T, height, height]``, or planes ``[T, 2, n, n]`` where n is the height padded with zero
+            weights to a multiple of ``PLANE_STEP``.
+        columns: Like ``rows``, for the width.
+        reach: int32 ``[T, 2]``, distance in tokens that a blurred token looks vertically and horizontally.
     """
 
     samples: torch.Tensor
@@ -63,18 +63,18 @@ def blur_matrices(
     adjoint: bool = False,
     planes: torch.dtype | None = None,
 ) -> BlurMatrices:
-    """Matrices for ``samples``, whose sigmas are given in the same order.
+    """Return the matrices for ``samples``, whose sigmas are given in the same order.
 
     Args:
-        adjoint: use transposed matrices.
-        planes: half precision that matrices are given in, see above.
+        adjoint: Whether to use transposed matrices.
+        planes: Half-precision dtype of the planes, or None for float32 matrices; see the module docstring.
     """
     distinct = sorted({sigma for sigma in sigmas if sigma > 0.0})
     index = {sigma: number for number, sigma in enumerate(distinct)}
     matrices = [[blur_matrix(n, sigma, boundary) for sigma in distinct] for n in (height, width)]
     if adjoint:
         matrices = [[matrix.T for matrix in axis] for axis in matrices]
-        reach = [[height, width] for _ in distinct]  # the edge row of a transposed reflection looks further
+        reach = [[height, width] for _ in distinct]  # the edge row of a transposed reflection reaches further
     else:
         reach = [[blur_reach(sigma, n, boundary) for n in (height, width)] for sigma in distinct]
     return BlurMatrices(
@@ -88,13 +88,13 @@ def blur_matrices(
 
 @bounded_cache(most=4096)
 def index_tensor(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Integers as an int32 tensor on a device, made once."""
+    """Return integers as an int32 tensor on a device, cached."""
     return torch.tensor(values, dtype=torch.int32, device="cpu").to(device)
 
 
 @lru_cache(maxsize=1024)
 def consecutive(samples: tuple[int, ...]) -> tuple[slice, ...]:
-    """Rising sample indices as slices of the batch.
+    """Return rising sample indices as slices of the batch.
 
     Example:
         >>> consecutive((0, 1, 4))

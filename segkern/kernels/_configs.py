@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile shapes per architecture, head dimension and dtype, and the precision of products.
 
-The tables below are safe defaults, chosen from compiled code: no spills, shared memory within the target's limit,
-matrix instructions that are not serialised, which ``tests/kernels/test_compile.py`` checks for every target. Where a
-device was measured, ``tuned.json`` beside this file has what was faster there; ``python -m benchmarks tune --install``
-fills it.
+The tables in this file are safe defaults, chosen from compiled code: no register spills, shared memory within the
+target's limit, matrix instructions that are not serialised. ``tests/kernels/test_compile.py`` checks this for every
+target. ``tuned.json`` in this folder lists configurations that were measured to be faster on a device;
+``python -m benchmarks tune --install`` fills it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from segkern.core.dispatch import interpreting
 
 @dataclass(frozen=True)
 class Options:
-    """Compiler options: warps of a program, depth of its pipeline, most registers of a thread (CUDA only)."""
+    """Compiler options: warps per program, pipeline depth, maximum registers per thread (CUDA only)."""
 
     num_warps: int
     num_stages: int
@@ -30,10 +30,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of one program's work: queries, keys and grid columns at a time, and the compiler's options.
+    """The work of one program: how many queries, keys and grid columns at a time, and the compiler options.
 
-    With ``descriptors`` the hardware copies keys and values block by block (Hopper and later, without a mask), which
-    saves registers of pointers.
+    With ``descriptors``, the hardware copies keys and values in blocks (Hopper and later, without a mask), which saves
+    the registers of pointers.
     """
 
     block_m: int
@@ -45,7 +45,7 @@ class Tile:
     descriptors: bool = False
 
 
-# Shared memory per multiprocessor decides the family: 80 has 163 KB, 90 and 100 have 227 KB,
+# The shared memory per multiprocessor determines the family: 80 has 163 KB, 90 and 100 have 227 KB,
 # 86, 89 and 120 have 99 KB, gfx942 has 64 KB.
 _FAMILY = {
     "sm_80": "sm_80",
@@ -60,22 +60,22 @@ _FAMILY = {
     "gfx942": "gfx942",
     "gfx950": "gfx942",
 }
-_DEFAULT_FAMILY = "sm_86"  # the smallest shared memory on the CUDA side: safe where nothing is known
+_DEFAULT_FAMILY = "sm_86"  # smallest shared memory of the CUDA families, so safe for unknown devices
 
 Tiles = tuple[tuple[int, Tile], ...]  # (largest padded head dimension, tile), smallest first
 
 _FLOAT32: Tiles = (
-    # Full-precision products run on the ordinary units and want registers; without being told the limit, the
-    # assembler settles for fewer and spills.
+    # Full-precision products run on the ordinary units and need many registers. Without an explicit limit, the
+    # assembler uses fewer and spills.
     (48, Tile(32, 16, 16, 8, 1, max_registers=255)),
     (128, Tile(32, 32, 16, 8, 1, max_registers=255)),
     (256, Tile(16, 16, 16, 8, 1, max_registers=255)),
 )
 
-# Of 8 warps, two programs fit a multiprocessor: one's products hide behind the other's exponentials.
+# With 8 warps, two programs fit a multiprocessor, and the products of one overlap the exponentials of the other.
 _TWO_PROGRAMS = 128
 
-# Of energies and masses: family -> bytes per element -> tiles
+# Tiles of energies and masses: family -> bytes per element -> tiles
 _SCORES: dict[str, dict[int, Tiles]] = {
     "sm_80": {
         2: (
@@ -120,7 +120,7 @@ _SCORES: dict[str, dict[int, Tiles]] = {
         4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
     },
 }
-# Of attention without a mask.
+# Tiles of attention without a mask.
 _ATTENTION: dict[str, dict[int, Tiles]] = {
     "sm_80": {
         2: (
@@ -162,7 +162,7 @@ _ATTENTION: dict[str, dict[int, Tiles]] = {
         4: ((96, Tile(64, 32, 16, 8, 2)), (256, Tile(16, 32, 16, 8, 1))),
     },
 }
-# The same with descriptors: without pointers there are registers for more keys at a time; 128 spill in wider heads.
+# Tiles with descriptors: registers freed from pointers allow more keys at a time. For wider heads, 128 keys spill.
 _DESCRIBED: dict[str, Tiles] = {
     "sm_90": (
         (80, Tile(128, 128, 16, 8, 3, descriptors=True)),
@@ -170,7 +170,8 @@ _DESCRIBED: dict[str, Tiles] = {
         (256, Tile(128, 64, 16, 8, 2, descriptors=True)),
     ),
 }
-# With a blur in the prologue. Wider heads, whose tiles spill or are small, are blurred before; so are all on Blackwell.
+# Tiles with a blur in the prologue. Wider heads, whose tiles spill or are small, are blurred before attention; so is
+# everything on Blackwell.
 _PROLOGUE: dict[str, Tiles] = {
     "sm_80": ((64, Tile(128, 64, 16, 8, 3)), (128, Tile(128, 32, 16, 8, 3))),
     "sm_86": ((64, Tile(128, 64, 16, 8, 3)), (80, Tile(128, 32, 16, 8, 3))),
@@ -186,7 +187,7 @@ _MASKED: Tiles = (
     (160, Tile(64, 16, 16, 8, 1, max_registers=255)),
     (256, Tile(32, 16, 16, 8, 1, max_registers=255)),
 )
-_MASKED_OF: dict[str, Tiles] = {  # where others are safe
+_MASKED_OF: dict[str, Tiles] = {  # exceptions to _MASKED
     "sm_100": ((64, Tile(128, 32, 16, 8, 1)), *_MASKED[1:]),
     "gfx942": ((256, Tile(64, 32, 16, 4, 1)),),
 }
@@ -200,7 +201,7 @@ MAX_SPLITS = 32
 
 @lru_cache(maxsize=64)
 def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"`` or ``"interpreter"``."""
+    """Return the architecture: ``"sm_90"``, ``"gfx942"`` or ``"interpreter"``."""
     if device.type == "cpu" or interpreting():
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -210,7 +211,7 @@ def architecture(device: torch.device) -> str:
 
 
 def has_descriptors(arch: str) -> bool:
-    """Whether the hardware copies blocks by tensor descriptors, and kernels that do so do not spill.
+    """Return whether the hardware copies blocks by tensor descriptors and kernels that use them do not spill.
 
     Example:
         >>> [has_descriptors(arch) for arch in ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942")]
@@ -226,7 +227,7 @@ _SMALL = 2048  # query tokens
 
 
 def size_class(tokens: int) -> str:
-    """The name under which sizes are measured together.
+    """Return the name of the size class in which this number of tokens is measured.
 
     Example:
         >>> [size_class(tokens) for tokens in (1024, 4096)]
@@ -237,12 +238,12 @@ def size_class(tokens: int) -> str:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest way measured on a device, for attention without a mask.
+    """The fastest configuration measured on a device, for attention without a mask.
 
     Attributes:
-        tile: of the attention kernel.
-        sdpa: PyTorch's attention where that was faster than the kernel: by ``size_class``, the backend that was
-            (``"flash"``, ``"cudnn"``, ``"efficient"``) or ``"default"`` for the one that PyTorch chooses.
+        tile: Tile of the attention kernel.
+        sdpa: PyTorch's attention if it was faster than the kernel: for each ``size_class``, the fastest backend
+            (``"flash"``, ``"cudnn"``, ``"efficient"``), or ``"default"`` for PyTorch's own choice.
     """
 
     tile: Tile
@@ -251,7 +252,7 @@ class Tuned:
 
 @lru_cache(maxsize=1)
 def tuned() -> dict[tuple[str, str, int], Tuned]:
-    """By architecture, dtype and head dimension, such as ``("sm_90", "bfloat16", 64)``."""
+    """Return measured configurations by (architecture, dtype, head dimension), as ``("sm_90", "bfloat16", 64)``."""
     table = json.loads(TUNED.read_text(encoding="utf-8"))
     return {
         (arch, dtype, int(head_dim)): Tuned(Tile(**entry["tile"]), entry["sdpa"])
@@ -262,7 +263,7 @@ def tuned() -> dict[tuple[str, str, int], Tuned]:
 
 
 def measured(arch: str, head_dim: int, dtype: torch.dtype) -> Tuned | None:
-    """The measured way for an architecture by name, if there is one."""
+    """Return the measured configuration for an architecture, or None."""
     return tuned().get((arch, str(dtype).removeprefix("torch."), head_dim))
 
 
@@ -275,15 +276,15 @@ def attention_tile(
     prologue: bool = False,
     described: bool = True,
 ) -> Tile:
-    """The attention kernel's tile: the measured one, or a default; unknown architectures get a safe one.
+    """Return the attention kernel's tile: the measured one or a default. Unknown architectures get a safe one.
 
     Args:
-        arch: such as ``"sm_90"``.
-        head_dim: of a head.
-        dtype: of the tensors.
-        masked: there is a mask, whose tile takes registers as well: so fewer keys or queries at a time.
-        prologue: queries are blurred in the prologue; what was measured is without.
-        described: keys and values can be copied by descriptors.
+        arch: Architecture, such as ``"sm_90"``.
+        head_dim: Head dimension.
+        dtype: Dtype of the tensors.
+        masked: Whether there is a mask. Its tile needs registers too, so there are fewer keys or queries at a time.
+        prologue: Whether queries are blurred in the prologue. Measured tiles are without a prologue.
+        described: Whether keys and values can be copied by descriptors.
     """
     if arch == "interpreter":
         return _INTERPRETER
@@ -301,7 +302,7 @@ def default_tile(
     prologue: bool = False,
     described: bool = True,
 ) -> Tile:
-    """The attention kernel's tile for an architecture where nothing was measured."""
+    """Return the attention kernel's default tile for an architecture."""
     family = _family(arch)
     tiles = _ATTENTION[family][dtype.itemsize]
     if dtype.itemsize == 2:
@@ -315,7 +316,7 @@ def default_tile(
 
 
 def fits_prologue(arch: str, head_dim: int, dtype: torch.dtype, described: bool) -> bool:
-    """True if the kernel has registers for a blur in its prologue.
+    """Return True if the kernel has enough registers for a blur in its prologue.
 
     Example:
         >>> [fits_prologue("sm_90", head_dim, torch.float16, described=True) for head_dim in (64, 160)]
@@ -339,7 +340,7 @@ def _first(tiles: Tiles, padded: int) -> Tile:
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at the same time at least; in the interpreter a number to divide work by."""
+    """Return how many programs at least run concurrently; in the interpreter, a number to divide work by."""
     if architecture(device) == "interpreter":
         return _INTERPRETER_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -347,7 +348,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @lru_cache(maxsize=256)
 def split_tile(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: bool = False) -> Tile:
-    """The tile of attention of few rows: products want 16 rows at least."""
+    """Return the tile of attention of few rows. Products need at least 16 rows."""
     if arch == "interpreter":
         return _SPLIT_INTERPRETER
     padded = sum(split_head_dim(head_dim))
@@ -357,18 +358,18 @@ def split_tile(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: 
         if masked:
             return Tile(16, 32 if padded <= 64 else 16, 0, 4, 2, max_registers=255)
         return Tile(16, 32 if padded > 128 else 64, 0, 4, 2)
-    # So that no target spills, with any of the versions of Triton.
+    # Chosen so that no target spills with any of the supported Triton versions.
     eight = padded > 96 or (masked and padded > 80) or ((masked or padded > 64) and _FAMILY.get(arch) != "sm_100")
     return Tile(64, 16 if masked and padded > 64 else 32, 0, 8 if eight else 4, 2)
 
 
 @lru_cache(maxsize=256)
 def scores_tile(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile of energies and masses: BLOCK_M stay, BLOCK_N come by.
+    """Return the tile of energies and masses: a program keeps BLOCK_M and loops over blocks of BLOCK_N.
 
-    Both passes over queries and keys have the same one, so that a product rounds the same in both. It is attention's,
-    but a program sums probabilities up in a tile of its own beside that of the logits. So that two fit a multiprocessor
-    of NVIDIA's all the same, heads in one part are told the limit of registers; where that spills, fewer come by.
+    Both passes over queries and keys use the same tile, so a product rounds the same in both. It is attention's tile,
+    but a program also accumulates probabilities in a second tile next to the logits. To still fit two programs on an
+    NVIDIA multiprocessor, heads in one part get a register limit; where that spills, BLOCK_N is smaller.
     """
     if arch == "interpreter":
         return _INTERPRETER
@@ -386,10 +387,10 @@ def scores_tile(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
 
 @lru_cache(maxsize=1024)
 def key_splits(programs: int, keys: int, block_n: int, parallel: int) -> tuple[int, int]:
-    """How many ways to split the keys, and keys of a split: a multiple of ``block_n``.
+    """Return the number of splits of the keys, and the keys per split, a multiple of ``block_n``.
 
-    So many that every multiprocessor gets a few programs, but none of them less than ``_KEYS_PER_SPLIT`` keys, whose
-    partial results cost as much as they save.
+    Every multiprocessor gets a few programs, but each split has at least ``_KEYS_PER_SPLIT`` keys. With fewer, the
+    partial results would cost as much as they save.
 
     Example:
         >>> key_splits(programs=10, keys=4096, block_n=64, parallel=132)
@@ -405,7 +406,7 @@ def key_splits(programs: int, keys: int, block_n: int, parallel: int) -> tuple[i
 
 @lru_cache(maxsize=256)
 def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """A head dimension as one or two block sizes that products accept: powers of two of at least 16.
+    """Return a head dimension as one or two block sizes that products accept: powers of two of at least 16.
 
     Example:
         >>> [split_head_dim(d) for d in (8, 40, 64, 80, 112, 160)]
@@ -421,12 +422,12 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How products of the attention are computed; only float32 has a choice, and takes full precision."""
+    """Return the precision of attention's products. Only float32 has a choice, and it uses full precision."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def blur_precision(dtype: torch.dtype, hip: bool | None = None) -> str:
-    """How the blur's products are computed: about float32 either way, by three tf32 products where that is exact
-    enough for the dtype that the blurred queries are rounded to."""
+    """Return the precision of the blur's products: about float32 either way. Three tf32 products are used where they
+    are exact enough for the dtype that the blurred queries are rounded to."""
     hip = torch.version.hip is not None if hip is None else hip
     return "ieee" if dtype == torch.float32 or hip else "tf32x3"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch kernels on the tensors' device, with fixed compiler options; raise a class of its own for their failures."""
+"""Kernel launches on the tensors' device with fixed compiler options. Failures raise :class:`KernelFailure`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 class _Launching:
-    """Turn an exception inside into a KernelFailure, if it is the kernel's."""
+    """A context that converts an exception into a KernelFailure if it comes from the kernel."""
 
     def __enter__(self) -> None:
         return None
@@ -33,7 +33,7 @@ class _Launching:
 
 
 class _LaunchingElsewhere(torch.cuda.device):
-    """The same on a device that is not the current one."""
+    """The same context for a device that is not the current one."""
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
         super().__exit__(kind, error, trace)
@@ -44,20 +44,20 @@ _HERE = _Launching()
 
 
 def launching(device: torch.device) -> AbstractContextManager[Any]:
-    """Around a launch: ``device`` is the current one, and failures are told apart from those of the device.
+    """Return a context for a launch: it makes ``device`` current and distinguishes kernel failures from device errors.
 
-    It costs nothing when the device is the current one already, or is the CPU.
+    It costs nothing if the device is already current or is the CPU.
 
     Raises:
-        KernelFailure: on leaving, from whatever Triton raised.
+        KernelFailure: On exit, if Triton raised an error about the kernel.
     """
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return _HERE
     return _LaunchingElsewhere(device)
 
 
-_ALIGNED_BYTES = 16  # Triton compiles pointers that are multiples of it apart
-_MOST_FROZEN = 4096  # kinds of launches remembered; a run has a few dozen
+_ALIGNED_BYTES = 16  # Triton compiles a separate kernel for pointers that are multiples of it
+_MOST_FROZEN = 4096  # maximum number of cached kinds of launches; a run has a few dozen
 _FROZEN: dict[Any, Any] = {}
 
 
@@ -69,19 +69,19 @@ def launch(
     numbers: tuple[int | float, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Do what ``kernel[(programs,)](*tensors, *tables, *numbers, **constants)`` does, in a third of its time.
+    """Launch ``kernel[(programs,)](*tensors, *tables, *numbers, **constants)`` in a third of the time.
 
-    Triton looks at every argument of every launch to find the compiled kernel that fits. Here it does so once for
-    launches that agree in what it looks at: types and alignment of tensors, numbers, constants. After that the
-    compiled kernel is launched by itself.
+    Triton inspects every argument at every launch to find the compiled kernel. This function does so once for launches
+    that agree in the properties Triton inspects: types and alignment of tensors, numbers, constants. Later launches
+    call the compiled kernel directly.
 
     Args:
-        kernel: whose parameters are tensors, tables, numbers and constants in this order.
-        programs: how many.
-        tensors: of the caller, on one device, the current one.
-        tables: tensors that were made for launches: their types and alignment follow from the other arguments.
-        numbers: the other arguments that are no constants.
-        constants: by name, and the compiler's options.
+        kernel: Kernel whose parameters are tensors, tables, numbers and constants, in this order.
+        programs: Number of programs.
+        tensors: The caller's tensors, all on the current device.
+        tables: Tensors made for launches. Their types and alignment follow from the other arguments.
+        numbers: The other arguments that are not constants.
+        constants: Constants by name, and compiler options.
     """
     dtypes = [x.dtype for x in tensors]
     misaligned = [i for i, x in enumerate(tensors) if x.data_ptr() % _ALIGNED_BYTES]
@@ -91,7 +91,7 @@ def launch(
         run(*tensors, *tables, *numbers, *values)
         return
     compiled = kernel[(programs,)](*tensors, *tables, *numbers, **constants)
-    if compiled is None:  # interpreted
+    if compiled is None:  # in the interpreter
         return
     if len(_FROZEN) >= _MOST_FROZEN:
         _FROZEN.clear()
@@ -99,23 +99,23 @@ def launch(
     _FROZEN[key] = kernel, compiled[(programs, 1, 1)], values
 
 
-_LARGEST_TILE = 256  # rows, columns or channels that a program addresses from one pointer
+_LARGEST_TILE = 256  # maximum rows, columns or channels that a program addresses from one pointer
 
 
 @lru_cache(maxsize=1024)
 def strides_are_wide(*strides: tuple[int, ...], rows: int = _LARGEST_TILE) -> bool:
-    """True if offsets inside a tile of four-dimensional tensors may exceed 32 bits, so that a kernel needs 64.
+    """Return True if offsets inside a tile of four-dimensional tensors may exceed 32 bits, so a kernel needs 64.
 
-    ``rows`` is how many tokens from the first one a program addresses, if more than those of an ordinary tile.
+    ``rows`` is the number of tokens that a program addresses from the first one, if more than in an ordinary tile.
     """
     return any(max(s[2] * max(rows, _LARGEST_TILE), s[3] * _LARGEST_TILE) >= 2**31 for s in strides)
 
 
-_DESCRIBED_BYTES = 16  # addresses and strides of a tensor descriptor are multiples of it
+_DESCRIBED_BYTES = 16  # addresses and strides of a tensor descriptor must be multiples of it
 
 
 def can_be_described(*tensors: torch.Tensor) -> bool:
-    """True if kernels can make tensor descriptors of each head: aligned, and channels next to each other."""
+    """Return True if kernels can make tensor descriptors of each head: aligned, with contiguous channels."""
     for x in tensors:
         if x.data_ptr() % _DESCRIBED_BYTES or not _strides_can_be_described(x.stride(), x.itemsize):
             return False
@@ -129,7 +129,7 @@ def _strides_can_be_described(strides: tuple[int, ...], itemsize: int) -> bool:
 
 
 def scratch_memory(wanted: bool) -> AbstractContextManager[Any]:
-    """Let kernels that make tensor descriptors have memory for them; what the user has set for Triton comes back."""
+    """Return a context that gives kernels memory for tensor descriptors and restores the user's Triton allocator."""
     return _allocating() if wanted else _NOTHING
 
 
@@ -144,7 +144,7 @@ def _allocating() -> Iterator[None]:
 
 
 def next_power_of_2(n: int) -> int:
-    """Triton's function of that name is for both sides of a launch and takes microseconds on the host.
+    """Return the next power of two. Triton's function of this name takes microseconds on the host.
 
     Example:
         >>> [next_power_of_2(n) for n in (1, 2, 3, 40)]
@@ -154,7 +154,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def compile_options(options: Tile | Options, hip: bool | None = None) -> dict[str, Any]:
-    """Keyword options of a launch; fused multiply-adds are asked for by name because Triton's default varies."""
+    """Return the keyword options of a launch. Fused multiply-adds are explicit because Triton's default varies."""
     hip = torch.version.hip is not None if hip is None else hip
     keywords = {"num_warps": options.num_warps, "num_stages": options.num_stages, "enable_fp_fusion": True}
     return keywords if options.max_registers is None or hip else keywords | {"maxnreg": options.max_registers}
@@ -162,7 +162,7 @@ def compile_options(options: Tile | Options, hip: bool | None = None) -> dict[st
 
 @lru_cache(maxsize=256)
 def tile_constants(tile: Tile, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The constants and options of a kernel's launch that follow from its tile."""
+    """Return the constants and options of a kernel launch that follow from its tile."""
     block_d, block_r = split_head_dim(head_dim)
     return {
         "HEAD_DIM": head_dim,

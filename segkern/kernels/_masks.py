@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention masks as kernels take them."""
+"""Attention masks in the form that kernels expect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class MaskKind(IntEnum):
-    """The meaning of a mask's elements, as a number that kernels have as a constant."""
+    """The meaning of a mask's elements, as a constant for kernels."""
 
     NONE = 0
     ADDITIVE = 1
@@ -19,9 +19,9 @@ class MaskKind(IntEnum):
 def mask_arguments(
     attn_mask: torch.Tensor | None, stand_in: torch.Tensor
 ) -> tuple[torch.Tensor, MaskKind, tuple[int, int, int, int]]:
-    """Pointer, kind and strides of a mask ``[batch, heads, tokens, keys]`` whose dimensions may be 1.
+    """Return pointer, kind and strides of a mask ``[batch, heads, tokens, keys]`` whose dimensions may be 1.
 
-    Strides are 0 along broadcast dimensions. Without a mask the pointer is ``stand_in``, which is not read.
+    Strides are 0 along broadcast dimensions. Without a mask, the pointer is ``stand_in``, which is not read.
     """
     if attn_mask is None:
         return stand_in, MaskKind.NONE, (0, 0, 0, 0)

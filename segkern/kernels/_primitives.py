@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jit helpers shared by the kernels: tile loads and stores, the online softmax, attention over keys.
 
-Head dimensions that are no power of two lie in two parts of BLOCK_D and BLOCK_R channels, 80 = 64 + 16; what belongs to
-the second part is 0.0 where BLOCK_R is 0.
+A head dimension that is not a power of two is split into two parts of BLOCK_D and BLOCK_R channels, as 80 = 64 + 16. If
+BLOCK_R is 0, tensors of the second part are 0.0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ADDITIVE = tl.constexpr(MaskKind.ADDITIVE.value)
 
 
 class Matrix(NamedTuple):
-    """A matrix in memory: its first element, and the steps from one row and from one column to the next."""
+    """A matrix in memory: pointer to the first element, and strides of rows and columns."""
 
     ptr: Any
     row_stride: Any
@@ -30,7 +30,7 @@ class Matrix(NamedTuple):
 
 @triton.jit
 def matrix(ptr, row_stride, column_stride, WIDE: tl.constexpr):
-    """A :class:`Matrix`; with WIDE, offsets inside a tile exceed 32 bits."""
+    """Make a :class:`Matrix`. With WIDE, offsets inside a tile exceed 32 bits."""
     if WIDE:
         row_stride, column_stride = tl.cast(row_stride, tl.int64), tl.cast(column_stride, tl.int64)
     return Matrix(ptr, row_stride, column_stride)
@@ -38,7 +38,7 @@ def matrix(ptr, row_stride, column_stride, WIDE: tl.constexpr):
 
 @triton.jit
 def from_row(x, n):
-    """The rows ``n ..`` of a matrix."""
+    """Return the rows ``n ..`` of a matrix."""
     return Matrix(x.ptr + tl.cast(n, tl.int64) * x.row_stride, x.row_stride, x.column_stride)
 
 
@@ -52,7 +52,7 @@ def load_tile(
     BLOCK_D: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """Rows ``offs_n`` and columns ``first_d ..`` of a matrix; zero beyond HEAD_DIM and where masked."""
+    """Load rows ``offs_n`` and columns ``first_d ..`` of a matrix; zero beyond HEAD_DIM and where masked."""
     offs_d = first_d + tl.arange(0, BLOCK_D)
     ptrs = x.ptr + offs_n[:, None] * x.row_stride + offs_d[None, :] * x.column_stride
     if first_d + BLOCK_D <= HEAD_DIM:
@@ -70,7 +70,7 @@ def load_tile(
 
 @triton.jit
 def load_rows(rows, column_stride, mask_n, first_d: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns ``first_d ..`` of rows that begin at pointers and have a step from column to column each."""
+    """Load columns ``first_d ..`` of rows given by pointers, with a stride from column to column."""
     offs_d = first_d + tl.arange(0, BLOCK_D)
     ptrs = rows[:, None] + offs_d[None, :] * column_stride[:, None]
     return tl.load(ptrs, mask=mask_n[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
@@ -86,7 +86,7 @@ def load_parts(
     BLOCK_R: tl.constexpr,
     MASK_ROWS: tl.constexpr,
 ):
-    """Both parts of rows ``offs_n``: ``[BLOCK_N, BLOCK_D]`` and ``[BLOCK_N, BLOCK_R]``."""
+    """Load both parts of rows ``offs_n``: ``[BLOCK_N, BLOCK_D]`` and ``[BLOCK_N, BLOCK_R]``."""
     tile = load_tile(x, offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, MASK_ROWS)
     rest = 0.0
     if BLOCK_R > 0:
@@ -96,7 +96,7 @@ def load_parts(
 
 @triton.jit
 def store_tile(x, tile, offs_n, mask_n, first_d: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The inverse of :func:`load_tile`, in the pointer's dtype."""
+    """Store a tile in the pointer's dtype; the inverse of :func:`load_tile`."""
     offs_d = first_d + tl.arange(0, BLOCK_D)
     ptrs = x.ptr + offs_n[:, None] * x.row_stride + offs_d[None, :] * x.column_stride
     tl.store(ptrs, tile.to(x.ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_d < HEAD_DIM)[None, :])
@@ -113,7 +113,7 @@ def store_parts(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The inverse of :func:`load_parts`."""
+    """Store both parts; the inverse of :func:`load_parts`."""
     store_tile(x, tile, offs_n, mask_n, 0, HEAD_DIM, BLOCK_D)
     if BLOCK_R > 0:
         store_tile(x, rest, offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R)
@@ -121,7 +121,7 @@ def store_parts(
 
 @triton.jit
 def multiply_tiles(x, x_rest, y, y_rest, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    """``x y^T`` of tiles in parts."""
+    """Return ``x y^T`` of tiles in parts."""
     products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     if BLOCK_R > 0:
         products = tl.dot(x_rest, tl.trans(y_rest), products, input_precision=PRECISION)
@@ -130,10 +130,10 @@ def multiply_tiles(x, x_rest, y, y_rest, BLOCK_R: tl.constexpr, PRECISION: tl.co
 
 @triton.jit
 def online_softmax_update(logits, unit: tl.constexpr, row_max, row_sum):
-    """Probabilities (not normalised), new maximum and sum, and the factor for what was accumulated so far.
+    """Return unnormalised probabilities, the new maximum and sum, and the factor for previously accumulated values.
 
-    ``unit`` times logits are in units of log2. It is applied to differences: an additive mask's most negative finite
-    number would overflow. A row of minus infinities so far stays at maximum minus infinity and sum 0.
+    ``unit`` converts logits to units of log2. It is applied to differences, because it would overflow the most negative
+    finite number of an additive mask. A row with only minus infinity so far keeps maximum minus infinity and sum 0.
     """
     new_max = tl.maximum(row_max, tl.max(logits, axis=1))
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -144,9 +144,9 @@ def online_softmax_update(logits, unit: tl.constexpr, row_max, row_sum):
 
 @triton.jit
 def scaled_softmax_update(products, scale, row_max, row_sum):
-    """:func:`online_softmax_update` of ``scale * products`` where no logit is masked, in units of log2; ``scale >= 0``.
+    """:func:`online_softmax_update` of ``scale * products`` without masked logits, in units of log2; ``scale >= 0``.
 
-    The scale, which includes that of the units, is folded into one fused multiply-add per element.
+    ``scale`` includes the conversion to log2 and is folded into one fused multiply-add per element.
     """
     new_max = tl.maximum(row_max, tl.max(products, axis=1) * scale)
     weights = tl.math.exp2(products * scale - new_max[:, None])
@@ -156,9 +156,9 @@ def scaled_softmax_update(products, scale, row_max, row_sum):
 
 @triton.jit
 def describe(x, rows, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A token matrix of one head for copies in blocks, which fill with zeros beyond its edges.
+    """Make a descriptor of one head's token matrix, for copies in blocks that are filled with zeros beyond the edges.
 
-    Channels lie next to each other; the pointer and ``row_stride`` are multiples of 16 bytes.
+    Channels must be contiguous. The pointer and ``row_stride`` must be multiples of 16 bytes.
     """
     return tl.make_tensor_descriptor(x.ptr, [rows, HEAD_DIM], [x.row_stride, 1], [BLOCK_N, BLOCK_D])
 
@@ -172,10 +172,10 @@ def attend_keys(
     mask,  # Matrix of the tile's rows and all keys
     offs_m,
     mask_m,
-    first,  # a multiple of BLOCK_N
-    stop,  # the same, but for the last key
+    first,  # multiple of BLOCK_N
+    stop,  # multiple of BLOCK_N, except at the last key
     keys,
-    scale,  # of the logits; not negative
+    scale,  # factor of the logits, not negative
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -184,10 +184,10 @@ def attend_keys(
     MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Weighted values, maxima and sums of a tile of queries over keys ``first .. stop - 1``.
+    """Return weighted values, maxima and sums of a tile of queries over keys ``first .. stop - 1``.
 
-    Whole blocks of keys come first, without a mask of their rows, then what is left behind them at the very end.
-    Logits are in units of log2 where there is no mask, since a multiplication is saved then.
+    Whole blocks of keys are processed first, without a mask of their rows, then the remaining keys. Without a mask,
+    logits are in units of log2, which saves a multiplication.
     """
     unit: tl.constexpr = 1.0 if MASK == _NO_MASK else LOG2E
     if MASK == _NO_MASK:
@@ -205,7 +205,7 @@ def attend_keys(
             mask_n = n + offs_n < keys
             k_tile = load_tile(from_row(k, n), offs_n, mask_n, 0, HEAD_DIM, BLOCK_D, TAIL == 1)  # [BLOCK_N, BLOCK_D]
             products = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            if BLOCK_R > 0:  # one part after the other: both at once spill on some targets
+            if BLOCK_R > 0:  # loading both parts at the same time spills on some targets
                 k_rest = load_tile(from_row(k, n), offs_n, mask_n, BLOCK_D, HEAD_DIM, BLOCK_R, TAIL == 1)
                 products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision=PRECISION)
             if MASK != _NO_MASK or TAIL:

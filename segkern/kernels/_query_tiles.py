@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jit helper for attention's queries: a tile of them, blurred when it is loaded."""
+"""Jit helper for attention's queries: load a tile of queries and blur it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from segkern.kernels._primitives import from_row, load_tile
 
 
 class ImageGrid(NamedTuple):
-    """A grid of tokens: ``start`` is the first one's row among the queries."""
+    """A grid of tokens. ``start`` is the row of its first token among the queries."""
 
     height: Any
     width: Any
@@ -20,7 +20,7 @@ class ImageGrid(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """One blur: float32 ``[height, height]`` and ``[width, width]``, and how far a token looks along either axis."""
+    """One blur: float32 ``[height, height]`` and ``[width, width]``, and the reach along each axis in tokens."""
 
     rows_ptr: Any
     columns_ptr: Any
@@ -32,7 +32,7 @@ def blur_tile(
     image,  # Matrix of one head's image
     weights,
     grid,
-    start,  # grid index of the tile's first query; negative where other tokens come before the image
+    start,  # grid index of the tile's first query; negative if other tokens precede the image
     first_d: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -40,11 +40,11 @@ def blur_tile(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Blurred queries of a tile, float32 ``[BLOCK_M, BLOCK_D]``; zero outside the grid.
+    """Return the blurred queries of a tile, float32 ``[BLOCK_M, BLOCK_D]``; zero outside the grid.
 
-    For every grid row that the tile touches, source rows are first summed vertically with float32 multiply-adds, one
-    block of columns at a time; one small product with the horizontal weights then spreads them over the
-    tile's tokens of that row.
+    For each grid row that the tile touches, source rows are first summed vertically with float32 multiply-adds, one
+    block of columns at a time. A small product with the horizontal weights then distributes the sums over the tile's
+    tokens of that row.
     """
     height, width = grid.height, grid.width
     row_reach, column_reach = tl.load(weights.reach_ptr), tl.load(weights.reach_ptr + 1)
@@ -56,7 +56,7 @@ def blur_tile(
     last_row = last // width
     first_column = 0
     last_column = width
-    if first_row == last_row:  # part of one row: only the columns in reach
+    if first_row == last_row:  # the tile is part of one row, so it needs only the columns within reach
         first_column = tl.maximum(first - first_row * width - column_reach, 0)
         last_column = tl.minimum(last - first_row * width + column_reach + 1, width)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -70,7 +70,7 @@ def blur_tile(
                 weight = tl.load(weights.rows_ptr + r * height + h)
                 x = load_tile(from_row(image, h * width + c), offs_c, mask_c, first_d, HEAD_DIM, BLOCK_D, True)
                 column_sum += weight * x.to(tl.float32)  # [BLOCK_C, BLOCK_D]
-            # Tokens of grid row r lie next to each other: their columns count up, without a division per token.
+            # The tokens of grid row r are contiguous, so their columns count up without a division per token.
             column = start - r * width + offs_m
             horizontal = tl.load(  # [BLOCK_M, BLOCK_C]
                 weights.columns_ptr + column[:, None] * width + (c + offs_c)[None, :],

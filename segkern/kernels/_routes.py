@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that serve an attention: where its queries are blurred, and whether its keys are split.
+"""The kernels that serve an attention call: where its queries are blurred, and whether its keys are split.
 
-Queries are blurred in the prologue of attention, or by the separable kernel before it. In the prologue every tile of
-queries reads, from L2, the source rows within reach of its own grid rows, and spreads their sums over its tokens. The
-separable kernel is a launch of its own, and moves each query a few times. What either takes is estimated as the sum of
-its launches, of bytes over the bandwidth of L2, and of instructions over the rate at which they are issued; products
-are among the instructions, and nothing of it is taken to overlap. Instructions were counted in code compiled for
-Hopper, rates are rounded from published microbenchmarks of the devices; no timing of these kernels is in them yet.
+Queries are blurred in the prologue of attention, or by the separable kernel before it. In the prologue, every tile of
+queries reads the source rows within reach of its grid rows from L2 and distributes their sums over its tokens. The
+separable kernel is an additional launch and moves each query a few times. The estimated time of either is the sum of
+its launches, its bytes over the bandwidth of L2, and its instructions over the issue rate. Products are counted as
+instructions, and no overlap is assumed. Instructions were counted in code compiled for Hopper; rates are rounded from
+published microbenchmarks of the devices. No timings of these kernels are included yet.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from segkern.kernels._configs import (
 )
 
 _MIN_WIDTH_IN_PROLOGUE = 8  # narrower grids waste most of a column block
-_LAUNCH_MICROSECONDS = 2.0  # of a kernel that waits for the one before it
+_LAUNCH_MICROSECONDS = 2.0  # launch of a kernel that waits for the previous one
 _L2_BYTES_PER_MICROSECOND = {"sm_80": 4.0e6, "sm_90": 5.5e6, "sm_100": 9.0e6, "gfx942": 1.0e7}
 _DEFAULT_BYTES_PER_MICROSECOND = 3.0e6
-_INSTRUCTIONS_PER_MICROSECOND = {"sm_80": 6.0e5, "sm_90": 9.0e5, "sm_100": 1.1e6, "gfx942": 1.3e6}  # of warps
+_INSTRUCTIONS_PER_MICROSECOND = {"sm_80": 6.0e5, "sm_90": 9.0e5, "sm_100": 1.1e6, "gfx942": 1.3e6}  # warp instructions
 _DEFAULT_INSTRUCTIONS_PER_MICROSECOND = 5.0e5
 _PROLOGUE_WARPS = 8
 
 
 class BlurPlace(IntEnum):
-    """The place at which queries are blurred."""
+    """Where queries are blurred."""
 
     PROLOGUE = 1
     BEFORE = 2
@@ -50,12 +50,12 @@ class BlurPlace(IntEnum):
 
 @dataclass(frozen=True)
 class BlurEstimate:
-    """What either place is estimated to add to the attention.
+    """The estimated time that a blur in either place adds to the attention.
 
     Attributes:
-        prologue_microseconds: of the blur in the prologue.
-        before_microseconds: of the separable kernel.
-        narrow: whether the grid is too narrow for the prologue.
+        prologue_microseconds: Time of the blur in the prologue.
+        before_microseconds: Time of the separable kernel.
+        narrow: Whether the grid is too narrow for the prologue.
     """
 
     prologue_microseconds: float
@@ -64,7 +64,7 @@ class BlurEstimate:
 
     @property
     def place(self) -> BlurPlace:
-        """The cheaper one."""
+        """The cheaper place."""
         before = self.narrow or self.before_microseconds < self.prologue_microseconds
         return BlurPlace.BEFORE if before else BlurPlace.PROLOGUE
 
@@ -80,17 +80,17 @@ def estimate_blur(
     itemsize: int,
     block_m: int,
 ) -> BlurEstimate:
-    """The cost of blurring samples of these sigmas.
+    """Estimate the cost of blurring samples with these sigmas.
 
     Args:
-        arch: such as ``"sm_90"``.
-        grid: of the tokens.
-        sigmas: of the blurred samples, each above 0.
-        boundary: of the blur.
-        heads: of a sample.
-        head_dim: of a head.
-        itemsize: bytes of an element of the queries.
-        block_m: queries in a tile of the attention.
+        arch: Architecture, such as ``"sm_90"``.
+        grid: Grid of the tokens.
+        sigmas: Sigmas of the blurred samples, all above 0.
+        boundary: Boundary of the blur.
+        heads: Number of heads of a sample.
+        head_dim: Head dimension.
+        itemsize: Bytes per element of the queries.
+        block_m: Number of queries in a tile of the attention.
 
     Example:
         >>> for sigma in (1.0, 10.0):
@@ -122,7 +122,7 @@ def estimate_blur(
 def _separable_blur(
     height: int, width: int, row_reach: int, column_reach: int, head_dim: int, itemsize: int
 ) -> tuple[float, float]:
-    """Bytes that the separable kernel moves for one head, and instructions that its warps issue."""
+    """Return the bytes that the separable kernel moves for one head, and the instructions that its warps issue."""
     if itemsize == 4:
         taps = min(height, 2 * row_reach + 32) + min(width, 2 * column_reach + 32)
         elements = height * width * head_dim
@@ -139,9 +139,9 @@ def _separable_blur(
 
 @lru_cache(maxsize=256)
 def faster_sdpa(device: torch.device, head_dim: int, dtype: torch.dtype, tokens: int) -> str | None:
-    """The backend of PyTorch's attention that was measured to be faster than the attention kernel, see ``Tuned``.
+    """Return the PyTorch attention backend that was measured to be faster than the attention kernel; see ``Tuned``.
 
-    Without a measurement there is none: published rates of both are alike, within what an estimate errs by.
+    Without a measurement, return None: the published rates of both differ by less than the error of an estimate.
     """
     known = measured(architecture(device), head_dim, dtype)
     return None if known is None else known.sdpa.get(size_class(tokens))
@@ -149,16 +149,16 @@ def faster_sdpa(device: torch.device, head_dim: int, dtype: torch.dtype, tokens:
 
 @dataclass(frozen=True)
 class Route:
-    """The kernels that compute which samples of a batch.
+    """The kernels that compute the samples of a batch.
 
     Attributes:
-        uniform: samples of infinite sigma, whose image tokens get one row's result from the kernel for few rows.
-        rest: samples of which any tokens are left to compute; those of infinite sigma come first, whose programs
-            take longest.
-        before: those of the rest that the separable kernel blurs first.
-        means: those of the rest whose image tokens all get the mean query's result, from one tile of each head.
-        matrices: of the rest, for tiles of attention; None where there is no rest, or so few rows, which are not
-            blurred, that their keys are split over programs.
+        uniform: Samples of infinite sigma whose image tokens get the result of one row from the few-row kernel.
+        rest: Samples with tokens left to compute. Those of infinite sigma come first, because their programs take
+            longest.
+        before: Samples of ``rest`` that the separable kernel blurs first.
+        means: Samples of ``rest`` whose image tokens all get the mean query's result, from one tile per head.
+        matrices: Matrices of ``rest``, for tiles of attention. None if ``rest`` is empty, or has so few unblurred rows
+            that their keys are split over programs.
     """
 
     uniform: tuple[int, ...]
@@ -182,27 +182,27 @@ def attention_route(
     rows_alike: bool,
     place: BlurPlace | None = None,
 ) -> Route:
-    """The kernels of a call.
+    """Choose the kernels of a call.
 
     Args:
-        device: of the tensors.
-        dtype: of the tensors.
-        shape: of the queries.
-        keys: how many there are.
-        grid: of the query tokens.
-        sigmas: one per sample.
-        boundary: of the blur.
-        unmasked: whether the kernel without a mask serves it, which alone can blur in its prologue.
-        described: whether keys and values can be copied by descriptors.
-        rows_alike: whether the mask, if any, is the same for all queries: else equal queries have unequal results.
-        place: PROLOGUE or BEFORE where that is settled; chosen by cost if not.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+        shape: Shape of the queries.
+        keys: Number of keys.
+        grid: Grid of the query tokens.
+        sigmas: One sigma per sample.
+        boundary: Boundary of the blur.
+        unmasked: Whether the kernel without a mask serves the call. Only that kernel can blur in its prologue.
+        described: Whether keys and values can be copied by descriptors.
+        rows_alike: Whether the mask, if any, is the same for all queries. Otherwise equal queries have unequal results.
+        place: PROLOGUE or BEFORE to fix the place; None to choose it by cost.
     """
     _, heads, tokens, head_dim = shape
     axes = grid.height, grid.width
-    if grid.tokens == 1:  # a token is its own mean
+    if grid.tokens == 1:  # the mean of one token is the token
         sigmas = (0.0,) * len(sigmas)
     infinite = tuple(i for i, sigma in enumerate(sigmas) if math.isinf(sigma) and rows_alike)
-    among_others = unmasked and len(infinite) < len(sigmas)  # whose tiles take as long as one of equal rows
+    among_others = unmasked and len(infinite) < len(sigmas)  # other tiles take as long as a tile of equal rows
     means, uniform = (infinite, ()) if among_others else ((), infinite)
     others = tuple(i for i in range(len(sigmas)) if i not in infinite)
     rest = (infinite if means or grid.tokens < tokens else ()) + others
@@ -215,7 +215,7 @@ def attention_route(
     blurred = tuple(i for i in others if sigmas[i] > 0.0)
     wanted = tuple(sigmas[i] for i in blurred)
     if math.inf in wanted or not unmasked or not fits_prologue(arch, head_dim, dtype, described):
-        place = BlurPlace.BEFORE  # whose matrices include that of the mean
+        place = BlurPlace.BEFORE  # supports infinite sigma, by a matrix of the mean
     elif wanted and place is None:
         place = estimate_blur(arch, grid, wanted, boundary, heads, head_dim, dtype.itemsize, tile.block_m).place
     before = blurred if place == BlurPlace.BEFORE else ()

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Energies of query rows, and the statistics that turn a row's logits into probabilities; there are no values.
+r"""Energies of query rows, and the statistics that turn a row's logits into probabilities, without values.
 
-Mathematics, for the rows ``q`` of one sample and head, blurred where their sample is::
+Mathematics, for the rows ``q`` of one sample and head, blurred if their sample is::
 
     m[i] = max_j q[i] k[j]^T                                  (not scaled)
     s[i] = sum_j exp(scale * (q[i] k[j]^T - m[i]))
     energy[i] = -(scale * m[i] + log(s[i])) = -logsumexp(scale * q[i] k^T)
 
-Launch grid: one program per (sample, head, share of the keys, tile of BLOCK_M rows), tiles next to each other so that
-they share the head's keys in L2. It walks over its keys in blocks of BLOCK_N with an online softmax. Only few rows, as
-the one row of infinite sigma, have their keys shared out; the shares' energies are added up by PyTorch.
+Launch grid: one program per (sample, head, share of the keys, tile of BLOCK_M rows), with tiles adjacent to share the
+head's keys in L2. A program loops over its keys in blocks of BLOCK_N with an online softmax. Keys are split into shares
+only for few rows, such as the single row of infinite sigma; PyTorch combines the energies of the shares.
 
-Memory traffic per head: Q once per share, K once per tile from L2, a float32 a row and share, two for statistics.
+Memory traffic per head: Q once per share, K once per tile from L2, one float32 per row and share (two for
+statistics).
 
-The maximum is subtracted before scaling, so that the largest logit gives exp(0) exactly, however large it is.
+The maximum is subtracted before scaling, so the largest logit gives exactly exp(0), however large it is.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def _attention_energy_kernel(
     k_ptr,
     out_ptr,  # float32: energies, or 1 / s
     max_ptr,  # float32: m, with STATISTICS; strides of out
-    samples_ptr,  # int32 [samples], of keys and results
-    query_samples_ptr,  # int32 [samples], of queries
+    samples_ptr,  # int32 [samples], samples of keys and results
+    query_samples_ptr,  # int32 [samples], samples of queries
     stride_qb,
     stride_qh,
     stride_qn,
@@ -51,13 +52,13 @@ def _attention_energy_kernel(
     stride_kd,
     stride_ob,
     stride_oh,
-    stride_os,  # of a share of the keys
+    stride_os,  # stride of a share of the keys
     heads,
     rows,
     keys,
     keys_per_split,
     splits,
-    scale,  # of the logits, times log2(e); positive
+    scale,  # factor of the logits, times log2(e); positive
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # divides keys_per_split
@@ -88,7 +89,7 @@ def _attention_energy_kernel(
     first = split * keys_per_split
     stop = tl.minimum(first + keys_per_split, keys)
     full = tl.minimum(stop, keys - keys % BLOCK_N)
-    for TAIL in tl.static_range(0, 2):  # whole blocks, then what is left behind them
+    for TAIL in tl.static_range(0, 2):  # whole blocks, then the remainder
         for n in tl.range(full if TAIL else first, stop if TAIL else full, BLOCK_N):
             mask_n = n + offs_n < keys
             k_tile, k_rest = load_parts(from_row(k, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
@@ -118,10 +119,10 @@ def launch_attention_energy(
     scale: float,
     boundary: str,
 ) -> None:
-    """Write energies to ``out``, float32 ``[batch, heads, tokens]``, whose tokens lie next to each other.
+    """Write energies to ``out``, float32 ``[batch, heads, tokens]`` with contiguous tokens.
 
-    Queries of finite sigma are blurred by the separable kernel first; samples of infinite sigma have one row for their
-    image. Their tokens outside the grid are rows like any other.
+    Queries of finite sigma are blurred by the separable kernel first. Samples of infinite sigma have one row for their
+    image; their tokens outside the grid are ordinary rows.
     """
     if query.numel() == 0:
         return
@@ -149,7 +150,7 @@ def launch_attention_energy(
 
 
 def positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """Query and scale of the same logits for kernels, which take the maximum before scaling."""
+    """Return query and scale with equal logits and a positive scale; kernels compute the maximum before scaling."""
     if scale > 0.0:
         return query, scale
     return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)

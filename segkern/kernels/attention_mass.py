@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Attention's probabilities summed over the queries, in two passes, without ever forming their matrix.
+r"""Attention probabilities summed over the queries, in two passes, without forming the matrix of probabilities.
 
 Mathematics, for one sample and head::
 
     m[i], s[i] = row statistics, see attention_energy.py                       (pass one)
     mass[j] = sum_i exp(scale * (q[i] k[j]^T - m[i])) / s[i]                   (pass two)
 
-Pass two is pass one with the roles changed: a program has a tile of keys and walks over the queries in blocks. It adds
-probabilities up in registers, one sum per key and place in a block, and reduces those once at its end: every key has
-one writer and one order of adding, so that results are the same at every run.
+Pass two swaps the roles of pass one: a program has a tile of keys and loops over the queries in blocks. It accumulates
+probabilities in registers, one sum per key and position in a block, and reduces them once at the end. Every key has one
+writer and one order of summation, so results are deterministic.
 
-Launch grid of pass two: one program per (sample, head, share of the queries, tile of BLOCK_M keys), tiles next to each
-other so that they share the head's queries in L2. Only few keys, as those of a text, have the queries shared out; the
-shares are summed by PyTorch.
+Launch grid of pass two: one program per (sample, head, share of the queries, tile of BLOCK_M keys), with tiles adjacent
+to share the head's queries in L2. Queries are split into shares only for few keys, such as those of a text; PyTorch
+sums the shares.
 
-Memory traffic per head: K once per share, Q and two float32 a query once per tile from L2, a float32 a key and share.
+Memory traffic per head: K once per share, Q and two float32 per query once per tile from L2, one float32 per key and
+share.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _attention_mass_kernel(
     q_ptr,
     k_ptr,
     max_ptr,  # float32 [batch, heads, queries], contiguous
-    inverse_ptr,  # float32, the same
+    inverse_ptr,  # float32 [batch, heads, queries], contiguous
     out_ptr,  # float32 [splits, batch, heads, keys], contiguous
     stride_qb,
     stride_qh,
@@ -50,7 +51,7 @@ def _attention_mass_kernel(
     keys,
     queries_per_split,
     splits,
-    scale,  # of the logits, times log2(e); positive
+    scale,  # factor of the logits, times log2(e); positive
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,  # keys
     BLOCK_N: tl.constexpr,  # queries; divides queries_per_split
@@ -80,7 +81,7 @@ def _attention_mass_kernel(
     first = split * queries_per_split
     stop = tl.minimum(first + queries_per_split, queries)
     full = tl.minimum(stop, queries - queries % BLOCK_N)
-    for TAIL in tl.static_range(0, 2):  # whole blocks, then what is left behind them
+    for TAIL in tl.static_range(0, 2):  # whole blocks, then the remainder
         for n in tl.range(full if TAIL else first, stop if TAIL else full, BLOCK_N):
             mask_n = n + offs_n < queries
             if TAIL:
@@ -91,9 +92,9 @@ def _attention_mass_kernel(
                 inverse = tl.load(inverse_ptr + n + offs_n)
             q_tile, q_rest = load_parts(from_row(q, n), offs_n, mask_n, HEAD_DIM, BLOCK_D, BLOCK_R, TAIL == 1)
             products = multiply_tiles(k_tile, k_rest, q_tile, q_rest, BLOCK_R, PRECISION)  # [BLOCK_M, BLOCK_N]
-            # No probability exceeds 1, should a product of huge numbers round differently than in pass one. Beside a
-            # key of infinities the padding has NaN, of which a device's minimum makes 0, and a weight of 0; NumPy's
-            # keeps it.
+            # No probability may exceed 1, even if a product of huge numbers rounds differently than in pass one. Next
+            # to a key of infinities, the padding has NaN. A device's minimum turns it into 0, with weight 0; NumPy's
+            # minimum keeps it.
             exponents = tl.minimum((products - row_max[None, :]) * scale, 0.0)
             acc += tl.math.exp2(exponents) * inverse[None, :]
 

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""The separable blur on its own: both axes in one launch in half precision, one axis per launch in float32.
+r"""The separable blur as a separate kernel: both axes in one launch in half precision, one axis per launch in float32.
 
-Mathematics, for one sample and head, columns first and rows second::
+Mathematics, for one sample and head, columns first, then rows::
 
     y[i, j] = sum_l B_w[j, l] x[i, l]        z[i, j] = sum_k B_h[i, k] y[k, j]
 
-Half precision: a program has a tile of rows and of columns and some channels. For every few source rows within reach
-it forms y of its columns, a product of [columns, source columns] with [source columns, source rows * channels], turns
-it about in shared memory, and adds a product of [rows, source rows] with [source rows, columns * channels] to z.
-Weights and y are pairs of numbers of the input's dtype, high and low (``_blur_matrices.py``): the products are the
-dtype's own matrix instructions, summed in float32. Of the four products of a pair with a pair that of the low halves is
-left out, which is below what float32 sums resolve. Launch grid: channels, columns, rows, heads, samples.
+Half precision: a program has a tile of rows and columns and some channels. It loops over blocks of the source rows
+within reach. For each block it computes y of its columns, a product of [columns, source columns] with [source columns,
+source rows * channels], transposes it in shared memory, and adds a product of [rows, source rows] with [source rows,
+columns * channels] to z. Weights and y are pairs of numbers of the input's dtype, high and low (``_blur_matrices.py``),
+so the products use the dtype's matrix instructions, summed in float32. Of the four products of two pairs, the product
+of the low halves is omitted: it is below the resolution of float32 sums. Launch grid: channels, columns, rows, heads,
+samples.
 
 Float32: a line of n tokens is a product of an [n, n] matrix, of which only the band within reach is read, with
 [n, dim]. Launch grid: one program per (sample, head, line of the other axis, block of BLOCK_I tokens of the axis).
 
-Memory traffic per head: half precision reads x once per tile of columns and rows, from L2, and writes z once; float32
+Memory traffic per head: half precision reads x once per tile of columns and rows, from L2, and writes z once. Float32
 reads x once, writes and reads y once, and writes z once.
 """
 
@@ -35,18 +36,18 @@ BLOCK_I = 32
 BLOCK_J = 32
 _BLOCK_D = 64
 
-_TILE_ROWS = tl.constexpr(32)  # matrix instructions of Hopper, from 64 rows on, take far more registers
+_TILE_ROWS = tl.constexpr(32)  # Hopper's matrix instructions for 64 rows or more need far more registers
 _TILE_COLUMNS = tl.constexpr(16)
 _SOURCE_ROWS = tl.constexpr(16)
-TILE_CHANNELS = tl.constexpr(16)  # a sector of memory
+TILE_CHANNELS = tl.constexpr(16)  # one memory sector
 _PLANE_STEP = tl.constexpr(PLANE_STEP)
-_ADJOINT_HALVING = 0.25  # columns of a blur's matrix sum to 3 at most, so that transposed ones might exceed float16
+_ADJOINT_HALVING = 0.25  # columns of a blur matrix sum to at most 3, so transposed blurs might exceed float16
 
 
 @triton.jit
 def _split_numbers(x, dtype: tl.constexpr):
-    """Float32 as a high and a low half of a dtype."""
-    if dtype == tl.bfloat16:  # by cutting digits off: rounding, and widening what was rounded, take many clocks
+    """Split float32 into a high and a low half of a dtype."""
+    if dtype == tl.bfloat16:  # truncates, because rounding and widening the rounded number take many cycles
         high = (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
         high = x.to(dtype).to(tl.float32)
@@ -55,7 +56,7 @@ def _split_numbers(x, dtype: tl.constexpr):
 
 @triton.jit
 def _add_rows(acc, weights_ptrs, plane, high, low):
-    """``acc`` and the product of weights in two planes with rows in two halves."""
+    """Return ``acc`` plus the product of weights in two planes with rows in two halves."""
     high_weights = tl.load(weights_ptrs)
     low_weights = tl.load(weights_ptrs + plane)
     acc = tl.dot(high_weights, high, acc)
@@ -65,9 +66,9 @@ def _add_rows(acc, weights_ptrs, plane, high, low):
 
 @triton.jit
 def _tile_of_image(x, start_i, start_j, first_d, height, width, HEAD_DIM: tl.constexpr):
-    """Offsets from its first token and mask of a tile ``[rows, columns * channels]``."""
+    """Return offsets from the first token, and the mask, of a tile ``[rows, columns * channels]``."""
     offs_i = tl.arange(0, _TILE_ROWS)
-    offs_jd = tl.arange(0, _TILE_COLUMNS * TILE_CHANNELS)  # channels of a token next to each other
+    offs_jd = tl.arange(0, _TILE_COLUMNS * TILE_CHANNELS)  # channels of a token are adjacent
     offs_j = offs_jd // TILE_CHANNELS
     offs_d = first_d + offs_jd % TILE_CHANNELS
     offs = (offs_i * width)[:, None] * x.row_stride + (offs_j * x.row_stride + offs_d * x.column_stride)[None, :]
@@ -86,11 +87,11 @@ def _store_tile_of_image(out, tile, start_i, start_j, first_d, height, width, HE
 @triton.jit
 def _image_blur_kernel(
     x_ptr,
-    out_ptr,  # of the blurred samples alone, in their order
-    samples_ptr,  # int32 [samples], of x
-    index_ptr,  # int32 [samples], of its matrices; negative: copied
+    out_ptr,  # only the blurred samples, in their order
+    samples_ptr,  # int32 [samples], samples of x
+    index_ptr,  # int32 [samples], matrix of each sample; negative: copied
     row_weights_ptr,  # planes [T, 2, n, n] in the dtype of x, n the height padded to a multiple of _PLANE_STEP
-    column_weights_ptr,  # the same of the width
+    column_weights_ptr,  # planes for the width
     reach_ptr,  # int32 [T, 2]
     stride_xb,
     stride_xh,
@@ -103,12 +104,12 @@ def _image_blur_kernel(
     heads,
     height,
     width,
-    halfway_scale,  # that undoes the scale of the column weights
-    out_scale,  # that undoes the scale of the row weights
+    halfway_scale,  # undoes the scale of the column weights
+    out_scale,  # undoes the scale of the row weights
     HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,  # tiles of rows of a program, 1 or 2
+    PARTS: tl.constexpr,  # tiles of rows per program, 1 or 2
     BLOCK_C: tl.constexpr,  # source columns at a time
-    ONE_BLOCK: tl.constexpr,  # the width is no more than those
+    ONE_BLOCK: tl.constexpr,  # whether the width is at most BLOCK_C
     WIDE: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -196,7 +197,7 @@ def _image_blur_kernel(
 def _axis_blur_kernel(
     x_ptr,
     out_ptr,
-    index_ptr,  # int32 [batch], of its matrix; negative: copied
+    index_ptr,  # int32 [batch], matrix of each sample; negative: copied
     weights_ptr,  # float32 [T, length, length]
     reach_ptr,  # int32 [T, 2], offset to this axis
     stride_xb,
@@ -258,12 +259,12 @@ def _axis_blur_kernel(
 
 
 def blur_block_d(head_dim: int) -> int:
-    """Channels that a program of the float32 kernel blurs at a time."""
+    """Return how many channels a program of the float32 kernel blurs at a time."""
     return min(_BLOCK_D, max(16, next_power_of_2(head_dim)))
 
 
 def image_constants(height: int, width: int) -> dict[str, int | bool]:
-    """Constants of the half-precision kernel for a grid: tiles of rows of a program, source columns at a time."""
+    """Return the half-precision kernel's constants for a grid: tiles of rows per program, source columns at a time."""
     return {
         "PARTS": 1 if height <= _TILE_ROWS.value else 2,
         "BLOCK_C": 64 if 32 < width <= 64 else 32,
@@ -272,7 +273,7 @@ def image_constants(height: int, width: int) -> dict[str, int | bool]:
 
 
 def image_options(height: int, width: int, hip: bool) -> Options:
-    """The compiler's options of the half-precision kernel: a multiprocessor of NVIDIA's holds 16 warps of it."""
+    """Return the compiler options of the half-precision kernel. An NVIDIA multiprocessor holds 16 of its warps."""
     return Options(num_warps=8 if hip or max(height, width) <= 32 else 16, num_stages=2)
 
 
@@ -284,7 +285,7 @@ def launch_gaussian_blur(
     boundary: str,
     adjoint: bool = False,
 ) -> None:
-    """Write ``x`` blurred over the grid to ``out``; tokens outside the grid are copied."""
+    """Write ``x`` blurred over the grid to ``out``. Tokens outside the grid are copied."""
     if x.numel() == 0:
         return
     batch, _, tokens, _ = x.shape
@@ -307,7 +308,7 @@ def _blur_images(
     boundary: str,
     adjoint: bool,
 ) -> None:
-    """Write some samples of a batch of images, blurred, to ``out``; ``sigmas`` are theirs."""
+    """Write some blurred samples of a batch of images to ``out``. ``sigmas`` are those of the samples."""
     _, heads, _, head_dim = image.shape
     height, width = grid.height, grid.width
     matrices = blur_matrices(samples, sigmas, height, width, boundary, image.device, adjoint, planes=image.dtype)
@@ -334,7 +335,7 @@ def _blur_images(
 
 
 def axis_options(arch: str) -> Options:
-    """The compiler's options for float32: 4 warps spill, and so do 8 on sm_80 where the compiler limits registers."""
+    """Return the float32 compiler options: 4 warps spill, and on sm_80 so do 8 if the compiler limits registers."""
     return Options(num_warps=8, num_stages=2, max_registers=168 if arch == "sm_80" else None)
 
 
@@ -371,7 +372,7 @@ def _blur_axes(
 def blurred_image(
     query: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], samples: tuple[int, ...], boundary: str
 ) -> torch.Tensor:
-    """The blurred image tokens of some samples, ``[samples, grid tokens, heads, head_dim]``, contiguous."""
+    """Return the blurred image tokens of some samples, ``[samples, grid tokens, heads, head_dim]``, contiguous."""
     _, heads, _, head_dim = query.shape
     image = query.new_empty(len(samples), grid.tokens, heads, head_dim)
     source, target = query[:, :, grid.start : grid.stop], image.transpose(1, 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch attention of blurred queries: every sample of a batch by the kernels of its route."""
+"""The launcher of attention of blurred queries: it serves every sample of a batch with the kernels of its route."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ def launch_seg_attention(
     boundary: str,
     place: BlurPlace | None = None,
 ) -> None:
-    """Write attention of blurred queries to ``out`` and, where given, the rows' log-sum-exp to ``lse``.
+    """Write attention of blurred queries to ``out`` and, if given, the log-sum-exp of the rows to ``lse``.
 
-    Samples of infinite sigma go to the kernel for few rows, and so do few rows that are not blurred; of the former
-    only tokens outside the grid, if any, are left. ``place`` settles where queries are blurred, see ``_routes.py``.
+    The few-row kernel serves samples of infinite sigma, and calls with few unblurred rows. Of a sample of infinite
+    sigma, only tokens outside the grid remain for other kernels. ``place`` fixes where queries are blurred, see
+    ``_routes.py``.
     """
     if query.numel() == 0:
         return
-    if scale < 0.0:  # kernels take the maximum before scaling
+    if scale < 0.0:  # kernels compute the maximum before scaling
         query, scale = -query, -scale
     rows_alike = attn_mask is None or attn_mask.shape[2] == 1
     unmasked = (
@@ -61,5 +62,5 @@ def launch_seg_attention(
 
 @lru_cache(maxsize=1024)
 def _are_usual(*strides: tuple[int, ...]) -> bool:
-    """True if channels lie next to each other, and offsets inside a tile fit 32 bits."""
+    """Return True if channels are contiguous and offsets inside a tile fit 32 bits."""
     return all(n[3] == 1 for n in strides) and not strides_are_wide(*strides)

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Attention of few query rows, its keys split over programs: infinite sigma (one row a head) and coarse queries.
+r"""Attention of few query rows, with keys split over programs: infinite sigma (one row per head) and coarse queries.
 
-Mathematics, for one sample and head with rows ``q``; at infinite sigma there is one, the mean of the image's queries,
-whose result every image token gets::
+Mathematics, for one sample and head with rows ``q``. At infinite sigma there is one row, the mean of the image's
+queries, and every image token gets its result::
 
     out[i] = softmax(scale * q[i] k^T + mask) v
 
-A tile of rows alone would keep few multiprocessors busy. So a first kernel gives each program a tile of rows and a
-share of the keys, which it reduces to (weighted values, maximum, sum); a second one combines the shares of a row and
-writes it to the tokens that it stands for.
+Tiles of rows alone would keep few multiprocessors busy. A first kernel therefore gives each program a tile of rows and
+a share of the keys, which it reduces to (weighted values, maximum, sum). A second kernel combines the shares of a row
+and writes the result to the row's tokens.
 
-Launch grids: tiles of rows, next to each other for the same keys, times splits times heads times samples; then, for
-each sample and head, rows times tiles of tokens.
+Launch grids: tiles of rows (adjacent for the same keys) times splits times heads times samples for the first kernel;
+for each sample and head, rows times tiles of tokens for the second.
 
 Memory traffic: Q once per split, K and V once per tile of rows, shares of rows * splits * (D + 2) float32 written and
 read, the output once.
@@ -48,7 +48,7 @@ from segkern.kernels._primitives import (
     store_tile,
 )
 
-_EXPANDED_TOKENS = 32  # tokens a program of the second kernel writes where a row stands for many
+_EXPANDED_TOKENS = 32  # tokens that a program of the second kernel writes if a row has many tokens
 COMBINE_OPTIONS = Options(num_warps=4, num_stages=1)
 
 
@@ -59,8 +59,8 @@ def _split_attention_kernel(
     v_ptr,
     mask_ptr,
     partial_ptr,  # float32 [samples * heads, splits, rows, HEAD_DIM + 2], contiguous
-    samples_ptr,  # int32 [samples], of keys, values and mask
-    query_samples_ptr,  # int32 [samples], of queries
+    samples_ptr,  # int32 [samples], samples of keys, values and mask
+    query_samples_ptr,  # int32 [samples], samples of queries
     stride_qb,
     stride_qh,
     stride_qn,
@@ -82,7 +82,7 @@ def _split_attention_kernel(
     keys,
     keys_per_split,
     splits,
-    scale,  # of the logits; not negative
+    scale,  # factor of the logits, not negative
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # divides keys_per_split
@@ -153,7 +153,7 @@ def _combine_splits_kernel(
     tokens,
     first_token,
     rows,
-    copies,  # tokens that each row stands for
+    copies,  # tokens of each row
     splits,
     with_lse,
     HEAD_DIM: tl.constexpr,
@@ -162,7 +162,7 @@ def _combine_splits_kernel(
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    pid = tl.program_id(0)  # of one axis: others hold 65,535 programs
+    pid = tl.program_id(0)  # the other axes are limited to 65,535 programs
     tiles = tl.cdiv(copies, BLOCK_T)
     tile = pid % tiles
     row = (pid // tiles) % rows
@@ -204,14 +204,14 @@ def launch_uniform_attention(
     scale: float,
     attn_mask: torch.Tensor | None,
 ) -> None:
-    """Write the image tokens of ``samples`` at infinite sigma; ``attn_mask`` must not differ between queries."""
+    """Write the image tokens of ``samples`` at infinite sigma. ``attn_mask`` must not differ between queries."""
     rows, query_samples = mean_query(query, grid, samples)
     _launch(rows, query_samples, key, value, out, lse, samples, grid.start, grid.tokens, scale, attn_mask)
 
 
 def mean_query(query: torch.Tensor, grid: Grid, samples: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """The mean of the image's queries of some samples, ``[any, heads, 1, head_dim]``, and where each sample's is."""
-    if grid.tokens == 1:  # its own mean
+    """Return the mean query of the image for some samples, ``[any, heads, 1, head_dim]``, and each sample's index."""
+    if grid.tokens == 1:  # the mean of one token is the token
         return query[:, :, grid.start : grid.stop], samples
     image = query if grid.tokens == query.shape[2] else query[:, :, grid.start : grid.stop]
     means = [_mean(image[run]) for run in consecutive(samples)]
@@ -219,7 +219,7 @@ def mean_query(query: torch.Tensor, grid: Grid, samples: tuple[int, ...]) -> tup
 
 
 def _mean(image: torch.Tensor) -> torch.Tensor:
-    """Over the tokens, summed in float32 and rounded once, as a GPU does by itself."""
+    """Return the mean over the tokens, summed in float32 and rounded once, as a GPU does by default."""
     if image.is_cuda or image.dtype == torch.float32:
         return image.mean(dim=2, keepdim=True)
     return image.mean(dim=2, keepdim=True, dtype=torch.float32).to(image.dtype)
@@ -235,7 +235,7 @@ def launch_split_attention(
     scale: float,
     attn_mask: torch.Tensor | None,
 ) -> None:
-    """Write all tokens of ``samples``, whose queries are taken as they are."""
+    """Write all tokens of ``samples``, with unblurred queries."""
     _launch(query, samples, key, value, out, lse, samples, 0, 1, scale, attn_mask)
 
 

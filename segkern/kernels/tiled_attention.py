@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Attention under a mask, or of tensors whose strides suit no other kernel, for tiles of queries.
+r"""Attention with a mask, or of tensors whose strides no other kernel supports, for tiles of queries.
 
-Mathematics, for the tokens of one sample and head, whose image tokens ``q~`` were blurred before where sigma is not 0::
+Mathematics, for the tokens of one sample and head. The image tokens ``q~`` are already blurred if sigma is not 0::
 
     out      = softmax(scale * q~ k^T + mask) v
     lse      = logsumexp(scale * q~ k^T + mask)
 
-Launch grid: one program per (sample, head, tile of BLOCK_M queries), tiles of a head next to each other so that they
-share its keys and values in L2. A program loads its queries, each from the original or from the blurred ones, and walks
-over the keys with an online softmax.
+Launch grid: one program per (sample, head, tile of BLOCK_M queries), with tiles of a head adjacent to share its keys
+and values in L2. A program loads its queries, each from the original or the blurred ones, and loops over the keys with
+an online softmax.
 
-Memory traffic per head: Q and out once; K and V once per tile, from L2; the mask once where it has rows of its own.
+Memory traffic per head: Q and out once; K and V once per tile, from L2; the mask once if it has one row per query.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _tiled_attention_kernel(
     lse_ptr,  # float32 [batch, heads, tokens], contiguous; not written unless with_lse
     mask_ptr,
     samples_ptr,  # int32 [samples]
-    blur_index_ptr,  # int32 [samples]: of a blurred image, or Unblurred
-    blurred_ptr,  # [B, height * width, heads, HEAD_DIM], contiguous; not read where no sample is blurred
+    blur_index_ptr,  # int32 [samples]: index of a blurred image, or Unblurred
+    blurred_ptr,  # [B, height * width, heads, HEAD_DIM], contiguous; not read if no sample is blurred
     stride_qb,
     stride_qh,
     stride_qn,
@@ -68,7 +68,7 @@ def _tiled_attention_kernel(
     height,
     width,
     grid_start,
-    scale,  # of the logits; not negative
+    scale,  # factor of the logits, not negative
     with_lse,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -102,8 +102,8 @@ def _tiled_attention_kernel(
     mask = matrix(mask_ptr + sample * stride_mb + head * stride_mh, stride_mm, stride_mn, WIDE)
     token = tl.cast(blur, tl.int64) * height * width + (start_m - grid_start)
     blurred = Matrix(blurred_ptr + (token * heads + head) * HEAD_DIM, heads * HEAD_DIM, 1)
-    # Rows point to either matrix and are loaded once. A choice between two loaded tiles would be made in registers, and
-    # matrix instructions that have queries there wait for each other.
+    # Row pointers select either matrix, and rows are loaded once. A choice between two loaded tiles would be made in
+    # registers, and matrix instructions with queries in registers wait for each other.
     is_blurred = in_image & (blur >= 0)
     rows = tl.where(is_blurred, blurred.ptr + offs_m * blurred.row_stride, q.ptr + offs_m * q.row_stride)
     column_stride = tl.where(is_blurred, blurred.column_stride, q.column_stride)
@@ -134,7 +134,7 @@ def _tiled_attention_kernel(
         PRECISION,
     )
 
-    inverse = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)[:, None]  # a row without keys gives 0
+    inverse = tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)[:, None]  # the output of a row without keys is 0
     if BLOCK_R > 0:
         acc_rest *= inverse
     store_parts(from_row(out, start_m), acc * inverse, acc_rest, offs_m, mask_m, HEAD_DIM, BLOCK_D, BLOCK_R)
@@ -157,7 +157,7 @@ def launch_tiled_attention(
     attn_mask: torch.Tensor | None,
     boundary: str,
 ) -> None:
-    """Write the samples of ``matrices``, which are the route's; none of them is blurred in a prologue."""
+    """Write the samples of ``matrices``, the matrices of the route. None of them is blurred in a prologue."""
     _, heads, tokens, head_dim = query.shape
     keys = key.shape[2]
     tile = attention_tile(architecture(query.device), head_dim, query.dtype, masked=True)

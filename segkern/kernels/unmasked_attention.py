@@ -1,29 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Attention without a mask, of queries as they are, blurred before, or blurred here: the kernel that models ask for.
+r"""Attention without a mask, with queries unblurred, blurred before, or blurred here: the kernel that most models use.
 
 Mathematics, for the tokens of one sample and head with axis matrices ``B_h`` and ``B_w``::
 
-    q~[i, j] = sum_{k, l} B_h[i, k] B_w[j, l] q[k, l]        (image tokens; others as they are)
-    q~[i, j] = the mean of the image's queries              (the same at infinite sigma)
+    q~[i, j] = sum_{k, l} B_h[i, k] B_w[j, l] q[k, l]        (image tokens; other tokens unchanged)
+    q~[i, j] = the mean of the image's queries              (image tokens at infinite sigma)
     out      = softmax(scale * q~ k^T) v
     lse      = logsumexp(scale * q~ k^T)
 
-Launch grid: one program per (sample, head, tile of BLOCK_M queries), tiles of a head next to each other so that they
-share its keys and values in L2. No tile straddles an end of the image: all queries of one lie in one place, original or
-blurred, which is chosen before they are loaded, once. A choice between two loaded tiles would be made in registers,
-and matrix instructions that have queries there wait for each other.
+Launch grid: one program per (sample, head, tile of BLOCK_M queries), with tiles of a head adjacent to share its keys
+and values in L2. No tile straddles an end of the image: all queries of a tile are in one place, original or blurred,
+which is chosen once before they are loaded. A choice between two loaded tiles would be made in registers, and matrix
+instructions with queries in registers wait for each other.
 
-At infinite sigma all image tokens of a head have one result. Its first tile computes it with equal rows, the mean of
-the queries that is read with a stride of 0, and writes it to all of them; the other tiles end at once. A tile of equal
-rows takes as long as any other, so these are hidden among the tiles of the batch's other samples.
+At infinite sigma, all image tokens of a head have the same result. The first tile of the head computes it with equal
+rows, the mean query read with a stride of 0, and writes it to all image tokens. The other tiles return immediately. A
+tile of equal rows takes as long as any other, so these tiles are hidden among those of the batch's other samples.
 
-A program walks over the keys from the last block, which alone may be ragged, to the first, with an online softmax. A
-block's product with the values is issued after the next block's product with the keys, so that it runs while the
-exponentials of that block are computed; on Hopper it would otherwise be waited for at once. Of wide heads the shares
-are rounded before they wait for their turn, which takes half of the registers.
+A program loops over the keys from the last block, the only one that may be ragged, to the first, with an online
+softmax. The product of a block with the values is issued after the next block's product with the keys, so it overlaps
+the exponentials of that block; on Hopper it would otherwise be waited for immediately. For wide heads, the shares are
+rounded before the delayed product, which halves their registers.
 
-Memory traffic per head: Q and out once, but a tile that blurs reads the source rows within reach, from L2; K and V once
-per tile, from L2.
+Memory traffic per head: Q and out once, except that a tile that blurs reads the source rows within reach, from L2; K
+and V once per tile, from L2.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def _unmasked_attention_kernel(
     out_ptr,
     lse_ptr,  # float32 [batch, heads, tokens], contiguous; not written unless with_lse
     samples_ptr,  # int32 [samples]
-    blur_index_ptr,  # int32 [samples]: of a blurred image, of a matrix if PROLOGUE, or Unblurred
-    blurred_ptr,  # [B, height * width, heads, HEAD_DIM], contiguous; not read where no sample was blurred before
-    means_ptr,  # [M, heads, HEAD_DIM], contiguous; not read where no sample has MEAN
+    blur_index_ptr,  # int32 [samples]: index of a blurred image, of a matrix if PROLOGUE, or Unblurred
+    blurred_ptr,  # [B, height * width, heads, HEAD_DIM], contiguous; not read if no sample was blurred before
+    means_ptr,  # [M, heads, HEAD_DIM], contiguous; not read if no sample has MEAN
     row_weights_ptr,  # float32 [T, height, height], if PROLOGUE
     column_weights_ptr,  # float32 [T, width, width]
     reach_ptr,  # int32 [T, 2]
@@ -89,7 +89,7 @@ def _unmasked_attention_kernel(
     height,
     width,
     grid_start,
-    scale,  # of the logits, times log2(e); not negative
+    scale,  # factor of the logits, times log2(e); not negative
     with_lse,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,11 +99,11 @@ def _unmasked_attention_kernel(
     BLOCK_R: tl.constexpr,
     PROLOGUE: tl.constexpr,
     EVEN_KEYS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,  # keys and values are copied in blocks
+    DESCRIPTORS: tl.constexpr,  # whether keys and values are copied in blocks
     PRECISION: tl.constexpr,
     BLUR_PRECISION: tl.constexpr,
 ):
-    # Beside accumulators of 64 registers for each product there is no room for 64 of shares in float32.
+    # The accumulators use 64 registers per product, which leaves no room for 64 registers of float32 shares.
     ROUND_EARLY: tl.constexpr = DESCRIPTORS and BLOCK_D >= 128 and BLOCK_N >= 128
     grid_stop = grid_start + height * width
     first_tiles = tl.cdiv(grid_start, BLOCK_M)
@@ -186,7 +186,7 @@ def _unmasked_attention_kernel(
     if not EVEN_KEYS:
         logits = tl.where(mask_n[None, :], logits, float("-inf"))
     row_max = tl.max(logits, axis=1)
-    shares = tl.math.exp2(logits - row_max[:, None])  # not normalised, of the block before the loop's
+    shares = tl.math.exp2(logits - row_max[:, None])  # not normalised; of the block before the loop's
     row_sum = tl.sum(shares, axis=1)
     if ROUND_EARLY:
         shares = shares.to(q_tile.dtype).to(tl.int16, bitcast=True)
@@ -208,9 +208,9 @@ def _unmasked_attention_kernel(
             mask_v = n + BLOCK_N + offs_n < keys
             v_tile = load_tile(from_row(v, n + BLOCK_N), offs_n, mask_v, 0, HEAD_DIM, BLOCK_D, not EVEN_KEYS)
         if ROUND_EARLY:
-            # The product reads registers until it is waited for, and the next shares must not be written to them: they
-            # are copied. ptxas before CUDA 13.3 drops a mere copy (triton issue 9433), not a computed one: an exclusive
-            # or with a zero that is not known when compiling.
+            # The product reads registers until it is waited for, and the next shares must not overwrite them, so they
+            # are copied. ptxas before CUDA 13.3 drops a plain copy (triton issue 9433), but not a computed one: an
+            # exclusive or with a zero that is unknown at compile time.
             rounded = (shares ^ (with_lse >> 1).to(tl.int16)).to(v_tile.dtype, bitcast=True)
         else:
             rounded = shares.to(v_tile.dtype)
@@ -260,10 +260,10 @@ def launch_unmasked_attention(
     boundary: str,
     described: bool,
 ) -> None:
-    """Write the samples of ``matrices``, which are the route's, to ``out``.
+    """Write the samples of ``matrices``, the matrices of the route, to ``out``.
 
-    Channels lie next to each other, offsets inside a tile fit 32 bits, and there are keys. ``described`` says whether
-    the device can copy keys and values by descriptors.
+    Channels must be contiguous, offsets inside a tile must fit 32 bits, and there must be keys. ``described`` tells
+    whether the device can copy keys and values by descriptors.
     """
     _, heads, tokens, head_dim = query.shape
     keys = key.shape[2]
