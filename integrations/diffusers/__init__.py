@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smoothed Energy Guidance and its family on stock diffusers pipelines.
+"""Smoothed Energy Guidance and related guidance methods for unmodified diffusers pipelines.
 
-``guide`` turns it on for a pipeline, whatever its task, and off again:
+``guide`` enables guidance on a pipeline for any task and disables it on exit:
 
     with guide(pipe, SEG(scale=3.0, sigma=math.inf, layers="mid")) as guidance:
         image = pipe("a red fox", guidance_scale=5.0).images[0]
     print(guidance.report())
 
-``SEGGuider``, ``PAGGuider`` and ``SAGGuider`` are components for modular pipelines.
+``SEGGuider``, ``PAGGuider`` and ``SAGGuider`` are guiders for modular pipelines.
 
 ``record_energy`` records the energy of a pipeline's self-attention; see :mod:`segkern.energy`.
+
 """
 
 from importlib.util import find_spec

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The official implementation's arguments on diffusers' own pipeline."""
+"""diffusers' Stable Diffusion XL pipeline with the arguments of the official SEG implementation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from segkern.integrations.diffusers.runtime.guidance import guide
 from segkern.integrations.diffusers.runtime.pipeline_class import call_in_run
 from segkern.integrations.specs import SEG
 
-_LARGEST_FINITE_SIGMA = 9999.0  # the official implementation takes any larger sigma for infinity
+_LARGEST_FINITE_SIGMA = 9999.0  # the official implementation treats any larger sigma as infinite
 
 
 def _adds_to(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a call the stock parameters in its signature, in front of its own keyword-only ones."""
+    """Merge the parameters of ``stock`` into a signature, before its own keyword-only parameters."""
 
     def decorate(call: Callable[..., Any]) -> Callable[..., Any]:
         parameters = list(inspect.signature(stock).parameters.values())
@@ -32,10 +32,10 @@ def _adds_to(stock: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callab
 
 
 class StableDiffusionXLSEGPipeline(StableDiffusionXLPipeline):
-    """diffusers' ``StableDiffusionXLPipeline`` with the official implementation's SEG arguments.
+    """diffusers' ``StableDiffusionXLPipeline`` with the arguments of the official SEG implementation.
 
-    Scripts written for the official pipeline run unchanged; :func:`~segkern.integrations.diffusers.guide`
-    does the work and offers more.
+    Scripts written for the official pipeline run unchanged. The implementation uses
+    :func:`~segkern.integrations.diffusers.guide`, which has more options.
 
     Source: the arguments of the official implementation of SEG (arXiv 2408.00760).
 
@@ -58,20 +58,21 @@ class StableDiffusionXLSEGPipeline(StableDiffusionXLPipeline):
         """Run the pipeline with Smoothed Energy Guidance.
 
         Args:
-            *args: of ``StableDiffusionXLPipeline.__call__``.
-            seg_scale: guidance scale; 0 or less is a plain run.
-            seg_blur_sigma: standard deviation of the blur in tokens; anything above 9999 is infinite.
-            seg_applied_layers: of ``"down"``, ``"mid"``, ``"up"``; none is a plain run.
-            seg_applied_layers_index: layers such as ``["d4", "m0", "u29"]``; if there are any, they take the
-                place of ``seg_applied_layers``.
-            **kwargs: of ``StableDiffusionXLPipeline.__call__``.
+            *args: Arguments of ``StableDiffusionXLPipeline.__call__``.
+            seg_scale: Guidance scale. 0 or less turns guidance off.
+            seg_blur_sigma: Standard deviation of the blur, in tokens. Values above 9999 mean infinity.
+            seg_applied_layers: Any of ``"down"``, ``"mid"``, ``"up"``. An empty value turns guidance off.
+            seg_applied_layers_index: Layer names such as ``["d4", "m0", "u29"]``. Overrides ``seg_applied_layers`` if
+                not empty.
+            **kwargs: Keyword arguments of ``StableDiffusionXLPipeline.__call__``.
 
         Returns:
-            What ``StableDiffusionXLPipeline.__call__`` returns.
+            The output of ``StableDiffusionXLPipeline.__call__``.
 
         Raises:
-            ValueError: when a value does not fit; the message quotes it.
+            ValueError: If an argument is invalid. The message quotes it.
         """
+
         layers = seg_applied_layers_index or seg_applied_layers or ()
         if seg_scale <= 0.0 or not layers:
             return super().__call__(*args, **kwargs)

@@ -56,7 +56,7 @@ def test_two_guided_pipelines_at_once(outer: Subject, inner: Subject) -> None:
 def test_a_denoiser_shared_between_steps(subject: Subject, reuse: int) -> None:
     with left_as_it_was(subject, subject.seg(reuse=reuse)) as (pipe, _):
         other = subject.beside(pipe)
-        with pytest.raises(ValueError, match="shares it and was made since: run it again"):
+        with pytest.raises(ValueError, match="shares it and was created since: run it again"):
             subject.run(other)
         guided, plain = subject.run(pipe), subject.run(other)
         outputs = []
@@ -78,7 +78,7 @@ def test_a_denoiser_shared_between_steps(subject: Subject, reuse: int) -> None:
 def test_a_denoiser_shared_between_the_calls_of_a_step(subject: Subject) -> None:
     with left_as_it_was(subject) as (pipe, _):
         other = subject.beside(pipe)
-        with pytest.raises(ValueError, match="shares it and was made since: run it again"):
+        with pytest.raises(ValueError, match="shares it and was created since: run it again"):
             subject.run(other)
         guided, plain = subject.run(pipe), subject.run(other)
         calls, outputs = [], []
@@ -255,7 +255,7 @@ def test_a_guided_pipeline_in_a_server() -> None:
 def test_threads_that_share_a_denoiser(subject: Subject, kind: str) -> None:
     with left_as_it_was(subject, *kinds(subject)[kind]) as (pipe, _):
         others = [subject.beside(pipe) for _ in range(2)]
-        with pytest.raises(ValueError, match="shares it and was made since"):
+        with pytest.raises(ValueError, match="shares it and was created since"):
             subject.run(others[0])
         guided, plain = subject.run(pipe), subject.run(others[0])
         together = threading.Barrier(3)

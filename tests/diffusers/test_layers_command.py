@@ -36,7 +36,7 @@ def test_defaults_and_whose_advice_they_are() -> None:
         "mid",
         "the method's paper (arXiv 2408.00760) and its official implementation",
     )
-    assert default_layers_of(MODELS["sd3"].build()) == ("2", "no advice is known: the block in the middle")
+    assert default_layers_of(MODELS["sd3"].build()) == ("2", "no published recommendation; the middle block")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +54,7 @@ def test_the_command_lists_a_transformer_from_its_configuration(name: str, tmp_p
         cells = [layer.name, layer.part, layer.heads, layer.head_dim, TOKENS[name]]
         line = " +. ".join(re.escape(str(cell)) for cell in [*cells, layer.block, layer.module])
         assert re.search(line, output), (line, output)
-    assert re.search(r"where no layers are named, SEG and PAG act in 2 .* the block in the middle", output)
+    assert re.search(r"where no layers are named, SEG and PAG act in 2 .* the middle block", output)
 
 
 def test_the_command_says_which_advice_it_follows(tmp_path: Path) -> None:

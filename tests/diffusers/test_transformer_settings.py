@@ -103,7 +103,7 @@ def test_several_images_in_a_list_have_one_size() -> None:
     loop = guide(pipe.transformer, SEG(layers=model.layers), cfg="none")
     with loop.run([0.0]):
         images = [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 12)]
-        with pytest.raises(ValueError, match=r"images of one size.*\(4, 1, 8, 12\)"):
+        with pytest.raises(ValueError, match=r"images of the same size.*\(4, 1, 8, 12\)"):
             pipe.transformer(images, torch.zeros(2), [torch.randn(5, 12)] * 2)
         with guide(pipe, SEG(layers=model.layers)) as active:
             run(model, pipe)

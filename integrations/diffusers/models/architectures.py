@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Descriptions of transformers: their blocks, their image tokens, and how pipelines call them.
 
-Nothing in here computes; attention itself is met where the model calls it (:mod:`interception`), so that an
-architecture is a few facts about argument names. A model is known by the name of its class, which costs no import.
+An architecture is a set of facts about argument names; :mod:`interception` intercepts the attention itself. Models are
+recognized by class name, which requires no import.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-Get = Callable[[str], Any]  # the value of an argument of the denoiser's forward
-Size = tuple[int, int, int]  # frames, height, width in tokens
+Get = Callable[[str], Any]  # returns an argument of the denoiser's forward by name
+Size = tuple[int, int, int]  # frames, height and width in tokens
 
 _TEXT = frozenset({"hidden_states", "encoder_hidden_states", "temb"})
 
@@ -24,10 +24,10 @@ class Stage:
     """A list of transformer blocks.
 
     Attributes:
-        blocks: name of the list in the model.
-        attentions: names of the self-attention modules in a block; a block may lack all but the first.
-        letter: of the layers' short names.
-        batched: arguments of a block's forward that hold one entry per sample.
+        blocks: Name of the list in the model.
+        attentions: Names of the self-attention modules in a block. A block may lack all but the first.
+        letter: First letter of the layers' short names.
+        batched: Arguments of a block's forward that have one entry per sample.
     """
 
     blocks: str
@@ -41,24 +41,25 @@ class Architecture:
     """A family of transformers.
 
     Attributes:
-        model: name of the class.
-        users: what it is called by people.
-        stages: its lists of blocks in execution order.
-        sample: the argument with the noisy image.
-        batched: arguments of its forward that hold one entry per sample.
-        size: frames, height and width of the image in tokens.
-        pixels: side of a token's square in latent pixels, for a model.
-        text: the argument whose tokens come before the image in every attention, if there is one.
-        listed: of ``batched``, those that are lists with one item per sample.
-        residuals: arguments that are added between blocks: with any of them branches join at the input.
-        other: an argument that is given only in calls which are no step of a run.
-        prompt: the argument with the embeddings of the prompt.
-        timestep: the argument with the timestep.
-        units: from the scheduler's timestep to the one that it is given.
-        conditional_first: whether a batch of both texts begins with the conditional samples.
-        shift: whether the pipeline's guidance scale is one less than usual, ``c + g (c - u)``.
-        rescales: whether the pipeline measures the conditional prediction under classifier-free guidance.
-        default: layers where none are named, and whose advice that is.
+        model: Name of the class.
+        users: Name of the model family for messages.
+        stages: Lists of blocks in execution order.
+        sample: Argument with the noisy image.
+        batched: Arguments of the model's forward that have one entry per sample.
+        size: Function that returns frames, height and width of the image in tokens.
+        pixels: Function that returns the side of a token in latent pixels.
+        text: Argument whose tokens precede the image in every attention, if any.
+        listed: Those of ``batched`` that are lists with one item per sample.
+        residuals: Arguments that are added between blocks. If one is given, branches join at the input.
+        other: Argument that is given only in calls that are not a step of a run.
+        prompt: Argument with the prompt embeddings.
+        timestep: Argument with the timestep.
+        units: Function from the scheduler's timestep to the model's.
+        conditional_first: Whether the conditional samples are the first half of a batch with both texts.
+        shift: Whether the pipeline's guidance scale is one less than usual, ``c + g (c - u)``.
+        rescales: Whether the pipeline rescales predictions to the norm of the conditional prediction under
+            classifier-free guidance.
+        default: Default layers, and the source of that recommendation.
     """
 
     model: str
@@ -90,7 +91,7 @@ def _patches(model: Any) -> int:
 
 
 def _image(sample: str) -> Callable[[Any, Get], Size]:
-    """Of latents ``[batch, channels, height, width]`` cut into square patches."""
+    """Return a size function for latents ``[batch, channels, height, width]`` that are cut into square patches."""
 
     def size(model: Any, get: Get) -> Size:
         height, width = get(sample).shape[-2:]
@@ -100,9 +101,10 @@ def _image(sample: str) -> Callable[[Any, Get], Size]:
 
 
 def _position_ids(model: Any, get: Get) -> Size:
-    """Of packed latents: the rows of ``img_ids`` are (0, row, column) for the image, other numbers first for others.
+    """Return the size of packed latents from the rows of ``img_ids``.
 
-    Waits for a GPU that holds them, once for every new tensor.
+    Rows of the generated image are (0, row, column); rows of other images begin with another number. If the tensor is
+    on a GPU, this synchronizes once per new tensor.
     """
     ids = get("img_ids")
     ids = ids[0] if ids.ndim == 3 else ids
@@ -110,23 +112,23 @@ def _position_ids(model: Any, get: Get) -> Size:
     size = 1, int(rows[:, 1].max()) + 1, int(rows[:, 2].max()) + 1
     if int(ids[0, 0]) != 0 or len(rows) != size[1] * size[2]:
         raise ValueError(
-            f"guide cannot tell the grid of the image from img_ids: its first rows are numbered {int(ids[0, 0])} and "
-            f"{len(rows)} of them are on a grid of {size[1]} x {size[2]}, where Flux numbers the image that it makes 0"
+            f"guide cannot read the image grid from img_ids: the first rows have number {int(ids[0, 0])} and "
+            f"{len(rows)} rows with a grid of {size[1]} x {size[2]}; Flux numbers the generated image 0"
         )
     return size
 
 
 def _shapes(model: Any, get: Get) -> Size:
-    """Of the first image of the first sample; others, which an edit starts from, come after it."""
+    """Return the size of the first image of the first sample. The source images of an edit come after it."""
     if getattr(model.config, "use_layer3d_rope", False):
-        raise ValueError("guide cannot handle a layered Qwen-Image, which makes several images in one sequence")
+        raise ValueError("guide cannot handle a layered Qwen-Image, which generates several images in one sequence")
     first = get("img_shapes")[0]
     frames, height, width = first if isinstance(first[0], int) else first[0]
     return frames, height, width
 
 
 def _one_of_a_list(model: Any, get: Get) -> Size:
-    """Of latents in a list, ``[channels, frames, height, width]`` each."""
+    """Return the size of latents in a list of ``[channels, frames, height, width]``."""
     images = get("x")
     patch, frame_patch = get("patch_size") or 2, get("f_patch_size") or 1
     frames, height, width = images[0].shape[1:]
@@ -134,7 +136,7 @@ def _one_of_a_list(model: Any, get: Get) -> Size:
 
 
 def _video(model: Any, get: Get) -> Size:
-    """Of latents ``[batch, channels, frames, height, width]`` cut into boxes."""
+    """Return the size of latents ``[batch, channels, frames, height, width]`` that are cut into boxes."""
     frames, height, width = get("hidden_states").shape[2:]
     by_frame, by_row, by_column = model.config.patch_size
     return frames // by_frame, height // by_row, width // by_column
@@ -145,8 +147,8 @@ def _told(model: Any, get: Get) -> Size:
     tokens = get("hidden_states").shape[1]
     if None in size or frames * height * width != tokens:
         raise ValueError(
-            f"guide cannot tell the grid of {tokens} tokens from num_frames={frames}, height={height}, width={width}: "
-            f"the sequence holds other tokens than the video's, as it does with conditions at given frames"
+            f"guide cannot read the grid of {tokens} tokens from num_frames={frames}, height={height}, width={width}: "
+            f"the sequence has tokens that are not part of the video, for example conditions at given frames"
         )
     return frames, height, width
 
@@ -281,41 +283,41 @@ ARCHITECTURES: Mapping[str, Architecture] = {architecture.model: architecture fo
 
 
 def architecture_of(model: object) -> Architecture | None:
-    """The architecture of a diffusers model or of a subclass of one; None for any other."""
+    """Return the architecture of a diffusers model or of a subclass of one; None for other models."""
     names = (base.__name__ for base in type(model).__mro__ if base.__module__.partition(".")[0] == "diffusers")
     return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
 
 
-# Models whose image tokens do not meet in a softmax: there are no queries that could be blurred.
+# Models without softmax attention between image tokens, so there are no queries to blur.
 LINEAR = {
     "SanaTransformer2DModel": "its self-attention is linear attention",
     "SanaVideoTransformer3DModel": "its self-attention is linear attention",
 }
 
 
-# Of a UNet, and whose advice that is.
+# Default layers of a UNet, and the source of that recommendation.
 UNET_DEFAULT = ("mid", "the method's paper (arXiv 2408.00760) and its official implementation")
-NO_ADVICE = "no advice is known: the block in the middle"
+NO_ADVICE = "no published recommendation; the middle block"
 
 
 def advised_layers(architecture: Architecture, blocks: int) -> tuple[str, str]:
-    """The layers of a guidance that names none, and whose advice they are: somebody's, or the block in the middle."""
+    """Return the default layers, and the source of that recommendation; the middle block if there is none."""
     if architecture.default is not None and int(architecture.default[0].split("-")[-1]) < blocks:
         return architecture.default
     return str(blocks // 2), NO_ADVICE
 
 
 def batch_of(sample: Any) -> torch.Tensor:
-    """The noisy images of a batch as one tensor, from a tensor or a list of tensors alike.
+    """Return the noisy images of a batch, given as a tensor or a list of tensors, as one tensor.
 
     Raises:
-        ValueError: for images of different sizes, or several for one prompt.
+        ValueError: If the images differ in size, or if there are several for one prompt.
     """
     if not isinstance(sample, list):
         return sample
     shapes = [tuple(getattr(image, "shape", ())) for image in sample]
     if len(set(shapes)) != 1 or not shapes[0]:
         raise ValueError(
-            f"guide needs images of one size and one image for each prompt in a batch, got shapes {shapes}"
+            f"guide needs images of the same size and one image per prompt in a batch, got shapes {shapes}"
         )
     return torch.stack(sample)

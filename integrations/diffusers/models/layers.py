@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The self-attention layers of a denoiser, with their names and grids."""
+"""The self-attention layers of a denoiser: names and grids."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ UNETS = (UNet2DConditionModel, UNetMotionModel)
 def list_layers(
     pipe_or_model: object, height: int | None = None, width: int | None = None, frames: int | None = None
 ) -> list[LayerInfo]:
-    """The self-attention layers that a guidance can act on, in execution order.
+    """Return the self-attention layers that guidance can act on, in execution order.
 
-    ``guide`` takes every one of them in a model as diffusers builds it. A layer that was changed since is still named,
-    so that ``guide`` can say what it is about it: a UNet's layer with a processor that is not standard, or under
+    ``guide`` supports all of them in a model as built by diffusers. Layers that were modified are still listed, and
+    ``guide`` then raises an error that explains the problem: UNet layers with a non-standard processor or under
     ``enable_free_noise_split_inference``.
 
     Args:
-        pipe_or_model: a pipeline with a ``UNet2DConditionModel``, a ``UNetMotionModel`` or a transformer that can be
-            guided, or that model (also when compiled).
-        height: of the image in pixels; with ``width`` it gives every layer its grid, and needs a pipeline. The grid of
-            a transformer begins at token 0 here; in a run it begins after the text, where the model puts that first.
-        width: of the image in pixels.
-        frames: pictures in a video, with height and width; 1 if not given.
+        pipe_or_model: A pipeline with a ``UNet2DConditionModel``, a ``UNetMotionModel`` or a supported transformer, or
+            that model. The model may be compiled.
+        height: Image height in pixels. If height and width are given, every layer gets its grid; this requires a
+            pipeline. The grid of a transformer starts at token 0 here; in a run it starts after the text tokens if the
+            model puts them first.
+        width: Image width in pixels.
+        frames: Number of video frames, with height and width. Defaults to 1.
 
     Raises:
-        ValueError: for an object without such a model, or when only one of height and width is given, or both
-            without a pipeline to convert pixels into latents; or frames for a pipeline without them.
+        ValueError: If there is no supported model, if only one of height and width is given, if a size is given without
+            a pipeline to convert pixels into latents, or if frames are given for a pipeline that is not for videos.
 
-    Source: the official implementation counts the ``attn1`` modules of each part in module order; ComfyUI's nodes
-        count transformers in each part, and blocks in each transformer.
+    Source: the official implementation counts the ``attn1`` modules of each part in module order; ComfyUI nodes count
+        transformers in each part, and blocks in each transformer.
 
     Example:
         >>> from diffusers import UNet2DConditionModel
@@ -58,10 +59,10 @@ def list_layers(
         ['d0', 'm0', 'u0', 'u1']
     """
     if (height is None) != (width is None):
-        raise ValueError(f"list_layers takes height and width together, got height={height!r}, width={width!r}")
+        raise ValueError(f"list_layers needs both height and width, got height={height!r}, width={width!r}")
     model = find_model(pipe_or_model)
     if frames is not None and height is None:
-        raise ValueError(f"list_layers takes frames={frames!r} together with height and width")
+        raise ValueError(f"list_layers needs height and width with frames={frames!r}")
     latent: tuple[int, int, int] | None = None
     if height is not None and width is not None:
         latent = latent_size(pipe_or_model, height, width, frames)
@@ -101,7 +102,7 @@ def _of_transformer(
     side, by_frame = architecture.pixels(model), _latents_of_a_token(model)
     grid = None if latent is None else Grid(latent[1] // side, latent[2] // side, frames=max(1, latent[0] // by_frame))
     layers: list[LayerInfo] = []
-    before = 0  # blocks in earlier lists
+    before = 0  # number of blocks in earlier lists
     for stage in architecture.stages:
         blocks: Any = model.get_submodule(stage.blocks)
         for number, block in enumerate(blocks):
@@ -124,7 +125,7 @@ def _of_transformer(
 
 
 def default_layers_of(pipe_or_model: object) -> tuple[str, str]:
-    """The layers in which SEG and PAG act where none are named, and whose advice they are."""
+    """Return the default layers of SEG and PAG, and the source of that recommendation."""
     model = find_model(pipe_or_model)
     if isinstance(model, UNETS):
         return UNET_DEFAULT
@@ -133,34 +134,34 @@ def default_layers_of(pipe_or_model: object) -> tuple[str, str]:
 
 
 def latent_size(pipe: object, height: int, width: int, frames: int | None = None) -> tuple[int, int, int]:
-    """Frames, height and width of the latents of an image or a video of so many pixels and pictures.
+    """Return the number of latent frames, the latent height and the latent width for a size in pixels and frames.
 
     Raises:
-        ValueError: for an object that does not say how many a latent stands for.
+        ValueError: If the object has no scale factor between pixels and latents.
     """
     factor = _factor(pipe, _SPATIAL)
     if factor is None:
         raise ValueError(
-            f"list_layers needs the pipeline to turn height={height!r} and width={width!r} into latents, "
+            f"list_layers needs a pipeline to convert height={height!r} and width={width!r} into latents, "
             f"got a bare {type(pipe).__name__}"
         )
-    of_unet = isinstance(find_model(pipe), UNETS)  # whose frames are pictures
+    of_unet = isinstance(find_model(pipe), UNETS)  # UNets do not compress along frames
     by_time = 1 if frames is None or of_unet else _factor(pipe, _TEMPORAL)
     if by_time is None:
-        raise ValueError(f"list_layers takes frames={frames!r} of pipelines for videos, got {type(pipe).__name__}")
+        raise ValueError(f"list_layers needs a video pipeline for frames={frames!r}, got {type(pipe).__name__}")
     return ((frames or 1) - 1) // by_time + 1, height // factor, width // factor
 
 
 def pixels(pipe: object) -> tuple[int, int]:
-    """Pixels along the side of a latent, and of a token of the pipeline's transformer.
+    """Return the side of a latent and of a token of the pipeline's transformer, in pixels.
 
     Raises:
-        ValueError: for a pipeline that cannot be guided or does not say the first.
+        ValueError: If the pipeline cannot be guided or has no scale factor between pixels and latents.
     """
     model = find_model(pipe)
     factor = _factor(pipe, _SPATIAL)
     if factor is None:
-        raise ValueError(f"a {type(pipe).__name__} does not say how many pixels a latent stands for")
+        raise ValueError(f"a {type(pipe).__name__} has no attribute with the number of pixels per latent")
     return factor, factor * _architecture(model).pixels(model)
 
 
@@ -175,18 +176,18 @@ _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 
 
 def _factor(pipe: object, names: tuple[str, ...]) -> int | None:
-    """Pixels or pictures of a latent along an axis, under any of the names that pipelines have for it."""
+    """Return the number of pixels or frames per latent along an axis, under any of its attribute names."""
     return next((int(factor) for name in names if (factor := getattr(pipe, name, None)) is not None), None)
 
 
 def _latents_of_a_token(model: Any) -> int:
-    """Along the frames of a video."""
+    """Return the number of latent frames per token."""
     patch = model.config.get("patch_size")
     return int(patch[0]) if isinstance(patch, (list, tuple)) else int(model.config.get("patch_size_t") or 1)
 
 
 def execution_order(unet: Any) -> list[tuple[str, nn.Module]]:
-    """The denoiser's blocks with their module names, in the order in which its forward calls them."""
+    """Return the denoiser's blocks with their module names, in execution order."""
     down = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
     mid = [] if unet.mid_block is None else [("mid_block", unet.mid_block)]
     up = [(f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks)]
@@ -194,10 +195,10 @@ def execution_order(unet: Any) -> list[tuple[str, nn.Module]]:
 
 
 def find_model(pipe_or_model: object) -> nn.Module:
-    """The model of a pipeline that can be guided, or the one given, without ``torch.compile``'s wrapper.
+    """Return the supported model of a pipeline, or the given model, without the wrapper of ``torch.compile``.
 
     Raises:
-        ValueError: when there is none; the message quotes the type.
+        ValueError: If there is none. The message quotes the type.
     """
     models = [getattr(pipe_or_model, name, None) for name in ("unet", "transformer", "transformer_2")]
     models = [model for model in models if model is not None] or [pipe_or_model]
@@ -207,9 +208,9 @@ def find_model(pipe_or_model: object) -> nn.Module:
             return model
     name = type(getattr(models[0], "_orig_mod", models[0])).__name__
     within = "" if models[0] is pipe_or_model else f" with a {name}"
-    reason = f"; of a {name} it cannot: {LINEAR[name]}" if name in LINEAR else ""
+    reason = f"; a {name} is not supported because {LINEAR[name]}" if name in LINEAR else ""
     if name in ARCHITECTURES:
-        within += f" of another package, {type(models[0]).__module__}, not diffusers' or a subclass of it"
+        within += f" from {type(models[0]).__module__}, which is neither diffusers' class nor a subclass of it"
     known = ", ".join(architecture.users for architecture in ARCHITECTURES.values())
     raise ValueError(
         f"segkern guides pipelines with a UNet2DConditionModel (Stable Diffusion 1, 2, XL, Kolors), a UNetMotionModel "
@@ -218,10 +219,10 @@ def find_model(pipe_or_model: object) -> nn.Module:
 
 
 def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
-    """The same, of a UNet alone.
+    """Return the UNet of a pipeline, or the given UNet, without the wrapper of ``torch.compile``.
 
     Raises:
-        ValueError: when there is none; the message quotes the type.
+        ValueError: If it is not a ``UNet2DConditionModel``. The message quotes the type.
     """
     model = getattr(pipe_or_unet, "unet", pipe_or_unet)
     model = getattr(model, "_orig_mod", model)
@@ -234,10 +235,10 @@ def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
 
 
 def _self_attentions(unet: Any) -> list[tuple[str, str, Attention]]:
-    """Every ``attn1`` over an image as (module name, block name, module), in execution order.
+    """Return every ``attn1`` over an image as (module name, block name, module), in execution order.
 
-    Those of motion modules attend over frames, and those of a few old blocks get a flat image without its shape; where
-    a block has cross-attention alone, or text beside the image, its ``attn1`` attends to text too.
+    Excluded are motion modules, which attend over frames; a few old blocks, which get a flat image without its shape;
+    and layers that also attend to text, in blocks with only cross-attention or with text in addition to the image.
     """
     return [
         (f"{block_name}.{name}", block_name, module)
@@ -250,15 +251,15 @@ def _self_attentions(unet: Any) -> list[tuple[str, str, Attention]]:
 
 
 def _grids(unet: Any, height: int, width: int) -> dict[str, Grid]:
-    """Block name -> grid at this size of latents. An up block has the grid of the down block it mirrors."""
+    """Return the grid of each block at this latent size. An up block has the grid of the down block it mirrors."""
     grids: dict[str, Grid] = {}
     levels = []
     for i, block in enumerate(unet.down_blocks):
         levels.append(Grid(height, width))
         grids[f"down_blocks.{i}"] = levels[-1]
         for sampler in getattr(block, "downsamplers", None) or ():
-            # A 3x3 convolution of stride 2 rounds up with a padding of 1, and down when it pads one side
-            # only.
+            # A 3x3 convolution of stride 2 rounds up with padding 1, and rounds down if only one side is padded.
+
             extra = 1 if getattr(sampler, "padding", 1) else 0
             height, width = (height + extra) // 2, (width + extra) // 2
     grids["mid_block"] = Grid(height, width)
