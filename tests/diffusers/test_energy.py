@@ -147,7 +147,7 @@ def test_a_step_that_never_came_is_warned_of() -> None:
     pipe = tiny_pipeline()
     recorder = record_energy(pipe, at_steps=(0, 7))
     run(pipe, latents=noise())
-    with pytest.warns(UserWarning, match=r"asked for steps \[7\], and runs had 3"):
+    with pytest.warns(UserWarning, match=r"found no steps \[7\]: runs had 3"):
         recorder.__exit__(None, None, None)
 
 
@@ -219,7 +219,7 @@ def test_another_pipeline_on_the_same_denoiser_is_not_recorded() -> None:
     [
         ({"layers": "middle"}, "'middle'"),
         ({"sigmas": (-1.0,)}, "-1"),
-        ({"sigmas": (1.0, 1.0)}, "differ"),
+        ({"sigmas": (1.0, 1.0)}, "distinct"),
         ({"boundary": "zero"}, "'zero'"),
         ({"dtype": torch.float16}, "float16"),
         ({"at_steps": (0.5,)}, "0.5"),

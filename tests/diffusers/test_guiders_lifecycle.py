@@ -131,7 +131,7 @@ def test_a_loop_of_ones_own(controlled: bool) -> None:
         assert relative(plain, perturbed) > 1e-3
         assert relative(guided.pred, plain + 2.0 * (plain - perturbed)) < PIPELINE_TOLERANCE
         pipe.unet.set_attn_processor(AttnProcessor2_0())
-        with pytest.raises(RuntimeError, match=r"1 predictions and as many perturbed ones.*handed back 1"):
+        with pytest.raises(RuntimeError, match=r"1 predictions and as many perturbed ones.*received 1"):
             predict(guider, keep=1)
         with pytest.raises(ValueError, match="SAGGuider needs the pipeline's scheduler"):
             predict(SAGGuider(guidance_scale=1.0))
@@ -149,7 +149,7 @@ def test_a_guider_that_is_not_asked_to_prepare_says_so() -> None:
     guider.set_state(0, 1, torch.tensor(1.0))
     (batch,) = guider.prepare_inputs({"text": (torch.ones(1), None)})
     batch.noise_pred = torch.ones(1)
-    with pytest.raises(RuntimeError, match="prepare_models must come before each call"):
+    with pytest.raises(RuntimeError, match="call prepare_models before each"):
         guider([batch])
 
 
@@ -164,11 +164,11 @@ def test_a_guider_that_is_not_asked_to_prepare_says_so() -> None:
         (SEGGuider, {"guidance_scale": None}, "SEGGuider.guidance_scale must be a finite number, got None"),
         (PAGGuider, {"guidance_rescale": math.nan}, "PAGGuider.guidance_rescale must be a finite number, got nan"),
         (PAGGuider, {"guidance_start": 0.5, "guidance_stop": 0.5}, "PAGGuider.guidance_start.*got 0.5 and 0.5"),
-        (SEGGuider, {"spec": PAG()}, r"SEGGuider takes a SEG\(...\) spec or its arguments, got PAG"),
+        (SEGGuider, {"spec": PAG()}, r"SEGGuider needs a SEG\(...\) spec or its arguments, got PAG"),
         (
             SAGGuider,
             {"spec": SAG(), "scale": 1.0, "layer": "m0"},
-            "a spec or its arguments, got SAG.*layer, scale",
+            "a spec or its arguments, got both SAG.*layer, scale",
         ),
     ],
 )
@@ -334,7 +334,7 @@ def test_the_page_has_an_example_that_runs(capsys: pytest.CaptureFixture[str]) -
 
 def test_an_argument_that_its_spec_does_not_take_is_refused() -> None:
     for value in (None, 2.0):
-        with pytest.raises(TypeError, match="SEGGuider got an unexpected argument 'sclae'; its spec takes scale, "):
+        with pytest.raises(TypeError, match="SEGGuider got an unexpected argument 'sclae'; its spec accepts scale, "):
             SEGGuider(sclae=value)
     for name in ("schedular", "trusts"):
         with pytest.raises(TypeError, match=f"unexpected argument '{name}'"):

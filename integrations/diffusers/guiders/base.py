@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base class of guiders: classifier-free guidance, one spec beside it, and a configuration that can be saved."""
+"""The base class of guiders: classifier-free guidance, one other spec, and a configuration that can be saved."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from segkern.integrations.specs import PAG, SAG
 from segkern.integrations.specs.base import Spec
 from segkern.integrations.specs.schedules import is_number
 
-_INFINITY = "inf"  # JSON has no number for it
+_INFINITY = "inf"  # JSON has no infinite numbers
 
 
 class SpecGuider(ClassifierFreeGuidance):
-    """Classifier-free guidance and one of the package's guidances beside it.
+    """Classifier-free guidance combined with one guidance spec.
 
-    A subclass names its ``spec_class``. Its arguments are those below and the fields of that spec, by name.
+    A subclass sets ``spec_class``. Its arguments are those of ``SpecGuider`` and the fields of that spec.
 
     Attributes:
-        spec: the guidance beside classifier-free guidance.
-        scheduler: of the pipeline; needed by SAG, and where it calls the denoiser twice in a step (Heun). It is kept
-            by :meth:`new` and by copies, but not saved.
-        trust: classes and functions of other packages in the denoiser that treat every sample of a batch by itself, as
-            :func:`~segkern.integrations.diffusers.guide` takes them. It is kept and not saved, as the scheduler.
+        spec: The guidance spec.
+        scheduler: The pipeline's scheduler. Needed by SAG, and by specs that depend on the step if the scheduler calls
+            the denoiser twice in a step (Heun). :meth:`new` and copies keep it; saved configurations do not.
+        trust: Classes and functions of other packages in the denoiser that process each sample of a batch
+            independently, as for :func:`~segkern.integrations.diffusers.guide`. Kept like the scheduler.
     """
 
     spec_class: ClassVar[type[Spec]]
 
     def __init_subclass__(cls) -> None:
-        """Name the spec's fields in the signature of ``__init__``, which diffusers reads to load a configuration."""
+        """Add the spec's fields to the signature of ``__init__``, which diffusers reads to load a configuration."""
         super().__init_subclass__()
         if "spec_class" not in vars(cls) or "__init__" in vars(cls):
             return
@@ -94,51 +94,53 @@ class SpecGuider(ClassifierFreeGuidance):
         )
         self.scheduler = scheduler
         self.trust: Trust = check_trust(trust)
-        self._inputs: list[Any] = []  # of the step's calls
+        self._inputs: list[Any] = []  # inputs of the step's denoiser calls
         self._fraction = 0.0
         self._last_step: int | None = None
         self._now = Step(0, self.spec.strength(0.0))
         self._calls: GuiderCalls | None = None
 
     def _spec(self, spec: Spec | None, values: Mapping[str, Any]) -> Spec:
-        """The spec that was given, or the one that the values make."""
+        """Return the given spec, or create one from the values."""
         owner = type(self).__name__
         known = inspect.signature(self.spec_class).parameters
         for name in values:
             if name not in known:
-                raise TypeError(f"{owner} got an unexpected argument {name!r}; its spec takes {', '.join(known)}")
+                raise TypeError(f"{owner} got an unexpected argument {name!r}; its spec accepts {', '.join(known)}")
         given = {name: value for name, value in values.items() if value is not None}
         if spec is None:
             return self.spec_class(**{**given, **({"sigma": _numbers(given["sigma"])} if "sigma" in given else {})})
         if type(spec) is not self.spec_class:
-            raise ValueError(f"{owner} takes a {self.spec_class.__name__}(...) spec or its arguments, got {spec!r}")
+            raise ValueError(f"{owner} needs a {self.spec_class.__name__}(...) spec or its arguments, got {spec!r}")
         if given:
-            raise ValueError(f"{owner} takes a spec or its arguments, got {spec!r} and {', '.join(sorted(given))}")
+            raise ValueError(
+                f"{owner} needs either a spec or its arguments, got both {spec!r} and {', '.join(sorted(given))}"
+            )
         return spec
 
     def new(self, **changes: Any) -> Any:
-        """Another guider with the same arguments but for those that are given.
+        """Return another guider with the same arguments except for the changed ones.
 
         Raises:
-            TypeError: for an argument that there is not.
-            ValueError: for a value that does not fit.
+            TypeError: If there is no argument of that name.
+            ValueError: If a value is invalid.
         """
         dropped = set(self.spec.to_dict()) if "spec" in changes else ()
         return type(self)(**{"scheduler": self.scheduler, "trust": self.trust, **self._kept(dropped), **changes})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of a pipeline has a guider of its own, which has done nothing yet."""
+        """Return a new guider without state, so that a copied pipeline has its own guider."""
         return _made(type(self), self._kept(), self._enabled, copy.deepcopy(self.scheduler, memo), self.trust)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _made, (type(self), self._kept(), self._enabled, self.scheduler, self.trust)
 
     def _kept(self, dropped: Container[str] = ()) -> dict[str, Any]:
-        """The arguments it was made with, but for some."""
+        """Return the arguments of the constructor, except for some."""
         return {name: value for name, value in self.config.items() if not name.startswith("_") and name not in dropped}
 
     def to_json_string(self) -> str:
-        """The configuration in JSON, an infinite sigma as ``"inf"``."""
+        """Return the configuration as JSON. An infinite sigma becomes ``"inf"``."""
         config = {**self.config, "_class_name": type(self).__name__, "_diffusers_version": diffusers.__version__}
         return json.dumps(_plain(config), indent=2, sort_keys=True) + "\n"
 
@@ -146,22 +148,22 @@ class SpecGuider(ClassifierFreeGuidance):
         """Save the configuration, as ``save_pretrained`` does.
 
         Raises:
-            ValueError: for a function as schedule.
+            ValueError: If the schedule is a function.
         """
         if callable(self.spec.schedule):
             raise ValueError(f"{type(self).__name__} cannot save a function as schedule, got {self.spec.schedule!r}")
         super().save_config(save_directory, push_to_hub=push_to_hub, **options)
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Begin a step. Where the scheduler calls the denoiser twice in one (Heun), both calls are that step."""
+        """Begin a step. If the scheduler calls the denoiser twice in a step (Heun), both calls count as that step."""
         super().set_state(step, num_inference_steps, timestep)
         first = step == 0 or self._last_step is None or step < self._last_step
         self._last_step = step
         if step >= num_inference_steps and self.scheduler is None and self.spec.depends_on_step:
             owner = type(self).__name__
             raise RuntimeError(
-                f"step {step} of {num_inference_steps}: the scheduler calls the denoiser more than once in a step, and "
-                f"{owner} needs it to know how often: {owner}(..., scheduler=pipe.scheduler)"
+                f"step {step} of {num_inference_steps}: the scheduler calls the denoiser more than once in a step; "
+                f"pass the scheduler so that {owner} can count steps: {owner}(..., scheduler=pipe.scheduler)"
             )
         order = getattr(self.scheduler, "order", 1)
         self._fraction = (step // order) / num_inference_steps
@@ -172,48 +174,48 @@ class SpecGuider(ClassifierFreeGuidance):
             self._calls.new_step(first)
 
     def prepare_inputs(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """The inputs of each of the step's calls."""
+        """Return the inputs of each denoiser call of the step."""
         self._inputs = super().prepare_inputs(*args, **kwargs)
         return self._inputs
 
     def prepare_inputs_from_block_state(self, *args: Any, **kwargs: Any) -> list[Any]:
-        """The inputs of each of the step's calls."""
+        """Return the inputs of each denoiser call of the step."""
         self._inputs = super().prepare_inputs_from_block_state(*args, **kwargs)
         return self._inputs
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Before a call of the denoiser: see to it that the guidance acts there, if it does.
+        """Prepare the denoiser for a call in which guidance may act.
 
         Raises:
-            ValueError: for a denoiser or layers that do not fit; the message quotes them.
+            ValueError: If the denoiser or a layer is not supported. The message quotes it.
         """
         super().prepare_models(denoiser)
         if self._calls is None or not self._calls.is_of(denoiser, self.trust):
             if self._calls is not None:
                 self._calls.release()
             self._calls = GuiderCalls(denoiser, self.spec, self.trust)
-        # SAG degrades the unconditional prediction, which is the second call where there is one.
+        # SAG degrades the unconditional prediction, which is the second call if there is one.
         call = 2 if isinstance(self.spec, SAG) and self._is_cfg_enabled() else 1
         acts = self._enabled and self._count_prepared == call
         inputs = self._inputs[call - 1].as_dict() if len(self._inputs) >= call else {}
         self._calls.prepare(self._now if acts else Step(), self.scheduler, inputs)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        """After a call of the denoiser: it is what it was."""
+        """Restore the denoiser after a call."""
         super().cleanup_models(denoiser)
         if self._calls is not None:
             self._calls.release()
 
     def forward(self, pred_cond: torch.Tensor, pred_uncond: torch.Tensor | None = None) -> Any:
-        """The guided prediction of the step, and the predictions without guidance."""
+        """Return the guided prediction of the step, and the predictions without guidance."""
         calls, cfg = self._calls, self._is_cfg_enabled()
         difference: torch.Tensor | None = None
         if calls is not None:
             pred_cond, difference = calls.difference(pred_cond)
         if difference is None and self._enabled and self._now.strength:
             raise RuntimeError(
-                f"{type(self).__name__} was not there when the denoiser ran: prepare_models must come before each call "
-                f"of it and cleanup_models after it"
+                f"{type(self).__name__} was not prepared when the denoiser was called: call prepare_models before each "
+                f"denoiser call and cleanup_models after it"
             )
         pred = pred_cond
         if cfg:
@@ -224,11 +226,11 @@ class SpecGuider(ClassifierFreeGuidance):
             pred = shifted(pred, self._now.strength * difference)
         if cfg and self.guidance_rescale > 0.0:
             pred = rescale_noise_cfg(pred, pred_cond, self.guidance_rescale)
-        self._num_inference_steps = None  # what is asked between steps is asked of the whole run
+        self._num_inference_steps = None  # between steps, queries refer to the whole run
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _is_cfg_enabled(self) -> bool:
-        """True if there is classifier-free guidance in this step; between steps, in any."""
+        """Return True if classifier-free guidance is active in this step; between steps, in any step."""
         steps: int | None = self._num_inference_steps
         if steps is not None and not self._start <= self._fraction < self._stop:
             return False
@@ -236,13 +238,13 @@ class SpecGuider(ClassifierFreeGuidance):
         return bool(self._enabled) and not math.isclose(self.guidance_scale, off)
 
     def report(self) -> Report:
-        """Report the guidance so far in the denoiser that ran last; warns if it fired never or moved nothing.
+        """Return the report so far for the most recent denoiser, and warn if guidance had no effect.
 
         Raises:
-            RuntimeError: before any run.
+            RuntimeError: If no run has started.
         """
         if self._calls is None:
-            raise RuntimeError(f"this {type(self).__name__} has nothing to report: no pipeline has run with it yet")
+            raise RuntimeError(f"this {type(self).__name__} has nothing to report: no pipeline has run with it")
         report = self._calls.recorder.report()
         self._calls.recorder.warn(report, stacklevel=3)
         return report
@@ -251,7 +253,7 @@ class SpecGuider(ClassifierFreeGuidance):
 def _made(
     kind: type[SpecGuider], given: Mapping[str, Any], enabled: bool, scheduler: Any, trust: Trust = ()
 ) -> SpecGuider:
-    """A guider with these arguments, turned on or off since."""
+    """Return a guider with these arguments and attributes."""
     made: SpecGuider = kind(**given)
     made.scheduler, made.trust = scheduler, trust
     made._enabled = enabled
@@ -259,7 +261,7 @@ def _made(
 
 
 def _numbers(sigma: Any) -> Any:
-    """A sigma as it was before it was saved."""
+    """Restore a sigma from a saved configuration."""
     if isinstance(sigma, str) and sigma == _INFINITY:
         return math.inf
     if isinstance(sigma, Mapping):
@@ -268,7 +270,8 @@ def _numbers(sigma: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a configuration in JSON's types."""
+    """Convert a configuration value to JSON types."""
+
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls of a denoiser that a guider's guidance acts in: hooks that wait for the next one, and come off after it."""
+"""Guidance in the denoiser calls of a guider, through hooks on the next call that are removed after it."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from segkern.integrations.specs.base import Spec
 
 @dataclass
 class Step:
-    """One step of a run, as a guider knows it.
+    """One step of a run, as seen by a guider.
 
     Attributes:
-        number: of the step, from 0.
-        strength: of the guidance in it; 0 where that does not act.
-        timestep: of the scheduler.
+        number: Number of the step, from 0.
+        strength: Guidance scale in this step; 0 if guidance is inactive.
+        timestep: Timestep of the scheduler.
     """
 
     number: int = 0
@@ -51,25 +51,25 @@ class Step:
 
 
 class GuiderCalls:
-    """One guidance in the calls of one denoiser.
+    """One guidance spec in the calls of one denoiser.
 
-    Of SEG and PAG a branch joins the call for the prompt, as it does under ``guide``, and comes out as further samples
-    of its output, so that what a pipeline does with the output it does with the branch. Of SAG a second call follows
-    within.
+    For SEG and PAG, a branch joins the call for the prompt, as under ``guide``. Its output is returned as additional
+    samples, so whatever a pipeline does to the output also applies to the branch. For SAG, a second call is made inside
+    the first.
 
     Args:
-        denoiser: as the pipeline calls it, compiled or not.
-        spec: the guidance.
-        trust: classes and functions that treat every sample of a batch by itself, as the user says.
+        denoiser: The denoiser as the pipeline calls it, compiled or not.
+        spec: The guidance spec.
+        trust: Classes and functions that the user declares to process each sample of a batch independently.
 
     Attributes:
-        recorder: of what happened.
-        samples: that the pipeline asked for in the call in which a branch has just joined; None without a branch.
-        kept: the difference that a second call gave, or that an earlier step left for this one; None where the branch
-            is in the output.
+        recorder: Records the effects of guidance.
+        samples: Number of samples that the pipeline passed in the call that a branch has just joined; None without a
+            branch.
+        kept: The difference from a second call or from an earlier step; None if the branch is in the output.
 
     Raises:
-        ValueError: for a denoiser or layers that do not fit, or one that is under ``guide``.
+        ValueError: If the denoiser or a layer is not supported, or if the denoiser is under ``guide``.
     """
 
     def __init__(self, denoiser: nn.Module, spec: Spec, trust: Trust = ()) -> None:
@@ -78,7 +78,7 @@ class GuiderCalls:
         self._trust = trust
         denoisers = find_denoisers(SimpleNamespace(unet=denoiser))
         if not denoisers:
-            find_model(denoiser)  # says what could be guided
+            find_model(denoiser)  # raises an error that lists the supported models
         self._denoiser: Denoiser = denoisers[0]
         self._denoiser_guidance = DenoiserGuidance(
             self._denoiser, choose_layers(self._denoiser, (spec,)), check_trust(trust)
@@ -94,20 +94,20 @@ class GuiderCalls:
         self._differences = Differences((spec,))
         self._handles: list[RemovableHandle] = []
         self._step = Step()
-        self._inputs: Mapping[str, Any] = {}  # of the call that is waited for, as the guider gave them
+        self._inputs: Mapping[str, Any] = {}  # inputs of the expected call, from the guider
         self._forward: Forward | None = None
         self._given: Arguments = ((), {})
         self._sag: SAGForward | None = None
-        self._thread: int | None = None  # in which the call is waited for
+        self._thread: int | None = None  # thread in which the call is expected
         self._has_lock = False
-        self._checkpoints = CheckpointCheck(True)  # since the call is waited for
+        self._checkpoints = CheckpointCheck(True)  # created when a call is expected
 
     def is_of(self, denoiser: nn.Module, trust: Trust) -> bool:
-        """True if it is this denoiser's, and trusts the same code."""
+        """Return True if this belongs to the denoiser and trusts the same code."""
         return self._module is denoiser and self._trust == trust
 
     def new_step(self, first: bool) -> None:
-        """Forget the last step, and with the ``first`` of a run the last run."""
+        """Discard the state of the last step; in the ``first`` step of a run, also that of the last run."""
         self.release()  # after an exception
         self.samples, self.kept = None, None
         if first:
@@ -115,20 +115,20 @@ class GuiderCalls:
             self._differences.forget()
 
     def prepare(self, step: Step, scheduler: Any = None, inputs: Mapping[str, Any] | None = None) -> None:
-        """The denoiser's next call is the one to act in, if the guidance acts in this step.
+        """Expect the denoiser's next call, and act in it if guidance is active in this step.
 
         Args:
-            step: the call's.
-            scheduler: for SAG.
-            inputs: of the call, by which it is known.
+            step: The step of the call.
+            scheduler: The scheduler, for SAG.
+            inputs: The inputs of the call, to recognize it.
 
         Raises:
-            ValueError: for a denoiser that is under ``guide``, or a scheduler that does not fit.
+            ValueError: If the denoiser is under ``guide``, or if the scheduler is not supported.
         """
         self.release()
         self.recorder.forwards += 1
         if is_guided(self._module):
-            raise ValueError("this denoiser is under guide(...); remove that guidance, or take another guider")
+            raise ValueError("this denoiser is under guide(...); remove that guidance, or use another guider")
         if step.strength == 0.0:
             return
         self._step, self._inputs, self._thread = step, inputs or {}, threading.get_ident()
@@ -136,17 +136,17 @@ class GuiderCalls:
         if isinstance(self._spec, SAG):
             if scheduler is None:
                 raise ValueError(
-                    "SAGGuider needs the pipeline's scheduler to noise images again: SAGGuider(..., "
+                    "SAGGuider needs the pipeline's scheduler to noise images again; pass SAGGuider(..., "
                     "scheduler=pipe.scheduler)"
                 )
             self._sag = SAGForward(SimpleNamespace(scheduler=scheduler), (self._spec,))
         self._handles.append(self._module.register_forward_pre_hook(Outer(self._before), with_kwargs=True))
         self._handles.append(self._module.register_forward_hook(Outer(self._after), prepend=True))
-        # PyTorch goes through the hooks themselves after an exception: one may be taken off by the last one alone.
+        # After an exception PyTorch iterates over the hooks, so only the last one may remove them.
         self._handles.append(self._module.register_forward_hook(Outer(self._over), always_call=True))
 
     def release(self) -> None:
-        """The denoiser is what it was; nothing happens when it is already."""
+        """Restore the denoiser. Does nothing if it has been restored."""
         if not self._handles:
             return
         while self._handles:
@@ -158,11 +158,11 @@ class GuiderCalls:
             self._lock.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """Before the denoiser: let the branch join."""
+        """Before a denoiser call: let the branch join."""
         if not self._is_own(module):
             return None
         if self._forward is not None or not self._is_expected(args, kwargs):
-            self.release()  # the call that was waited for never came, for an exception before it
+            self.release()  # the expected call never came because of an exception
             return None
         try:
             return self._begin(args, kwargs)
@@ -171,7 +171,7 @@ class GuiderCalls:
             raise
 
     def _is_expected(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """True for the call that was waited for: at the step's timestep, with the inputs that the guider gave."""
+        """Return True for the expected call: it has the step's timestep and the guider's inputs."""
         timestep = self._denoiser.timestep(args, kwargs)
         if self._step.timestep is not None and timestep is not None and timestep is not self._step.timestep:
             at, expected = timestep_value(timestep), timestep_value(self._step.timestep)[0]
@@ -205,22 +205,22 @@ class GuiderCalls:
         return self._denoiser.grown(forward, args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the denoiser: look at what it gave."""
+        """After a denoiser call: process its output."""
         if self._is_own(module) and self._forward is not None:
             self._take(self._forward, batch_of(output[0]))
 
     def _over(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After the denoiser and all its hooks, and after an exception in it."""
+        """After a denoiser call and all its hooks, also after an exception."""
         if self._is_own(module):
             self._denoiser_guidance.layers.forget()
             self.release()
 
     def _is_own(self, module: nn.Module) -> bool:
-        """True if a call may be the one that is waited for: not of a copy or thread, nor the second one of SAG."""
+        """Return False for calls of a copy, in another thread, or within SAG's second call."""
         return module is self._module and threading.get_ident() == self._thread and not in_repeated_forward()
 
     def _take(self, forward: Forward, sample: torch.Tensor) -> None:
-        """Take the output of the forward under way."""
+        """Process the output of the current call."""
         moved = self._denoiser_guidance.reports(forward)
         if self._sag is None:
             self.samples = forward.batch.samples
@@ -235,13 +235,13 @@ class GuiderCalls:
         self.recorder.add(moved, sample.dtype)
 
     def difference(self, prediction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The prediction for the prompt without the branch, and what the guidance adds, once; None for nothing.
+        """Return the prediction for the prompt without the branch, and the difference that guidance scales, if any.
 
         Args:
-            prediction: for the prompt, as the pipeline made it of the denoiser's output.
+            prediction: The prediction for the prompt, computed by the pipeline from the denoiser's output.
 
         Raises:
-            RuntimeError: when the branch is not in it any more.
+            RuntimeError: If the branch is missing from the prediction.
         """
         samples, difference = self.samples, self.kept
         self.samples, self.kept = None, None
@@ -249,8 +249,8 @@ class GuiderCalls:
             return prediction, difference
         if prediction.shape[0] != 2 * samples:
             raise RuntimeError(
-                f"the denoiser gave a guider {samples} predictions and as many perturbed ones, and it was handed back "
-                f"{prediction.shape[0]}: the pipeline must hand back the whole output"
+                f"the denoiser returned {samples} predictions and as many perturbed ones, but the guider received "
+                f"{prediction.shape[0]}: the pipeline must pass the whole output to the guider"
             )
         own, perturbed = prediction.chunk(2)
         compute = torch.promote_types(prediction.dtype, torch.float32)
@@ -260,14 +260,14 @@ class GuiderCalls:
 
 
 def _tensors(value: Any) -> Iterator[Any]:
-    """The tensors of a guider's batch, and lists of them with one for each sample."""
+    """Yield the tensors of a guider's batch, and lists of tensors with one for each sample."""
     for item in value.values() if isinstance(value, Mapping) else ():
         if isinstance(item, torch.Tensor) or (isinstance(item, list) and item and isinstance(item[0], torch.Tensor)):
             yield item
 
 
 def _equal(x: Any, text: Any) -> bool:
-    """True if a guider's input is the prompt of a call, in any dtype. Waits for the device of other tensors."""
+    """Return True if a guider's input equals the prompt of a call in any dtype. May synchronize with the device."""
     if x is text:
         return True
     if isinstance(x, list) or isinstance(text, list):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guiders for modular diffusers: SEG, PAG and SAG beside classifier-free guidance, as components of any pipeline.
+"""Guiders for modular diffusers pipelines: SEG, PAG and SAG combined with classifier-free guidance.
 
-diffusers has guiders for SEG and PAG of its own. In 0.42 and before its ``SmoothedEnergyGuidance`` pays for a third
-call of the denoiser in each step and changes nothing: it never attaches its hooks. Without classifier-free guidance
-both of its guiders compare the prompt with the negative prompt. These do neither: the perturbed branch is always of the
-prompt, and it joins the call for the prompt at its first perturbed layer instead of asking for a call of its own.
+diffusers has guiders for SEG and PAG. Up to version 0.42, its ``SmoothedEnergyGuidance`` calls the denoiser a third
+time in each step and has no effect, because its hooks are never attached. Without classifier-free guidance, both of its
+guiders compare the prompt with the negative prompt. The guiders in this module always perturb the prediction for the
+prompt, and the perturbed branch joins the call for the prompt at its first perturbed layer instead of using a separate
+call.
 """
 
 from __future__ import annotations
@@ -14,31 +15,32 @@ from segkern.integrations.specs import PAG, SAG, SEG
 
 
 class SEGGuider(SpecGuider):
-    """Smoothed Energy Guidance and classifier-free guidance for a modular pipeline.
+    """Smoothed Energy Guidance with classifier-free guidance, for modular pipelines.
 
-    The prediction of a step is ``u + g (c - u) + s (c - p)``, and ``c + s (c - p)`` where there is no classifier-free
-    guidance; ``p`` is ``c`` with blurred queries in some self-attention layers. The branch for ``p`` runs in the
-    same call of the denoiser as ``c``, from its first blurred layer on, so that there are as many calls as without it.
+    The prediction of a step is ``u + g (c - u) + s (c - p)``, or ``c + s (c - p)`` without classifier-free guidance.
+    ``p`` is ``c`` with blurred queries in some self-attention layers. The branch for ``p`` runs in the same denoiser
+    call as ``c``, starting at its first blurred layer, so the number of denoiser calls does not change.
 
     Args:
-        spec: ``SEG(...)``; instead of it the arguments that :class:`SEG` takes, under the same names and with the same
-            defaults. ``start`` and ``stop`` are SEG's.
-        guidance_scale: ``g``; 1 turns classifier-free guidance off.
-        scale: ``s``, and so on; see :class:`SEG`. ``sigma`` may be ``"inf"`` too, as saved configurations have it.
-        guidance_rescale: how far the prediction takes the standard deviation of ``c``; under classifier-free guidance
-            only.
-        use_original_formulation: ``c + g (c - u)`` instead of ``u + g (c - u)``; then 0 turns it off. The guidance
-            is added to either, and to ``c`` alone, in the same way.
-        guidance_start: fraction of the run's steps at which classifier-free guidance begins.
-        guidance_stop: fraction of the run's steps from which there is none.
-        enabled: False turns both guidances off; so does ``disable()``, and ``enable()`` turns them on.
-        scheduler: of the pipeline, which guiders do not know. It is needed for ``start``, ``stop``, a schedule and
-            ``reuse`` where it calls the denoiser twice in a step (Heun).
-        trust: classes and functions of other packages in the denoiser, as
-            :func:`~segkern.integrations.diffusers.guide` takes them.
+        spec: A ``SEG(...)`` spec. Alternatively, pass the arguments of :class:`SEG`, with the same names and defaults.
+            ``start`` and ``stop`` are those of SEG.
+        guidance_scale: Classifier-free guidance scale ``g``; 1 turns classifier-free guidance off.
+        scale: ``s``; this and the other SEG arguments are described in :class:`SEG`. ``sigma`` may also be ``"inf"``,
+            as in saved configurations.
+        guidance_rescale: How far to rescale the prediction to the standard deviation of ``c``. Applies only with
+            classifier-free guidance.
+        use_original_formulation: Use ``c + g (c - u)`` instead of ``u + g (c - u)``; 0 then turns classifier-free
+            guidance off. SEG is added in the same way to either formula, or to ``c`` alone.
+        guidance_start: Fraction of the inference steps at which classifier-free guidance starts.
+        guidance_stop: Fraction of the inference steps at which classifier-free guidance stops.
+        enabled: False turns both guidance methods off. ``disable()`` and ``enable()`` turn them off and on.
+        scheduler: The pipeline's scheduler, which guiders cannot access. If the scheduler calls the denoiser twice in a
+            step (Heun), it is needed for ``start``, ``stop``, a schedule and ``reuse``.
+        trust: Classes and functions of other packages in the denoiser, as for
+            :func:`~segkern.integrations.diffusers.guide`.
 
     Raises:
-        ValueError: when a value does not fit; the message quotes it. Layers are looked up when the denoiser is first
+        ValueError: If an argument is invalid. The message quotes it. Layers are resolved when the denoiser is first
             prepared.
 
     Source: SEG (arXiv 2408.00760); guidance_rescale: arXiv 2305.08891, section 3.4.
@@ -56,18 +58,18 @@ class SEGGuider(SpecGuider):
 
 
 class PAGGuider(SpecGuider):
-    """Perturbed-Attention Guidance and classifier-free guidance for a modular pipeline.
+    """Perturbed-Attention Guidance with classifier-free guidance, for modular pipelines.
 
-    As :class:`SEGGuider` with another ``p``: in the layers every token of the image attends to itself alone.
+    Uses the formulas of :class:`SEGGuider` with another ``p``: in the chosen layers, every image token attends only to
+    itself.
 
     Args:
-        spec: ``PAG(...)``; instead of it the arguments that :class:`PAG` takes, under the same names and with the same
-            defaults.
-        guidance_scale: as :class:`SEGGuider` takes it, and so are the arguments that :class:`PAG` has not.
-        scale: ``s``, and so on; see :class:`PAG`.
+        spec: A ``PAG(...)`` spec. Alternatively, pass the arguments of :class:`PAG`, with the same names and defaults.
+        guidance_scale: See :class:`SEGGuider`, also for all other arguments that are not fields of :class:`PAG`.
+        scale: ``s``; this and the other PAG arguments are described in :class:`PAG`.
 
     Raises:
-        ValueError: when a value does not fit; the message quotes it.
+        ValueError: If an argument is invalid. The message quotes it.
 
     Source: PAG (arXiv 2403.17377), equations 15 and 16.
 
@@ -80,22 +82,21 @@ class PAGGuider(SpecGuider):
 
 
 class SAGGuider(SpecGuider):
-    """Self-Attention Guidance and classifier-free guidance for a modular pipeline with a ``UNet2DConditionModel``.
+    """Self-Attention Guidance with classifier-free guidance, for modular pipelines with a ``UNet2DConditionModel``.
 
-    The prediction of a step is ``u + g (c - u) + s (u - u')``, and ``c + s (c - c')`` where there is no classifier-free
-    guidance. A second call of the denoiser follows within the one that is degraded. Noising the image again takes
-    the pipeline's scheduler, which guiders do not know: give it as ``scheduler``, or set it as the attribute of a
-    guider that was loaded.
+    The prediction of a step is ``u + g (c - u) + s (u - u')``, or ``c + s (c - c')`` without classifier-free guidance.
+    The denoiser call whose prediction is degraded makes a second call. Noising the image again requires the pipeline's
+    scheduler, which guiders cannot access: pass it as ``scheduler``, or set this attribute on a loaded guider.
 
     Args:
-        spec: ``SAG(...)``; instead of it the arguments that :class:`SAG` takes, under the same names and with the same
-            defaults.
-        guidance_scale: as :class:`SEGGuider` takes it, and so are the arguments that :class:`SAG` has not.
-        scale: ``s``, and so on; see :class:`SAG`.
+        spec: A ``SAG(...)`` spec. Alternatively, pass the arguments of :class:`SAG`, with the same names and defaults.
+        guidance_scale: See :class:`SEGGuider`, also for all other arguments that are not fields of :class:`SAG`.
+        scale: ``s``; this and the other SAG arguments are described in :class:`SAG`.
 
     Raises:
-        ValueError: when a value does not fit; the message quotes it. When the denoiser is first prepared, without a
-            scheduler and for one whose images cannot be noised again.
+        ValueError: If an argument is invalid. The message quotes it. Also raised when the denoiser is first prepared,
+            if there is no scheduler or if images cannot be noised again for this scheduler.
+
 
     Source: SAG (arXiv 2210.00939), equations 16 and 25.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``record_energy``: the energy of a stock pipeline's self-attention while it runs, without changing what it draws."""
+"""``record_energy``: record the energy of a pipeline's self-attention during a run, without changing its images."""
 
 from __future__ import annotations
 
@@ -34,19 +34,18 @@ from segkern.integrations.diffusers.runtime.support import check_layer
 
 @dataclass(frozen=True)
 class LayerEnergy:
-    """The energy of one layer in one forward of the denoiser, on the CPU.
+    """The energy of one layer in one denoiser call, on the CPU.
 
-    Its batch are the conditional samples, unperturbed. Both cuts of the logits are there; see :mod:`segkern.energy`.
+    The batch holds the conditional samples, unperturbed. For the two cuts of the logits, see :mod:`segkern.energy`.
 
     Attributes:
-        layer: with the grid of this forward.
-        run: number of the pipeline's run, from 0.
-        step: number of the forward in the run, from 0.
-        steps: of the run.
-        by_query: an energy for each query, ``over="keys"``: the first sigma is 0, and in steps that were not chosen the
-            only one.
-        by_key: an energy for each key, ``over="queries"``, as the paper defines it; None in steps that were not
-            chosen.
+        layer: The layer, with its grid in this call.
+        run: Number of the pipeline run, from 0.
+        step: Number of the denoiser call in the run, from 0.
+        steps: Number of denoiser calls in the run.
+        by_query: One energy per query, ``over="keys"``. The first sigma is 0; steps that were not selected have no
+            others.
+        by_key: One energy per key, ``over="queries"``, as defined in the paper; None in steps that were not selected.
     """
 
     layer: LayerInfo
@@ -57,17 +56,17 @@ class LayerEnergy:
     by_key: OverSigma | None
 
     def map(self, sigma: float = 0.0, *, cut: str = "by_query") -> torch.Tensor:
-        """Energies over the grid at one sigma, ``[samples, heads, height, width]``, in nats.
+        """Return the energies over the grid at one sigma, ``[samples, heads, height, width]``, in nats.
 
         Raises:
-            ValueError: for a sigma or a cut that was not recorded here.
+            ValueError: If the sigma or the cut was not recorded in this step.
         """
         if cut not in ("by_query", "by_key"):
             raise ValueError(f"cut must be 'by_query' or 'by_key', got {cut!r}")
         energies: OverSigma | None = getattr(self, cut)
         known = () if energies is None else energies.sigmas
         if energies is None or sigma not in known:
-            raise ValueError(f"step {self.step} has sigmas {known} {cut}, got {sigma}")
+            raise ValueError(f"step {self.step} has {cut} energies for sigmas {known}, got {sigma}")
         assert self.layer.grid is not None
         size = (self.layer.grid.height, self.layer.grid.width)
         return energies.energies[known.index(sigma)].unflatten(-1, size)
@@ -82,29 +81,31 @@ def record_energy(
     boundary: str = "reflect",
     dtype: torch.dtype = torch.float32,
 ) -> EnergyRecorder:
-    """Record the energy of self-attention in every run of a pipeline, until the context is left.
+    """Record the energy of self-attention in every run of a pipeline, until the context exits.
 
-    Queries and keys are those that attention gets, after their projections and norms, of the conditional branch alone,
-    also while :func:`~segkern.integrations.diffusers.guide` is at work on the pipeline. They are projected once more
-    for it; images stay the same bit for bit. Every step records the energy without a blur, the chosen ones all sigmas.
+    The recorded queries and keys are the inputs of attention, after projections and norms, of the conditional branch,
+    also while :func:`~segkern.integrations.diffusers.guide` is active on the pipeline. They are computed by separate
+    projections; images stay bit-for-bit the same. Every step records the energy without a blur, and selected steps
+    record all sigmas.
 
     Args:
-        pipe: a Stable Diffusion or Stable Diffusion XL pipeline that is not compiled.
-        layers: as for :class:`~segkern.integrations.diffusers.SEG`; every self-attention layer if None.
-        sigmas: of blurs, in tokens, ``math.inf`` the mean query.
-        at_steps: in which those are recorded: numbers of the denoiser's calls from 0, negative ones from a run's end;
-            every step if None. A step of one layer costs a few times its attention for each sigma, and keeps
-            ``2 * heads * tokens`` numbers for each.
-        boundary: of the blurs.
-        dtype: of the analysis, ``torch.float32`` or ``torch.float64``.
+        pipe: A Stable Diffusion or Stable Diffusion XL pipeline that is not compiled.
+        layers: Layers to record, in the form that :class:`~segkern.integrations.diffusers.SEG` accepts. None records
+            every self-attention layer.
+        sigmas: Standard deviations of the blurs, in tokens; ``math.inf`` is the mean query.
+        at_steps: Steps in which all sigmas are recorded: numbers of denoiser calls from 0; negative numbers count from
+            the end of a run. None selects every step. For each sigma, a step of one layer costs a few times its
+            attention and stores ``2 * heads * tokens`` numbers.
+        boundary: Boundary of the blurs.
+        dtype: Dtype of the analysis, ``torch.float32`` or ``torch.float64``.
 
     Returns:
-        The recorder, a context manager; its ``records`` stay when it is left. Leaving it, by an exception too, takes
-        every hook off, and warns where a chosen step never came.
+        The recorder, a context manager. Its ``records`` remain after exit. On exit, also after an exception, it removes
+        all hooks, and it warns if a selected step did not occur.
 
     Raises:
-        ValueError: for a pipeline, layer or number that does not fit; the message quotes it and the pipeline is left
-            as it was.
+        ValueError: If a pipeline, layer or number is not supported. The message quotes it, and the pipeline is
+            unchanged.
 
     Source: SEG (arXiv 2408.00760), Definition 2.1 and appendix B.
 
@@ -117,7 +118,7 @@ def record_energy(
         raise ValueError(f"record_energy needs a pipeline with a UNet2DConditionModel, got {type(pipe).__name__}")
     unet = find_unet(pipe)
     if any(map(is_compiled_in_place, unet.modules())) or pipe.unet is not unet:
-        raise ValueError("record_energy needs a denoiser that is not compiled: hooks in a compiled one may be ignored")
+        raise ValueError("record_energy needs a denoiser that is not compiled: compiled denoisers may ignore hooks")
     available = list_layers(unet)
     chosen = available if layers is None else select_layers(available, layers)
     for layer in chosen:
@@ -125,7 +126,7 @@ def record_energy(
     values = tuple(sigmas)
     values = check_sigma(values, len(values))
     if len({0.0, *values}) != len(values) + (0.0 not in values):
-        raise ValueError(f"sigmas must differ, got {values}")
+        raise ValueError(f"sigmas must be distinct, got {values}")
     check_boundary(boundary)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
@@ -138,12 +139,12 @@ def record_energy(
 
 
 class EnergyRecorder:
-    """Records at work on a pipeline; made by :func:`record_energy`.
+    """Active recorder of a pipeline; created by :func:`record_energy`.
 
     Attributes:
-        layers: that are recorded.
-        sigmas: that are recorded at chosen steps; the first is 0, no blur.
-        records: so far, in the order in which layers ran.
+        layers: Recorded layers.
+        sigmas: Sigmas recorded in selected steps; the first is 0, no blur.
+        records: Records so far, in execution order.
     """
 
     def __init__(
@@ -170,12 +171,12 @@ class EnergyRecorder:
         self._last_run: PipelineRun | None = None
         self._layout: BatchLayout | None = None
         self._watches = False
-        self._now: tuple[int, int, slice] | None = None  # step, steps and conditional samples of the forward under way
-        self._grids: dict[str, Grid] = {}  # of its layers so far
+        self._now: tuple[int, int, slice] | None = None  # step, steps and conditional samples of the current call
+        self._grids: dict[str, Grid] = {}  # grids of the layers so far in the current call
         self._missed: set[int] = set(at_steps or ())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EnergyRecorder:
-        """A copy of the pipeline takes the hooks along, but they act on the original alone."""
+        """Return this object: a copied pipeline has the hooks too, but they act only on the original."""
         return self
 
     def __enter__(self) -> EnergyRecorder:
@@ -190,13 +191,13 @@ class EnergyRecorder:
         if kind is None and self._missed:
             steps = max((record.steps for record in self.records), default=0)
             warnings.warn(
-                f"record_energy was asked for steps {sorted(self._missed)}, and runs had {steps}",
+                f"record_energy found no steps {sorted(self._missed)}: runs had {steps} steps",
                 UserWarning,
                 stacklevel=2,
             )
 
     def remove(self) -> None:
-        """Take every hook off the pipeline; nothing happens when they are off already."""
+        """Remove all hooks from the pipeline. Does nothing if they have been removed."""
         while self._handles:
             self._handles.pop().remove()
         if self._watches:
@@ -209,7 +210,7 @@ class EnergyRecorder:
         try:
             watch(self._pipe)
             self._watches = True
-            # Before a guidance's hook, which may enlarge the batch.
+            # This hook runs before those of guidance, which may enlarge the batch.
             self._hook(unet, self._begin, prepend=True)
             self._handles += hook_grids(unet, [layer.module for layer in self.layers], self._grids.__setitem__)
             for layer in self.layers:
@@ -225,7 +226,7 @@ class EnergyRecorder:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward of the denoiser on the pipeline's own batch."""
+        """Begin a denoiser call on the pipeline's own batch."""
         self._now = None
         self._grids.clear()
         run = current_run()
@@ -253,7 +254,7 @@ class EnergyRecorder:
 
     @torch.no_grad()
     def _record(self, attention: Attention, layer: LayerInfo, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call of a layer on the batch that its processor will get."""
+        """Record a call of a layer on the batch that its processor gets."""
         if self._now is None:
             return
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -261,8 +262,8 @@ class EnergyRecorder:
         step, steps, conditional = self._now
         if masked or hidden_states.ndim != 3 or layer.module not in self._grids:
             raise ValueError(
-                f"layer {layer.name} ({layer.module}) got {'a mask' if masked else tuple(hidden_states.shape)}, and "
-                f"record_energy reads self-attention over all tokens [batch, tokens, channels] of a transformer's image"
+                f"layer {layer.name} ({layer.module}) got {'a mask' if masked else tuple(hidden_states.shape)}, but "
+                f"record_energy needs self-attention over all image tokens, [batch, tokens, channels] without a mask"
             )
         grid = self._grids[layer.module]
         tokens = tokens_of(attention, hidden_states[conditional], None)
@@ -284,7 +285,7 @@ class EnergyRecorder:
 
 
 class _PreHook(Hook):
-    """A forward pre-hook that passes its module's arguments on and changes nothing; on a copy it does nothing."""
+    """A forward pre-hook that only observes its module's arguments. On a copy of the module it does nothing."""
 
     def __init__(self, module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         self._module = module

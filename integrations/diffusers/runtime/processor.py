@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention processors: the one users set on a layer themselves, and the one that ``guide`` sets for them."""
+"""Attention processors: the public ``SEGAttnProcessor`` and the one that ``guide`` sets."""
 
 from __future__ import annotations
 
@@ -40,27 +40,25 @@ STANDARD_PROCESSORS = (
 class SEGAttnProcessor:
     """Self-attention with Gaussian-blurred queries, for ``attn.set_processor``.
 
-    Takes the place of diffusers' standard processor on a self-attention layer and does its steps: norms,
-    mask, fused projections, output projection, residual. ``guide`` sets processors by itself; this one is for
-    other uses.
+    Replaces the standard diffusers processor of a self-attention layer and performs the same steps: norms, mask, fused
+    projections, output projection, residual. ``guide`` sets its own processors; this one is for other uses.
 
     Args:
-        sigma: standard deviation in tokens, one number or one per sample of the batch the layer will see. The
-            official layout under classifier-free guidance, [unconditional, conditional, perturbed], is
-            ``(0, 0, sigma)`` for one image.
-        grid: where the image lies in the layer's tokens. Not needed when the layer gets 4-dimensional hidden
-            states.
+        sigma: Standard deviation of the blur in tokens: one number, or one per sample of the layer's batch. For one
+            image in the official layout under classifier-free guidance, [unconditional, conditional, perturbed], it is
+            ``(0, 0, sigma)``.
+        grid: Grid of the image in the layer's tokens. Not needed if the hidden states have 4 dimensions.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-        query_stride: 1 computes every query row; with more, or a pair for height and width, samples of finite
-            sigma are computed at points so many tokens apart at most; see :func:`segkern.seg_attention`. Their
-            query and output projections see the points alone.
+        query_stride: 1 computes every query row. With a larger number, or a pair for height and width, samples with a
+            finite sigma are computed at points at most this many tokens apart, and so are their query and output
+            projections; see :func:`segkern.seg_attention`.
 
     Raises:
-        ValueError: when an argument does not fit, and, when the layer runs, for a missing or wrong grid, a
-            number of sigmas that is not the batch, or a cross-attention layer.
+        ValueError: If an argument is invalid. When the layer runs: if the grid is missing or wrong, if the number of
+            sigmas is not the batch size, or if the layer is a cross-attention layer.
 
-    Source: SEG (arXiv 2408.00760), Proposition 3.1: blurring queries is blurring logits.
+    Source: SEG (arXiv 2408.00760), Proposition 3.1: blurring queries is equivalent to blurring logits.
 
     Example:
         >>> from diffusers.models.attention_processor import Attention
@@ -102,8 +100,8 @@ class SEGAttnProcessor:
     ) -> torch.Tensor:
         if encoder_hidden_states is not None:
             raise ValueError(
-                f"SEGAttnProcessor blurs the queries of self-attention; this layer attends to "
-                f"encoder_hidden_states of shape {tuple(encoder_hidden_states.shape)}"
+                f"SEGAttnProcessor supports only self-attention, but this layer attends to encoder_hidden_states of "
+                f"shape {tuple(encoder_hidden_states.shape)}"
             )
         sigmas = check_sigma(self.sigma, hidden_states.shape[0])
         return self_attention(
@@ -121,23 +119,23 @@ class SEGAttnProcessor:
 
 
 class GuidedProcessor:
-    """Stands in for a layer's own processor while it is guided; an inactive forward runs that very processor.
+    """Replaces a layer's processor while the layer is guided. Unguided denoiser calls run the original processor.
 
-    ``guide`` gives it a plan before each forward of the denoiser; nothing is counted in here, so that a compiled
-    denoiser need not be compiled again from step to step.
+    ``guide`` sets a plan before each denoiser call. The processor keeps no counters, so a compiled denoiser is not
+    recompiled from step to step.
 
     Attributes:
-        original: the processor it stands in for.
-        plan: of the forward under way; None while no guidance acts.
-        grid: of the layer's tokens in this forward.
-        sizes: a tensor whose shape are the grid's numbers, where a whole denoiser may be compiled; else None.
-        mass: after a forward, that of the samples to read, ``[samples, heads, tokens]``.
-        moved: after a forward, for each branch that is perturbed here, the norms ``[2, samples]`` of the difference
-            between its output and the conditional one, and of the conditional one.
+        original: The replaced processor.
+        plan: Plan of the current denoiser call; None if guidance is inactive.
+        grid: Grid of the layer's tokens in this call.
+        sizes: A tensor whose shape holds the grid's numbers, if the whole denoiser may be compiled; otherwise None.
+        mass: After a call: the attention mass of the samples to read, ``[samples, heads, tokens]``.
+        moved: After a call, for each branch that is perturbed here: the norms ``[2, samples]`` of the difference
+            between its output and the conditional output, and of the conditional output.
     """
 
     def __init__(self, original: Any = None, boundary: str = "reflect", backend: str = "auto") -> None:
-        # Without an original when diffusers, loading an IP-Adapter, renews every processor by its class.
+        # There is no original if diffusers recreates every processor from its class to load an IP-Adapter.
         self.original = AttnProcessor2_0() if original is None else original
         self.boundary = boundary
         self.backend = backend
@@ -149,7 +147,7 @@ class GuidedProcessor:
         self.moved: tuple[torch.Tensor, ...] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the layer is a layer of its own, without guidance, wherever it is loaded."""
+        """Replace this object by the original processor in copies, so that a copied layer is not guided."""
         return operator.itemgetter(0), ((self.original,),)
 
     def __call__(
@@ -195,14 +193,14 @@ class GuidedProcessor:
         return output
 
     def told_grid(self) -> Grid | None:
-        """The grid; in a graph that is being compiled from a tensor's shape, which may change, unlike numbers."""
+        """Return the grid. While compiling, read it from a tensor's shape, which may vary, unlike plain numbers."""
         if torch.compiler.is_compiling() and self.sizes is not None:
             height, width, start, frames = self.sizes.shape
             return Grid(height, width, start, frames)
         return self.grid
 
     def measure(self, output: torch.Tensor, plan: LayerPlan) -> None:
-        """Keep how far the perturbed samples of the layer's output are from the conditional ones."""
+        """Store how far the perturbed samples of the layer's output are from the conditional samples."""
         conditional = output[plan.conditional]
         reference = norms(conditional)
         self.moved = tuple(torch.stack([norms(output[p] - conditional), reference]) for p in plan.perturbed)
@@ -215,10 +213,10 @@ class GuidedProcessor:
         temb: torch.Tensor | None,
         samples: slice,
     ) -> torch.Tensor:
-        """The attention that each token receives, from queries and keys made for it."""
+        """Return the attention that each token receives, from additional query and key projections."""
         if attention_mask is not None:
             raise ValueError(
-                f"SAG needs a layer without attention mask, got one of shape {tuple(attention_mask.shape)}"
+                f"SAG needs a layer without an attention mask, got one of shape {tuple(attention_mask.shape)}"
             )
         tokens = tokens_of(attn, hidden_states[samples], None if temb is None else temb[samples])
         query, key = Projections(attn, self.fused).query_key(tokens)
@@ -226,13 +224,14 @@ class GuidedProcessor:
 
 
 def norms(x: torch.Tensor) -> torch.Tensor:
-    """The L2 norm of each sample, ``[samples]``, in float32 at least; no gradient, since reports are kept."""
+    """Return the L2 norm of each sample, ``[samples]``, in at least float32, detached because reports are kept."""
     dims = tuple(range(1, x.ndim))
     return torch.linalg.vector_norm(x.detach(), dim=dims, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def unwrap(processor: Any) -> Any:
-    """The processor itself, or the one that guidances stand in for."""
+    """Return the processor, or the one that guidance has replaced."""
+
     while isinstance(processor, GuidedProcessor):
         processor = processor.original
     return processor
