@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of committed results in the README and the documentation: ``python -m benchmarks tables`` writes them.
+"""Tables of committed results in the README and the documentation, written by ``python -m benchmarks tables``.
 
-A table stands between ``<!-- name -->`` and ``<!-- /name -->``, where ``name`` is a key of ``TABLES``; the text around
-it is written by hand.
+A table replaces the text between ``<!-- name -->`` and ``<!-- /name -->``, where ``name`` is a key of ``TABLES``. The
+text around it is written by hand.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,30 +18,32 @@ from benchmarks.cases import SDXL
 from benchmarks.tables import markdown
 from segkern.generation.loading import DEMO
 from studies.evaluation import report
+from studies.evaluation.settings import Setting
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/evaluation.md", "docs/models.md")
-_REAL = "sdxl-416x608"  # the size of SDXL's own configuration on a CPU
+PAGES = ("README.md", "docs/guidance.md", "docs/cost.md", "docs/how-it-works.md", "docs/models.md")
+_REAL = "sdxl-416x608"  # SDXL's own configuration, at the size that was measured on a CPU
+_MODES = {"unconditional": "Without a prompt", "prompts": "With prompts"}
 _BLOCK = re.compile(r"(<!-- ([a-z-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def fill(text: str) -> str:
-    """A page's text with every table written anew.
+    """Return the text of a page with all its tables rewritten.
 
     Raises:
-        ValueError: for the name of a table that there is not.
+        ValueError: If the page names an unknown table.
     """
 
     def written(block: re.Match[str]) -> str:
         if block[2] not in TABLES:
-            raise ValueError(f"there is no table {block[2]!r}, there are {', '.join(TABLES)}")
+            raise ValueError(f"unknown table {block[2]!r}; known tables are {', '.join(TABLES)}")
         return f"{block[1]}\n{TABLES[block[2]]()}\n\n{block[3]}"
 
     return _BLOCK.sub(written, text)
 
 
 def write() -> list[Path]:
-    """Write the tables of all pages; the pages that changed."""
+    """Rewrite the tables of all pages and return the pages that changed."""
     changed = []
     for name in PAGES:
         path = ROOT / name
@@ -53,7 +56,7 @@ def write() -> list[Path]:
 
 
 def attention(sigmas: Sequence[str], providers: Mapping[str, str]) -> str:
-    """SDXL's two layers of every committed run of the attention suite: milliseconds, and ratios to plain attention."""
+    """Return a table for each attention benchmark: times of SDXL's two layers, and ratios to plain attention."""
     parts = []
     for result in results.committed().values():
         if result["suite"] != "attention" or result["quick"]:
@@ -76,13 +79,13 @@ def attention(sigmas: Sequence[str], providers: Mapping[str, str]) -> str:
                     *("-" if ratio is None else f"{ratio['median']:.2f}" for ratio in ratios),
                 ]
             )
-        headings = ("layer", "sigma", "plain attention", *(f"{name}, x plain" for name in providers.values()))
+        headings = ("layer", "sigma", "plain attention", *(f"{name}, ratio" for name in providers.values()))
         parts += [f"{_measured(result['environment'])}, {dtype}:", markdown(headings, lines)]
     return "\n\n".join(parts)
 
 
 def steps(prefixes: Sequence[str], sigmas: Sequence[str] = ("", "10", "inf")) -> str:
-    """Cost of a guided step by choice of layers and sigma: counted on SDXL, measured beside the official algorithm."""
+    """Return the cost of a guided step by layers and sigma: FLOPs on SDXL, and times next to the official algorithm."""
     files = [file for file in _step_files() if file["sdxl_flops"]]
     counted = files[0]["sdxl_flops"]
     lines = []
@@ -103,25 +106,22 @@ def steps(prefixes: Sequence[str], sigmas: Sequence[str] = ("", "10", "inf")) ->
 
 
 def real_steps() -> str:
-    """Guided steps of Stable Diffusion XL's own configuration on a CPU, a table for each file."""
+    """Return a table for each benchmark of Stable Diffusion XL's own configuration on a CPU."""
     parts = []
     for file in _step_files():
         if file["size"] != _REAL:
             continue
         lines = []
         for row in file["rows"]:
-            spreads = (f"{ratio['median']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})" for ratio in _ratios(row))
+            ratio = row["cpu_ratio"]
+            spread = f"{ratio['median']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
             counted = "" if row["counted"] is None else f"{row['counted']:.3f}"
             error = "" if row["error"] is None else f"{row['error']:.0e}"
-            lines.append([row["way"], f"{row['ms']['median'] / 1e3:.1f} s", *spreads, counted, error])
-        headings = ("run", "a step", "time, x CFG", "CPU time, x CFG", "FLOPs, x CFG", "distance to official")
+            lines.append([row["way"], f"{row['cpu_ms']['median'] / 1e3:.1f} s", spread, counted, error])
+        headings = ("run", "CPU time per step", "ratio to CFG", "FLOPs, ratio to CFG", "distance to official")
         measured = f"{_measured(file['environment'])}, {file['dtype']}, {file['rounds']} rounds"
         parts += [f"{measured}:", markdown(headings, lines)]
     return "\n\n".join(parts)
-
-
-def _ratios(row: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
-    return row["ratio"], row["cpu_ratio"]
 
 
 def _step_files() -> list[dict[str, Any]]:
@@ -134,18 +134,78 @@ def _step_ratio(file: Mapping[str, Any], name: str) -> str:
 
 
 def comparison(name: str) -> str:
-    """A table for each mode of what ``studies.comparisons`` measured."""
+    """Return the tables of a study by ``studies.comparisons``, one for each mode."""
     result = results.read_json(results.RESULTS / name / "demo.json")
     return "\n\n".join(_by_mode(result["rows"], result).values())
 
 
-def evaluation(mode: str, every: bool) -> str:
-    """The bundled model's evaluation in one mode: all settings of scale 1 and above, or a few."""
-    result = report.read(DEMO / "evaluation.json")
-    rows = report.short(result)
-    if every:
-        rows = [row for row in result["rows"] if not row["setting"]["seg"] or row["setting"]["seg"] >= 1]
-    return _by_mode(rows, result)[mode]
+def _evaluation() -> dict[str, Any]:
+    return report.read(DEMO / "evaluation.json")
+
+
+def evaluation() -> str:
+    """Return the verdict of the bundled model's evaluation, and a table of the main settings for each mode."""
+    result = _evaluation()
+    parts = [str(result["verdict"])]
+    shown = report.short(result)
+    rows = [row for row in result["rows"] if row in shown or (row["setting"]["cfg"] > 1 and row["setting"]["seg"])]
+    for mode, table in _by_mode(rows, result).items():
+        parts += [f"{_MODES[mode]}:", table]
+    return "\n\n".join(parts)
+
+
+def summary() -> str:
+    """Return one paragraph on the paper's setting: distances without and with prompts, and captions."""
+    settings = [(report.setting_of(row), row) for row in _evaluation()["rows"]]
+    cells = {}
+    for mode in _MODES:
+        of_mode = [(setting, row) for setting, row in settings if setting.mode == mode]
+        plain = next(row for setting, row in of_mode if report.describe(setting) == "none")
+        guided = next(row for setting, row in of_mode if report.is_papers(setting) and math.isinf(setting.sigma))
+        for column in report.COLUMNS:
+            cells[mode, column[0]] = f"{report.cell(plain, column)} to {report.cell(guided, column)}"
+    return (
+        "On the bundled model, SEG at the paper's setting (scale 3, infinite sigma, middle block, no CFG) changes the\n"
+        "Fréchet distance to held-out drawings (lower is better) from "
+        f"{cells['unconditional', 'frechet_distance']} without a prompt, and from\n"
+        f"{cells['prompts', 'frechet_distance']} with prompts. Caption accuracy changes from "
+        f"{cells['prompts', 'caption_accuracy']}.\n"
+        "These numbers say nothing about SDXL ([all measurements](docs/guidance.md#measured-on-the-bundled-model))."
+    )
+
+
+def scales(mode: str, name: str) -> str:
+    """Return one measure of the bundled model's evaluation, a row for each sigma and a column for each scale."""
+    column = next(column for column in report.COLUMNS if column[0] == name)
+    cells = {}
+    for row in report.of_mode(_evaluation()["rows"], mode):
+        setting = report.setting_of(row)
+        if setting.seg and setting == Setting(mode, 1.0, setting.seg, setting.sigma, "mid"):
+            cells[setting.sigma, setting.seg] = report.cell(row, column)
+    columns = sorted({scale for _, scale in cells})
+    lines = [
+        [_sigma(f"{sigma:g}"), *(cells.get((sigma, scale), "") for scale in columns)]
+        for sigma in sorted({sigma for sigma, _ in cells})
+    ]
+    return markdown(("sigma", *(f"scale {scale:g}" for scale in columns)), lines)
+
+
+def layers() -> str:
+    """Return the Fréchet distance by layers and range of steps at infinite sigma, on the seed that the choice used."""
+    cells: dict[str, dict[float, str]] = {}
+    plain = ""
+    for row in _evaluation()["selection"]:
+        setting, distance = report.setting_of(row), f"{row['measures']['frechet_distance']['mean']:.2f}"
+        if not setting.seg:
+            plain = distance
+        elif math.isinf(setting.sigma):
+            steps = "" if (setting.start, setting.stop) == (0.0, 1.0) else f", {setting.start:g} to {setting.stop:g}"
+            cells.setdefault(setting.layers + steps, {})[setting.seg] = distance
+    columns = sorted(set.intersection(*(set(by_scale) for by_scale in cells.values())))
+    lines = [[name, *(by_scale[scale] for scale in columns)] for name, by_scale in cells.items()]
+    return f"Without guidance: {plain}.\n\n" + markdown(
+        ("layers, range of steps", *(f"scale {scale:g}" for scale in columns)), lines
+    )
 
 
 def _by_mode(rows: Sequence[dict[str, Any]], result: Mapping[str, Any]) -> dict[str, str]:
@@ -155,16 +215,8 @@ def _by_mode(rows: Sequence[dict[str, Any]], result: Mapping[str, Any]) -> dict[
     }
 
 
-def evaluation_summary() -> str:
-    """The evaluation's verdict, and a few settings of each mode."""
-    verdict = str(report.read(DEMO / "evaluation.json")["verdict"])
-    return "\n\n".join(
-        [verdict, "Unconditional:", evaluation("unconditional", False), "Prompts:", evaluation("prompts", False)]
-    )
-
-
 def compiled() -> str:
-    """The resources that the compiled kernels use: a row for each target."""
+    """Return the resources that the compiled kernels use, a row for each target."""
     file = results.read_json(results.RESULTS / "compiled" / "kernels.json")
     lines = []
     for target in dict.fromkeys(record["target"] for record in file["kernels"]):
@@ -180,9 +232,9 @@ def compiled() -> str:
 
 
 def instructions() -> str:
-    """Instructions of the loops over keys in bfloat16, ours beside those of others' kernels.
+    """Return instruction counts of the loops over keys in bfloat16, for segkern and two common kernel styles.
 
-    At head dimension 64, and on Hopper at 128.
+    Rows have head dimension 64, and on Hopper also 128.
     """
     from benchmarks.compiled_code import KINDS
 
@@ -193,12 +245,12 @@ def instructions() -> str:
         wide = record["head_dim"] == 128 and record["target"] == "sm_90" and flags.get("DESCRIPTORS")
         if not (record["head_dim"] == 64 or wide) or record["dtype"] != "bf16" or not flags.get("EVEN_KEYS", True):
             continue
-        ours = {True: "ours, blurred in the prologue", False: "ours, as is or blurred before"}
-        others = {True: "style of FlexAttention", False: "style of Triton's tutorial"}
+        ours = {True: "segkern, blurred in the prologue", False: "segkern, not blurred or blurred before"}
+        others = {True: "FlexAttention style", False: "Triton tutorial style"}
         if record["kernel"] == "_unmasked_attention_kernel":
             name = ours[flags["PROLOGUE"]]
             if record["target"] == "sm_90" and not flags["DESCRIPTORS"]:
-                name = "ours, keys not aligned to 16 bytes"
+                name = "segkern, keys not aligned to 16 bytes"
             if wide:
                 name += ", head dimension 128"
         elif record["kernel"] == "_plain_attention_kernel":
@@ -225,7 +277,7 @@ def instructions() -> str:
 
 
 def launches() -> str:
-    """The host's time for the launches of a blurred call, a table for each file that has it."""
+    """Return the host time of the launches of a blurred call, a table for each file that has it."""
     parts = []
     for path in sorted((results.RESULTS / "host").glob("*.json")):
         file = results.read_json(path)
@@ -237,7 +289,7 @@ def launches() -> str:
 
 
 def models(group: str) -> str:
-    """Outcomes of the tests that hold guidance on a group of models against another computation of it."""
+    """Return the outcomes of the tests that compare guidance on a group of models with another computation."""
     files = compatibility.committed()
     tests = [test for file in files.values() for test in file["tests"] if test["group"] == group]
     lines = []
@@ -267,15 +319,16 @@ def _sigma(sigma: str) -> str:
 
 _ALL = {"official": "official", "separable": "separable", "dense": "dense", "flex": "FlexAttention", "auto": "segkern"}
 TABLES: dict[str, Callable[[], str]] = {
-    "evaluation": evaluation_summary,
-    "unconditional": lambda: evaluation("unconditional", True),
-    "prompts": lambda: evaluation("prompts", True),
+    "summary": summary,
+    "evaluation": evaluation,
+    "scales": lambda: scales("unconditional", "frechet_distance"),
+    "scales-prompts": lambda: scales("prompts", "frechet_distance"),
+    "scales-captions": lambda: scales("prompts", "caption_accuracy"),
+    "layers": layers,
     "family": lambda: comparison("family"),
     "approximations": lambda: comparison("approximations"),
-    "steps": lambda: steps(["CFG + "]),
-    "all-steps": lambda: steps(["", "CFG + "]),
+    "steps": lambda: steps(["", "CFG + "]),
     "real-steps": real_steps,
-    "measurements": lambda: attention(["3", "10", "inf"], {"official": "official", "auto": "segkern"}),
     "attention": lambda: attention(["0.5", "1", "3", "10", "30", "inf"], _ALL),
     "compiled": compiled,
     "instructions": instructions,

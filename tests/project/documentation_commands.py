@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands of the documentation: segkern's run in this process, the others are held against what they call."""
+"""Tools that run the ``segkern`` commands of the documentation, and check that other commands exist."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from benchmarks.__main__ import app as benchmarks  # noqa: E402
 
 PROMPTS = "a large red ring above a small blue square\na row of three green triangles on a light background\n"
 
-# Less of everything, for the time it takes; what a page says stands first and must be an option that exists.
+# Replaces or adds options to save time. The page's own options are parsed first and must exist.
 _LESS = {
     "generate": {"--steps": "1", "--width": "64", "--height": "96", "--images": "1"},
     "energy": {"--steps": "1"},
     "demo": {"--steps": "1"},
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_STAY = ("ui",)  # until they are stopped
-_OPTIONAL = ("--width", "--height", "--images")  # reduced only where a page gives them
+_STAY = ("ui",)  # these run until they are stopped
+_OPTIONAL = ("--width", "--height", "--images")  # replaced only if a page passes them
 
 
 def refused(source: str) -> str:
-    """The one line with which a command of segkern refuses."""
+    """Return the one-line error of a ``segkern`` command."""
     return refusal(*shlex.split(source)[1:])
 
 
 def run_shell(source: str, folder: Path, run: bool = True) -> str:
-    """Check every line, and run those of segkern if wanted; returns what they print."""
+    """Check every line, run the ``segkern`` commands if ``run`` is set, and return their output."""
     printed = []
     for line in re.sub(r"\\\n\s*", " ", source).splitlines():
         words = shlex.split(line, comments=True)
@@ -61,12 +61,12 @@ def _command(words: list[str], folder: Path, run: bool) -> str:
     elif words[:2] == ["python", "-m"]:
         _module(words[2], words[3:])
     else:
-        raise AssertionError(f"nothing says how to check {words}")
+        raise AssertionError(f"unknown command {words}")
     return ""
 
 
 def _segkern(words: list[str], folder: Path) -> str:
-    """A command on the bundled model, its files in a folder of the test."""
+    """Run a command on the bundled model, with its files in ``folder``."""
     (folder / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     named = {"MODEL": "demo", "FILE": str(folder / "prompts.txt"), "prompts.txt": str(folder / "prompts.txt")}
     words = [named.get(word, word) for word in words]
@@ -87,7 +87,7 @@ def _segkern(words: list[str], folder: Path) -> str:
 
 
 def _parse(words: list[str], app: typer.Typer = app) -> None:
-    """Parse without running: an option that does not exist is an error."""
+    """Parse a command without running it; an unknown option is an error."""
     group: Any = typer.main.get_command(app)
     with click.Context(group) as context:
         command = group.get_command(context, words[0])
@@ -96,18 +96,18 @@ def _parse(words: list[str], app: typer.Typer = app) -> None:
 
 
 def _installs(words: list[str]) -> None:
-    """Only segkern with extras that it has, or from the checkout."""
+    """Check that a command installs segkern with existing extras: by name, checkout, wheel or Git address."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = re.findall(r"^(\w+) = \[", text.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M)
     for word in words:
-        wanted = re.fullmatch(r"(?:segkern|\.)(?:\[([\w,]+)\])?", word)
+        wanted = re.fullmatch(r"(?:segkern|\.|WHEEL)(?:\[([\w,]+)\])?(?: @ git\+ADDRESS)?", word)
         assert wanted or word == "-e", f"pip install {word!r}"
         for extra in (wanted[1] or "").split(",") if wanted and wanted[1] else []:
             assert extra in extras, extra
 
 
 def _module(name: str, words: list[str]) -> None:
-    """A module of the repository that has such a command."""
+    """Check that a module exists and, for ``benchmarks``, that the command parses."""
     path = ROOT / Path(*name.split("."))
     assert path.with_suffix(".py").exists() or (path / "__main__.py").exists() or name in ("pytest", "mkdocs"), name
     if name == "benchmarks":

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of the documentation run as they are shown, on small models in place of published ones.
+"""Tools that run the code blocks of the documentation, on small models in place of published ones.
 
-A page says what is special about a block in a comment above it, which readers do not see:
+A hidden comment above a block describes it:
 
-- ``<!-- output -->``: a ``text`` block with what the block before it prints; ``...`` stands for anything.
-- ``<!-- raises -->``: a ``text`` block with the error or warning of the block before it; ``...`` as above.
-- ``<!-- pair -->``: the first of several blocks, up to the next heading, whose pictures are the same.
+- ``<!-- output -->``: the ``text`` block shows the output of the previous block; ``...`` matches anything.
+- ``<!-- raises -->``: the ``text`` block shows the error or warning of the previous block; ``...`` as above.
+- ``<!-- pair -->``: this block and the following ones, up to the next heading, generate the same images.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a page.
+    """A code block of a page.
 
     Attributes:
-        language: ``python``, ``sh``, ``text``, or ``formula`` for an indented one that is neither code nor commands.
-        source: its text.
-        comment: ``output``, ``raises``, ``pair`` or nothing: what the page says of it.
-        line: where its text begins.
-        section: the number of level-two headings before it.
-        raises: the next block holds the error that this one raises.
+        language: ``python``, ``sh``, ``text``, ``bibtex``, or ``formula`` for an indented block without code or commands.
+        source: text of the block.
+        comment: ``output``, ``raises``, ``pair`` or an empty string: the comment above the block.
+        line: line at which the text begins.
+        section: number of level-two headings before the block.
+        raises: True if the next block contains the error that this block raises.
     """
 
     language: str
@@ -53,7 +53,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Every fenced and every indented block of a page."""
+    """Return all fenced and indented blocks of a page."""
     text = page.read_text(encoding="utf-8")
     parsed = []
     for match in _BLOCK.finditer(text):
@@ -77,13 +77,13 @@ def _guessed(source: str) -> str:
 
 
 def run_page(page: Path, names: dict[str, Any], language: str) -> None:
-    """Run a page's blocks of a language one after the other, and compare with what the page says they do."""
+    """Run all blocks of one language on a page in order, and compare their output and errors with the page."""
     names = dict(names)
     printed = raised = before = ""
     for block in blocks(page):
         place = f"{page.name}, line {block.line}"
         if block.language == "text":
-            assert block.comment in ("output", "raises"), f"{place}: nothing says what this block is"
+            assert block.comment in ("output", "raises"), f"{place}: a text block needs a comment output or raises above it"
             if before != language or not names.get("run", True):
                 continue
             if block.comment == "raises":
@@ -91,7 +91,7 @@ def run_page(page: Path, names: dict[str, Any], language: str) -> None:
             else:
                 _compare(block.source, printed, place)
             continue
-        assert block.language in ("python", "sh", "formula"), f"{place}: {block.language}"
+        assert block.language in ("python", "sh", "formula", "bibtex"), f"{place}: {block.language}"
         before = block.language
         if before != language:
             continue
@@ -104,7 +104,7 @@ def run_page(page: Path, names: dict[str, Any], language: str) -> None:
 
 
 def run_python(block: Block, page: Path, names: dict[str, Any]) -> tuple[str, str]:
-    """Run a block; returns its output, and its error or warnings where the page says that it raises."""
+    """Run a block and return its output, and its error or warnings if the page shows one."""
     printed, raised = io.StringIO(), ""
     code = compile("\n" * block.line + block.source, str(page), "exec")
     with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=block.raises) as caught:
@@ -126,7 +126,7 @@ def _compare(expected: str, actual: str, place: str) -> None:
 
 
 def pairs(page: Path) -> list[list[Block]]:
-    """Groups of Python blocks of which a page says that they draw the same."""
+    """Return the groups of Python blocks that generate the same images according to the page."""
     groups: list[list[Block]] = []
     section = None
     for block in blocks(page):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every block of the README and of the documentation runs, and what a page says it prints is what it prints."""
+"""Every code block of the README and the documentation runs, and prints what the page shows."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ MOVING = ROOT / "docs" / "moving.md"
 
 
 def pages_with(language: str) -> list[str]:
-    """Names of the pages that have a block of a language."""
+    """Return the names of the pages with a block of a language."""
     return [str(page.relative_to(ROOT)) for page in PAGES if language in {block.language for block in blocks(page)}]
 
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """Names for a page's blocks: a small pipeline as ``pipe``, and a folder of their own as the current one."""
+    """Return the names that blocks may use: small pipelines, and a temporary folder, which is the current one."""
     import diffusers
 
     replace_models(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    return {"pipe": small(diffusers.StableDiffusionXLPipeline), "folder": tmp_path}
+    return {"pipe": small(diffusers.StableDiffusionXLPipeline), "modular": Modular(), "folder": tmp_path}
 
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [name for name in pages_with("python") if ROOT / name != MOVING])
 def test_python_runs(name: str, names: dict[str, Any]) -> None:
-    if name == "docs/guiders.md":
-        names["pipe"] = Modular()
     run_page(ROOT / name, names, "python")
 
 
@@ -52,7 +50,7 @@ def test_commands_run(name: str, names: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("index", range(len(pairs(MOVING))))
 def test_old_and_new_lines_draw_the_same(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The official script's pipeline is segkern's with the same arguments here, see ``replace_models``."""
+    """Here the official script's pipeline is segkern's with the same arguments; see ``replace_models``."""
     replace_models(monkeypatch, output_type="np")
     python = [block for block in blocks(MOVING) if block.language == "python"]
     names: dict[str, Any] = {}
