@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An extension of Griffe: the package's docstrings as Markdown, for the reference pages of the site."""
+"""A Griffe extension that converts the package's docstrings to Markdown for the API reference."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SOURCE = re.compile(r"^Source: (.*(?:\n    .*)*)", re.MULTILINE)
 
 
 class PackageStyle(Extension):
-    """Rewrites every docstring before it is parsed."""
+    """Rewrite every docstring before it is parsed."""
 
     def on_object(self, *, obj: Any, **_: Any) -> None:
-        """Called for each module, class, function and attribute."""
+        """Handle a module, class, function or attribute."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
         if obj.is_attribute and obj.value is not None:
@@ -33,12 +33,12 @@ class PackageStyle(Extension):
 
 
 def _shown(default: Any) -> str:
-    """A default value without what remembers that nobody gave it."""
+    """Return a default value without the wrapper that marks it as a default."""
     return _GIVEN.sub(r"\1", str(default)).replace("_DEFAULT_LAYERS", "'mid'")
 
 
 def as_markdown(text: str) -> str:
-    """A docstring with Sphinx's roles, literal blocks, lists of arguments and sections of one line in other words.
+    """Convert Sphinx roles, literal blocks, lists of arguments and one-line sections of a docstring.
 
     Example:
         >>> as_markdown("See :func:`~segkern.gaussian_blur`::")
@@ -52,7 +52,7 @@ def as_markdown(text: str) -> str:
 
 
 def _reference(role: re.Match[str]) -> str:
-    """A role as a link where a page documents the object, its last part alone where it begins with a tilde."""
+    """Return a link to a documented object, or its name as code; a tilde shortens the name to its last part."""
     name = role[2]
     shown = name.rpartition(".")[2] if role[1] else name
     target = next((full for full in documented() if full == name or full.endswith(f".{name}")), None)
@@ -61,6 +61,5 @@ def _reference(role: re.Match[str]) -> str:
 
 @cache
 def documented() -> tuple[str, ...]:
-    """Full names of all objects that the reference pages document, in their order."""
-    pages = sorted(DOCS.glob("api*.md"), key=lambda page: len(page.name))
-    return tuple(re.findall(r"^::: (\S+)", "\n".join(page.read_text(encoding="utf-8") for page in pages), re.MULTILINE))
+    """Return the full names of all objects in the API reference, in order."""
+    return tuple(re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE))

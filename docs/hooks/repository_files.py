@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook of MkDocs: bring what lies outside of ``docs/`` into the site, files that pages link to and docstrings.
+"""An MkDocs hook that adds files outside ``docs/`` to the site: files that pages link to, and sources of docstrings.
 
-A page links to ``../X`` for a file ``X`` of the repository, which is right where the repository is browsed. In the site
-the file lies at ``repository/X``; texts get the ending ``.txt`` there, so that every server shows them as such.
+A page links to ``../X`` for a file ``X`` of the repository, which works on a code host. In the site, the file is
+``repository/X``. Text files get the suffix ``.txt`` there, so every server shows them as text.
 
-Docstrings are read from sources, which lie in two folders and are one package only where it is installed.
+Docstrings are read from two source folders that form one package only after installation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PACKAGES = tempfile.TemporaryDirectory(prefix="segkern-sources-")
 
 @event_priority(100)
 def on_config(config: Any) -> Any:
-    """Show mkdocstrings, before it looks, the package with ``integrations/`` in its place."""
+    """Point mkdocstrings to a folder in which ``integrations/`` is a subpackage of segkern."""
     package = Path(_PACKAGES.name) / "segkern"
     if not package.exists():
         package.mkdir()
@@ -39,24 +39,24 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Add every file outside of ``docs/`` that a page links to."""
+    """Add every file outside ``docs/`` that a page links to."""
     for page in list(files.documentation_pages()):
         for name in OUTSIDE.findall(page.content_string):
             place = _place(name)
             if not (ROOT / name).is_file():
-                raise PluginError(f"{page.src_uri} links to ../{name}, which is no file of the repository")
+                raise PluginError(f"{page.src_uri} links to ../{name}, which is not a file of the repository")
             if files.get_file_from_path(place) is None:
                 files.append(File.generated(config, place, abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to those files as they are in the site."""
+    """Rewrite links to these files for the site."""
     return OUTSIDE.sub(lambda link: _place(link[1]), markdown)
 
 
 def _place(name: str) -> str:
-    """Where a file of the repository lies in the site.
+    """Return the path of a repository file in the site.
 
     Example:
         >>> _place("benchmarks/results/step/cpu.png"), _place("CONTRIBUTING.md")

@@ -316,8 +316,8 @@ def test_a_denoiser_in_the_wrapper_of_a_compiler() -> None:
 
 
 def test_the_page_has_an_example_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "guiders.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "SEGGuider" in block)
     stock = tiny_pipeline()
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()
     names = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -326,7 +326,7 @@ def test_the_page_has_an_example_that_runs(capsys: pytest.CaptureFixture[str]) -
     for given, small in (("height=832, width=1216", "height=64, width=96, num_inference_steps=5"),):
         assert given in example
         example = example.replace(given, small)
-    scope: dict[str, Any] = {"pipe": pipe}
+    scope: dict[str, Any] = {"modular": pipe}
     exec(example, scope)
     assert scope["image"].size == (96, 64)
     assert "10 denoiser calls" in capsys.readouterr().out

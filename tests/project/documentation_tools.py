@@ -36,7 +36,7 @@ class Block:
     """A code block of a page.
 
     Attributes:
-        language: ``python``, ``sh``, ``text``, ``bibtex``, or ``formula`` for an indented block without code or commands.
+        language: ``python``, ``sh``, ``text``, ``bibtex``, or ``formula`` for other indented blocks.
         source: text of the block.
         comment: ``output``, ``raises``, ``pair`` or an empty string: the comment above the block.
         line: line at which the text begins.
@@ -83,7 +83,7 @@ def run_page(page: Path, names: dict[str, Any], language: str) -> None:
     for block in blocks(page):
         place = f"{page.name}, line {block.line}"
         if block.language == "text":
-            assert block.comment in ("output", "raises"), f"{place}: a text block needs a comment output or raises above it"
+            assert block.comment in ("output", "raises"), f"{place}: no comment above this block"
             if before != language or not names.get("run", True):
                 continue
             if block.comment == "raises":
