@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance on a model: the hooks of ComfyUI that compute a perturbed prediction and add what it says.
+"""Guidance on a model: ComfyUI hooks that compute a perturbed prediction and add its difference.
 
-The prediction moves by ``scale * (c - p)`` away from ``p``, the conditional prediction with perturbed attention. Up to
-the first perturbed layer ``p`` is computed as ``c`` was: so the model's own forward is recorded there, and the
-perturbed one begins there. Hooks of other nodes are called on.
+The prediction moves by ``scale * (c - p)``, where ``p`` is the conditional prediction ``c`` with perturbed attention.
+Up to the first perturbed layer both are the same. The model's own forward pass is recorded there, and the perturbed
+forward pass begins there. Hooks of other nodes are still called.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Arguments = dict[str, Any]
 
 @dataclass
 class _Evaluation:
-    """The evaluation that is under way, shared by the guidances of a model and its clones.
+    """The current evaluation of the model, shared by the guidance of a model and its clones.
 
     Attributes:
-        recording: of the model's own forward.
-        conditional: the latents, and the conditional prediction before other nodes change it.
+        recording: Recording of the model's own forward pass.
+        conditional: The latents, and the conditional prediction before other nodes change it.
     """
 
     recording: Recording | None = None
@@ -49,15 +49,15 @@ class _Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class ModelGuidance:
-    """One guidance on one model.
+    """One guidance method on one model.
 
     Attributes:
-        spec: what was asked for; ``start`` and ``stop`` are ComfyUI's percents.
-        model: its layers.
-        layers: the perturbed ones, in execution order.
-        rescale: how far the result is brought to the standard deviation of the conditional prediction.
-        evaluation: of the model, the one under way.
-        report: of its effect.
+        spec: The guidance spec. ``start`` and ``stop`` are ComfyUI percents.
+        model: The layers of the model.
+        layers: The perturbed layers, in execution order.
+        rescale: How far to rescale the result to the standard deviation of the conditional prediction.
+        evaluation: The current evaluation of the model.
+        report: Report of the effect.
     """
 
     spec: SEG | PAG
@@ -68,21 +68,21 @@ class ModelGuidance:
     report: GuidanceReport
 
     def acts(self, arguments: Arguments) -> bool:
-        """True if the prediction of an evaluation is moved.
+        """Return True if guidance is active in an evaluation.
 
-        Percents are those of the noise schedule in use: nodes after this one may change it.
+        Percents refer to the current noise schedule, which later nodes may change.
         """
         spec = self.spec
         if spec.scale == 0.0 or not spec.perturbs():
             return False
         if spec.start == 0.0 and spec.stop == 1.0:
-            return True  # without a look at the noise level, which would wait for the device
+            return True  # reading the noise level would synchronize with the device
         sigma, schedule = float(arguments["sigma"].max()), arguments["model"].model_sampling
         begun = spec.start == 0.0 or sigma <= schedule.percent_to_sigma(spec.start)
         return begun and (spec.stop == 1.0 or sigma > schedule.percent_to_sigma(spec.stop))
 
     def __call__(self, arguments: Arguments) -> torch.Tensor:
-        """The guided prediction (``sampler_post_cfg_function``)."""
+        """Return the guided prediction (``sampler_post_cfg_function``)."""
         denoised = arguments["denoised"]
         self.report.evaluations += 1
         if not self.acts(arguments):
@@ -97,10 +97,10 @@ class ModelGuidance:
         return guided
 
     def _perturbed(self, arguments: Arguments) -> torch.Tensor:
-        """The conditional prediction with perturbed attention."""
+        """Return the conditional prediction with perturbed attention."""
         if arguments["cond"] is None:
             raise ValueError(
-                "guidance needs the positive conditioning, which this guider does not give to post-CFG functions; use "
+                "guidance needs the positive conditioning, but this guider does not pass it to post-CFG functions; use "
                 "another guider, such as CFGGuider"
             )
         x, recording = arguments["input"], self.evaluation.recording
@@ -127,7 +127,7 @@ class ModelGuidance:
         if forwards and missing:
             raise RuntimeError(
                 f"guidance could not reach the attention of {', '.join(missing)}: another node replaces or compiles "
-                f"it (TorchCompileModel, TensorRT, DeepCache), or skips the block; remove that node, or choose other "
+                f"it (TorchCompileModel, TensorRT, DeepCache) or skips the block; remove that node or choose other "
                 f"layers"
             )
         if replay is None:
@@ -138,7 +138,7 @@ class ModelGuidance:
 
 
 class RecordingCalc:
-    """Computes the model's own predictions and records what perturbed forwards will need."""
+    """Computes the model's own predictions and records the activations that perturbed forward passes need."""
 
     def __init__(self, before: Callable[[Arguments], Any] | None) -> None:
         self.before = before
@@ -159,24 +159,24 @@ class RecordingCalc:
 
 
 def _keep_conditional(arguments: Arguments) -> Any:
-    """Keep the conditional prediction, which nodes such as APG change (``sampler_pre_cfg_function``)."""
-    for guidance in guidances_of(arguments["model_options"])[:1]:  # all share the evaluation
+    """Keep the conditional prediction, because nodes such as APG change it (``sampler_pre_cfg_function``)."""
+    for guidance in guidances_of(arguments["model_options"])[:1]:  # all share one evaluation
         guidance.evaluation.conditional = arguments["input"], arguments["conds_out"][0].clone()
     return arguments["conds_out"]
 
 
 def _begin_reports(executor: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Begin new reports with every run of the sampler (``OUTER_SAMPLE``)."""
+    """Clear the reports at the start of every sampler run (``OUTER_SAMPLE``)."""
     for guidance in guidances_of(executor.class_obj.model_options):
         guidance.report.clear()
     return executor(*arguments, **keywords)
 
 
 def _release_activations(executor: Any, *arguments: Any, **keywords: Any) -> Any:
-    """Release activations after an evaluation of the model, however it ends (``PREDICT_NOISE``).
+    """Release activations after an evaluation of the model, also after an exception (``PREDICT_NOISE``).
 
     Raises:
-        RuntimeError: for a guider that never called a guidance.
+        RuntimeError: If the guider never called a guidance function.
     """
     guidances = guidances_of(executor.class_obj.model_options)
     try:
@@ -186,28 +186,28 @@ def _release_activations(executor: Any, *arguments: Any, **keywords: Any) -> Any
             guidance.evaluation.recording = guidance.evaluation.conditional = None
     if any(guidance.report.evaluations == 0 for guidance in guidances):
         raise RuntimeError(
-            "guidance was not applied: this guider calls no post-CFG functions (the Dual Model Guider at CFG 1 does "
-            "not); use another guider, such as CFGGuider, or another CFG"
+            "guidance was not applied: this guider does not call post-CFG functions (for example, the Dual Model "
+            "Guider at CFG 1); use another guider, such as CFGGuider, or another CFG value"
         )
     return prediction
 
 
 def guidances_of(model_options: Arguments) -> list[ModelGuidance]:
-    """The guidances of a model, in the order of the nodes."""
+    """Return the guidance functions of a model, in the order of the nodes."""
     return [hook for hook in model_options.get("sampler_post_cfg_function", []) if isinstance(hook, ModelGuidance)]
 
 
 def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0) -> Any:
-    """A clone of a model with one more guidance.
+    """Return a clone of a model with one more guidance method.
 
     Args:
-        model: a ``ModelPatcher``.
-        spec: the guidance; its ``layers`` are not read.
-        layers: names with commas, of :func:`select_layers`; empty for the model's default.
-        rescale: from 0 to 1.
+        model: A ``ModelPatcher``.
+        spec: The guidance spec. Its ``layers`` are ignored.
+        layers: Layer names separated by commas, as for :func:`select_layers`. Empty for the model's default.
+        rescale: Rescale factor from 0 to 1.
 
     Raises:
-        ValueError: for a model, layers or a sigma that it cannot handle.
+        ValueError: If the model, a layer or the sigma is not supported.
     """
     _sigma(spec)
     described = describe(model.get_model_object("diffusion_model"))
@@ -215,7 +215,7 @@ def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0)
     if not names:
         if described.default_layers is None:
             raise ValueError(
-                f"there is no advice which layers of this model to perturb; name some of "
+                f"there is no default layer for this model; name one or more of "
                 f"{', '.join(layer.module for layer in described.layers)}"
             )
         names = [described.default_layers]
@@ -237,59 +237,61 @@ def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0)
 
 
 def _sigma(spec: SEG | PAG) -> float | None:
-    """The sigma of a blur; None for PAG.
+    """Return the sigma of a blur; None for PAG.
 
     Raises:
-        ValueError: for a sigma of each image, head or layer.
+        ValueError: If there is a sigma per image, head or layer.
     """
     if isinstance(spec, PAG):
         return None
     if not isinstance(spec.sigma, (int, float)):
-        raise ValueError(f"guidance in ComfyUI takes one sigma for all images, heads and layers, got {spec.sigma!r}")
+        raise ValueError(f"guidance in ComfyUI needs one sigma for all images, heads and layers, got {spec.sigma!r}")
     return float(spec.sigma)
 
 
 def describe(model: torch.nn.Module) -> UNet | Transformer:
-    """The layers of a denoiser.
+    """Return the layers of a denoiser.
 
     Raises:
-        ValueError: for one that is not known.
+        ValueError: If the denoiser is not supported.
     """
     if type(model) in FAMILIES:
         return Transformer(model)
     if type(model) is UNetModel:
         return UNet(model)
     known = ["Stable Diffusion 1, 2 and XL", *(family.users for family in FAMILIES.values())]
-    raise ValueError(f"guidance cannot handle a {type(model).__name__}; it knows {', '.join(known)}")
+    raise ValueError(f"guidance does not support {type(model).__name__}; supported are {', '.join(known)}")
 
 
 def _refuse_nodes(transformer_options: Arguments, model: UNet | Transformer) -> None:
-    """Raise for nodes that make the perturbed prediction another than the conditional one without being asked to."""
+    """Raise a ValueError for nodes that make the perturbed prediction differ from the conditional one in other ways."""
     wrappers = transformer_options.get("wrappers", {})
     if isinstance(model, Transformer) and "torch.compile" in wrappers.get(WrappersMP.APPLY_MODEL, {}):
         raise ValueError(
-            "guidance cannot act beside TorchCompileModel on a transformer, where it lets one forward's patches serve "
-            "others; remove that node (models of Stable Diffusion 1, 2 and XL may be compiled)"
+            "guidance does not work with TorchCompileModel on a transformer, where patches of one forward pass would "
+            "be used in others; remove that node (Stable Diffusion 1, 2 and XL may be compiled)"
         )
     if "easycache" in wrappers.get(WrappersMP.DIFFUSION_MODEL, {}):
         raise ValueError(
-            "guidance cannot act beside EasyCache, which would take the perturbed prediction for the model's own and "
-            "compare new predictions with old ones; use LazyCache, which keeps the guided prediction"
+            "guidance does not work with EasyCache, which would mistake the perturbed prediction for the model's own "
+            "and compare new predictions with old ones; use LazyCache, which keeps the guided prediction"
         )
     for patch in transformer_options.get("patches", {}).get("attn1_output_patch", []):
         if getattr(patch, "__qualname__", "").startswith("NAGuidance."):
             raise ValueError(
-                "guidance cannot act beside Normalized Attention Guidance, which mixes the positive and the negative "
-                "prediction inside attention: the perturbed prediction has no negative one; remove one of the two nodes"
+                "guidance does not work with Normalized Attention Guidance, which mixes the positive and the negative "
+                "prediction inside attention, because the perturbed prediction has no negative one; remove one of the "
+                "two nodes"
             )
 
 
 def _why_not_recorded(model_options: Arguments) -> str:
     if "multigpu_clones" in model_options:
         return "conditionings are computed on several devices"
-    return "the guider or another node computes the model's predictions by itself"
+    return "the guider or another node computes the model's predictions itself"
 
 
 def _spread(x: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of each sample."""
+    """Return the standard deviation of each sample."""
+
     return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)

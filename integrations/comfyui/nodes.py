@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes for guidance by perturbed self-attention."""
+"""ComfyUI nodes for guidance by perturbed self-attention."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .guidance import add_guidance, guidances_of
 
 _CATEGORY = "model/patch/segkern"
 _LAYERS = (
-    "The self-attention layers to perturb, with commas between. Empty: the model's default, which is mid for Stable "
+    "Self-attention layers to perturb, separated by commas. Empty: the model's default, which is mid for Stable "
     "Diffusion 1, 2 and XL. UNets: down, mid, up; a transformer such as input.7, middle.0 or output.0; one of its "
-    "blocks such as middle.0.3; d2.2-9 and u0.4 mean blocks 2 to 9 of the third transformer down and block 4 of the "
-    "first one up. Flux, SD3, Wan and others: block numbers such as 7-9. An unknown name is an error that lists valid "
-    "ones."
+    "blocks such as middle.0.3; d2.2-9 is blocks 2 to 9 of the third transformer in down, and u0.4 is block 4 of the "
+    "first transformer in up. Flux, SD3, Wan and other transformers: block numbers such as 7-9. Unknown names cause an "
+    "error that lists the valid names."
 )
 
 
@@ -33,8 +33,9 @@ def _scale(name: str, default: float) -> Any:
         -100.0,
         100.0,
         0.1,
-        "How far the prediction moves away from the perturbed one. It is added to CFG, which stays what it is. 0 turns "
-        f"guidance off and costs nothing. Start from {default:g} with CFG 1 to 5; less if colours get too strong.",
+        "Guidance scale: how far the prediction moves away from the perturbed one. Added to CFG, which is unchanged. "
+        f"0 turns guidance off and costs nothing. Start with {default:g} and CFG 1 to 5; reduce it if colours get too "
+        "strong.",
     )
 
 
@@ -45,30 +46,30 @@ def _blur(name: str) -> Any:
         0.0,
         10000.0,
         0.5,
-        "Standard deviation of the blur in tokens of the layer. Small values perturb little: start from 10, which the "
-        "method's authors use on the 32 x 32 tokens of Stable Diffusion XL's mid layers.",
+        "Standard deviation of the blur, in tokens of the layer. Small values have little effect. Start with 10, which "
+        "the authors of the method use for the 32 x 32 tokens of Stable Diffusion XL's mid layers.",
     )
     return io.DynamicCombo.Input(
         name,
         options=[io.DynamicCombo.Option("infinite", []), io.DynamicCombo.Option("finite", [sigma])],
-        tooltip="How much queries are blurred. infinite replaces every query by the mean query: the strongest blur, "
-        "and the cheapest.",
+        tooltip="How much to blur the queries. infinite replaces every query by the mean query: the strongest and "
+        "cheapest blur.",
     )
 
 
 def _common() -> list[Any]:
     return [
         io.String.Input("layers", default="", tooltip=_LAYERS, placeholder="mid"),
-        _float("start_percent", 0.0, 0.0, 1.0, 0.01, "The part of sampling at which guidance begins; 0 is the start."),
-        _float("end_percent", 1.0, 0.0, 1.0, 0.01, "The part of sampling at which guidance ends; 1 is the end."),
+        _float("start_percent", 0.0, 0.0, 1.0, 0.01, "Where guidance starts during sampling; 0 is the start."),
+        _float("end_percent", 1.0, 0.0, 1.0, 0.01, "Where guidance stops during sampling; 1 is the end."),
         _float(
             "rescale",
             0.0,
             0.0,
             1.0,
             0.05,
-            "Brings the contrast of the result back to that of the conditional prediction: 0 not at all, 1 fully. "
-            "Raise it if pictures get too contrasty.",
+            "Restores the contrast of the conditional prediction: 0 not at all, 1 fully. Increase it if images get too "
+            "much contrast.",
         ),
     ]
 
@@ -78,11 +79,11 @@ def _sigma(blur: dict[str, Any]) -> float:
 
 
 def _model() -> Any:
-    return io.Model.Input("model", tooltip="The model to guide. It stays unguided; the output is a guided copy.")
+    return io.Model.Input("model", tooltip="Model to guide. It is not changed; the output is a guided copy.")
 
 
 class SmoothedEnergyGuidance(io.ComfyNode):
-    """Blurred queries."""
+    """Adds Smoothed Energy Guidance to a model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -90,9 +91,9 @@ class SmoothedEnergyGuidance(io.ComfyNode):
             node_id="SmoothedEnergyGuidanceSegkern",
             display_name="Smoothed Energy Guidance (SEG)",
             category=_CATEGORY,
-            description="Improves structure and detail without training, with any prompt or none: the model also "
-            "predicts with blurred self-attention, and the picture moves away from that. At SDXL's mid layers a step "
-            "with CFG costs about a third more.",
+            description="Improves structure and detail, with or without a prompt, and without training. The model also "
+            "predicts with blurred self-attention, and guidance moves the image away from that prediction. With SDXL's "
+            "mid layers and CFG, a step costs about a third more.",
             search_aliases=["SEG", "guidance", "attention", "segkern"],
             inputs=[_model(), _scale("scale", 3.0), _blur("blur"), *_common()],
             outputs=[io.Model.Output()],
@@ -114,7 +115,7 @@ class SmoothedEnergyGuidance(io.ComfyNode):
 
 
 class PerturbedAttentionGuidance(io.ComfyNode):
-    """The identity instead of attention."""
+    """Adds Perturbed Attention Guidance to a model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -122,8 +123,8 @@ class PerturbedAttentionGuidance(io.ComfyNode):
             node_id="PerturbedAttentionGuidanceSegkern",
             display_name="Perturbed Attention Guidance (PAG, segkern)",
             category=_CATEGORY,
-            description="Like Smoothed Energy Guidance, but every image token looks only at itself in the perturbed "
-            "layers. It is stronger at the same scale.",
+            description="Like Smoothed Energy Guidance, but in the perturbed layers every image token attends only to "
+            "itself. The effect is stronger at the same scale.",
             search_aliases=["PAG", "guidance", "attention", "segkern"],
             inputs=[_model(), _scale("scale", 2.0), *_common()],
             outputs=[io.Model.Output()],
@@ -138,7 +139,7 @@ class PerturbedAttentionGuidance(io.ComfyNode):
 
 
 class CombinedGuidance(io.ComfyNode):
-    """Both on one model."""
+    """Adds both guidance methods to a model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -146,8 +147,8 @@ class CombinedGuidance(io.ComfyNode):
             node_id="CombinedGuidanceSegkern",
             display_name="Combined Guidance (segkern)",
             category=_CATEGORY,
-            description="Smoothed Energy Guidance and Perturbed Attention Guidance together, each with a perturbed "
-            "forward of its own that begins at its first layer. The same as one node after the other.",
+            description="Smoothed Energy Guidance and Perturbed Attention Guidance together. Each has its own "
+            "perturbed forward pass that begins at its first layer. Equivalent to one node after the other.",
             search_aliases=["SEG + PAG", "PAG + SEG", "segkern"],
             inputs=[
                 _model(),
@@ -177,7 +178,7 @@ class CombinedGuidance(io.ComfyNode):
 
 
 class GuidanceInfo(io.ComfyNode):
-    """The effect of guidance, after sampling."""
+    """Reports the effect of guidance after sampling."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -185,13 +186,13 @@ class GuidanceInfo(io.ComfyNode):
             node_id="GuidanceInfoSegkern",
             display_name="Guidance Info (segkern)",
             category=_CATEGORY,
-            description="Says in which steps guidance acted, how far it moved each layer's attention and the "
-            "prediction, and what it shared with the model's own forward. Connect the guided model and the sampler's "
-            "latent, so that it runs after the sampler.",
+            description="Shows in which steps guidance acted, how far it moved each layer's attention and the "
+            "prediction, and how much it shared with the model's own forward pass. Connect the guided model and the "
+            "sampler's latent, so that the node runs after the sampler.",
             search_aliases=["report", "segkern"],
             inputs=[
-                io.Model.Input("model", tooltip="The guided model, as the sampler got it."),
-                io.Latent.Input("latent", tooltip="The sampler's output; it is passed on."),
+                io.Model.Input("model", tooltip="Guided model, as used by the sampler."),
+                io.Latent.Input("latent", tooltip="Output of the sampler. It is passed through unchanged."),
             ],
             outputs=[io.Latent.Output(), io.String.Output(display_name="info")],
             is_output_node=True,
@@ -200,18 +201,19 @@ class GuidanceInfo(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, latent: dict[str, Any]) -> io.NodeOutput:
         reports = [str(guidance.report) for guidance in guidances_of(model.model_options)]
-        text = "\n\n".join(reports) or "This model has no guidance by segkern: connect the output of its nodes."
+        text = "\n\n".join(reports) or "This model has no segkern guidance: connect the output of a segkern node."
         return io.NodeOutput(latent, text, ui=ui.PreviewText(text))
 
 
 class SegkernExtension(ComfyExtension):
-    """The node pack."""
+    """The segkern node pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """The nodes."""
+        """Return the nodes of the pack."""
         return [SmoothedEnergyGuidance, PerturbedAttentionGuidance, CombinedGuidance, GuidanceInfo]
 
 
 async def comfy_entrypoint() -> ComfyExtension:
-    """The extension, for which ComfyUI asks when it loads the pack."""
+    """Return the extension. ComfyUI calls this when it loads the pack."""
+
     return SegkernExtension()

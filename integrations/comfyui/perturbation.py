@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perturbed self-attention: blurred queries or the identity, by segkern's functions."""
+"""Perturbed self-attention with blurred queries or identity attention, computed by segkern's functions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Perturbation:
-    """The attention of one guidance's degraded prediction.
+    """Perturbed attention of one guidance method.
 
     Attributes:
-        sigma: of the blur of queries; None for the identity instead of attention.
-        report: where each layer's effect is noted.
-        computed: names of the layers that it perturbed.
+        sigma: Standard deviation of the query blur; None for identity attention.
+        report: Report that records each layer's effect.
+        computed: Names of the layers that were perturbed.
     """
 
     sigma: float | None
@@ -40,16 +40,16 @@ class Perturbation:
         attend: Attend,
         fused: bool,
     ) -> torch.Tensor:
-        """Attention output ``[batch, heads, tokens, head_dim]`` of a layer, perturbed on the grid's tokens.
+        """Return the attention output ``[batch, heads, tokens, head_dim]``, perturbed on the grid's tokens.
 
         Args:
-            layer: its name.
+            layer: Name of the layer.
             query: ``[batch, heads, tokens, head_dim]``, after norms and rotary embedding.
-            key: of the same tokens, or more.
-            value: the same.
-            grid: of the image among the tokens.
-            attend: the layer's own attention, with whatever other nodes changed in it.
-            fused: whether no other node changes the attention, so that segkern may compute all of it.
+            key: Keys of the same tokens, or more.
+            value: Values of the same tokens as ``key``.
+            grid: Grid of the image in the tokens.
+            attend: The layer's own attention, including changes by other nodes.
+            fused: Whether no other node changes the attention, so segkern may compute all of it.
         """
         self.computed.add(layer)
         if self.sigma is None:
@@ -64,11 +64,11 @@ class Perturbation:
 
 
 def _identity(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, attend: Attend) -> torch.Tensor:
-    """Attention whose map is the identity for image tokens."""
+    """Return attention output in which every image token attends only to itself."""
     if value.shape[2] != query.shape[2]:
         raise ValueError(
-            f"PAG cannot act in a layer whose {query.shape[2]} queries look at {value.shape[2]} tokens: another node "
-            f"gives it more; choose other layers, or SEG"
+            f"PAG cannot act in a layer with {query.shape[2]} queries and {value.shape[2]} values, because another "
+            f"node adds tokens; choose other layers, or use SEG"
         )
     if grid.tokens == query.shape[2]:
         return value[:, :, : grid.tokens]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of the conditional prediction, kept from a model's own forward until its perturbed one."""
+"""Activations of the conditional prediction, kept from the model's own forward pass for the perturbed one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _CONDITIONAL = 0  # ComfyUI's index of the positive conditioning in ``cond_or_un
 class Recording:
     """Activations of one evaluation of the model, by place in the model and by conditioning.
 
-    ComfyUI joins conditionings in batches as memory allows, and splits them again; each has a ``uuid`` that
-    ``transformer_options`` lists in the order of the batch.
+    ComfyUI batches conditionings as memory allows, and splits them again. Each has a ``uuid``, and
+    ``transformer_options`` lists the uuids in batch order.
 
     Attributes:
-        x: the noisy latents that were evaluated; what was recorded serves no others.
-        whole: False once some conditioning was not evaluated in one piece: tiles and windows share its ``uuid``.
+        x: The noisy latents of the evaluation. The recording is valid only for them.
+        whole: False if a conditioning was evaluated in several pieces, because tiles and windows share its ``uuid``.
     """
 
     x: torch.Tensor
@@ -31,9 +31,9 @@ class Recording:
     def keep(
         self, place: Hashable, transformer_options: Mapping[str, Any], activation: torch.Tensor, values: bool = True
     ) -> None:
-        """Copy the rows of positive conditionings; layers and other nodes change activations in place.
+        """Copy the rows of positive conditionings, because layers and other nodes change activations in place.
 
-        Without ``values`` zeros are recorded, which take no memory.
+        Without ``values``, zeros that take no memory are recorded.
         """
         uuids, kinds = transformer_options["uuids"], transformer_options["cond_or_uncond"]
         if activation.shape[0] != len(uuids) * self.x.shape[0]:
@@ -46,12 +46,13 @@ class Recording:
                 kept[uuid] = rows.clone() if values else rows.new_zeros(()).expand(rows.shape)
 
     def has(self, places: Iterable[Hashable], transformer_options: Mapping[str, Any], batch: int) -> bool:
-        """True if all places were recorded for every conditioning of a batch."""
+        """Return True if all places were recorded for every conditioning of a batch."""
         counts = (sum(rows.shape[0] for rows in self._rows(place, transformer_options)) for place in places)
         return self.whole and all(count == batch for count in counts)
 
     def take(self, place: Hashable, transformer_options: Mapping[str, Any]) -> torch.Tensor:
-        """Recorded rows in the order of a batch, as a new tensor, which may be changed in place."""
+        """Return recorded rows in batch order, as a new tensor that may be changed in place."""
+
         return torch.cat(self._rows(place, transformer_options))
 
     def _rows(self, place: Hashable, transformer_options: Mapping[str, Any]) -> list[torch.Tensor]:

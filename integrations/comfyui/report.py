@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The effect of guidance on a run, in numbers and words."""
+"""The report of guidance in ComfyUI."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from segkern.integrations.specs import PAG, SEG
 
 @dataclass
 class GuidanceReport:
-    """The effect of one guidance since its run began.
+    """The effect of one guidance method in the current or last run.
 
     Attributes:
-        spec: the guidance.
-        layers: names of the layers that it perturbs.
-        skipped: share of the model's layers that the perturbed forward takes from the model's own.
-        evaluations: of the model.
-        full: reasons why perturbed forwards were computed in full, and how many.
-        prediction: relative distances that the prediction moved, of the evaluations in which the guidance acted.
+        spec: The guidance spec.
+        layers: Names of the perturbed layers.
+        skipped: Share of the model's blocks that a perturbed forward pass takes from the model's own.
+        evaluations: Number of evaluations of the model.
+        full: Reasons why perturbed forward passes were computed in full, with counts.
+        prediction: Relative change of the prediction, for each evaluation in which guidance was active.
     """
 
     spec: SEG | PAG
@@ -34,29 +34,29 @@ class GuidanceReport:
     _moved: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Begin a run."""
+        """Clear the report at the start of a run."""
         self.evaluations = 0
         self.full.clear()
         self.prediction.clear()
         self._moved.clear()
 
     def wants(self, layer: str) -> bool:
-        """True if a layer's effect is to be measured: once in a run, since it takes the layer's own attention too."""
+        """Return True if a layer's effect should be measured: once per run, since it costs another attention call."""
         return layer not in self._moved
 
     def note(self, layer: str, perturbed: torch.Tensor, own: torch.Tensor) -> None:
-        """Note how far a layer's attention moved; nothing waits for the device."""
+        """Record how far a layer's attention moved, without synchronizing."""
         self._moved[layer] = distance(perturbed, own)
 
     @property
     def acted(self) -> int:
-        """Evaluations in which the guidance acted."""
+        """Number of evaluations in which guidance was active."""
         return len(self.prediction)
 
     def __str__(self) -> str:
         lines = [f"{title(self.spec)}: acted in {self.acted} of {self.evaluations} evaluations of the model"]
         if self.evaluations == 0:
-            lines.append("  The model has not run since the workflow was loaded, or runs without this guidance.")
+            lines.append("  The model has not run since the workflow was loaded, or it runs without this guidance.")
         elif self.acted == 0:
             lines.append("  It had no effect: " + self._why_idle())
         else:
@@ -76,20 +76,21 @@ class GuidanceReport:
             return "its scale is 0."
         if isinstance(self.spec, SEG) and self.spec.sigma == 0.0:
             return "its sigma is 0."
-        return f"no step lies between start_percent {self.spec.start:g} and end_percent {self.spec.stop:g}."
+        return f"no step is between start_percent {self.spec.start:g} and end_percent {self.spec.stop:g}."
 
     def _cost(self) -> str:
         full = sum(self.full.values())
         if full == 0:
             return (
-                f"Each perturbed forward shared the model's own up to its first layer ({self.skipped:.0%} of blocks)."
+                f"Each perturbed forward pass shared the model's own up to its first layer ({self.skipped:.0%} of "
+                f"the blocks)."
             )
         reasons = "; ".join(f"{reason} ({count} times)" for reason, count in self.full.items())
-        return f"{full} of {self.acted} perturbed forwards were computed in full: {reasons}."
+        return f"{full} of {self.acted} perturbed forward passes were computed in full: {reasons}."
 
 
 def title(spec: SEG | PAG) -> str:
-    """A guidance in a few words.
+    """Return a short description of a guidance spec.
 
     Example:
         >>> title(SEG(scale=3.0, sigma=math.inf))
@@ -102,6 +103,7 @@ def title(spec: SEG | PAG) -> str:
 
 
 def distance(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Relative L2 distance, float32, on the device."""
+    """Return the relative L2 distance as a float32 tensor on the device."""
+
     x, own = x.to(torch.float32), own.to(torch.float32)
     return (x - own).norm() / own.norm().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers such as Flux and Stable Diffusion 3: their blocks, perturbed attention, and skipped blocks."""
+"""Transformers such as Flux and Stable Diffusion 3: blocks, perturbed attention, and skipped blocks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .perturbation import Perturbation
 from .recording import Recording
 
 Options = dict[str, Any]  # transformer_options, or a part of them
-Arguments = dict[str, Any]  # of a block's replacement
-_Key = tuple[str | None, int]  # of a replacement
+Arguments = dict[str, Any]  # arguments of a block replacement
+_Key = tuple[str | None, int]  # key of a block replacement
 
-_LATENTS = "segkern_latents"  # the shape of the latents of a forward, in its options
+_LATENTS = "segkern_latents"  # key of the latent shape in a forward pass's options
 _OVERRIDE = "optimized_attention_override"
-_FUSED_WITH = {"attn_precision", "transformer_options", "_inside_attn_wrapper"}  # arguments that change no result
+_FUSED_WITH = {"attn_precision", "transformer_options", "_inside_attn_wrapper"}  # arguments that do not affect results
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Stage:
     """A list of blocks.
 
     Attributes:
-        blocks: its name in the model.
-        part: of layers' names.
-        key: the first half of the name under which ComfyUI lets one replace a block; None where it does not.
-        text: whether a block has the text as a separate sequence, and changes it.
+        blocks: Name of the list in the model.
+        part: Part of the layer names.
+        key: First item of the key under which ComfyUI replaces a block; None if it cannot.
+        text: Whether a block has the text as a separate sequence and changes it.
     """
 
     blocks: str
@@ -53,10 +53,10 @@ class Family:
     """An architecture.
 
     Attributes:
-        users: what it is called by people.
-        stages: in execution order.
-        before: tokens before the image's in the first attention of a block.
-        default: layers where none are named.
+        users: Name of the model family for messages.
+        stages: Lists of blocks in execution order.
+        before: Function that returns the number of tokens before the image in the first attention of a block.
+        default: Default layers.
     """
 
     users: str
@@ -66,7 +66,7 @@ class Family:
 
 
 def _text(model: Any, options: Options, arguments: Arguments, tokens: int) -> int:
-    """Of text, in a sequence of its own, or before the image in a joint one."""
+    """Return the number of text tokens, from a separate text sequence or from the tokens before the image."""
     return arguments["txt"].shape[1] if "txt" in arguments else options["img_slice"][0]
 
 
@@ -75,7 +75,7 @@ def _none(model: Any, options: Options, arguments: Arguments, tokens: int) -> in
 
 
 def _all_but_padded_image(model: Any, options: Options, arguments: Arguments, tokens: int) -> int:
-    """Of all others: the image is at the end, filled up to a multiple of tokens."""
+    """Return the number of tokens before the image, which is last and padded to a multiple of tokens."""
     image, multiple = _grid(model, options).tokens, model.pad_tokens_multiple or 1
     return tokens - -(-image // multiple) * multiple
 
@@ -103,7 +103,7 @@ FAMILIES: dict[type, Family] = {
 
 
 class Transformer:
-    """The blocks of a transformer, and what guidance does to its forward."""
+    """The blocks of a transformer, and the changes that guidance makes to its forward pass."""
 
     def __init__(self, model: Any) -> None:
         self.model, self._family = model, FAMILIES[type(model)]
@@ -119,14 +119,14 @@ class Transformer:
         self.default_layers = self._family.default
         self.why_not_shared: str | None = None
         if any(stage.key is None for stage in self._family.stages):
-            self.why_not_shared = f"ComfyUI has no hook to skip blocks of {self._family.users}"
+            self.why_not_shared = f"ComfyUI has no hook that skips blocks of {self._family.users}"
 
     def skipped(self, layers: Sequence[LayerInfo]) -> float:
-        """The share of blocks before the first of some layers."""
+        """Return the share of blocks before the first of these layers."""
         return self._number(layers[0]) / len(self._keys)
 
     def perturb(self, options: Options, layers: Sequence[LayerInfo], perturbation: Perturbation) -> None:
-        """Let layers of a forward with these ``transformer_options``, which are changed, be perturbed."""
+        """Change ``transformer_options`` so that a forward pass perturbs these layers."""
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, "segkern", _note_latents, options)
         chosen = {}
         for layer in layers:
@@ -141,14 +141,14 @@ class Transformer:
             options[_OVERRIDE] = _ByIndex(self, chosen, perturbation, options.get(_OVERRIDE))
 
     def record(self, options: Options, recording: Recording, entries: Sequence[Sequence[LayerInfo]]) -> None:
-        """Record what forwards with perturbed layers, for each of some guidances, will need."""
+        """Record what forward passes with perturbed layers need; ``entries`` has the layers of each guidance."""
         for number in {self._number(layers[0]) for layers in entries}:
             stage, index = self._keys[number]
             key = stage.key, index
             _replace(options, key, _Recorder(recording, number, stage.text, _replacement(options, key)))
 
     def replay(self, options: Options, recording: Recording, layers: Sequence[LayerInfo]) -> _Replay:
-        """Take what was recorded instead of computing what comes before the first of some layers."""
+        """Use the recording instead of computing what comes before the first of these layers."""
         entry = self._number(layers[0])
         replay = _Replay(recording, entry, self._keys[entry][0].text)
         for number, (stage, index) in enumerate(self._keys[: entry + 1]):
@@ -157,16 +157,16 @@ class Transformer:
         return replay
 
     def grid(self, options: Options, arguments: Arguments, tokens: int) -> Grid:
-        """The image's grid among the tokens of a block's first attention."""
+        """Return the image's grid in the tokens of a block's first attention."""
         grid = _grid(self.model, options)
         start = self._family.before(self.model, options, arguments, tokens)
         after = sum(options.get("reference_image_num_tokens", ()))
         multiple = getattr(self.model, "pad_tokens_multiple", None) or 1
         if start < 0 or start + -(-grid.tokens // multiple) * multiple + after != tokens:
             raise ValueError(
-                f"guidance cannot tell where the image lies: {self._family.users} has {tokens} tokens, "
+                f"guidance cannot locate the image tokens: {self._family.users} has {tokens} tokens, "
                 f"{start} of them before an image of {grid.frames} x {grid.height} x {grid.width} and {after} of "
-                f"references after it; another node or conditioning adds some"
+                f"references after it; another node or conditioning adds tokens"
             )
         return Grid(grid.height, grid.width, start=start, frames=grid.frames)
 
@@ -185,18 +185,18 @@ def _note_latents(
     transformer_options: Options | None = None,
     **conditions: Any,
 ) -> torch.Tensor:
-    """Note the shape of a forward's latents in its options: with areas it differs from the run's."""
+    """Store the latent shape of a forward pass in its options. With areas, it differs from that of the run."""
     options = {**(transformer_options or {}), _LATENTS: tuple(x.shape)}
     return executor(x, t, c_concat, c_crossattn, control, options, **conditions)
 
 
 def _grid(model: Any, options: Options) -> Grid:
-    """The image's tokens: latents in patches, filled up to whole ones."""
+    """Return the grid of the image's tokens, with partial patches counted as whole ones."""
     shape = options.get(_LATENTS)
     if shape is None:
         raise RuntimeError(
-            "guidance cannot tell the size of the latents: another node compiles the model so that it takes the first "
-            "forward's options for all others (TorchCompileModel); remove that node"
+            "guidance cannot read the size of the latents, because another node (TorchCompileModel) compiles the model "
+            "and reuses the options of the first forward pass; remove that node"
         )
     *_, height, width = shape
     frames = shape[2] if len(shape) == 5 else 1
@@ -206,18 +206,18 @@ def _grid(model: Any, options: Options) -> Grid:
 
 
 def _attentions(block: Any) -> int:
-    """How many self-attentions a block computes, before any other attention."""
+    """Return how many self-attentions a block computes before any other attention."""
     return 1 + bool(getattr(getattr(block, "x_block", None), "x_block_self_attn", False))
 
 
 class _BlockPatch:
-    """A replacement of one block (``patches_replace["dit"]``)."""
+    """Replaces one block (``patches_replace["dit"]``)."""
 
     def __init__(self, before: Callable[..., Arguments] | None) -> None:
         self.before = before
 
     def compute(self, arguments: Arguments, extra: Options) -> Arguments:
-        """Run the block, by another node's replacement if there is one."""
+        """Run the block, through another node's replacement if there is one."""
         if self.before is not None:
             return self.before(arguments, extra)
         return extra["original_block"](arguments)
@@ -234,7 +234,7 @@ def _replace(options: Options, key: _Key, patch: _BlockPatch) -> None:
 
 
 class _PerturbedBlock(_BlockPatch):
-    """Perturbs a block's self-attentions."""
+    """Replaces a block and perturbs its self-attentions."""
 
     def __init__(
         self,
@@ -260,7 +260,7 @@ class _PerturbedBlock(_BlockPatch):
             first, left = left == self.attentions, left - 1
             if first:
                 grid = self.model.grid(options, arguments, call.query.shape[2])
-            else:  # of the image alone
+            else:  # the second attention has only image tokens
                 grid = _grid(self.model.model, options)
             layer = self.layer if first else f"{self.layer}.attn2"
             return self.perturbation(layer, call.query, call.key, call.value, grid, call.attend, call.fused)
@@ -271,7 +271,7 @@ class _PerturbedBlock(_BlockPatch):
 
 @dataclass
 class _Call:
-    """An attention that is asked for: ``[batch, heads, tokens, head_dim]``."""
+    """A call of an attention function, with tensors ``[batch, heads, tokens, head_dim]``."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -282,7 +282,7 @@ class _Call:
 
 
 class _Override:
-    """An override of attention that calls on the one that was there."""
+    """An attention override that calls the previous override."""
 
     def __init__(self, before: Callable[..., torch.Tensor] | None) -> None:
         self.before = before
@@ -326,12 +326,12 @@ class _Override:
 
 
 def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """``[batch, tokens, channels]``, or with heads apart already, as ``[batch, heads, tokens, head_dim]``."""
+    """Return ``[batch, heads, tokens, head_dim]`` from ``[batch, tokens, channels]`` or from separate heads."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 class _ByIndex(_Override):
-    """Perturbs the blocks that say their number, where no block can be replaced."""
+    """Perturbs blocks by the number in their options, for models whose blocks cannot be replaced."""
 
     def __init__(
         self,
@@ -343,7 +343,7 @@ class _ByIndex(_Override):
         super().__init__(before)
 
         def perturbed(call: _Call) -> torch.Tensor | None:
-            if "block_index" not in call.options:  # of a refiner
+            if "block_index" not in call.options:  # a refiner block
                 return None
             layer = chosen.get(call.options["block_index"])
             if layer is None:
@@ -355,7 +355,7 @@ class _ByIndex(_Override):
 
 
 class _Recorder(_BlockPatch):
-    """Records what a block is given."""
+    """Replaces a block and records its inputs."""
 
     def __init__(self, recording: Recording, number: int, text: bool, before: Callable[..., Arguments] | None) -> None:
         super().__init__(before)
@@ -371,7 +371,7 @@ class _Recorder(_BlockPatch):
 
 
 class _Replay:
-    """A forward that skips blocks; ``full`` says why it computed them all the same."""
+    """A forward pass that skips blocks. ``full`` is the reason if nothing could be skipped."""
 
     def __init__(self, recording: Recording, entry: int, text: bool) -> None:
         self.recording, self.entry = recording, entry
@@ -379,7 +379,7 @@ class _Replay:
         self.full: str | None = None
 
     def serves(self, arguments: Arguments) -> bool:
-        """True if the batch was recorded."""
+        """Return True if the batch was recorded."""
         places = [(stream, self.entry) for stream in self.streams]
         if self.recording.has(places, arguments["transformer_options"], arguments["img"].shape[0]):
             return True
@@ -388,7 +388,7 @@ class _Replay:
 
 
 class _ReplayedBlock(_BlockPatch):
-    """Skips a block, or gives the first perturbed one what was recorded."""
+    """Skips a block, or runs the first perturbed block on its recorded inputs."""
 
     def __init__(self, replay: _Replay, number: int, before: Callable[..., Arguments] | None) -> None:
         super().__init__(before)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UNets of Stable Diffusion 1, 2, XL and relatives: their layers, perturbed attention, and skipped blocks."""
+"""UNets of Stable Diffusion 1, 2, XL and related models: layers, perturbed attention, and skipped blocks."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _LAYER_PATCHES = "forward_timestep_embed_patch"
 
 @dataclass(frozen=True)
 class _Place:
-    """A module's place among those that ``forward_timestep_embed`` runs.
+    """The place of a module that ``forward_timestep_embed`` runs.
 
     Attributes:
-        block: in execution order.
-        name: of the block, such as ``("input", 4)``.
-        position: in the block.
-        last: whether no module of the block comes after it.
+        block: Number of the block in execution order.
+        name: Name of the block, such as ``("input", 4)``.
+        position: Position in the block.
+        last: Whether this is the last module of the block.
     """
 
     block: int
@@ -46,9 +46,9 @@ class _Place:
 
 
 class UNet:
-    """The self-attention layers of a UNet, and what guidance does to its forward."""
+    """The self-attention layers of a UNet, and the changes that guidance makes to its forward pass."""
 
-    why_not_shared: str | None = None  # where no forward can skip blocks
+    why_not_shared: str | None = None  # reason, if no forward pass can skip blocks
 
     def __init__(self, model: UNetModel) -> None:
         blocks = [(("input", i), block) for i, block in enumerate(model.input_blocks)]
@@ -66,11 +66,11 @@ class UNet:
             for position, module in enumerate(block):
                 self._places[id(module)] = _Place(number, name, position, position == len(block) - 1)
                 if isinstance(module, SpatialVideoTransformer):
-                    raise ValueError("guidance cannot handle Stable Video Diffusion's UNet, whose frames are a batch")
+                    raise ValueError("guidance does not support Stable Video Diffusion, whose UNet batches frames")
                 if not isinstance(module, SpatialTransformer):
                     continue
                 for index, transformer in enumerate(module.transformer_blocks):
-                    if transformer.disable_self_attn:  # looks at the text instead
+                    if transformer.disable_self_attn:  # attends to the text instead
                         continue
                     layer = f"{name[0]}.{name[1]}.{index}"
                     self._transformers[layer] = module, index
@@ -87,14 +87,14 @@ class UNet:
                     count[part] += 1
                 transformers[part] += 1
         self.layers: Sequence[LayerInfo] = layers
-        self.default_layers = "mid" if count["middle"] else None  # smaller models such as SSD-1B have none there
+        self.default_layers = "mid" if count["middle"] else None  # models such as SSD-1B have no middle layers
 
     def skipped(self, layers: Sequence[LayerInfo]) -> float:
-        """The share of blocks before the first of some layers."""
+        """Return the share of blocks before the first of these layers."""
         return self._entry(layers).block / len(self._blocks)
 
     def perturb(self, options: Options, layers: Sequence[LayerInfo], perturbation: Perturbation) -> None:
-        """Let layers of a forward with these ``transformer_options``, which are changed, be perturbed."""
+        """Change ``transformer_options`` so that a forward pass perturbs these layers."""
         replaced = dict(options.get("patches_replace", {}))
         replaced["attn1"] = attn1 = dict(replaced.get("attn1", {}))
         for layer in layers:
@@ -105,20 +105,20 @@ class UNet:
         options["patches_replace"] = replaced
 
     def record(self, options: Options, recording: Recording, entries: Sequence[Sequence[LayerInfo]]) -> None:
-        """Record what forwards with perturbed layers, for each of some guidances, will need."""
+        """Record what forward passes with perturbed layers need; ``entries`` has the layers of each guidance."""
         places: dict[Hashable, bool] = {}
         for needed in map(self._needed, entries):
             places |= {place: values or places.get(place, False) for place, values in needed.items()}
         _patch_layers(options, lambda: _Recorder(self, recording, places))
 
     def replay(self, options: Options, recording: Recording, layers: Sequence[LayerInfo]) -> _Replay:
-        """Take what was recorded instead of computing what comes before the first of some layers."""
+        """Use the recording instead of computing what comes before the first of these layers."""
         replay = _Replay(self, recording, self._entry(layers), self._needed(layers))
         _patch_layers(options, lambda: replay)
         return replay
 
     def place(self, module: torch.nn.Module) -> _Place | None:
-        """The place of a module; None for one that was not there when the guidance was set up."""
+        """Return the place of a module; None if the module was added after guidance was set up."""
         return self._places.get(id(module))
 
     def _entry(self, layers: Sequence[LayerInfo]) -> _Place:
@@ -126,10 +126,10 @@ class UNet:
         return self._places[id(module)]
 
     def _needed(self, layers: Sequence[LayerInfo]) -> dict[Hashable, bool]:
-        """The input of the first layer's module, and outputs of the blocks before it: whether more than shapes.
+        """Return which activations are needed, and whether their values are needed or only their shapes.
 
-        A block of the second half reads the output of one of the first half. Where that is before the layer too, no
-        value of it is needed.
+        These are the input of the first layer's module and the outputs of the blocks before it. An output block reads
+        the output of an input block. If both come before the layer, no values are needed.
         """
         entry = self._entry(layers)
         before = self._blocks[: entry.block]
@@ -140,7 +140,7 @@ class UNet:
 
 
 class _PerturbedAttention:
-    """A replacement of one self-attention (``patches_replace["attn1"]``)."""
+    """Replaces one self-attention (``patches_replace["attn1"]``)."""
 
     def __init__(self, layer: str, perturbation: Perturbation, before: Callable[..., torch.Tensor] | None) -> None:
         self.layer, self.perturbation, self.before = layer, perturbation, before
@@ -150,8 +150,8 @@ class _PerturbedAttention:
         height, width = options["activations_shape"][2:]
         if query.shape[1] != height * width:
             raise ValueError(
-                f"{self.layer} has {query.shape[1]} queries for {height} x {width} positions: a node that merges "
-                f"tokens (ToMe, Hypertile) leaves no grid to blur on; remove it, or choose other layers"
+                f"{self.layer} has {query.shape[1]} queries for {height} x {width} positions, because another node "
+                f"merges tokens (ToMe, Hypertile) and leaves no grid to blur; remove that node or choose other layers"
             )
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -170,7 +170,7 @@ class _PerturbedAttention:
 
 
 def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """``[batch, tokens, channels]`` as ``[batch, heads, tokens, head_dim]``."""
+    """Reshape ``[batch, tokens, channels]`` to ``[batch, heads, tokens, head_dim]``."""
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
@@ -179,15 +179,15 @@ def _joined(x: torch.Tensor) -> torch.Tensor:
 
 
 class _LayerPatch:
-    """An entry of ``forward_timestep_embed_patch``, which runs instead of every module of a block."""
+    """An entry of ``forward_timestep_embed_patch``. It runs instead of every module of a block."""
 
     def __init__(self, unet: UNet) -> None:
         self.unet = unet
 
     def compute(self, module: torch.nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        """Run a module, by other nodes' patches if they have one for it.
+        """Run a module through other nodes' patches, if there are any for it.
 
-        ``arguments`` are those of :func:`forward_timestep_embed` after ``x``.
+        ``arguments`` are the arguments of :func:`forward_timestep_embed` after ``x``.
         """
         options = arguments[2]
         patches = options["patches"]
@@ -200,7 +200,7 @@ class _LayerPatch:
 
 
 class _Recorder(_LayerPatch):
-    """Records what a perturbed forward will need."""
+    """Records the activations that a perturbed forward pass needs."""
 
     def __init__(self, unet: UNet, recording: Recording, places: Mapping[Hashable, bool]) -> None:
         super().__init__(unet)
@@ -220,7 +220,7 @@ class _Recorder(_LayerPatch):
 
 
 class _Replay(_LayerPatch):
-    """Skips the modules before the first perturbed one; ``full`` says why a forward was computed all the same."""
+    """Skips the modules before the first perturbed one. ``full`` is the reason if nothing could be skipped."""
 
     def __init__(self, unet: UNet, recording: Recording, entry: _Place, places: Mapping[Hashable, bool]) -> None:
         super().__init__(unet)
@@ -238,14 +238,15 @@ class _Replay(_LayerPatch):
         if place == self.entry:
             return self.compute(module, self.recording.take(("input of", place.name), options), *arguments)
         if isinstance(module, SpatialTransformer):
-            options["transformer_index"] += 1  # which other nodes read, and a skipped one counts too
+            options["transformer_index"] += 1  # other nodes read it, and it counts skipped transformers too
         if place.last and place.block < self.entry.block:
             return self.recording.take(("output of", place.name), options)
-        return x  # what it gives is not read
+        return x  # this output is never used
 
 
 def _patch_layers(options: Options, make: Callable[[], _LayerPatch]) -> None:
-    """Let a patch run instead of every module of a block; it comes before other nodes' patches, and calls them."""
+    """Run a patch instead of every module of a block. It precedes other nodes' patches and calls them."""
+
     patches = dict(options.get("patches", {}))
     patches[_LAYER_PATCHES] = [(torch.nn.Module, make()), *patches.get(_LAYER_PATCHES, [])]
     options["patches"] = patches

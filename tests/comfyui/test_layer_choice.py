@@ -15,7 +15,7 @@ from .small_models import make_model
 @pytest.mark.parametrize("depth", [-1, -2])
 def test_a_model_without_middle_layers_has_no_default(depth: int) -> None:
     model = make_model("sdxl", transformer_depth_middle=depth)  # as SSD-1B and KOALA
-    with pytest.raises(ValueError, match="no advice which layers of this model to perturb; name some of "):
+    with pytest.raises(ValueError, match="no default layer for this model; name one or more of "):
         add_guidance(model, SEG(), "")
 
 
@@ -36,5 +36,5 @@ def test_examples_in_an_error_are_valid() -> None:
 
 
 def test_a_sigma_for_each_image_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes one sigma for all images"):
+    with pytest.raises(ValueError, match="needs one sigma for all images"):
         add_guidance(make_model("sd15"), SEG(sigma=(1.0, 2.0)), "mid")

@@ -69,8 +69,8 @@ def test_nodes_that_change_predictions(name: str, other: Node, cfg: float, order
 @pytest.mark.parametrize(
     "other, message",
     [
-        (node(EasyCacheNode, reuse_threshold=0.5, **WHOLE_RUN), "cannot act beside EasyCache, .*; use LazyCache"),
-        (node(NAGuidance, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5), "beside Normalized Attention .*; remove one"),
+        (node(EasyCacheNode, reuse_threshold=0.5, **WHOLE_RUN), "does not work with EasyCache, .*; use LazyCache"),
+        (node(NAGuidance, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5), "with Normalized Attention .*; remove one"),
     ],
 )
 def test_nodes_that_are_refused(name: str, other: Node, message: str, order: Any) -> None:
@@ -88,7 +88,7 @@ def test_compiled_transformers_are_refused(order: Any) -> None:
         return model
 
     guided = order(compiled)(small("flux"), lambda model: add_guidance(model, NOTHING, "1"))
-    with pytest.raises(ValueError, match=r"beside TorchCompileModel on a transformer, .*; remove that node"):
+    with pytest.raises(ValueError, match=r"with TorchCompileModel on a transformer, .*; remove that node"):
         sample(guided, "flux", steps=1)
     guided = order(compiled)(small("sdxl"), lambda model: add_guidance(model, NOTHING, "mid"))
     assert sample(guided, "sdxl", steps=1).isfinite().all()

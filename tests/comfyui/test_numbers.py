@@ -92,7 +92,7 @@ def test_text_masked_out_in_qwen() -> None:
 def test_lumina_cannot_share_and_says_so() -> None:
     ours = add_guidance(small("lumina"), SPECS["pag"], "1")
     sample(ours, "lumina", steps=2)
-    assert "no hook to skip blocks of Lumina 2, Z-Image (2 times)" in str(guidances_of(ours.model_options)[0].report)
+    assert "no hook that skips blocks of Lumina 2, Z-Image (2 times)" in str(guidances_of(ours.model_options)[0].report)
 
 
 def test_rescaled_guidance() -> None:

@@ -141,7 +141,7 @@ def test_a_guider_without_conditioning_is_refused() -> None:
 
     guider = Own(add_guidance(small("sdxl"), SPECS["pag"], "mid"))
     guider.set_conds(Options.positive, Options.negative)
-    with pytest.raises(ValueError, match="this guider does not give to post-CFG functions; use another guider"):
+    with pytest.raises(ValueError, match="this guider does not pass it to post-CFG functions; use another guider"):
         run_guider(guider)
 
 
@@ -300,7 +300,7 @@ def test_runs_repeat_whatever_ran_between(name: str, layers: str) -> None:
     [
         (SEG(scale=0.0), "It had no effect: its scale is 0."),
         (SEG(sigma=0.0), "It had no effect: its sigma is 0."),
-        (PAG(start=0.95, stop=0.96), "It had no effect: no step lies between start_percent 0.95 and end_percent 0.96."),
+        (PAG(start=0.95, stop=0.96), "It had no effect: no step is between start_percent 0.95 and end_percent 0.96."),
     ],
 )
 def test_guidance_that_does_nothing_says_why_and_costs_nothing(spec: SEG | PAG, words: str) -> None:
@@ -336,10 +336,10 @@ def test_models_that_are_not_known() -> None:
     model = small("sdxl").clone()
     model.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))
     with pytest.raises(
-        ValueError, match="guidance cannot handle a Linear; it knows Stable Diffusion 1, 2 and XL, Flux"
+        ValueError, match="guidance does not support Linear; supported are Stable Diffusion 1, 2 and XL, Flux"
     ):
         add_guidance(model, PAG(), "mid")
-    with pytest.raises(ValueError, match="there is no advice which layers of this model to perturb; name some of"):
+    with pytest.raises(ValueError, match="there is no default layer for this model; name one or more of"):
         add_guidance(small("flux"), PAG(), " , ")
 
 
@@ -354,7 +354,9 @@ def test_a_compiled_transformer_that_forgets_its_options_is_refused() -> None:
         return executor(*map(old, given), **rest)
 
     guided.add_wrapper_with_key("diffusion_model", "forgetful", forgetful)
-    with pytest.raises(RuntimeError, match=r"compiles the model .* \(TorchCompileModel\); remove that node"):
+    with pytest.raises(
+        RuntimeError, match=r"another node \(TorchCompileModel\) compiles the model .*; remove that node"
+    ):
         sample(guided, "flux", steps=1)
 
 

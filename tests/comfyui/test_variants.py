@@ -110,7 +110,7 @@ def test_frames_of_wan_that_are_added_are_refused() -> None:
     guided = add_guidance(small("wan"), SPEC, "1")
     positive = conditioning("wan", 2, time_dim_concat=noise(1, 16, 1, 9, 14))
     message = (
-        "cannot tell where the image lies: Wan has 140 tokens, 0 of them before an image of 3 x 5 x 7 .* adds some"
+        "cannot locate the image tokens: Wan has 140 tokens, 0 of them before an image of 3 x 5 x 7 .* adds tokens"
     )
     with pytest.raises(ValueError, match=message):
         compare(small("wan"), "wan", guided, guided, 1e-5, noise=latents("wan", 9, 14, 2), positive=positive)

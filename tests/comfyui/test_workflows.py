@@ -176,7 +176,7 @@ def test_patches_of_attention(name: str, layers: str) -> None:
 
 def test_identity_attention_cannot_have_more_keys() -> None:
     guided = with_attention_patches(small("sdxl"), lambda model: add_guidance(model, SPECS["pag"], "mid"))
-    with pytest.raises(ValueError, match="PAG cannot act in a layer whose 28 queries look at 31 tokens"):
+    with pytest.raises(ValueError, match="PAG cannot act in a layer with 28 queries and 31 values"):
         sample(guided, "sdxl", steps=1, noise=latents("sdxl", 8, 14, 1))
 
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shows the text of Guidance Info on the node.
+// Shows the report on the Guidance Info node.
 import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
@@ -13,9 +13,9 @@ app.registerExtension({
       onNodeCreated?.apply(this, arguments);
       const { widget } = ComfyWidgets.STRING(this, "report", ["STRING", { multiline: true }], app);
       widget.inputEl.readOnly = true;
-      widget.inputEl.placeholder = "What guidance did appears here after sampling.";
-      widget.serialize = false; // neither in the workflow's file
-      widget.options.serialize = false; // nor in what is sent to the server
+      widget.inputEl.placeholder = "The guidance report appears here after sampling.";
+      widget.serialize = false; // do not save it in workflow files
+      widget.options.serialize = false; // do not send it to the server
       this.report = widget;
       this.setSize([440, 240]);
     };
