@@ -63,7 +63,7 @@ def chosen_dtypes(text: str, device: torch.device) -> tuple[torch.dtype, ...]:
     for name in names:
         if name not in DTYPES:
             raise ValueError(f"--dtype takes {', '.join(DTYPES)}, got {name!r}")
-    return tuple(DTYPES[name] for name in names)
+    return tuple(getattr(torch, DTYPES[name]) for name in names)
 
 
 def chosen_cases(text: str, usual: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[Case]:

@@ -74,7 +74,7 @@ def served(device: torch.device) -> Iterator[tuple[str, int, str, str, str]]:
     for layer, width in CALLS:
         answers: dict[tuple[str, str], list[str]] = {}
         for name, dtype in DTYPES.items():
-            answers.setdefault(choose_backend(device, dtype, width), []).append(name)
+            answers.setdefault(choose_backend(device, getattr(torch, dtype), width), []).append(name)
         for (backend, reason), names in answers.items():
             yield layer, width, ", ".join(names), backend, reason
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from segkern.analysis import plots, report
 from segkern.cli.terminal import (
     NUMBERS,
     Config,
@@ -26,7 +25,6 @@ from segkern.cli.terminal import (
     need_diffusers,
     refusing,
 )
-from segkern.core.gaussian import check_boundary
 from segkern.generation import loading
 from segkern.generation.drawing import ImageRequest, denoiser_calls, image_metadata
 from segkern.generation.options import parse_list
@@ -60,6 +58,9 @@ def energy(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
 ) -> None:
     """Draw a picture with the stock pipeline, and the energy of its self-attention: maps, over sigma, over steps."""
+    from segkern.analysis import plots, report
+    from segkern.core.gaussian import check_boundary
+
     with refusing():
         values = tuple(value for value in parse_list("--sigmas", sigmas, float, NUMBERS) if value)
         check_boundary(boundary)

@@ -11,7 +11,6 @@ import torch
 
 from segkern.core.dispatch import choose_backend, triton_is_installed
 from segkern.core.gaussian import tap_count
-from segkern.core.sigmas import check_sigma
 from segkern.grid import Grid
 
 if TYPE_CHECKING:
@@ -36,12 +35,6 @@ class Call:
     sigma: float
     dtype: torch.dtype = torch.float16
 
-    def __post_init__(self) -> None:
-        check_sigma(self.sigma, 1)
-        for name in ("heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
 
 def explain(call: Call, device: torch.device, arch: str | None = None) -> list[tuple[str, str]]:
     """Explain what serves a call with ``backend="auto"``, as topics and answers.
@@ -62,10 +55,12 @@ def explain(call: Call, device: torch.device, arch: str | None = None) -> list[t
     if arch is None:
         backend, reason = choose_backend(device, call.dtype, call.head_dim, blurs=call.sigma > 0)
         answers = [("backend", f"{backend}: {reason}")]
-    elif arch.startswith(("sm_", "gfx")):
-        backend, answers = "triton", [("backend", f"triton, as if on {arch}")]
     else:
-        raise ValueError(f"an architecture is named such as sm_90 or gfx942, got {arch!r}")
+        from segkern.kernels._configs import ARCHITECTURES
+
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"--arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        backend, answers = "triton", [("backend", f"triton, for {arch}")]
     answers += [("perturbed rows", _rows(call)), ("blur", _blur(call))]
     if backend == "triton" and triton_is_installed():
         answers += _kernels(call, device, arch)

@@ -9,16 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL.Image import Image
-
-from segkern.core.dispatch import choose_backend
-from segkern.core.environment import version_of
 from segkern.generation.loading import Source
 from segkern.generation.tables import percent
 from segkern.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
     from segkern.integrations.diffusers import Report
     from segkern.integrations.specs.base import Spec
 
@@ -72,6 +70,7 @@ def check_layers(pipe: Any, specs: Specs, device: torch.device, dtype: torch.dty
     Raises:
         ValueError: for unknown layers, and for a backend that cannot serve them.
     """
+    from segkern.core.dispatch import choose_backend
     from segkern.integrations.diffusers.models.layers import list_layers, select_layers
     from segkern.integrations.specs.base import AttentionSpec
 
@@ -96,6 +95,8 @@ def draw(
         on_step: diffusers' ``callback_on_step_end``.
         share: as :func:`segkern.integrations.diffusers.guide` takes it.
     """
+    import torch
+
     from segkern.integrations.diffusers import GuidanceWarning, guide
 
     def run() -> Image:
@@ -182,6 +183,8 @@ def _label(spec: Spec) -> str:
 
 def image_metadata(source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype) -> dict[str, object]:
     """All that is needed to draw a picture again, by name."""
+    from segkern.core.environment import version_of
+
     metadata: dict[str, object] = {
         "model": source.name,
         "prompt": request.prompt,

@@ -10,12 +10,13 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # our names and PyTorch's
 
 # What describes a single file when the user names nothing: the configuration of the model it was made from.
 _SINGLE_FILE_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -115,6 +116,7 @@ def describe_pipeline(source: Source) -> Any:
         OSError: when configuration files are missing or cannot be fetched.
         ValueError: when diffusers does not have a class that they name.
     """
+    import torch
     from diffusers import DiffusionPipeline
 
     try:
@@ -181,6 +183,8 @@ def find_device(name: str) -> torch.device:
     Raises:
         ValueError: for a device that is unknown or not there; the message lists those that are.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -198,11 +202,14 @@ def find_dtype(name: str, device: torch.device) -> torch.dtype:
     Raises:
         ValueError: for an unknown name; the message lists the others.
     """
+    import torch
+
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
 
 
 @lru_cache(maxsize=1)

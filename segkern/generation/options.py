@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from segkern.generation.drawing import Specs
+if TYPE_CHECKING:
+    from segkern.generation.drawing import Specs
 
 GUIDANCES = ("seg", "pag", "sag")
 _USUAL_SCALES = {"seg": 3.0, "pag": 3.0, "sag": 0.75}

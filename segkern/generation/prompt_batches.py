@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from segkern.generation import loading, pictures
@@ -189,6 +188,7 @@ class Processes:
             raise ValueError(f"{count} processes would all draw the same picture; they are for --prompts")
         if device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device {device!r} among several processes, each of which has its own; leave it out")
+        import torch
         from accelerate import PartialState
 
         self._state = PartialState(cpu=device == "cpu")

@@ -23,8 +23,35 @@ from tests.cli.cli_tools import done, picture, refusal
 
 def test_the_commands_are_those_that_are_tested() -> None:
     names = {command.callback.__name__ for command in app.registered_commands}
-    assert names == {"generate", "layers", "energy", "info", "demo", "ui"}
+    assert names == set(COMMANDS)
     assert done("--version") == f"segkern {__version__}\n"
+
+
+COMMANDS = ("generate", "layers", "energy", "info", "demo", "ui")
+
+
+def test_help_is_fast_to_import_and_plain() -> None:
+    """Help needs no PyTorch, fits 80 columns and shows no type for flags."""
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from segkern.cli.app import app
+
+for command in {COMMANDS}:
+    print(CliRunner().invoke(app, [command, "--help"]).output)
+print(CliRunner().invoke(app, ["--help"]).output)
+heavy = ("torch", "numpy", "diffusers", "transformers", "triton", "gradio", "matplotlib", "huggingface_hub")
+print("heavy:", [name for name in heavy if name in sys.modules])
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *text, heavy = process.stdout.splitlines()
+    assert heavy == "heavy: []"
+    assert max(map(len, text)) <= 80
+    assert sum(line.startswith("Usage:") for line in text) == len(COMMANDS) + 1
+    assert "bool" not in process.stdout.lower()
+    listed = [line for line in text if re.match(r"  (generate|layers|energy|info|demo|ui)  ", line)]
+    assert len(listed) == len(COMMANDS)
+    assert not [line for line in listed if line.endswith("...")], "the first sentence of a command is short"
 
 
 def test_layers_lists_every_layer_with_its_grid() -> None:
@@ -45,18 +72,25 @@ def test_info_explains_one_attention() -> None:
     assert "torch: " in done("info", "--shape", "64x64", "--sigma", "10", "--device", "cpu")
 
 
+def test_info_explains_one_attention_for_any_option_of_it() -> None:
+    assert "25 x 25 taps" in done("info", "--sigma", "4", "--device", "cpu")
+    assert "64x64 tokens, 8 heads" in done("info", "--heads", "8", "--device", "cpu")
+    assert "sm_89" in done("info", "--arch", "sm_89")
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (("--shape", "64"), ["--shape", "'64'", "64x64"]),
-        (("--shape", "64x64", "--sigma", "-1"), ["sigma", "-1"]),
-        (("--shape", "64x64", "--arch", "hopper"), ["'hopper'", "sm_90"]),
-        (("--shape", "64x64", "--heads", "0"), ["heads", "0"]),
-        (("--shape", "0x64"), ["0"]),
+        (("--shape", "0x64"), ["--shape", "'0x64'"]),
+        (("--sigma", "-1"), ["--sigma", "-1"]),
+        (("--sigma", "nan"), ["--sigma", "nan"]),
+        (("--arch", "sm_1"), ["--arch", "'sm_1'", "sm_90", "gfx942"]),
+        (("--report", "--sigma", "1"), ["--report", "--sigma", "not both"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_shape_is_one_line(arguments: tuple[str, ...], words: list[str]) -> None:
+def test_info_refuses_wrong_options_in_one_line(arguments: tuple[str, ...], words: list[str]) -> None:
     message = refusal("info", *arguments)
     for word in words:
         assert word in message

@@ -122,10 +122,24 @@ def test_kernels_are_imported_only_when_an_operator_launches_one(name: str) -> N
 
 
 def test_import_is_light() -> None:
-    # torch itself may import triton where it finds one, so what counts is what segkern adds to torch.
-    code = "import sys, torch; before = set(sys.modules); import segkern; print(*set(sys.modules) - before)"
+    code = "import sys, segkern; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {name.split(".")[0] for name in loaded} & {"torch", "numpy", "triton", "diffusers", "transformers"}
+    # PyTorch may import triton, so compare with what PyTorch loads.
+    code = "import sys, torch; before = set(sys.modules); import segkern; segkern.seg_attention; segkern.energy; "
+    code += "print(*set(sys.modules) - before)"
     added = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert "segkern.api" in added
     assert not {name.split(".")[0] for name in added} & {"triton", "diffusers", "transformers"}
+
+
+def test_public_names_are_complete() -> None:
+    import segkern
+
+    assert set(segkern.__all__) <= set(dir(segkern))
+    assert all(getattr(segkern, name) is not None for name in segkern.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        segkern.no_such_name  # noqa: B018
 
 
 @pytest.mark.parametrize("old", MOVED)
