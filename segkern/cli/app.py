@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console script's commands, each from its own module."""
+"""The commands of the console script."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Smoothed Energy Guidance for diffusion models."""
+    """Smoothed Energy Guidance (SEG) for diffusion models."""
 
 
 for command in (generate, layers, energy, info, demo, ui):

@@ -46,7 +46,10 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing images.")] = False,
     steps: Annotated[int, typer.Option(min=1, hidden=True)] = 20,
 ) -> None:
-    """Generate images with the bundled model before and after guidance, and print its measured quality."""
+    """Show the bundled model before and after guidance.
+
+    Writes contact sheets of images and prints the measured quality of the model.
+    """
     need_diffusers()
     from segkern.integrations.diffusers import SEG
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern energy``: the energy of self-attention while a picture is drawn, as maps, curves and JSON."""
+"""``segkern energy``: the energy of self-attention during generation as maps, plots and JSON."""
 
 from __future__ import annotations
 
@@ -38,14 +38,16 @@ _PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS = "picture.png", "energy.json", "over-
 
 def energy(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What the picture shows; nothing in particular if not given.")] = "",
-    negative_prompt: Annotated[str, typer.Option(help="What it does not show.")] = "",
-    layers: Annotated[str, typer.Option(help="all, or down, mid, up, d4, u0-29, globs; several with commas.")] = "all",
-    sigmas: Annotated[str, typer.Option(help="Of the blurs, beside none.")] = SIGMAS,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text prompt. Default: an empty prompt.")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    layers: Annotated[
+        str, typer.Option(help="all, or down, mid, up, d4, u0-29, globs; comma-separated. See segkern layers.")
+    ] = "all",
+    sigmas: Annotated[str, typer.Option(help="Blurs to compare with no blur, in tokens, or inf.")] = SIGMAS,
     at: Annotated[
-        str, typer.Option(help="Steps that get maps and sigmas: first, middle, last, numbers from 0.")
+        str, typer.Option(help="Steps to plot: first, middle, last or numbers from 0.")
     ] = "first,middle,last",
-    boundary: Annotated[str, typer.Option(help="reflect, symmetric or circular.")] = "reflect",
+    boundary: Annotated[str, typer.Option(help="Boundary of the blur: reflect, symmetric or circular.")] = "reflect",
     width: Width = None,
     height: Height = None,
     seed: Seed = 1,
@@ -54,10 +56,14 @@ def energy(
     dtype: DType = "auto",
     device: Device = "auto",
     config: Config = None,
-    out: Annotated[Path, typer.Option(help="Folder for pictures and JSON; it is made.")] = Path("energy"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
+    out: Annotated[Path, typer.Option(help="Output folder. It is created if needed.")] = Path("energy"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files.")] = False,
 ) -> None:
-    """Draw a picture with the stock pipeline, and the energy of its self-attention: maps, over sigma, over steps."""
+    """Plot the energy of self-attention during generation.
+
+    Generates one image without segkern's guidance. Writes the image, maps of the energy, plots over sigma and over
+    steps, and a JSON file.
+    """
     from segkern.analysis import plots, report
     from segkern.core.gaussian import check_boundary
 

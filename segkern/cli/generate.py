@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern generate``: a picture with guidance, a comparison on one sheet, or many pictures into a folder."""
+"""``segkern generate``: one image with guidance, a comparison on a contact sheet, or a folder of images."""
 
 from __future__ import annotations
 
@@ -43,23 +43,38 @@ from segkern.generation.tables import wide
 
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="What the picture shows; or give --prompts.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Text prompt. For several prompts, use --prompts.")
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file, a prompt on each line: pictures go to the folder --out.")
+        Path | None, typer.Option(help="Text file with one prompt per line. Images are written to the folder --out.")
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="With --prompts: of each prompt, seeds from --seed on.")] = 1,
-    negative_prompt: Annotated[str, typer.Option(help="What it does not show.")] = "",
-    guidance: Annotated[str, typer.Option(help="seg, pag, sag, several with commas; or none.")] = "seg",
+    images: Annotated[
+        int, typer.Option(min=1, metavar="<int>", help="Images per prompt with --prompts. Seeds count up from --seed.")
+    ] = 1,
+    negative_prompt: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    guidance: Annotated[str, typer.Option(help="seg, pag, sag, a comma-separated list of them, or none.")] = "seg",
     sigma: Annotated[
-        str | None, typer.Option(help=f"Blur in tokens, such as 4; inf if not given. With --compare several: {SIGMAS}.")
+        str | None,
+        typer.Option(
+            help="Blur of SEG in tokens, such as 4, or inf; comma-separated with --compare. "
+            f"Default: inf, or {SIGMAS} with --compare."
+        ),
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="Strength of seg; the paper's gamma - 1. 3 if not given.")] = None,
-    pag_scale: Annotated[float | None, typer.Option(help="Strength of pag; 3 if not given.")] = None,
-    sag_scale: Annotated[float | None, typer.Option(help="Strength of sag; 0.75 if not given.")] = None,
-    layers: Annotated[str, typer.Option(help="down, mid, up, d4, u0-29, globs; several with commas.")] = "mid",
-    start: Annotated[float, typer.Option(help="Fraction of the run at which guidance begins.")] = 0.0,
-    stop: Annotated[float, typer.Option(help="Fraction of the run at which it ends.")] = 1.0,
-    schedule: Annotated[str, typer.Option(help="Of the scales over the run: constant, linear or cosine.")] = "constant",
+    scale: Annotated[float | None, typer.Option(help="Scale of SEG (gamma - 1 in the paper). Default: 3.")] = None,
+    pag_scale: Annotated[float | None, typer.Option(help="Scale of PAG. Default: 3.")] = None,
+    sag_scale: Annotated[float | None, typer.Option(help="Scale of SAG. Default: 0.75.")] = None,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers of SEG and PAG: down, mid, up, d4, u0-29, globs; comma-separated. See segkern layers."
+        ),
+    ] = "mid",
+    start: Annotated[float, typer.Option(help="Fraction of the steps after which guidance starts.")] = 0.0,
+    stop: Annotated[float, typer.Option(help="Fraction of the steps after which guidance stops.")] = 1.0,
+    schedule: Annotated[
+        str, typer.Option(help="constant, linear or cosine. linear and cosine reduce the scale to 0 at --stop.")
+    ] = "constant",
     width: Width = None,
     height: Height = None,
     seed: Seed = 1,
@@ -69,15 +84,20 @@ def generate(
     device: Device = "auto",
     config: Config = None,
     out: Annotated[
-        Path | None, typer.Option(help="File to write, out.png; PNG keeps all settings as text. Folder for --prompts.")
+        Path | None,
+        typer.Option(
+            help="Output file, or folder with --prompts. Default: out.png, or out. PNG files contain all settings."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="One sheet: without guidance and by sigma.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Make a contact sheet: without SEG, and one image per --sigma.")
+    ] = False,
 ) -> None:
-    """Draw a picture with Smoothed Energy Guidance or its relatives, compare several, or draw many.
+    """Generate an image, a comparison or a batch of images.
 
-    Many pictures of --prompts are split among the processes of accelerate launch, and a run that was interrupted goes
-    on where it was.
+    With --prompts, the processes of accelerate launch share the images. If a batch is interrupted, run the command
+    again to generate the missing images.
     """
     with refusing():
         if (prompt is None) == (prompts is None):

@@ -23,8 +23,12 @@ _SHAPE, _HEADS, _HEAD_DIM = "64x64", 10, 64
 
 def info(
     shape: Annotated[str | None, typer.Option(help=f"Token grid, height x width. Default: {_SHAPE}.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help=f"Number of heads. Default: {_HEADS}.")] = None,
-    head_dim: Annotated[int | None, typer.Option(min=1, help=f"Dimension of each head. Default: {_HEAD_DIM}.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, metavar="<int>", help=f"Number of heads. Default: {_HEADS}.")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(min=1, metavar="<int>", help=f"Dimension of each head. Default: {_HEAD_DIM}.")
+    ] = None,
     sigma: Annotated[
         float | None, typer.Option(help="Blur of the perturbed samples, in tokens, or inf. Default: inf.")
     ] = None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern layers``: a model's self-attention layers, by every name they have."""
+"""``segkern layers``: the names, sizes and token grids of a model's self-attention layers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def layers(
     model: Model,
     width: Width = None,
     height: Height = None,
-    frames: Annotated[int | None, typer.Option(help="Of a video; the pipeline's own number if not given.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video. Default: the pipeline's.")] = None,
     config: Config = None,
 ) -> None:
-    """List the self-attention layers that a guidance can act on; needs configuration files only.
+    """List the self-attention layers of a model.
 
-    Every name in the table selects its layer: the layer's, ComfyUI's, the module's; a block's number selects the
-    block.
+    Only the configuration files are needed. To select a layer, use its layer name, ComfyUI name or module name. A
+    block number selects all layers of a block.
     """
     need_diffusers()
     from segkern.integrations.diffusers.models.layers import default_layers_of, list_layers, select_layers

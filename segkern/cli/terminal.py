@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that the commands share: refusals in one line, progress, and arguments that name a model and a size."""
+"""Shared parts of the commands: options, error messages, warnings and progress."""
 
 from __future__ import annotations
 
@@ -18,30 +18,34 @@ SIGMAS = "1,2,5,10,inf"
 NUMBERS = "numbers such as 4 or inf"
 
 Model = Annotated[
-    str, typer.Argument(help="'demo', a checkpoint folder, a hub name, or a single .safetensors file (SDXL).")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="'demo' (the bundled model), a checkpoint folder, a Hugging Face Hub name, or an SDXL .safetensors file.",
+    ),
 ]
 Config = Annotated[
     str | None,
-    typer.Option(help="Folder or hub name that describes a single file, so that it loads offline."),
+    typer.Option(help="Configuration of a .safetensors file: a folder or Hub name. Default: SDXL base on the Hub."),
 ]
-Width = Annotated[int | None, typer.Option(help="Pixels; the model's own width if not given.")]
-Height = Annotated[int | None, typer.Option(help="Pixels; the model's own height if not given.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the initial noise.")]
-Steps = Annotated[int, typer.Option(min=1, help="Of the scheduler.")]
-GuidanceScale = Annotated[float, typer.Option(help="Of classifier-free guidance.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")]
-DType = Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")]
+Width = Annotated[int | None, typer.Option(help="Width in pixels. Default: the model's.")]
+Height = Annotated[int | None, typer.Option(help="Height in pixels. Default: the model's.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="<int>", help="Seed of the initial noise.")]
+Steps = Annotated[int, typer.Option(min=1, metavar="<int>", help="Number of inference steps.")]
+GuidanceScale = Annotated[float, typer.Option(help="Scale of classifier-free guidance (CFG). 1 turns CFG off.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ... auto selects the GPU if there is one.")]
+DType = Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16. auto is fp16 on a GPU, else fp32.")]
 
 
 def fail(message: object, program: str = "segkern") -> NoReturn:
-    """End with exit code 2 and one line on standard error."""
+    """Print one line to standard error and exit with code 2."""
     typer.echo(f"{program}: {' '.join(str(message).split())}", err=True)
     raise typer.Exit(2)
 
 
 @contextmanager
 def refusing(program: str = "segkern") -> Iterator[None]:
-    """Turn errors in a user's words and files into one line; only checks and loading stand in here."""
+    """Report a ValueError or OSError as one line and exit. Use only around checks and loading."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -49,7 +53,7 @@ def refusing(program: str = "segkern") -> Iterator[None]:
 
 
 def need_diffusers(*others: str, extra: str = "cli") -> None:
-    """End with a line that says what to install, if packages are missing."""
+    """Exit with the command that installs the missing packages, if any are missing."""
     missing = loading.missing_packages(*others)
     if missing:
         verb = "is" if len(missing) == 1 else "are"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern ui``: start the playground and show it in a browser."""
+"""``segkern ui``: the playground."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from segkern.generation import loading
 
 def ui(
     model: Model = "demo",
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="<int>", help="Port. 0 selects a free port.")] = 7860,
     device: Device = "auto",
     dtype: DType = "auto",
     config: Config = None,
-    show: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in a browser.")] = True,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Open a page that draws pictures with and without guidance; Ctrl-C ends it.
+    """Open the playground in a browser.
 
-    Nothing leaves this machine: the page comes from here alone, and no usage is reported.
+    The playground compares images with and without guidance. Press Ctrl-C to stop it. The page loads nothing from
+    other servers and sends no usage data.
     """
     need_diffusers("gradio", "matplotlib", extra="ui")
     with refusing():

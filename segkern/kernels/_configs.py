@@ -60,12 +60,8 @@ _FAMILY = {
     "gfx942": "gfx942",
     "gfx950": "gfx942",
 }
-<<<<<<< HEAD
-_DEFAULT_FAMILY = "sm_86"  # smallest shared memory of the CUDA families, so safe for unknown devices
-=======
 ARCHITECTURES = tuple(_FAMILY)
-_DEFAULT_FAMILY = "sm_86"  # the smallest shared memory on the CUDA side: safe where nothing is known
->>>>>>> 80a78f5 (Import PyTorch lazily; show plain help; explain any option of info)
+_DEFAULT_FAMILY = "sm_86"  # smallest shared memory of the CUDA families, so safe for unknown devices
 
 Tiles = tuple[tuple[int, Tile], ...]  # (largest padded head dimension, tile), smallest first
 

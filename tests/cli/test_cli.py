@@ -100,7 +100,7 @@ def test_info_names_versions_and_backends() -> None:
     output = done("info")
     for words in (__version__, torch.__version__, "SDXL mid", "SD 1.5", "160", "bf16"):
         assert words in output
-    assert ("no CUDA device" in output) == (not torch.cuda.is_available())
+    assert ("No CUDA device" in output) == (not torch.cuda.is_available())
 
 
 def test_demo(tmp_path: Path) -> None:
@@ -149,6 +149,7 @@ def test_missing_packages_are_one_line() -> None:
     """In one process, where one package after another cannot be found."""
     code = """
 import contextlib, importlib.util, io, json, sys
+import torch  # before numpy is hidden, which torch would warn of
 from segkern.cli import main
 
 hidden = set()

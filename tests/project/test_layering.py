@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import segkern
 from segkern.core.moved_modules import MOVED
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +135,6 @@ def test_import_is_light() -> None:
 
 
 def test_public_names_are_complete() -> None:
-    import segkern
 
     assert set(segkern.__all__) <= set(dir(segkern))
     assert all(getattr(segkern, name) is not None for name in segkern.__all__)
