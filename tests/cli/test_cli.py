@@ -127,11 +127,11 @@ def test_demo(tmp_path: Path) -> None:
     sheet = picture(out / "demo.png").convert("RGB")
     seed = 2  # the second half of the first row
     options = ("--steps", "2", "--guidance-scale", "1", "--seed", seed)
-    images = []
+    pair = []
     for guidance in ("none", "seg"):
         done("generate", "demo", "", *options, "--guidance", guidance, "--out", tmp_path / f"{guidance}.png")
-        images.append(picture(tmp_path / f"{guidance}.png").convert("RGB"))
-    expected = [*images, difference_image(*images).convert("RGB")]
+        pair.append(picture(tmp_path / f"{guidance}.png").convert("RGB"))
+    expected = [*pair, difference_image(*pair).convert("RGB")]
     for column, image in enumerate(expected, start=3):
         left = 32 + column * (256 + 16)
         tops = [top for top in range(sheet.height - 256) if sheet.getpixel((left, top)) == image.getpixel((0, 0))]
