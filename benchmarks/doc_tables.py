@@ -170,7 +170,7 @@ def summary() -> str:
         f"{cells['unconditional', 'frechet_distance']} without a prompt, and from\n"
         f"{cells['prompts', 'frechet_distance']} with prompts. Caption accuracy changes from "
         f"{cells['prompts', 'caption_accuracy']}.\n"
-        "These numbers say nothing about SDXL ([all measurements](docs/guidance.md#measured-on-the-bundled-model))."
+        "They do not carry over to SDXL ([all measurements](docs/guidance.md#measured-on-the-bundled-model))."
     )
 
 

@@ -15,7 +15,7 @@ from studies.evaluation.settings import MODES, Setting
 # Measure, heading, digits; the arrow says which way is better.
 Column = tuple[str, str, int]
 COLUMNS: tuple[Column, ...] = (
-    ("frechet_distance", "Frechet ↓", 2),
+    ("frechet_distance", "Fréchet ↓", 2),
     ("kernel_distance", "KID ↓", 3),
     ("precision", "precision ↑", 3),
     ("recall", "recall ↑", 3),
@@ -129,9 +129,9 @@ def describe(setting: Setting) -> str:
         if setting.layers != "mid":
             words.append(f"in {setting.layers}")
         if (setting.start, setting.stop) != (0.0, 1.0):
-            words.append(f"from {setting.start:g} to {setting.stop:g} of the run")
+            words.append(f"steps {setting.start:g} to {setting.stop:g}")
         if setting.reuse > 1:
-            words.append(f"branch at every {setting.reuse}. step")
+            words.append(f"reuse {setting.reuse}")
     words += [f"{name} scale {scale:g}" for name, scale in (("PAG", setting.pag), ("SAG", setting.sag)) if scale]
     return " ".join(words) or "none"
 
