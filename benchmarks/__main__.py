@@ -32,99 +32,101 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Speed of segkern against everything a user could pick instead.",
+    help="Compare the speed of segkern with the alternatives.",
 )
 fail = partial(terminal.fail, program="benchmarks")
 refusing = partial(terminal.refusing, program="benchmarks")
 
-STEP = "step"  # runs of pipelines, not calls of attention
+STEP = "step"  # measures pipeline runs, not attention calls
 _QUICK_ROUNDS = 2
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:1.")]
 Dtypes = Annotated[
-    str, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; several with commas. The device's usual ones.")
+    str, typer.Option("--dtype", help=f"Dtypes, comma-separated: {', '.join(DTYPES)}. Default: depends on the device.")
 ]
 Cases = Annotated[
-    str, typer.Option(help=f"Names or globs with commas. The device's usual ones of: {', '.join(CASES)}.")
+    str, typer.Option(help=f"Names or globs, comma-separated: {', '.join(CASES)}. Default: depends on the device.")
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="As little as runs everything; the numbers mean nothing.")]
-Out = Annotated[Path | None, typer.Option(help="The JSON file; a file in benchmarks/results if not given.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run as little as possible; the numbers are meaningless.")]
+Out = Annotated[Path | None, typer.Option(help="JSON file to write. Default: a file in benchmarks/results.")]
 
 
 def chosen_dtypes(text: str, device: torch.device) -> tuple[torch.dtype, ...]:
-    """The dtypes that an option names, or the usual ones.
+    """Return the dtypes that an option names, or the default ones of the device.
 
     Raises:
-        ValueError: for an unknown one.
+        ValueError: If a dtype is unknown.
     """
     if not text:
         return usual_dtypes(device)
     names = parse_list("--dtype", text, str, ", ".join(DTYPES))
     for name in names:
         if name not in DTYPES:
-            raise ValueError(f"--dtype takes {', '.join(DTYPES)}, got {name!r}")
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return tuple(getattr(torch, DTYPES[name]) for name in names)
 
 
 def chosen_cases(text: str, usual: Sequence[str], dtypes: Sequence[torch.dtype]) -> list[Case]:
-    """The cases that an option names, or the usual ones, in every dtype.
+    """Return the cases that an option names, or the default ones, in every dtype.
 
     Raises:
-        ValueError: for a name that fits none.
+        ValueError: If a name matches no case.
     """
     names = select("--cases", parse_list("--cases", text, str, "names") if text else usual, list(CASES))
     return [CASES[name].of(dtype) for dtype in dtypes for name in names]
 
 
 def progress_bar() -> Progress:
-    """Progress on standard error, with a count where the number of steps is known."""
+    """Return a progress display on standard error, with a count if the number of steps is known."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=Console(stderr=True))
 
 
 def show(table: Any) -> None:
-    """Print a table as wide as it is."""
+    """Print a table at its full width."""
     wide(table).print(table)
 
 
 @app.command()
 def run(
-    suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}, {STEP}.")] = "attention",
+    suite: Annotated[str, typer.Option(help=f"Suite to measure: {', '.join(SUITES)} or {STEP}.")] = "attention",
     device: Device = "auto",
     dtype: Dtypes = "",
     cases: Annotated[
         str,
         typer.Option(
-            help=f"Names or globs with commas. The device's usual ones of: {', '.join(CASES)}. "
-            "With --suite step one size of benchmarks/sdxl.py."
+            help=f"Names or globs, comma-separated: {', '.join(CASES)}. Default: depends on the device. "
+            "With --suite step: one size of benchmarks/sdxl.py."
         ),
     ] = "",
-    providers: Annotated[str, typer.Option(help="Names or globs, with commas. Not given: all of the suite.")] = "",
+    providers: Annotated[str, typer.Option(help="Names or globs, comma-separated. Default: all of the suite.")] = "",
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Of every case; usually 50, fewer for large cases and on a CPU.")
+        int | None, typer.Option(min=1, help="Rounds per case. Default: 50, fewer for large cases and on a CPU.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=2, help="With --suite step: of each run; the first of them is not timed.")
+        int | None, typer.Option(min=2, help="With --suite step: steps per run. The first step is not timed.")
     ] = None,
     quick: Quick = False,
     compiled: Annotated[
         bool | None,
-        typer.Option("--compiled/--eager", help="With --suite step: each way compiled too, or not; a GPU has it."),
+        typer.Option(
+            "--compiled/--eager", help="With --suite step: also measure with torch.compile. Default: only on a GPU."
+        ),
     ] = None,
     out: Out = None,
 ) -> None:
-    """Measure a suite. Rows are written as they come; a wrong result has no time but the reason."""
+    """Measure a suite. Rows are written as they are measured; incorrect results are not timed."""
     if suite == STEP:
         if dtype:
-            fail("--suite step has a dtype of its own for each device; it takes no --dtype")
+            fail("--suite step uses a fixed dtype for each device; --dtype cannot be used")
         return _run_steps(device, cases, providers, rounds, steps, quick, compiled, out)
     if compiled is not None or steps is not None:
-        fail("--compiled, --eager and --steps are for --suite step")
+        fail("--compiled, --eager and --steps can only be used with --suite step")
     with refusing():
         ways = find_providers(suite, parse_list("--providers", providers, str, "names", empty=True))
         where = find_device(device)
         chosen = chosen_cases(cases, TINY if quick else usual_cases(where), chosen_dtypes(dtype, where))
-    torch.backends.cudnn.allow_tf32 = False  # the official convolution must pass the float32 check too
+    torch.backends.cudnn.allow_tf32 = False  # so the official convolution passes the float32 check
     environment = machine.described(where)
     folder = results.QUICK if quick else results.RESULTS
     path = out or folder / f"{machine.slug(environment['device'])}-{suite}.json"
@@ -158,14 +160,14 @@ def _run_steps(
     compiled: bool | None,
     out: Path | None,
 ) -> None:
-    """Whole runs of guided pipelines, of so many steps."""
+    """Measure whole runs of guided pipelines with this number of steps."""
     from benchmarks import sdxl, step_suite
     from benchmarks.steps import find_ways
 
     with refusing():
         where = find_device(device)
         if case and case not in sdxl.SIZES:
-            raise ValueError(f"--suite step takes one of the cases {', '.join(sdxl.SIZES)}, got {case!r}")
+            raise ValueError(f"with --suite step, --cases must be one of {', '.join(sdxl.SIZES)}, got {case!r}")
         patterns = parse_list("--providers", providers, str, "names", empty=True)
         chosen = find_ways(patterns, where.type == "cuda" if compiled is None else compiled)
     path = out or (results.QUICK / "step.json" if quick else None)
@@ -184,10 +186,10 @@ def _run_steps(
 
 @app.command()
 def plot(
-    files: Annotated[list[Path], typer.Argument(help="Result files.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; beside each file if not given.")] = None,
+    files: Annotated[list[Path], typer.Argument(help="Result files to plot.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: the folder of each result file.")] = None,
 ) -> None:
-    """Draw result files: time relative to unblurred attention over sigma, or of guided steps."""
+    """Plot result files: time relative to unblurred attention over sigma, or time of guided steps."""
     with refusing():
         read = {path: plots.read(path) for path in files}
     for path, result in read.items():
@@ -195,17 +197,17 @@ def plot(
         for picture in pictures:
             typer.echo(f"wrote {picture}")
         if not pictures:
-            typer.echo(f"nothing is drawn of {path}: it has one sigma")
+            typer.echo(f"{path} has only one sigma; nothing to plot")
 
 
 @app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(help="A result file.")],
-    after: Annotated[Path, typer.Argument(help="A later one of the same suite.")],
-    by: Annotated[str, typer.Option(help="time, or ratio to unblurred attention for other devices.")] = "time",
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Change that never counts, as a share.")] = 0.03,
+    before: Annotated[Path, typer.Argument(help="Earlier result file.")],
+    after: Annotated[Path, typer.Argument(help="Later result file of the same suite.")],
+    by: Annotated[str, typer.Option(help="Compare time, or ratio to unblurred attention (across devices).")] = "time",
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Relative change that is ignored.")] = 0.03,
 ) -> None:
-    """Compare two runs; exit code 1 when a row became slower beyond its noise or lost its time."""
+    """Compare two runs. The exit code is 1 if a row is slower beyond its noise or is no longer timed."""
     with refusing():
         lines = comparison.compare(results.read(before), results.read(after), by, tolerance)
     show(comparison.table(lines, by))
@@ -219,23 +221,23 @@ def tune(
     device: Device = "auto",
     dtype: Dtypes = "",
     cases: Cases = "sdxl-32x32,sdxl-64x64",
-    sigma: Annotated[float, typer.Option(min=0.0, help="Of the blurred third, finite.")] = 10.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Of every shape.")] = 20,
+    sigma: Annotated[float, typer.Option(min=0.0, help="Finite sigma of the blurred third of the batch.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per shape.")] = 20,
     install: Annotated[
-        bool, typer.Option("--install", help="Take the fastest, in segkern/kernels/tuned.json.")
+        bool, typer.Option("--install", help="Write the fastest tiles to segkern/kernels/tuned.json.")
     ] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tiny case and two tiles; without a GPU in Triton's interpreter.")
+        bool, typer.Option("--quick", help="A tiny case and two tiles; without a GPU, in Triton's interpreter.")
     ] = False,
     out: Out = None,
 ) -> None:
-    """Try tile shapes of the attention kernel on a real GPU and write what each one takes."""
+    """Time tile shapes of the attention kernel on a GPU."""
     with refusing():
         where = find_device(device)
         if where.type != "cuda" and not quick:
-            raise ValueError(f"tune needs a CUDA or ROCm device, and --device {device} is {where.type!r} here")
+            raise ValueError(f"tune needs a CUDA or ROCm device, but --device {device} is {where.type!r} here")
         if not math.isfinite(sigma):
-            raise ValueError(f"tune needs a finite sigma, infinity has a kernel of its own; got {sigma:g}")
+            raise ValueError(f"tune needs a finite sigma (infinity uses a separate kernel), got {sigma:g}")
         dtypes = chosen_dtypes("fp16" if quick else dtype, where)
         chosen = chosen_cases(TINY[0] if quick else cases, (), dtypes)
     from benchmarks import tune as tuning
@@ -255,7 +257,7 @@ def tune(
     for group in tuning.groups(screened).values():
         best = tuning.fastest(group)
         if best is None:
-            typer.echo(f"{group[0]['dtype']}, head dimension {group[0]['head_dim']}: the present tile has no time")
+            typer.echo(f"{group[0]['dtype']}, head dimension {group[0]['head_dim']}: the current tile was not timed")
             continue
         names = {record["case"] for record in group}
         alike = [case for case in chosen if case.name in names and case.dtype_name == group[0]["dtype"]]
@@ -276,11 +278,11 @@ def device(
         Path | None, typer.Option(help="Folder with wheels of packages that may be missing, such as diffusers.")
     ] = None,
     dry: Annotated[
-        bool, typer.Option("--dry", help="Rehearse every stage without a GPU; the numbers mean nothing.")
+        bool, typer.Option("--dry", help="Run every stage without a GPU as a rehearsal; the numbers are meaningless.")
     ] = False,
-    only: Annotated[str, typer.Option(help="Stages, with commas; all if not given.")] = "",
+    only: Annotated[str, typer.Option(help="Stages to run, comma-separated. Default: all.")] = "",
 ) -> None:
-    """Learn the most in the first minutes on a device: stages with limits and a folder of JSON files."""
+    """Run the most informative checks on a new device, in stages with time limits, and write JSON files."""
     with refusing():
         names = parse_list("--only", only, str, "names", empty=True)
         passed = first_minutes.run(out, budget, wheels, dry, names, typer.echo)
@@ -289,7 +291,7 @@ def device(
 
 @app.command()
 def host(device: Device = "auto", quick: Quick = False, out: Out = None) -> None:
-    """Measure what a call costs the host, with tiny tensors; what launches on a GPU cost it is measured on any CPU."""
+    """Measure the host time of a call, with tiny tensors. Host time of GPU launches is measured on any CPU."""
     with refusing():
         where = find_device(device)
     environment = machine.described(where)
@@ -309,9 +311,9 @@ def host(device: Device = "auto", quick: Quick = False, out: Out = None) -> None
 @app.command()
 def energy(
     quick: Quick = False,
-    out: Annotated[Path | None, typer.Option(help="Folder; benchmarks/results/energy if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: benchmarks/results/energy.")] = None,
 ) -> None:
-    """Count where the statements about attention's energy hold in the bundled model; see docs/energy.md."""
+    """Count how often the statements about attention's energy hold in the bundled model; see docs/energy.md."""
     from benchmarks import energy as statements
 
     folder = out or (results.QUICK / "energy" if quick else statements.FOLDER)
@@ -324,12 +326,12 @@ def energy(
 @app.command()
 def compatibility(
     diffusers: Annotated[
-        Path | None, typer.Option(help="Folder of pip install --no-deps --target with another diffusers.")
+        Path | None, typer.Option(help="Folder with another diffusers, from pip install --no-deps --target.")
     ] = None,
-    jobs: Annotated[str, typer.Option(help="Processes: a number or auto.")] = "0",
+    jobs: Annotated[str, typer.Option(help="Number of processes, or auto.")] = "0",
     out: Out = None,
 ) -> None:
-    """Run the tests that hold guidance on each model of docs/models.md and write their outcomes; a failure is 1."""
+    """Run the tests behind docs/models.md and write their outcomes. The exit code is 1 if a test fails."""
     from benchmarks import compatibility as models
 
     with refusing():
@@ -344,19 +346,19 @@ def compatibility(
 @app.command("compile")
 def compile_command(
     targets: Annotated[
-        list[str] | None, typer.Argument(help="Architectures such as sm_90 or gfx942; all if not given.")
+        list[str] | None, typer.Argument(help="Architectures, such as sm_90 or gfx942. Default: all.")
     ] = None,
-    few: Annotated[bool, typer.Option("--few", help="Two head dimensions instead of all.")] = False,
-    save: Annotated[bool, typer.Option("--save", help="Keep the records of all kernels for all targets.")] = False,
+    few: Annotated[bool, typer.Option("--few", help="Compile two head dimensions instead of all.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Save the records of all kernels for all targets.")] = False,
     triton: Annotated[
-        Path | None, typer.Option(help="Folder of pip install --no-deps --target with another triton.")
+        Path | None, typer.Option(help="Folder with another triton, from pip install --no-deps --target.")
     ] = None,
 ) -> None:
-    """Compile the kernels for real targets and print what the code uses; exit code 1 where one spills or worse."""
+    """Compile the kernels for real targets and print the resources they use. The exit code is 1 for a faulty kernel."""
     from benchmarks import compile_kernels, compiled_code
 
     if save and (few or targets or triton):
-        fail("--save keeps everything of the installed triton: give no targets, no --few and no --triton")
+        fail("--save records everything with the installed triton; omit targets, --few and --triton")
     if triton is not None:
         with refusing():
             raise typer.Exit(compile_kernels.compile_with(triton, [*(targets or ()), *["--few"] * few]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that are measured: shapes of real models, and random queries, keys and values of such a shape.
+"""The layers to measure: shapes of real models, and random queries, keys and values of these shapes.
 
-A batch is [unconditional, conditional, perturbed]; only its last third is blurred.
+A batch is [unconditional, conditional, perturbed]. Only its last third is blurred.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from segkern import Grid
 
 @dataclass(frozen=True)
 class Case:
-    """One layer.
+    """One attention layer.
 
     Attributes:
-        name: such as ``sdxl-64x64``.
-        grid: of its image tokens.
-        heads: of the attention.
-        head_dim: channels of a head.
-        batch: samples, a third of them blurred.
-        tokens: of the sequence; text tokens are those outside the grid.
-        dtype: of queries, keys and values.
+        name: Name, such as ``sdxl-64x64``.
+        grid: Grid of the image tokens.
+        heads: Number of heads.
+        head_dim: Channels per head.
+        batch: Number of samples; a third of them are blurred.
+        tokens: Length of the sequence. Tokens outside the grid are text tokens.
+        dtype: Dtype of queries, keys and values.
     """
 
     name: str
@@ -39,36 +39,36 @@ class Case:
 
     @property
     def third(self) -> int:
-        """How many samples are blurred."""
+        """Number of blurred samples."""
         return self.batch // 3
 
     @property
     def attention_flops(self) -> float:
-        """Operations of unblurred attention of the whole batch, two for a multiply-add."""
+        """FLOPs of unblurred attention of the whole batch; a multiply-add counts as two."""
         return 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
 
     @property
     def label(self) -> str:
-        """Such as ``64x64 tokens, 10 heads``."""
+        """Description, such as ``64x64 tokens, 10 heads``."""
         text = self.tokens - self.grid.tokens
         also = f" and {text} of text" if text else ""
         return f"{self.grid.height}x{self.grid.width} tokens{also}, {self.heads} heads"
 
     @property
     def dtype_name(self) -> str:
-        """Such as ``float32``."""
+        """Name of the dtype, such as ``float32``."""
         return str(self.dtype).removeprefix("torch.")
 
     def of(self, dtype: torch.dtype) -> Case:
-        """The same layer in another dtype."""
+        """Return the same layer in another dtype."""
         return replace(self, dtype=dtype)
 
     def sigmas(self, sigma: float) -> tuple[float, ...]:
-        """One sigma per sample."""
+        """Return one sigma per sample."""
         return (0.0,) * (self.batch - self.third) + (sigma,) * self.third
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Random query, key and value laid out as projections give them: ``[batch, tokens, heads, dim]``."""
+        """Return random query, key and value in the layout of projections: ``[batch, tokens, heads, dim]``."""
         shape = (self.batch, self.tokens, self.heads, self.head_dim)
         generator = torch.Generator().manual_seed(0)
         drawn = (torch.randn(shape, generator=generator).to(device, self.dtype).transpose(1, 2) for _ in range(3))
@@ -77,7 +77,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A case's tensors, each ``[batch, heads, tokens, head_dim]``."""
+    """Query, key and value of a case, each ``[batch, heads, tokens, head_dim]``."""
 
     case: Case
     query: torch.Tensor
@@ -86,7 +86,7 @@ class Inputs:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.query.device
 
 
@@ -95,7 +95,7 @@ def _image(model: str, height: int, width: int, heads: int, head_dim: int, batch
     return Case(name, Grid(height, width), heads, head_dim, batch, height * width)
 
 
-# SD3 puts the text behind the image, Flux in front of it.
+# SD3 places the text after the image, Flux before it.
 _ALL = (
     *(_image("sdxl", h, w, heads, 64, b) for b in (3, 6) for h, w, heads in ((32, 32, 20), (64, 64, 10))),
     _image("sdxl", 26, 38, 20, 64),  # 832x1216 pixels
@@ -106,22 +106,22 @@ _ALL = (
     Case("sd3-64x64", Grid(64, 64), 24, 64, 3, 64 * 64 + 154),
     Case("flux-64x64", Grid(64, 64, start=512), 24, 128, 3, 64 * 64 + 512),
     _image("sdxl", 128, 128, 10, 64),  # 16,384 tokens: 2048x2048 pixels
-    # Seconds on any machine: to see that everything runs, not to learn how fast.
+    # These take seconds on any machine. They check that everything runs; their speed is meaningless.
     _image("tiny", 6, 10, 2, 16),
     Case("tiny-text-5x7", Grid(5, 7, start=3), 2, 16, 3, 5 * 7 + 3),
 )
 CASES = {case.name: case for case in _ALL}
 TINY = tuple(name for name in CASES if name.startswith("tiny"))
-SDXL = ("sdxl-32x32", "sdxl-64x64")  # its layers at 1024x1024 pixels
+SDXL = ("sdxl-32x32", "sdxl-64x64")  # SDXL's layers at 1024x1024 pixels
 REAL = tuple(name for name in CASES if name not in TINY)
 ON_A_CPU = tuple(name for name in REAL if name.startswith("sdxl") and CASES[name].batch == 3 and "128" not in name)
 
 
 def select(option: str, patterns: Iterable[str], names: Sequence[str]) -> list[str]:
-    """The names that fit a glob, in their order, all of them for no globs.
+    """Return the names that match any glob, in their order, or all names without globs.
 
     Raises:
-        ValueError: for a glob that fits none; the message lists them.
+        ValueError: If a glob matches no name. The message lists the names.
 
     Example:
         >>> select("--cases", ["sdxl-*x64", "tiny-6x10"], ["tiny-6x10", "sdxl-64x64", "sdxl-32x32"])
@@ -130,5 +130,5 @@ def select(option: str, patterns: Iterable[str], names: Sequence[str]) -> list[s
     patterns = list(patterns)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{option} {pattern!r} fits none of {', '.join(names)}")
+            raise ValueError(f"{option} {pattern!r} matches none of {', '.join(names)}")
     return [name for name in names if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]

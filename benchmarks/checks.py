@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a result is right: against the reference in float64, under the numerics contract, on a drawn part of it."""
+"""Correctness checks of results: a sampled part is compared with the float64 reference under the numerics contract."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Part:
-    """Samples, heads and tokens that are looked at; all of them would take float64 too long."""
+    """The samples, heads and tokens to check. Checking everything in float64 would take too long."""
 
     samples: list[int]
     heads: list[int]
     rows: list[int]
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Its part of ``[batch, heads, tokens, dim]``, or without the last."""
+        """Return this part of ``[batch, heads, tokens, dim]`` or ``[batch, heads, tokens]``."""
         return x[self.samples][:, self.heads][:, :, self.rows]
 
 
 def draw_part(case: Case) -> Part:
-    """One sample that is not blurred and one that is, some heads, some rows, the first and the last among them."""
+    """Choose one unblurred and one blurred sample, some heads, and some rows including the first and the last."""
     generator = torch.Generator().manual_seed(case.tokens + case.heads)
 
     def drawn(count: int, of: int, always: set[int]) -> list[int]:
@@ -45,7 +45,7 @@ def draw_part(case: Case) -> Part:
 
 @dataclass(frozen=True)
 class Expected:
-    """The reference's result in float64, and plain PyTorch's at the inputs' dtype."""
+    """The reference's result in float64, and the result of plain PyTorch in the inputs' dtype."""
 
     part: Part
     oracle: torch.Tensor
@@ -53,7 +53,7 @@ class Expected:
 
 
 def expected(inputs: Inputs, sigma: float, kind: str) -> Expected:
-    """What providers of a kind must give on a part of the result."""
+    """Return the expected result of providers of a kind, on a part of the result."""
     case, grid = inputs.case, inputs.case.grid
     part = draw_part(case)
     query, key, value = (x[part.samples][:, part.heads] for x in (inputs.query, inputs.key, inputs.value))
@@ -68,14 +68,14 @@ def expected(inputs: Inputs, sigma: float, kind: str) -> Expected:
     plain = plain_blur(query, grid, sigmas)[:, :, part.rows]
     if kind != "blur":
         exact, _ = reference.attention(exact, key.double(), value.double())
-        plain = plain_attention(plain, key, value, Grid(1, 1), 0.0)  # they are blurred already
+        plain = plain_attention(plain, key, value, Grid(1, 1), 0.0)  # the queries are already blurred
     return Expected(part, exact, plain)
 
 
 def _masses(
     query: torch.Tensor, key: torch.Tensor, compute: Callable[..., torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Masses ``[samples, heads, keys]``, one head at a time: their scores all at once would fill the memory."""
+    """Return masses ``[samples, heads, keys]``, one head at a time: all scores together would fill the memory."""
     masses = [
         [compute(q[None, None], k[None, None])[0, 0] for q, k in zip(*both, strict=True)]
         for both in zip(query.to(dtype), key.to(dtype), strict=True)
@@ -84,19 +84,19 @@ def _masses(
 
 
 def judge(provider: Provider, result: torch.Tensor, inputs: Inputs, wanted: Expected) -> tuple[dict[str, Any], str]:
-    """The errors of a result's blurred sample, and why the result is wrong; empty when it is not.
+    """Return the errors of a result's blurred sample, and the reason why the result is wrong, or an empty string.
 
-    The contract holds for all that is looked at; its root mean square for the blurred sample alone as well, whose
-    values are so much smaller that a wrong blur in half precision would hide behind the other's. An approximation is
-    held to be finite and no more.
+    The contract must hold for everything that is checked. Its root-mean-square bound must also hold for the blurred
+    sample alone: its values are much smaller, so a wrong blur in half precision would be hidden by the other sample.
+    An approximation is only checked to be finite.
     """
     case = inputs.case
     shape: tuple[int, ...] = (case.batch, case.heads, case.tokens, case.head_dim)
     shape, dtype = (shape[:3], torch.float32) if provider.kind == "mass" else (shape, case.dtype)
     if result.shape != shape:
-        return {}, f"the result's shape is {tuple(result.shape)}, not {shape}"
+        return {}, f"the shape of the result is {tuple(result.shape)}, expected {shape}"
     if result.dtype != dtype:
-        return {}, f"the result's dtype is {result.dtype}, not {dtype}"
+        return {}, f"the dtype of the result is {result.dtype}, expected {dtype}"
     looked_at = wanted.part.of(result)
     if not looked_at.isfinite().all():
         return {}, f"{(~looked_at.isfinite()).sum()} of {looked_at.numel()} values are not finite"
@@ -115,11 +115,11 @@ def judge(provider: Provider, result: torch.Tensor, inputs: Inputs, wanted: Expe
             return errors, f"wrong under the numerics contract: {failure}"
         share = share_of_allowed(errors, case.dtype)
         if share > 1.0:
-            return errors, f"wrong in the blurred sample: rms error {errors['rms']:.3e}, {share:.2f} of what is allowed"
+            return errors, f"wrong in the blurred sample: rms error {errors['rms']:.3e}, {share:.2f} times the limit"
     return errors, ""
 
 
 def share_of_allowed(errors: dict[str, Any], dtype: torch.dtype) -> float:
-    """A sample's root-mean-square error over what the contract allows it."""
+    """Return a sample's root-mean-square error divided by the contract's limit."""
     allowed = 2 * errors["plain_rms"] + torch.finfo(dtype).eps * errors["largest_value"]
     return float(errors["rms"] / allowed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare two runs of a suite row by row: what became slower or faster by more than its noise."""
+"""Comparison of two runs of a suite, row by row: which rows became slower or faster by more than their noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {SLOWER: "red", LOST: "red", FASTER: "green", GAINED: "green"}
 
 @dataclass(frozen=True)
 class Line:
-    """One row of both runs: its key, medians (None without a time), a verdict, and why a time was lost."""
+    """One row of both runs: its key, medians (None if not timed), a verdict, and why it is no longer timed."""
 
     key: tuple[str, ...]
     before: float | None
@@ -27,26 +27,26 @@ class Line:
 
 
 def compare(first: Result, second: Result, by: str = "time", tolerance: float = 0.03) -> list[Line]:
-    """Every row that both runs have.
+    """Compare every row that both runs have.
 
-    A change counts when the ranges from the 20th to the 80th percentile do not meet and the medians differ by more than
-    ``tolerance``, a share of the first. A row that had a time and has none any more is a regression. ``by`` is
-    ``"time"``, or ``"ratio"`` to unblurred attention in the same run, which other devices may share.
+    A change counts if the ranges from the 20th to the 80th percentile do not overlap and the medians differ by more
+    than ``tolerance``, relative to the first. A row that is no longer timed is a regression. ``by`` is ``"time"``, or
+    ``"ratio"`` to unblurred attention in the same run, which is comparable across devices.
 
     Raises:
-        ValueError: when the two do not compare; the message quotes what differs.
+        ValueError: If the two runs are not comparable. The message quotes the difference.
     """
     if by not in ("time", "ratio"):
-        raise ValueError(f"--by takes time or ratio, got {by!r}")
+        raise ValueError(f"--by must be time or ratio, got {by!r}")
     if first["suite"] != second["suite"]:
         raise ValueError(f"the suites differ: {first['suite']!r} and {second['suite']!r}")
     devices = [result["environment"]["device"] for result in (first, second)]
     if by == "time" and devices[0] != devices[1]:
-        raise ValueError(f"times of different devices do not compare: {devices[0]!r}, {devices[1]!r}; take --by ratio")
+        raise ValueError(f"cannot compare times of different devices {devices[0]!r} and {devices[1]!r}; use --by ratio")
     before, after = ({key(row): row for row in result["rows"]} for result in (first, second))
     common = [name for name in before if name in after]
     if not common:
-        raise ValueError("the two files have no row in common")
+        raise ValueError("the two files have no rows in common")
     fields = [f"{result['headline']}_ms" if by == "time" else "ratio" for result in (first, second)]
     return [_line(name, before[name], after[name], fields, tolerance) for name in common]
 
@@ -66,12 +66,12 @@ def _line(name: tuple[str, ...], old: Row, new: Row, fields: Sequence[str], tole
 
 
 def regressed(lines: Sequence[Line]) -> bool:
-    """Whether any row became worse."""
+    """Return whether any row became worse."""
     return any(line.verdict in (SLOWER, LOST) for line in lines)
 
 
 def table(lines: Sequence[Line], by: str) -> Table:
-    """The rows as a table, regressions in red."""
+    """Return the rows as a table, with regressions in red."""
     unit = "ms" if by == "time" else "x unblurred"
     headings = (f"before, {unit}", f"after, {unit}", "after / before", "verdict")
     shown = Table("case", "dtype", "sigma", "provider", *headings)
@@ -84,5 +84,5 @@ def table(lines: Sequence[Line], by: str) -> Table:
 
 
 def counted(lines: Sequence[Line]) -> str:
-    """How many rows have which verdict, such as ``2 same, 1 slower``."""
+    """Return how many rows have each verdict, such as ``2 same, 1 slower``."""
     return ", ".join(f"{count} {verdict}" for verdict, count in Counter(line.verdict for line in lines).most_common())

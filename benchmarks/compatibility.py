@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the tests that hold guidance on real models' architectures, with some version of diffusers, and keep outcomes."""
+"""Run the tests that check guidance on real model architectures with a version of diffusers, and save the outcomes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _ROOT = Path(__file__).parents[1]
 
 
 def run(folder: Path | None = None, out: Path | None = None, jobs: str = "0") -> tuple[Path, dict[str, Any], int]:
-    """Run the tests with the mark ``proves`` in a process of their own.
+    """Run the tests marked ``proves`` in a separate process.
 
     Args:
-        folder: with another diffusers, installed by ``pip install --no-deps --target``; the installed one if not given.
-        out: the file to write; ``benchmarks/results/compatibility/<version>.json`` if not given.
-        jobs: processes, as pytest-xdist takes them.
+        folder: Folder with another diffusers from ``pip install --no-deps --target``. Default: the installed one.
+        out: File to write. Default: ``benchmarks/results/compatibility/<version>.json``.
+        jobs: Number of processes, in the format of pytest-xdist.
 
     Returns:
         The file, its content, and pytest's exit code.
 
     Raises:
-        ValueError: when no test ran, or the tests ran with another diffusers than the folder's.
+        ValueError: If no test ran, or the tests ran with another diffusers than the one in the folder.
     """
     folders = [] if folder is None else [str(folder.resolve())]
     paths = [*folders, str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -47,11 +47,11 @@ def run(folder: Path | None = None, out: Path | None = None, jobs: str = "0") ->
         text = written.read_text(encoding="utf-8") if written.exists() else "{}"
     outcomes: dict[str, Any] = json.loads(text)
     if not outcomes.get("tests"):
-        raise ValueError(f"no test with the mark proves ran; pytest ended with {ran.returncode}")
+        raise ValueError(f"no test marked proves ran; pytest ended with exit code {ran.returncode}")
     version = outcomes["environment"]["diffusers"]
     if folder is not None and not (folder / f"diffusers-{version}.dist-info").is_dir():
         raise ValueError(f"the tests ran with diffusers {version}, which is not the one in {str(folder)!r}")
-    commit = machine.described(torch.device("cpu"))["commit"]  # not marked dirty where only results differ
+    commit = machine.described(torch.device("cpu"))["commit"]  # not marked dirty if only results differ
     text = text.replace(json.dumps(outcomes["environment"]["commit"]), json.dumps(commit), 1)
     outcomes["environment"]["commit"] = commit
     path = out or FOLDER / f"{version}.json"
@@ -61,26 +61,26 @@ def run(folder: Path | None = None, out: Path | None = None, jobs: str = "0") ->
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of outcomes.
+    """Read a file of outcomes.
 
     Raises:
-        ValueError: for a file of another schema.
+        ValueError: If the file has another schema.
     """
     file = read_json(path)
     if file.get("schema") != SCHEMA:
-        raise ValueError(f"{str(path)!r} has schema {file.get('schema')!r}, and this reads {SCHEMA}")
+        raise ValueError(f"{str(path)!r} has schema {file.get('schema')!r}, expected {SCHEMA}")
     return file
 
 
 def committed() -> dict[str, dict[str, Any]]:
-    """Every committed file by its version of diffusers, the oldest first."""
+    """Return every committed file by its version of diffusers, oldest first."""
     files = [read(path) for path in FOLDER.glob("*.json")]
     files.sort(key=lambda file: [int(part) for part in file["environment"]["diffusers"].split(".") if part.isdecimal()])
     return {file["environment"]["diffusers"]: file for file in files}
 
 
 def outcome(file: Mapping[str, Any], group: str, model: str, task: str, guidance: str) -> str:
-    """The outcome of a guidance on a model in a task: all its tests passed, one failed, or none ran."""
+    """Return the outcome of a guidance method on a model and task: all tests passed, one failed, or none ran."""
     tests = [
         test
         for test in file["tests"]

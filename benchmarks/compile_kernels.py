@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel compiled for real targets without a GPU, in every flavour that its launchers ask for.
+"""Compile every kernel for real targets without a GPU, in every flavour that the launchers use.
 
-``python -m benchmarks compile`` prints the records as JSON, or keeps them in ``benchmarks/results/compiled/``. Each
-says what was compiled and for which target, registers, spilled bytes, local and shared memory, matrix instructions, the
-assembler's serialisation warnings, and instructions of the loop over keys. A process that interprets Triton cannot
-compile.
+``python -m benchmarks compile`` prints the records as JSON or saves them in ``benchmarks/results/compiled/``. A record
+has the kernel and its target, registers, spilled bytes, local and shared memory, matrix instructions, the assembler's
+serialisation warnings, and the instructions of the loop over keys. This does not work in a process that uses Triton's
+interpreter.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def compile_one(job: tuple[str, Flavour]) -> Compiled:
 
 
 def plain_flavours(target: str) -> list[Flavour]:
-    """Attention as others write it, in both styles and with a tile that suits them."""
+    """Return the flavours of common attention kernels, in both styles, with a suitable tile."""
     block_m, block_n, warps, stages = _PLAIN_TILES.get(target, _PLAIN_TILE)
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16")
     types |= dict.fromkeys(("stride_b", "stride_h", "stride_n", "heads", "tokens"), "i32") | {"scale": "fp32"}
@@ -56,7 +56,7 @@ def plain_flavours(target: str) -> list[Flavour]:
 
 
 def jobs(target: str, few: bool) -> list[tuple[str, Flavour]]:
-    """Flavours to compile for one target: bfloat16 in all head dimensions, float16 in the most usual one."""
+    """Return the flavours to compile for a target: bfloat16 in all head dimensions, float16 in the most common one."""
     wanted = flavours(target, FEW if few else HEAD_DIMS)
     if not few:
         wanted += flavours(target, (64,), (torch.float16,)) + plain_flavours(target)
@@ -64,20 +64,20 @@ def jobs(target: str, few: bool) -> list[tuple[str, Flavour]]:
 
 
 def compile_targets(targets: Sequence[str], few: bool) -> dict[str, Any]:
-    """Versions, and the records of all targets as dictionaries; all cores compile side by side.
+    """Return the versions, and the records of all targets as dictionaries, compiled in parallel on all cores.
 
     Args:
-        targets: names of ``TARGETS``.
-        few: two head dimensions instead of all.
+        targets: Names in ``TARGETS``.
+        few: Whether to compile two head dimensions instead of all.
 
     Raises:
-        ValueError: for a target that is not known.
+        ValueError: If a target is unknown.
     """
     for target in targets:
         if target not in TARGETS:
-            raise ValueError(f"{target!r} is none of {', '.join(TARGETS)}")
+            raise ValueError(f"unknown target {target!r}; use one of {', '.join(TARGETS)}")
     work = [job for target in targets for job in jobs(target, few)]
-    # A process for each core; spawned, since torch's threads do not survive a fork.
+    # One process per core, spawned because torch's threads do not survive a fork.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         records = list(pool.map(compile_one, work, chunksize=4))
     environment = {"triton": triton.__version__, "torch": torch.__version__, "commit": commit()}
@@ -85,13 +85,13 @@ def compile_targets(targets: Sequence[str], few: bool) -> dict[str, Any]:
 
 
 def compile_with(folder: Path, arguments: Sequence[str]) -> int:
-    """The exit code of ``python -m benchmarks compile`` with the triton in a folder, as pip's ``--target`` fills it.
+    """Run ``python -m benchmarks compile`` with the triton in a folder (pip's ``--target``), and return the exit code.
 
     Raises:
-        ValueError: for a folder without triton.
+        ValueError: If the folder has no triton.
     """
     if not (folder / "triton").is_dir():
-        raise ValueError(f"there is no triton in {folder}: pip install --no-deps --target {folder} triton==3.6.0")
+        raise ValueError(f"no triton in {folder}; run pip install --no-deps --target {folder} triton==3.6.0")
     path = os.pathsep.join(filter(None, (str(folder.resolve()), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "benchmarks", "compile", *arguments]
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode

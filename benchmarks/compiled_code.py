@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile one kernel for a real target without a GPU, read what its code uses, and say what is wrong with it."""
+"""Compile one kernel for a real target without a GPU, read the resources of its code, and report faults."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {  # bytes a program may use
+SHARED_LIMIT = {  # maximum bytes per program
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
     "sm_89": 99 * 1024,
@@ -36,7 +36,7 @@ SHARED_LIMIT = {  # bytes a program may use
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
-_PER_MULTIPROCESSOR = {  # bytes of shared memory, threads; registers are 65,536 everywhere
+_PER_MULTIPROCESSOR = {  # bytes of shared memory, threads; all targets have 65,536 registers
     "sm_80": (164 * 1024, 2048),
     "sm_86": (100 * 1024, 1536),
     "sm_89": (100 * 1024, 1536),
@@ -50,7 +50,7 @@ _MULTIPLYING = (
     "_attention_energy_kernel",
     "_attention_mass_kernel",
 )
-_MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # HMMA elsewhere
+_MATRIX_INSTRUCTION = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # HMMA on other targets
 
 
 @dataclass
@@ -58,13 +58,14 @@ class Compiled:
     """The resources that one kernel's code uses on one target.
 
     Attributes:
-        flags: constants other than sizes, and the type of the mask where there is one.
-        tile: BLOCK_* and the compiler's options.
-        loop: warp instructions per 1,024 scores of the loop over keys by kind, None where there is no such loop.
-        overlap: whether exponentials are computed while products run: on Hopper, between one's issue and the wait for
-            it, elsewhere between matrix instructions; None on Blackwell, whose products say when they are ready.
-        programs: that fit a multiprocessor at the same time; None where that is not known.
-        overwritten: how often a register is written that a product in flight still reads, in loops; Hopper only.
+        flags: Constants other than sizes, and the type of the mask if there is one.
+        tile: BLOCK_* and the compiler options.
+        loop: Warp instructions per 1,024 scores of the loop over keys, by kind. None without such a loop.
+        overlap: Whether exponentials are computed while products run. On Hopper: between the issue of a product and the
+            wait for it. On other targets: between matrix instructions. None on Blackwell, whose products signal
+            completion.
+        programs: Number of programs that fit a multiprocessor at the same time. None if unknown.
+        overwritten: Number of writes in loops to a register that a product in flight still reads. Hopper only.
     """
 
     kernel: str
@@ -136,18 +137,18 @@ def _tool(name: str) -> str:
 
 
 def _read_cubin(compiled: Any, target: str) -> dict[str, Any]:
-    """Of a kernel compiled for CUDA, by the tools that come with Triton."""
+    """Read the resources of a kernel compiled for CUDA, with the tools included in Triton."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         resources = _run("cuobjdump", "-res-usage", cubin)
         sass = _run("nvdisasm", "-c", cubin)
-        # Only Hopper's matrix instructions can be serialised, and only the assembler says so.
+        # Only Hopper's matrix instructions can be serialised, and only the assembler reports it.
         messages = _assembler_messages(compiled.asm["ptx"], Path(folder)) if target == "sm_90" else ""
     return {
         "code": _instructions(sass),
         "registers": _search(r"REG:(\d+)", resources),
-        "spilled_bytes": _search(r"STACK:(\d+)", resources),  # kernels have no other use of a stack
+        "spilled_bytes": _search(r"STACK:(\d+)", resources),  # kernels use a stack only for spills
         "local_bytes": _search(r"LOCAL:(\d+)", resources),
         "matrix_instructions": _count(sass, r"\b(HGMMA|QGMMA|HMMA|IMMA|UTCHMMA|UTCQMMA)\b"),
         "serialisation": sorted(set(re.findall(r"C75\d\d", messages))),
@@ -161,7 +162,7 @@ def _assembler_messages(ptx: str, folder: Path) -> str:
     options = "-v", "--gpu-name=sm_90a", source, "-o", folder / "again.cubin"
     try:
         return _run("ptxas", *options)
-    except subprocess.CalledProcessError:  # triton 3.9 writes PTX too new for it, and assembles with the other one
+    except subprocess.CalledProcessError:  # triton 3.9 writes PTX that is too new for ptxas; it uses ptxas-blackwell
         return _run("ptxas-blackwell", *options)
 
 
@@ -171,10 +172,10 @@ def _run(tool: str, *arguments: str | Path) -> str:
 
 
 def _read_amdgcn(compiled: Any) -> dict[str, Any]:
-    """Of a kernel compiled for ROCm, from its assembly."""
+    """Read the resources of a kernel compiled for ROCm, from its assembly."""
     text = compiled.asm["amdgcn"]
     vgprs = _search(r"\.vgpr_count:\s*(\d+)", text)
-    # Scalar registers spill to lanes of vector registers, not to memory: private memory would show below.
+    # Scalar registers spill to lanes of vector registers, not to memory; private memory would show below.
     spills = [int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)]
     return {
         "code": _instructions_of_amd(text),
@@ -186,17 +187,17 @@ def _read_amdgcn(compiled: Any) -> dict[str, Any]:
     }
 
 
-_WIDTH = (  # of what is written to registers, where it is not one
+_WIDTH = (  # number of registers that an instruction writes, if not one
     (r"\.(64|WIDE)\b", 2),
     (r"\.(128|M88\.4)\b", 4),
 )
 
 
 def _overwritten(sass: str) -> int:
-    """Registers that are written while a product of a loop may still read them.
+    """Count the registers that are written while a product of a loop may still read them.
 
-    Hopper's products read queries or shares from registers after they were issued, until the wait for them. ptxas
-    before CUDA 13.3 is known to give such registers to other values (triton issue 9433); results are wrong then.
+    Hopper's products read queries or shares from registers after they are issued, until the wait for them. ptxas before
+    CUDA 13.3 is known to reuse such registers for other values (triton issue 9433), which makes results wrong.
     """
     places: dict[str, int] = {}
     code: list[tuple[str, str]] = []  # opcode, operands
@@ -227,7 +228,7 @@ def _overwritten_in(code: Sequence[tuple[str, str]]) -> int:
     return count
 
 
-Code = list[tuple[str, str]]  # (opcode or "", label or the label that is jumped to or "")
+Code = list[tuple[str, str]]  # (opcode or "", label or jump target or "")
 
 
 def _instructions(sass: str) -> Code:
@@ -252,7 +253,7 @@ def _instructions_of_amd(text: str) -> Code:
     return code
 
 
-_KINDS = {  # the first pattern that an opcode begins with counts
+_KINDS = {  # the first pattern that matches the start of an opcode counts
     "matrix": r"HGMMA|QGMMA|HMMA|UTCHMMA|v_mfma",
     "EX2": r"MUFU\.EX2|v_exp_f32",
     "FMUL": r"FMUL|v_(pk_)?mul_f32",
@@ -270,9 +271,10 @@ def _kind(opcode: str) -> str:
 
 
 def _loop_over_keys(code: Code, scores: float, lanes: int) -> tuple[dict[str, float] | None, bool | None]:
-    """Instructions per 1,024 scores by kind of the shortest loop with products and exponentials, and overlap in it.
+    """Return instructions per 1,024 scores, by kind, and overlap, of the shortest loop with products and exponentials.
 
-    ``scores`` are a warp's in a block of keys. A loop that was unrolled has exponentials for several blocks.
+    ``scores`` is the number of scores per warp in a block of keys. An unrolled loop has exponentials for several
+    blocks.
     """
     places = {label: place for place, (opcode, label) in enumerate(code) if not opcode}
     loops = []
@@ -295,7 +297,7 @@ def _loop_over_keys(code: Code, scores: float, lanes: int) -> tuple[dict[str, fl
 
 def _overlaps(opcodes: Sequence[str]) -> bool:
     issued, seen, between, waits = False, False, 0, any(name.startswith("WARPGROUP.DEPBAR") for name in opcodes)
-    for name in (*opcodes, *opcodes):  # the loop's end is followed by its beginning
+    for name in (*opcodes, *opcodes):  # the end of the loop is followed by its start
         kind = _kind(name)
         if kind == "matrix":
             between += seen
@@ -312,7 +314,7 @@ def _overlaps(opcodes: Sequence[str]) -> bool:
 def _search(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
     if match is None:
-        raise ValueError(f"{pattern!r} is nowhere in the compiled code")
+        raise ValueError(f"the compiled code does not contain {pattern!r}")
     return int(match[1])
 
 
@@ -321,7 +323,7 @@ def _count(text: str, pattern: str) -> dict[str, int]:
 
 
 def faults(records: Sequence[Compiled]) -> list[str]:
-    """Spills, too much shared memory, serialised, missing or disturbed matrix instructions, a line for each."""
+    """Return one line per fault: spills, too much shared memory, and serialised, missing or disturbed products."""
     wrong = []
     for record in records:
         flags = " ".join(f"{name}={value}" for name, value in record.flags.items() if value)
@@ -331,13 +333,13 @@ def faults(records: Sequence[Compiled]) -> list[str]:
         if record.shared_bytes > SHARED_LIMIT[record.target]:
             wrong.append(f"{name}: {record.shared_bytes} bytes of shared memory")
         if record.serialisation:
-            wrong.append(f"{name}: assembler warns {record.serialisation}")
+            wrong.append(f"{name}: assembler warning {record.serialisation}")
         if record.overwritten:
             wrong.append(f"{name}: {record.overwritten} registers overwritten that a product in flight reads")
         if record.kernel not in _MULTIPLYING or record.dtype == "fp32":
             continue
-        # The general kernel has tiles too small for the newer instructions in the widest heads.
+        # In the widest heads, the general kernel's tiles are too small for the newer instructions.
         small = record.kernel == "_tiled_attention_kernel" and record.head_dim > 160 and record.target != "gfx942"
         if not record.matrix_instructions.get("HMMA" if small else _MATRIX_INSTRUCTION.get(record.target, "HMMA")):
-            wrong.append(f"{name}: no matrix instructions but {record.matrix_instructions}")
+            wrong.append(f"{name}: expected matrix instructions are missing, found {record.matrix_instructions}")
     return wrong

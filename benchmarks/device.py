@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first minutes on a device: stages in order of worth, each a process of its own with its own limit, one budget.
+"""The first minutes on a device: stages in order of importance, each in its own process with a limit, and one budget.
 
-A folder gets a JSON file for each stage that has results, written while it runs, and ``stages.json``: how every stage
-ended, why, and the end of its output. A stage that fails, hangs or dies loses only itself. Nothing
-is installed and nothing is fetched; packages that are missing come from a folder of wheels.
+The output folder gets a JSON file for each stage with results, written while the stage runs, and ``stages.json``: how
+every stage ended, why, and the end of its output. If a stage fails, hangs or is killed, the other stages still run.
+Nothing is downloaded; missing packages are installed from a folder of wheels.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ BUDGET = 540.0  # seconds
 SUMMARY = "stages.json"
 PASSED, FAILED, CUT, SKIPPED, RUNNING = "passed", "failed", "cut", "not started", "running"
 _ROOT = Path(__file__).parents[1]
-_LEAST = 10.0  # seconds that a stage must have, or it is not started
-_TO_END = 10.0  # seconds for a process that was killed
-_SHOWN = 4000  # characters of what a stage printed last
+_LEAST = 10.0  # minimum seconds left to start a stage
+_TO_END = 10.0  # seconds to wait for a killed process
+_SHOWN = 4000  # characters kept of the end of a stage's output
 
 _STAGES, _BENCHMARKS = ("-m", "benchmarks.device_stages"), ("-m", "benchmarks")
 _WAYS = (*BLURS, "blur + sdpa", "auto")
@@ -44,13 +44,13 @@ _STEPS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the run.
+    """One stage of the run.
 
     Attributes:
-        name: of it.
-        limit: seconds that it may take.
-        arguments: of Python.
-        needs: modules without which it is not started.
+        name: Name of the stage.
+        limit: Time limit in seconds.
+        arguments: Arguments of Python.
+        needs: Modules that the stage requires.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """The end of a stage: ``passed``, ``failed``, ``cut`` or ``not started``, and why."""
+    """How a stage ended: ``passed``, ``failed``, ``cut`` or ``not started``, and why."""
 
     name: str
     status: str
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def stages(folder: Path, dry: bool) -> tuple[Stage, ...]:
-    """All of them, in order; ``dry`` has each do as little as runs everything, without a GPU."""
+    """Return all stages in order. With ``dry``, each does as little as possible, without a GPU."""
     quick: tuple[str, ...] = ("--quick",) if dry else ()
     cases = ("--cases", TINY[0] if dry else ",".join(SDXL))
     suite = ("run", *(("--quick", "--device", "cpu") if dry else ()))
@@ -115,15 +115,15 @@ def run_stages(
     tell: Callable[[str], None] = lambda line: None,
     least: float = _LEAST,
 ) -> list[Outcome]:
-    """Run stages one after the other, each until it ends, its limit or the budget's end; ``stages.json`` says how far.
+    """Run stages one after the other, each until its end, its limit or the budget's end, and update ``stages.json``.
 
     Args:
-        chosen: what to run, in this order.
-        folder: that gets ``stages.json``.
-        budget: seconds for all of them.
-        environment: variables of their processes; this process's if not given.
-        tell: is called with a line for every stage at its end.
-        least: seconds that must be left for a stage to be started.
+        chosen: Stages to run, in this order.
+        folder: Folder of ``stages.json``.
+        budget: Seconds for all stages.
+        environment: Environment variables of the stages' processes. Default: those of this process.
+        tell: Called with one line at the end of every stage.
+        least: Minimum seconds left to start a stage.
     """
     start = time.monotonic()
     done: list[Outcome] = []
@@ -137,7 +137,7 @@ def run_stages(
         left = budget - (time.monotonic() - start)
         missing = [name for name in stage.needs if not _is_there(name, environment)]
         if missing:
-            why = f"{', '.join(missing)} is not installed; --wheels takes a folder with the wheel"
+            why = f"{', '.join(missing)} is not installed; pass --wheels FOLDER with its wheel"
             outcome = Outcome(stage.name, SKIPPED, why=why)
         elif left < least:
             outcome = Outcome(stage.name, SKIPPED, why=f"{max(left, 0):.0f} s of the budget of {budget:g} s are left")
@@ -152,12 +152,12 @@ def run_stages(
 
 
 def line_of(outcome: Outcome) -> str:
-    """An outcome in a line."""
+    """Return an outcome as one line."""
     return f"{outcome.status:<12} {outcome.seconds:6.1f} s  {outcome.name}" + (f": {outcome.why}" * bool(outcome.why))
 
 
 def _run(stage: Stage, left: float, budget: float, environment: Mapping[str, str] | None) -> Outcome:
-    """Run one stage, and end all its processes when its time is over."""
+    """Run one stage, and kill all its processes at its time limit."""
     limit = min(stage.limit, left)
     start = time.monotonic()
     with tempfile.TemporaryFile() as printed:
@@ -184,7 +184,7 @@ def _run(stage: Stage, left: float, budget: float, environment: Mapping[str, str
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a stage: its processes are a group. One that a driver holds fast is left behind."""
+    """Kill the process group of a stage. A process that is stuck in a driver is left behind."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(_TO_END)
@@ -193,14 +193,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last(printed: IO[bytes]) -> str:
-    """The end of what was printed."""
+    """Return the end of the printed output."""
     size = printed.seek(0, os.SEEK_END)
     printed.seek(max(0, size - 4 * _SHOWN))
     return printed.read().decode(errors="replace").strip()[-_SHOWN:]
 
 
 def _is_there(module: str, environment: Mapping[str, str] | None) -> bool:
-    """True if the processes of stages find a module."""
+    """Return True if the processes of stages can import a module."""
     paths = (environment or {}).get("PYTHONPATH", "").split(os.pathsep)
     return importlib.util.find_spec(module) is not None or any((Path(path) / module).is_dir() for path in paths if path)
 
@@ -208,10 +208,10 @@ def _is_there(module: str, environment: Mapping[str, str] | None) -> bool:
 def run(
     folder: Path, budget: float, wheels: Path | None, dry: bool, only: Sequence[str], tell: Callable[[str], None]
 ) -> bool:
-    """Run all stages, or those that are named, with results in a folder; true if all passed.
+    """Run all stages, or the named ones, with results in a folder. Return True if all passed.
 
     Raises:
-        ValueError: for an unknown stage, without a device, and for a folder of wheels that pip refuses.
+        ValueError: If a stage is unknown, there is no device, or pip refuses the folder of wheels.
     """
     import torch
 
@@ -220,18 +220,18 @@ def run(
     unknown = set(only) - {stage.name.partition(":")[0] for stage in known}
     if unknown:
         names = dict.fromkeys(stage.name.partition(":")[0] for stage in known)
-        raise ValueError(f"--only takes {', '.join(names)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"--only must name stages of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     if not dry and not torch.cuda.is_available():
-        raise ValueError("device needs a CUDA or ROCm device, and there is none here; --dry rehearses it without")
+        raise ValueError("no CUDA or ROCm device found; pass --dry for a rehearsal without a device")
     folder.mkdir(parents=True, exist_ok=True)
     chosen = [stage for stage in known if not only or stage.name.partition(":")[0] in only]
     for stage in chosen:
-        if "--out" in stage.arguments:  # what an earlier run left would pass for this one's
+        if "--out" in stage.arguments:  # a file of an earlier run could be mistaken for this run's
             Path(stage.arguments[stage.arguments.index("--out") + 1]).unlink(missing_ok=True)
     with _terminated_as_by_an_exception(), tempfile.TemporaryDirectory() as site, integrations_as_installed():
         if wheels is not None:
             for name in install_missing(wheels, Path(site)):
-                tell(f"took {name} from {wheels}")
+                tell(f"installed {name} from {wheels}")
         outcomes = run_stages(chosen, folder, budget, _environment(Path(site), dry), tell)
     wrong = [outcome for outcome in outcomes if outcome.status != PASSED]
     for outcome in wrong:
@@ -243,7 +243,7 @@ def run(
 
 
 def _environment(site: Path, dry: bool) -> dict[str, str]:
-    """Variables of the stages' processes."""
+    """Return the environment variables of the stages' processes."""
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if dry:
@@ -252,10 +252,10 @@ def _environment(site: Path, dry: bool) -> dict[str, str]:
 
 
 def install_missing(wheels: Path, site: Path) -> list[str]:
-    """Install those wheels of a folder whose packages are missing into another folder, without a network.
+    """Install the wheels of missing packages into another folder, without network access.
 
     Raises:
-        ValueError: when the folder has no wheels, or pip refuses one.
+        ValueError: If the folder has no wheels, or pip refuses one.
     """
     packages = {path: path.name.partition("-")[0] for path in sorted(wheels.glob("*.whl"))}
     if not packages:
@@ -266,7 +266,7 @@ def install_missing(wheels: Path, site: Path) -> list[str]:
         command += ["--disable-pip-version-check", "--target", str(site), *map(str, missing)]
         asked = subprocess.run(command, capture_output=True, text=True, check=False)
         if asked.returncode:
-            raise ValueError(f"pip does not install the wheels of {str(wheels)!r}: {asked.stderr.strip()}")
+            raise ValueError(f"pip cannot install the wheels of {str(wheels)!r}: {asked.stderr.strip()}")
     return list(missing.values())
 
 
@@ -280,7 +280,7 @@ def _is_installed(name: str) -> bool:
 
 @contextmanager
 def integrations_as_installed() -> Iterator[None]:
-    """Inside, ``segkern.integrations`` is found in a checkout that is not installed, too, through a link."""
+    """Make ``segkern.integrations`` importable through a link, also in a checkout that is not installed."""
     link = _ROOT / "segkern" / "integrations"
     if importlib.util.find_spec("segkern.integrations") is not None:
         yield
@@ -294,7 +294,7 @@ def integrations_as_installed() -> Iterator[None]:
 
 @contextmanager
 def _terminated_as_by_an_exception() -> Iterator[None]:
-    """Inside, a SIGTERM ends this process as an exception does, so that the running stage is ended too."""
+    """Convert SIGTERM to an exception inside the context, so the running stage is ended too."""
 
     def end(number: int, frame: Any) -> None:
         sys.exit(128 + number)

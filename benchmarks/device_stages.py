@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages of ``python -m benchmarks device`` that nothing else runs: the commands of ``benchmarks.device_stages``."""
+"""Stages of ``python -m benchmarks device`` without a command of their own in ``python -m benchmarks``."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ _TESTS_OF_GUIDANCE = ["tests/diffusers/test_compile.py", "tests/project/test_ben
 _QUICK_TESTS = ["tests/kernels/test_offsets.py"]
 _ROOT = Path(__file__).parents[1]
 
-Out = Annotated[Path, typer.Option(help="The JSON file.")]
-Cases = Annotated[str, typer.Option(help="Names with commas.")]
-Quick = Annotated[bool, typer.Option("--quick", help="As little as runs everything, on a CPU.")]
+Out = Annotated[Path, typer.Option(help="JSON file to write.")]
+Cases = Annotated[str, typer.Option(help="Case names, comma-separated.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run as little as possible, on a CPU.")]
 
 
 def _chosen(cases: str, quick: bool) -> list[Case]:
-    """Cases in half precision; the interpreter computes wrong bfloat16 products."""
+    """Return cases in half precision. The interpreter computes wrong bfloat16 products."""
     names = select("--cases", cases.split(","), list(CASES))
     return [CASES[name].of(torch.float16 if quick else torch.bfloat16) for name in names]
 
 
 @app.command()
 def environment(out: Out, quick: Quick = False) -> None:
-    """Device and versions, and which backend PyTorch's attention takes for SDXL's layers."""
+    """Write device and versions, and the backend that PyTorch's attention uses for SDXL's layers."""
     device = find_device("cpu" if quick else "auto")
     result: dict[str, Any] = machine.described(device) | {name: version_of(name) for name in _PACKAGES}
     result |= {"cores": os.cpu_count(), "free_gib": machine.free_memory(device) / 2**30, "attention": []}
@@ -64,7 +64,7 @@ def environment(out: Out, quick: Quick = False) -> None:
 
 
 def attention_backend(inputs: Inputs) -> str:
-    """PyTorch's operator that its attention runs for such inputs, whose name tells the backend."""
+    """Return the operator that PyTorch's attention runs for such inputs. Its name contains the backend."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         F.scaled_dot_product_attention(inputs.query, inputs.key, inputs.value)
     names = [event.key for event in profiled.key_averages() if event.key.startswith("aten::_scaled_dot_product_")]
@@ -75,10 +75,10 @@ def attention_backend(inputs: Inputs) -> str:
 def compilation(
     cases: Cases,
     quick: Quick = False,
-    share: Annotated[int | None, typer.Option(help="Number of this process; none starts all.")] = None,
-    of: Annotated[int, typer.Option(help="Processes; 0: as many as there are cores.")] = 0,
+    share: Annotated[int | None, typer.Option(help="Number of this process. Default: start all processes.")] = None,
+    of: Annotated[int, typer.Option(help="Number of processes; 0 for the number of cores.")] = 0,
 ) -> None:
-    """Call once, on all cores, what is timed later: compilers keep what they made on disk."""
+    """Call everything that is timed later once, on all cores, so compilers cache their output on disk."""
     of = of or (2 if quick else os.cpu_count() or 1)
     if share is None:
         again = [sys.executable, "-m", "benchmarks.device_stages", "compilation", "--cases", cases, "--of", str(of)]
@@ -93,13 +93,13 @@ def compilation(
         called += 1
         try:
             call()
-        except Exception as error:  # whatever a compiler raises; the stage that times it has it as a row
+        except Exception as error:  # a compiler can raise anything; the timing stage records the error in a row
             print(f"{name}: {first_line(error)}")
     print(f"process {share}: {called} calls in {time.perf_counter() - start:.0f} s")
 
 
 def _to_compile(cases: list[Case], device: torch.device, quick: bool) -> Iterator[tuple[str, Call]]:
-    """Everything that the attention suite and tuning call, by name."""
+    """Yield all calls of the attention suite and of tuning, by name."""
     for case in cases:
         inputs = case.inputs(device)
         ways = find_providers("attention", [*BLURS, "auto"] if quick else ())
@@ -119,7 +119,7 @@ def _made(name: str, inputs: Inputs, sigma: float) -> Call:
 def blur(
     way: Annotated[str, typer.Option(help="Name of a provider.")], out: Out, cases: Cases, quick: Quick = False
 ) -> None:
-    """Hold one way to blur queries before attention against float64, then call it very often: hangs and races show."""
+    """Check one way to blur queries before attention against float64, then repeat it often to find hangs and races."""
     device = find_device("cpu" if quick else "auto")
     result: dict[str, Any] = read_json(out) if out.exists() else {"environment": machine.described(device), "rows": []}
     right = True
@@ -127,7 +127,7 @@ def blur(
         inputs = case.inputs(device)
         for sigma in _SIGMAS:
             if way in BLURS and math.isinf(sigma):
-                continue  # the mean has kernels of its own
+                continue  # other kernels compute the mean
             row: dict[str, Any] = {"way": way, "case": case.name, "dtype": case.dtype_name, "sigma": f"{sigma:g}"}
             row |= _held(way, inputs, sigma, 2 if quick else _REPEATS)
             result["rows"].append(row)
@@ -138,7 +138,7 @@ def blur(
 
 
 def _held(way: str, inputs: Inputs, sigma: float, repeats: int) -> dict[str, Any]:
-    """Errors of a way's result, and the reason why it is wrong, fails or changes from call to call."""
+    """Return the errors of a result, and the reason why it is wrong, fails, or changes between calls."""
     row: dict[str, Any] = {"error": None, "reason": None, "repeats": repeats}
     try:
         call = PROVIDERS[way].make(inputs, sigma)
@@ -146,7 +146,7 @@ def _held(way: str, inputs: Inputs, sigma: float, repeats: int) -> dict[str, Any
         wanted = checks.expected(inputs, sigma, "attention")
         row["error"], wrong = checks.judge(PROVIDERS[way], first, inputs, wanted)
         changed = sum(not torch.equal(call(), first) for _ in range(repeats))
-    except Exception as error:  # whatever a compiler or a device raises is this row's answer
+    except Exception as error:  # a compiler or device can raise anything; the error goes into the row
         return row | {"reason": first_line(error)}
     if not wrong and changed:
         wrong = f"{changed} of {repeats} more calls gave another result"
@@ -154,7 +154,7 @@ def _held(way: str, inputs: Inputs, sigma: float, repeats: int) -> dict[str, Any
 
 
 class _Outcomes:
-    """Counts of tests and the failures' messages, written as they come."""
+    """Test counts and failure messages, written while tests run."""
 
     def __init__(self, path: Path, result: dict[str, Any]) -> None:
         self._path = path
@@ -162,7 +162,7 @@ class _Outcomes:
         self._written = 0.0
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note a test's end: also a fixture that fails is a failure."""
+        """Record the end of a test. A failing fixture is a failure too."""
         if report.passed and report.when != "call":
             return
         self._result[report.outcome] += 1
@@ -172,7 +172,7 @@ class _Outcomes:
             self._write()
 
     def pytest_sessionfinish(self) -> None:
-        """Note that nothing is missing."""
+        """Record that the session is complete."""
         self._result["complete"] = True
         self._write()
 
@@ -183,10 +183,10 @@ class _Outcomes:
 
 @app.command("tests")
 def run_tests(out: Out, quick: Quick = False) -> None:
-    """Run the tests that compute on a CUDA device where there is one, on most cores."""
+    """Run the tests that compute on a CUDA device, on most cores."""
     jobs = 2 if quick else max(1, min(12, (os.cpu_count() or 1) - 2))
     arguments = ["-q", "-m", "cuda and not slow and not robustness", "-n", str(jobs), "--dist", "worksteal"]
-    # The device may have other versions of packages than the tested ones, whose warnings are no failures of ours.
+    # The device may have untested package versions, whose warnings are not failures.
     arguments += ["-p", "no:cacheprovider", "--maxfail", "40", "-W", "default"]
     where = _QUICK_TESTS if quick else _TESTS
     if importlib.util.find_spec("diffusers") is not None and not quick:

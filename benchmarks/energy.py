@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count how often the statements about attention's energy hold in the bundled model, and by how much.
 
-``python -m benchmarks energy`` writes ``benchmarks/results/energy/``: ``statements.json``, counted over every head of
-every self-attention layer in a few steps of several runs, in float64; and ``energy.json`` with ``picture.png``, what
-``segkern energy`` writes of one run.
+``python -m benchmarks energy`` writes ``benchmarks/results/energy/``: ``statements.json``, counted in float64 over
+every head of every self-attention layer at a few steps of several runs, and ``energy.json`` with
+``picture.png``, the output of ``segkern energy`` for one run.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ BOUNDARIES = ("reflect", "symmetric", "circular")
 SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf)
 PROMPTS = ("a large red ring", "a small blue square above a large green circle", "four yellow stars in a row", "")
 _STEPS, _AT, _SEED, _CFG = 20, (0, 5, 10, 15, 19), 1, 2.0
-_ROUNDING = 1e-9  # relative to what is compared
+_ROUNDING = 1e-9  # relative to the compared values
 
 _Cells = list[tuple[OverSigma, OverSigma]]
 
 
 def measure(folder: Path = FOLDER, quick: bool = False, tell: Callable[[str], None] = lambda name: None) -> None:
-    """Write both files and the picture, and beside the committed ones the plots of docs/energy.md.
+    """Write both files and the image, and, for the committed folder, the plots of docs/energy.md.
 
     Args:
-        folder: to write to.
-        quick: one prompt and two steps, which only shows that everything runs.
-        tell: hears what is being measured.
+        folder: Output folder.
+        quick: Whether to use one prompt and two steps, which only shows that everything runs.
+        tell: Called with the name of the current measurement.
     """
     from segkern.integrations.diffusers import record_energy
 
@@ -73,7 +73,7 @@ def measure(folder: Path = FOLDER, quick: bool = False, tell: Callable[[str], No
 
 
 def plot(folder: Path, out: Path) -> None:
-    """Draw the plots of docs/energy.md from the files in a folder."""
+    """Write the plots of docs/energy.md from the files in a folder."""
     run = report.read(folder / "energy.json")
     with Image.open(folder / "picture.png") as picture:
         (sheet,) = plots.plot_maps(run, out, picture)
@@ -83,9 +83,9 @@ def plot(folder: Path, out: Path) -> None:
 
 
 def count(cells: _Cells) -> dict[str, Any]:
-    """Of every head of every sample in every record: in how many a statement holds, by sigma, and medians of changes.
+    """Count, over every head of every sample in every record, how often a statement holds by sigma; median changes.
 
-    The first sigma of a record is 0; there is a number for each of the others.
+    The first sigma of a record is 0. There is one number for each of the other sigmas.
     """
     by_query, by_key = (_joined([cell[cut] for cell in cells], "energy") for cut in (0, 1))
     # [sigmas, cells, queries]
@@ -108,7 +108,7 @@ def count(cells: _Cells) -> dict[str, Any]:
 
 
 def _joined(cuts: list[OverSigma], name: str) -> torch.Tensor:
-    """``[sigmas, cells]`` of a quantity that every head has one of."""
+    """Return a quantity with one value per head, as ``[sigmas, cells]``."""
     return torch.cat([getattr(cut, name).flatten(1) for cut in cuts], dim=1)
 
 

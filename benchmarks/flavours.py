@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flavours of the kernels: what launches ask Triton to compile, recorded from the launchers themselves.
+"""Flavours of the kernels: the compilations that launches request from Triton, recorded from the launchers.
 
-A kernel is compiled anew for every combination of constants, types and compiler options. ``flavours`` makes the calls
-of ``CALLS`` as if on an architecture, with kernels that note their launches instead of running, so that what is
-compiled ahead of time is by construction what would be launched. Tests draw other calls and require that their
+Triton compiles a kernel for every combination of constants, types and compiler options. ``flavours`` makes the calls of
+``CALLS`` as if on a given architecture, with kernels that record their launches instead of running. Code that is
+compiled ahead of time is therefore the code that would be launched. Tests make other, random calls and check that their
 flavours are among these.
 """
 
@@ -53,8 +53,8 @@ _TYPES = {
     torch.uint8: "u8",
 }
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-# Triton makes constants of numbers that are 1. Other strides are 1 only where there is one key, one head or one row;
-# what is compiled for them is a simpler case of the same code.
+# Triton makes constants of numbers that are 1. Other strides are 1 only with one key, one head or one row, which
+# compiles to a simpler case of the same code.
 _UNIT_STRIDES = {f"stride_{x}d" for x in "qkvox"} | {"stride_mn", "stride_kn"}
 HEAD_DIMS = (40, 64, 80, 96, 128, 160, 256)
 
@@ -64,11 +64,11 @@ class Flavour:
     """One compilation of a kernel.
 
     Attributes:
-        kernel: its function's name.
-        dtype: of the tensors, as Triton names it.
-        constants: by parameter.
-        types: of the other parameters, in order.
-        options: of the compiler.
+        kernel: Name of the kernel function.
+        dtype: Dtype of the tensors, as Triton names it.
+        constants: Constants by parameter.
+        types: Types of the other parameters, in order.
+        options: Compiler options.
     """
 
     kernel: str
@@ -79,12 +79,12 @@ class Flavour:
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """Channels per head."""
         return int(dict(self.constants)["HEAD_DIM"])
 
 
 class _Noting:
-    """A kernel whose launches are noted and do nothing."""
+    """A kernel that records launches and does nothing else."""
 
     def __init__(self, kernel: Any, noted: dict[Flavour, None]) -> None:
         self.kernel, self.noted = kernel, noted
@@ -119,7 +119,7 @@ class _Noting:
 
 @contextmanager
 def noting(arch: str) -> Iterator[dict[Flavour, None]]:
-    """Inside, launches on the CPU are those of an architecture, and are noted in the result instead of done."""
+    """Treat launches on the CPU as launches on an architecture, and record them in the result instead of running."""
     noted: dict[Flavour, None] = {}
     caches = (_routes.attention_route, _launch.tile_constants, _configs.attention_tile)
     with ExitStack() as stack:
@@ -142,13 +142,13 @@ def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _tensors(keys: int, head_dim: int, dtype: torch.dtype, tokens: int = 128) -> tuple[torch.Tensor, ...]:
-    """Query, key and value as projections give them, of 2 samples and 16 heads."""
+    """Return query, key and value in the layout of projections, with 2 samples and 16 heads."""
     shapes = [(2, count, 16, head_dim) for count in (tokens, keys, keys)]
     return tuple(_aligned(shape, dtype).transpose(1, 2) for shape in shapes)
 
 
 def attention_calls(head_dim: int, dtype: torch.dtype) -> None:
-    """Attention in every way that ``backend="auto"`` takes for a head dimension and dtype."""
+    """Call attention in every way that ``backend="auto"`` uses for a head dimension and dtype."""
     grid, blurs = Grid(8, 16), (0.0, 1.5)
     for keys in (512, 500):
         q, k, v = _tensors(keys, head_dim, dtype)
@@ -158,18 +158,18 @@ def attention_calls(head_dim: int, dtype: torch.dtype) -> None:
         options = head_dim**-0.5, "reflect", True
         for place in _routes.BlurPlace:
             attention.fused_attention(q, k, v, None, grid, blurs, *options, place)
-        for sigma in (0.0, math.inf):  # beside a sample of infinite sigma
+        for sigma in (0.0, math.inf):  # together with a sample of infinite sigma
             attention.fused_attention(q, k, v, None, grid, (sigma, math.inf), *options)
         for mask in masks:
             attention.fused_attention(q, k, v, mask, grid, blurs, *options)
             attention.fused_attention(q, k, v, mask[:, :, :1], grid, (math.inf, math.inf), *options)
         odd = k.transpose(2, 3).contiguous().transpose(2, 3)
-        for some in maybe:  # channels that lie apart, and keys that no descriptor can be made of
+        for some in maybe:  # with channels that are not contiguous, and keys that cannot have a descriptor
             attention.fused_attention(q, odd, v, some, grid, blurs, *options)
         shifted = _aligned((2, 16, keys, head_dim + 3), dtype)[..., 1 : head_dim + 1]
         for place in _routes.BlurPlace:
             attention.fused_attention(q, shifted, v, None, grid, blurs, *options, place)
-        for batch, heads, rows in ((2, 16, 1), (1, 1, 40)):  # so few that their keys are split
+        for batch, heads, rows in ((2, 16, 1), (1, 1, 40)):  # few rows, so keys are split
             few, *others = (x[:batch, :heads] for x in (q[:, :, :rows], k, v))
             for some in maybe:
                 part = None if some is None else some[:, :, :rows]
@@ -177,7 +177,7 @@ def attention_calls(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def other_calls(head_dim: int, dtype: torch.dtype) -> None:
-    """Blurs, energies and masses."""
+    """Call blurs, energies and masses."""
     grid, sigmas = Grid(8, 16), (0.0, 1.5)
     q, k, _ = _tensors(500, head_dim, dtype)
     for height, width in itertools.product((32, 64), (32, 64, 76)):  # a grid of each kind
@@ -191,7 +191,7 @@ def other_calls(head_dim: int, dtype: torch.dtype) -> None:
 def flavours(
     arch: str, head_dims: tuple[int, ...] = HEAD_DIMS, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
 ) -> list[Flavour]:
-    """Every flavour that ``backend="auto"`` can launch on an architecture, each once."""
+    """Return every flavour that ``backend="auto"`` can launch on an architecture, without duplicates."""
     with noting(arch) as noted:
         for head_dim, dtype in itertools.product(head_dims, dtypes):
             attention_calls(head_dim, dtype)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call costs the host: tensors so small that nothing else takes time, against PyTorch's attention.
+"""Host time of a call, compared with PyTorch's attention, with tensors so small that computation takes no time.
 
-On a GPU a call is timed until it returns, not until its work ends. On a CPU the PyTorch path's own operators are part
-of the time; the Triton path runs there too, its kernels replaced by nothing, so that what is left is segkern's share.
-The launches themselves are timed there with a driver that launches nothing.
+On a GPU, a call is timed until it returns, not until its work ends. On a CPU, the time of the PyTorch path includes its
+operators. The Triton path is also measured on a CPU, with its kernels replaced by no-ops, which leaves segkern's share.
+The launches themselves are timed on a CPU with a driver that launches nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _nothing(*arguments: object) -> None:
 
 @contextmanager
 def _launching(by: Callable[..., None]) -> Iterator[None]:
-    """Inside, attention and blur launch their kernels by another function."""
+    """Replace the function that attention and blur use to launch their kernels."""
     from segkern.kernels import gaussian_blur, split_attention, tiled_attention, unmasked_attention
 
     modules = (unmasked_attention, tiled_attention, split_attention, gaussian_blur)
@@ -50,7 +50,7 @@ def _launching(by: Callable[..., None]) -> Iterator[None]:
 
 @contextmanager
 def without_launches() -> Iterator[None]:
-    """Inside, the Triton path runs on a CPU up to its launches, which do nothing."""
+    """Let the Triton path run on a CPU, with launches that do nothing."""
     import triton
 
     with triton.knobs.runtime.scope(), _launching(_nothing):
@@ -59,10 +59,10 @@ def without_launches() -> Iterator[None]:
 
 
 def measure_launches(rounds: int = 300, calls: int = 20) -> list[dict[str, Any]]:
-    """A row for each kind of blurred call on a GPU: how many ``launches`` it makes, and the ``us`` that they take.
+    """Return a row for each kind of blurred call on a GPU: the number of ``launches``, and their time in ``us``.
 
-    The time is that of Triton and of segkern's own part of a launch, without the driver's (``idle_driver.py``), in the
-    midst of whole calls; the least of many rounds, which other work on the machine disturbs least. Kernels must not be
+    The time is that of Triton and of segkern's part of a launch, without the driver's (``idle_driver.py``), within
+    whole calls. It is the minimum over many rounds, which other load on the machine disturbs least. Kernels must not be
     interpreted in the process.
     """
     from benchmarks.idle_driver import idle_driver
@@ -111,12 +111,12 @@ def _microseconds(call: Timed, calls: int) -> float:
 
 
 def measure_host(device: torch.device, rounds: int = 31, calls: int = 200) -> list[dict[str, Any]]:
-    """A row for each kind of call: ``us`` it takes, and ``over_us`` that it takes beyond PyTorch's attention.
+    """Return a row for each kind of call: its time in ``us``, and ``over_us``, the time beyond PyTorch's attention.
 
     Args:
-        device: of the tensors.
-        rounds: in which every call is timed once, one after the other.
-        calls: in a round, of which the mean is taken.
+        device: Device of the tensors.
+        rounds: Number of rounds. Each round times every call once, one after the other.
+        calls: Number of calls in a round, whose mean is recorded.
     """
     q, k, v = (torch.randn(_SHAPE, device=device) for _ in range(3))
     if device.type == "cuda":
@@ -134,7 +134,7 @@ def measure_host(device: torch.device, rounds: int = 31, calls: int = 200) -> li
         ways |= {(name, "triton, without launches"): ours(s, "triton") for name, s in _SIGMAS.items() if any(s)}
     pairs: dict[tuple[str, str], list[tuple[float, float]]] = {way: [] for way in ways}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are too small for more
+    torch.set_num_threads(1)  # the tensors are too small for more
     try:
         for turn in range(rounds + 2):
             for way, call in ways.items():
@@ -142,7 +142,7 @@ def measure_host(device: torch.device, rounds: int = 31, calls: int = 200) -> li
                     pair = _microseconds(plain, calls), _microseconds(call, calls)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                if turn >= 2:  # tables are made and memory is warm
+                if turn >= 2:  # by now, tables are made and memory is warm
                     pairs[way].append(pair)
     finally:
         torch.set_num_threads(threads)
@@ -158,7 +158,7 @@ def measure_host(device: torch.device, rounds: int = 31, calls: int = 200) -> li
 
 
 def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows as text: call, backend, microseconds, those beyond PyTorch's attention, their spread."""
+    """Return rows as text: call, backend, microseconds, microseconds beyond PyTorch's attention, and their spread."""
     return [
         [
             row["call"],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A driver for Triton that compiles kernels for a GPU and launches nothing, so that a launch's cost to the host shows.
+"""A Triton driver that compiles kernels for a GPU and launches nothing, to measure the host time of launches.
 
-All that Triton and segkern do on the host is done, but for the call of the GPU's driver. Tensors lie on the CPU, and
-kernels must not be interpreted in the process (``TRITON_INTERPRET=0``).
+Triton and segkern do all their work on the host except the call of the GPU driver. Tensors are on the CPU, and kernels
+must not be interpreted in the process (``TRITON_INTERPRET=0``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Utilities:
 
 
 class IdleDriver:
-    """A driver that launches nothing; while ``noting``, it lists each launch: kernel, programs and arguments."""
+    """A driver that launches nothing. While ``noting``, it records each launch: kernel, programs and arguments."""
 
     utils = _Utilities()
 
@@ -40,7 +40,7 @@ class IdleDriver:
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         def launch(programs: int, y: int, z: int, stream: int, function: Any, packed: Any, *rest: Any) -> None:
             if self.noting:
-                self.launches.append((function, programs, rest[3:]))  # after metadata and two hooks
+                self.launches.append((function, programs, rest[3:]))  # skips metadata and two hooks
 
         return launch
 
@@ -59,10 +59,10 @@ class IdleDriver:
 
 @contextmanager
 def idle_driver() -> Iterator[IdleDriver]:
-    """Inside, Triton launches nothing."""
+    """Use the idle driver, so Triton launches nothing."""
     driver = IdleDriver()
     triton.runtime.driver.set_active(driver)
     try:
         yield driver
     finally:
-        triton.runtime.driver.set_active(None)  # found anew when needed
+        triton.runtime.driver.set_active(None)  # detected again when needed

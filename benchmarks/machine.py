@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine as a result file names it: device, versions, commit, driver; and memory that is free."""
+"""The machine as described in result files (device, versions, commit, driver), and its free memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[1]
 
 
 def described(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit and driver, as a result file holds them."""
+    """Return device, versions, commit and driver, as stored in result files."""
     known = environment(device, "triton", "numpy") | {"device_type": device.type}
     if _only_results_differ():
         known["commit"] = known["commit"].removesuffix("-dirty")
@@ -34,7 +34,7 @@ def described(device: torch.device) -> dict[str, Any]:
 
 
 def _only_results_differ() -> bool:
-    """Whether all that differs from the commit is what measuring writes: one suite after another measures the same."""
+    """Return whether only result files differ from the commit: consecutive suites then measure the same code."""
     try:
         command = ["git", "status", "--porcelain", "--untracked-files=no"]
         asked = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
@@ -45,7 +45,7 @@ def _only_results_differ() -> bool:
 
 
 def _driver(device: torch.device) -> str:
-    """The driver's version and the device's greatest clock, by its identity: nvidia-smi counts devices otherwise."""
+    """Return driver version and maximum clock of a device, found by UUID: nvidia-smi numbers devices differently."""
     which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     command = ["nvidia-smi", "-i", which, "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
     try:
@@ -56,14 +56,14 @@ def _driver(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be allocated there."""
+    """Return how many bytes can still be allocated on a device."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def slug(name: str) -> str:
-    """A device's name as part of a file's name.
+    """Return a device's name in the form used in file names.
 
     Example:
         >>> slug("NVIDIA H100 80GB HBM3"), slug("Intel(R) Xeon(R) Processor")

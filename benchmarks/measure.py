@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a suite, cases and a device to rows: every provider is judged first, and only what is right is timed."""
+"""Measure the cases of a suite on a device. Every provider is checked first, and only correct results are timed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Rounds = Callable[[Case], int]
 
 
 def usual_cases(device: torch.device) -> tuple[str, ...]:
-    """Names of the cases that a device is measured with by default."""
+    """Return the names of the default cases of a device."""
     return ON_A_CPU if device.type == "cpu" else REAL
 
 
 def usual_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Dtypes that a device is measured with by default."""
+    """Return the default dtypes of a device."""
     return (torch.float32,) if device.type == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
 
 
 def usual_rounds(device: torch.device) -> Rounds:
-    """The number of rounds of a case; a CPU takes up to a second for one call."""
+    """Return a function that gives the number of rounds of a case. A CPU takes up to a second for one call."""
     if device.type == "cuda":
         return lambda case: 50 if case.tokens <= 5000 else 20
     return lambda case: 15 if case.tokens <= 1024 else 7
@@ -36,7 +36,7 @@ def usual_rounds(device: torch.device) -> Rounds:
 def measure(
     case: Case, sigmas: Sequence[float], providers: Sequence[Provider], device: torch.device, rounds: int
 ) -> Iterator[list[Row]]:
-    """The rows of one case, a list per sigma, all providers of it timed in the same rounds."""
+    """Yield the rows of one case, a list per sigma. All providers are timed in the same rounds."""
     inputs = case.inputs(device)
     unblurred = checks.expected(inputs, 0.0, "plain")
     for sigma in sigmas:
@@ -74,13 +74,13 @@ def _measure_sigma(
         if row["kind"] in ("plain", "attention"):
             row["tflops"] = inputs.case.attention_flops / row[f"{clock}_ms"]["median"] / 1e9
         if fastest is not None:
-            pairs = zip(samples[name][clock], samples[fastest][clock], strict=False)  # slow ones end early
+            pairs = zip(samples[name][clock], samples[fastest][clock], strict=False)  # slow calls have fewer rounds
             row |= {"ratio": timing.spread(mine / its for mine, its in pairs), "ratio_to": fastest}
     return list(rows.values())
 
 
 def _judged(provider: Provider, inputs: Inputs, sigma: float, wanted: checks.Expected) -> tuple[Row, Call | None]:
-    """A row without times, and the call to time unless the row says why there is none."""
+    """Return a row without times, and the call to time, or None if the row has a reason not to time it."""
     row: Row = describe_case(inputs.case) | {
         "sigma": f"{sigma:g}",
         "provider": provider.name,
@@ -97,7 +97,7 @@ def _judged(provider: Provider, inputs: Inputs, sigma: float, wanted: checks.Exp
         call = provider.make(inputs, sigma)
         result = call()
         errors, wrong = checks.judge(provider, result, inputs, wanted)
-    except Exception as error:  # whatever a backend or a compiler raises is this row's answer
+    except Exception as error:  # a backend or compiler can raise anything; the error goes into the row
         row["reason"] = timing.first_line(error)
         return row, None
     row["error"] = errors or None
@@ -108,7 +108,7 @@ def _judged(provider: Provider, inputs: Inputs, sigma: float, wanted: checks.Exp
 
 
 def _too_large(provider: Provider, inputs: Inputs) -> str | None:
-    """Whether a provider wants more than half of the memory that is free: a CPU's process would be killed."""
+    """Return a message if a provider needs over half of the free memory, which could kill a CPU process, or None."""
     needs, free = provider.scratch(inputs.case), machine.free_memory(inputs.device)
     if needs <= 0.5 * free:
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The official algorithm, written from the method's description and mended to take any grid: its blur, and whole runs.
+"""The official algorithm, written from the method's description and fixed to support any grid: blur and whole runs.
 
-A run computes every branch in full and blurs by a two-dimensional convolution. Its loop has less around the denoiser
-than a pipeline has.
+A run computes every branch in full and blurs by a two-dimensional convolution. Its loop does less around the denoiser
+than a pipeline.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from segkern import Grid
 from segkern.core.gaussian import gaussian_taps
 
-if TYPE_CHECKING:  # the blur alone needs no diffusers
+if TYPE_CHECKING:  # the blur needs no diffusers
     from diffusers.models.attention_processor import Attention
 
     from benchmarks.sdxl import Size
 
 
 def official_blur(image: torch.Tensor, grid: Grid, sigma: float) -> torch.Tensor:
-    """``[batch, heads, tokens, dim]`` of image tokens, its kernel built on the host at every call."""
+    """Blur image tokens ``[batch, heads, tokens, dim]``, with a kernel that is built on the host at every call."""
     if math.isinf(sigma):
         return image.mean(dim=2, keepdim=True).expand_as(image)
     batch, heads, tokens, dim = image.shape
@@ -39,7 +39,7 @@ def official_blur(image: torch.Tensor, grid: Grid, sigma: float) -> torch.Tensor
 
 
 class OfficialProcessor:
-    """Attention whose last samples, one of ``branches`` equal parts of the batch, have blurred queries."""
+    """Attention that blurs the queries of the last of ``branches`` equal parts of the batch."""
 
     def __init__(self, grid: Grid, sigma: float, branches: int) -> None:
         self.grid = grid
@@ -70,7 +70,7 @@ def official_run(
     steps: int,
     after_step: Callable[[], None],
 ) -> torch.Tensor:
-    """Latents after so many steps; ``after_step`` is called at the end of each."""
+    """Return the latents after this number of steps. ``after_step`` is called at the end of each step."""
     from benchmarks.sdxl import BRANCHES, conditions
 
     cfg = guidance_scale > 1.0
@@ -88,7 +88,7 @@ def official_run(
 
 
 def guided(predictions: torch.Tensor, guidance_scale: float, scale: float) -> torch.Tensor:
-    """The sum of [unconditional, conditional, perturbed] predictions, the first of them with CFG alone."""
+    """Combine [unconditional, conditional, perturbed] predictions; the first one is present only with CFG."""
     *unconditional, c, p = predictions.chunk(3 if guidance_scale > 1.0 else 2)
     total = unconditional[0] + guidance_scale * (c - unconditional[0]) if unconditional else c
     return total + scale * (c - p)
@@ -96,7 +96,7 @@ def guided(predictions: torch.Tensor, guidance_scale: float, scale: float) -> to
 
 @contextmanager
 def processors(pipe: Any, size: Size, layers: Sequence[str], make: Callable[[Grid], Any]) -> Iterator[None]:
-    """Inside, the self-attention of these parts of the denoiser has processors that are made for its grid."""
+    """Set processors made for the grid on the self-attention layers of these parts of the denoiser."""
     from segkern.integrations.diffusers import list_layers
     from segkern.integrations.diffusers.models.layers import find_unet
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention as others write it in Triton, compiled to have something to count beside ours; it is never launched.
+"""Common Triton attention kernels, compiled to compare instruction counts with ours. They are never launched.
 
 One kernel in two styles: that of Triton's tutorial, which folds the scale into the exponentials, and that of the
 template of PyTorch's FlexAttention, which scales scores before the softmax and guards rows without keys.
@@ -17,12 +17,12 @@ def _plain_attention_kernel(
     k_ptr,
     v_ptr,
     out_ptr,
-    stride_b,  # of all four
+    stride_b,  # equal for all four tensors
     stride_h,
     stride_n,
     heads,
     tokens,
-    scale,  # of the logits, times log2(e)
+    scale,  # factor of the logits, times log2(e)
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a result file: time relative to plain attention over sigma, or cost of guided steps."""
+"""Plots of a result file: time relative to plain attention over sigma, or cost of guided steps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _COLUMNS = 3
 _MARKERS = "osD^vPX*<>hd"
-_HIGHEST_RATIO = 2.0  # where attention's ratios are drawn; what is beyond is named
+_HIGHEST_RATIO = 2.0  # upper limit of the axis of attention ratios; larger ones are listed
 _STEP_COLOURS = {"plain": "#888888", "official": "#8c564b", "pag": "#e377c2", "segkern": "#1f77b4"}
 _REFERENCE = "fastest unblurred attention"
 
 
 def rows_by_picture(stem: str, result: Result) -> dict[str, list[Row]]:
-    """File names of the pictures that a suite's result gives, one for each dtype, and the rows with a time in each."""
+    """Return the rows with a time for each plot of a suite's result, by file name; one plot per dtype."""
     timed = [row for row in result["rows"] if row["reason"] is None]
     if len({row["sigma"] for row in timed if row["kind"] != "plain"}) < 2:
         return {}
@@ -35,10 +35,10 @@ def rows_by_picture(stem: str, result: Result) -> dict[str, list[Row]]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file of a suite of calls, or of the suite of guided steps, which has a ``size``.
+    """Read a result file of a suite of calls, or of the suite of guided steps, which has a ``size``.
 
     Raises:
-        ValueError: for any other file.
+        ValueError: If it is any other file.
     """
     try:
         content = read_json(path)
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(stem: str, result: Result, folder: Path) -> list[Path]:
-    """Draw a result's pictures into a folder; their paths."""
+    """Write the plots of a result into a folder and return their paths."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,26 +60,26 @@ def write(stem: str, result: Result, folder: Path) -> list[Path]:
         draw_ratios(figure, rows)
         title = f"{result['suite']}: time relative to plain attention over sigma, {rows[0]['dtype']}"
         figure.suptitle(f"{title}\n{_where(result)}", fontsize=11)
-        # No time and no version inside: the same file gives the same bytes with the same matplotlib.
+        # No time and no version in the metadata, so the same file gives the same bytes with the same matplotlib.
         figure.savefig(folder / name, dpi=100, metadata={"Software": None})
         paths.append(folder / name)
     return paths
 
 
 def _where(result: Result) -> str:
-    env, quick = result["environment"], ", a quick run: the numbers say nothing" if result.get("quick") else ""
+    env, quick = result["environment"], ", quick run: numbers are meaningless" if result.get("quick") else ""
     threads = f", {env['threads']} threads" if env["device_type"] == "cpu" else ""
     return f"{env['device']}{threads}, torch {env['torch']}, commit {env['commit'] or 'unknown'}{quick}"
 
 
 def style(provider: str) -> dict[str, Any]:
-    """A provider's colour and marker, the same in every picture; approximations are dotted."""
+    """Return a provider's colour and marker, equal in all plots. Approximations are dotted."""
     from matplotlib import colormaps
 
     place = list(PROVIDERS).index(provider) if provider in PROVIDERS else len(PROVIDERS)
     exact = provider not in PROVIDERS or PROVIDERS[provider].exact
     palettes = [colormaps[name] for name in ("tab10", "Dark2", "Set1")]
-    strong = [palette(i) for palette in palettes for i in range(palette.N)]  # no pale ones
+    strong = [palette(i) for palette in palettes for i in range(palette.N)]  # no pale colours
     return {
         "color": "black" if provider == "auto" else strong[place % len(strong)],
         "marker": _MARKERS[place % len(_MARKERS)],
@@ -108,7 +108,7 @@ def _panels(figure: Figure, count: int, height: float = 4.0) -> list[Axes]:
 
 
 def _label_first(panel: Axes, label: str) -> None:
-    """The label of the axis that the panels of a line share."""
+    """Label the axis that the panels of a row share."""
     place = panel.get_subplotspec()
     if place is not None and place.is_first_col():
         panel.set_ylabel(label)
@@ -123,11 +123,11 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 def draw_ratios(figure: Figure, rows: Sequence[Row]) -> None:
-    """A panel for each layer: ratios of all providers over sigma, with their spread."""
+    """Draw a panel for each layer: ratios of all providers over sigma, with their spread."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     panels = _panels(figure, len(cases))
     ratios = [row["ratio"]["median"] for row in rows if row["ratio"] and row["kind"] != "plain"]
-    near_one = min(ratios) > 0.3  # attention's; those of the blur alone span decades
+    near_one = min(ratios) > 0.3  # true for attention; ratios of the blur alone span decades
     for panel, case in zip(panels, cases, strict=True):
         here = [row for row in rows if row["case"] == case and row["kind"] != "plain" and row["ratio"]]
         sigmas = sorted({row["sigma"] for row in here}, key=float)
@@ -154,7 +154,7 @@ def draw_ratios(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def _beyond(rows: Sequence[Row]) -> str:
-    """Who has ratios above the picture's edge, and from where to where its ratios go."""
+    """List the providers with ratios above the axis limit, and the range of their ratios."""
     lines = []
     for provider, points in _grouped(rows).items():
         ratios = [row["ratio"]["median"] for row in points]
@@ -164,7 +164,7 @@ def _beyond(rows: Sequence[Row]) -> str:
 
 
 def _unbroken(points: Sequence[Row], sigmas: Sequence[str]) -> list[tuple[list[int], list[Row]]]:
-    """Places and rows of a line, cut where a sigma has no time: nothing is drawn through what was not measured."""
+    """Return positions and rows of a line, split where a sigma has no time, so no line crosses a gap."""
     by_place = {sigmas.index(row["sigma"]): row for row in points}
     pieces: list[tuple[list[int], list[Row]]] = []
     for place in sorted(by_place):
@@ -176,7 +176,7 @@ def _unbroken(points: Sequence[Row], sigmas: Sequence[str]) -> list[tuple[list[i
 
 
 def _bars(rows: Sequence[Row]) -> list[list[float]] | None:
-    """Distances to the 20th and 80th percentile, where the file has them."""
+    """Return distances to the 20th and 80th percentile, if the file has them."""
     if not all({"p20", "p80"} <= set(row["ratio"]) for row in rows):
         return None
     ratios = [row["ratio"] for row in rows]
@@ -190,7 +190,7 @@ def _title(case: str, points_of: Sequence[Row]) -> str:
 
 
 def _write_steps(result: Result, path: Path) -> Path:
-    """Bars of measured ratios of guided steps with their spread, and a mark where the count is."""
+    """Draw bars of measured ratios of guided steps with their spread, and a mark at the counted ratio."""
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if row["ratio"] is not None]

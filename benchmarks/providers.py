@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways to compute one layer's attention in a guided step, as closures over the same inputs.
 
-``PROVIDERS`` is the whole list: another way is one more entry, and every suite, table and plot has it.
+``PROVIDERS`` lists all of them. A new entry appears in every suite, table and plot.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Blur = Callable[[torch.Tensor], torch.Tensor]  # image tokens of the blurred sam
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute.
+    """One way to compute attention.
 
     Attributes:
-        name: in rows, tables and legends.
-        make: the closure for inputs and a sigma; what can be made once is made here.
-        suites: that measure it.
-        kind: what it computes: attention without any blur, with blurred queries, the blur alone, or masses of keys.
-        exact: False for an approximation, whose error is reported and not held to the contract.
-        why_not: the reason why it cannot run there, or None.
-        scratch: bytes that it allocates beyond inputs and outputs, where they are many.
-        no_graph: why a CUDA graph cannot hold it, or None.
+        name: Name in rows, tables and legends.
+        make: Function that returns the closure for inputs and a sigma, with everything precomputed that can be.
+        suites: Suites that measure it.
+        kind: The computation: attention without blur, attention with blurred queries, the blur alone, or key masses.
+        exact: False for an approximation. Its error is reported but not checked against the contract.
+        why_not: Function that returns the reason why it cannot run, or None.
+        scratch: Bytes allocated beyond inputs and outputs, if many.
+        no_graph: Reason why it cannot be captured in a CUDA graph, or None.
     """
 
     name: str
@@ -78,7 +78,7 @@ def _ours(inputs: Inputs, sigma: float, backend: str = "auto", stride: int = 1) 
 
 
 def _blurring(how: str, inputs: Inputs, sigma: float) -> Call:
-    """The Triton kernels with the queries blurred where ``BLURS`` says, whatever segkern would choose."""
+    """Call the Triton kernels with the queries blurred in the place given by ``BLURS``."""
     from segkern.kernels import _routes
 
     query, key, value, grid = inputs.query, inputs.key, inputs.value, inputs.case.grid
@@ -104,7 +104,7 @@ def _naive_mass(inputs: Inputs, sigma: float) -> Call:
 def _no_blurring(inputs: Inputs, sigma: float) -> str | None:
     reason = _no_triton(inputs, sigma)
     if reason is None and math.isinf(sigma):
-        return "the mean has kernels of its own"
+        return "the mean is computed by other kernels"
     return reason
 
 
@@ -115,7 +115,7 @@ def _no_triton(inputs: Inputs, sigma: float) -> str | None:
 
 
 def _official(inputs: Inputs, sigma: float) -> Blur:
-    """A depthwise 2-D convolution, its kernel built on the host at every call."""
+    """Return a depthwise 2-D convolution whose kernel is built on the host at every call."""
     return lambda image: official_blur(image, inputs.case.grid, sigma)
 
 
@@ -141,7 +141,7 @@ def _dense(inputs: Inputs, sigma: float) -> Blur:
 
 
 def _blur_only(make: Callable[[Inputs, float], Blur], inputs: Inputs, sigma: float) -> Call:
-    """The queries of the whole batch with the grid of the last third blurred."""
+    """Return a call that blurs the grid of the last third of the batch in the queries of the whole batch."""
     query, grid, plain = inputs.query, inputs.case.grid, inputs.case.batch - inputs.case.third
     blurred, only_image = make(inputs, sigma), inputs.case.tokens == grid.tokens
 
@@ -164,7 +164,7 @@ def _then_sdpa(make: Callable[[Inputs, float], Call], inputs: Inputs, sigma: flo
 
 @lru_cache(maxsize=1)
 def _compiled_flex(case: Case, device: torch.device) -> Callable[..., torch.Tensor]:
-    """FlexAttention compiled for one shape; what was compiled before is forgotten, or a limit would stop it."""
+    """Return FlexAttention compiled for one shape. Drops earlier compilations to stay below the recompile limit."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch.compiler.reset()
@@ -195,7 +195,7 @@ _ALL = (*_GUIDED, "coarse", "blur")
 
 BLURS = {"triton prologue": "PROLOGUE", "triton before": "BEFORE"}  # where the queries are blurred
 _ALL_PROVIDERS = (
-    # PyTorch's attention without a blur, by its own choice of backend and by each backend.
+    # PyTorch's attention without a blur, with its own choice of backend and with each backend.
     Provider("sdpa", partial(_sdpa, None), (*_ALL, "mass"), "plain"),
     Provider("sdpa math", partial(_sdpa, SDPBackend.MATH), _GUIDED, "plain", scratch=_scores_scratch),
     Provider("sdpa flash", partial(_sdpa, SDPBackend.FLASH_ATTENTION), _ALL, "plain"),
@@ -220,36 +220,36 @@ _ALL_PROVIDERS = (
     ),
     *(Provider(f"stride {n}", partial(_ours, stride=n), ("attention", "coarse"), exact=False) for n in (2, 4)),
     *(Provider(f"stride {n}", partial(_ours, stride=n), ("coarse",), exact=False) for n in (3, 8)),
-    # The blur alone, with the copy of the batch that follows it where it is not segkern's.
+    # The blur alone, including the copy of the batch that follows it, except for segkern's blur.
     Provider("blur official", partial(_blur_only, _official), ("blur",), "blur", no_graph=HOST_COPY),
     Provider("blur separable", partial(_blur_only, _separable), ("blur",), "blur"),
     Provider("blur dense", partial(_blur_only, _dense), ("blur",), "blur", scratch=_dense_scratch),
     Provider("blur torch", partial(_our_blur, backend="torch"), ("blur",), "blur"),
     Provider("blur triton", partial(_our_blur, backend="triton"), ("blur",), "blur", why_not=_no_triton),
-    # Masses of keys: a softmax of all scores, then its sum; and segkern's.
+    # Masses of keys: a softmax of all scores followed by a sum; and segkern's.
     Provider("mass naive", _naive_mass, ("mass",), "mass", scratch=_scores_scratch),
     Provider("mass auto", _mass, ("mass",), "mass"),
     Provider("mass torch", partial(_mass, backend="torch"), ("mass",), "mass"),
     Provider("mass triton", partial(_mass, backend="triton"), ("mass",), "mass", why_not=_no_triton),
 )
 PROVIDERS = {provider.name: provider for provider in _ALL_PROVIDERS}
-# Each suite's sigmas of the blurred third; its providers name it.
+# The sigmas of the blurred third in each suite. Providers name the suites they belong to.
 SUITES: dict[str, tuple[float, ...]] = {
     "attention": (0.5, 1.0, 3.0, 10.0, 30.0, math.inf),  # a layer's attention, a third of the batch blurred
-    "infinite": (math.inf,),  # what is left of it when the blurred third has one query row
-    "coarse": (1.0, 3.0, 10.0, 30.0),  # what blurred rows at every few tokens save, and how wrong they are
-    "blur": (0.5, 1.0, 3.0, 10.0, 30.0, math.inf),  # the blur alone, beside the attention that it comes before
-    "mass": (0.0,),  # masses of all keys, beside a forward of attention
+    "infinite": (math.inf,),  # cost of that attention when the blurred third has one query row
+    "coarse": (1.0, 3.0, 10.0, 30.0),  # time saved by computing every few blurred rows, and the error
+    "blur": (0.5, 1.0, 3.0, 10.0, 30.0, math.inf),  # the blur alone, compared with the attention that follows it
+    "mass": (0.0,),  # masses of all keys, compared with a forward of attention
 }
 
 
 def find_providers(suite: str, patterns: Sequence[str] = ()) -> tuple[Provider, ...]:
-    """The providers of a suite whose names fit a glob, all of them for none.
+    """Return the providers of a suite whose names match a glob, or all of them without globs.
 
     Raises:
-        ValueError: for an unknown suite, and for a glob that fits none; the message lists them.
+        ValueError: If the suite is unknown or a glob matches nothing. The message lists the names.
     """
     if suite not in SUITES:
-        raise ValueError(f"--suite takes {', '.join(SUITES)}, step, got {suite!r}")
+        raise ValueError(f"--suite must be one of {', '.join(SUITES)}, step, got {suite!r}")
     names = [provider.name for provider in PROVIDERS.values() if suite in provider.suites]
     return tuple(PROVIDERS[name] for name in select("--providers", patterns, names))

@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files: ``benchmarks/results/<device>-<suite>.json``, one run of one suite each.
+"""Result files: ``benchmarks/results/<device>-<suite>.json``, one file per run of a suite.
 
-A file is an object with
+A file is an object with these entries:
 
-* ``schema``: 3;
-* ``suite``: its name; ``complete``: false while the run goes on or where it was cut off; ``quick``: true where the
-  numbers only show that everything runs;
+* ``schema``: 3.
+* ``suite``: name of the suite. ``complete``: false while the run is in progress or if it was interrupted. ``quick``:
+  true if the numbers only show that everything runs.
 * ``environment``: device, device_type (``cpu`` or ``cuda``), threads, versions of python, torch, triton, numpy and
-  segkern, the commit of the checkout (``-dirty`` where files differed), and on CUDA cuda, hip, driver,
-  multiprocessors, l2_mib;
-* ``headline``: the clock that ``ratio`` and ``tflops`` are made of, ``hot`` on CUDA, ``wall`` on a CPU
-  (:mod:`benchmarks.timing` says what the clocks are);
-* ``rows``, one for each provider, case, dtype and sigma.
+  segkern, the commit of the checkout (with ``-dirty`` if files differed), and on CUDA also cuda, hip, driver,
+  multiprocessors, l2_mib.
+* ``headline``: the clock used for ``ratio`` and ``tflops``, ``hot`` on CUDA, ``wall`` on a CPU
+  (:mod:`benchmarks.timing` explains the clocks).
+* ``rows``: one for each provider, case, dtype and sigma.
 
-A row holds
+A row has these entries:
 
-* ``case``, ``height``, ``width``, ``start``, ``tokens``, ``heads``, ``head_dim``, ``batch``, ``blurred`` (samples at
-  the batch's end), ``dtype``, ``sigma`` (text, ``"inf"`` included), ``provider``, ``kind`` (``plain``: nothing is
-  blurred, ``attention``, ``blur``, ``mass``) and ``exact`` (false for an approximation);
-* ``error`` of the last sample, which is a blurred one, on the part that was looked at: ``rms`` and ``relative`` (of
-  norms) against the float64 reference, the plain computation's ``plain_rms``, and ``largest_value``; or null;
-* ``reason``: why there is no time: wrong, or it cannot run; null where there is one;
+* ``case``, ``height``, ``width``, ``start``, ``tokens``, ``heads``, ``head_dim``, ``batch``, ``blurred`` (number of
+  samples at the end of the batch), ``dtype``, ``sigma`` (text, may be ``"inf"``), ``provider``, ``kind`` (``plain``:
+  unblurred, ``attention``, ``blur``, ``mass``) and ``exact`` (false for an approximation).
+* ``error`` of the last sample, which is blurred, on the part that was checked: ``rms`` and ``relative`` (of norms)
+  against the float64 reference, the plain computation's ``plain_rms``, and ``largest_value``; or null.
+* ``reason``: why the row is not timed: its result is wrong, or it cannot run. Null if it is timed.
 * ``wall_ms``, ``hot_ms``, ``cold_ms``, ``graph_ms``: ``median``, ``p20`` and ``p80`` over ``rounds`` rounds, or a text
-  that says why that clock has nothing;
-* ``ratio``: the same three of the headline over that of the fastest unblurred attention in the same round, whose name
-  is ``ratio_to``; both null where none ran;
-* ``tflops``: FLOPs of unblurred attention of the whole batch over the median headline, so that it ranks as time does
-  (null for ``blur`` and ``mass``);
-* ``peak_mib``: memory that a call allocates at most, result included, or a text that says why it is not known.
+  that explains why there is no such time.
+* ``ratio``: median, p20 and p80 of the headline time divided by that of the fastest unblurred attention in the same
+  round, named by ``ratio_to``. Both are null if no unblurred attention ran.
+* ``tflops``: FLOPs of unblurred attention of the whole batch divided by the median headline time, so it ranks like time
+  (null for ``blur`` and ``mass``).
+* ``peak_mib``: maximum memory that a call allocates, including its result, or a text that explains why it is unknown.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 
 def describe_case(case: Case) -> Row:
-    """What a row says about its case."""
+    """Return the fields of a row that describe its case."""
     return {
         "case": case.name,
         "height": case.grid.height,
@@ -63,12 +63,12 @@ def describe_case(case: Case) -> Row:
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """What tells a row from the others of its suite."""
+    """Return the key of a row, unique within its suite."""
     return row["case"], row["dtype"], row["sigma"], row["provider"]
 
 
 def write_json(path: Path, content: object, dense: bool = False) -> None:
-    """Write a whole file, or leave the one before untouched; ``dense`` takes a line for each item of a list."""
+    """Write a whole file, or leave the previous one untouched. ``dense`` writes one line per list item."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     text = json.dumps(content, indent=None if dense else 1, ensure_ascii=False)
@@ -77,27 +77,27 @@ def write_json(path: Path, content: object, dense: bool = False) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
+    """Read a file that contains one JSON object."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 
 def read(path: Path) -> Result:
-    """A result file.
+    """Read a result file.
 
     Raises:
-        ValueError: for what is no result file; the message says what is wrong with it.
-        OSError: when it cannot be read.
+        ValueError: If it is not a result file. The message explains why.
+        OSError: If it cannot be read.
     """
     try:
         result = read_json(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from None
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
     if result.get("schema") != SCHEMA or "rows" not in result:
-        raise ValueError(f"{path} is no result file of schema {SCHEMA}: it has {', '.join(sorted(result))}")
+        raise ValueError(f"{path} is not a result file of schema {SCHEMA}: it has {', '.join(sorted(result))}")
     return result
 
 
 def committed() -> dict[str, Result]:
-    """Every committed result file by its stem, in the order of names."""
+    """Return every committed result file by its stem, sorted by name."""
     return {path.stem: read(path) for path in sorted(RESULTS.glob("*.json"))}

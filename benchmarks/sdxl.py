@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denoisers in Stable Diffusion XL's layout with random weights, and pipelines around them without anything else.
+"""Denoisers in Stable Diffusion XL's layout with random weights, and minimal pipelines around them.
 
-Guidance costs what it costs whatever the weights are. The reduced denoiser has SDXL's blocks and number of layers at a
-fifth of its channels and half of its grid's sides, so that attention and projections keep about their proportion.
+The cost of guidance does not depend on the weights. The reduced denoiser has SDXL's blocks and number of layers, with a
+fifth of its channels and half of its grid's sides, so attention and projections keep roughly their proportion.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _SHARED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Size:
-    """One denoiser's size.
+    """The size of a denoiser.
 
     Attributes:
-        name: of it.
-        latent: height and width of its latents.
-        config: what ``UNet2DConditionModel`` takes.
+        name: Name of the size.
+        latent: Height and width of the latents.
+        config: Arguments of ``UNet2DConditionModel``.
     """
 
     name: str
@@ -58,7 +58,7 @@ SDXL = Size(
         "projection_class_embeddings_input_dim": 2816,
     },
 )
-SDXL_SMALL_IMAGE = replace(SDXL, name="sdxl-416x608", latent=(52, 76))  # what a CPU does in seconds
+SDXL_SMALL_IMAGE = replace(SDXL, name="sdxl-416x608", latent=(52, 76))  # takes seconds on a CPU
 REDUCED = Size(
     "sdxl-reduced",
     (64, 64),
@@ -91,14 +91,14 @@ _TEXT_TOKENS = 77
 
 
 def denoiser(size: Size, device: torch.device | str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """A denoiser with random weights, the same ones each time."""
+    """Return a denoiser with random weights, which are equal at every call."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
         return UNet2DConditionModel(**size.config).to(dtype).eval().requires_grad_(False)
 
 
 def pipeline(unet: UNet2DConditionModel, kind: type = StableDiffusionXLPipeline, **options: Any) -> Any:
-    """A stock pipeline with a denoiser and a scheduler; prompts come as embeddings, images stay latents."""
+    """Return a stock pipeline with a denoiser and a scheduler. Prompts are embeddings, and images stay latents."""
     parts = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     pipe = kind(**parts, unet=unet, scheduler=EulerDiscreteScheduler(timestep_spacing="leading"), **options)
     pipe.set_progress_bar_config(disable=True)
@@ -106,7 +106,7 @@ def pipeline(unet: UNet2DConditionModel, kind: type = StableDiffusionXLPipeline,
 
 
 def inputs(size: Size, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Arguments of a pipeline's call: latents and embeddings of a prompt and a negative one."""
+    """Return the arguments of a pipeline call: latents, and embeddings of a prompt and a negative prompt."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -122,7 +122,7 @@ def inputs(size: Size, device: torch.device | str, dtype: torch.dtype, seed: int
     }
 
 
-# Names of a denoiser's samples by whether there is CFG and a perturbed branch, as prefixes of a call's arguments.
+# Names of a denoiser's samples, by presence of CFG and of a perturbed branch, as prefixes of a call's arguments.
 BRANCHES = {
     (True, True): ("negative_", "", ""),
     (True, False): ("negative_", ""),
@@ -134,7 +134,7 @@ BRANCHES = {
 def conditions(
     size: Size, given: dict[str, torch.Tensor], order: Sequence[str]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Text and added conditions that a denoiser takes for samples in an order of ``BRANCHES``."""
+    """Return the text and added conditions of a denoiser call for samples in an order of ``BRANCHES``."""
     text = torch.cat([given[f"{name}prompt_embeds"] for name in order])
     pooled = torch.cat([given[f"{name}pooled_prompt_embeds"] for name in order])
     height, width = (8 * pixels for pixels in size.latent)
@@ -143,7 +143,7 @@ def conditions(
 
 
 def forward(pipe: Any, size: Size, guidance_scale: float) -> torch.Tensor:
-    """One call of a pipeline's denoiser as a run makes it, on the denoiser's device; also without data (meta)."""
+    """Call a pipeline's denoiser once, as in a run, on the denoiser's device; also without data (meta)."""
     unet, batch = pipe.unet, 2 if guidance_scale > 1.0 else 1
     device, dtype = next(unet.parameters()).device, next(unet.parameters()).dtype
     with torch.device(device), torch.no_grad():

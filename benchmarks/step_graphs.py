@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One call of the denoiser in each way of a guided step as a CUDA graph, which takes the host's share away.
+"""One denoiser call in each way of a guided step as a CUDA graph, which excludes the host time.
 
-What a graph holds is the denoiser's call and the sum of its predictions, without the scheduler. Its result is held
-against the official algorithm's, and a replay's against the call that is no graph.
+A graph contains the denoiser call and the sum of its predictions, without the scheduler. Its result is compared with
+the official algorithm's, and a replay is compared with the call outside a graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Call = Callable[[], torch.Tensor]
 
 
 def add_graphs(bench: Bench, rows: Sequence[Row], chosen: Sequence[Way], rounds: int) -> None:
-    """Put ``graph_ms`` and ``graph_ratio`` into the rows of ways that are not compiled, or a text that says why not."""
+    """Add ``graph_ms`` and ``graph_ratio`` to the rows of ways that are not compiled, or a text that explains why."""
     by_name = {way.name: way for way in chosen if not way.compiled}
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, Call]] = {}
     expected: dict[Way, torch.Tensor] = {}
@@ -43,7 +43,7 @@ def add_graphs(bench: Bench, rows: Sequence[Row], chosen: Sequence[Way], rounds:
             row["graph_ms"] = _wrong(bench, way, expected) or "not measured"
             if row["graph_ms"] == "not measured" and bench.device.type == "cuda":
                 graphs[way.name] = _captured(bench, way)
-        except RuntimeError as error:  # a capture that is not allowed
+        except RuntimeError as error:  # the capture is not allowed
             row["graph_ms"] = f"not measured: {timing.first_line(error)}"
     if not graphs:
         return
@@ -59,7 +59,7 @@ def add_graphs(bench: Bench, rows: Sequence[Row], chosen: Sequence[Way], rounds:
 
 @contextmanager
 def prediction_of(bench: Bench, way: Way) -> Iterator[Call]:
-    """A call of the denoiser in some way, and the guided prediction that comes of it."""
+    """Return a denoiser call in some way, followed by the sum to the guided prediction."""
     pipe, given = bench.pipe, bench.given
     order = BRANCHES[way.cfg, way.kind in ("official", "pag")]
     text, added = conditions(bench.size, given, order)
@@ -91,7 +91,7 @@ def prediction_of(bench: Bench, way: Way) -> Iterator[Call]:
 
 
 def _wrong(bench: Bench, way: Way, expected: dict[Way, torch.Tensor]) -> str | None:
-    """Why a way's prediction is not the official algorithm's; None where it is, and for a way that is no segkern's."""
+    """Return why a way's prediction differs from the official algorithm's, or None; None also for non-segkern ways."""
     if way.kind != "segkern":
         return None
     official = official_of(way)
@@ -105,10 +105,10 @@ def _wrong(bench: Bench, way: Way, expected: dict[Way, torch.Tensor]) -> str | N
 
 
 def _captured(bench: Bench, way: Way) -> tuple[torch.cuda.CUDAGraph, Call]:
-    """A graph whose replay gives what the call gives, and the call, which holds the tensors that the graph reads.
+    """Return a graph whose replay equals the call, and the call, which owns the tensors that the graph reads.
 
     Raises:
-        RuntimeError: where the call cannot be captured, or a replay gives something else.
+        RuntimeError: If the call cannot be captured, or a replay has another result.
     """
     with prediction_of(bench, way) as call:
         eager = call()

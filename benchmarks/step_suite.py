@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite of guided steps: whole runs on one denoiser, the same in CUDA graphs, the result file and its lines."""
+"""The suite of guided steps: whole runs on one denoiser, the same runs in CUDA graphs, result file and table."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_steps(
     size: Size | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Measure and write ``benchmarks/results/step/<device>.json``, with the size's name if it is not the usual one."""
+    """Measure and write ``benchmarks/results/step/<device>.json``; a non-default size is added to the name."""
     usual, dtype = (SDXL, torch.bfloat16) if device.type == "cuda" else (REDUCED, torch.float32)
     operations = counted(SDXL) if size is None else {}
     size = size or usual
@@ -47,13 +47,13 @@ def run_steps(
     }
     case = "" if size is usual else f"-{size.name}"
     path = out or FOLDER / f"{machine.slug(environment['device'])}{case}.json"
-    # Every way compiles the same denoiser; past a limit it would run as it is written, and be called compiled.
+    # Every way compiles the same denoiser. Beyond a limit, it would run eagerly but be reported as compiled.
     limits = {"recompile_limit": 1000, "accumulated_recompile_limit": 1000, "fail_on_recompile_limit_hit": True}
     with dynamo_settings(**limits):
         for rows in measure(bench, chosen, steps, rounds, progress):
             result |= {"rows": rows, "rounds": result["rounds"] + 1}
             write_json(path, result)
-    if device.type == "cuda" or size.name == TINY.name:  # elsewhere there are no graphs, and the runs were checked
+    if device.type == "cuda" or size.name == TINY.name:  # other devices have no graphs, and the runs are checked above
         progress("CUDA graphs")
         add_graphs(bench, result["rows"], chosen, rounds)
     result["complete"] = True
@@ -68,11 +68,11 @@ HEADINGS = (
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
-    """Rows as text."""
+    """Return the rows as text."""
     shown = []
     for row in result["rows"]:
         if row["reason"] is not None:
-            shown.append([row["way"], f"no time: {row['reason']}", *[""] * (len(HEADINGS) - 2)])
+            shown.append([row["way"], f"not timed: {row['reason']}", *[""] * (len(HEADINGS) - 2)])
             continue
         ratio = row["ratio"]
         shown.append(

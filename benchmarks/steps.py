@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guided step costs: whole runs of stock pipelines, one way after the other in every round.
+"""Cost of a guided step: whole runs of stock pipelines, all ways one after the other in every round.
 
-A step is what lies between two calls of a pipeline's callback, so the pipeline's own work and the scheduler's are in
-it; the first step of a run, which makes tables, is left out. Ratios are of the same round. Beside each stands the ratio
-of floating-point operations, counted without data. A guided run has a time only if its latents are those of the
-official algorithm.
+A step is the time between two calls of a pipeline's callback, so it includes the work of the pipeline and the
+scheduler. The first step of a run, which makes tables, is excluded. Ratios are computed within the same round. The
+ratio of floating-point operations, counted without data, is recorded too. A guided run is timed only if its latents
+equal those of the official algorithm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.official import official_run
 from benchmarks.sdxl import Size
 from benchmarks.timing import shuffled, spread
 from segkern.integrations.diffusers import PAG, SEG, guide
-from segkern.ops import flops  # noqa: F401  the counter knows our operators by it
+from segkern.ops import flops  # noqa: F401  registers our operators with the counter
 
 GUIDANCE_SCALE = 5.0
 SEG_SCALE = 3.0
@@ -35,14 +35,14 @@ COMPILED = ", compiled"
 FULL = ", all branches in full"
 SIGMAS = (3.0, 10.0, math.inf)
 LAYERS = (("mid",), ("mid", "up"), ("up",))
-# Relative distance of latents after a run from the official algorithm's. Half precision rounds at every layer.
+# Maximum relative distance of latents from those of the official algorithm. Half precision rounds at every layer.
 _SAME = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 Row = dict[str, Any]
 
 
 class Steps(NamedTuple):
-    """Milliseconds of every step of a run but the first: on the clock, and of processors on all threads."""
+    """Milliseconds of every step of a run except the first: wall time, and CPU time of all threads."""
 
     wall: list[float]
     cpu: list[float]
@@ -50,9 +50,9 @@ class Steps(NamedTuple):
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make a run: ``plain``, ``official`` SEG, ``pag`` of diffusers, or ``segkern`` with its ``family``.
+    """A way to run a pipeline: ``plain``, ``official`` SEG, ``pag`` of diffusers, or ``segkern`` with its ``family``.
 
-    ``share`` is False where ``segkern`` computes every branch in full.
+    ``share`` is False if ``segkern`` computes every branch in full.
     """
 
     name: str
@@ -66,35 +66,35 @@ class Way:
 
     @property
     def guidance_scale(self) -> float:
-        """Of the pipeline's call."""
+        """The guidance scale of the pipeline call."""
         return GUIDANCE_SCALE if self.cfg else 1.0
 
     @property
     def spec(self) -> SEG | PAG:
-        """The guidance of ``segkern``."""
+        """The guidance spec of ``segkern``."""
         if self.family == "PAG":
             return PAG(scale=SEG_SCALE, layers=self.layers)
         return SEG(scale=SEG_SCALE, sigma=self.sigma, layers=self.layers)
 
 
 def official_of(way: Way) -> Way:
-    """The way that is not segkern's and gives the same latents; without a name."""
+    """Return the way without segkern that has the same latents. It has no name."""
     kind = ("pag" if way.family == "PAG" else "official") if way.kind == "segkern" else way.kind
     return Way("", kind, way.cfg, way.sigma, way.layers)
 
 
 def distance(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative distance in norm from what is expected, in float64."""
+    """Return the relative distance in norm from the expected tensor, in float64."""
     return float((result.double() - expected.double()).norm() / expected.double().norm())
 
 
 def limit_of(dtype: torch.dtype) -> float:
-    """The distance from the official algorithm's result that still is the same."""
+    """Return the maximum distance at which a result counts as equal to the official algorithm's."""
     return _SAME[dtype]
 
 
 def ways(compiled: bool = False) -> tuple[Way, ...]:
-    """All of them, first the two that others are compared with; ``compiled`` adds each with a compiled denoiser."""
+    """Return all ways, starting with the two baselines. ``compiled`` adds each with a compiled denoiser."""
     chosen = [Way("no guidance", "plain", False), Way("CFG", "plain", True)]
     for cfg in (False, True):
         prefix = "CFG + " if cfg else ""
@@ -111,17 +111,17 @@ def ways(compiled: bool = False) -> tuple[Way, ...]:
 
 
 def find_ways(patterns: Sequence[str], compiled: bool) -> tuple[Way, ...]:
-    """Those whose names fit a glob, all for none; each compiled too if wanted.
+    """Return the ways whose names match a glob, or all without globs; ``compiled`` adds compiled ones.
 
     Raises:
-        ValueError: for a glob that fits none; the message lists them.
+        ValueError: If a glob matches nothing. The message lists the names.
     """
     chosen = select("--providers", patterns, [way.name for way in ways()])
     return tuple(way for way in ways(compiled) if way.name.removesuffix(COMPILED) in chosen)
 
 
 class Bench:
-    """Pipelines on one denoiser, as it is and compiled, and the inputs of their runs."""
+    """Pipelines on one denoiser, eager and compiled, and the inputs of their runs."""
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype, backend: str = "inductor") -> None:
         self.size = size
@@ -137,7 +137,7 @@ class Bench:
         self._expected: dict[tuple[Way, int], torch.Tensor] = {}
 
     def run(self, way: Way, steps: int) -> tuple[torch.Tensor, Steps]:
-        """Latents, and the milliseconds of every step but the first."""
+        """Return the latents, and the milliseconds of every step except the first."""
         ends: list[tuple[float, float]] = []
 
         def after_step() -> None:
@@ -150,7 +150,7 @@ class Bench:
         return latents, Steps(*passed)
 
     def runner(self, way: Way, steps: int, after_step: Callable[[], None]) -> Callable[[], torch.Tensor]:
-        """A whole run, denoising only."""
+        """Return a function for a whole run, denoising only."""
         if way.kind == "official":
             options: dict[str, Any] = {"sigma": way.sigma, "layers": way.layers, "scale": SEG_SCALE, "steps": steps}
             options |= {"guidance_scale": way.guidance_scale, "after_step": after_step}
@@ -175,7 +175,7 @@ class Bench:
         return run
 
     def check(self, way: Way, latents: torch.Tensor, steps: int) -> tuple[float | None, str | None]:
-        """How far guided latents are from the official algorithm's, and why that is too far."""
+        """Return the distance of guided latents from the official algorithm's, and a message if it is too large."""
         if not latents.isfinite().all():
             return None, "its latents are not finite"
         official = official_of(way)
@@ -192,14 +192,14 @@ class Bench:
 
 
 def counted(size: Size, names: Collection[str] | None = None) -> dict[str, float]:
-    """Floating-point operations of one step, guided by segkern and plain, by name; ``names`` restricts them."""
+    """Return the floating-point operations of one step, guided by segkern and plain, by name, optionally filtered."""
     pipe = sdxl.pipeline(sdxl.denoiser(size, "meta"))
     countable = [way for way in ways() if way.kind in ("plain", "segkern")]
     return {way.name: count(pipe, size, way) for way in countable if names is None or way.name in names}
 
 
 def count(pipe: Any, size: Size, way: Way) -> float:
-    """Floating-point operations of one step on a denoiser without data."""
+    """Return the floating-point operations of one step on a denoiser without data."""
     with ExitStack() as stack:
         if way.kind == "segkern":
             guidance = guide(pipe, way.spec, share=way.share, cfg="batch" if way.cfg else "none")
@@ -213,10 +213,10 @@ def count(pipe: Any, size: Size, way: Way) -> float:
 def measure(
     bench: Bench, chosen: Sequence[Way], steps: int, rounds: int, progress: Callable[[str], None] = lambda name: None
 ) -> Iterator[list[Row]]:
-    """After every round a row for each way: ``ms`` per step, ``ratio`` to the plain way with or without CFG, and more.
+    """Yield a row for each way after every round: ``ms`` per step, ``ratio`` to the plain way, and more.
 
-    ``cpu_ms`` and ``cpu_ratio`` are the same of the time that processors spent, which on a CPU is less disturbed by
-    other programs.
+    The plain way is the one with the same CFG setting. ``cpu_ms`` and ``cpu_ratio`` are measured in CPU time, which on
+    a CPU is less disturbed by other programs.
     """
     eager = [replace(way, name=way.name.removesuffix(COMPILED), compiled=False) for way in chosen]
     operations = counted(bench.size, {way.name for way in eager} | {plain(way) for way in eager})
@@ -249,7 +249,7 @@ def measure(
 
 
 def _summarise(row: Row, runs: list[tuple[float, Steps]], plain_runs: list[tuple[float, Steps]] | None) -> None:
-    """Put what a way's runs took, and what they took of the plain way's, into its row."""
+    """Add the times of a way's runs, and their ratios to the plain way's, to its row."""
     row["run_seconds"] = spread(seconds for seconds, _ in runs)["median"]
     for clock, prefix in (("wall", ""), ("cpu", "cpu_")):
         mine, its = ([spread(getattr(steps, clock))["median"] for _, steps in of] for of in (runs, plain_runs or []))
@@ -259,12 +259,12 @@ def _summarise(row: Row, runs: list[tuple[float, Steps]], plain_runs: list[tuple
 
 
 def plain(way: Way) -> str:
-    """The name of the way that a way is compared with."""
+    """Return the name of the baseline of a way."""
     return ("CFG" if way.cfg else "no guidance") + COMPILED * way.compiled
 
 
 def _on_a_gpu(bench: Bench, way: Way, steps: int) -> Row:
-    """Most memory during a run, beyond nothing; and the host's time for a step when it does not wait."""
+    """Return the maximum memory allocated during a run, and the host time per step without waiting for the device."""
     torch.cuda.synchronize(bench.device)
     torch.cuda.reset_peak_memory_stats(bench.device)
     run = bench.runner(way, steps, lambda: None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run prints at its end."""
+"""Tables that are printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.results import Result, Row
 
 
 def milliseconds(spread: dict[str, float] | str | None) -> str:
-    """A median, or nothing.
+    """Return the median as text, or a dash.
 
     Example:
         >>> milliseconds({"median": 0.04123}), milliseconds({"median": 94.23}), milliseconds("not measured")
@@ -22,7 +22,7 @@ def milliseconds(spread: dict[str, float] | str | None) -> str:
 
 
 def of_rows(result: Result) -> Table:
-    """Every row, one line each, with the clocks that the device has."""
+    """Return a table with one line per row, and the clocks that the device has."""
     clocks = ["wall", "hot", "cold", "graph"] if result["environment"]["device_type"] == "cuda" else ["wall"]
     headings = [*(f"{clock} ms" for clock in clocks), "p20-p80", "TFLOP/s", "x plain", "peak MiB", "error"]
     table = Table("case", "dtype", "sigma", "provider", *headings)
@@ -42,17 +42,17 @@ def of_rows(result: Result) -> Table:
 
 
 def without_time(rows: Sequence[Row]) -> list[str]:
-    """A line per provider and reason."""
+    """Return a line per provider and reason for rows that were not timed."""
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
         if row["reason"] is not None:
             which = (row["provider"], row["reason"])
             counts[which] = counts.get(which, 0) + 1
-    return [f"no time, {count} rows: {provider}: {reason}" for (provider, reason), count in counts.items()]
+    return [f"not timed, {count} rows: {provider}: {reason}" for (provider, reason), count in counts.items()]
 
 
 def of_lines(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """Lines of text."""
+    """Return lines of text as a table."""
     table = Table(*headings)
     for line in lines:
         table.add_row(*line)
@@ -60,7 +60,7 @@ def of_lines(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
 
 
 def of_tiles(tuned: dict[str, Any]) -> Table:
-    """Every tile that was tried for one shape, the fastest first."""
+    """Return a table of all tiles that were tried for one shape, fastest first."""
     title = f"{tuned['case']}, {tuned['dtype']}, sigma {tuned['sigma']}, {tuned['environment']['device']}"
     table = Table(
         "queries", "keys", "columns", "warps", "stages", "registers", "descriptors", "ms", "p20-p80", "", title=title
@@ -68,12 +68,12 @@ def of_tiles(tuned: dict[str, Any]) -> Table:
     for row in tuned["tiles"]:
         shape = ["-" if value in (None, False) else str(value) for value in row["tile"].values()]
         ends = f"{row['ms']['p20']:.3g}-{row['ms']['p80']:.3g}" if row["ms"] else "-"
-        note = row["reason"] or ("the present one" if row["tile"] == tuned["now"] else "")
+        note = row["reason"] or ("current" if row["tile"] == tuned["now"] else "")
         table.add_row(*shape, milliseconds(row["ms"]), ends, note, style="dim" if row["reason"] else None)
     return table
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
-    """A table in markdown."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(headings) + " |", "| --- |" + f" {align} |" * (len(headings) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pytest benchmarks``: SDXL's two layers under pytest-benchmark, which saves, compares and histograms runs.
+"""``pytest benchmarks``: SDXL's two layers under pytest-benchmark, which saves, compares and plots runs.
 
-Plain attention, the official algorithm and segkern are one group for each layer and sigma. ``python -m benchmarks``
+Plain attention, the official algorithm and segkern form one group for each layer and sigma. ``python -m benchmarks``
 measures everything else, in interleaved rounds, and writes the result files.
 """
 
@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 def test_attention(
     benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch, name: str, sigma: float, way: str
 ) -> None:
-    """Time a layer's attention of a batch of three whose last third is blurred, once it is seen to be right."""
+    """Check, then time, a layer's attention for a batch of three whose last third is blurred."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the official convolution is checked in float32
     case, provider = CASES[name], PROVIDERS[way]
     inputs = case.inputs(DEVICE)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long calls take: all of them in every round, so that they see the same machine, each round in another order.
+"""Timing of calls: every round times all calls under the same conditions, in a different order each round.
 
-Four clocks, of which a CPU has the first:
+There are four clocks. A CPU has only the first:
 
-* ``wall``: from the call to the end of its work, the host's share included;
-* ``hot``: on the device, right after the same call, so that L2 holds what fits of inputs and outputs, as it does
-  after the projections of a real layer;
-* ``cold``: on the device, after L2 was overwritten;
-* ``graph``: on the device, of one call in a CUDA graph that holds several, so that the host plays no part.
+* ``wall``: from the call to the end of its work, including host time.
+* ``hot``: on the device, right after the same call, so L2 contains those inputs and outputs that fit, as after the
+  projections of a real layer.
+* ``cold``: on the device, after L2 was overwritten.
+* ``graph``: on the device, for one call in a CUDA graph of several, which excludes host time.
 
-Before ``hot`` and ``cold`` the device has work to do while the host prepares the call. Clocks are never changed.
+Before ``hot`` and ``cold``, the device is kept busy while the host prepares the call. Clock rates are never changed.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ from benchmarks.providers import Call
 CLOCKS = ("wall", "hot", "cold", "graph")
 _NOT_HERE = "not measured"
 _FLUSH_MIB = 256  # or four times L2, if that is more
-_CALLS_IN_A_GRAPH = 10  # at most; fewer once they take a millisecond together
+_CALLS_IN_A_GRAPH = 10  # maximum; fewer if together they take over a millisecond
 
-_SLOW_MS = 1000.0  # a call that takes so long on a CPU
-_ROUNDS_OF_SLOW = 2  # is timed in the first rounds alone
+_SLOW_MS = 1000.0  # a call on a CPU that takes at least this long
+_ROUNDS_OF_SLOW = 2  # is timed only in the first rounds
 
 Samples = dict[str, list[float]]  # clock -> milliseconds, one per round
 
 
 def headline(device: torch.device) -> str:
-    """The clock that ratios and throughput are made of."""
+    """Return the clock used for ratios and throughput."""
     return "hot" if device.type == "cuda" else "wall"
 
 
 def time_calls(
     calls: Mapping[str, Call], device: torch.device, rounds: int, no_graph: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Samples], dict[str, dict[str, str]]]:
-    """Milliseconds of every call on every clock, and why a clock has none.
+    """Return the milliseconds of every call on every clock, and the reason for each missing clock.
 
     Args:
-        calls: that have run before.
-        device: that they run on.
-        rounds: in which each of them is timed once per clock; on a CPU, seconds-long calls in the first two alone.
-        no_graph: names of calls that no CUDA graph can hold, with the reason.
+        calls: Calls that have run before.
+        device: Device that they run on.
+        rounds: Number of rounds. Each round times every call once per clock. On a CPU, calls that take seconds are
+            timed only in the first two.
+        no_graph: Names of calls that cannot be captured in a CUDA graph, with the reason.
     """
     names = list(calls)
     samples: dict[str, Samples] = {name: {} for name in names}
@@ -76,12 +77,12 @@ def time_calls(
 
 
 def shuffled(names: Sequence[str], turn: int) -> list[str]:
-    """Another order in every round: what a call leaves in caches must not favour the same neighbour each time."""
+    """Return the names in another order for every round, so a call does not always follow the same neighbour."""
     return [names[i] for i in np.random.default_rng(turn).permutation(len(names))]
 
 
 def wall(call: Call, device: torch.device) -> float:
-    """Milliseconds from the call to the end of its work."""
+    """Return the milliseconds from the call to the end of its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -92,13 +93,13 @@ def wall(call: Call, device: torch.device) -> float:
 
 
 def _flush_buffer(device: torch.device) -> torch.Tensor:
-    """Memory that does not fit L2."""
+    """Return a buffer that does not fit L2."""
     size = max(_FLUSH_MIB * 2**20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     return torch.empty(size, dtype=torch.int8, device=device)
 
 
 def _on_device(call: Callable[[], object], flush: torch.Tensor, before: Callable[[], object] | None) -> float:
-    """Milliseconds between two events around the call, L2 overwritten and then, if given, ``before`` called."""
+    """Return milliseconds between two events around the call. L2 is overwritten, then ``before`` is called if given."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush.zero_()
     if before is not None:
@@ -113,7 +114,7 @@ def _on_device(call: Callable[[], object], flush: torch.Tensor, before: Callable
 def _captured(
     calls: Mapping[str, Call], no_graph: Mapping[str, str], missing: dict[str, dict[str, str]]
 ) -> dict[str, tuple[torch.cuda.CUDAGraph, int]]:
-    """A graph each, and how many calls it holds; those that cannot be captured go to ``missing``."""
+    """Return a graph for each call, and how many calls it contains. Calls that cannot be captured go to ``missing``."""
     graphs = {}
     for name, call in calls.items():
         if name in no_graph:
@@ -128,10 +129,10 @@ def _captured(
 
 
 def capture(call: Call, held: int = 1) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A graph that holds a call so many times, and the tensor that its replays write."""
+    """Return a graph that contains a call ``held`` times, and the tensor that its replays write."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries make their workspaces for the stream of the capture
+    with torch.cuda.stream(side):  # libraries allocate workspaces for the stream of the capture
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -146,13 +147,13 @@ def capture(call: Call, held: int = 1) -> tuple[torch.cuda.CUDAGraph, torch.Tens
 
 
 def first_line(error: BaseException) -> str:
-    """Kind and first line of an error, for a row."""
+    """Return type and first line of an error, for a row."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def peak_mib(call: Call, device: torch.device) -> float | str:
-    """Most memory that a call allocates beyond what there was, its result included."""
+    """Return the maximum memory that a call allocates, including its result."""
     if device.type != "cuda":
         return _NOT_HERE
     torch.cuda.synchronize(device)
@@ -164,7 +165,7 @@ def peak_mib(call: Call, device: torch.device) -> float | str:
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile.
+    """Return median, 20th and 80th percentile.
 
     Example:
         >>> spread([1.0, 2.0, 3.0, 4.0, 6.0])

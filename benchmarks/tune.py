@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to compute attention tried on a real device: what does not compile or errs is out, the rest is timed.
+"""Time ways to compute attention on a real device, except those that do not compile or are inaccurate.
 
-Nothing is predicted. ``screen`` times every tile shape in one case. ``confirm`` takes the one that was fastest over all
-cases of a head dimension and dtype, and times it once more beside the present one, with every way to blur and beside
-PyTorch's attention: the fastest of a hundred is partly luck. Only ``install`` changes what segkern takes, by what
-``confirm`` found.
+Nothing is predicted. ``screen`` times every tile shape in one case. ``confirm`` takes the tile that was fastest over
+all cases of a head dimension and dtype, and times it again together with the current one, with every way to blur, and
+PyTorch's attention, because the fastest of a hundred is partly luck. Only ``install`` changes the tiles that segkern
+uses, based on the results of ``confirm``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from segkern.kernels import _configs, _routes
 from segkern.kernels import unmasked_attention as kernel
 from segkern.kernels._configs import Tile
 
-TABLE = _configs.TUNED  # what segkern reads
-_WORTH = 0.02  # of the time: less is noise
+TABLE = _configs.TUNED  # the table that segkern reads
+_WORTH = 0.02  # minimum relative gain; less is noise
 
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
 _SDPA = {"default": "blur + sdpa", "flash": "blur + sdpa flash", "cudnn": "blur + sdpa cudnn"}
@@ -39,10 +39,10 @@ Record = dict[str, Any]
 
 
 def candidates(case: Case, device: torch.device) -> tuple[Tile, ...]:
-    """The present tile first, then those of every family's table for this dtype, then their neighbours.
+    """Return the current tile, then those of every family's table for this dtype, then their neighbours.
 
-    Neighbours have the present tile's column block, and its register limit or none; where the hardware copies blocks
-    by descriptors, some have those.
+    Neighbours have the current tile's column block, and its register limit or none. On hardware that copies blocks by
+    descriptors, some use descriptors.
     """
     now = _configs.attention_tile(_configs.architecture(device), case.head_dim, case.dtype)
     size = case.dtype.itemsize
@@ -62,10 +62,10 @@ def candidates(case: Case, device: torch.device) -> tuple[Tile, ...]:
 
 
 def screen(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device, rounds: int) -> Record:
-    """Every tile's time or the reason why it has none, the fastest first.
+    """Return every tile's time, or the reason why it was not timed, fastest first.
 
-    The result has ``environment``, the shape, ``sigma``, ``now`` (the present tile) and ``tiles``: a list
-    of ``tile``, ``blur`` (which the tile would get), ``error``, ``reason``, and ``ms`` with median, p20 and p80.
+    The result has ``environment``, the shape, ``sigma``, ``now`` (the current tile) and ``tiles``: a list of ``tile``,
+    ``blur`` (the place that segkern would choose), ``error``, ``reason``, and ``ms`` with median, p20 and p80.
     """
     inputs = case.inputs(device)
     times = _time(tile_calls(inputs, sigma, tiles, device), inputs, sigma, device, rounds)
@@ -77,7 +77,7 @@ def screen(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device
 
 
 def tile_calls(inputs: Inputs, sigma: float, tiles: Sequence[Tile], device: torch.device) -> dict[str, Call]:
-    """A call with each tile, by the tile in words, with the blur that it would get."""
+    """Return a call for each tile, by the tile in words, with the blur that segkern would choose for it."""
     case = inputs.case
     return {
         str(tile): _with_tile(_cheaper_blur(case, sigma, tile, device), inputs, sigma, tile)
@@ -86,11 +86,11 @@ def tile_calls(inputs: Inputs, sigma: float, tiles: Sequence[Tile], device: torc
 
 
 def confirm(case: Case, sigma: float, best: Tile, device: torch.device, rounds: int) -> Record:
-    """The present tile and the best one with every way to blur, and our blur before PyTorch's attention.
+    """Time the current tile and the best one with every way to blur, and our blur before PyTorch's attention.
 
-    The result has what ``screen``'s has but for ``tiles``: ``best``, ``blur`` (which each of the two would get) and
-    ``calls``: by ``now`` or ``best`` and the name of the blur's provider, or ``sdpa`` and a backend, ``error``,
-    ``reason`` and ``ms``.
+    The result has the entries of :func:`screen` except ``tiles``, and in addition ``best``, ``blur`` (the place that
+    segkern would choose for each of the two) and ``calls``. ``calls`` has ``error``, ``reason`` and ``ms`` by ``now``
+    or ``best`` and the name of the blur's provider, or by ``sdpa`` and a backend.
     """
     inputs = case.inputs(device)
     now = _configs.attention_tile(_configs.architecture(device), case.head_dim, case.dtype)
@@ -119,7 +119,7 @@ def _described(case: Case, sigma: float, device: torch.device, rounds: int) -> R
 
 
 def _cheaper_blur(case: Case, sigma: float, tile: Tile, device: torch.device) -> str:
-    """Prologue or before, whichever is estimated to cost less with a tile, by its provider's name."""
+    """Return the provider name of the place to blur, prologue or before, with the lower estimated cost for a tile."""
     arch, sigmas = _configs.architecture(device), (sigma,) * case.third
     sizes = case.heads, case.head_dim, case.dtype.itemsize, tile.block_m
     place = _routes.estimate_blur(arch, case.grid, sigmas, "reflect", *sizes).place
@@ -127,7 +127,7 @@ def _cheaper_blur(case: Case, sigma: float, tile: Tile, device: torch.device) ->
 
 
 def _with_tile(blur: str, inputs: Inputs, sigma: float, tile: Tile) -> Call:
-    """The provider's call with the attention kernel's tile put in place of the table's."""
+    """Return the provider's call with this tile for the attention kernel instead of the table's."""
     call = PROVIDERS[blur].make(inputs, sigma)
 
     def run() -> torch.Tensor:
@@ -140,7 +140,7 @@ def _with_tile(blur: str, inputs: Inputs, sigma: float, tile: Tile) -> Call:
 def _time(
     calls: Mapping[str, Call], inputs: Inputs, sigma: float, device: torch.device, rounds: int
 ) -> dict[str, Record]:
-    """``error``, ``reason`` and ``ms`` of each call: only those that are right are timed."""
+    """Return ``error``, ``reason`` and ``ms`` of each call. Only correct results are timed."""
     wanted = checks.expected(inputs, sigma, "attention")
     rows: dict[str, Record] = {}
     right: dict[str, Call] = {}
@@ -150,7 +150,7 @@ def _time(
         try:
             row["error"], wrong = checks.judge(PROVIDERS[_BEFORE], call(), inputs, wanted)
             row["reason"] = wrong or None
-        except Exception as error:  # a compiler raises what it likes; it is this call's answer
+        except Exception as error:  # a compiler can raise anything; the error goes into the row
             row["reason"] = timing.first_line(error)
         if row["reason"] is None:
             right[name] = call
@@ -162,7 +162,7 @@ def _time(
 
 
 def groups(records: Iterable[Record]) -> dict[tuple[str, str, int], list[Record]]:
-    """Records that share a table entry: by architecture, dtype and head dimension."""
+    """Group records that share a table entry: by architecture, dtype and head dimension."""
     grouped: dict[tuple[str, str, int], list[Record]] = {}
     for record in records:
         grouped.setdefault((record["architecture"], record["dtype"], record["head_dim"]), []).append(record)
@@ -170,25 +170,26 @@ def groups(records: Iterable[Record]) -> dict[tuple[str, str, int], list[Record]
 
 
 def fastest(screened: Sequence[Record]) -> Tile | None:
-    """The tile that is right in all cases and has the lowest geometric mean of its times over the present tile's."""
+    """Return the tile that is correct in all cases and has the lowest geometric mean of its ratios to the current."""
     ratios = [_ratios(record) for record in screened]
     shared = set.intersection(*map(set, ratios))
     return min(shared, key=lambda tile: _mean(case[tile] for case in ratios)) if shared else None
 
 
 def _ratios(record: Record) -> dict[Tile, float]:
-    """Every right tile's time over the present one's; nothing where the present one has no time."""
+    """Return every correct tile's time divided by the current one's, or nothing if the current one was not timed."""
     times = {Tile(**row["tile"]): row["ms"]["median"] for row in record["tiles"] if row["ms"]}
     now = times.get(Tile(**record["now"]))
     return {} if now is None else {tile: ms / now for tile, ms in times.items()}
 
 
 def install(confirmed: Sequence[Record], path: Path = _configs.TUNED) -> list[str]:
-    """Put what was faster into the table that segkern reads; says what it did, a line per head dimension and dtype.
+    """Write faster configurations to the table that segkern reads. Return a line per head dimension and dtype.
 
-    A tile wins by the lowest geometric mean of its times over the present tile's, by ``_WORTH`` at least; one that errs
-    with either way to blur is out, whichever way was timed. PyTorch's attention after our blur wins over that tile in
-    the same way, but for each size class and backend by itself.
+    A tile wins if it has the lowest geometric mean of its times over the current tile's, with a gain of at least
+    ``_WORTH``. A tile that is inaccurate with either way to blur is excluded, regardless of which way was timed.
+    PyTorch's attention after our blur is compared with the winning tile in the same way, separately for each size class
+    and backend.
     """
     table = json.loads(path.read_text(encoding="utf-8"))
     said = []
@@ -196,7 +197,7 @@ def install(confirmed: Sequence[Record], path: Path = _configs.TUNED) -> list[st
         what = f"{arch}, {dtype}, head dimension {head_dim}"
         times = _tile_times(cases)
         if "now" not in times:
-            said.append(f"{what}: nothing is changed, the present tile errs or does not run")
+            said.append(f"{what}: unchanged, the current tile is inaccurate or does not run")
             continue
         gain = _gain(times.get("best", times["now"]), times["now"])
         winner = "best" if gain >= _WORTH else "now"
@@ -219,7 +220,7 @@ def install(confirmed: Sequence[Record], path: Path = _configs.TUNED) -> list[st
 
 
 def _tile_times(cases: Sequence[Record]) -> dict[str, list[float]]:
-    """Times of all cases by tile, ``now`` or ``best``; only of those that are right in every case."""
+    """Return the times of all cases by tile, ``now`` or ``best``, only for tiles that are correct in every case."""
     times: dict[str, list[float]] = {}
     for which in ("now", "best"):
         if all(case["calls"][f"{which}, {blur}"]["reason"] is None for case in cases for blur in BLURS):
@@ -229,7 +230,7 @@ def _tile_times(cases: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def _faster_sdpa(cases: Sequence[Record], ours: Sequence[float]) -> tuple[dict[str, str], dict[str, float]]:
-    """By size class the backend that is faster than our times, if one is, and its gain."""
+    """Return, by size class, the backend that is faster than our times, if any, and its gain."""
     faster, gains = {}, {}
     for size in dict.fromkeys(_configs.size_class(case["tokens"]) for case in cases):
         some = [(case["calls"], ms) for case, ms in zip(cases, ours, strict=True) if _in_class(case, size)]
@@ -256,18 +257,18 @@ def _words(winner: str, tile: Tile, gain: float, sdpa: Mapping[str, str], gains:
     if winner == "now":
         said = f"{tile} stays, no tile is faster by {_WORTH:.0%}"
     else:
-        said = f"{tile} is {gain:.1%} faster than the present tile"
+        said = f"{tile} is {gain:.1%} faster than the current tile"
     for size, backend in sdpa.items():
         said += f"; {size}: blurring first and PyTorch's attention ({backend}) are {gains[size]:.1%} faster than that"
     return said
 
 
 def _mean(ratios: Iterable[float]) -> float:
-    """Geometric mean."""
+    """Return the geometric mean."""
     return statistics.geometric_mean(ratios)
 
 
 def why_not(inputs_device: torch.device, case: Case, sigma: float) -> str | None:
-    """Why the kernel cannot run for a case there."""
+    """Return why the kernel cannot run a case on a device, or None."""
     empty = torch.empty(0, device=inputs_device, dtype=case.dtype)
     return PROVIDERS["triton"].why_not(Inputs(case, empty, empty, empty), sigma)

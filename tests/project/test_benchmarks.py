@@ -94,8 +94,8 @@ def test_a_wrong_result_has_no_time() -> None:
     for name, reason in {
         "off": "wrong under the numerics contract",
         "nan": "not finite",
-        "shape": "shape is (3, 1, 38, 16), not (3, 2, 38, 16)",
-        "dtype": "torch.float16, not torch.float32",
+        "shape": "shape of the result is (3, 1, 38, 16), expected (3, 2, 38, 16)",
+        "dtype": "torch.float16, expected torch.float32",
         "fails": "RuntimeError: no kernel for this",
         "unblurred": "wrong under the numerics contract",
     }.items():
@@ -205,7 +205,7 @@ def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
     assert screened["environment"]["torch"] == torch.__version__
     assert tables.of_tiles(screened).row_count == 2
     assert tune.fastest([screened, screened]) == Tile(32, 32, 16, 4, 1)
-    assert tune.fastest([screened, screened | {"now": last["tile"]}]) is None, "the present tile has no time there"
+    assert tune.fastest([screened, screened | {"now": last["tile"]}]) is None, "the current tile is not timed there"
 
 
 def confirmed(
@@ -251,7 +251,7 @@ def confirmed(
         ([confirmed("a", 0.82, best_before=0.9)], "(cudnn) are 10.0% faster", {"large": "cudnn"}, "best"),
         ([confirmed("a", 0.81, tokens=1024)], "(cudnn) are 20.0% faster", {"small": "cudnn"}, "now"),
         ([confirmed("a", 0.81), confirmed("b", tokens=1024)], "large: blurring", {"large": "cudnn"}, "now"),
-        ([confirmed("a", None, now_before=None, best_before=0.1)], "nothing is changed", None, None),
+        ([confirmed("a", None, now_before=None, best_before=0.1)], "unchanged, the current tile", None, None),
     ],
 )
 def test_the_fastest_that_is_right_everywhere_is_installed(

@@ -144,7 +144,7 @@ def test_the_exit_code_and_the_last_lines_name_what_is_missing(tmp_path: Path, m
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_without_a_device_it_is_refused(tmp_path: Path) -> None:
-    for arguments, quoted in ((), "--dry rehearses it"), (("--dry", "--only", "stairs"), "got stairs"):
+    for arguments, quoted in ((), "pass --dry for a rehearsal"), (("--dry", "--only", "stairs"), "got stairs"):
         refused = command("device", "--out", tmp_path / "none", *arguments)
         assert refused.exit_code == 2
         assert refused.stderr.count("\n") == 1

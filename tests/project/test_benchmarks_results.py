@@ -22,7 +22,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_file_of_another_schema_is_refused(quick: Path, tmp_path: Path) -> None:
     for content in ({"schema": 2, "rows": []}, {"environment": {}}):
         (tmp_path / "other.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="is no result file of schema 3: it has"):
+        with pytest.raises(ValueError, match="is not a result file of schema 3: it has"):
             results.read(tmp_path / "other.json")
 
 
