@@ -170,7 +170,7 @@ def summary() -> str:
         f"{cells['unconditional', 'frechet_distance']} without a prompt, and from\n"
         f"{cells['prompts', 'frechet_distance']} with prompts. Caption accuracy changes from "
         f"{cells['prompts', 'caption_accuracy']}.\n"
-        "They do not carry over to SDXL ([all measurements](docs/guidance.md#measured-on-the-bundled-model))."
+        "These numbers apply to this model only ([all measurements](docs/guidance.md#measured-on-the-bundled-model))."
     )
 
 
@@ -203,7 +203,7 @@ def layers() -> str:
             cells.setdefault(setting.layers + steps, {})[setting.seg] = distance
     columns = sorted(set.intersection(*(set(by_scale) for by_scale in cells.values())))
     lines = [[name, *(by_scale[scale] for scale in columns)] for name, by_scale in cells.items()]
-    return f"Without guidance: {plain}.\n\n" + markdown(
+    return f"Without guidance, the distance on this seed is {plain}.\n\n" + markdown(
         ("layers, range of steps", *(f"scale {scale:g}" for scale in columns)), lines
     )
 
