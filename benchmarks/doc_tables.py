@@ -102,7 +102,8 @@ def steps(prefixes: Sequence[str], sigmas: Sequence[str] = ("", "10", "inf")) ->
         lines.append([f"{prefix}{what}", f"{counted[name] / counted[plain]:.3f}", *measured])
     devices = [file["environment"]["device"] for file in files]
     headings = [f"{device}, {whose}" for device in devices for whose in ("segkern", "official")]
-    return markdown(("guidance", "FLOPs on SDXL", *headings), lines)
+    measured_on = "; ".join(_measured(file["environment"]) for file in files)
+    return f"{measured_on}:\n\n" + markdown(("guidance", "FLOPs on SDXL", *headings), lines)
 
 
 def real_steps() -> str:
