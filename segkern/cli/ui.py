@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern ui``: the playground."""
+"""``segkern ui``: start the playground and open it in a browser."""
 
 from __future__ import annotations
 
+import ipaddress
+import secrets
 import signal
 import socket
 import tempfile
@@ -18,7 +20,9 @@ from segkern.generation import loading
 
 def ui(
     model: Model = "demo",
-    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines, which then need a password.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="<int>", help="Port. 0 selects a free port.")] = 7860,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -28,23 +32,30 @@ def ui(
     """Open the playground in a browser.
 
     The playground compares images with and without guidance. Press Ctrl-C to stop it. The page loads nothing from
-    other servers and sends no usage data.
+    other servers and sends no usage data. If other machines can reach --host, segkern prints a new password, and the
+    page asks for it.
     """
     need_diffusers("gradio", "matplotlib", extra="ui")
     with refusing():
         torch_device = loading.find_device(device)
         torch_dtype = loading.find_dtype(dtype, torch_device)
-        port = _free_port(host, port)
+        port, is_local = _find_port(host, port)
         from segkern.playground.models import Models
 
         models = Models(torch_device, torch_dtype)
-        models.load(loading.find_model(model, config))
+        source = loading.find_model(model, config)
+        models.describe(source)
+        models.load(source)
     from segkern.playground.page import Playground
+    from segkern.playground.server import USER
 
+    password = None if is_local else secrets.token_urlsafe(12)
     with tempfile.TemporaryDirectory(prefix="segkern-ui-") as folder:
         playground = Playground(models, model, config or "", Path(folder))
-        address = playground.start(host, port)
-        typer.echo(f"segkern ui: {address} (Ctrl-C ends it)")
+        address = playground.start(host, port, password)
+        typer.echo(f"segkern ui: {address} (press Ctrl-C to stop)")
+        if password is not None:
+            typer.echo(f"segkern ui: log in as {USER} with the password {password}")
         if show:
             typer.launch(address)
         _wait()
@@ -52,28 +63,29 @@ def ui(
 
 
 def _wait() -> None:
-    """Until Ctrl-C, or until the process is asked to end; also where a shell has told it to ignore Ctrl-C."""
+    """Wait for Ctrl-C or a request to terminate, also if the shell ignores Ctrl-C for background jobs."""
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: over.set())
     over.wait()
-    typer.echo("segkern ui: ended")
+    typer.echo("segkern ui: stopped")
 
 
-def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
+def _find_port(host: str, port: int) -> tuple[int, bool]:
+    """Return the port, or a free one for 0, and whether only this machine can reach it.
 
     Raises:
-        ValueError: when it cannot be listened on; the message quotes it.
+        ValueError: If the port cannot be used; the message quotes it.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as tried:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind((host, port))
-            return int(tried.getsockname()[1])
+            free = int(tried.getsockname()[1])
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"--port {port} of --host {host!r} cannot be used ({reason}); give another --port, or 0 for a free one"
+            f"--port {port} of --host {host!r} cannot be used ({reason}); choose another --port, or 0 for a free port"
         ) from None
+    return free, all(ipaddress.ip_address(str(entry[4][0]).split("%")[0]).is_loopback for entry in found)

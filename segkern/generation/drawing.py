@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from segkern.generation.calls import call_arguments, step_callback
 from segkern.generation.loading import Source
 from segkern.generation.tables import percent
 from segkern.version import __version__
@@ -100,16 +101,11 @@ def draw(
     from segkern.integrations.diffusers import GuidanceWarning, guide
 
     def run() -> Image:
-        image: Image = pipe(
-            request.prompt,
-            negative_prompt=request.negative_prompt or None,
-            width=request.width,
-            height=request.height,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            callback_on_step_end=on_step,
-        ).images[0]
+        arguments = call_arguments(pipe, request)
+        if on_step is not None:
+            arguments |= step_callback(pipe, on_step)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        image: Image = pipe(request.prompt, generator=generator, **arguments).images[0]
         return image
 
     begun = time.perf_counter()

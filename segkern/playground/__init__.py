@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The playground of ``segkern ui``: a page that draws the same picture with and without guidance."""
+"""The playground of ``segkern ui``: a page that generates the same image with and without guidance."""

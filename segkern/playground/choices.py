@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes and layers of a model that the page offers, and the sigmas of its slider."""
+"""Sizes, layers and guidance methods that the page offers for a model, and the sigmas of its slider."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+from segkern.generation.options import GUIDANCES
 from segkern.generation.sizes import image_size
 
-# Width and height of the sizes that Stable Diffusion XL was trained for, of which its own is the first.
+# Width and height that Stable Diffusion XL was trained on; the first is its default.
 _BUCKETS = (
     (1024, 1024),
     (1152, 896),
@@ -28,7 +29,7 @@ LAST = (_COARSEST - _FINEST) * _IN_AN_OCTAVE + 1  # the slider's last position i
 
 
 def sigma_at(position: float) -> float:
-    """The sigma of a position of the slider, 0 to ``LAST``: four in an octave, infinity at the end.
+    """Return the sigma at a position of the slider, 0 to ``LAST``: four per octave, infinity at the end.
 
     Example:
         >>> [sigma_at(position) for position in (0, 8, 9, LAST)]
@@ -40,7 +41,7 @@ def sigma_at(position: float) -> float:
 
 
 def position_of(sigma: float) -> int:
-    """The position of the slider that is nearest to a sigma above 0.
+    """Return the position of the slider that is nearest to a sigma above 0.
 
     Example:
         >>> [position_of(sigma) for sigma in (0.01, 1.0, 5.0, 1e9, math.inf)]
@@ -52,11 +53,26 @@ def position_of(sigma: float) -> int:
     return min(max(position, 0), LAST - 1)
 
 
+def has_unet(pipe: Any) -> bool:
+    """Return whether a pipeline's denoiser is a UNet, not a transformer."""
+    return getattr(pipe, "unet", None) is not None
+
+
+def guidances(pipe: Any) -> list[str]:
+    """Return the names of the guidance methods for a model: transformers do not support SAG."""
+    return [name.upper() for name in GUIDANCES if name != "sag" or has_unet(pipe)]
+
+
 def sizes(pipe: Any) -> list[str]:
-    """Width and height in pixels: the model's own first, then about as many pixels in the shapes of SDXL's buckets."""
+    """Return sizes in pixels: the model's default first, then sizes of similar area in the shapes of SDXL's buckets."""
+    if has_unet(pipe):
+        multiple = max(8, pipe.vae_scale_factor)
+    else:
+        from segkern.integrations.diffusers.models.layers import pixels as pixels_of
+
+        multiple = pixels_of(pipe)[1]
     own_width, own_height = image_size(pipe, None, None)
     side = math.sqrt(own_width * own_height)
-    multiple = max(8, pipe.vae_scale_factor)
     unit = max(1, round(side * _BUCKET_STEP / _BUCKETS[0][0] / multiple)) * multiple
     offered = [f"{own_width} x {own_height}"]
     for bucket in _BUCKETS:
@@ -66,7 +82,7 @@ def sizes(pipe: Any) -> list[str]:
 
 
 def layers(pipe: Any) -> list[tuple[str, str]]:
-    """Labels and names that can be chosen: the model's parts, then every layer."""
+    """Return labels and names of the layers to choose from: the parts of the model, then every layer."""
     from segkern.integrations.diffusers import list_layers
 
     available = list_layers(pipe)
@@ -80,9 +96,13 @@ def layers(pipe: Any) -> list[tuple[str, str]]:
     return [*labels, *((layer.name, layer.name) for layer in available)]
 
 
-def usual_layers(pipe: Any) -> list[str]:
-    """The middle as in the paper, all parts where there is none."""
+def default_layers(pipe: Any) -> list[str]:
+    """Return the default layers: of a UNet its middle block, or all parts if it has none."""
     from segkern.integrations.diffusers import list_layers
+    from segkern.integrations.diffusers.models.layers import default_layers_of
 
+    default = default_layers_of(pipe)[0]
+    if not has_unet(pipe):
+        return [default]
     parts = list(dict.fromkeys(layer.part for layer in list_layers(pipe)))
-    return ["mid"] if "mid" in parts else parts
+    return [default] if default in parts else parts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Components of the page and their places."""
+"""Components of the page and their arrangement."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import gradio as gr
 
 from segkern.generation.demo import PROMPTED
 from segkern.generation.loading import Source
-from segkern.generation.options import GUIDANCES
 from segkern.playground import choices
-from segkern.playground.form import number
-from segkern.playground.markup import status_message
+from segkern.playground.form import LABELS, number
+from segkern.playground.markup import empty_pair, status_message
+from segkern.playground.presets import PRESETS
 
-_FIRST = PROMPTED[1]  # the bundled model draws a star too few of it without guidance
-_HINT = "Press Draw: the same noise becomes a picture without and one with guidance."
+_HINT = "Click Generate to see the same noise become an image before and after guidance."
 _ENERGY = (
-    "Where attention's energy is high and low without guidance, token by token: a row for each layer that guidance "
-    "changes or reads, a column for the first, the middle and the last step."
+    "Attention energy without guidance at every token: one row per layer that guidance changes or reads, one column "
+    "each for the first, middle and last step."
 )
-# Positions of the slider as texts, so that the field follows it at once.
+_DEMO_CFG, _USUAL_CFG = "3", "5"
+# Text of every position of the slider, so that the number field follows immediately.
 _SIGMAS = json.dumps([f"{choices.sigma_at(position):g}" for position in range(choices.LAST + 1)])
 
 
@@ -30,66 +30,86 @@ Components = dict[str, Any]  # by name
 
 
 def example_prompts(source: Source) -> list[list[str]]:
-    """Prompts for the bundled model, whose words are known; none for others."""
-    return [[subject.prompt] for subject in PROMPTED] if source.name == "demo" else []
+    """Return samples of a prompt and its CFG scale: no prompt, and prompts for the bundled model."""
+    prompts = [[subject.prompt, _DEMO_CFG] for subject in PROMPTED] if source.name == "demo" else []
+    return [["", "1"], *prompts]
+
+
+def example_labels(samples: Sequence[Sequence[str]]) -> list[str]:
+    """Return the texts of the buttons of example prompts."""
+    return [prompt or "No prompt, no CFG" for prompt, _ in samples]
 
 
 def build_controls(source: Source, pipe: Any, model: str, config: str) -> tuple[Components, Components]:
-    """The left column; on a narrow page its settings come after the results.
+    """Build the left column.
 
     Args:
-        source: of the model that a new page has.
-        pipe: the model's pipeline, with or without weights.
-        model: the words that name it.
-        config: those that name its configuration.
+        source: Model of a new page.
+        pipe: The model's pipeline, with or without weights.
+        model: Text that names the model.
+        config: Text that names its configuration.
 
     Returns:
-        The fields that a press of Draw reads, by the names of :func:`segkern.playground.form.read`, and the others.
+        Fields that Generate reads, by the names of :func:`segkern.playground.form.read`, and all other components.
     """
     fields: Components = {}
     others: Components = {}
-    with gr.Column(elem_id="ask"):
-        _ask(example_prompts(source), fields, others)
-    with gr.Column(elem_id="settings"):
+    examples = example_prompts(source)
+    _prompt(examples, fields, others)
+    with gr.Group():
+        _guidance(pipe, fields, others)
+        # The bundled model starts without a prompt, where guidance changes most.
+        scale = examples[0][1] if source.name == "demo" else _USUAL_CFG
+        fields["guidance_scale"] = _number(scale, "guidance_scale", "Strength of classifier-free guidance; 1 is off.")
+    with gr.Accordion("Layers and steps of guidance", open=False), gr.Group():
+        _where(pipe, fields)
+    with gr.Accordion("Image", open=False):
         with gr.Group():
-            _guidance(pipe, fields, others)
-        with gr.Accordion("Picture", open=True):
-            with gr.Group():
-                _picture(pipe, fields)
-            others["another_seed"] = gr.Button("Another seed", size="sm")
-        with gr.Accordion("Also measure", open=False), gr.Group():
-            fields["energy"] = gr.Checkbox(True, label="Map the energy of attention", info="One more run.")
-            fields["unshared"] = gr.Checkbox(False, label="Time guidance without sharing", info="One more run.")
-        with gr.Accordion("Model", open=False):
-            _model(model, config, others)
+            _image(pipe, fields)
+        others["another_seed"] = gr.Button("Random seed", size="sm")
+    with gr.Accordion("Also measure", open=False), gr.Group():
+        unet = choices.has_unet(pipe)
+        fields["energy"] = gr.Checkbox(unet, label="Map the attention energy", info="Takes one more run.", visible=unet)
+        fields["unshared"] = gr.Checkbox(
+            False, label="Time guidance without branch sharing", info="Takes one more run, with a branch in full."
+        )
+    with gr.Accordion("Model", open=False):
+        _model(model, config, others)
     return fields, others
 
 
-def _ask(examples: list[list[str]], fields: Components, others: Components) -> None:
-    """The prompt and the buttons, which are always needed."""
+def _prompt(examples: list[list[str]], fields: Components, others: Components) -> None:
     fields["prompt"] = gr.Textbox(
-        _FIRST.prompt if examples else "",
+        "",
         label="Prompt",
-        info="What the picture shows.",
+        info="Describe the image, or leave this empty. Shift+Enter generates.",
         lines=2,
         max_lines=2,
-        autofocus=True,
     )
     with gr.Row():
-        others["draw"] = gr.Button("Draw", variant="primary", scale=3, min_width=120)
+        others["generate"] = gr.Button("Generate", variant="primary", scale=3, min_width=120)
         others["stop"] = gr.Button("Stop", variant="stop", interactive=False, scale=1, min_width=80)
-    others["message"] = gr.HTML(status_message(_HINT), elem_classes="message", elem_id="message", padding=False)
+    others["message"] = gr.HTML(status_message(_HINT), elem_classes="words", elem_id="message", padding=False)
     others["examples"] = gr.Dataset(
-        components=[gr.Textbox(visible=False, label="Prompt")],
+        components=[gr.Textbox(visible=False, label="Prompt"), gr.Textbox(visible=False, label="CFG scale")],
         samples=examples,
-        visible=bool(examples),
-        label="Prompts to try",
+        sample_labels=example_labels(examples),
+        layout="gallery",
+        label="Generate an example",
+        elem_id="examples",
+    )
+    others["presets"] = gr.Dataset(
+        components=[gr.Textbox(visible=False, label="Preset")],
+        samples=[[preset.name] for preset in PRESETS],
+        type="index",
+        label="Guidance presets",
+        elem_id="presets",
     )
 
 
 def _guidance(pipe: Any, fields: Components, others: Components) -> None:
     fields["guidances"] = gr.CheckboxGroup(
-        [name.upper() for name in GUIDANCES], value=["SEG"], label="Guidance", info="One or several; several add up."
+        choices.guidances(pipe), value=["SEG"], label=LABELS["guidances"], info="Several methods add up."
     )
     with gr.Column() as others["blur"]:
         others["sigma_slider"] = gr.Slider(
@@ -97,48 +117,52 @@ def _guidance(pipe: Any, fields: Components, others: Components) -> None:
             choices.LAST,
             value=choices.LAST,
             step=1,
-            label="SEG: blur",
-            info="From 0.25 tokens on the left to infinite on the right.",
+            label="SEG blur",
+            info="From sigma 0.25 on the left to infinity on the right.",
             elem_id="sigma-slider",
             buttons=[],
         )
         with gr.Row():
-            fields["sigma"] = _number("inf", "SEG: sigma", "In tokens; inf is infinite.")
-            fields["seg_scale"] = _number("3", "SEG: scale", "How strong.")
+            fields["sigma"] = _number("inf", "sigma", "Blur in tokens, or inf.")
+            fields["seg_scale"] = _number("3", "seg_scale", "Strength of SEG.")
     with gr.Row():
-        fields["pag_scale"] = _number("3", "PAG: scale", "How strong.", visible=False)
-        fields["sag_scale"] = _number("0.75", "SAG: scale", "How strong.", visible=False)
+        fields["pag_scale"] = _number("3", "pag_scale", "Strength of PAG.", visible=False)
+        fields["sag_scale"] = _number("0.75", "sag_scale", "Strength of SAG.", visible=False)
+
+
+def _where(pipe: Any, fields: Components) -> None:
     fields["layers"] = gr.Dropdown(
         choices.layers(pipe),
-        value=choices.usual_layers(pipe),
+        value=choices.default_layers(pipe),
         multiselect=True,
         allow_custom_value=True,
-        label="Layers of SEG and PAG",
-        info="Choose some, or type such as u0-1 and press Enter.",
+        label=LABELS["layers"],
+        info="Layers of SEG and PAG. Select some, or type names such as u0-1 and press Enter.",
     )
     with gr.Row():
-        for name, value, title in (("start", 0, "Starts at"), ("stop", 1, "Stops at")):
-            fields[name] = gr.Slider(
-                0, 1, value=value, step=0.05, label=title, info="Fraction of the run.", min_width=120
-            )
+        for name, value, info in (
+            ("start", 0, "Fraction of the steps before guidance."),
+            ("stop", 1, "Fraction of the steps at which guidance ends."),
+        ):
+            fields[name] = gr.Slider(0, 1, value=value, step=0.05, label=LABELS[name], info=info, min_width=120)
 
 
-def _picture(pipe: Any, fields: Components) -> None:
+def _image(pipe: Any, fields: Components) -> None:
     sizes = choices.sizes(pipe)
     with gr.Row():
         fields["size"] = gr.Dropdown(
             sizes,
             value=sizes[0],
             allow_custom_value=True,
-            label="Size",
-            info="In pixels; can be typed.",
+            label=LABELS["size"],
+            info="Select or type pixels.",
             min_width=120,
         )
-        fields["steps"] = gr.Number(20, label="Steps", info="More take longer.", min_width=120)
-    with gr.Row():
-        fields["seed"] = gr.Number(_FIRST.seed, label="Seed", info="Of the noise.", min_width=120)
-        fields["guidance_scale"] = _number("3", "Text guidance (CFG)", "1 is none.")
-    fields["negative_prompt"] = gr.Textbox("", label="Negative prompt", info="What the picture does not show.")
+        fields["steps"] = gr.Number(20, label=LABELS["steps"], info="Inference steps.", min_width=120)
+    fields["seed"] = gr.Number(1, label=LABELS["seed"], info="Seed for the initial noise.")
+    fields["negative_prompt"] = gr.Textbox(
+        "", label="Negative prompt", info="What the image should not show; needs CFG."
+    )
 
 
 def _model(model: str, config: str, others: Components) -> None:
@@ -147,39 +171,51 @@ def _model(model: str, config: str, others: Components) -> None:
             model, label="Checkpoint", info="demo, a folder, a hub name, or a .safetensors file (SDXL)."
         )
         others["config"] = gr.Textbox(
-            config, label="Configuration", info="Of a .safetensors file alone: a folder or hub name, or nothing."
+            config, label="Configuration", info="Folder or hub name that describes a .safetensors file; optional."
         )
     others["load"] = gr.Button("Load", size="sm")
     others["model_message"] = gr.HTML(
-        status_message(f"{model} is loaded."), elem_classes="message", elem_id="model-message", padding=False
+        status_message(f"{model} is loaded."), elem_classes="words", elem_id="model-message", padding=False
     )
 
 
-def _number(value: str, label: str, info: str, visible: bool = True) -> Any:
-    """A text, so that whatever was typed can be quoted."""
-    return gr.Textbox(value, label=label, info=info, visible=visible, min_width=120)
+def _number(value: str, field: str, info: str, visible: bool = True) -> Any:
+    """Return a text field, so that errors can quote any input."""
+    return gr.Textbox(value, label=LABELS[field], info=info, visible=visible, min_width=120)
 
 
 def build_results() -> Components:
-    """The right column."""
+    """Build the right column."""
     results: Components = {}
-    with gr.Row():
-        for name, words in (("plain", "without guidance"), ("guided", "with guidance")):
-            with gr.Column(min_width=150):
-                results[name] = _image(words.capitalize(), name)
-                results[f"{name}_file"] = gr.DownloadButton(f"Download {words}", size="sm", interactive=False)
+    with gr.Tabs(elem_id="views"):
+        for title, name, value in (
+            ("Side by side", "pair", empty_pair()),
+            ("Slider", "divided", ""),
+            ("Difference", "difference", ""),
+        ):
+            with gr.Tab(title):
+                results[name] = _html(name, value)
+    results["history"] = gr.Dataset(
+        components=[gr.HTML(visible=False)],
+        samples=[],
+        type="index",
+        samples_per_page=100,
+        visible=False,
+        label="History: click a run to restore its settings",
+        elem_id="history",
+    )
     with gr.Tabs():
         with gr.Tab("Report"):
-            results["timing"] = gr.HTML("", elem_id="timing", padding=False)
-            results["report"] = gr.HTML("", elem_id="report", padding=False)
+            results["timing"] = _html("timing")
+            results["report"] = _html("report")
         with gr.Tab("Energy"):
             gr.Markdown(_ENERGY)
-            results["maps"] = _image("Energy of attention", "maps", height=None, show_label=False)
+            results["maps"] = _html("maps")
         with gr.Tab("Python"):
             results["snippet"] = gr.Code(
                 "",
                 language="python",
-                label="Draws the guided picture again",
+                label="Python code for the image after guidance",
                 interactive=False,
                 wrap_lines=True,
                 elem_id="snippet",
@@ -187,27 +223,26 @@ def build_results() -> Components:
     return results
 
 
-def _image(label: str, name: str, height: int | None = 370, show_label: bool = True) -> Any:
-    return gr.Image(
-        label=label,
-        format="png",
-        type="filepath",
-        interactive=False,
-        height=height,
-        show_label=show_label,
-        buttons=["fullscreen"],
-        elem_id=name,
-        alt_text=label,
-    )
+def _html(name: str, value: str = "") -> Any:
+    return gr.HTML(value, elem_id=name, elem_classes="words", padding=False)
 
 
 def follow_slider() -> str:
-    """JavaScript: the sigma of a position of the slider, as a text."""
+    """Return JavaScript that returns the sigma at a position of the slider, as text."""
     return f"(position) => {_SIGMAS}[position]"
 
 
+def announce_sigma() -> str:
+    """Return JavaScript that makes screen readers announce sigma, not the position of the slider."""
+    return (
+        f"(position) => {{ const sigma = {_SIGMAS}[position];"
+        "document.querySelector('#sigma-slider input[type=range]')?.setAttribute('aria-valuetext', "
+        "sigma == 'inf' ? 'sigma infinite' : 'sigma ' + sigma); }"
+    )
+
+
 def follow_sigma(text: Any) -> Any:
-    """The slider at the place of a sigma that was typed; where it was for anything else."""
+    """Return the position of a sigma that was typed; leave the slider unchanged for anything else."""
     try:
         sigma = number("sigma", text)
     except ValueError:
@@ -216,6 +251,7 @@ def follow_sigma(text: Any) -> Any:
 
 
 def show_chosen(guidances: Sequence[str]) -> list[Any]:
-    """Updates of SEG's fields, the scales of PAG and SAG, and the layers: those of other guidances are hidden."""
-    seg, pag, sag = (name.upper() in guidances for name in GUIDANCES)
-    return [gr.update(visible=visible) for visible in (seg, pag, sag, seg or pag)]
+    """Return updates that hide the fields of guidance methods that are not selected: SEG, PAG and SAG, and layers."""
+    seg, pag, sag = (name in guidances for name in ("SEG", "PAG", "SAG"))
+    # "hidden" keeps a component on the page, and with it the text that the slider announces.
+    return [gr.update(visible=visible or "hidden") for visible in (seg, pag, sag, seg or pag)]

@@ -1,68 +1,167 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML of the page: messages, tables and its style."""
+"""HTML of the page: messages, tables, views of the images and entries of the history."""
 
 from __future__ import annotations
 
+import base64
+import io
+import textwrap
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
-STYLE = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto; padding: 10px 16px !important; }
-.gradio-container main { padding: 0 !important; }
-#heading h1 { font-size: 1.3rem; margin: 0; }
-#heading p { margin: 0; color: var(--body-text-color-subdued); }
-.message p { margin: 0; padding: 9px 12px; border-radius: 6px; overflow-wrap: anywhere; line-height: 1.35;
-  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
-.message p.refused { border-color: #c2410c; border-left-width: 5px; }
-.message progress { appearance: none; display: block; width: 100%; height: 8px; margin-top: 6px; border: 0;
-  border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
-.message progress::-webkit-progress-bar { background: var(--border-color-primary); }
-.message progress::-webkit-progress-value { background: var(--color-accent); }
-.message progress::-moz-progress-bar { background: var(--color-accent); }
-.message, #timing, #report { padding: 0 !important; }
-.message .html-container, #timing .html-container, #report .html-container { padding: 0 !important; }
-.enlarged img { image-rendering: pixelated; object-fit: contain; width: 100% !important; height: 100% !important; }
-#sigma-slider .tab-like-container, #sigma-slider .min_value, #sigma-slider .max_value { display: none; }
-table.words, table.words tr { border: 0 !important; }
-table.words { border-collapse: collapse; width: 100%; font-size: 0.92rem; margin: 4px 0 10px; }
-table.words caption { text-align: left; font-weight: 600; padding: 6px 0; }
-table.words th, table.words td { text-align: left; padding: 4px 10px 4px 0 !important; overflow-wrap: anywhere;
-  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; }
-table.words th { color: var(--body-text-color-subdued); font-weight: 600; overflow-wrap: normal; }
-#right, #left, #ask, #settings { min-width: 0 !important; }
-@media (max-width: 760px) {
-  #main { flex-direction: column; }
-  #left { display: contents; }
-  #ask { order: 1; } #right { order: 2; } #settings { order: 3; }
-  #ask, #right, #settings { width: 100%; flex: none !important; }
-  #plain, #guided { height: 48vw !important; }
-}
-"""
+from PIL import Image
+
+from segkern.playground.differences import BRIGHTER
+
+if TYPE_CHECKING:
+    from segkern.playground.runs import Progress, Run, RunResult
+
+_SMALL = 256  # smaller images are enlarged without smoothing
+_THUMBNAIL = 168
 
 
 def status_message(text: str) -> str:
-    """Say something that went well."""
+    """Return a message."""
     return f'<p role="status">{escape(text)}</p>'
 
 
-def progress_message(done: int, steps: int, run: str) -> str:
-    """Say how many of the steps are done, with a bar."""
-    bar = f'<progress max="{steps}" value="{done}" aria-label="steps done"></progress>'
-    return f'<p role="status">Drawing, {escape(run)}: step {done} of {steps}{bar}</p>'
+def done_message(text: str) -> str:
+    """Return the message of a finished run; a narrow page scrolls to the images."""
+    return f'<p role="status" class="done">{escape(text)}</p>'
+
+
+def progress_message(progress: Progress) -> str:
+    """Return a message with the number of completed steps and a bar for all runs.
+
+    A screen reader announces the first step of each run only.
+    """
+    at = (progress.run - 1) * progress.steps + progress.step
+    total = progress.runs * progress.steps
+    role = 'role="status"' if progress.step == 1 else ""
+    return (
+        f"<p><span {role}>Run {progress.run} of {progress.runs}, {escape(progress.name)}:</span> "
+        f"step {progress.step} of {progress.steps}"
+        f'<progress max="{total}" value="{at}" aria-label="Progress of all runs"></progress></p>'
+    )
 
 
 def error_message(text: str) -> str:
-    """Say, in one line, what does not fit.
+    """Return an error in one line.
 
     Example:
-        >>> error_message("sigma must be a number, got '<b>'")
-        '<p role="alert" class="refused">sigma must be a number, got &#x27;&lt;b&gt;&#x27;</p>'
+        >>> error_message("SEG sigma must be a number, got '<b>'")
+        '<p role="alert" class="refused">SEG sigma must be a number, got &#x27;&lt;b&gt;&#x27;</p>'
     """
     return f'<p role="alert" class="refused">{escape(" ".join(text.split()))}</p>'
 
 
 def html_table(caption: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Words in rows."""
+    """Return a table of text."""
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = "".join(f"<tr>{''.join(f'<td>{escape(word)}</td>' for word in row)}</tr>" for row in rows)
     return f'<table class="words"><caption>{escape(caption)}</caption><tr>{head}</tr>{body}</table>'
+
+
+def empty_pair() -> str:
+    """Return the side-by-side view before the first run."""
+    frame = '<span class="frame empty" style="aspect-ratio: 1"></span>'
+    figures = "".join(f"<figure><figcaption>{name}</figcaption>{frame}</figure>" for name in ("Before", "After"))
+    return f'<div class="pair">{figures}</div>'
+
+
+def side_by_side(result: RunResult) -> str:
+    """Return both images with their captions; each image is a link to its file."""
+    return f'<div class="pair">{_figure("before", result)}{_figure("after", result)}</div>{_downloads(result)}'
+
+
+def divided(result: RunResult) -> str:
+    """Return both images in one frame, with a divider that a native range input moves."""
+    before, after = (escape(caption) for caption in result.captions)
+    return (
+        f'<figure class="{_scaling(result)}"><figcaption class="ends"><span>Before: {before}</span>'
+        f'<span>After: {after}</span></figcaption><span class="frame divided" style="--at: 50%; {_fit(result)}">'
+        f"{_image('before', result)}{_image('after', result)}"
+        '<input type="range" min="0" max="100" value="50" aria-label="Divider: how much of the image before guidance"'
+        " aria-valuetext=\"50 percent\" oninput=\"this.parentNode.style.setProperty('--at', this.value + '%');"
+        " this.setAttribute('aria-valuetext', this.value + ' percent')\">"
+        '<span class="handle" aria-hidden="true">↔</span></span></figure>'
+    )
+
+
+def difference_view(result: RunResult) -> str:
+    """Return the difference of the images."""
+    mean = f"{result.mean_difference:.1f}"
+    return (
+        f'<figure class="{_scaling(result)}"><figcaption>Absolute difference, {BRIGHTER} times as bright: black pixels '
+        f"did not change. Mean: {mean} of 255 levels.</figcaption>"
+        f'<span class="frame" style="{_fit(result)}">'
+        f'<img src="{file_address(result.difference)}" alt="Difference of the two images, {mean} of 255 levels on '
+        f'average"></span></figure>'
+    )
+
+
+def energy_maps(path: Path | None) -> str:
+    """Return the energy maps as a link to their file."""
+    if path is None:
+        return '<p>Select "Map the attention energy" under "Also measure" to see maps here.</p>'
+    address = file_address(path)
+    image = f'<img src="{address}" alt="Maps of the attention energy">'
+    return f'<figure><a href="{address}" target="_blank" title="Open in a new tab">{image}</a></figure>'
+
+
+def history_entry(run: Run, result: RunResult) -> str:
+    """Return the thumbnail and the main settings of a run."""
+    with Image.open(result.after) as image:
+        small = image.convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    small.save(file, "PNG")
+    address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    request = run.settings.request
+    details = [f"{type(spec).__name__} scale {spec.scale:g}" for spec in run.settings.specs]
+    details += [f"seed {request.seed}", f"{request.steps} steps"]
+    prompt = textwrap.shorten(request.prompt, 60, placeholder="...") or "no prompt"
+    return (
+        f'<img src="{address}" alt=""><b>{escape(result.captions[1])}</b> '
+        f"<small>{', '.join(details)}</small> <small>{escape(prompt)}</small>"
+    )
+
+
+def file_address(path: Path) -> str:
+    """Return the address of a file in the folder that the page serves."""
+    return f"gradio_api/file={quote(path.as_posix())}"
+
+
+def _figure(name: str, result: RunResult) -> str:
+    caption = result.captions[name == "after"]
+    return (
+        f'<figure id="{name}" class="{_scaling(result)}"><figcaption>{name.capitalize()}: {escape(caption)}'
+        f'</figcaption><a class="frame" href="{file_address(getattr(result, name))}" target="_blank" '
+        f'title="Open in a new tab" style="{_fit(result)}">{_image(name, result)}</a></figure>'
+    )
+
+
+def _image(name: str, result: RunResult) -> str:
+    caption = escape(f"{name.capitalize()} guidance: {result.captions[name == 'after']}", quote=True)
+    return f'<img class="{name}" src="{file_address(getattr(result, name))}" alt="{caption}">'
+
+
+def _downloads(result: RunResult) -> str:
+    links = (
+        f'<a href="{file_address(path)}" download="{escape(path.name)}">Download {name}</a>'
+        for name, path in (("before", result.before), ("after", result.after))
+    )
+    return f'<p class="downloads">{"".join(links)}</p>'
+
+
+def _scaling(result: RunResult) -> str:
+    return "small" if max(result.size) < _SMALL else "large"
+
+
+def _fit(result: RunResult) -> str:
+    """Return the style of a frame that is as wide as the page allows and not higher than the window."""
+    width, height = result.size
+    return f"aspect-ratio: {width} / {height}; width: min(100%, {70 * width / height:.1f}vh)"

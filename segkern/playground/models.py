@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the playground: each is loaded once, the latest are kept."""
+"""Models of the playground: each model is loaded once, and the most recent models stay loaded."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import torch
 
 from segkern.generation import loading
+from segkern.generation.calls import call_parameters
 from segkern.generation.loading import Source
 
-MOST_LOADED = 2  # so that going back to the model before loads nothing
+MOST_LOADED = 2  # returning to the previous model then loads nothing
 
 
 class Models:
     """Pipelines on one device, shared by all pages.
 
     Attributes:
-        device: that draws.
-        dtype: of the weights.
-        lock: held by whoever loads or draws: one pipeline runs at a time.
+        device: Device that the pipelines run on.
+        dtype: Data type of the weights.
+        lock: Lock to hold while loading or generating: one pipeline runs at a time.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -28,24 +29,24 @@ class Models:
         self.dtype = dtype
         self.lock = threading.RLock()
         self._descriptions: dict[Source, Any] = {}
-        self._pipes: dict[Source, Any] = {}  # the one used last comes last
+        self._pipes: dict[Source, Any] = {}  # the most recently used is last
 
     def describe(self, source: Source) -> Any:
-        """The pipeline of a model without its weights.
+        """Return the pipeline of a model without its weights.
 
         Raises:
-            ValueError: for a model that this page cannot draw with.
-            OSError: when files are missing or cannot be fetched.
+            ValueError: If the playground cannot generate images with the model.
+            OSError: If files are missing or cannot be downloaded.
         """
         if source not in self._descriptions:
-            self._descriptions[source] = loading.describe_unet_pipeline(source)
+            self._descriptions[source] = _describe(source)
         return self._descriptions[source]
 
     def load(self, source: Source) -> Any:
-        """The pipeline of a model, from its files only if it is not there.
+        """Return the pipeline of a model, loading its files if necessary.
 
         Raises:
-            ValueError: for a model that cannot be loaded; the message names it.
+            ValueError: If the model cannot be loaded; the message names it.
         """
         with self.lock:
             pipe = self._pipes.pop(source, None)
@@ -54,8 +55,28 @@ class Models:
                     del self._pipes[next(iter(self._pipes))]
                 try:
                     pipe = loading.load_pipeline(source, self.dtype, self.device)
-                except Exception as error:  # whatever diffusers meets in a damaged file
-                    self._descriptions.pop(source, None)  # the file may be mended
+                except Exception as error:  # a damaged file can raise anything in diffusers
+                    self._descriptions.pop(source, None)  # the file may be repaired
                     raise ValueError(f"{source.name!r} cannot be loaded: {error}") from error
             self._pipes[source] = pipe
             return pipe
+
+
+def _describe(source: Source) -> Any:
+    from segkern.integrations.diffusers import list_layers
+
+    pipe = loading.describe_pipeline(source)
+    try:
+        list_layers(pipe)
+    except ValueError as error:
+        raise ValueError(f"{source.name!r} cannot be guided: {error}") from None
+    parameters = call_parameters(pipe)
+    if "num_frames" in parameters:
+        raise ValueError(f"{source.name!r} generates videos; the playground generates images. Use guide() in Python")
+    missing = [name for name in ("prompt", "guidance_scale", "generator") if name not in parameters]
+    if missing:
+        raise ValueError(
+            f"{source.name!r} is a {type(pipe).__name__}, whose call has no {missing[0]!r}; "
+            f"the playground needs a text-to-image pipeline"
+        )
+    return pipe

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One press of Draw: pictures without and with guidance, their times, their report and their program."""
+"""One click of Generate: images before and after guidance, their difference, times, report and Python code."""
 
 from __future__ import annotations
 
@@ -14,53 +14,77 @@ from typing import Any
 from PIL import Image
 
 from segkern.analysis import plots, report
-from segkern.generation.drawing import ImageResult, denoiser_calls, draw, image_metadata, report_rows
+from segkern.generation.calls import call_arguments
+from segkern.generation.drawing import ImageResult, denoiser_calls, draw, image_metadata, label, report_rows
 from segkern.generation.loading import Source
-from segkern.generation.pictures import save
+from segkern.generation.pictures import difference, save
+from segkern.playground.differences import brighter_difference
 from segkern.playground.form import Settings
 from segkern.playground.models import Models
 from segkern.playground.snippet import snippet
 
-_BOUNDARY = "reflect"  # of the recorded energies; they are shown without a blur
+_BOUNDARY = "reflect"  # of the recorded energies, which are shown without a blur
 
-OnStep = Callable[[int, int, str], None]  # steps done, of all, and the name of the run under way
+
+@dataclass(frozen=True)
+class Progress:
+    """A step of one of the pipeline runs that a click of Generate starts.
+
+    Attributes:
+        name: Caption of the run.
+        run: Number of the run, from 1.
+        runs: Number of runs.
+        step: Number of completed steps of this run.
+        steps: Number of steps of every run, as set by the user.
+    """
+
+    name: str
+    run: int
+    runs: int
+    step: int
+    steps: int
+
+
+OnStep = Callable[[Progress], None]
 
 
 class Stopped(Exception):
-    """A run ended because somebody pressed Stop."""
+    """A run ended because the user clicked Stop."""
 
 
 class Run:
-    """Settings of one press of Draw, and whether the run shall stop.
+    """The settings of one click of Generate.
 
     Attributes:
-        source: of the model.
-        settings: what to draw.
-        owner: the page that asked.
-        begun: whether its turn has come.
+        source: Model.
+        settings: What to generate.
+        owner: Session of the page.
+        fields: Values of all fields of the page, to be restored later.
+        begun: Whether the run has started.
     """
 
-    def __init__(self, source: Source, settings: Settings, owner: str = "") -> None:
+    def __init__(self, source: Source, settings: Settings, owner: str = "", fields: tuple[Any, ...] = ()) -> None:
         self.source = source
         self.settings = settings
         self.owner = owner
+        self.fields = fields
         self.begun = False
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """End it after the step that is under way, or before it begins."""
+        """Stop the run after the current step, or before it starts."""
         self._stop.set()
 
     @property
     def stopping(self) -> bool:
-        """True once somebody has stopped it."""
+        """Whether the run was stopped."""
         return self._stop.is_set()
 
     def check(self) -> None:
-        """Go on.
+        """Check whether the run may continue.
 
         Raises:
-            Stopped: when it shall stop.
+            Stopped: If the run was stopped.
         """
         if self.stopping:
             raise Stopped
@@ -68,24 +92,30 @@ class Run:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Everything that a page shows of a run.
+    """Everything that the page shows of a run.
 
     Attributes:
-        plain: PNG without guidance, its settings in it.
-        guided: PNG with guidance.
-        small: whether a page enlarges them.
-        timing: a picture's name, its seconds, and these as a multiple of the first picture's.
-        headings: of the report.
-        report: a row for each guidance and layer.
-        problems: of the guidance, in sentences.
-        maps: PNG of the energy of attention; None if that was not asked for.
-        snippet: Python that draws the guided picture again.
-        seconds: of everything.
+        before: PNG file without the guidance methods, with its settings as text.
+        after: PNG file with the guidance methods.
+        difference: PNG file of the absolute difference, brightened.
+        mean_difference: Mean absolute difference, in levels of 0 to 255.
+        size: Width and height of the images.
+        captions: Captions of the images before and after.
+        timing: Caption, seconds, and seconds relative to the first image, for every image.
+        headings: Headings of the report.
+        report: One row per guidance method and layer.
+        problems: Problems that the guidance reported, in sentences.
+        maps: PNG file of the attention energy; None if it was not requested.
+        snippet: Python code that generates the guided image again.
+        seconds: Duration of all runs.
     """
 
-    plain: Path
-    guided: Path
-    small: bool
+    before: Path
+    after: Path
+    difference: Path
+    mean_difference: float
+    size: tuple[int, int]
+    captions: tuple[str, str]
     timing: list[list[str]]
     headings: list[str]
     report: list[list[str]]
@@ -95,18 +125,18 @@ class RunResult:
     seconds: float
 
 
-def carry_out(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunResult:
-    """Draw everything that a run asks for, one picture after the other.
+def generate(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunResult:
+    """Generate everything that a run asks for, one image after the other.
 
     Args:
-        run: which may be stopped from another thread.
-        models: that draw; one run at a time.
-        folder: for the files, which get a folder of their own in it.
-        on_step: is called after every step.
+        run: Settings; another thread may stop the run.
+        models: Models; they run one at a time.
+        folder: Folder in which the files get a new folder.
+        on_step: Function that is called after every step.
 
     Raises:
-        ValueError: when the pipeline cannot be guided so.
-        Stopped: when the run was stopped; the pipeline is as it was before.
+        ValueError: If the pipeline does not support the guidance.
+        Stopped: If the run was stopped; the pipeline is left as it was before.
     """
     from segkern.integrations.diffusers import guide, record_energy
 
@@ -116,48 +146,54 @@ def carry_out(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunRes
         begun = time.perf_counter()
         settings, pipe = run.settings, models.load(run.source)
         request, specs = settings.request, settings.specs
-        calls = denoiser_calls(pipe, request.steps)
-        guide(pipe, *specs).remove()  # refuses pipelines that cannot be guided
+        guide(pipe, *specs).remove()  # raises for pipelines that cannot be guided
+        scale = request.guidance_scale
+        captions = label((), scale), label(specs, scale)
         steps = _Steps(run, on_step, runs=2 + settings.unshared + bool(settings.layers))
-        plain = draw(pipe, request, (), steps.count("without guidance"))
-        guided = draw(pipe, request, specs, steps.count("with guidance"))
-        results = {"without guidance": plain, "with guidance": guided}
+        before = draw(pipe, request, (), steps.count(captions[0]))
+        after = draw(pipe, request, specs, steps.count(captions[1]))
+        results = [(captions[0], before), (captions[1], after)]
         if settings.unshared:
-            results["with guidance, nothing shared"] = draw(
-                pipe, request, specs, steps.count("nothing shared"), share=False
-            )
+            name = f"{captions[1]}, branch in full"
+            results.append((name, draw(pipe, request, specs, steps.count(name), share=False)))
         recorder = None
-        if settings.layers:  # in a run of its own, so that the others take the time they always take
+        if settings.layers:  # a separate run, so that the timed runs take their usual time
+            calls = denoiser_calls(pipe, request.steps)
             with record_energy(pipe, settings.layers, (), {0, calls // 2, calls - 1}, boundary=_BOUNDARY) as recorder:
-                draw(pipe, request, (), steps.count("energy of attention"))
+                draw(pipe, request, (), steps.count("attention energy"))
 
     source = run.source
     files = Path(tempfile.mkdtemp(dir=folder))
-    plain_file, guided_file = (files / f"segkern-{name}-seed-{request.seed}.png" for name in ("plain", "guided"))
-    plain_metadata = image_metadata(source, request, (), models.dtype)
-    save(plain.image, plain_file, plain_metadata)
-    save(guided.image, guided_file, image_metadata(source, request, specs, models.dtype))
+    names = ("before", "after", "difference")
+    before_file, after_file, difference_file = (files / f"segkern-{name}-seed-{request.seed}.png" for name in names)
+    metadata = image_metadata(source, request, (), models.dtype)
+    save(before.image, before_file, metadata)
+    save(after.image, after_file, image_metadata(source, request, specs, models.dtype))
+    save(brighter_difference(before.image, after.image), difference_file, {})
     maps = None
     if recorder is not None:
-        summary = report.summary(recorder, plain_metadata, _BOUNDARY)
-        maps = _one_below_another(plots.plot_maps(summary, files, plain.image))
-    headings, rows = report_rows([specs], [guided], request.guidance_scale)
+        summary = report.summary(recorder, metadata, _BOUNDARY)
+        maps = _stack(plots.plot_maps(summary, files, before.image))
+    headings, rows = report_rows([specs], [after], scale)
     return RunResult(
-        plain=plain_file,
-        guided=guided_file,
-        small=max(plain.image.size) < 256,
+        before=before_file,
+        after=after_file,
+        difference=difference_file,
+        mean_difference=difference(before.image, after.image),
+        size=before.image.size,
+        captions=captions,
         timing=_timing(results),
         headings=headings[1:],
-        report=[row[1:] for row in rows],  # the first names the run, and there is one
-        problems=() if guided.report is None else guided.report.problems,
+        report=[row[1:] for row in rows],  # the first column names the run, and there is only one
+        problems=() if after.report is None else after.report.problems,
         maps=maps,
-        snippet=snippet(source, request, specs, models.dtype, models.device),
+        snippet=snippet(source, request, call_arguments(pipe, request), specs, models.dtype, models.device),
         seconds=time.perf_counter() - begun,
     )
 
 
 class _Steps:
-    """Counts the steps of several runs in a row."""
+    """Counter of the steps of several runs."""
 
     def __init__(self, run: Run, on_step: OnStep, runs: int) -> None:
         self._run = run
@@ -166,27 +202,27 @@ class _Steps:
         self._begun = 0
 
     def count(self, name: str) -> Callable[..., Any]:
-        """The next run's ``callback_on_step_end``."""
-        before, self._begun = self._begun, self._begun + 1
+        """Return the ``callback_on_step_end`` of the next run."""
+        self._begun += 1
+        number, steps = self._begun, self._run.settings.request.steps
 
         def callback(pipe: Any, index: int, timestep: Any, tensors: Any) -> Any:
             self._run.check()
-            steps = pipe.num_timesteps
-            self._on_step(before * steps + index + 1, self._runs * steps, name)
+            calls = len(pipe.scheduler.timesteps)  # some schedulers call the denoiser twice per step
+            step = min(steps, -(-(index + 1) * steps // calls))
+            self._on_step(Progress(name, number, self._runs, step, steps))
             return tensors
 
         return callback
 
 
-def _timing(results: dict[str, ImageResult]) -> list[list[str]]:
-    first, *_ = results.values()
-    return [
-        [name, f"{result.seconds:.2f}", f"{result.seconds / first.seconds:.2f}"] for name, result in results.items()
-    ]
+def _timing(results: list[tuple[str, ImageResult]]) -> list[list[str]]:
+    first = results[0][1].seconds
+    return [[name, f"{result.seconds:.2f}", f"{result.seconds / first:.2f}"] for name, result in results]
 
 
-def _one_below_another(sheets: list[Path]) -> Path:
-    """Several pictures as one, in the place of the first."""
+def _stack(sheets: list[Path]) -> Path:
+    """Stack several images vertically into the file of the first one."""
     images = [Image.open(path).convert("RGB") for path in sheets]
     whole = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
     top = 0

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python that draws a picture of the page again."""
+"""Python code that generates an image of the page again."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +24,7 @@ pipe = load_pipeline(find_model({model}), {dtype}, torch.device({device!r}))
 with guide(pipe, {specs}) as guidance:
     image = pipe(
         {request.prompt!r},
-        negative_prompt={negative_prompt!r},
-        width={request.width},
-        height={request.height},
-        num_inference_steps={request.steps},
-        guidance_scale={request.guidance_scale!r},
+{arguments}
         generator=torch.Generator("cpu").manual_seed({request.seed}),
     ).images[0]
 print(guidance.report())
@@ -34,21 +32,30 @@ image.save("guided.png")
 """
 
 
-def snippet(source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype, device: torch.device) -> str:
-    """A program that leaves the picture in ``image``, the same one bit for bit where it was drawn.
+def snippet(
+    source: Source,
+    request: ImageRequest,
+    arguments: Mapping[str, Any],
+    specs: Specs,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Return a program that stores the image in ``image``, identical bit for bit on the same machine.
 
     Args:
-        source: of the model.
-        request: what was drawn.
-        specs: with which guidance, at least one.
-        dtype: of the weights.
-        device: that drew.
+        source: Model.
+        request: Image that was generated.
+        arguments: Arguments of the pipeline's call, from :func:`segkern.generation.calls.call_arguments`.
+        specs: Guidance methods, at least one.
+        dtype: Data type of the weights.
+        device: Device that generated the image.
 
     Example:
         >>> from segkern.integrations.diffusers import SEG
         >>> from segkern.generation.loading import find_model
         >>> request = ImageRequest("a red ring", "", 64, 64, 1, 20, 3.0)
-        >>> text = snippet(find_model("demo"), request, (SEG(),), torch.float32, torch.device("cpu"))
+        >>> arguments = {"width": 64, "height": 64}
+        >>> text = snippet(find_model("demo"), request, arguments, (SEG(),), torch.float32, torch.device("cpu"))
         >>> [line for line in text.splitlines() if "guide(" in line]
         ['with guide(pipe, SEG(scale=3.0, sigma=inf)) as guidance:']
     """
@@ -59,12 +66,12 @@ def snippet(source: Source, request: ImageRequest, specs: Specs, dtype: torch.dt
         device=str(device),
         specs=", ".join(map(repr, specs)),
         request=request,
-        negative_prompt=request.negative_prompt or None,
+        arguments="\n".join(f"        {name}={value!r}," for name, value in arguments.items()),
     )
 
 
 def _model(source: Source) -> list[str]:
-    """The arguments of ``find_model``, from any folder."""
+    """Return the arguments of ``find_model``, valid in any working directory."""
     if source.weights == str(DEMO):
         return ["demo"]
     if source.kind == "hub":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Chromium, and the playground served to it by the real command."""
+"""A real Chromium, and a playground served by the real command."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SIZE = {"width": 1280, "height": 800}
+PHONE = {"width": 390, "height": 844}
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _ARGUMENTS = (
     "--headless",
@@ -25,24 +26,24 @@ _ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
-PATIENCE = 120.0  # seconds, for a machine that is busy
+PATIENCE = 120.0  # seconds, for a busy machine
 
 
 def find_chromium() -> str:
-    """The path of an installed Chromium.
+    """Return the path of an installed Chromium.
 
     Raises:
-        RuntimeError: when there is none.
+        RuntimeError: If Chromium is not installed.
     """
     for name in _NAMES:
         if (path := shutil.which(name)) is not None:
             return path
-    raise RuntimeError(f"this needs a Chromium, and none of {', '.join(_NAMES)} is installed")
+    raise RuntimeError(f"browser tests need Chromium, but none of {', '.join(_NAMES)} is installed")
 
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser without a window, driven by playwright."""
+    """Start a headless browser, driven by playwright."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -53,9 +54,9 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def serving(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """``segkern ui`` on a free port: its address, and its process, which is asked to end at the end.
+    """Run ``segkern ui`` on a free port; yield its address and its process, which is interrupted at the end.
 
-    Whatever it asks of other machines goes to a proxy that is not there.
+    Requests to other machines go to a proxy that does not exist.
     """
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     command = [sys.executable, "-m", "segkern.cli", "ui", *arguments, "--no-open", "--port", "0", "--device", "cpu"]
@@ -71,7 +72,7 @@ def serving(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
                 yield address[0], process
                 break
         else:
-            raise RuntimeError(f"segkern ui ended: {said}")
+            raise RuntimeError(f"segkern ui failed: {said}")
     finally:
         process.send_signal(signal.SIGINT)
         try:

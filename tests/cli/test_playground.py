@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The playground without a browser: its form, its models and its runs."""
+"""The playground without a browser: form, models and runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ from segkern.generation.pictures import difference
 from segkern.generation.sizes import image_size
 from segkern.integrations.diffusers import PAG, SAG, SEG
 from segkern.playground import choices
+from segkern.playground.differences import BRIGHTER
 from segkern.playground.form import Settings, read
 from segkern.playground.models import MOST_LOADED, Models
-from segkern.playground.runs import Run, RunResult, Stopped, carry_out
+from segkern.playground.presets import PRESETS
+from segkern.playground.runs import Progress, Run, RunResult, Stopped, generate
 from segkern.playground.snippet import snippet
 from tests.cli.cli_tools import done, picture
+from tests.cli.small_transformer import save_small_sd3
+from tests.diffusers.transformer_cases import MODELS
 
 CPU = torch.device("cpu")
 DEMO = loading.find_model("demo")
@@ -66,11 +70,11 @@ def ignore(*step: Any) -> None:
 
 @dataclass(frozen=True)
 class Everything:
-    """A run that asked for all there is."""
+    """A run with every option."""
 
     settings: Settings
     result: RunResult
-    steps: list[tuple[int, int, str]]
+    steps: list[Progress]
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +86,9 @@ def everything(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Ever
         "negative_prompt": 'grün "x"',
     }
     asked = settings(models, **fields, stop=0.5, energy=True, unshared=True)
-    steps: list[tuple[int, int, str]] = []
+    steps: list[Progress] = []
     folder = tmp_path_factory.mktemp("runs")
-    return Everything(asked, carry_out(Run(DEMO, asked), models, folder, lambda *step: steps.append(step)), steps)
+    return Everything(asked, generate(Run(DEMO, asked), models, folder, steps.append), steps)
 
 
 def test_slider_is_logarithmic_and_ends_at_infinity() -> None:
@@ -121,7 +125,7 @@ def test_sizes_of_other_models_have_about_the_same_shapes(sample_size: Any, fact
         assert 0.35 < width / height < 2.8
 
 
-def test_form_becomes_a_job_and_guidance(models: Models) -> None:
+def test_form_becomes_a_request_and_guidance(models: Models) -> None:
     fields = {"guidances": ["SAG", "SEG", "PAG"], "sigma": " 4 ", "seg_scale": "2.5", "pag_scale": 1, "sag_scale": "-1"}
     checked = settings(models, **fields, layers=["mid, u0-1", "d0"], start=0.25, stop=0.5, energy=True, seed=7.0)
     assert checked.request == ImageRequest("a large red ring", "", 64, 48, 7, 2, 3.0)
@@ -144,74 +148,88 @@ def test_only_fields_of_chosen_kinds_are_read(models: Models) -> None:
 @pytest.mark.parametrize(
     "fields, expected",
     [
-        ({"sigma": "-1"}, ["sigma", "-1"]),
-        ({"sigma": "wide"}, ["sigma must be a number", "'wide'"]),
-        ({"sigma": "nan"}, ["sigma", "nan"]),
-        ({"sigma": None}, ["sigma must be a number", "''"]),
-        ({"sigma": "nan"}, ["sigma must be a number", "'nan'"]),
-        ({"size": "512 x 768"}, ["512 x 768", "16 times the model's own 64 x 64"]),
-        ({"layers": ["x9"]}, ["unknown layer 'x9'", "'mid' (m0)", "'up' (u0 to u1)"]),
-        ({"layers": []}, ["at least one layer"]),
-        ({"size": "100 x 64"}, ["width must be a positive multiple of 8", "96", "100"]),
-        ({"size": "64 x 0"}, ["height must be a positive multiple of 8", "got 0"]),
-        ({"size": "large"}, ["size", "'large'", "832 x 1216"]),
-        ({"start": 0.6, "stop": 0.5}, ["start=0.6", "stop=0.5"]),
-        ({"guidances": []}, ["at least one guidance of SEG, PAG and SAG", "none"]),
-        ({"guidances": ["SEG", "XYZ"]}, ["at least one guidance", "seg, xyz"]),
-        ({"steps": 0}, ["steps must be a whole number from 1 to 1000", "'0'"]),
-        ({"steps": 2.5}, ["steps", "'2.5'"]),
-        ({"steps": 1e9}, ["steps must be a whole number from 1 to 1000", "'1000000000.0'"]),
-        ({"steps": None}, ["steps", "''"]),
-        ({"seed": -1}, ["seed", "'-1'"]),
-        ({"seed": 2**32}, ["seed", "4294967295", "'4294967296'"]),
-        ({"seg_scale": "strong"}, ["scale of SEG must be a number", "'strong'"]),
-        ({"seg_scale": "inf"}, ["SEG.scale must be a finite number", "inf"]),
-        ({"guidances": ["PAG"], "pag_scale": ""}, ["scale of PAG must be a number", "''"]),
-        ({"guidances": ["SAG"], "sag_scale": "x"}, ["scale of SAG must be a number", "'x'"]),
-        ({"guidance_scale": "nan"}, ["CFG", "'nan'"]),
-        ({"guidance_scale": "much"}, ["CFG", "'much'"]),
+        ({"sigma": "-1"}, ["SEG sigma must be 0 or greater, or inf", "'-1'"]),
+        ({"sigma": "wide"}, ["SEG sigma must be a number", "'wide'"]),
+        ({"sigma": None}, ["SEG sigma must be a number", "''"]),
+        ({"sigma": "nan"}, ["SEG sigma must be a number", "'nan'"]),
+        ({"size": "512 x 768"}, ["Size 512 x 768", "16 times the model's default 64 x 64"]),
+        ({"layers": ["x9"]}, ["unknown layer 'x9'", "'mid' (m0)", "'up' (u0 to u1)", "select layers from the list"]),
+        ({"layers": []}, ["Layers: select at least one layer"]),
+        ({"size": "100 x 64"}, ["Size: width must be a positive multiple of 8", "96", "100"]),
+        ({"size": "64 x 0"}, ["Size: height must be a positive multiple of 8", "got 0"]),
+        ({"size": "large"}, ["Size must be width x height", "'large'", "832 x 1216"]),
+        ({"start": 0.6, "stop": 0.5}, ["Start must be less than Stop", "0.6 and 0.5"]),
+        ({"start": 0.5, "stop": 0.5}, ["Start must be less than Stop", "0.5 and 0.5"]),
+        ({"guidances": []}, ["Guidance: select at least one of SEG, PAG, SAG", "none"]),
+        ({"guidances": ["SEG", "XYZ"]}, ["Guidance: select at least one", "SEG, XYZ"]),
+        ({"steps": 0}, ["Steps must be a whole number from 1 to 1000", "'0'"]),
+        ({"steps": 2.5}, ["Steps", "'2.5'"]),
+        ({"steps": 1e9}, ["Steps must be a whole number from 1 to 1000", "'1000000000'"]),
+        ({"steps": None}, ["Steps", "''"]),
+        ({"seed": -1}, ["Seed", "'-1'"]),
+        ({"seed": 2**32}, ["Seed", "4294967295", "'4294967296'"]),
+        ({"seg_scale": "large"}, ["SEG scale must be a number", "'large'"]),
+        ({"seg_scale": "inf"}, ["SEG scale must be a finite number", "'inf'"]),
+        ({"guidances": ["PAG"], "pag_scale": ""}, ["PAG scale must be a number", "''"]),
+        ({"guidances": ["SAG"], "sag_scale": "x"}, ["SAG scale must be a number", "'x'"]),
+        ({"guidance_scale": "nan"}, ["CFG scale", "'nan'"]),
+        ({"guidance_scale": "inf"}, ["CFG scale must be a finite number", "'inf'"]),
+        ({"guidance_scale": "much"}, ["CFG scale", "'much'"]),
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_quoted(models: Models, fields: dict[str, Any], expected: list[str]) -> None:
+def test_invalid_fields_are_named_by_their_labels(models: Models, fields: dict[str, Any], expected: list[str]) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011  the words are below
         settings(models, **fields)
     for words in expected:
         assert words in str(caught.value)
-    assert "--" not in str(caught.value)
+    for python in ("--", "SEG.", "list_layers", "start=", "guidance_scale"):
+        assert python not in str(caught.value)
 
 
-def test_pictures_hold_their_settings(models: Models, everything: Everything) -> None:
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_presets_are_valid_settings(models: Models, preset: Any) -> None:
+    scales = {"seg_scale": preset.seg_scale, "pag_scale": preset.pag_scale}
+    checked = settings(models, guidances=preset.guidances, sigma=preset.sigma, **scales)
+    assert tuple(type(spec).__name__ for spec in checked.specs) == preset.guidances
+
+
+def test_official_preset_is_the_default_of_the_method() -> None:
+    preset = PRESETS[0]
+    assert (float(preset.seg_scale), float(preset.sigma)) == (SEG().scale, SEG().sigma)
+
+
+def test_images_contain_their_settings(models: Models, everything: Everything) -> None:
     asked, result = everything.settings, everything.result
-    for path, specs in ((result.plain, ()), (result.guided, asked.specs)):
+    for path, specs in ((result.before, ()), (result.after, asked.specs)):
         wanted = image_metadata(DEMO, asked.request, specs, torch.float32)
         assert picture(path).text == {name: str(value) for name, value in wanted.items()}
-    assert picture(result.guided).text["guidance"] == "SEG + PAG + SAG"
-    assert picture(result.plain).text["guidance"] == "none"
+    assert picture(result.after).text["guidance"] == "SEG + PAG + SAG"
+    assert picture(result.before).text["guidance"] == "none"
 
 
-def test_pictures_are_those_of_the_command_line(everything: Everything, tmp_path: Path) -> None:
+def test_images_equal_those_of_the_command_line(everything: Everything, tmp_path: Path) -> None:
     usual = ("--seed", "2", "--steps", "2", "--guidance-scale", "3", "--width", "64", "--height", "48")
     words = ("generate", "demo", "a large red ring", "--negative-prompt", 'grün "x"', "--device", "cpu", *usual)
     done(*words, "--guidance", "none", "--out", tmp_path / "plain.png")
     guided = ("--guidance", "seg,pag,sag", "--sigma", "4", "--layers", "mid,u0-1", "--stop", "0.5")
     done(*words, *guided, "--out", tmp_path / "guided.png")
-    assert difference(picture(everything.result.plain), picture(tmp_path / "plain.png")) == 0
-    assert difference(picture(everything.result.guided), picture(tmp_path / "guided.png")) == 0
-    assert difference(picture(everything.result.guided), picture(everything.result.plain)) > 0
+    assert difference(picture(everything.result.before), picture(tmp_path / "plain.png")) == 0
+    assert difference(picture(everything.result.after), picture(tmp_path / "guided.png")) == 0
+    assert difference(picture(everything.result.after), picture(everything.result.before)) > 0
 
 
-def drawn_by(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def image_of(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(folder)
     exec(program, {})
     return picture(folder / "guided.png")
 
 
-def test_snippet_draws_the_picture_again(
+def test_snippet_generates_the_image_again(
     everything: Everything, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again = drawn_by(everything.result.snippet, tmp_path, monkeypatch)
-    assert again.tobytes() == picture(everything.result.guided).tobytes()
+    again = image_of(everything.result.snippet, tmp_path, monkeypatch)
+    assert again.tobytes() == picture(everything.result.after).tobytes()
     assert re.search(r"u1 +1 ", capsys.readouterr().out)
 
 
@@ -220,50 +238,75 @@ def test_snippet_names_a_folder_or_file_from_anywhere(
 ) -> None:
     monkeypatch.chdir(loading.DEMO.parent)
     asked = settings(models)
-    text = snippet(loading.find_model("demo/"), asked.request, asked.specs, torch.float32, CPU)
+    text = snippet(loading.find_model("demo/"), asked.request, {}, asked.specs, torch.float32, CPU)
     assert "find_model('demo')" in text or f"find_model('{loading.DEMO}')" in text
-    hub = snippet(loading.find_model("owner/name"), asked.request, asked.specs, torch.float16, torch.device("cuda", 1))
+    hub = snippet(
+        loading.find_model("owner/name"), asked.request, {}, asked.specs, torch.float16, torch.device("cuda", 1)
+    )
     assert "load_pipeline(find_model('owner/name'), torch.float16, torch.device('cuda:1'))" in hub
     file = loading.Source("a.safetensors", "file", "a.safetensors", str(loading.DEMO))
-    single = snippet(file, asked.request, asked.specs, torch.float32, CPU)
+    single = snippet(file, asked.request, {}, asked.specs, torch.float32, CPU)
     assert f"find_model('{loading.DEMO.parent}/a.safetensors', '{loading.DEMO}')" in single
 
 
-def test_progress_counts_the_steps_of_all_runs(everything: Everything) -> None:
-    assert [done for done, _, _ in everything.steps] == list(range(1, 9))
-    assert {total for _, total, _ in everything.steps} == {8}
-    runs = [name for _, _, name in everything.steps[::2]]
-    assert runs == ["without guidance", "with guidance", "nothing shared", "energy of attention"]
+def test_progress_counts_the_steps_that_the_user_set(everything: Everything) -> None:
+    names = ["CFG 3", everything.result.captions[1], f"{everything.result.captions[1]}, branch in full"]
+    expected = [Progress(name, run, 4, step, 2) for run, name in enumerate(names, 1) for step in (1, 2)]
+    assert everything.steps[:6] == expected
+    assert [progress.name for progress in everything.steps[6:]] == ["attention energy"] * 2
 
 
-def test_report_times_and_map(everything: Everything) -> None:
+def test_progress_of_a_scheduler_that_calls_the_denoiser_twice(models: Models, tmp_path: Path) -> None:
+    from diffusers import HeunDiscreteScheduler
+
+    pipe, steps = models.load(DEMO), []
+    before = pipe.scheduler
+    pipe.scheduler = HeunDiscreteScheduler.from_config(before.config)
+    try:
+        generate(Run(DEMO, settings(models, steps=3)), models, tmp_path, steps.append)
+    finally:
+        pipe.scheduler = before
+    assert [progress.step for progress in steps] == [1, 2, 2, 3, 3] * 2
+    assert {progress.steps for progress in steps} == {3}
+
+
+def test_captions_report_times_and_map(everything: Everything) -> None:
     result = everything.result
-    assert [row[0] for row in result.timing] == ["without guidance", "with guidance", "with guidance, nothing shared"]
+    assert result.captions == ("CFG 3", "CFG 3 + SEG sigma 4 + PAG 3 + SAG 0.75")
+    assert [row[0] for row in result.timing] == [*result.captions, f"{result.captions[1]}, branch in full"]
     assert all(float(row[1]) > 0 for row in result.timing)
     assert result.headings == ["guidance", "layer", "fired", "moved", "module"]
     assert [row[:3] for row in result.report[:3]] == [["SEG", name, "1 of 2"] for name in ("m0", "u0", "u1")]
     assert [row[0] for row in result.report] == ["SEG"] * 3 + ["PAG"] * 3 + ["SAG"]
     assert result.problems == ()
     assert result.maps is not None
-    assert picture(result.maps).height > picture(result.maps).width / 2  # three layers below another
+    assert picture(result.maps).height > picture(result.maps).width / 2  # three layers in one column
 
 
-def test_what_was_not_asked_for_is_not_run(models: Models, tmp_path: Path) -> None:
+def test_difference_image(everything: Everything) -> None:
+    result = everything.result
+    before, after, brighter = (picture(path) for path in (result.before, result.after, result.difference))
+    assert result.mean_difference == difference(before, after)
+    levels = zip(before.tobytes(), after.tobytes(), brighter.tobytes(), strict=True)
+    assert all(shown == min(255, BRIGHTER * abs(first - second)) for first, second, shown in levels)
+
+
+def test_unselected_measurements_are_not_run(models: Models, tmp_path: Path) -> None:
     steps: list[Any] = []
-    result = carry_out(Run(DEMO, settings(models, seg_scale="0")), models, tmp_path, lambda *step: steps.append(step))
+    result = generate(Run(DEMO, settings(models, seg_scale="0")), models, tmp_path, steps.append)
     assert len(steps) == 4
     assert result.maps is None
     assert len(result.timing) == 2
-    assert "fired in none" in result.problems[0]
-    assert difference(picture(result.guided), picture(result.plain)) == 0
+    assert len(result.problems) == 1
+    assert difference(picture(result.after), picture(result.before)) == 0
 
 
-def test_nothing_shared_means_a_whole_branch(models: Models, tmp_path: Path) -> None:
+def test_without_sharing_the_branch_is_computed_in_full(models: Models, tmp_path: Path) -> None:
     batches: list[int] = []
     conv_in = models.load(DEMO).unet.conv_in
     handle = conv_in.register_forward_pre_hook(lambda module, given: batches.append(len(given[0])))
     try:
-        carry_out(Run(DEMO, settings(models, unshared=True)), models, tmp_path, ignore)
+        generate(Run(DEMO, settings(models, unshared=True)), models, tmp_path, ignore)
     finally:
         handle.remove()
     assert batches == [2, 2, 2, 2, 3, 3]
@@ -283,14 +326,14 @@ def test_a_stopped_run_leaves_the_pipeline_as_it_was(models: Models, everything:
     if at == 0:
         run.stop()
 
-    def tell(done: int, steps: int, what: str) -> None:
-        counted.append(done)
-        if done == at:
+    def count(progress: Progress) -> None:
+        counted.append(progress)
+        if len(counted) == at:
             run.stop()
 
     with pytest.raises(Stopped):
-        carry_out(run, models, Path("/nowhere"), tell)
-    assert counted == list(range(1, at + 1))
+        generate(run, models, Path("/nowhere"), count)
+    assert len(counted) == at
     after = parts(pipe)
     assert all(one is other for one, other in zip(before[0], after[0], strict=True))
     assert before[1] == after[1]
@@ -308,7 +351,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return f"pipeline of {source.name}"
 
     monkeypatch.setattr(loading, "load_pipeline", load)
-    monkeypatch.setattr(loading, "describe_unet_pipeline", lambda source: SimpleNamespace(source=source))
     return loaded
 
 
@@ -318,7 +360,7 @@ def test_models_are_loaded_once_and_the_latest_are_kept(counted: list[str]) -> N
         assert models.load(loading.find_model(name)) == f"pipeline of {name}"
     assert counted == ["a/1", "a/2"]
     assert MOST_LOADED == 2
-    models.load(loading.find_model("a/3"))  # in the place of a/2
+    models.load(loading.find_model("a/3"))  # replaces a/2
     models.load(loading.find_model("a/1"))
     assert counted == ["a/1", "a/2", "a/3"]
     models.load(loading.find_model("a/2"))
@@ -332,3 +374,49 @@ def test_a_damaged_model_is_refused_and_the_old_one_stays(counted: list[str]) ->
         models.load(loading.find_model("a/bad"))
     models.load(loading.find_model("a/1"))
     assert counted == ["a/1", "a/bad"]
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory: pytest.TempPathFactory) -> loading.Source:
+    folder = tmp_path_factory.mktemp("sd3")
+    save_small_sd3(folder)
+    return loading.find_model(str(folder))
+
+
+def test_a_transformer_generates_images(
+    models: Models, transformer: loading.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = models.describe(transformer)
+    assert choices.sizes(pipe)[0] == "64 x 64"
+    assert choices.guidances(pipe) == ["SEG", "PAG"]
+    assert choices.default_layers(pipe) == ["2"]
+    assert ("b3", "b3") in choices.layers(pipe)
+    fields = FIELDS | {"guidances": ["SEG", "PAG"], "layers": ["2"], "negative_prompt": "blue", "energy": True}
+    asked = read(fields, pipe, CPU, torch.float32)
+    assert asked.layers == ()  # no energy maps of transformers
+    steps: list[Progress] = []
+    result = generate(Run(transformer, asked), models, tmp_path, steps.append)
+    assert result.captions == ("CFG 3", "CFG 3 + SEG sigma inf + PAG 3")
+    assert [(progress.run, progress.step) for progress in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert picture(result.after).size == (64, 48)
+    assert result.mean_difference > 0
+    assert [row[1:3] for row in result.report] == [["b2", "2 of 2"]] * 2
+    again = image_of(result.snippet, tmp_path, monkeypatch)
+    assert again.tobytes() == picture(result.after).tobytes()
+
+
+def test_sag_of_a_transformer_is_refused(models: Models, transformer: loading.Source) -> None:
+    with pytest.raises(ValueError, match="select at least one of SEG, PAG, got SAG"):
+        read(FIELDS | {"guidances": ["SAG"]}, models.describe(transformer), CPU, torch.float32)
+
+
+def test_a_model_for_videos_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "describe_pipeline", lambda source: MODELS["wan"].build())
+    with pytest.raises(ValueError, match="'a/video' generates videos"):
+        models.describe(loading.find_model("a/video"))
+
+
+def test_a_model_that_cannot_be_guided_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "describe_pipeline", lambda source: SimpleNamespace())
+    with pytest.raises(ValueError, match="'a/other' cannot be guided"):
+        models.describe(loading.find_model("a/other"))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of the playground at work, without a browser: what its buttons do."""
+"""The page of the playground without a browser: actions of its buttons."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
+import urllib.parse
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +15,12 @@ import pytest
 import torch
 
 from segkern.generation import loading
+from segkern.generation.demo import PROMPTED
 from segkern.generation.pictures import difference
 from segkern.playground.models import Models
+from segkern.playground.presets import PRESETS
 from tests.cli.cli_tools import picture
+from tests.cli.small_transformer import save_small_sd3
 
 DEMO = loading.find_model("demo")
 
@@ -35,7 +40,7 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def fields(playground: Any, **changes: Any) -> list[Any]:
-    """Values in the fields of a new page, with few steps and no map."""
+    """Return the values of a new page, with few steps and no energy map."""
     values = {name: component.value for name, component in playground._fields.items()}
     return list((values | {"steps": 2, "energy": False} | changes).values())
 
@@ -50,13 +55,24 @@ def skipped(update: Any) -> bool:
 
 
 def shown(playground: Any, updates: dict[Any, Any]) -> dict[str, Any]:
-    """Updates by the names of what they change."""
-    names = {component: name for name, component in playground._results.items()}
-    names[playground._controls["message"]] = "message"
+    """Return updates by the names of the components."""
+    named = playground._results | playground._controls | playground._fields
+    names = {component: name for name, component in named.items()}
     return {names[component]: update for component, update in updates.items()}
 
 
-def test_every_field_has_a_label_of_its_own(playground: Any) -> None:
+def last_shown(playground: Any, ticket: str) -> dict[str, Any]:
+    """Return the last updates of a run."""
+    return shown(playground, list(playground._run(ticket))[-1])
+
+
+def files(html: str) -> list[Path]:
+    """Return the files that HTML refers to, without repetitions."""
+    found = re.findall(r'(?:src|href)="gradio_api/file=([^"]*)"', html)
+    return list(dict.fromkeys(Path(urllib.parse.unquote(path)) for path in found))
+
+
+def test_every_field_has_a_unique_label(playground: Any) -> None:
     others = playground._controls
     inputs = [*playground._fields.values(), others["sigma_slider"], others["model"], others["config"]]
     labels = [component.label for component in inputs]
@@ -64,7 +80,7 @@ def test_every_field_has_a_label_of_its_own(playground: Any) -> None:
     assert len(set(labels)) == len(labels)
 
 
-def test_nothing_is_reported_shared_or_open_to_programs(playground: Any) -> None:
+def test_no_usage_reports_sharing_or_public_api(playground: Any) -> None:
     config = playground.blocks.get_config_file()
     assert playground.blocks.analytics_enabled is False
     assert config["analytics_enabled"] is False
@@ -81,10 +97,13 @@ def test_one_pipeline_draws_or_loads_at_a_time(playground: Any) -> None:
 
 @pytest.mark.parametrize(
     "changes, words",
-    [({"sigma": "<b>"}, "sigma must be a number, got &#x27;&lt;b&gt;&#x27;"), ({"model": "a/b"}, "&#x27;a/b&#x27;")],
+    [
+        ({"sigma": "<b>"}, "SEG sigma must be a number, got &#x27;&lt;b&gt;&#x27;"),
+        ({"model": "a/b"}, "&#x27;a/b&#x27;"),
+    ],
     ids=["field", "model that is not loaded"],
 )
-def test_a_refusal_changes_the_message_alone(playground: Any, changes: dict[str, Any], words: str) -> None:
+def test_an_error_changes_only_the_message(playground: Any, changes: dict[str, Any], words: str) -> None:
     ticket, message, *buttons = take(playground, **changes)
     assert words in message
     assert 'role="alert"' in message
@@ -92,13 +111,13 @@ def test_a_refusal_changes_the_message_alone(playground: Any, changes: dict[str,
     assert not playground._runs
 
 
-def test_draw_pressed_again_before_the_run_ends_changes_nothing(playground: Any) -> None:
+def test_a_second_click_during_a_run_changes_nothing(playground: Any) -> None:
     ticket, *_ = take(playground)
     assert all(map(skipped, take(playground, seed=2)))
     assert list(playground._runs) == [ticket]
     request = SimpleNamespace(session_hash="one")
     assert [button["interactive"] for button in playground._buttons(request)] == [False, True]
-    assert "Drawn in" in shown(playground, list(playground._run(ticket))[-1])["message"]
+    assert "Generated in" in last_shown(playground, ticket)["message"]
     (again,) = playground._run(ticket)  # the page may send it twice
     assert all(map(skipped, again.values()))
     assert [button["interactive"] for button in playground._buttons(request)] == [True, False]
@@ -106,41 +125,115 @@ def test_draw_pressed_again_before_the_run_ends_changes_nothing(playground: Any)
     playground._runs.clear()
 
 
-def test_two_pages_get_their_own_pictures(playground: Any) -> None:
+def test_two_pages_get_their_own_images(playground: Any) -> None:
     tickets = [take(playground, name, seed=seed)[0] for name, seed in (("one", 1), ("two", 2))]
     results = {}
     for ticket in reversed(tickets):
         *steps, last = [shown(playground, updates) for updates in playground._run(ticket)]
         assert [set(step) for step in steps] == [{"message"}] * 4
-        assert "step 4 of 4" in steps[-1]["message"]
+        assert "Run 2 of 2" in steps[-1]["message"]
+        assert "step 2 of 2" in steps[-1]["message"]
+        assert 'max="4" value="4"' in steps[-1]["message"]
         results[ticket] = last
-    seeds = [picture(Path(results[ticket]["guided"]["value"])).text["seed"] for ticket in tickets]
-    assert seeds == ["1", "2"]
-    first, second = (picture(Path(results[ticket]["plain"]["value"])) for ticket in tickets)
-    assert difference(first, second) > 1
+    images = [[picture(path) for path in files(results[ticket]["pair"])] for ticket in tickets]
+    assert [after.text["seed"] for _, after in images] == ["1", "2"]
+    assert difference(images[0][0], images[1][0]) > 1
     assert not playground._runs
 
 
-def test_everything_of_a_run_is_shown(playground: Any) -> None:
-    last = shown(playground, list(playground._run(take(playground, energy=True, guidances=["SEG", "PAG"])[0]))[-1])
+def test_only_the_first_step_of_each_run_is_announced(playground: Any) -> None:
+    *steps, _ = [shown(playground, updates)["message"] for updates in playground._run(take(playground)[0])]
+    assert ['role="status"' in step for step in steps] == [True, False, True, False]
+
+
+def test_all_results_are_shown(playground: Any) -> None:
+    last = last_shown(playground, take(playground, energy=True, guidances=["SEG", "PAG"], guidance_scale="3")[0])
     assert last.keys() == {*playground._results, "message"}
-    assert last["guided"]["label"] == "With guidance: CFG 3 + SEG + PAG"
-    assert last["plain"]["value"] == last["plain_file"]["value"] != last["guided"]["value"]
-    assert Path(last["maps"]).exists()
+    before, after = files(last["pair"])
+    assert ">Before: CFG 3<" in last["pair"]
+    assert ">After: CFG 3 + SEG sigma inf + PAG 3<" in last["pair"]
+    assert 'alt="After guidance: CFG 3 + SEG sigma inf + PAG 3"' in last["pair"]
+    assert f'download="{after.name}"' in last["pair"]
+    assert files(last["divided"]) == [before, after]
+    assert 'type="range"' in last["divided"]
+    assert files(last["difference"])[0].name == "segkern-difference-seed-1.png"
+    assert re.search(r"Mean: \d+\.\d of 255 levels", last["difference"])
+    assert files(last["maps"])[0].exists()
     assert "m0" in last["report"]
     assert "<th" in last["timing"]
     assert "guide(" in last["snippet"]
 
 
+def test_without_cfg_the_captions_say_so(playground: Any) -> None:
+    last = last_shown(playground, take(playground)[0])  # a new page of the bundled model uses no CFG
+    assert ">Before: no guidance<" in last["pair"]
+    assert ">After: SEG sigma inf<" in last["pair"]
+
+
+def test_history_restores_settings_and_images(playground: Any) -> None:
+    session = SimpleNamespace(session_hash="history")
+    first = {"prompt": "a <b>", "sigma": "4", "seed": 7, "layers": ["u0"], "guidances": ["SEG", "PAG"]}
+    earlier = last_shown(playground, take(playground, "history", **first)[0])
+    later = last_shown(playground, take(playground, "history", guidance_scale="3")[0])
+    (newest,), (oldest,) = later["history"]["samples"]
+    assert "CFG 3 + SEG sigma inf" in newest
+    assert "a &lt;b&gt;" in oldest
+    assert "SEG scale 3, PAG scale 3, seed 7, 2 steps" in oldest
+    assert 'src="data:image/png;base64,' in oldest
+    restored = shown(playground, playground._restore(1, session))
+    assert restored["pair"] == earlier["pair"]
+    assert restored["report"] == earlier["report"]
+    assert {name: restored[name] for name in first} == first
+    assert restored["sigma_slider"] == 16
+    assert (restored["model"], restored["config"]) == ("demo", "")
+    assert set(playground._fields) < set(restored)
+    again = last_shown(playground, take(playground, "history", **{n: restored[n] for n in playground._fields})[0])
+    assert picture(files(again["pair"])[1]).tobytes() == picture(files(earlier["pair"])[1]).tobytes()
+
+
+def test_history_belongs_to_one_page_and_ends_with_it(playground: Any) -> None:
+    last = last_shown(playground, take(playground, "mine")[0])
+    file = files(last["pair"])[0]
+    for session, index in (("other", 0), ("mine", 1), ("mine", -1)):
+        message = shown(playground, playground._restore(index, SimpleNamespace(session_hash=session)))
+        assert message.keys() == {"message"}
+        assert "no longer available" in message["message"]
+    playground._leave(SimpleNamespace(session_hash="other"))
+    assert file.exists()
+    playground._leave(SimpleNamespace(session_hash="mine"))
+    assert not file.exists()
+    assert "no longer" in shown(playground, playground._restore(0, SimpleNamespace(session_hash="mine")))["message"]
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_a_preset_fills_in_all_guidance_fields(playground: Any, index: int) -> None:
+    message, sigma, slider, guidances, seg_scale, pag_scale, layers, start, stop = playground._preset(index, DEMO)
+    preset = PRESETS[index]
+    assert f"{preset.name}: {preset.describe().replace('&', '')}" in message
+    assert (guidances, layers, start, stop) == (list(preset.guidances), ["mid"], 0, 1)
+    assert (seg_scale, pag_scale, sigma) == (preset.seg_scale, preset.pag_scale, preset.sigma)
+    assert slider == 33
+
+
+def test_examples_of_the_bundled_model_and_of_others() -> None:
+    from segkern.playground import layout
+
+    samples = layout.example_prompts(DEMO)
+    assert samples[0] == ["", "1"]
+    assert [prompt for prompt, _ in samples[1:]] == [subject.prompt for subject in PROMPTED]
+    assert layout.example_labels(samples)[:2] == ["No prompt, no CFG", PROMPTED[0].prompt]
+    assert layout.example_prompts(loading.find_model("a/model")) == [["", "1"]]
+
+
 def test_stop_and_a_closed_page_end_their_own_run_only(playground: Any) -> None:
     mine, other, closed = (take(playground, name)[0] for name in ("one", "two", "three"))
-    assert "will not be drawn" in playground._stop(mine)
+    assert "Canceled before it started" in playground._stop(mine)
     playground._leave(SimpleNamespace(session_hash="three"))
     assert [playground._runs[ticket].stopping for ticket in (mine, other, closed)] == [True, False, True]
-    for ticket, words in ((mine, "Stopped"), (other, "Drawn in"), (closed, "Stopped")):
-        last = shown(playground, list(playground._run(ticket))[-1])
+    for ticket, words in ((mine, "Stopped"), (other, "Generated in"), (closed, "Stopped")):
+        last = last_shown(playground, ticket)
         assert words in last["message"]
-        assert ("plain" in last) == (ticket == other)
+        assert ("pair" in last) == (ticket == other)
     assert skipped(playground._stop(mine))
 
 
@@ -152,60 +245,70 @@ def test_a_page_closed_in_the_middle_frees_the_pipeline(playground: Any) -> None
     assert "Stopping after this step" in playground._stop(ticket)
     steps.close()
     assert not playground._runs
-    last = shown(playground, list(playground._run(take(playground)[0]))[-1])
-    assert "Drawn in" in last["message"]
-    assert last["guided"]["label"] == "With guidance: CFG 3 + SEG sigma inf"
+    assert "Generated in" in last_shown(playground, take(playground)[0])["message"]
 
 
-def test_files_of_runs_long_past_are_removed(playground: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segkern.playground.page._KEPT_RUNS", 1)
-    files = []
-    for _ in range(2):
-        files.append(Path(shown(playground, list(playground._run(take(playground)[0]))[-1])["plain"]["value"]))
-    assert [file.exists() for file in files] == [False, True]
+def test_files_of_old_runs_are_removed(playground: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segkern.playground.history.KEPT_RUNS", 1)
+    paths = [files(last_shown(playground, take(playground, "old")[0])["pair"])[0] for _ in range(2)]
+    assert [path.exists() for path in paths] == [False, True]
 
 
-def test_what_nobody_foresaw_is_said_too(playground: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_shown_too(playground: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*given: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("segkern.playground.page.carry_out", broken)
+    monkeypatch.setattr("segkern.playground.page.generate", broken)
     steps = playground._run(take(playground)[0])
-    assert "Drawing failed: out of memory" in shown(playground, next(steps))["message"]
+    assert "Generation failed: out of memory" in shown(playground, next(steps))["message"]
     with pytest.raises(RuntimeError, match="out of memory"):
         next(steps)
     assert not playground._runs
 
 
-def test_a_model_brings_its_sizes_and_layers(playground: Any) -> None:
-    source, message, sizes, layers, examples = playground._load(f" {loading.DEMO} ", "")
+def test_a_model_sets_its_sizes_layers_and_guidance(playground: Any) -> None:
+    updates = playground._load(f" {loading.DEMO} ", "", ["PAG", "SAG"])
+    source, message, sizes, layers, guidances, energy, examples = updates
     assert source == DEMO
     assert "is loaded" in message
     assert sizes["value"] == "64 x 64"
     assert ("u1", "u1") in layers["choices"]
     assert layers["value"] == ["mid"]
-    assert examples["visible"]
+    assert (guidances["choices"], guidances["value"]) == (["SEG", "PAG", "SAG"], ["PAG", "SAG"])
+    assert energy["visible"]
+    assert len(examples["samples"]) == len(examples["sample_labels"]) == 1 + len(PROMPTED)
 
 
-def test_a_bad_model_leaves_the_old_one(playground: Any, tmp_path: Path) -> None:
+def test_a_transformer_has_no_sag_and_no_energy_maps(playground: Any, tmp_path: Path) -> None:
+    save_small_sd3(tmp_path)
+    source, message, _, layers, guidances, energy, examples = playground._load(str(tmp_path), "", ["SAG"])
+    assert "is loaded" in message
+    assert (guidances["choices"], guidances["value"]) == (["SEG", "PAG"], ["SEG"])
+    assert layers["value"] == ["2"]
+    assert not energy["visible"]
+    assert examples["samples"] == [["", "1"]]
+    assert playground._preset(0, source)[6] == ["2"]
+
+
+def test_an_invalid_model_leaves_the_page_unchanged(playground: Any, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     for model, words in (("no/such/folder", "no/such/folder"), (str(tmp_path / "bare"), "model_index.json")):
-        source, message, *others = playground._load(model, "")
+        source, message, *others = playground._load(model, "", ["SEG"])
         assert words in message
         assert 'role="alert"' in message
         assert all(map(skipped, [source, *others]))
 
 
-def test_a_model_with_a_damaged_configuration_is_said(playground: Any, tmp_path: Path) -> None:
+def test_a_damaged_configuration_is_reported(playground: Any, tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     shutil.copytree(loading.DEMO, copied)
     (copied / "unet" / "config.json").write_text('{"block_out_channels": 7}', encoding="utf-8")
-    source, message, *others = playground._load(str(copied), "")
+    source, message, *others = playground._load(str(copied), "", ["SEG"])
     assert "copied&#x27; cannot be loaded: TypeError" in message
     assert all(map(skipped, [source, *others]))
 
 
-def test_slider_and_field_follow_one_another() -> None:
+def test_slider_and_field_follow_each_other() -> None:
     from segkern.playground import choices, layout
 
     assert layout.follow_sigma("inf") == layout.follow_sigma("∞") == choices.LAST
@@ -215,12 +318,12 @@ def test_slider_and_field_follow_one_another() -> None:
     assert layout.follow_slider().count('"inf"') == 1
 
 
-def test_fields_of_other_guidances_are_hidden() -> None:
+def test_fields_of_unselected_guidance_methods_are_hidden() -> None:
     from segkern.playground import layout
 
     def visible(*guidances: str) -> list[bool]:
         return [update["visible"] for update in layout.show_chosen(guidances)]
 
-    assert visible("SEG") == [True, False, False, True]
-    assert visible("PAG", "SAG") == [False, True, True, True]
-    assert visible("SAG") == [False, False, True, False]
+    assert visible("SEG") == [True, "hidden", "hidden", True]
+    assert visible("PAG", "SAG") == ["hidden", True, True, True]
+    assert visible("SAG") == ["hidden", "hidden", True, "hidden"]

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern ui``: its refusals; the page itself is tested with and without a browser."""
+"""``segkern ui``: errors at the start, and the password; other tests cover the page."""
 
 from __future__ import annotations
 
 import importlib.util
 import socket
+from typing import Any
 
 import pytest
 
-from tests.cli.cli_tools import refusal
+from segkern.cli import ui
+from tests.cli.cli_tools import done, refusal
 
 
 def test_a_port_in_use_is_one_line() -> None:
@@ -38,3 +40,42 @@ def test_missing_gradio_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else real(name))
     assert refusal("ui") == 'segkern: gradio is not installed; pip install "segkern[ui]"\n'
+
+
+@pytest.mark.parametrize(
+    "host, is_local",
+    [("127.0.0.1", True), ("localhost", True), ("127.0.0.2", True), ("0.0.0.0", False)],
+)
+def test_only_loopback_addresses_are_local(host: str, is_local: bool) -> None:
+    assert ui._find_port(host, 0)[1] is is_local
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_host_for_other_machines_gets_a_new_password(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passwords: list[Any] = []
+
+    class Page:
+        def __init__(self, *given: Any) -> None:
+            pass
+
+        def start(self, host: str, port: int, password: str | None) -> str:
+            passwords.append(password)
+            return f"http://{host}:{port}/"
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr("segkern.playground.page.Playground", Page)
+    monkeypatch.setattr(ui, "_wait", lambda: None)
+    outputs = [done("ui", "--no-open", "--host", host, "--port", "0", "--device", "cpu") for _ in range(2)]
+    if host == "127.0.0.1":
+        assert passwords == [None, None]
+        assert "password" not in outputs[0]
+        return
+    assert len(set(passwords)) == 2
+    for output, password in zip(outputs, passwords, strict=True):
+        assert len(password) >= 16
+        assert output.count(password) == 1
+        assert f"log in as segkern with the password {password}" in output
+        (address,) = [word for word in output.split() if word.startswith("http")]
+        assert password not in address

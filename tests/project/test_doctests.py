@@ -38,6 +38,7 @@ MODULES = [
     "segkern.generation.options",
     "segkern.playground.choices",
     "segkern.playground.markup",
+    "segkern.playground.presets",
     "segkern.playground.snippet",
     "segkern.generation.tables",
     "segkern.integrations.specs.guidances",

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of pipelines' calls: every pipeline receives the request under its own parameter names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from segkern.generation.calls import call_arguments, step_callback
+from segkern.generation.drawing import ImageRequest
+from tests.diffusers.small_pipelines import tiny_pipeline
+from tests.diffusers.transformer_cases import MODELS
+
+SIZE = {"width": 64, "height": 48, "num_inference_steps": 3}
+
+
+def request(scale: float = 4.0, negative: str = "") -> ImageRequest:
+    return ImageRequest("a fox", negative, 64, 48, 1, 3, scale)
+
+
+def test_a_unet_receives_its_usual_arguments() -> None:
+    pipe = tiny_pipeline()
+    assert call_arguments(pipe, request()) == {**SIZE, "guidance_scale": 4.0}
+    assert call_arguments(pipe, request(negative="blue")) == {**SIZE, "guidance_scale": 4.0, "negative_prompt": "blue"}
+
+
+@pytest.mark.parametrize(
+    "name, scale, expected",
+    [
+        ("sd3", 4.0, {"guidance_scale": 4.0}),
+        ("flux", 4.0, {"true_cfg_scale": 4.0, "negative_prompt": ""}),
+        ("flux", 1.0, {"true_cfg_scale": 1.0}),
+        ("qwen-image", 4.0, {"true_cfg_scale": 4.0, "negative_prompt": ""}),
+        ("z-image", 4.0, {"guidance_scale": 3.0}),
+        ("z-image", 1.0, {"guidance_scale": 0.0}),
+        ("pixart-sigma", 4.0, {"guidance_scale": 4.0, "use_resolution_binning": False}),
+        ("hunyuan-dit", 4.0, {"guidance_scale": 4.0, "use_resolution_binning": False}),
+    ],
+)
+def test_transformers_receive_cfg_under_their_own_names(name: str, scale: float, expected: dict[str, Any]) -> None:
+    assert call_arguments(MODELS[name].build(), request(scale)) == SIZE | expected
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+def test_every_step_is_reported(name: str) -> None:
+    case = MODELS[name]
+    pipe, steps = case.build(), []
+
+    def on_step(pipe: Any, index: int, timestep: Any, tensors: Any) -> Any:
+        steps.append(index)
+        return tensors
+
+    given = case.call(6, 4, 1, True) | {"height": 96, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
+    pipe(**given, generator=torch.Generator().manual_seed(5), **step_callback(pipe, on_step))
+    assert steps == [0, 1, 2]
