@@ -63,7 +63,7 @@ def test_the_page_names_what_is_refused_and_all_defaults() -> None:
     for name, reason in LINEAR.items():
         assert f"| `{name}` | {reason} |" in PAGE
     for architecture in ARCHITECTURES.values():
-        layers, whose = architecture.default or ("the block in the middle", "none published")
+        layers, whose = architecture.default or ("the block in the middle", "none known")
         assert re.search(
             rf"^\| {re.escape(architecture.users)} \| `?{re.escape(layers)}`? \| {whose}", PAGE, re.MULTILINE
         )
