@@ -172,7 +172,7 @@ def _run(stage: Stage, left: float, budget: float, environment: Mapping[str, str
                 outcome.status = FAILED
                 outcome.why = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
-            of_whom = "its limit" if stage.limit <= left else f"what was left of the budget of {budget:g} s"
+            of_whom = "its limit" if stage.limit <= left else f"the rest of the budget of {budget:g} s"
             outcome.status, outcome.why = CUT, f"it took longer than {limit:.0f} s, {of_whom}"
         finally:
             _end(process)

@@ -120,7 +120,7 @@ def choose_backend(
     if backend == "triton":
         if reason is not None:
             raise ValueError(f"backend='triton' cannot serve this call: {reason}")
-        return "triton", "asked for"
+        return "triton", "requested"
     if reason is not None:
         return "torch", reason
     if not blurs:

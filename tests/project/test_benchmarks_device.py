@@ -86,7 +86,7 @@ def test_the_budget_ends_a_stage_and_those_after_it(tmp_path: Path) -> None:
     done = run_stages(chosen, tmp_path, 2.0, least=1.0)
     assert time.monotonic() - start < 15
     assert [outcome.status for outcome in done] == [CUT, SKIPPED]
-    assert done[0].why == "it took longer than 2 s, what was left of the budget of 2 s"
+    assert done[0].why == "it took longer than 2 s, the rest of the budget of 2 s"
     assert done[1].why == "0 s of the budget of 2 s are left"
     assert not (tmp_path / "late.json").exists()
 
