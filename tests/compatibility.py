@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Marks of tests that prove a guidance on a model in a task, and a record of their outcomes.
+"""Marks of tests that check a guidance method on a model in a task, and a record of their outcomes.
 
-A test says with ``proves(...)`` what it proves, in one mark or in several that add up: one on the function, others on
-its parameters, ``pytest.param("sdxl", marks=proves(model="Stable Diffusion XL"))``. With ``--compatibility FILE`` the
-outcomes are written there, and ``docs/models.md`` is made from such files.
+``proves(...)`` states what a test checks, in one mark or in several that are merged: one on the function and others on
+its parameters, as in ``pytest.param("sdxl", marks=proves(model="Stable Diffusion XL"))``. ``--compatibility FILE``
+writes the outcomes to a file. ``docs/models.md`` is generated from such files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PROPERTY = "proves"
 
 
 def write(path: Path, outcomes: dict[str, Any]) -> None:
-    """A file with a line for each test."""
+    """Write a file with one line per test."""
     parts = []
     for name, value in outcomes.items():
         if isinstance(value, list):
@@ -52,7 +52,7 @@ def write(path: Path, outcomes: dict[str, Any]) -> None:
 
 
 def reason_of(report: pytest.TestReport) -> str:
-    """Why a phase of a test was skipped or failed, in one line; nothing for one that passed."""
+    """Return why a phase of a test was skipped or failed, in one line, or an empty string if it passed."""
     if report.skipped:
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else "expected to fail"
         return reason.removeprefix("Skipped: ")
@@ -63,34 +63,34 @@ def reason_of(report: pytest.TestReport) -> str:
 
 
 def proves(**cell: str | tuple[str, ...]) -> pytest.MarkDecorator:
-    """A mark for a test or a parameter of one; nearer ones go before others.
+    """Return a mark for a test or one of its parameters. The mark nearest to the test case takes precedence.
 
     Args:
-        cell: any of ``group`` (``GROUPS``, UNets if not given), ``model`` (its name in words), ``task`` (``TASKS``) and
-            ``guidance`` (``GUIDANCES``, or several of them that act together).
+        cell: Any of ``group`` (from ``GROUPS``, UNets by default), ``model`` (its name), ``task`` (from ``TASKS``) and
+            ``guidance`` (from ``GUIDANCES``, or several that are combined).
     """
     unknown = set(cell) - set(NEEDED)
     for name, given in cell.items():
         values = given if name == "guidance" and isinstance(given, tuple) else (given,)
         unknown |= {str(value) for value in values if value not in _KNOWN.get(name, values)}
     if unknown:
-        raise ValueError(f"proves(...) takes {', '.join(NEEDED)} of {_KNOWN}, got {sorted(unknown)}")
+        raise ValueError(f"proves(...) accepts {', '.join(NEEDED)} of {_KNOWN}, got {sorted(unknown)}")
     return pytest.mark.proves(**cell)
 
 
 def cell_of(item: pytest.Item) -> dict[str, Any] | None:
-    """What a test proves, all its marks together; None for nothing.
+    """Return what a test checks, merged from all its marks, or None without marks.
 
     Raises:
-        pytest.UsageError: when the marks leave something open.
+        pytest.UsageError: If the marks are incomplete.
     """
     cell: dict[str, Any] = {"group": "UNets"}
-    marks = list(item.iter_markers("proves"))  # the nearest first
+    marks = list(item.iter_markers("proves"))  # nearest first
     for mark in reversed(marks):
         cell |= mark.kwargs
     missing = [name for name in NEEDED if name not in cell]
     if marks and missing:
-        raise pytest.UsageError(f"{item.nodeid} proves something, but its marks do not say {', '.join(missing)}")
+        raise pytest.UsageError(f"{item.nodeid} has the mark proves, but its marks lack {', '.join(missing)}")
     if not marks:
         return None
     guidances = cell["guidance"]
@@ -99,10 +99,10 @@ def cell_of(item: pytest.Item) -> dict[str, Any] | None:
 
 
 class Outcomes:
-    """The outcomes of the tests of a run that prove something.
+    """The outcomes of the marked tests of a run.
 
     Args:
-        path: of the file to write.
+        path: File to write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +111,7 @@ class Outcomes:
         self._about: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note a test's worst phase: an error of a fixture is a failure too."""
+        """Record a test's worst phase. An error of a fixture is a failure too."""
         proved = dict(report.user_properties).get(_PROPERTY)
         if proved is None or (report.passed and report.when != "call"):
             return
@@ -122,14 +122,14 @@ class Outcomes:
             self._rows[report.nodeid] = row
 
     def pytest_sessionfinish(self) -> None:
-        """Write them, with versions and commit."""
+        """Write the outcomes with versions and commit."""
         import torch
 
         from segkern.core.environment import environment, version_of
 
         about = environment(torch.device("cpu"), "transformers", "accelerate")
         about = {key: value for key, value in about.items() if key not in ("device", "threads")}
-        # With xdist the tests, and with them diffusers, are in other processes; they have the same search path.
+        # With xdist, the tests, and so diffusers, are in other processes with the same search path.
         version = getattr(sys.modules.get("diffusers"), "__version__", version_of("diffusers"))
         write(
             self._path,
@@ -143,7 +143,7 @@ class Outcomes:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--compatibility", metavar="FILE", help="write what became of the tests that prove something")
+    parser.addoption("--compatibility", metavar="FILE", help="write the outcomes of the tests marked proves")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -151,14 +151,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def note(config: pytest.Config, option: str, kind: Callable[[Path], object]) -> None:
-    """Have outcomes noted, if the option names a file; with xdist the process that starts the others does."""
+    """Record outcomes if the option names a file. With xdist, only the main process records."""
     path = config.getoption(option)
     if path is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(kind(Path(path)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every report of a test carries what the test proves, also from another process."""
+    """Add the data of its marks to every report of a test, so it is available in the main process of xdist."""
     for item in items:
         cell = cell_of(item)
         if cell is not None:

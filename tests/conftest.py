@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test set-up: the interpreter where there is no GPU, seeds, poisoned memory."""
+"""Test setup: Triton's interpreter without a GPU, fixed seeds, poisoned memory."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from tests import compatibility
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Deterministic algorithms, which poison memory, want this of cuBLAS before it starts.
+# Deterministic algorithms, which poison memory, require this setting before cuBLAS starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Tensors here are tiny: more threads than cores, in parallel test runs, only wait for each other.
+# The tensors of the tests are tiny. In parallel test runs, more threads than cores only wait for each other.
 torch.set_num_threads(1)
 
 _SUPPRESSED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("fuzz", deadline=None, database=None, print_blob=True, suppress_health_check=_SUPPRESSED)
 settings.register_profile("fixed", settings.get_profile("fuzz"), derandomize=True)
-settings.load_profile("fixed")  # `make fuzz` says --hypothesis-profile=fuzz
+settings.load_profile("fixed")  # `make fuzz` passes --hypothesis-profile=fuzz
 
 
 class _TorchRandom:
-    """PyTorch's generator as hypothesis wants to seed it before every example."""
+    """PyTorch's generator in the form that hypothesis needs to seed it before every example."""
 
     offset = 0
 
@@ -57,14 +57,14 @@ def _seed(name: str) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector, and ``guide``, which looks for pipelines with its help, leave what was imported alone."""
+    """Freeze imported objects, so that neither the garbage collector nor ``guide``, which uses it, scans them."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """The same with what a module's tests imported and keep, which would be looked through by all that come after."""
+    """Freeze the objects that a module's tests imported, which all later tests would scan."""
     if nextitem is None or item.path != nextitem.path:
         gc.collect()
         gc.freeze()
@@ -75,12 +75,12 @@ pytest_addoption = compatibility.pytest_addoption
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests: ``cuda`` those that compute on a device, a fixture or of a module, ``slow`` most of ``one_in``'s."""
+    """Mark tests: ``cuda`` if they, a fixture or the module use a device, ``slow`` for most cases of ``one_in``."""
     seen: Counter[str] = Counter()
     for item in items:
         if (sampled := item.get_closest_marker("one_in")) is not None:
             function = item.nodeid.partition("[")[0]
-            if seen[function] % sampled.args[0] and not torch.cuda.is_available():  # a device computes them in no time
+            if seen[function] % sampled.args[0] and not torch.cuda.is_available():  # all cases are fast on a device
                 item.add_marker("slow")
             seen[function] += 1
         if "device" in getattr(item, "fixturenames", ()) or "DEVICE" in vars(getattr(item, "module", object)):
@@ -95,7 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
-    """Fixtures that several tests share draw the same whichever test is the first."""
+    """Seed fixtures that several tests share, so they do not depend on which test is first."""
     if fixturedef.scope != "function":
         _seed(f"{fixturedef.baseid}::{fixturedef.argname}")
 
@@ -107,13 +107,13 @@ def _fixed_seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """A CUDA device where there is one, so that kernels run compiled; the CPU otherwise."""
+    """A CUDA device if there is one, so kernels run compiled; otherwise the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill every ``torch.empty`` with NaN, so that an element nobody wrote is seen."""
+    """Fill every ``torch.empty`` with NaN, to detect elements that are never written."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -124,7 +124,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=["PROLOGUE", "BEFORE"])
 def blur_route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both places to blur queries, whatever the estimated costs say."""
+    """Test both places to blur queries, regardless of the estimated costs."""
     from segkern.kernels import _routes
 
     place = _routes.BlurPlace[request.param]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw fresh examples for the property tests until time is up or one fails: ``python -m tests.fuzz --seconds 600``."""
+"""Run the property tests on new random examples until time is up or a test fails.
+
+Usage: ``python -m tests.fuzz --seconds 600``.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ import time
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=600.0, help="begin no new round after so long")
-    parser.add_argument("--seed", type=int, help="of the first round; without it a fresh one is drawn")
-    parser.add_argument("tests", nargs="*", help="paths or names of tests, as pytest takes them")
+    parser.add_argument("--seconds", type=float, default=600.0, help="start no new round after this many seconds")
+    parser.add_argument("--seed", type=int, help="seed of the first round (default: random)")
+    parser.add_argument("tests", nargs="*", help="paths or names of tests, as for pytest")
     options = parser.parse_args()
 
     end = time.monotonic() + options.seconds
@@ -28,7 +31,7 @@ def main() -> int:
         if code:
             repeat = [f"{sys.executable} -m tests.fuzz --seconds 0", f"--seed {seed}", *options.tests]
             print("A test failed. To repeat the round:", *repeat)
-            print("To repeat its example alone: the @reproduce_failure that hypothesis printed.")
+            print("To repeat only its example, use the @reproduce_failure that hypothesis printed.")
             return code
         seed = None
         if time.monotonic() > end:

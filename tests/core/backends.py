@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters of tests that run on every backend and dtype of this machine."""
+"""Parameters for tests that run on every backend and dtype of the machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from segkern.core.dispatch import triton_is_installed
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 BACKENDS = ["torch"] + (["triton"] if triton_is_installed() else [])
-# The interpreter takes its time.
+# The interpreter is slow.
 QUICK_BACKENDS = ["torch"] + [pytest.param(name, marks=pytest.mark.robustness) for name in BACKENDS[1:]]
-# Inductor compiles C++, which takes long; that graphs are whole and right, and their gradients, is the same before it.
+# Inductor compiles C++, which is slow. Whether graphs and gradients are correct does not depend on it.
 every_compiler = pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 PLAIN_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Triton's interpreter computes wrong bfloat16 products.

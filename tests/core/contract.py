@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numerics contract, and inputs to try it on.
+"""The numerics contract, and test inputs for it.
 
-Against the reference in float64, a result's error may be at most twice the error of the same computation in plain
-PyTorch at the input's dtype, plus eps(dtype) times the largest oracle value; as maximum and root mean square.
+Compared with the float64 reference, the error of a result may be at most twice the error of the same computation in
+plain PyTorch at the input's dtype, plus eps(dtype) times the largest reference value, as maximum and as root mean
+square.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from segkern.core.sigmas import check_sigma
 
 
 def assert_contract(actual: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> None:
-    """Hold ``actual`` to the contract; ``plain`` is plain PyTorch's result at the input's dtype."""
+    """Check ``actual`` under the contract. ``plain`` is plain PyTorch's result at the input's dtype."""
     assert actual.shape == oracle.shape
     assert actual.isfinite().all(), f"{(~actual.isfinite()).sum()} elements are not finite"
     allowance = torch.finfo(plain.dtype).eps * oracle.abs().max()
@@ -28,7 +29,7 @@ def assert_contract(actual: torch.Tensor, oracle: torch.Tensor, plain: torch.Ten
 
 
 def plain_blur(x: torch.Tensor, grid: Grid, sigma: object, boundary: str = "reflect") -> torch.Tensor:
-    """The blur in plain PyTorch at the input's dtype: matrices rounded to it, products in it."""
+    """Blur in plain PyTorch at the input's dtype: matrices are rounded to it and products are computed in it."""
     out = x.clone()
     for sample, value in enumerate(check_sigma(sigma, x.shape[0])):
         if value == 0.0:
@@ -53,7 +54,7 @@ def plain_attention(
     attn_mask: torch.Tensor | None = None,
     boundary: str = "reflect",
 ) -> torch.Tensor:
-    """Blurred attention in plain PyTorch, every step at the input's dtype."""
+    """Compute blurred attention in plain PyTorch, with every step at the input's dtype."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = plain_blur(query, grid, sigma, boundary) @ key.transpose(-2, -1) * scale
     if attn_mask is not None:
@@ -65,7 +66,7 @@ def plain_attention(
 
 
 def plain_mass(query: torch.Tensor, key: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-    """Masses of keys in plain PyTorch, every step at the input's dtype."""
+    """Compute masses of keys in plain PyTorch, with every step at the input's dtype."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1).sum(dim=-2)
 
@@ -73,7 +74,7 @@ def plain_mass(query: torch.Tensor, key: torch.Tensor, scale: float | None = Non
 def oracle_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, sigma: object, **options: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of the reference in float64."""
+    """Return output and log-sum-exp of the reference in float64."""
     mask = options.get("attn_mask")
     if isinstance(mask, torch.Tensor) and mask.dtype != torch.bool:
         options["attn_mask"] = mask.double()
@@ -92,7 +93,7 @@ def draw(
     layout: str = "contiguous",
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Normal values ``[batch, heads, tokens, dim]`` in one of several memory layouts."""
+    """Return normal values ``[batch, heads, tokens, dim]`` in one of several memory layouts."""
     batch, heads, tokens, dim = shape
 
     def normal(*size: int) -> torch.Tensor:
@@ -100,11 +101,11 @@ def draw(
 
     if layout == "contiguous":
         return normal(*shape)
-    if layout == "tokens_first":  # what a projection gives: [batch, tokens, heads * dim]
+    if layout == "tokens_first":  # the layout of projections, [batch, tokens, heads * dim]
         return normal(batch, tokens, heads * dim).unflatten(2, (heads, dim)).transpose(1, 2)
     if layout == "packed":  # the middle third of fused projections
         return normal(batch, tokens, 3 * heads * dim).chunk(3, dim=2)[1].unflatten(2, (heads, dim)).transpose(1, 2)
-    if layout == "reversed_heads":  # heads innermost but one, batch in the middle
+    if layout == "reversed_heads":  # memory order: tokens, batch, heads, dim
         return normal(tokens, batch, heads, dim).permute(1, 2, 0, 3)
     if layout == "transposed_dim":  # channels are not contiguous
         return normal(batch, heads, dim, tokens).transpose(2, 3)

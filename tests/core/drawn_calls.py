@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random calls of the public functions: shapes, memory, dtypes, grids, sigmas, masks; what their results must be."""
+"""Random calls of the public functions (shapes, memory, dtypes, grids, sigmas, masks), and checks of their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS = ("contiguous", "permuted", "steps", "offset", "expanded", "overlapping
 
 
 def tensor(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Normal values in memory of any layout that PyTorch has: its strides are not negative, but may be 0."""
+    """Return normal values in a random layout. PyTorch's strides are not negative, but may be 0."""
     layout = rng.choice(LAYOUTS)
     if layout == "overlapping" and dtype == torch.bfloat16:  # PyTorch's own attention reads past its end on a CPU
         layout = "expanded"
@@ -54,7 +54,7 @@ def tensor(rng: random.Random, shape: tuple[int, ...], dtype: torch.dtype) -> to
 
 @dataclass
 class Call:
-    """Arguments of one call."""
+    """The arguments of one call."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -67,7 +67,7 @@ class Call:
 
 
 def grid_for(rng: random.Random, largest: int) -> tuple[Grid, int]:
-    """A grid, often a line or a single token, and the tokens of its sequence."""
+    """Return a grid, often a line or a single token, and the number of tokens of its sequence."""
     height, width = (rng.choice((1, 1, rng.randint(1, largest))) for _ in range(2))
     height, width = rng.choice(((height, width), (rng.randint(1, largest), rng.randint(1, largest))))
     grid = Grid(height, width, rng.choice((0, 0, 1, rng.randint(0, 9))))
@@ -75,7 +75,7 @@ def grid_for(rng: random.Random, largest: int) -> tuple[Grid, int]:
 
 
 def sigma_for(rng: random.Random, batch: int, heads: int) -> Any:
-    """One for all, one per sample in several kinds of sequence, or one per head."""
+    """Return one sigma for all samples, one per sample in several kinds of sequence, or one per head."""
     one = [rng.choice(SIGMAS) for _ in range(batch)]
     kinds = [lambda: one[0], lambda: tuple(one), lambda: list(one), lambda: torch.tensor(one, dtype=torch.float64)]
     kinds.append(lambda: [[rng.choice(SIGMAS[:1] + SIGMAS[6:]) for _ in range(heads)] for _ in range(batch)])
@@ -83,7 +83,7 @@ def sigma_for(rng: random.Random, batch: int, heads: int) -> Any:
 
 
 def mask_for(rng: random.Random, full: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-    """Any broadcast shape; boolean, or additive with -inf; some rows without keys."""
+    """Return a mask of any broadcast shape, boolean or additive with -inf, with some rows without keys."""
     if rng.random() < 0.3:
         return None
     shape = tuple(1 if rng.random() < 0.4 else n for n in full)
@@ -97,13 +97,13 @@ def mask_for(rng: random.Random, full: tuple[int, ...], dtype: torch.dtype) -> t
 
 
 def draw_call(rng: random.Random, dtypes: tuple[torch.dtype, ...], largest: int) -> Call:
-    """A random call."""
+    """Return a random call."""
     dtype, dim = rng.choice(dtypes), rng.choice(HEAD_DIMS)
     grid, tokens = grid_for(rng, largest)
     batch, heads, keys = rng.randint(1, 3), rng.randint(1, 3), rng.choice((tokens, rng.randint(1, 5 * largest)))
     query = tensor(rng, (batch, heads, tokens, dim), dtype)
     key, value = (tensor(rng, (batch, heads, keys, dim), dtype) for _ in range(2))
-    if dim * tokens < 64:  # so few numbers may all but cancel: then plain PyTorch's error is small by luck
+    if dim * tokens < 64:  # few numbers can almost cancel, which makes plain PyTorch's error small by chance
         value = value.abs()
     return Call(
         query,
@@ -118,7 +118,7 @@ def draw_call(rng: random.Random, dtypes: tuple[torch.dtype, ...], largest: int)
 
 
 def plain_sigmas(call: Call) -> list[list[float]]:
-    """One for each head of each sample."""
+    """Return one sigma for each head of each sample."""
     batch, heads = call.query.shape[:2]
     sigma = call.sigma.tolist() if isinstance(call.sigma, torch.Tensor) else call.sigma
     rows = sigma if isinstance(sigma, (tuple, list)) else [sigma] * batch
@@ -126,7 +126,7 @@ def plain_sigmas(call: Call) -> list[list[float]]:
 
 
 def by_heads(function: Any, call: Call, mask: torch.Tensor | None) -> torch.Tensor:
-    """A function of one sigma per sample, for each head by itself."""
+    """Call a function that supports one sigma per sample, separately for each head."""
     batch, heads, tokens, _ = call.query.shape
     if mask is not None:
         mask = mask.expand(batch, heads, tokens, call.key.shape[2])
@@ -140,16 +140,16 @@ def by_heads(function: Any, call: Call, mask: torch.Tensor | None) -> torch.Tens
 
 
 def largest_logit(call: Call) -> float:
-    """No logit of queries and keys is above it, nor is it below 1."""
+    """Return an upper bound on the logits of queries and keys, at least 1."""
     norms = [x.double().norm(dim=-1).amax().item() for x in (call.query, call.key)]
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else abs(call.scale)
     return max(1.0, norms[0] * norms[1] * scale)
 
 
 def assert_exact(call: Call, result: torch.Tensor, oracle: torch.Tensor, plain: torch.Tensor) -> None:
-    """The contract, or in float32 and float64 a few roundings of the logits.
+    """Check the contract, or in float32 and float64 an error of a few roundings of the logits.
 
-    In float64 the oracle itself rounds; in float32 plain PyTorch's error is small by luck in one of many inputs.
+    In float64 the reference itself rounds. In float32 plain PyTorch's error is small by chance for one of many inputs.
     """
     assert result.shape == oracle.shape
     eps = torch.finfo(call.query.dtype).eps
@@ -161,7 +161,7 @@ def assert_exact(call: Call, result: torch.Tensor, oracle: torch.Tensor, plain: 
 
 
 def check_attention(call: Call, backend: str) -> None:
-    """Output and log-sum-exp under the contract."""
+    """Check output and log-sum-exp under the contract."""
     q, k, v, mask = call.query, call.key, call.value, call.mask
     result, lse = segkern.seg_attention(
         q, k, v, call.grid, call.sigma, scale=call.scale, attn_mask=mask, boundary=call.boundary, backend=backend,
@@ -183,7 +183,7 @@ def check_attention(call: Call, backend: str) -> None:
 
 
 def check_blur(call: Call, backend: str) -> None:
-    """The blur: sums of weights that add up to 1, so within roundings of the values themselves."""
+    """Check the blur. Its weights sum to 1, so the error is a few roundings of the values."""
     x = call.query
     result = segkern.gaussian_blur(x, call.grid, call.sigma, boundary=call.boundary, backend=backend)
     oracle = reference.gaussian_blur(x.double(), call.grid, plain_sigmas(call), boundary=call.boundary)
@@ -197,7 +197,7 @@ def check_blur(call: Call, backend: str) -> None:
 
 
 def check_scores(call: Call, backend: str) -> None:
-    """Masses and energies; masses add up to the number of queries."""
+    """Check masses and energies. Masses sum to the number of queries."""
     q, k = call.query, call.key
     mass = segkern.attention_mass(q, k, scale=call.scale, backend=backend)
     plain = plain_mass(q, k, call.scale)
@@ -207,6 +207,6 @@ def check_scores(call: Call, backend: str) -> None:
     options = {"scale": call.scale, "boundary": call.boundary}
     energy = segkern.attention_energy(q, k, call.grid, sigma, backend=backend, **options)
     oracle = reference.attention_energy(q.double(), k.double(), call.grid, sigma, **options)
-    few = 64 if q.dtype == torch.float64 else 8  # roundings; the oracle has its own
+    few = 64 if q.dtype == torch.float64 else 8  # roundings; in float64 the reference rounds too
     assert (energy.double() - oracle).abs().max() <= few * torch.finfo(q.dtype).eps * largest_logit(call)
     assert energy.dtype == mass.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by the tests of energy and its theory: logits of many kinds, dense blurs, and log-sum-exp by itself."""
+"""Tools for the tests of energy and its theory: logits of many kinds, dense blurs, and an explicit log-sum-exp."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def dense(grid: Grid, sigma: float, boundary: str) -> torch.Tensor:
-    """The blur over the grid as one float64 matrix ``[tokens, tokens]``."""
+    """Return the blur over the grid as one float64 matrix ``[tokens, tokens]``."""
     axes = [blur_matrix(n, sigma, boundary, dtype=torch.float64) for n in (grid.height, grid.width)]
     return torch.kron(*axes)
 
 
 def fields(kind: str, grid: Grid, count: int, seed: int) -> torch.Tensor:
-    """float64 logits ``[tokens, count]``: so many fields over the grid."""
+    """Return float64 logits ``[tokens, count]``: ``count`` fields over the grid."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -58,11 +58,11 @@ def fields(kind: str, grid: Grid, count: int, seed: int) -> torch.Tensor:
 
 
 def lse(logits: torch.Tensor, axis: int) -> torch.Tensor:
-    """Log-sum-exp along an axis, written out."""
+    """Compute the log-sum-exp along an axis explicitly."""
     largest = logits.amax(dim=axis, keepdim=True)
     return (logits - largest).exp().sum(dim=axis).log() + largest.squeeze(axis)
 
 
 def slack(logits: torch.Tensor) -> float:
-    """The most that rounding in float64 does to a sum of so many such logits."""
+    """Return a bound on the rounding error of a float64 sum of these logits."""
     return 64 * 2.0**-52 * (1.0 + logits.abs().max().item()) * math.sqrt(logits.numel())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that take the Triton kernels by themselves on a CPU, as on a GPU, and kernels that cannot be launched."""
+"""Calls that use the Triton kernels by default on a CPU, as on a GPU, and kernels that fail to launch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GRID, SIGMA = Grid(3, 4, start=1), (0.0, 1.5)
 
 _NUMBERS = itertools.count()
 
-# What a launch raises on machines that lack something; how each looks is read from Triton's sources.
+# Errors that a launch raises on incomplete machines. Their form is taken from Triton's sources.
 BROKEN: dict[str, Callable[[], Exception]] = {
     "no C compiler": lambda: RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
     "C compiler fails": lambda: subprocess.CalledProcessError(1, ["gcc", f"/tmp/{next(_NUMBERS)}/main.c"]),
@@ -48,7 +48,7 @@ BROKEN: dict[str, Callable[[], Exception]] = {
     "launcher cannot be imported": lambda: ImportError("launcher.so: undefined symbol"),
 }
 
-# What is not about the kernel: PyTorch's path would fail as well.
+# Errors that are not about the kernel; PyTorch's path would fail as well.
 NOT_BROKEN: dict[str, Callable[[], BaseException]] = {
     "CUDA is out of memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "no memory for the binary": lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
@@ -84,7 +84,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Inside, half precision on the CPU is served as on a Hopper, its kernels by Triton's interpreter."""
+    """Serve half precision on the CPU as on a Hopper GPU, with kernels in Triton's interpreter."""
     real = dispatch.choose_backend
 
     def choose(device: torch.device, *arguments: Any, **options: Any) -> tuple[str, str]:
@@ -109,10 +109,10 @@ def forget() -> None:
 
 
 class Failing:
-    """A kernel whose launch raises.
+    """A kernel whose launch raises an exception.
 
     Attributes:
-        launches: how often it was tried.
+        launches: Number of attempted launches.
     """
 
     def __init__(self, make: Callable[[], BaseException]) -> None:
@@ -128,7 +128,7 @@ class Failing:
 
 @contextmanager
 def failing(make: Callable[[], BaseException], *modules: Any) -> Iterator[Failing]:
-    """Inside, kernels of these modules (all, if none is given) cannot be launched."""
+    """Make kernels of these modules (default: all) fail to launch."""
     kernel = Failing(make)
     with ExitStack() as stack:
         for module in modules or KERNELS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public functions as functions of query, key and value, and the same of the reference."""
+"""The public functions, and those of the reference, as functions of query, key and value."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ PLAIN: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def tensors(dtype: torch.dtype = torch.float32, batch: int = SHAPE[0]) -> list[torch.Tensor]:
-    """Query, key and value of normal values, the same at every call."""
+    """Return query, key and value of normal values, equal at every call."""
     shape = (batch, *SHAPE[1:])
     return [torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]

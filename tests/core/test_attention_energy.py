@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention_energy``: the numerics contract on both backends, what energies must satisfy, gradients, bad input."""
+"""``attention_energy``: the numerics contract on both backends, properties of energies, gradients, invalid input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.core.contract import LAYOUTS, assert_contract, draw, plain_blur
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    # NumPy, which the interpreter computes with, reports the arithmetic of infinities and NaNs that tests put in.
+    # The interpreter computes with NumPy, which warns about the infinities and NaNs of the tests.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 USUAL = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
@@ -34,7 +34,7 @@ sigmas = st.one_of(st.just(0.0), st.floats(0.2, 30.0), st.just(math.inf))
 def plain_energy(
     query: torch.Tensor, key: torch.Tensor, grid: Grid | None, sigma: object, scale: float | None, boundary: str
 ) -> torch.Tensor:
-    """Plain PyTorch, every step at the input's dtype."""
+    """Compute energies in plain PyTorch, with every step at the input's dtype."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = query if grid is None else plain_blur(query, grid, sigma, boundary)
     return -torch.logsumexp(query @ key.transpose(-2, -1) * scale, dim=-1)
@@ -51,7 +51,7 @@ def check_energy(
     scale: float | None = None,
     boundary: str = "reflect",
 ) -> None:
-    """Sample by sample: energies of blurred rows are nearer to each other than those of others."""
+    """Check each sample separately, because energies of blurred rows are closer together than those of others."""
     batch, heads, _, dim = shape
     query = draw(shape, dtype, DEVICE, layouts[0])
     key = draw((batch, heads, keys, dim), dtype, DEVICE, layouts[1])
@@ -72,8 +72,8 @@ def check_energy(
 @given(data=st.data())
 def test_any_grid_stride_sigma_and_batch(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     grid = Grid(data.draw(st.integers(1, 7)), data.draw(st.integers(1, 11)), data.draw(st.integers(0, 5)))
-    # Tokens outside of the image, and heads, so that a sample of one row for its image has more than a few numbers: of
-    # few, plain PyTorch's errors can all be small by chance.
+    # Tokens outside the image, and heads, so that a sample with one row for its image still has many numbers. With few
+    # numbers, plain PyTorch's errors can all be small by chance.
     batch, tokens = data.draw(st.integers(1, 3)), grid.stop + data.draw(st.integers(6, 11))
     shape = batch, data.draw(st.integers(2, 3)), tokens, data.draw(st.sampled_from([1, 8, 16, 24, 40, 64, 80]))
     check_energy(
@@ -98,7 +98,7 @@ def test_head_dimensions(dim: int, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tokens", "keys"), [(300, 9), (9, 300), (1, 1), (1, 400), (40, 1)], ids=str)
 def test_few_of_one_and_many_of_the_other(tokens: int, keys: int, backend: str) -> None:
-    heads = 32 if tokens * keys == 1 else 1  # one number alone is compared with luck
+    heads = 32 if tokens * keys == 1 else 1  # the error of a single number can be small by chance
     check_energy((1, heads, tokens, 24), keys, None, 0.0, torch.float32, backend)
 
 
@@ -149,7 +149,7 @@ def test_infinite_samples_form_one_row(backend: str, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(kernels, "_launch", lambda q, *rest: (shapes.append(q.shape[2]), launch(q, *rest)))
     query, key = torch.randn(2, 1, 1, 14, 8, device=DEVICE)
     segkern.attention_energy(query, key, GRID, math.inf, backend=backend)
-    assert sorted(n for n in shapes if n) == [1, 1, 1], "the mean, and a token on each side of the grid"
+    assert sorted(n for n in shapes if n) == [1, 1, 1], "the mean, and one token on each side of the grid"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -202,10 +202,10 @@ def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dty
     query, key = (3.0 * torch.randn(3, 2, 14, 24, device=DEVICE)).to(dtype), torch.randn(3, 2, 29, 24).to(DEVICE, dtype)
     result = segkern.attention_energy(query, key, backend=backend)
     torch.testing.assert_close(result, reference.attention_energy(query.float(), key.float()), rtol=1e-5, atol=1e-5)
-    blurred = reference.gaussian_blur(query, GRID, SIGMA)  # rounded to its dtype, as documented
+    blurred = reference.gaussian_blur(query, GRID, SIGMA)  # rounded to the query's dtype, as documented
     result = segkern.attention_energy(query, key, GRID, SIGMA, backend=backend)
     expected = reference.attention_energy(blurred.float(), key.float())
-    near = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5  # where sums round otherwise before that
+    near = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5  # in float32, sums before it round differently
     torch.testing.assert_close(result, expected, rtol=near, atol=near)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention_mass``: the numerics contract on both backends, what masses must satisfy, gradients, bad input."""
+"""``attention_mass``: the numerics contract on both backends, properties of masses, gradients, invalid input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.core.contract import LAYOUTS, assert_contract, draw, plain_mass
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    # NumPy, which the interpreter computes with, reports the arithmetic of infinities and NaNs that tests put in.
+    # The interpreter computes with NumPy, which warns about the infinities and NaNs of the tests.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 USUAL = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
@@ -67,7 +67,7 @@ def test_head_dimensions(dim: int, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("tokens", "keys"), [(300, 9), (9, 300), (1, 1), (1, 40), (40, 1), (160, 128)], ids=str)
 def test_few_of_one_and_many_of_the_other(tokens: int, keys: int, backend: str) -> None:
-    """If keys are few, programs share the queries."""
+    """With few keys, programs share the queries."""
     check_mass((3, 4, tokens, 24), keys, torch.float32, backend)
 
 
@@ -107,7 +107,7 @@ def test_pytorchs_path_forms_no_matrix_of_all_scores() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         segkern.attention_mass(query, key, backend="torch")
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < largest < 6000 * 6000 * 4 / 4, "a quarter of one head's scores"
+    assert 0 < largest < 6000 * 6000 * 4 / 4, "at most a quarter of one head's scores"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,7 +119,7 @@ def test_equal_keys_share_alike(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_is_attention_of_ones_seen_from_the_keys(backend: str) -> None:
-    """The mass is the gradient of summed outputs with respect to each key's value."""
+    """The mass of a key is the gradient of the summed outputs with respect to its value."""
     query, key = (torch.randn(2, 2, 20, 8, device=DEVICE) for _ in range(2))
     value = torch.zeros(2, 2, 20, 8, device=DEVICE, requires_grad=True)
     torch.nn.functional.scaled_dot_product_attention(query, key, value)[..., 0].sum().backward()
@@ -140,7 +140,7 @@ def test_huge_logits_neither_overflow_nor_lose_mass(size: float, backend: str) -
 def test_samples_and_heads_do_not_see_each_other(backend: str) -> None:
     tensors = [draw((2, 2, 36, 16), torch.float32, DEVICE) for _ in range(2)]
     before = segkern.attention_mass(*tensors, backend=backend)
-    for which in range(2):  # a single query or key spoils all of its head
+    for which in range(2):  # a single bad query or key affects its whole head
         poisoned = [x.clone() for x in tensors]
         poisoned[which][1, 0, 35] = math.nan
         after = segkern.attention_mass(*poisoned, backend=backend)
@@ -165,7 +165,7 @@ def test_products_and_sums_are_never_rounded_to_half_precision(backend: str, dty
 
 @pytest.mark.parametrize("backend", BACKENDS if CUDA else ["torch"])
 def test_a_key_of_infinities_gets_no_mass_and_takes_none(backend: str) -> None:
-    """Beside it the kernel's padding of queries has no numbers, of which a device's minimum, not NumPy's, makes 0."""
+    """Next to such a key, the kernel's padding of queries is NaN. A device's minimum, unlike NumPy's, makes it 0."""
     query, key = torch.rand(1, 1, 5, 4, device=DEVICE) + 0.1, torch.randn(1, 1, 5, 4, device=DEVICE)
     key[0, 0, 3] = -math.inf
     result = segkern.attention_mass(query, key, backend=backend)
@@ -174,7 +174,7 @@ def test_a_key_of_infinities_gets_no_mass_and_takes_none(backend: str) -> None:
 
 
 def test_gradients_inside_autocast_are_not_rounded() -> None:
-    """Forward outside, backward inside: what is differentiated is of float32."""
+    """The forward runs outside autocast and the backward inside it; the differentiated tensors are float32."""
     query, key, weights = (torch.randn(2, 2, 30, 8) for _ in range(3))
     weights = 10.0 + 3.0 * weights[..., 0]
     grads = []

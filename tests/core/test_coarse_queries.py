@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coarse queries: the matrices of one axis, and attention at few points against attention at every token."""
+"""Coarse queries: the matrices of one axis, and attention at few points compared with attention at every token."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_rows_sum_to_one_and_stay_bounded(axis: tuple[int, int], sigma: float, b
     assert back.shape == (length, count)
     for matrix in (into, back):
         torch.testing.assert_close(matrix.sum(dim=1), torch.ones(len(matrix), dtype=torch.float64), atol=1e-10, rtol=0)
-        assert matrix.abs().sum(dim=1).max() < 6  # rounding errors of the values are not blown up
+        assert matrix.abs().sum(dim=1).max() < 6  # so rounding errors of the values are not amplified
 
 
 @given(st.integers(1, 40), positive, boundaries)
@@ -58,7 +58,7 @@ def test_a_point_at_every_token_is_the_blur(length: int, sigma: float, boundary:
 
 @given(axes, boundaries)
 def test_interpolation_meets_its_points(axis: tuple[int, int], boundary: str) -> None:
-    """A token that is a point gets that point's value."""
+    """A token that coincides with a point gets the value of that point."""
     length, stride = axis
     count = point_count(length, stride, boundary)
     at = points(length, count, boundary)
@@ -95,7 +95,7 @@ def test_points_are_at_most_a_stride_apart(axis: tuple[int, int], boundary: str)
 
 @given(st.integers(3, 40), boundaries, st.data())
 def test_slow_waves_pass_unchanged(length: int, boundary: str, data: st.DataObject) -> None:
-    """The blur's effect on a wave is known; sampled and carried back, it is that at every token."""
+    """The blur multiplies a wave by a known factor. Sampling and interpolation give the same at every token."""
     count = data.draw(st.integers(2, length - 1))
     sigma = data.draw(st.floats(0.3, length / 3))
     at = torch.arange(length, dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_slow_waves_pass_unchanged(length: int, boundary: str, data: st.DataObje
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 @pytest.mark.parametrize("sigma, stride, bound", [(4.0, 4, 0.035), (4.0, 2, 0.006), (2.5, 2, 0.02)])
 def test_close_to_every_row_and_closer_with_more_points(boundary: str, sigma: float, stride: int, bound: float) -> None:
-    """Measured against how far the rows are from all being one, which is what infinity would give."""
+    """The error is measured relative to the distance of the rows from their mean, the result at infinity."""
     grid = Grid(32, 40)
     query, key, value = 4 * randn(1, 1, grid.tokens, 32), randn(1, 1, grid.tokens, 32), randn(1, 1, grid.tokens, 32)
     exact = reference.seg_attention(query, key, value, grid, sigma, boundary=boundary)
@@ -152,7 +152,7 @@ def test_equals_the_reference(data: st.DataObject) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_rounds_no_worse_than_plain_pytorch(dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    """The contract, taken of the same points: the approximation is the reference's, the rounding is ours."""
+    """The contract is applied at the same points: the approximation is the reference's, and only rounding differs."""
     if backend == "triton" and (reason := why_not_triton(device, dtype, 40)):
         pytest.skip(reason)
     grid, sigma, stride = Grid(7, 9, start=2), (0.0, 2.5, 8.0, math.inf), (2, 3)
@@ -161,7 +161,7 @@ def test_rounds_no_worse_than_plain_pytorch(dtype: torch.dtype, backend: str, de
     result = segkern.seg_attention(query, key, value, grid, sigma, query_stride=stride, backend=backend)
     assert result.dtype == dtype
     coarse, parts = coarse_grid(grid, stride, "reflect"), []
-    for i, one in enumerate(sigma):  # every step at the input's dtype
+    for i, one in enumerate(sigma):  # with every step at the input's dtype
         part = query[i : i + 1]
         if 0 < one < math.inf:
             part = mixed(part, grid, [sampling_matrix(n, one, m, dtype=dtype) for n, m in axes_of(grid, coarse)])
@@ -217,7 +217,7 @@ def test_operators(adjoint: bool) -> None:
 
 @pytest.mark.slow
 def test_compiles_whole() -> None:
-    """With strides, sigmas and grids that change from call to call."""
+    """Strides, sigmas and grids change from call to call."""
 
     def attend(query: torch.Tensor, grid: Grid, sigma: tuple[float, ...], stride: int) -> tuple[torch.Tensor, ...]:
         return segkern.seg_attention(query, query, query, grid, sigma, query_stride=stride, return_lse=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that share tables and cached calls, and streams of a device."""
+"""Threads that share tables and cached calls, and several streams of a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from segkern.core import coarse_queries, gaussian
 
 
 def test_threads_share_tables_and_calls() -> None:
-    """Their tables are made while others look for them, and are dropped again and again."""
+    """Tables are made while other threads look them up, and are dropped repeatedly."""
     q, k, v = (torch.randn(2, 2, 12, 8) for _ in range(3))
     sigmas = [(0.4 + 0.1 * i, math.inf) for i in range(24)]
     grid, start, wrong = Grid(3, 4), threading.Barrier(8), []
@@ -53,7 +53,7 @@ def test_threads_share_tables_and_calls() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_streams_do_not_disturb_each_other() -> None:
-    """Tables are made on one stream and read on others at once, dropped, and made again; memory is taken meanwhile."""
+    """Tables are made on one stream, read on others, dropped and made again while memory is reallocated."""
     device = torch.device("cuda", 0)
     grid, sigmas = Grid(8, 9, 1), [(0.0, 0.5 + i, math.inf) for i in range(8)]
     q, k, v = (torch.randn(3, 4, 74, 64, device=device, dtype=torch.float16) for _ in range(3))

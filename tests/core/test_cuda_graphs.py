@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operators inside the CUDA graphs of ``torch.compile(mode="reduce-overhead")``, as far as no device is needed."""
+"""Operators inside the CUDA graphs of ``torch.compile(mode="reduce-overhead")``, as far as a device is not needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GRID = Grid(3, 4, start=1)
 
 
 class EveryFunction(torch.nn.Module):
-    """Calls each function with numbers as sigmas, or with a tensor."""
+    """A module that calls each function, with sigmas as numbers or as a tensor."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sigma: torch.Tensor | None = None) -> object:
         if sigma is not None:
@@ -35,7 +35,7 @@ class EveryFunction(torch.nn.Module):
 
 
 def exported(*, tensor_of_sigmas: bool) -> torch.fx.GraphModule:
-    """The graph for tensors on a CUDA device that need not exist."""
+    """Return the graph for tensors on a CUDA device, which need not exist."""
     with FakeTensorMode():
         q, k, v = (torch.empty(3, 2, 14, 16, device="cuda", dtype=torch.float16) for _ in range(3))
         sigma = (torch.empty(3),) if tensor_of_sigmas else ()
@@ -46,12 +46,12 @@ def test_nothing_keeps_the_functions_out_of_a_cuda_graph() -> None:
     graph = exported(tensor_of_sigmas=False)
     values = [node.meta["val"] for node in graph.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     assert sum("segkern" in str(node.target) for node in graph.graph.nodes) == 7
-    assert {value.device.type for value in values} == {"cuda"}, "a graph replays nothing of the host"
+    assert {value.device.type for value in values} == {"cuda"}, "a graph does not replay work on the host"
     assert get_first_incompatible_cudagraph_node(graph) is None
 
 
 def test_sigmas_that_are_read_from_the_host_stay_out_of_a_cuda_graph() -> None:
-    """A graph would replay the sigmas it was captured with."""
+    """A graph would replay the sigmas of its capture."""
     node = get_first_incompatible_cudagraph_node(exported(tensor_of_sigmas=True))
     assert node is not None
     assert str(node.target) == "segkern.seg_attention_at.default"
@@ -59,7 +59,7 @@ def test_sigmas_that_are_read_from_the_host_stay_out_of_a_cuda_graph() -> None:
 
 
 def test_tables_are_made_outside_of_the_callers_thread_and_modes() -> None:
-    """Compilers direct what a thread allocates to the memory pool of its CUDA graph."""
+    """Compilers direct a thread's allocations to the memory pool of its CUDA graph."""
     threads, modes = [], []
 
     class Mode(TorchDispatchMode):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Derivatives forward and backward, once and twice: those of the reference, or a refusal that says why."""
+"""Forward and backward derivatives, first and second: equal to the reference's, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ every_function = pytest.mark.parametrize("name", FUNCTIONS)
 MASK = torch.linspace(-1.0, 1.0, 144, dtype=torch.float64).view(12, 12)
 KEEP = (torch.arange(144).view(12, 12) % 5 > 0) & (torch.arange(12)[:, None] != 3)  # row 3 has no key
 
-# name -> ours and the reference's, of query, key and value
+# name -> segkern's function and the reference's, of query, key and value
 CALLS: dict[str, tuple[Function, Function]] = {name: (FUNCTIONS[name], PLAIN[name]) for name in FUNCTIONS}
 
 
@@ -56,7 +56,7 @@ CALLS["emptied rows"] = (
         reference.seg_attention(q, k, v, GRID, SIGMA, attn_mask=KEEP | ~KEEP.any(1, True)) * KEEP.any(1, True)
     ),
 )
-# A compilation takes a second or so.
+# A compilation takes about a second.
 few_quick = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "gaussian_blur" else pytest.mark.slow) for name in FUNCTIONS]
 )
@@ -65,7 +65,7 @@ every_call = pytest.mark.parametrize(("ours", "plain"), CALLS.values(), ids=CALL
 
 
 def summed(result: Any) -> torch.Tensor:
-    """All numbers of a result in one vector, in float64: the log-sum-exp of a path is float32."""
+    """Return all numbers of a result in one float64 vector. The log-sum-exp of a path is float32."""
     return torch.cat([x.double().flatten() for x in (result if isinstance(result, tuple) else (result,))])
 
 
@@ -91,7 +91,7 @@ def test_forward_derivatives_are_those_of_the_reference(ours: Function, plain: F
 
 def test_forward_derivatives_of_a_mask() -> None:
     q, k, v = tensors(torch.float64)
-    for dtype in (torch.float64, torch.float32):  # the latter beside half precision
+    for dtype in (torch.float64, torch.float32):  # float32 masks are combined with half precision
         half = [x.half() for x in (q, k, v)] if dtype == torch.float32 else [q, k, v]
         _, tangent = torch.func.jvp(
             lambda m: segkern.seg_attention(*half, GRID, SIGMA, attn_mask=m),  # noqa: B023
@@ -206,7 +206,7 @@ def test_operators_refuse_a_dual_level_by_themselves(backend: str) -> None:
 
 
 class Drawn:
-    """A small call, drawn by its number, of each function."""
+    """A small random call of each function, determined by its number."""
 
     def __init__(self, number: int) -> None:
         rng = random.Random(number)
@@ -233,7 +233,7 @@ class Drawn:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).requires_grad_()
 
     def calls(self) -> dict[str, tuple[Function, list[torch.Tensor]]]:
-        """Each function and the inputs that it is differentiated by."""
+        """Return each function and the inputs to differentiate."""
         q, k, v = self.inputs
         options, scale, mask = self.options, self.scale, self.mask
         added = [mask] if mask is not None and mask.requires_grad else []
@@ -264,7 +264,7 @@ class Drawn:
 
 @pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 60))])
 def test_drawn_calls_pass_gradcheck_and_gradgradcheck(number: int) -> None:
-    """PyTorch's attention has second derivatives in its composed form alone, which sdpa_kernel asks for."""
+    """Only the composed form of PyTorch's attention has second derivatives; sdpa_kernel selects it."""
     for call, inputs in Drawn(number).calls().values():
         assert torch.autograd.gradcheck(call, inputs, fast_mode=True, check_forward_ad=True)
         with sdpa_kernel(SDPBackend.MATH):
@@ -280,7 +280,7 @@ def test_second_derivatives_outside_of_it_are_pytorchs_refusal() -> None:
 
 
 def twice(function: Function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of the squares of gradients."""
+    """Return the gradients of the squared gradients."""
     grads = torch.autograd.grad(summed(function(*inputs)).square().sum(), inputs, create_graph=True, allow_unused=True)
     sums = sum(grad.square().sum() for grad in grads if grad is not None)
     return [grad for grad in torch.autograd.grad(sums, inputs, allow_unused=True) if grad is not None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The predicate that refuses a backend also explains it."""
+"""The predicate that rejects a backend also explains why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A CUDA device of compute capability 9.0, as far as the choice of a backend can tell."""
+    """A CUDA device of compute capability 9.0, as seen by the choice of the backend."""
     monkeypatch.setattr(dispatch, "triton_is_installed", lambda: True)
     monkeypatch.setattr(dispatch, "_compute_capability", lambda device: (9, 0))
     return torch.device("cuda", 0)

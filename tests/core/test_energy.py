@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern.energy`` computes what it says: against logits that are formed, and autograd's Hessian."""
+"""``segkern.energy``, compared with explicitly formed logits and with autograd's Hessian."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOTH = pytest.mark.parametrize("over", ["keys", "queries"])
 
 
 def draw(batch: int = 2, heads: int = 3, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys with text tokens around the image, and a mean, so that the variance has all its parts."""
+    """Return queries and keys with surrounding text tokens and a nonzero mean, so all parts of the variance occur."""
     query = torch.randn(batch, heads, TOKENS, DIM, dtype=torch.float64) + 1.0
     key = torch.randn(batch, heads, KEYS, DIM, dtype=torch.float64) + 0.5
     return query.to(dtype), key.to(dtype)
@@ -29,7 +29,7 @@ def draw(batch: int = 2, heads: int = 3, dtype: torch.dtype = torch.float64) -> 
 def blurred_logits(
     query: torch.Tensor, key: torch.Tensor, sigma: float, boundary: str, scale: float | None = None
 ) -> torch.Tensor:
-    """``[batch, heads, image queries, keys]`` in float64, blurred as logits."""
+    """Return ``[batch, heads, image queries, keys]`` in float64, with the blur applied to the logits."""
     logits = query.double() @ key.double().transpose(-2, -1) * (DIM**-0.5 if scale is None else scale)
     return dense(GRID, sigma, boundary) @ logits[:, :, GRID.start : GRID.stop]
 
@@ -85,7 +85,7 @@ def test_one_sigma_per_sample(over: Any) -> None:
 @BOTH
 @pytest.mark.parametrize("factor", ["none", "paper", "chain"])
 def test_log_curvature_is_the_logarithm_of_the_determinant(over: Any, factor: Any) -> None:
-    """Of Hessians by autograd with the first logit of every vector held fixed; the paper's from its diagonal."""
+    """Compare with autograd's Hessian, the first logit of every vector held fixed; the paper's uses its diagonal."""
     grid, sigma = Grid(2, 3), 0.7
     query, key = (torch.randn(1, 1, n, DIM, dtype=torch.float64) for n in (6, 4))
     blur = dense(grid, sigma, "reflect")
@@ -163,7 +163,7 @@ def test_over_sigma_is_each_of_them(over: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     query, key = draw(dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # nor does autocast round
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # autocast does not round either
         result = energy.energies(query, key, GRID, 1.0)
         variance = energy.logit_moments(query, key, GRID, 1.0).variance
     assert result.dtype == variance.dtype == torch.float32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Triton that is missing or cannot compile: ``auto`` says so once and takes PyTorch's path, ``triton`` says why."""
+"""Triton is missing or cannot compile: ``auto`` warns once and uses PyTorch, ``triton`` raises the reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], E
             assert len(told) == 1
             assert type(make()).__name__ in str(told[0].message)
             assert kernel.launches == 1
-            for _ in range(3):  # neither told nor tried again
+            for _ in range(3):  # no further warning or attempt
                 assert torch.equal(call(*inputs), expected)
             assert kernel.launches == 1
         assert torch.equal(call(*inputs), expected)
@@ -58,7 +58,7 @@ def test_an_explicit_choice_raises_the_reason_every_time(make: Callable[[], Exce
                     call(*inputs, backend="triton")
                 assert type(raised.value.__cause__) is type(make())
                 assert kernel.launches == attempt
-        assert not fallback._REASONS  # auto is not touched by it
+        assert not fallback._REASONS  # does not affect auto
 
 
 @pytest.mark.parametrize("make", NOT_BROKEN.values(), ids=NOT_BROKEN)
@@ -93,7 +93,7 @@ def test_only_what_failed_is_given_up() -> None:
         before = kernel.launches
         with warnings.catch_warnings(record=True):
             warnings.simplefilter("always")
-            CALLS["attention_mass"](*wide)  # another head dimension is another kernel
+            CALLS["attention_mass"](*wide)  # another head dimension uses another kernel
         assert kernel.launches == before + 1
 
 
@@ -205,7 +205,7 @@ for number, (body, quoted) in enumerate([
 
 
 def test_without_triton_everything_else_works(tmp_path: Path) -> None:
-    """Not installed, without a library of its own, and with an error of its own."""
+    """Triton is not installed, lacks a native library, or raises an error of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", WITHOUT_TRITON, str(tmp_path)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -213,7 +213,7 @@ def test_without_triton_everything_else_works(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fail_is_launched() -> None:
-    """So that the tests above mean something."""
+    """Without a failure, kernels are launched, so the tests above are meaningful."""
     inputs = tensors()
     for call in CALLS.values():
         torch.testing.assert_close(call(*inputs), call(*inputs, backend="torch"), rtol=1e-2, atol=1e-2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floating-point operations of the package's operators, as PyTorch's counter sees them, without data."""
+"""FLOPs of the package's operators as counted by PyTorch's counter, without data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import segkern
 from segkern import Grid
-from segkern.ops import flops  # noqa: F401  the counter knows our operators by it
+from segkern.ops import flops  # noqa: F401  registers our operators with the counter
 
 
 @pytest.mark.parametrize("sigma", [(0.0, 2.0), (0.0, math.inf)], ids=str)
 def test_operators_count_as_the_path_that_is_open(sigma: tuple[float, ...]) -> None:
-    """Behind an operator as much is counted as in the open, where PyTorch's own operations are."""
+    """An operator counts as many FLOPs as its PyTorch operations do without the operator."""
     query, key, value = (torch.empty(2, 3, 30, 16, device="meta") for _ in range(3))
     grid = Grid(5, 6)
     with FlopCounterMode(display=False) as counter:
@@ -37,7 +37,7 @@ def test_the_counter_sees_sigmas_that_are_known_only_when_it_runs_as_every_row()
 
 def test_masses_count_the_scores_twice_and_energies_once() -> None:
     query, key = torch.empty(3, 2, 30, 16, device="meta"), torch.empty(3, 2, 40, 16, device="meta")
-    scores = 2 * 2 * 30 * 40 * 16  # of one sample
+    scores = 2 * 2 * 30 * 40 * 16  # per sample
     with FlopCounterMode(display=False) as counter:
         torch.ops.segkern.attention_mass(query, key, 0.25, "torch")
     assert counter.get_total_flops() == 2 * 3 * scores

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Videos: every frame of a grid is blurred by itself."""
+"""Videos: each frame of a grid is blurred separately."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ sigmas = st.one_of(st.just(0.0), st.just(math.inf), st.floats(0.1, 20.0))
 
 @st.composite
 def videos(draw: st.DrawFn) -> tuple[Grid, torch.Tensor, list[float]]:
-    """A grid, queries ``[batch, heads, tokens, 8]`` in float64 with other tokens around, and a sigma per sample."""
+    """Return a grid, float64 queries ``[batch, heads, tokens, 8]`` with tokens around it, and one sigma per sample."""
     height, width, frames = (draw(st.integers(1, most)) for most in (7, 6, 4))
     grid = Grid(height, width, draw(st.integers(0, 3)), frames)
     batch, heads, after = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(0, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     x = torch.randn(batch, heads, grid.stop + after, 8, generator=generator, dtype=torch.float64)
-    if draw(st.booleans()):  # as attention gets it: heads behind tokens
+    if draw(st.booleans()):  # attention's layout, with heads after tokens
         x = x.transpose(1, 2).contiguous().transpose(1, 2)
     return grid, x, [draw(sigmas) for _ in range(batch)]
 
 
 def frame_by_frame(blur: Any, x: torch.Tensor, grid: Grid, sigma: Any, **options: Any) -> torch.Tensor:
-    """One call for each frame, on its tokens alone."""
+    """Call once for each frame, with only its tokens."""
     out = x.clone()
     size = grid.height * grid.width
     for first in range(grid.start, grid.stop, size):

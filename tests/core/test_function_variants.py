@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Situations that resemble reported faults of attention libraries, tried on every public function."""
+"""Situations from bug reports about attention libraries, tested on every public function."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_autocast_takes_tensors_of_several_dtypes(cast: int) -> None:
     mixed[cast] = half[cast]
     with torch.autocast("cpu", torch.bfloat16):
         assert F.scaled_dot_product_attention(*mixed).dtype == torch.bfloat16
-        for name in FUNCTIONS.keys() - {"gaussian_blur"}:  # which autocast leaves alone
+        for name in FUNCTIONS.keys() - {"gaussian_blur"}:  # autocast does not change the blur
             assert torch.equal(FUNCTIONS[name](*mixed), FUNCTIONS[name](*half))
         mixed[0] = mixed[0].int()
         with pytest.raises(ValueError, match=r"(x|query) must be floating point .*got torch\.int32"):
@@ -57,7 +57,7 @@ def test_autocast_takes_tensors_of_several_dtypes(cast: int) -> None:
 @pytest.mark.one_in(5)
 @every_function
 def test_linear_maps_of_derivatives(name: str) -> None:
-    """``torch.func.linearize`` keeps what does not depend on the direction; of the reference too."""
+    """``torch.func.linearize`` keeps the values that do not depend on the direction; also tested on the reference."""
     (q, k, v), direction = tensors(torch.float64), torch.randn(SHAPE, dtype=torch.float64)
     _, expected = torch.func.jvp(lambda q: PLAIN[name](q, k, v), (q,), (direction,))
     for functions in (FUNCTIONS, PLAIN):

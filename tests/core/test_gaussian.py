@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blur: taps, matrices, boundaries, infinity, and the official implementation's numbers."""
+"""The blur: taps, matrices, boundaries, infinity, and numbers from the official implementation."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_official_blur_is_reproduced(case: str, blur) -> None:
     tokens = image.flatten(2).transpose(1, 2)[:, None]  # [batch, 1, tokens, channels]
     blurred = blur(tokens, Grid(height, width), GOLDEN[f"{case}.sigma"].item())
     blurred = blurred[:, 0].transpose(1, 2).unflatten(2, (height, width))
-    # Of the largest value that is averaged: the official float32 sums are themselves up to 1.6e-6 of the largest
-    # output away from the same blur in float64.
+    # Relative to the largest averaged value: the official float32 sums already differ by up to 1.6e-6 of the largest
+    # output from the same blur in float64.
     assert (blurred - expected).abs().max() <= 1e-6 * image.abs().max()
 
 
@@ -94,7 +94,7 @@ def test_taps_are_clamped_per_axis() -> None:
     assert tap_count(3.0, 6) == 7
     assert tap_count(3.0, 40) == 19
     centre = wide.unflatten(1, (6, 40)).unflatten(0, (6, 40))[3, 20]
-    assert (centre[:, 20] > 0).all(), "every row is in reach"
+    assert (centre[:, 20] > 0).all(), "every row must be within reach"
     assert (centre[3] > 0).nonzero().flatten().tolist() == list(range(11, 30))
 
 
@@ -141,7 +141,7 @@ def test_result_shares_no_memory_with_its_input() -> None:
     for sigma in (0.0, 1.0, math.inf):
         blurred = segkern.gaussian_blur(x, Grid(2, 3), sigma)
         before = x.clone()
-        blurred.fill_(7.0)  # would fail on an expanded result, and change x on a shared one
+        blurred.fill_(7.0)  # would fail on an expanded result and change x on a shared one
         assert torch.equal(x, before)
 
 
@@ -199,7 +199,7 @@ def test_sigma_may_be_a_tensor() -> None:
 
 
 def test_tables_made_inside_a_transform_serve_later_calls() -> None:
-    sigma = 1.0 + random.random()  # of which no table was made before
+    sigma = 1.0 + random.random()  # no table was made for it before
     x = torch.randn(1, 2, 35, 4)
     torch.func.grad(lambda x: segkern.gaussian_blur(x, Grid(5, 7), sigma, backend="torch").sum())(x)
     matrix = cached_blur_matrix(5, sigma, "reflect", device=torch.device("cpu"))

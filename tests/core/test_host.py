@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's share of a call: arguments are checked once, tables are made once, and nothing else changes by that."""
+"""Host time of a call: arguments are checked once and tables are made once, without changing any result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.core.contract import assert_contract, oracle_attention, plain_attenti
 pytest.importorskip("triton", reason="kernels need triton")
 
 from benchmarks import host, tables
-from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
+from tests.project import benchmark_tools  # noqa: F401  makes benchmarks/ importable, which is not installed
 
 GRID = Grid(3, 5)
 
@@ -110,7 +110,7 @@ def test_gradients_and_modes_go_through_the_operator() -> None:
 
 
 class Recorded(TorchDispatchMode):
-    """The names of all operators inside."""
+    """The names of all operators that run inside the context."""
 
     def __enter__(self) -> Recorded:
         self.names: list[str] = []
@@ -152,7 +152,7 @@ def test_a_known_call_makes_nothing_on_the_host(sigma: tuple[float, ...]) -> Non
     ids=["sigma 0", "a half at sigma 2"],
 )
 def test_segkerns_share_of_a_call_is_small(sigma: Any, options: dict[str, str], most: int) -> None:
-    """Counted in calls of Python functions, because times depend on what else the machine does."""
+    """Count calls of Python functions, because times depend on other load on the machine."""
     q, k, v = draw()
     calls = []
 
@@ -161,7 +161,7 @@ def test_segkerns_share_of_a_call_is_small(sigma: Any, options: dict[str, str], 
             calls.append(frame.f_code.co_name)
 
     with torch.no_grad(), host.without_launches():
-        for _ in range(2):  # the first fills caches
+        for _ in range(2):  # the first run fills caches
             calls.clear()
             sys.setprofile(count)
             segkern.seg_attention(q, k, v, GRID, sigma, **options)

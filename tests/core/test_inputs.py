@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawn calls of every public function against the reference in float64, and calls with nothing to compute."""
+"""Random calls of every public function compared with the float64 reference, and calls without work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from segkern.core.gaussian import BOUNDARIES
 from tests.core.backends import QUICK_BACKENDS
 from tests.core.drawn_calls import Call, check_attention, check_blur, check_scores, draw_call
 
-# Triton's interpreter multiplies bfloat16 wrongly.
+# Triton's interpreter computes wrong bfloat16 products.
 DTYPES = {
     "torch": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
     "triton": (torch.float32, torch.float16),
@@ -36,7 +36,7 @@ pytestmark = [
 
 @pytest.fixture
 def every_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels blur queries in both of their ways in turn, whatever the estimated costs say."""
+    """Alternate between both places to blur queries, regardless of the estimated costs."""
     if not triton_is_installed():
         yield
         return
@@ -49,12 +49,12 @@ def every_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _routes.attention_route.cache_clear()
 
 
-@pytest.mark.hypothesis  # `make fuzz` runs what has this mark, which hypothesis sets on tests that are drawn themselves
+@pytest.mark.hypothesis  # hypothesis marks only tests that use @given; `make fuzz` runs all tests with this mark
 @pytest.mark.usefixtures("every_route")
 @pytest.mark.parametrize("backend", QUICK_BACKENDS)
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_any_call(check: Callable[[Call, str], None], backend: str) -> None:
-    """Drawn by hypothesis, which looks for the smallest call that fails."""
+    """Calls are drawn by hypothesis, which searches for the smallest failing call."""
 
     @settings(max_examples=2 if backend == "triton" else 25)
     @given(rng=st.randoms(use_true_random=False))

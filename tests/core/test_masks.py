@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks: additive ones keep float32 beside half precision; rows without keys give 0, and gradients of 0."""
+"""Masks: additive masks keep float32 with half precision; rows without keys have output 0 and gradients of 0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRID, TOKENS = Grid(3, 4, start=1), 14
 SIGMAS = (0.0, 1.5, math.inf, (1.5, math.inf))
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # of Triton's interpreter, about infinities
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # the interpreter warns about infinities
     pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy"),
 ]
 every_backend = pytest.mark.parametrize("backend", QUICK_BACKENDS)
@@ -30,14 +30,14 @@ def draw(dtype: torch.dtype, dim: int = 16) -> list[torch.Tensor]:
 
 
 def rows_of(value: float) -> torch.Tensor:
-    """The last keys hold a number for every row, and row 3 holds it for all keys."""
+    """Return a mask with a value at the last keys of every row, and at all keys of row 3."""
     mask = torch.zeros(TOKENS, TOKENS)
     mask[:, 8:] = value
     mask[3] = value
     return mask
 
 
-# float32 or float64, none of which half precision holds.
+# float32 or float64 masks that half precision cannot represent.
 WIDE_MASKS = {
     "a bias of the position": -(torch.arange(14.0) + 600.0),
     "a bias of rows and keys": 700.3 - (torch.arange(14.0)[:, None] - torch.arange(14.0)).abs(),
@@ -55,7 +55,7 @@ WIDE_MASKS = {
 def assert_as_the_reference(
     inputs: list[torch.Tensor], sigma: Any, mask: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor], **options: Any
 ) -> None:
-    """The contract, with the reference at the inputs' dtype, which keeps the mask in float32, for plain PyTorch."""
+    """Check the contract. The reference at the inputs' dtype, with a float32 mask, serves as plain PyTorch."""
     oracle, lse = oracle_attention(*inputs, GRID, sigma, attn_mask=mask, **options)
     assert_contract(found[0], oracle, reference.seg_attention(*inputs, GRID, sigma, attn_mask=mask, **options))
     torch.testing.assert_close(found[1].double(), lse, rtol=4e-7, atol=1e-2 if inputs[0].itemsize == 2 else 1e-5)
@@ -89,7 +89,7 @@ def test_nor_is_it_with_one_sigma_per_head_or_with_points(backend: str) -> None:
 
 @pytest.mark.parametrize("sigma", [0.0, 1.5], ids=str)
 def test_kernels_serve_wide_masks_on_a_gpu(sigma: float) -> None:
-    """PyTorch's attention on a GPU takes no mask of another dtype than the queries'."""
+    """PyTorch's attention on a GPU requires a mask in the dtype of the queries."""
     inputs, mask = draw(torch.float16), WIDE_MASKS["a bias of the position"]
     with as_on_a_gpu():
         found = segkern.seg_attention(*inputs, GRID, sigma, attn_mask=mask, return_lse=True)
@@ -138,7 +138,7 @@ def test_gradients_of_and_beside_a_wide_mask(name: str, sigma: Any, backend: str
 
 
 def emptying_masks() -> dict[str, torch.Tensor]:
-    """Masks that leave rows, or a sample, without any key."""
+    """Return masks that leave rows, or a whole sample, without any key."""
     rows = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
     rows[2] = rows[7] = False
     keys = torch.ones(2, 1, 1, TOKENS, dtype=torch.bool)
@@ -152,7 +152,7 @@ EMPTYING = emptying_masks()
 
 
 def composed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sigma: Any, keep: torch.Tensor) -> Any:
-    """Output and log-sum-exp (0 for rows without keys) of operations whose derivatives are finite."""
+    """Return output and log-sum-exp (0 for rows without keys) from operations with finite derivatives."""
     logits = reference.gaussian_blur(q, GRID, sigma) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     keep = keep.expand(logits.shape)
     alive = keep.any(dim=-1, keepdim=True)

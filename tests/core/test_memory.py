@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls without end take memory with an end, and what a CUDA graph reads is not dropped."""
+"""Any number of calls uses bounded memory, and tables that a CUDA graph reads are not dropped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEPT: list[Any] = [
 
 @pytest.fixture
 def few_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Every kind of table is kept 8 times, beginning with none."""
+    """Limit every kind of table to 8 entries, starting with none."""
     for table in KEPT:
         table.cache_clear()
         monkeypatch.setattr(table, "_most", 8)
@@ -58,7 +58,7 @@ def live_tensors() -> int:
 
 
 def every_cache() -> list[Any]:
-    """All caches of functions in segkern's own modules."""
+    """Return all function caches in segkern's modules."""
     import sys
 
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "segkern"]
@@ -125,6 +125,6 @@ def test_a_graph_replays_after_its_tables_were_dropped(few_kept: int) -> None:
         out = call()
     for number in range(50):
         segkern.seg_attention(q, k, v, Grid(3, 4), (0.0, 2.0 + number))
-        torch.full((4096,), math.nan, device="cuda")  # takes memory that was dropped
+        torch.full((4096,), math.nan, device="cuda")  # reuses the memory of dropped tables
         graph.replay()
         assert torch.equal(out, expected)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever mode the caller is in: autograd, inference, autocast, transforms, compilation, defaults, subclasses."""
+"""All modes of the caller: autograd, inference, autocast, transforms, compilation, defaults, subclasses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from segkern.core.dispatch import triton_is_installed
 from tests.core.backends import QUICK_BACKENDS
 from tests.core.functions import FUNCTIONS, GRID, PLAIN, SHAPE, SIGMA, tensors
 
-# PyTorch says so of its own attention under vmap.
+# A warning of PyTorch about its own attention under vmap.
 slowly = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 every_backend = pytest.mark.parametrize("backend", QUICK_BACKENDS)
@@ -46,7 +46,7 @@ def test_modes_of_autograd(name: str, backend: str) -> None:
     torch.testing.assert_close(result.clone(), expected)
     with torch.inference_mode():
         inference = [x.clone() for x in (q, k, v)]
-    torch.testing.assert_close(call(*inference, backend=backend), expected)  # no gradient: nothing is saved
+    torch.testing.assert_close(call(*inference, backend=backend), expected)  # without gradient, nothing is saved
 
 
 @every_backend
@@ -135,7 +135,7 @@ def defaults(dtype: torch.dtype | None, device: str | None) -> Iterator[None]:
 @every_backend
 @every_function
 def test_defaults_do_not_matter(name: str, backend: str, dtype: torch.dtype | None, device: str | None) -> None:
-    """Nor do tables that were made under them."""
+    """Tables that were made under the defaults do not matter either."""
     call, inputs = FUNCTIONS[name], tensors()
     forget_tables()
     expected = call(*inputs, backend=backend)
@@ -164,7 +164,7 @@ def forget_tables() -> None:
 
 
 class Marked(torch.Tensor):
-    """A subclass that changes nothing."""
+    """A tensor subclass without changes."""
 
 
 @every_backend

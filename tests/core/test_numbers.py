@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as arguments: scale, sigma and sizes of a grid, of Python, NumPy and tensors; what is none is refused."""
+"""Number arguments (scale, sigma, grid sizes) from Python, NumPy and tensors; other values are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import segkern
 from segkern import Grid, reference
 from tests.core.functions import GRID, tensors
 
-# name -> the same call with a scale of its own
+# name -> the call as a function of the inputs and a scale
 SCALED: dict[str, Callable[..., Any]] = {
     "seg_attention": lambda q, k, v, s: segkern.seg_attention(q, k, v, GRID, 1.5, scale=s),
     "by head": lambda q, k, v, s: segkern.seg_attention(q, k, v, GRID, [[0.0, 1.5]], scale=s),
@@ -25,7 +25,7 @@ SCALED: dict[str, Callable[..., Any]] = {
     "attention_mass": lambda q, k, v, s: segkern.attention_mass(q, k, scale=s),
     "attention_energy": lambda q, k, v, s: segkern.attention_energy(q, k, GRID, 1.5, scale=s),
 }
-# name -> the same call with a sigma of its own
+# name -> the call as a function of the inputs and a sigma
 BLURRED: dict[str, Callable[..., Any]] = {
     "gaussian_blur": lambda q, k, v, s: segkern.gaussian_blur(q, GRID, s),
     "seg_attention": lambda q, k, v, s: segkern.seg_attention(q, k, v, GRID, s),
@@ -224,7 +224,7 @@ def test_compiled_calls_refuse_them_too(wanted: str) -> None:
 
 
 def test_a_scale_that_is_learnt_multiplies_the_queries() -> None:
-    """What the refusal says to do is right."""
+    """The advice in the error message is correct."""
     q, k, v = tensors(torch.float64)
     scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     segkern.seg_attention(q * scale, k, v, GRID, 1.5, scale=1).square().sum().backward()

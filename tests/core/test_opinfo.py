@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's own sample inputs of ``scaled_dot_product_attention``: shapes, strides and masks that its tests draw."""
+"""PyTorch's own sample inputs of ``scaled_dot_product_attention``: the shapes, strides and masks of its tests."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from tests.core.contract import assert_contract, oracle_attention, plain_attenti
 
 DTYPES = (torch.float64, torch.float32, torch.float16)
 
-pytestmark = pytest.mark.slow  # PyTorch's samples take ten seconds to import
+pytestmark = pytest.mark.slow  # importing PyTorch's samples takes ten seconds
 
 Sample = tuple[list[torch.Tensor], dict[str, Any]]
 
 
 @cache
 def attention_of_pytorch() -> Any:
-    """The entry of PyTorch's database of operators, which is not imported before a test runs."""
+    """Return the entry in PyTorch's operator database, which is imported only when a test runs."""
     pytest.importorskip("expecttest", reason="PyTorch's samples need expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
-    # That import forbids to set PyTorch's flags from then on, which other tests do.
+    # The import disables setting PyTorch's flags, which other tests need.
     setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
     (attention,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]
     return attention
 
 
 def samples(dtype: torch.dtype, wanted: bool = False) -> Iterator[Sample]:
-    """Query, key and value and their options, of samples in four dimensions.
+    """Yield query, key, value and options of the four-dimensional samples.
 
-    Dropout is left out, keys and values of grouped heads are repeated, and a causal call has a mask.
+    Samples with dropout are skipped, keys and values of grouped heads are repeated, and causal calls get a mask.
     """
     for sample in attention_of_pytorch().sample_inputs("cpu", dtype, requires_grad=wanted):
         inputs: tuple[torch.Tensor, ...] = (sample.input, *sample.args)
@@ -55,7 +55,7 @@ def samples(dtype: torch.dtype, wanted: bool = False) -> Iterator[Sample]:
 
 
 def grid_of(query: torch.Tensor) -> Grid:
-    """Two rows in the query's tokens, after the first if their number is odd; a single one of a single token."""
+    """Return a grid of two rows that starts at token 1 if the number of tokens is odd, or one token of a single one."""
     tokens = query.shape[2]
     return Grid(2, tokens // 2, tokens % 2) if tokens > 1 else Grid(1, 1)
 
@@ -76,8 +76,8 @@ def test_results_are_those_of_the_reference(sigma: float, dtype: torch.dtype) ->
         if dtype == torch.float64:
             torch.testing.assert_close(output, oracle, rtol=1e-10, atol=1e-10)
         else:
-            # Logits are in the hundreds, so that every rounding moves probabilities. Plain PyTorch is then the worse of
-            # a composition and its own attention, which round in other places.
+            # Logits are in the hundreds, so every rounding changes probabilities. The larger error of a composition
+            # and of PyTorch's own attention, which round differently, then serves as plain PyTorch's.
             blurred = reference.gaussian_blur(q, grid, sigma)
             ways = (
                 plain_attention(q, k, v, grid, sigma, **options),

@@ -145,7 +145,7 @@ def test_compiles_once_for_all_grids(backend: str, device: torch.device) -> None
     for shape in ((2, 8, 3, 5), (2, 8, 4, 9), (3, 8, 6, 3), (4, 8, 7, 5)):
         image = torch.randn(shape, device=device)
         torch.testing.assert_close(compiled(image), step(image), rtol=1e-5, atol=1e-5)
-    assert len(frames) == 1, "sizes do not share what was compiled"
+    assert len(frames) == 1, "all sizes must share one compilation"
 
 
 @pytest.mark.parametrize("changes", [{"width": 60}, {"start": 20}, {"sigma": [1.0] * 3}, {"height": 0}], ids=str)

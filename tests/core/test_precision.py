@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blurs, logits and masses of float32 keep their precision whatever PyTorch's settings for products say."""
+"""Blurs, logits and masses of float32 keep their precision under any of PyTorch's settings for products."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tests.core.backends import QUICK_BACKENDS
 
 GRID = Grid(8, 9, start=2)
 OLD_SETTINGS = ("highest", "high", "medium")
-ONE_DNN: Any = torch.backends.mkldnn  # whose stubs lack the products
+ONE_DNN: Any = torch.backends.mkldnn  # its stubs lack the settings for products
 HOLDERS: tuple[Any, ...] = (torch.backends, ONE_DNN.matmul, torch.backends.cuda.matmul)
 
-# The older setting, and the newer ones of all of PyTorch, of a library, and of its products.
+# The older setting, and the newer ones: global, per library, and for products.
 SETTINGS: dict[str, Callable[[], None]] = {
     **{f"precision {value}": partial(torch.set_float32_matmul_precision, value) for value in OLD_SETTINGS},
     "everywhere tf32": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
@@ -36,7 +36,7 @@ SETTINGS: dict[str, Callable[[], None]] = {
 
 @contextmanager
 def setting(name: str) -> Iterator[None]:
-    """One setting inside, and afterwards all as before."""
+    """Apply one setting inside the context and restore all settings afterwards."""
     old, new = torch.get_float32_matmul_precision(), [holder.fp32_precision for holder in HOLDERS]
     for holder in HOLDERS:
         holder.fp32_precision = "none"
@@ -44,7 +44,7 @@ def setting(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for holder in HOLDERS:  # PyTorch takes the older setting only where none of the newer ones contradicts it
+        for holder in HOLDERS:  # PyTorch accepts the older setting only if no newer one contradicts it
             holder.fp32_precision = "none"
         torch.set_float32_matmul_precision(old)
         for holder, value in zip(HOLDERS, new, strict=True):
@@ -95,7 +95,7 @@ def test_settings_for_products_do_not_matter(name: str, backend: str) -> None:
 
 
 def exact_in_float32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sigma: Any) -> dict[str, torch.Tensor]:
-    """The reference at float32 is no less exact."""
+    """Check that the float32 reference is as accurate."""
     return {
         "blur": reference.gaussian_blur(q, GRID, sigma),
         "log-sum-exp": reference.seg_attention(q, k, v, GRID, sigma, return_lse=True)[1],
@@ -135,7 +135,7 @@ def test_nor_do_they_for_gradients(name: str) -> None:
         oracle = gradients(plain, [x.double() for x in inputs])
         with setting(name):
             grads = gradients(call, inputs)
-        bound = 2e-5 if call is not calls["operator"][0] else 5e-2  # its output is that of PyTorch's attention
+        bound = 2e-5 if call is not calls["operator"][0] else 5e-2  # its output is computed by PyTorch's attention
         for ours, expected in zip(grads, oracle, strict=True):
             assert (ours - expected).abs().max() <= bound * max(1.0, expected.abs().max().item())
 
@@ -171,11 +171,11 @@ def test_a_compiled_graph_is_exact_under_the_setting_it_runs_with() -> None:
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "xpu", "meta"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_float64_is_taken_where_pytorch_would_round(name: str, device_type: str) -> None:
-    """Of devices that this machine lacks, too."""
+    """Also for devices that the machine does not have."""
     rounding = {
         "cpu": {"precision high", "precision medium", "everywhere tf32", "oneDNN bf16", "oneDNN tf32", "products bf16",
                 "products tf32"},
-        # PyTorch's setter for oneDNN is the one for everything.
+        # PyTorch's setter for oneDNN changes the global setting.
         "cuda": {"precision high", "precision medium", "everywhere tf32", "oneDNN tf32", "CUDA's products tf32"},
     }  # fmt: skip
     rounding["xpu"] = rounding["cpu"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results own their memory, inputs are read as PyTorch shows them, and NaN stays in its sample and head."""
+"""Results own their memory, inputs with any layout or lazy negation are read correctly, and NaN does not spread."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.core.backends import BACKENDS, QUICK_BACKENDS
 from tests.core.functions import FUNCTIONS, GRID, PLAIN, SHAPE, tensors
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # of Triton's interpreter, about infinities
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # the interpreter warns about infinities
     pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy"),
 ]
 every_backend = pytest.mark.parametrize("backend", QUICK_BACKENDS)
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
-# sigmas of two samples, of which each is a way of its own
+# Sigmas of two samples. Each entry uses a different code path.
 SIGMAS = {"plain": 0.0, "blurred": 1.3, "mean": math.inf, "plain and mean": (0.0, math.inf), "heads": [[0.0, math.inf]]}
 
 
 def results(sigma: Any, inputs: list[torch.Tensor], **options: Any) -> dict[str, torch.Tensor]:
-    """Every tensor that the functions give at these sigmas, of query, key and value."""
+    """Return every tensor that the functions return for query, key and value at these sigmas."""
     q, k, v = inputs
     output, lse = segkern.seg_attention(q, k, v, GRID, sigma, return_lse=True, **options)
     masked, masked_lse = segkern.seg_attention(
@@ -54,7 +54,7 @@ def results(sigma: Any, inputs: list[torch.Tensor], **options: Any) -> dict[str,
 
 
 def addresses(x: torch.Tensor) -> torch.Tensor:
-    """The place of every element in memory."""
+    """Return the memory address of every element."""
     place = torch.zeros(x.shape, dtype=torch.long)
     for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
         place += (torch.arange(size) * stride).view(-1, *(1,) * (x.dim() - dim - 1))
@@ -70,7 +70,7 @@ def test_results_own_their_memory(sigma: Any, wanted: bool, backend: str) -> Non
     seen: set[int] = set()
     for name, result in results(sigma, inputs, backend=backend).items():
         assert addresses(result).unique().numel() == result.numel(), f"elements of {name} share memory"
-        assert result.untyped_storage().data_ptr() not in memory | seen, f"{name} is memory of something else"
+        assert result.untyped_storage().data_ptr() not in memory | seen, f"{name} shares memory with another tensor"
         seen.add(result.untyped_storage().data_ptr())
         assert result.requires_grad == wanted
         before = result.detach().clone()
@@ -96,7 +96,7 @@ def test_results_can_be_changed_in_place(sigma: Any, backend: str) -> None:
 
 @contextmanager
 def pytorchs_refusal(name: str) -> Iterator[None]:
-    """PyTorch's attention keeps its output for the gradient, and says so of what was changed."""
+    """Allow PyTorch's error that its attention's output, saved for the gradient, was changed."""
     try:
         yield
     except RuntimeError as error:
@@ -176,7 +176,7 @@ def test_each_of_them_by_itself(part: int, sigma: float, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operators_read_them_too(backend: str) -> None:
-    """A graph may hand them over as they are."""
+    """A graph may pass them to operators unresolved."""
     q, k, v = (torch._neg_view(-x) for x in tensors())
     compiled = torch.compile(
         lambda q, k, v: segkern.seg_attention(q, k, v, GRID, 1.3, backend=backend), backend="eager", fullgraph=True
@@ -218,7 +218,7 @@ def test_so_are_such_masks(mask: str) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("sigma", [0.0, 1.3, math.inf], ids=str)
 def test_nan_and_infinity_stay_in_their_sample_and_head(sigma: float, bad: float, backend: str) -> None:
-    """One token of query, key or value is bad; other samples and heads are as without it."""
+    """With one bad token of query, key or value, other samples and heads are unchanged."""
     clean = results(sigma, tensors(), backend=backend)
     others = torch.ones(SHAPE[:2], dtype=torch.bool)
     others[1, 0] = False
@@ -268,7 +268,7 @@ OPERATORS: dict[str, Callable[..., tuple[Any, ...]]] = {
 def test_operators_agree_with_their_fakes_of_nothing(name: str, backend: str) -> None:
     operator = getattr(torch.ops.segkern, name).default
     tests = ("test_schema", "test_faketensor")
-    for shape in (EMPTY["no samples"], EMPTY["no heads"]):  # opcheck itself fails on two sizes of 0
+    for shape in (EMPTY["no samples"], EMPTY["no heads"]):  # opcheck fails if two sizes are 0
         torch.library.opcheck(operator, OPERATORS[name](torch.ones(shape), backend), test_utils=tests)
     for sigma in (0.0, math.inf):
         if name == "seg_attention":
@@ -298,7 +298,7 @@ def test_gradients_of_nothing_are_nothing(name: str, compiled: bool) -> None:
 
 
 def test_no_tokens_outside_a_grid_and_no_queries() -> None:
-    """A grid has a token at least, so that only masses and energies without a blur have none."""
+    """A grid has at least one token, so only masses and unblurred energies can have no queries."""
     none, some = torch.ones(2, 2, 0, 8), torch.ones(2, 2, 5, 8)
     assert segkern.attention_energy(none, some).shape == (2, 2, 0)
     assert torch.equal(segkern.attention_mass(none, some), torch.zeros(2, 2, 5))

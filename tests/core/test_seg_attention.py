@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``seg_attention`` on PyTorch's path: the reference, the method's identities, the contract, bad input."""
+"""``seg_attention`` on PyTorch's path: the reference, the identities of the method, the contract, invalid input."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def test_zero_sigma_is_plain_attention() -> None:
 
 
 def test_blurred_logits_are_logits_of_blurred_queries() -> None:
-    """Proposition 3.1: the blur commutes with the product, so blurring Q is enough."""
+    """Proposition 3.1: the blur commutes with the product, so it suffices to blur Q."""
     grid, (query, key, value) = Grid(6, 7), (randn(1, 2, 42, 8) for _ in range(3))
     logits = query @ key.transpose(-2, -1) * 8**-0.5
-    blurred = segkern.gaussian_blur(logits, grid, 1.7)  # the queries' grid; keys are its channels
+    blurred = segkern.gaussian_blur(logits, grid, 1.7)  # over the grid of the queries, with keys as channels
     expected = torch.softmax(blurred, dim=-1) @ value
     torch.testing.assert_close(segkern.seg_attention(query, key, value, grid, 1.7), expected, rtol=0, atol=1e-12)
 
@@ -134,7 +134,7 @@ def test_unblurred_queries_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> No
 def test_result_is_a_tensor_of_its_own() -> None:
     query, key, value = (randn(2, 2, 30, 8) for _ in range(3))
     for sigma in (0.0, 1.0, math.inf, (0.0, math.inf)):
-        segkern.seg_attention(query, key, value, Grid(5, 6), sigma).add_(1.0)  # fails on an expanded row
+        segkern.seg_attention(query, key, value, Grid(5, 6), sigma).add_(1.0)  # would fail on an expanded row
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

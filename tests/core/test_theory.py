@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The effect of a blur of logits on their mean, variance and energy, with the assumptions of each statement.
+"""The effect of blurring logits on their mean, variance and energy, with the assumptions of each statement.
 
-Everything is float64. Logits are ``[queries, keys]``; a key that is a unit vector makes the queries the logits. Each
-statement is followed by a case in which it fails once an assumption of it is dropped.
+All computations are in float64. Logits are ``[queries, keys]``. If keys are unit vectors, the queries are the logits.
+Each statement is followed by a counterexample that drops one of its assumptions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHECKERED = torch.tensor([1.0, -1.0], dtype=torch.float64)
 
 
 def moments(logits: torch.Tensor, grid: Grid, sigma: float, boundary: str) -> energy.Moments:
-    """Of each key's logits over the queries, ``[keys]``."""
+    """Return the moments of each key's logits over the queries, ``[keys]``."""
     query, key = logits[None, None], torch.eye(logits.shape[1], dtype=torch.float64)[None, None]
     options: dict[str, Any] = {"scale": 1.0, "boundary": boundary, "dtype": torch.float64}
     mean, variance = energy.logit_moments(query, key, grid, sigma, per_key=True, **options)
@@ -47,14 +47,14 @@ def moments(logits: torch.Tensor, grid: Grid, sigma: float, boundary: str) -> en
 
 
 def energies(logits: torch.Tensor, grid: Grid, sigma: float, boundary: str, over: Any = "queries") -> torch.Tensor:
-    """Of each key, or of each query."""
+    """Return the energies of the keys or of the queries."""
     query, key = logits[None, None], torch.eye(logits.shape[1], dtype=torch.float64)[None, None]
     options: dict[str, Any] = {"scale": 1.0, "boundary": boundary, "dtype": torch.float64}
     return energy.energies(query, key, grid, sigma, over=over, **options)[0, 0]
 
 
 def column_sums(grid: Grid, sigma: float, boundary: str) -> torch.Tensor:
-    """The weight of each token in the sum of all blurred tokens."""
+    """Return the weight of each token in the sum of all blurred tokens."""
     return dense(grid, sigma, boundary).sum(dim=0)
 
 
@@ -65,7 +65,7 @@ def column_sums(grid: Grid, sigma: float, boundary: str) -> torch.Tensor:
 def test_blurred_logits_are_the_logits_of_blurred_queries(
     grid: Grid, start: int, sigma: float, boundary: str, seed: int
 ) -> None:
-    """Proposition 3.1. Assumes that the blur is linear, and mixes queries alone."""
+    """Proposition 3.1. Assumes that the blur is linear and mixes only queries."""
     draw = torch.Generator().manual_seed(seed)
     grid = Grid(grid.height, grid.width, start)
     query, key = (torch.randn(2, 2, n, 5, generator=draw, dtype=torch.float64) for n in (grid.stop + 1, 4))
@@ -76,7 +76,7 @@ def test_blurred_logits_are_the_logits_of_blurred_queries(
 
 
 def test_without_linearity_blurring_queries_is_something_else() -> None:
-    """After the softmax, or before a rotation that depends on the position, a blur does not pass through."""
+    """A blur does not commute with the softmax or with a rotation that depends on the position."""
     grid = Grid(1, 6)
     query, key = torch.randn(2, 1, 1, 6, 2, dtype=torch.float64)
     logits = query @ key.transpose(-2, -1)
@@ -97,7 +97,7 @@ def test_without_linearity_blurring_queries_is_something_else() -> None:
 def test_the_mean_is_kept_and_the_variance_not_raised(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int
 ) -> None:
-    """Lemma 3.1, for each key. Assumes a boundary under which the blur's columns add up to 1."""
+    """Lemma 3.1, for each key. Assumes a boundary with which the columns of the blur sum to 1."""
     logits = fields(kind, grid, 3, seed)
     before, after = (moments(logits, grid, s, boundary) for s in (0.0, sigma))
     assert (after.mean - before.mean).abs().max() <= slack(logits)
@@ -108,9 +108,9 @@ def test_the_mean_is_kept_and_the_variance_not_raised(
 
 @given(grids, sigmas, kinds, seeds)
 def test_under_reflect_the_mean_drifts_within_bounds(grid: Grid, sigma: float, kind: str, seed: int) -> None:
-    """With column sums ``c``: by at most ``mean|c - 1| range / 2`` and ``rms(c - 1) std``.
+    """With column sums ``c``, the mean changes by at most ``mean|c - 1| range / 2`` and ``rms(c - 1) std``.
 
-    The variance grows ``max c`` times at most. Both follow from ``sum(c - 1) = 0`` and from rows that add up to 1.
+    The variance grows by a factor of at most ``max c``. Both follow from ``sum(c - 1) = 0`` and rows that sum to 1.
     """
     logits = fields(kind, grid, 3, seed)
     off = column_sums(grid, sigma, "reflect") - 1
@@ -123,7 +123,7 @@ def test_under_reflect_the_mean_drifts_within_bounds(grid: Grid, sigma: float, k
 
 
 def test_under_reflect_the_bound_of_the_drift_is_reached() -> None:
-    """By logits that are the column sums themselves."""
+    """Logits equal to the column sums reach the bound."""
     grid = Grid(6, 9)
     off = column_sums(grid, 1.0, "reflect") - 1
     before, after = (moments(off[:, None], grid, s, "reflect") for s in (0.0, 1.0))
@@ -133,7 +133,7 @@ def test_under_reflect_the_bound_of_the_drift_is_reached() -> None:
 
 
 def test_without_a_mean_keeping_boundary_the_variance_can_rise() -> None:
-    """Reflect, sigma 1, 39 tokens: the direction that the blur, less its mean, makes longest."""
+    """Reflect, sigma 1, 39 tokens: in the direction that the blur, minus its mean, stretches most."""
     blur = dense(Grid(1, 39), 1.0, "reflect")
     centre = torch.eye(39, dtype=torch.float64) - 1 / 39
     worst = torch.linalg.svd(centre @ blur @ centre).Vh[0][:, None]
@@ -143,7 +143,7 @@ def test_without_a_mean_keeping_boundary_the_variance_can_rise() -> None:
 
 @given(grids, kinds, seeds)
 def test_any_mean_of_shuffles_will_do(grid: Grid, kind: str, seed: int) -> None:
-    """The kernel need not be Gaussian: weights that are not negative, rows and columns that add up to 1 suffice."""
+    """The kernel need not be Gaussian: nonnegative weights with rows and columns that sum to 1 suffice."""
     draw = torch.Generator().manual_seed(seed)
     weights = torch.rand(4, generator=draw, dtype=torch.float64)
     shuffles = [
@@ -157,7 +157,7 @@ def test_any_mean_of_shuffles_will_do(grid: Grid, kind: str, seed: int) -> None:
 
 
 def test_with_a_negative_weight_variance_rises_and_energy_falls() -> None:
-    """A kernel that sharpens, (-1/4, 3/2, -1/4) around a ring: it keeps the mean, and is no mean of shuffles."""
+    """A sharpening kernel, (-1/4, 3/2, -1/4) around a ring, keeps the mean but is not a mean of permutations."""
     eye = torch.eye(8, dtype=torch.float64)
     sharpen = 1.5 * eye - 0.25 * (eye.roll(1, 0) + eye.roll(-1, 0))
     logits = fields("random", Grid(1, 8), 1, seed=0)
@@ -174,9 +174,9 @@ def test_with_a_negative_weight_variance_rises_and_energy_falls() -> None:
 def test_a_layers_energy_does_not_fall(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int, over: str
 ) -> None:
-    """Lemma 3.2: no blur, any blur and the mean query are in this order. Assumes a mean-keeping boundary.
+    """Lemma 3.2: energy is ordered as no blur <= any blur <= mean query. Assumes a mean-keeping boundary.
 
-    Of each key by itself, and of the sum over queries. Exact: no Taylor series, logits of any size.
+    It holds for each key and for the sum over queries. It is exact, without a Taylor series, for logits of any size.
     """
     logits = fields(kind, grid, 3, seed)
     none, some, full = (energies(logits, grid, s, boundary, over) for s in (0.0, sigma, math.inf))
@@ -185,12 +185,12 @@ def test_a_layers_energy_does_not_fall(
     assert (some >= none - grid.tokens * slack(logits)).all()
     assert (full >= some - grid.tokens * slack(logits)).all()
     if over == "queries":
-        largest = -logits.mean(dim=0) - math.log(grid.tokens)  # of uniform logits with this mean
+        largest = -logits.mean(dim=0) - math.log(grid.tokens)  # energy of uniform logits with this mean
         torch.testing.assert_close(full, largest, rtol=0.0, atol=slack(logits))
 
 
 def test_the_log_sum_exp_falls_where_the_papers_words_say_that_it_rises() -> None:
-    """Lemma 3.2 says "increases the lse term"; its proof, and a peak, say the opposite."""
+    """Lemma 3.2 says "increases the lse term". Its proof, and a peak, show the opposite."""
     peak = torch.zeros(16, 1, dtype=torch.float64)
     peak[5] = 4.0
     before, after = (-energies(peak, Grid(4, 4), s, "circular").item() for s in (0.0, 1.0))
@@ -198,7 +198,7 @@ def test_the_log_sum_exp_falls_where_the_papers_words_say_that_it_rises() -> Non
 
 
 def test_the_taylor_series_of_the_proof_is_not_needed_and_far_off_for_peaks() -> None:
-    """Second order says ``mean + log n + log(1 + variance / 2)``: true for small logits, 40 too little for peaks."""
+    """The second order is ``mean + log n + log(1 + variance / 2)``: accurate for small logits, 40 too low for peaks."""
     for size, low, high in ((0.1, -1e-4, 1e-4), (100.0, 40.0, 100.0)):
         logits = torch.zeros(16, dtype=torch.float64)
         logits[5] = size
@@ -210,7 +210,7 @@ def test_the_taylor_series_of_the_proof_is_not_needed_and_far_off_for_peaks() ->
 def test_a_rows_energy_is_not_below_the_blurred_energies(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int
 ) -> None:
-    """``E'((B A)_i) >= sum_j B_ij E'(A_j)`` under any boundary, as E' is concave and B's rows add up to 1.
+    """``E'((B A)_i) >= sum_j B_ij E'(A_j)`` for any boundary, because E' is concave and the rows of B sum to 1.
 
     Summed over the rows, it bounds how far reflect can lower a layer's energy: not below ``sum_j c_j E'(A_j)``.
     """
@@ -222,7 +222,7 @@ def test_a_rows_energy_is_not_below_the_blurred_energies(
 
 
 def test_one_rows_energy_can_fall() -> None:
-    """A flat row between two peaked ones: its energy falls, while the sum over the ring rises."""
+    """The energy of a flat row between two peaked rows falls, while the sum over the ring rises."""
     logits = torch.zeros(3, 4, dtype=torch.float64)
     logits[0, 0] = logits[2, 0] = 9.0
     before, after = (energies(logits, Grid(1, 3), s, "circular", "keys") for s in (0.0, 1.0))
@@ -232,7 +232,7 @@ def test_one_rows_energy_can_fall() -> None:
 
 @pytest.mark.parametrize("over", ["keys", "queries"])
 def test_without_a_mean_keeping_boundary_a_layers_energy_can_fall(over: str) -> None:
-    """Reflect, on a line of three, counts the middle token more often than once: its logits gain weight."""
+    """With reflect, the middle token of a line of three has a weight above 1, so its logits count more."""
     logits = torch.tensor([[0.0, 0.0], [0.2, 0.2], [0.0, 0.0]], dtype=torch.float64)
     assert column_sums(Grid(1, 3), 1.0, "reflect")[1] > 1.2
     before, after = (energies(logits, Grid(1, 3), s, "reflect", over).sum().item() for s in (0.0, 1.0))
@@ -241,7 +241,7 @@ def test_without_a_mean_keeping_boundary_a_layers_energy_can_fall(over: str) -> 
 
 @given(grids, sigmas, kinds, seeds)
 def test_under_reflect_a_keys_energy_falls_within_a_bound(grid: Grid, sigma: float, kind: str, seed: int) -> None:
-    """By at most ``log max c``, with the column sums c: ``sum_i exp((B a)_i) <= sum_j c_j exp(a_j)``."""
+    """It falls by at most ``log max c`` with the column sums c: ``sum_i exp((B a)_i) <= sum_j c_j exp(a_j)``."""
     logits = fields(kind, grid, 3, seed)
     before, after = (energies(logits, grid, s, "reflect") for s in (0.0, sigma))
     assert (after >= before - column_sums(grid, sigma, "reflect").max().log() - slack(logits)).all()
@@ -254,7 +254,7 @@ def test_under_reflect_a_keys_energy_falls_within_a_bound(grid: Grid, sigma: flo
 def test_energy_rises_each_time_a_blur_is_applied(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int, over: str, times: int
 ) -> None:
-    """And variance falls. This is what "every time we apply" in Lemma 3.1 says, and it is true."""
+    """Variance falls. This is the "every time we apply" of Lemma 3.1, and it is correct."""
     logits = fields(kind, grid, 3, seed)
     blur = dense(grid, sigma, boundary)
     seen = [torch.linalg.matrix_power(blur, n) @ logits for n in range(times + 1)]
@@ -268,10 +268,11 @@ def test_energy_rises_each_time_a_blur_is_applied(
 def test_how_far_energy_can_fall_as_sigma_grows(
     grid: Grid, pair: list[float], boundary: str, kind: str, seed: int
 ) -> None:
-    """By half the logits' range times how far, as the largest row sum, the wider blur is from a blur of the narrower.
+    """Energy falls by at most half the range of the logits times a distance.
 
-    Continuous Gaussians are such blurs: the distance is 0 and energy cannot fall. Taps that are cut off at three sigma
-    are nearly so, and taps that the grid clamps are not.
+    The distance is that of the wider blur from a blur of the narrower one: the largest row sum of the difference. It is
+    0 for continuous Gaussians, so their energy cannot fall. It is nearly 0 for taps cut off at three sigma, but not for
+    taps that the grid clamps.
     """
     narrow, wide = sorted(pair)
     logits = fields(kind, grid, 3, seed)
@@ -289,7 +290,7 @@ def test_how_far_energy_can_fall_as_sigma_grows(
     ids=["clamped taps", "taps cut off at three sigma"],
 )
 def test_energy_can_fall_as_sigma_grows(grid: Grid, narrow: float, wide: float, size: float, over: str) -> None:
-    """A checkerboard around a ring: cut-off kernels let a little of it through, and not less for a larger sigma.
+    """On a checkerboard around a ring: truncated kernels let a part of it through, not less for a larger sigma.
 
     So "a larger sigma is a smaller one, blurred again" (below Lemma 3.1) does not hold for the discrete kernel.
     """
@@ -305,7 +306,7 @@ def test_energy_can_fall_as_sigma_grows(grid: Grid, narrow: float, wide: float, 
 def test_with_a_kernel_that_is_a_semigroup_energy_does_not_fall(
     length: int, times: list[float], kind: str, seed: int
 ) -> None:
-    """Heat flow around a ring, ``exp(t L)``, is the discrete Gaussian for which the remark is true."""
+    """Heat flow around a ring, ``exp(t L)``, is the discrete Gaussian for which the remark holds."""
     eye = torch.eye(length, dtype=torch.float64)
     flow = (eye.roll(1, 0) + eye.roll(-1, 0)) / 2 - eye
     logits = fields(kind, Grid(1, length), 3, seed)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Theorem 3.1: what a blur does to the curvature of attention's energy, what the proof claims, and what is so.
+"""Theorem 3.1: the effect of a blur on the curvature of attention's energy, the claims of the proof, and the facts.
 
-Everything is float64. Logits are ``[queries, keys]``; a key that is a unit vector makes the queries the logits.
+All computations are in float64. Logits are ``[queries, keys]``. If keys are unit vectors, the queries are the logits.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def spectrum(logits: torch.Tensor, grid: Grid, sigma: float, boundary: str, over
 
 
 def form(logits: torch.Tensor, blur: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
-    """Minus the second derivative of each key's energy in a direction: a variance under the softmax."""
+    """Return minus the second derivative of each key's energy in a direction, which is a variance under the softmax."""
     p = torch.softmax(blur @ logits, dim=0)
     moved = (blur @ direction)[:, None]
     return (p * (moved - (p * moved).sum(dim=0)).square()).sum(dim=0)
@@ -71,7 +71,7 @@ def form(logits: torch.Tensor, blur: torch.Tensor, direction: torch.Tensor) -> t
 def test_the_exact_determinant_is_zero_with_and_without_a_blur(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int
 ) -> None:
-    """A number added to all logits of a vector changes nothing, so Theorem 3.1 taken by the letter is ``0 < 0``."""
+    """Adding a constant to all logits of a vector changes nothing, so Theorem 3.1 literally says ``0 < 0``."""
     logits = fields(kind, grid, 2, seed)
     for value in (0.0, sigma):
         assert spectrum(logits, grid, value, boundary)[:, -1].max() <= 1e-15
@@ -79,7 +79,7 @@ def test_the_exact_determinant_is_zero_with_and_without_a_blur(
 
 @given(small, st.sampled_from(["random", "smooth", "one-hot"]), seeds)
 def test_the_papers_product_is_the_determinant_with_one_logit_held_fixed(grid: Grid, kind: str, seed: int) -> None:
-    """``prod p_i``, said to be approximate, is exact there; n times it is the product of the nonzero eigenvalues."""
+    """``prod p_i``, called approximate, is exact there. Times n, it is the product of the nonzero eigenvalues."""
     logits = fields(kind, grid, 1, seed) / 4
     product = spectrum(logits, grid, 0.0, "reflect")[0, :-1].log().sum().item()
     expected = math.log(grid.tokens) + log_det(logits, grid, 0.0, "reflect", "none")
@@ -98,7 +98,7 @@ def test_without_the_blurs_own_factor_the_determinant_does_not_fall(
 
 @pytest.mark.parametrize("boundary", MEAN_KEEPING)
 def test_the_proofs_second_inequality_fails_for_a_peak(boundary: str) -> None:
-    """It says that ``prod softmax`` of blurred logits is at most that of the logits; uniform ones have the largest."""
+    """It claims that ``prod softmax`` does not rise under a blur, but uniform logits have the largest product."""
     peak = fields("one-hot", Grid(3, 4), 1, seed=1)
     blurred = dense(Grid(3, 4), 1.0, boundary) @ peak
     products = [torch.softmax(x, dim=0).prod().item() for x in (peak, blurred)]
@@ -109,9 +109,9 @@ def test_the_proofs_second_inequality_fails_for_a_peak(boundary: str) -> None:
 def test_the_determinant_falls_if_and_only_if_energy_rises_little(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int, over: str, factor: str
 ) -> None:
-    """Less, on average over the vectors, than minus the logarithm of the blur's factor for each logit of them.
+    """The mean rise over the vectors must be below minus the logarithm of the blur's factor, per logit.
 
-    Assumes that the mean is kept. ``b_ii`` is that factor in the proof, and ``det(B)^2`` by the chain rule.
+    Assumes that the mean is kept. The factor is ``b_ii`` in the proof, and ``det(B)^2`` by the chain rule.
     """
     logits = fields(kind, grid, 3, seed)
     keys, tokens = 3, grid.tokens
@@ -132,10 +132,10 @@ def test_the_determinant_falls_if_and_only_if_energy_rises_little(
 def test_the_determinant_falls_for_logits_of_a_small_range(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int, factor: str
 ) -> None:
-    """Theorem 3.1 as it can be said: below a range r of each key's logits, ``|det|`` falls.
+    """A correct form of Theorem 3.1: ``|det|`` falls if the range r of each key's logits is small enough.
 
-    Assumes a mean-keeping boundary, and ``r^2 / 8`` below minus the logarithm of the blur's factor per logit: energy
-    rises by no more, since ``lse(a) <= mean + log n + r^2 / 8`` (Hoeffding).
+    Assumes a mean-keeping boundary, and ``r^2 / 8`` below minus the logarithm of the blur's factor per logit. Energy
+    rises by at most ``r^2 / 8``, because ``lse(a) <= mean + log n + r^2 / 8`` (Hoeffding).
     """
     per_logit = -log_diagonal(grid, sigma, boundary) / grid.tokens
     if factor == "chain":
@@ -152,7 +152,7 @@ def test_the_determinant_falls_for_logits_of_a_small_range(
 @pytest.mark.parametrize("factor, sigma", [("paper", 1.0), ("paper", math.inf), ("chain", 1.0)])
 @pytest.mark.parametrize("over", ["keys", "queries"])
 def test_the_determinant_rises_for_a_peak(factor: str, sigma: float, over: str) -> None:
-    """So Theorem 3.1 needs logits that are not peaked, whichever way its Hessian is meant."""
+    """So Theorem 3.1 requires logits without peaks, for either meaning of its Hessian."""
     peaks = 40.0 * torch.eye(16, dtype=torch.float64)
     before, after = (log_det(peaks, Grid(4, 4), s, "circular", factor, over) for s in (0.0, sigma))
     assert after > before + 16 * 16
@@ -163,7 +163,7 @@ def test_the_determinant_rises_for_a_peak(factor: str, sigma: float, over: str) 
 
 @given(small, kinds, seeds)
 def test_the_diagonal_is_as_near_to_the_hessian_as_the_softmax_is_flat(grid: Grid, kind: str, seed: int) -> None:
-    """Eigenvalues differ by at most ``sum p_i^2``, what is dropped; the assumption is that this is small."""
+    """Eigenvalues differ by at most ``sum p_i^2``, the dropped part, which is assumed to be small."""
     logits = fields(kind, grid, 1, seed)
     p = torch.softmax(logits[:, 0], dim=0)
     exact = spectrum(logits, grid, 0.0, "reflect")[0]
@@ -171,7 +171,7 @@ def test_the_diagonal_is_as_near_to_the_hessian_as_the_softmax_is_flat(grid: Gri
 
 
 def test_for_a_peak_the_diagonal_is_nothing_like_the_hessian() -> None:
-    """One says that the largest curvature is 1, the other that it is almost 0."""
+    """The largest curvature is 1 in the approximation and almost 0 in the Hessian."""
     peak = torch.zeros(16, 1, dtype=torch.float64)
     peak[5] = 30.0
     assert torch.softmax(peak, dim=0).max() > 0.999
@@ -179,7 +179,7 @@ def test_for_a_peak_the_diagonal_is_nothing_like_the_hessian() -> None:
 
 
 def test_the_proofs_blurred_hessian_is_not_the_chain_rules() -> None:
-    """It multiplies entries with those of B, where the chain rule has ``B^T H B``. Seen at uniform logits."""
+    """The proof multiplies entries with those of B, where the chain rule has ``B^T H B``. Shown at uniform logits."""
     blur = dense(Grid(4, 4), 1.0, "circular")
     p = torch.full((16,), 1 / 16, dtype=torch.float64)
     hessian = torch.diag(p) - torch.outer(p, p)
@@ -196,9 +196,10 @@ def test_the_proofs_blurred_hessian_is_not_the_chain_rules() -> None:
 def test_curvature_never_exceeds_what_the_blur_leaves_possible(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int
 ) -> None:
-    """In any direction v: ``range(B v)^2 / 4``, itself at most ``range(v)^2 / 4``; and in all, ``largest_curvature``.
+    """In direction v at most ``range(B v)^2 / 4 <= range(v)^2 / 4``; over all directions, ``largest_curvature``.
 
-    Any logits, any boundary: B's rows are not negative and add up to 1. For the key's vectors and for the layer's rows.
+    For any logits and any boundary, because the rows of B are nonnegative and sum to 1. Checked for the vectors of the
+    keys and for the rows of the layer.
     """
     logits = fields(kind, grid, 2, seed)
     blur = dense(grid, sigma, boundary)
@@ -215,7 +216,7 @@ def test_curvature_never_exceeds_what_the_blur_leaves_possible(
 
 @pytest.mark.parametrize("sigma", [0.0, 0.6, 1.0])
 def test_the_bound_on_curvature_is_reached(sigma: float) -> None:
-    """By logits whose blur puts half of the softmax on each of the two tokens whose rows are farthest apart."""
+    """By logits whose blur puts half of the softmax on each of the two tokens with the most distant rows."""
     grid = Grid(3, 4)
     blur = dense(grid, sigma, "symmetric")
     apart = torch.cdist(blur, blur)
@@ -230,7 +231,7 @@ def test_the_bound_on_curvature_is_reached(sigma: float) -> None:
 def test_for_uniform_logits_no_eigenvalue_rises(
     grid: Grid, sigma: float, boundary: str, level: float, over: str
 ) -> None:
-    """The Hessian is then the same everywhere, and a mean-keeping blur shortens every direction."""
+    """The Hessian is then equal at all tokens, and a mean-keeping blur shortens every direction."""
     logits = torch.full((grid.tokens, 3), level, dtype=torch.float64)
     before, after = (spectrum(logits, grid, s, boundary, over) for s in (0.0, sigma))
     assert (after <= before + 1e-14).all()
@@ -240,8 +241,9 @@ def test_for_uniform_logits_no_eigenvalue_rises(
 def test_no_direction_gets_steeper_than_the_softmax_is_uneven(
     grid: Grid, sigma: float, boundary: str, kind: str, seed: int
 ) -> None:
-    """Curvature after is at most ``s^2 max(p~) / min(p)`` times that before, in every direction; s is how much B
-    stretches what has no mean. So it falls in all of them where that number is below 1: at nearly uniform logits.
+    """The blurred curvature is at most ``s^2 max(p~) / min(p)`` times the original in every direction, where s is how
+    much B stretches zero-mean vectors. It falls in all directions if that factor is below 1: for nearly uniform
+    logits.
     """
     logits = fields(kind, grid, 2, seed)
     blur = dense(grid, sigma, boundary)
@@ -258,7 +260,7 @@ def test_no_direction_gets_steeper_than_the_softmax_is_uneven(
 
 @pytest.mark.parametrize("over", ["keys", "queries"])
 def test_at_a_peak_the_exact_curvature_rises(over: str) -> None:
-    """In its largest eigenvalue: the softmax of a peak is sure of itself and hardly moves; blurred, it is not."""
+    """The largest eigenvalue rises: the softmax of a peak hardly changes, but the blurred one does."""
     peaks = 20.0 * torch.eye(12, dtype=torch.float64)
     before, after = (spectrum(peaks, Grid(3, 4), s, "circular", over).max().item() for s in (0.0, 1.0))
     assert before < 1e-6
@@ -267,6 +269,6 @@ def test_at_a_peak_the_exact_curvature_rises(over: str) -> None:
 
 @given(small, seeds)
 def test_log_sum_exp_and_energy_agree(grid: Grid, seed: int) -> None:
-    """That the helpers above mean what the package means."""
+    """The helpers of this file agree with the package."""
     logits = fields("random", grid, 2, seed)
     assert layer_energy(logits, grid, 0.0, "reflect") == pytest.approx(-lse(logits, 0).sum().item())

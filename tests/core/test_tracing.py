@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that are compiled, exported or traced: other sizes and numbers are right when the graph runs, or refused."""
+"""Compiled, exported and traced calls: other sizes and numbers are correct when the graph runs, or are refused."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Dim = torch.export.Dim
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # of torch.export's own code
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # from torch.export
 ]
 
 
 def some_quick(cases: dict[str, Any], *quick: str) -> list[Any]:
-    """Parameters by name, of which those that are not quick are for CI: every compilation takes a second or so."""
+    """Return parameters by name, of which only the quick ones run by default: a compilation takes about a second."""
     return [
         pytest.param(case, id=name, marks=() if name in quick else pytest.mark.slow) for name, case in cases.items()
     ]
@@ -41,7 +41,7 @@ def nothing_compiled() -> None:
 
 
 class Layer(torch.nn.Module):
-    """Self-attention of an image of any size."""
+    """A self-attention layer for images of any size."""
 
     def __init__(self, sigma: Any = 1.5, function: str = "seg_attention", **options: Any) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ def assert_same(found: Any, expected: Any) -> None:
 def saved_and_loaded(program: torch.export.ExportedProgram) -> Any:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch.export.save's own code
+        warnings.simplefilter("ignore")  # from torch.export.save
         torch.export.save(program, file)
         file.seek(0)
         return torch.export.load(file).module()
 
 
-# Layers whose graph serves every batch and size, and the same with numbers for each head.
+# Layers whose graph serves every batch and size, including sigmas per head.
 LAYERS: dict[str, Callable[[], Layer]] = {
     "blurred": lambda: Layer(1.5),
     "plain": lambda: Layer(0.0),
@@ -162,7 +162,7 @@ def test_an_ahead_of_time_package_serves_every_size(tmp_path: Any) -> None:
         assert_same(package(other := torch.randn(shape)), layer(other))
 
 
-# Functions of query, key and value that torch.jit.trace records for any batch and number of heads.
+# Functions of query, key and value that torch.jit.trace records for any batch size and number of heads.
 TRACEABLE: dict[str, Callable[..., torch.Tensor]] = {
     "blurred": lambda q, k, v: segkern.seg_attention(q, k, v, GRID, 1.5),
     "plain": lambda q, k, v: segkern.seg_attention(q, k, v, GRID, 0.0),
@@ -274,7 +274,7 @@ def test_make_fx_records_right_graphs(mode: str) -> None:
             assert_same(traced(*(inputs := draw(4, 3))), TRACEABLE[name](*inputs))
 
 
-# Functions of a query and of a number that changes from call to call.
+# Functions of a query and a number that changes from call to call.
 CHANGING: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "attention": lambda q, s: segkern.seg_attention(q, q, q, GRID, s),
     "blur": lambda q, s: segkern.gaussian_blur(q, GRID, s),
@@ -332,7 +332,7 @@ def test_a_number_that_also_multiplies_a_tensor_is_not_stale(name: str) -> None:
 
 
 def test_nor_is_it_with_inductor() -> None:
-    """pytorch/pytorch#197889: from the third value on, Inductor takes an old one."""
+    """pytorch/pytorch#197889: from the third value on, Inductor uses an old one."""
     check_no_stale_number("blur", "inductor", None, wanted=False)
 
 
@@ -344,12 +344,12 @@ def test_nor_is_any_with_inductor(name: str, dynamic: bool | None, wanted: bool)
     check_no_stale_number(name, "inductor", dynamic, wanted)
 
 
-# Functions of an image and of a boolean for each of its tokens.
+# Functions of an image and one boolean per token.
 SIZED: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {}
 
 
 def sized(function: Callable[[torch.Tensor, Grid, torch.Tensor], torch.Tensor]) -> None:
-    """A function of tokens, their grid and a boolean for each."""
+    """Register a function of tokens, their grid and one boolean per token."""
 
     def of_image(image: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         tokens = image.flatten(2).transpose(1, 2).unflatten(2, (2, 4)).transpose(1, 2)
