@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where kernels run in tests, and a check of attention's output and log-sum-exp."""
+"""The device of kernel tests, and a check of attention's output and log-sum-exp."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def check_attention(
     keys: int | None = None,
     **options: object,
 ) -> None:
-    """Output and log-sum-exp of the kernels under the contract."""
+    """Check output and log-sum-exp of the kernels under the contract."""
     batch, heads, tokens, dim = shape
     query = draw(shape, dtype, DEVICE, layouts[0])
     key, value = (draw((batch, heads, keys or tokens, dim), dtype, DEVICE, layout) for layout in layouts[1:])
     if dim < 8:
-        value.abs_()  # so few numbers may all but cancel: then plain PyTorch's error is small by luck, or ours not
+        value.abs_()  # few numbers can almost cancel, which makes plain PyTorch's error, or ours, small by chance
     oracle, oracle_lse = oracle_attention(query, key, value, grid, sigma, **options)
     output, lse = segkern.seg_attention(query, key, value, grid, sigma, backend="triton", return_lse=True, **options)
     assert output.dtype == dtype
@@ -36,6 +36,6 @@ def check_attention(
     assert_contract(output, oracle, plain_attention(query, key, value, grid, sigma, **options))
     finite = oracle_lse.isfinite()
     assert torch.equal(lse.isfinite(), finite)
-    if finite.any():  # the log-sum-exp sees the blurred queries after they were rounded to the dtype, once
+    if finite.any():  # the log-sum-exp is computed from blurred queries that were rounded to the dtype once
         bound = 4 * torch.finfo(dtype).eps * max(1.0, oracle_lse[finite].abs().max().item())
         assert (lse.double() - oracle_lse)[finite].abs().max() <= bound

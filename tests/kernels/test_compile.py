@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels compile for real targets, without spills, with matrix instructions, within shared memory.
 
-Here two head dimensions for some targets; ``python -m benchmarks compile`` compiles every flavour for all targets, as
-CI does.
+This file compiles two head dimensions for some targets. ``python -m benchmarks compile`` compiles every flavour for all
+targets, as in CI.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not triton_is_installed(), reason="kernels need 
 def test_kernels_compile_without_spills(target: str) -> None:
     from benchmarks.flavours import KERNELS
 
-    # A process that interprets kernels cannot compile them.
+    # A process that uses the interpreter cannot compile kernels.
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     program = [sys.executable, "-m", "benchmarks", "compile", "--few", target]
     run = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
@@ -48,7 +48,7 @@ def test_kernels_compile_without_spills(target: str) -> None:
 @pytest.mark.parametrize("arch", ["sm_90", "sm_86", "gfx942"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_what_calls_launch_is_compiled_ahead(head_dim: int, arch: str) -> None:
-    """Kernels of any call are, in all constants, types and options, among those that the gate compiles."""
+    """The constants, types and options of the kernels of any call are among those that are compiled ahead of time."""
     from benchmarks import flavours
     from segkern.kernels import _routes
     from segkern.ops import attention, masses
@@ -102,7 +102,7 @@ def test_faults_are_found() -> None:
         ({"shared_bytes": 300_000}, "300000 bytes of shared memory"),
         ({"serialisation": ["C7515"]}, "C7515"),
         ({"overwritten": 3}, "3 registers overwritten"),
-        ({"matrix_instructions": {"HMMA": 8}}, "no matrix instructions"),
+        ({"matrix_instructions": {"HMMA": 8}}, "expected matrix instructions are missing"),
     ):
         (fault,) = faults([Compiled(**sound | change)])
         assert words in fault
@@ -119,7 +119,7 @@ def test_committed_records_are_sound() -> None:
 
 @pytest.mark.parametrize(("head_dim", "most"), [(64, 235), (128, 265)])
 def test_products_run_under_exponentials_on_hopper(head_dim: int, most: int) -> None:
-    """Warp instructions per 1,024 scores, against 294 and 333 of loops that wait for products or take 64 keys."""
+    """Warp instructions per 1,024 scores. Loops that wait for products, or with 64 keys, need 294 and 333."""
     from benchmarks.compile_kernels import RESULT
 
     loops = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values copied by tensor descriptors, which kernels do only where tuning found it to be faster."""
+"""Keys and values copied by tensor descriptors, which kernels use only if tuning measured that to be faster."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def test_keys_and_values_by_descriptors(
     dim: int, layouts: str, described: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What descriptors cannot take goes the usual way."""
+    """Tensors that descriptors do not support are loaded by pointers."""
     if CUDA and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs Hopper or later")
     seen = []
@@ -53,7 +53,7 @@ def test_keys_and_values_by_descriptors(
 
 
 def test_wide_heads_round_shares_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys of several blocks, the last of them ragged or not, with the tile that Hopper takes."""
+    """Keys in several blocks, with and without a ragged last block, and Hopper's tile."""
     if CUDA and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs Hopper or later")
     tile = _configs.default_tile("sm_90", 128, torch.float16)

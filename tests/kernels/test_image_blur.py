@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blur's half-precision kernel: weights in two planes, grids of every kind of its constants, extreme inputs."""
+"""The blur's half-precision kernel: weights in two planes, grids for all its constants, extreme inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = [Grid(5, 9), Grid(6, 40), Grid(3, 70, start=1), Grid(35, 4), Grid(33, 37
 
 
 def check_blur(x: torch.Tensor, grid: Grid, sigma: float, boundary: str = "reflect") -> None:
-    """The kernel's blur under the contract."""
+    """Check the kernel's blur under the contract."""
     blurred = segkern.gaussian_blur(x, grid, sigma, boundary=boundary, backend="triton")
     oracle = reference.gaussian_blur(x.double(), grid, sigma, boundary=boundary)
     assert_contract(blurred, oracle, plain_blur(x, grid, sigma, boundary))
@@ -43,7 +43,7 @@ def test_planes_are_the_float32_weights(sigma: float, dtype: torch.dtype) -> Non
         assert not planes[..., length:].any()
         weights = blur_matrix(length, sigma, dtype=torch.float64)
         both = planes[0].double().sum(dim=0)[:length, :length] / PLANE_SCALE[dtype]
-        # The digits of two numbers of the dtype; float16 ends at 2^-24, scaled.
+        # The precision of two numbers of the dtype. Scaled float16 numbers end at 2^-24.
         assert ((both - weights).abs() <= torch.finfo(dtype).eps ** 2 * weights + 2.0**-38).all()
 
 
@@ -59,14 +59,14 @@ def test_grids_of_every_kind(grid: Grid, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 60000.0])
 def test_small_and_large_numbers(size: float, dtype: torch.dtype) -> None:
-    """Numbers that are hardly or not normal in float16, and those next to its largest."""
+    """Numbers near the smallest normal float16 number and near the largest."""
     x = (draw((1, 1, 20 * 24, 16), torch.float32, DEVICE).clamp(-1, 1) * size).to(dtype)
     check_blur(x, Grid(20, 24), 3.0)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_transposed_blur_of_large_numbers(dtype: torch.dtype) -> None:
-    """Between the axes they exceed float16, as columns of a matrix sum to more than 1; the result does not."""
+    """Columns of a matrix sum to more than 1, so numbers between the axes exceed float16. The result does not."""
     grid = Grid(6, 5)
     x = torch.zeros(1, 1, 30, 16, dtype=dtype, device=DEVICE)
     x[:, :, :5] = 60000.0
@@ -81,7 +81,7 @@ def test_transposed_blur_of_large_numbers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_some_samples_of_a_batch(dtype: torch.dtype) -> None:
-    """Those of every sample have their own matrices, whichever samples lie between them."""
+    """Each sample uses its own matrices, regardless of the samples in between."""
     grid, sigmas, samples = Grid(4, 9, start=2), (0.7, 0.0, 3.0, 1.5), (0, 2, 3)
     query = draw((4, 2, grid.stop + 1, 16), dtype, DEVICE, "packed")
     image = blurred_image(query, grid, sigmas, samples, "reflect").transpose(1, 2)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels against the float64 reference under the numerics contract.
 
-On a CUDA device they run compiled, in all three dtypes; elsewhere in Triton's interpreter, whose bfloat16 products are
-wrong, so there in two.
+On a CUDA device the kernels run compiled, in all three dtypes. Elsewhere they run in Triton's interpreter, in two
+dtypes because its bfloat16 products are wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.kernels.kernel_tools import CUDA, DEVICE, DTYPES, check_attention
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    # NumPy, which the interpreter computes with, reports the arithmetic of infinities and NaNs that tests put in.
+    # The interpreter computes with NumPy, which warns about the infinities and NaNs of the tests.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
@@ -85,14 +85,14 @@ def test_sdxl_grids(shape: tuple[int, int], sigma: float, dtype: torch.dtype) ->
 def test_few_rows_share_their_keys_among_programs(
     rows: int, keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Coarse queries are such rows: not blurred here, and fewer than the keys."""
+    """Coarse queries are an example: they are already blurred, and fewer than the keys."""
     splits = spied_splits(monkeypatch)
     check_attention((2, 1, rows, 40), Grid(1, 1), 0.0, dtype, keys=keys)
     assert splits == ([] if keys == 128 else [3])
 
 
 def spied_splits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How often keys are split, call by call, on a device of 8 multiprocessors."""
+    """Record the number of splits of the keys for each call, on a device of 8 multiprocessors."""
     from segkern.kernels._configs import key_splits
 
     seen = []
@@ -115,14 +115,14 @@ def test_infinite_sigma_at_any_number_of_keys(keys: int, monkeypatch: pytest.Mon
     check_attention(shape, grid, (math.inf,) * 3, DTYPES[1], keys=keys)
     assert splits == [-(-keys // 128)]
     check_attention(shape, grid, (math.inf, 0.0, math.inf), DTYPES[1], keys=keys)
-    assert len(splits) == 1, "a tile of the batch's attention serves them"
+    assert len(splits) == 1, "a tile of the batch's attention should serve these samples"
 
 
 @pytest.mark.usefixtures("blur_route")
 @pytest.mark.parametrize("height, width, start", [(1, 1, 3), (9, 11, 0), (4, 8, 33)])
 @pytest.mark.parametrize("head_dim", [40, 64])
 def test_infinite_sigma_beside_other_samples(head_dim: int, height: int, width: int, start: int) -> None:
-    """One tile computes and writes all tokens of an image, however many tiles those are."""
+    """One tile computes and writes all tokens of an image, for any number of tiles."""
     grid = Grid(height, width, start=start)
     sigmas = math.inf, 0.0, 1.5, math.inf
     check_attention((4, 2, grid.stop + 3, head_dim), grid, sigmas, DTYPES[1], ("packed",) * 3, keys=45)
@@ -156,7 +156,7 @@ def test_blur(boundary: str, dtype: torch.dtype, backend: str) -> None:
     x = draw((4, 2, grid.stop + 2, 40), dtype, DEVICE, "packed")
     blurred = segkern.gaussian_blur(x, grid, sigma, boundary=boundary, backend=backend)
     oracle = reference.gaussian_blur(x.double(), grid, sigma, boundary=boundary)
-    for sample in range(4):  # each by itself: blurred values are much smaller than unblurred ones
+    for sample in range(4):  # separately, because blurred values are much smaller than unblurred ones
         plain = plain_blur(x[sample : sample + 1], grid, sigma[sample], boundary)
         assert_contract(blurred[sample : sample + 1], oracle[sample : sample + 1], plain)
 
@@ -204,7 +204,7 @@ def test_backends_agree() -> None:
 @pytest.mark.parametrize("rows", [1, 18], ids=["per key", "per row"])
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_smallest_finite_mask_is_not_minus_infinity(backend: str, rows: int) -> None:
-    """A row masked throughout by the dtype's smallest number attends evenly, as in PyTorch in float32."""
+    """A row that is fully masked by the dtype's most negative number attends uniformly, as in PyTorch in float32."""
     query, key, value = (draw((2, 1, 18, 16), torch.float32, DEVICE) for _ in range(3))
     mask = torch.full((1, 1, rows, 18), torch.finfo(torch.float32).min, device=DEVICE)
     output = segkern.seg_attention(query, key, value, Grid(2, 9), (1.0, math.inf), attn_mask=mask, backend=backend)
@@ -243,7 +243,7 @@ def test_blur_then_pytorchs_attention_where_that_was_faster(
 
 @pytest.mark.parametrize("rows", [1, 36], ids=["few rows", "tiles"])
 def test_the_most_negative_number_as_a_mask(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other libraries mask with it instead of minus infinity; a row of it alone has it as its log-sum-exp."""
+    """Other libraries mask with it instead of minus infinity. If it masks a whole row, it is the row's log-sum-exp."""
     spied_splits(monkeypatch)
     query, key, value = (draw((1, 1, n, 16), torch.float32, DEVICE) for n in (rows, 300, 300))
     mask = torch.full((1, 1, rows, 300), torch.finfo(torch.float32).min, device=DEVICE)
@@ -253,6 +253,6 @@ def test_the_most_negative_number_as_a_mask(rows: int, monkeypatch: pytest.Monke
         query, key, value, Grid(1, rows), 0.0, attn_mask=mask, backend="triton", return_lse=True
     )
     torch.testing.assert_close(lse, oracle_lse.float(), rtol=1e-5, atol=1e-5)
-    # What the first row's logits differ by is less than such a number can tell.
+    # The differences between the first row's logits are below the precision of such a number.
     torch.testing.assert_close(output[:, :, 1:], oracle[:, :, 1:].float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output[0, 0, 0], value.mean(dim=2)[0, 0], rtol=1e-4, atol=1e-5)

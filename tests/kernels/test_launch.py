@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches are handed to compiled kernels as Triton would hand them, and compiled anew where Triton would."""
+"""Launches pass the same arguments to compiled kernels as Triton does, and compile again in the same cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Kernel:
-    """A kernel that notes how often it is compiled, and what the compiled one is launched with."""
+    """A kernel that records how often it is compiled, and the arguments of launches of the compiled kernel."""
 
     arg_names = ("x_ptr", "table_ptr", "stride", "scale", "BLOCK", "WIDE")
 
@@ -109,7 +109,7 @@ with idle_driver() as driver:
 
 @pytest.mark.slow
 def test_the_second_launch_hands_over_what_the_first_did() -> None:
-    """By Triton's own binder at first, and to the same compiled kernel."""
+    """The first launch uses Triton's binder. The second passes the same arguments to the same compiled kernel."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of more than 2^31 elements: no offset of a kernel overflows, no shape function does.
+"""Tensors of more than 2^31 elements: no offset of a kernel and no shape function overflows.
 
-Memory is virtual: a storage of a few GB of which only the pages of some tokens are ever touched.
+Memory is virtual: a storage of a few GB in which only the pages of some tokens are accessed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.core.contract import assert_contract, oracle_attention, plain_attenti
 from tests.core.failure_tools import KERNELS
 from tests.kernels.kernel_tools import DEVICE
 
-STEP = 2**30 + 64  # elements: fits 32 bits, and twice as many do not
+STEP = 2**30 + 64  # in elements: fits 32 bits, but twice the step does not
 GRID, SIGMA = Grid(2, 3), (0.0, math.inf, 1.2)
 SHAPE = (3, 3, 6, 16)
 
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def spread(shape: tuple[int, ...], dim: int, step: int) -> torch.Tensor:
-    """Normal float16 values, ``step`` elements from one to the next along ``dim``; memory between is never touched."""
+    """Return normal float16 values, ``step`` elements apart along ``dim``. The memory in between is never accessed."""
     inner = [i for i in range(len(shape)) if i != dim]
     strides = [0] * len(shape)
     for place, i in enumerate(inner):
         strides[i] = math.prod(shape[j] for j in inner[place + 1 :])
     strides[dim] = step
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # which would fill all of it
+    torch.use_deterministic_algorithms(False)  # deterministic algorithms would fill all of the memory
     size = (shape[dim] - 1) * step + math.prod(shape[i] for i in inner)
     base = torch.empty(size, dtype=torch.float16, device=DEVICE)
     torch.use_deterministic_algorithms(before)
@@ -57,7 +57,7 @@ READS = {"gaussian_blur": (0,), "attention_mass": (0, 1), "attention_energy": (0
 @pytest.mark.usefixtures("blur_route")
 @pytest.mark.parametrize("dim", [0, 1], ids=["samples", "heads"])
 def test_samples_and_heads_far_apart(dim: int) -> None:
-    """With each of query, key and value in turn the result is bit for bit that of dense tensors."""
+    """With query, key or value spread out, the result equals that of dense tensors bit for bit."""
     for far in range(3):
         tensors = [torch.randn(SHAPE, device=DEVICE).half() for _ in range(3)]
         tensors[far] = spread(SHAPE, dim, STEP)
@@ -122,7 +122,7 @@ def test_mask_offsets_beyond_32_bits(dim: int) -> None:
 
 
 class Recorder:
-    """A kernel whose launches are noted, grid and all, and do nothing."""
+    """A kernel that records its launches, including the grid, and does nothing else."""
 
     def __init__(self) -> None:
         self.grids: list[tuple[int, ...]] = []
@@ -141,7 +141,7 @@ class Recorder:
 def test_launches_fit_a_device(
     batch: int, heads: int, grid: Grid, sigma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A grid of programs has at most 2^31 - 1 along its first axis and 65,535 along the others."""
+    """A grid of programs is limited to 2^31 - 1 along its first axis and to 65,535 along the others."""
     recorder = Recorder()
     for module, names in KERNELS.items():
         for name in names:
@@ -155,7 +155,7 @@ def test_launches_fit_a_device(
     monkeypatch.setattr("segkern.kernels.split_attention._mean", lambda image: image[:, :, :1])
     sigmas = (sigma,) * batch
     segkern.ops.attention.fused_attention(x, x, x, None, grid, sigmas, 1.0, "reflect", True)
-    if sigma < math.inf:  # which copies one result to all tokens, in memory that is not there
+    if sigma < math.inf:  # infinity would copy one result to all tokens, in memory that does not exist
         segkern.ops.masses.fused_energy(x, x, grid, sigmas, 1.0, "reflect")
     for launched in recorder.grids:
         assert 0 < launched[0] < 2**31, launched
@@ -167,14 +167,14 @@ _EMPTY = torch.empty
 
 
 def huge(size: tuple[Any, ...], dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor of any size in memory of one element."""
+    """Return a tensor of any size in the memory of one element."""
     shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
     return _EMPTY(1, dtype=dtype).expand(tuple(shape))
 
 
 @pytest.mark.robustness
 def test_shapes_of_huge_results() -> None:
-    """Operators tell the shapes of results without making them."""
+    """Operators infer the shapes of results without making them."""
     grid = Grid(1500, 1500, start=77)
     q = torch.empty(4, 24, grid.stop, 128, device="meta", dtype=torch.bfloat16)
     k = torch.empty(4, 24, 2**23, 128, device="meta", dtype=torch.bfloat16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark suite's commands run in this process, and a small result file that they wrote."""
+"""Run the commands of the benchmarks in this process, and make a small result file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def command(*arguments: object) -> Result:
 
 
 def quick_run(folder: Path) -> Path:
-    """The file of a quick run of everything but FlexAttention, whose compilation takes its time."""
+    """Return the result file of a quick run of everything except FlexAttention, which is slow to compile."""
     path = folder / "quick.json"
     providers = "sdpa*,official,separable,dense,auto,torch,triton*,blur + sdpa*,stride *"
     ran = command("run", "--quick", "--device", "cpu", "--providers", providers, "--out", path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring: a wrong result has no time, rounds take turns, all ways compute the same, work is counted."""
+"""Measurements: incorrect results are not timed, rounds alternate, all ways agree, work is counted."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_another_sigma_is_wrong_in_half_precision_too() -> None:
     _, wrong = checks.judge(auto, auto.make(inputs, 10.0)(), inputs, wanted)
     assert not wrong
     _, wrong = checks.judge(auto, auto.make(inputs, 4.0)(), inputs, wanted)
-    assert "wrong in the blurred sample" in wrong, "which the larger values of the other sample would hide"
+    assert "wrong in the blurred sample" in wrong, "the larger values of the other sample would hide it"
 
 
 def test_an_approximation_is_timed_and_its_error_told() -> None:
@@ -132,7 +132,7 @@ def test_all_ways_compute_the_same_around_text(sigma: float, dtype: torch.dtype)
         if name == "flex" or not provider.exact or provider.why_not(inputs, sigma):
             continue
         if name == "blur official" and dtype == torch.float32:
-            continue  # its two-dimensional sum rounds more often than the contract allows at large sigma
+            continue  # its two-dimensional sum rounds more than the contract allows at large sigma
         _, wrong = checks.judge(provider, provider.make(inputs, sigma)(), inputs, wanted[provider.kind])
         assert not wrong, f"{name}: {wrong}"
         looked_at += 1
@@ -153,7 +153,7 @@ def test_rounds_take_turns_in_ever_other_orders() -> None:
     rounds = ["".join(order[first : first + 3]) for first in range(0, len(order), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
     followed = {pair for turn in rounds for pair in (turn[:2], turn[1:])}
-    assert len(followed) == 6, "every call follows every other one at times"
+    assert len(followed) == 6, "every call should follow every other call in some round"
     assert {name: len(clocks["wall"]) for name, clocks in samples.items()} == {"a": 12, "b": 12, "c": 12}
     assert missing["a"] == {"hot": "not measured", "cold": "not measured", "graph": "not measured"}
 
@@ -199,7 +199,7 @@ def test_tiles_that_do_not_compile_or_err_are_out(device: torch.device) -> None:
     first, last = screened["tiles"]
     assert first["tile"] == screened["now"] == asdict(Tile(32, 32, 16, 4, 1))
     assert first["ms"]["median"] > 0
-    assert last["tile"]["block_m"] == 48, "a product's sides are powers of two"
+    assert last["tile"]["block_m"] == 48, "invalid: a product's sides are powers of two"
     assert last["ms"] is None
     assert last["reason"]
     assert screened["environment"]["torch"] == torch.__version__
@@ -217,7 +217,7 @@ def confirmed(
     best: Tile | None = None,
     **ms: float | None,
 ) -> dict[str, Any]:
-    """As ``confirm`` gives it: every call takes 1 ms but for those given, and errs where None is given."""
+    """Return a result of ``confirm``: calls take 1 ms except the given ones, and are inaccurate if None is given."""
     calls = {f"{which}, triton {blur}": 1.0 for which in ("now", "best") for blur in ("prologue", "before")}
     calls |= {name.replace("_", ", triton "): value for name, value in ms.items()}
     calls |= {"sdpa default": sdpa, "sdpa flash": None, "sdpa cudnn": None if sdpa is None else sdpa - 0.01}
@@ -270,7 +270,7 @@ def test_the_fastest_that_is_right_everywhere_is_installed(
     assert (entry["device"], entry["commit"], entry["cases"]) == ("a GPU", "abc", [case["case"] for case in cases])
     (line,) = tune.install([confirmed("a")], path)
     assert "stays" in line
-    assert json.loads(path.read_text()) == {}, "what no longer wins does not stay"
+    assert json.loads(path.read_text()) == {}, "an entry that no longer wins is removed"
 
 
 def test_what_is_installed_is_read_and_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command of ``python -m benchmarks`` runs in its smallest form, and refuses what makes no sense."""
+"""Every command of ``python -m benchmarks`` runs in its smallest form and refuses invalid input."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ QUICK: dict[str, tuple[str, ...]] = {
     "compatibility": ("compatibility",),
     "tables": ("tables",),
 }
-# These take files, processes of their own (test_benchmarks_device.py), or one that does not interpret Triton
-# (tests/kernels/test_compile.py).
+# These commands are tested elsewhere: they need files, separate processes (test_benchmarks_device.py), or a process
+# that does not use Triton's interpreter (tests/kernels/test_compile.py).
 ELSEWHERE = {"plot", "compare", "compile", "device"}
 
 
-SLOW = {"run step", "tune", "energy"}  # the others' files test what these call
+SLOW = {"run step", "tune", "energy"}  # other test files cover the functions that these call
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in QUICK])
@@ -64,7 +64,7 @@ def test_every_command_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def pretend_to_test(command: list[str], **options: Any) -> SimpleNamespace:
-    """In place of pytest: write what a run of one test would."""
+    """Replace pytest: write the outcomes of a run of one test."""
     if "--compatibility" in command:
         outcomes = {"environment": {"diffusers": "1.2", "commit": "abc"}, "tests": [{"outcome": "passed"}]}
         Path(command[command.index("--compatibility") + 1]).write_text(json.dumps(outcomes), encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make device``: a stage that dies, hangs or has no time left loses only itself, and the rehearsal runs them all."""
+"""``make device``: if a stage dies, hangs or runs out of time, the others still run; the rehearsal runs all stages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_stage_that_dies_or_hangs_loses_only_itself(tmp_path: Path) -> None:
     assert done[2].why == "exit code 1, no such kernel"
     assert done[3].why == "it took longer than 4 s, its limit"
     assert first.read_text() == last.read_text() == "done"
-    assert not alive(int(part.read_text())), "what the stage had started is ended too"
+    assert not alive(int(part.read_text())), "processes that the stage started are ended too"
     assert [line.split()[3] for line in lines] == ["good", "killed:", "wrong:", "hangs:", "last"]
     summary = read_json(tmp_path / device.SUMMARY)
     assert summary["complete"]
@@ -135,7 +135,7 @@ def test_the_exit_code_and_the_last_lines_name_what_is_missing(tmp_path: Path, m
     monkeypatch.setattr(device, "stages", lambda folder, dry: both)
     ran = command("device", "--dry", "--out", tmp_path)
     assert ran.exit_code == 1
-    assert not old.exists(), "an earlier run's"
+    assert not old.exists(), "files of an earlier run are deleted"
     assert f"1 of 2 stages passed; wrote {tmp_path}\nfailed" in ran.output
     assert ran.output.endswith("bad: one: exit code 3\n")
     assert command("device", "--dry", "--out", tmp_path, "--only", "good").exit_code == 0
@@ -161,12 +161,12 @@ def test_stages_come_in_the_order_of_their_worth(tmp_path: Path) -> None:
         written = [Path(value) for value in stage.arguments if value.endswith(".json")]
         assert all(path.parent == tmp_path for path in written)
     names = {value for stage in real for value in stage.arguments if value.endswith(".json")}
-    assert len(names | {device.SUMMARY}) <= 8, "what a device hands back may be limited to eight files"
+    assert len(names | {device.SUMMARY}) <= 8, "a device may return at most eight files"
 
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_the_arguments_of_stages_are_understood(dry: bool, tmp_path: Path) -> None:
-    """A device's minutes are too few to learn of a misspelt option there."""
+    """Time on a device is too short to find a misspelt option there."""
     groups = {"benchmarks": commands.app, "benchmarks.device_stages": device_stages.app}
     for stage in stages(tmp_path, dry):
         _, module, name, *rest = stage.arguments
@@ -211,7 +211,7 @@ def test_a_checkout_that_is_not_installed_has_its_integrations(tmp_path: Path, m
     assert not link.is_symlink()
     monkeypatch.undo()
     with device.integrations_as_installed():
-        assert not link.is_symlink(), "it is installed"
+        assert not link.is_symlink(), "the integrations are installed"
 
 
 def test_a_way_to_blur_that_is_wrong_fails_or_changes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

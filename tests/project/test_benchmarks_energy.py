@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks energy`` counts what it says."""
+"""``python -m benchmarks energy`` counts correctly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIGMAS = (0.0, 1.0, math.inf)
 
 
 def cell(logits: torch.Tensor, grid: Grid, boundary: str) -> tuple[OverSigma, OverSigma]:
-    """Both cuts of a record of one head with these logits ``[queries, keys]``."""
+    """Return both cuts of a record of one head with these logits ``[queries, keys]``."""
     inputs = logits[None, None], torch.eye(logits.shape[1], dtype=torch.float64)[None, None]
     by_query, by_key = (
         over_sigma(*inputs, grid, SIGMAS, over=over, scale=1.0, boundary=boundary, dtype=torch.float64)
@@ -26,7 +26,7 @@ def cell(logits: torch.Tensor, grid: Grid, boundary: str) -> tuple[OverSigma, Ov
 
 
 def test_shares_are_counted_over_heads_queries_and_keys() -> None:
-    """Of a head whose energy rises, and one whose energy falls: a bump that reflect counts more often than once."""
+    """One head's energy rises. The other's falls, because reflect gives its bump a weight above 1."""
     bump = torch.zeros(3, 3, dtype=torch.float64)
     bump[1] = 0.2
     peaks = 5.0 * torch.eye(3, dtype=torch.float64)
@@ -34,7 +34,7 @@ def test_shares_are_counted_over_heads_queries_and_keys() -> None:
     assert counts["cells"] == 2
     assert counts["energy_by_query_rises"] == [0.5, 1.0]
     assert counts["energy_by_key_rises"] == [0.5, 1.0]
-    assert counts["a_querys_own_rises"][0] == pytest.approx(4 / 6)  # the bump's neighbours get lower
+    assert counts["a_querys_own_rises"][0] == pytest.approx(4 / 6)  # the energy of the bump's neighbours falls
     assert counts["variance_left"][1] == pytest.approx(0.0, abs=1e-12)
     assert counts["determinant_chain"]["change"][1] == -math.inf
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result files: their schema, comparing them, and pictures of them."""
+"""Result files: their schema, comparisons and plots."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_runs_are_compared_beyond_their_noise(quick: Path) -> None:
     assert verdicts(before) == {"same"}
     assert verdicts(changed(before, "auto", 1.2)) == {"slower"}
     assert verdicts(changed(before, "auto", 0.8)) == {"faster"}
-    assert verdicts(changed(before, "auto", 1.2, spread=30.0)) == {"same"}, "the noise covers it"
-    assert verdicts(changed(before, "auto", 1.02, spread=0.1)) == {"same"}, "too small to count"
+    assert verdicts(changed(before, "auto", 1.2, spread=30.0)) == {"same"}, "the change is within the noise"
+    assert verdicts(changed(before, "auto", 1.02, spread=0.1)) == {"same"}, "the change is too small to count"
     lost = copy.deepcopy(before)
     for row in lost["rows"]:
         if row["provider"] == "auto":
@@ -78,7 +78,7 @@ def test_pictures_are_written(quick: Path, tmp_path: Path) -> None:
     for name in names:
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 400
-            assert len(image.convert("L").getcolors() or []) > 50, "hardly anything is drawn"
+            assert len(image.convert("L").getcolors() or []) > 50, "the plot is almost empty"
 
 
 def test_pictures_show_every_point(quick: Path) -> None:
@@ -87,14 +87,14 @@ def test_pictures_show_every_point(quick: Path) -> None:
     (rows,) = plots.rows_by_picture("x", results.read(quick)).values()
     for row in rows:
         if row["sigma"] == "inf" and row["ratio"]:
-            row["ratio"]["median"] /= 9  # as infinity is faster
+            row["ratio"]["median"] /= 9  # infinity is faster
     figure = Figure()
     plots.draw_ratios(figure, rows)
     for panel in figure.axes:
         heights = [y for line in panel.get_lines() for y in line.get_ydata()]
         assert len(heights) > 20
         low, high = panel.get_ylim()
-        assert all(low <= y <= high for y in heights), "points are left out"
+        assert all(low <= y <= high for y in heights), "points are missing"
 
 
 def test_ratios_far_from_one_are_named_and_leave_room_for_the_others(quick: Path) -> None:

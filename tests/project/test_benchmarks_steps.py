@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite of guided steps: every way is held against the official algorithm before it has a time."""
+"""The suite of guided steps: every way is compared with the official algorithm before it is timed."""
 
 from __future__ import annotations
 

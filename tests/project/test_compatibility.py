@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests say what they prove, their outcomes are kept, and docs/models.md says what was kept."""
+"""Tests declare what they check, their outcomes are recorded, and docs/models.md matches the records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from segkern.integrations.diffusers.models.architectures import ARCHITECTURES, LINEAR, UNET_DEFAULT
 from tests.compatibility import cell_of, proves, write
-from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
+from tests.project import benchmark_tools  # noqa: F401  makes benchmarks/ importable, which is not installed
 
 from benchmarks import compatibility, doc_tables  # isort: skip
 
@@ -30,7 +30,7 @@ def test_marks_add_up_and_the_nearest_goes_before_others() -> None:
     item: Any = SimpleNamespace(nodeid="test_x", iter_markers=lambda name: iter(marks))
     assert cell_of(item) == {"group": "UNets", "model": "A", "task": "inpainting", "guidance": ["PAG"]}
     marks.pop()
-    with pytest.raises(pytest.UsageError, match="test_x proves something, but its marks do not say model, task"):
+    with pytest.raises(pytest.UsageError, match="test_x has the mark proves, but its marks lack model, task"):
         cell_of(item)
     marks.pop()
     assert cell_of(item) is None
@@ -71,7 +71,7 @@ def test_the_page_names_what_is_refused_and_all_defaults() -> None:
 
 
 def test_the_files_are_of_the_versions_that_are_tested() -> None:
-    """The pinned diffusers, and the oldest that the package's metadata allows: the pin of the oldest Python."""
+    """The pinned diffusers, and the oldest that the package's metadata allows, pinned for the oldest Python."""
     pins = re.findall(r"^diffusers==([\d.]+);", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert sorted(compatibility.committed()) == sorted(pins)
     (least,) = re.findall(r"\"diffusers>=([\d.]+)\"", (ROOT / "pyproject.toml").read_text())

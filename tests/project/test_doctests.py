@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examples in docstrings run."""
+"""The examples in docstrings run."""
 
 from __future__ import annotations
 

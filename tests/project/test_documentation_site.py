@@ -45,7 +45,7 @@ def test_roles_of_docstrings_become_links(site: Path) -> None:
     text = (site / "api.html").read_text(encoding="utf-8")
     assert not re.search(r":(func|class|mod|meth):", text)
     assert 'href="#segkern.gaussian_blur"' in text
-    assert "&gt;&gt;&gt; " in text or 'class="gp"' in text, "examples are no examples"
+    assert "&gt;&gt;&gt; " in text or 'class="gp"' in text, "examples are not formatted as examples"
 
 
 def documented(name: str) -> set[str]:

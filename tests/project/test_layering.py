@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports point one way between the folders of the package, in no circle and over few levels."""
+"""Imports between the folders of the package point one way, without cycles and over few levels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "segkern"
 MOST_LEVELS = 9
 
-# A folder or module of segkern/ -> those it may import, anywhere in its files. All may import the first three.
+# A folder or module of segkern/ -> those it may import, anywhere in its files. All may import the modules in BASE.
 BASE = {"core", "grid", "version"}
 ALLOWED = {
     "core": set(),
@@ -51,7 +51,7 @@ FOLDERS = {
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name, the integrations under the name they are installed with."""
+    """Return every module by its dotted name. The integrations have the name they are installed with."""
     paths = {}
     for name in FOLDERS:
         folder, prefix = ROOT / name, "segkern.integrations" if name == "integrations" else name
@@ -62,13 +62,13 @@ def modules() -> dict[str, Path]:
 
 
 def is_for_types(node: ast.AST) -> bool:
-    """True for an ``if TYPE_CHECKING:``."""
+    """Return True for an ``if TYPE_CHECKING:``."""
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 @cache
 def imports(name: str, *, lazy: bool) -> frozenset[str]:
-    """Modules of the package that a module imports; with ``lazy`` those that its functions import too."""
+    """Return the modules of the package that a module imports; with ``lazy``, including imports in functions."""
     targets: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -87,7 +87,7 @@ def imports(name: str, *, lazy: bool) -> frozenset[str]:
 
 
 def room(name: str) -> str:
-    """The folder or module of ``segkern/`` that a dotted name lies in, or the folder beside it."""
+    """Return the folder or module of ``segkern/`` that contains a module, or the folder next to ``segkern/``."""
     first, *rest = name.split(".")
     return first if first != "segkern" else rest[0] if rest else "__init__"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distributions in ``dist/``, which ``make wheel`` builds and CI builds first: what they hold and say."""
+"""The distributions in ``dist/``, which ``make wheel`` builds and CI builds first: their files and metadata."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def files_under(folder: Path) -> set[str]:
-    """Names of all files below ``folder`` that belong to the sources."""
+    """Return the names of all source files below ``folder``."""
     files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {path.as_posix() for path in files if "__pycache__" not in path.parts}
 
 
 def distribution(pattern: str) -> Path:
-    """The one distribution of this kind, which is newer than the sources; skips the test where there is none."""
+    """Return the one distribution of this kind that is newer than the sources; skip the test if there is none."""
     sources = [ROOT / folder / name for folder in ("segkern", "integrations") for name in files_under(ROOT / folder)]
     newest = max(path.stat().st_mtime for path in [*sources, ROOT / "README.md", ROOT / "pyproject.toml"])
     built = list((ROOT / "dist").glob(pattern))
@@ -66,7 +66,7 @@ def test_wheel_says_what_it_is_and_needs(wheel: zipfile.ZipFile, metadata: email
 def test_the_index_shows_a_readme_without_links_that_lead_nowhere_there(metadata: email.message.Message) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
     page, readme = str(metadata.get_payload()), (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"\]\((?!https?:)", readme), "the README has links to files"
+    assert re.findall(r"\]\((?!https?:)", readme), "the README should have links to files"
     assert not re.findall(r"\]\((?!https?:)", page)
     assert re.findall(r"\]\(https?:[^)]*\)", page) == re.findall(r"\]\(https?:[^)]*\)", readme)
     assert re.findall(r"^(?:#.*|```.*)", page, re.MULTILINE) == re.findall(r"^(?:#.*|```.*)", readme, re.MULTILINE)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.project import benchmark_tools  # noqa: F401  benchmarks/ is no installed package
+from tests.project import benchmark_tools  # noqa: F401  makes benchmarks/ importable, which is not installed
 
 from benchmarks import doc_tables, plots, results  # isort: skip
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A release: one version everywhere, forms that a host accepts, pages that name files and targets that exist."""
+"""A release: one version everywhere, valid issue forms, and pages that name existing files and targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
 
 
 def versions(root: Path) -> dict[str, str]:
-    """The version that each file names."""
+    """Return the version in each file."""
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     heading = re.search(r"^## (\S+) - (unreleased|\d{4}-\d\d-\d\d)$", changelog, re.MULTILINE)
     source = re.search(r'__version__ = "(.*)"', (root / "segkern" / "version.py").read_text(encoding="utf-8"))
@@ -51,7 +51,7 @@ def test_the_newest_heading_of_the_changelog_comes_first() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with the files that name the version."""
+    """Return a folder with copies of the files that contain the version."""
     for name in PLACES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -131,4 +131,4 @@ def test_pages_name_files_and_targets_that_exist(name: str) -> None:
     for targets in re.findall(r"`make ([a-z -]+)", text):
         for target in targets.split():
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    assert not re.search(r"[\w.]+@[\w-]+\.\w+|github\.com/", text), "an address that may not exist"
+    assert not re.search(r"[\w.]+@[\w-]+\.\w+|github\.com/", text), "this address may not exist"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing that is loaded can run code: no pickles, weights from safetensors alone."""
+"""Loading files cannot run code: no pickles, and weights only from safetensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "mar
 
 
 def dangers(source: str) -> Iterator[str]:
-    """Statements of a program that could unpickle."""
+    """Yield the statements of a program that could unpickle."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
