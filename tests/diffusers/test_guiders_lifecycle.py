@@ -339,7 +339,7 @@ def test_an_argument_that_its_spec_does_not_take_is_refused() -> None:
     for name in ("schedular", "trusts"):
         with pytest.raises(TypeError, match=f"unexpected argument '{name}'"):
             SEGGuider().new(**{name: None})
-    with pytest.raises(ValueError, match=r"trust takes a list of classes or functions.*got 'Own'"):
+    with pytest.raises(ValueError, match=r"trust must be a list of classes or functions.*got 'Own'"):
         SEGGuider(trust="Own")
 
 

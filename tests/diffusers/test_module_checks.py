@@ -349,7 +349,7 @@ def test_processors_of_transformers_are_asked_about_too() -> None:
 
 def test_processors_of_diffusers_that_take_the_batch_apart_are_refused() -> None:
     pipe = with_processors(PAGCFGIdentitySelfAttnProcessor2_0(), "up_blocks.0.attentions.0.transformer_blocks.0.attn1")
-    with pytest.raises(ValueError, match=r"PAGCFGIdentitySelfAttnProcessor2_0 .*takes the batch apart"):
+    with pytest.raises(ValueError, match=r"PAGCFGIdentitySelfAttnProcessor2_0 .*splits the batch"):
         guide(pipe, SEG())
 
 
@@ -405,7 +405,7 @@ def test_a_forward_replaced_on_the_class(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(BasicTransformerBlock, "forward", patched)
     pipe = tiny_pipeline(own_unet=True)
-    with pytest.raises(ValueError, match=r"forward that was replaced by tests\S+patched"):
+    with pytest.raises(ValueError, match=r"forward replaced by tests\S+patched"):
         guide(pipe, PAG())
     with guide(pipe, PAG(), trust=[patched]):
         run(pipe, latents=noise())
@@ -413,7 +413,7 @@ def test_a_forward_replaced_on_the_class(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("trust", [Scaled, [3], "Scaled", None], ids=str)
 def test_trust_is_a_list_of_classes_or_functions(trust: Any) -> None:
-    with pytest.raises(ValueError, match="trust takes a list of classes or functions"):
+    with pytest.raises(ValueError, match="trust must be a list of classes or functions"):
         guide(tiny_pipeline(), PAG(), trust=trust)
 
 

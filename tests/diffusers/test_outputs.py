@@ -83,7 +83,7 @@ def test_an_output_of_an_unknown_kind_is_refused_by_name() -> None:
     pipe = tiny_pipeline(own_unet=True)
     guidance = guide(pipe, PAG())
     handle = pipe.unet.register_forward_hook(lambda m, a, output: {"sample": output[0]}, prepend=True)
-    with pytest.raises(RuntimeError, match="gave a dict"):
+    with pytest.raises(RuntimeError, match="returned a dict"):
         run(pipe, latents=noise())
     handle.remove()
     run(pipe, latents=noise())

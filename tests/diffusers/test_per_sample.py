@@ -152,7 +152,7 @@ def test_a_module_that_keeps_a_tensor_for_each_sample_is_refused_by_name() -> No
     block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
     block.weights = torch.tensor([1.0, 2.0])
     with guide(pipe, PAG(start=0.5)):
-        with pytest.raises(ValueError, match=r"mid_block\S+ of .*BasicTransformerBlock, keeps a tensor 'weights'.*2"):
+        with pytest.raises(ValueError, match=r"mid_block\S+ of .*BasicTransformerBlock, has a tensor 'weights'.*2"):
             run(pipe, latents=noise(), callback_on_step_end=lambda *given: steps.append(given) or {})
         run(pipe, ["a fox", "a boat"], latents=noise(2))
     with guide(pipe, PAG(), trust=[type(block)]):

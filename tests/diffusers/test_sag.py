@@ -231,7 +231,7 @@ def test_an_input_of_nothing_but_noise() -> None:
     with guide(pipe, SAG()):
         assert run(pipe, latents=noise()).isfinite().all()
     pipe = tiny_sd(scheduler=scheduler)
-    with pytest.raises(ValueError, match="nothing but noise"), guide(pipe, SAG()):
+    with pytest.raises(ValueError, match="pure noise"), guide(pipe, SAG()):
         run(pipe, latents=noise())
 
 

@@ -82,7 +82,7 @@ def test_one_that_changes_something_is_refused(name: str, hook: Any, spec: Any) 
     pipe = tiny_pipeline(own_unet=True)
     hooked(pipe.unet, name, hook)
     hooks = hooks_of(pipe.unet)
-    message = rf"{name} of .* changes what it gets or gives, .*{hook.__name__}.*trust=\[{hook.__name__}\]"
+    message = rf"{name} of .* changes its inputs or outputs, .*{hook.__name__}.*trust=\[{hook.__name__}\]"
     with pytest.raises(ValueError, match=message), torch.inference_mode(hook is changes_input), guide(pipe, spec):
         run(pipe, latents=LATENTS)
     assert hooks_of(pipe.unet) == hooks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidances inside one denoiser: its guided layers, the places at which branches join, and the recorder."""
+"""Guidance inside one denoiser: guided layers, places at which branches join, and the recorder."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from segkern.integrations.diffusers.runtime.regions import Regions
 from segkern.integrations.diffusers.runtime.report import Recorder
 from segkern.integrations.specs.base import AttentionSpec, PlacedSpec
 
-_MOST_PLANS = 64  # kept; a run has a few
+_MOST_PLANS = 64  # maximum number of cached plans; a run needs only a few
 
 
 class DenoiserGuidance:
-    """The parts of a denoiser on which guidances act.
+    """The parts of a denoiser on which guidance acts.
 
     Attributes:
-        layers: those that are perturbed or read.
-        first: for every guidance the place at which its branch joins.
-        recorder: of what the layers report.
-        trust: code that the user trusts, which may skip layers in a step.
-        recomputation: of its parts under gradient checkpointing.
+        layers: Layers that are perturbed or read.
+        first: For every spec, the place at which its branch joins.
+        recorder: Records the effects on the layers.
+        trust: Code that the user trusts; it may skip layers in a step.
+        recomputation: Repeats parts of the denoiser under gradient checkpointing.
     """
 
     def __init__(self, denoiser: Denoiser, placed: tuple[PlacedSpec, ...], trust: Trust = ()) -> None:
         self._denoiser = denoiser
         self._places = denoiser.places
-        self._inner: list[RemovableHandle] = []  # hooks on the parts, from attach to detach
+        self._inner: list[RemovableHandle] = []  # hooks on the parts while attached
         self.recorder = Recorder(placed)
         self.trust = trust
         self.layers = GuidedLayers(denoiser, placed)
@@ -54,15 +54,15 @@ class DenoiserGuidance:
         self._kept = KeptEmbeddings(denoiser.model)
 
     def _place(self, placed_spec: PlacedSpec) -> int:
-        """The place of the first perturbed layer; before all of them where the whole input differs."""
+        """Return the place of the first perturbed layer; -1 (before all places) if the whole input differs."""
         modules = [layer.module for layer in placed_spec.layers if isinstance(placed_spec.spec, AttentionSpec)]
         return min((self._places.of(module) for module in modules), default=-1)
 
     def attach(self, watches: Iterable[HookWatch] = ()) -> None:
-        """Hook the denoiser's parts, and stand in for the layers' processors, whichever they are by now.
+        """Register hooks on the denoiser's parts, and replace the layers' current processors.
 
         Args:
-            watches: of users' hooks.
+            watches: Watches of users' hooks.
         """
         self.layers.stand_in()
         self._regions.attach()
@@ -74,7 +74,7 @@ class DenoiserGuidance:
         self.recomputation.attach()
 
     def detach(self) -> None:
-        """Leave the denoiser's parts as they were: a plain forward runs nothing of ours, compiled or not."""
+        """Restore the denoiser's parts, so that unguided calls run none of segkern's code, compiled or not."""
         act_here(False)
         self._regions.detach()
         self.recomputation.detach()
@@ -85,7 +85,7 @@ class DenoiserGuidance:
         self.layers.step_aside()
 
     def tell(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Prepare each part for the coming forward, which gets these arguments."""
+        """Prepare each part for the next denoiser call, which gets these arguments."""
         grid = self._denoiser.grid(args, kwargs)
         if grid is not None:
             sizes = shaped(grid)
@@ -99,7 +99,7 @@ class DenoiserGuidance:
         act_here(True)
 
     def _plan(self, forward: Forward) -> ForwardPlan:
-        """The plan of a forward; one for all that are alike."""
+        """Return the plan of a call. Calls with equal inputs share a plan."""
         samples = (forward.reference.start, forward.reference.stop)
         key = (forward.batch, forward.branches, forward.share, forward.frames, forward.sag, samples)
         plan = self._plans.get(key)
@@ -113,7 +113,7 @@ class DenoiserGuidance:
         return plan
 
     def _tell_joins(self, plans: Sequence[JoinPlan] | None) -> None:
-        """Give each join its part in the coming forward; None if no branch joins inside."""
+        """Set the plan of each join for the next call; None if no branch joins inside."""
         if plans is not None:
             for join, plan in zip(self._joins, plans, strict=True):
                 join.plan = plan
@@ -122,10 +122,10 @@ class DenoiserGuidance:
                 join.plan = None
 
     def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
-        """The distance that each layer moved, for each guidance that acted there.
+        """Return the distance that each layer moved, for each spec that acted on it.
 
         Raises:
-            RuntimeError: for a layer in which one should have acted and did not.
+            RuntimeError: If a spec should have acted on a layer but did not.
         """
         self.recorder.kernels |= self.layers.kernels
         moved: dict[tuple[int, str], torch.Tensor] = {}
@@ -142,7 +142,7 @@ class DenoiserGuidance:
         return moved
 
     def _may_skip(self, name: str) -> bool:
-        """True if code that the user trusts runs around a layer."""
+        """Return True if code that the user trusts runs around a layer."""
         parts = name.split(".")
         around = [self._denoiser.model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
         return any(
@@ -151,7 +151,7 @@ class DenoiserGuidance:
 
     @contextmanager
     def quiet(self, forward: Forward) -> Iterator[None]:
-        """Inside, the denoiser runs as it is, on the samples that a forward's guidance degrades."""
+        """Let the denoiser run unguided inside this context, on the samples that SAG degrades."""
         own = forward.reference.stop <= forward.batch.size
         self.recomputation.end()
         self._tell_joins(None)
@@ -164,13 +164,14 @@ class DenoiserGuidance:
 
 
 def _left_out(layer: GuidedLayer) -> str:
-    """The words for a layer in which guidance should have acted in the forward that is over."""
+    """Return the message for a layer on which guidance should have acted in the last call."""
     at, now = f"layer {layer.info.name} ({layer.info.module})", layer.attention.processor
     if now is layer.processor:
         return (
-            f"{at} did not run in a step in which guidance acts: take off what skips it; guide anew if it was replaced"
+            f"{at} did not run in a guided step; remove the code that skips it, or call guide again if the layer was "
+            f"replaced"
         )
     return (
-        f"{at} was given a {name_of(type(now))} while the denoiser ran, so that guidance did not act there: change "
-        f"processors (attention slicing, xFormers, IP-Adapters) between steps, as in callback_on_step_end"
+        f"the processor of {at} was replaced by a {name_of(type(now))} during a denoiser call, so guidance did not act "
+        f"on it; change processors (attention slicing, xFormers, IP-Adapters) between steps, as in callback_on_step_end"
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward hooks of users on modules that run with branches: those that look on are allowed, others refused.
+"""Users' forward hooks on modules that run with branches: hooks that only observe are allowed, others are refused.
 
-A hook that changes what a module gets or gives may do so by the place of a sample in the batch, to which guidance
-appends samples. That it does shows while the module runs only, between hooks before and after those of users.
+A hook that changes a module's inputs or outputs may depend on a sample's position in the batch, and guidance appends
+samples to the batch. Such changes can be detected only while the module runs, with hooks before and after the user's
+hooks.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from segkern.integrations.diffusers.runtime.per_sample import tensors_in
 
 
 def foreign_hooks(module: nn.Module, trust: Trust) -> list[Any]:
-    """Forward hooks and pre-hooks of a module that are neither of known packages nor trusted."""
+    """Return the forward hooks and pre-hooks of a module that are neither from known packages nor trusted."""
     hooks = [hook for hook in forward_hooks(module) if not isinstance(hook, Hook)]
     return [hook for hook in hooks if not is_known(module_of(hook)) and not is_trusted(hook, trust)]
 
 
 class HookWatch:
-    """Hooks around those of users on one module, which must leave the tensors that they are given as they are.
+    """Hooks around the users' hooks on one module that check whether those leave their tensors unchanged.
 
     Args:
-        module: the module.
-        message: of the error for one that does not.
+        module: The module.
+        message: Message of the error if a hook changes a tensor.
     """
 
     def __init__(self, module: nn.Module, message: str) -> None:
@@ -40,17 +41,17 @@ class HookWatch:
         self._seen: list[tuple[torch.Tensor, int]] = []
 
     def register(self) -> Iterator[RemovableHandle]:
-        """Put them around those that are there."""
+        """Register the hooks before and after the existing ones."""
         for check, first in ((False, True), (True, False)):
             hook = _Look(self, check)
             yield self._module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
             yield self._module.register_forward_hook(hook, prepend=first)
 
     def look(self, value: Any, check: bool) -> None:
-        """Remember tensors, or compare them with those remembered.
+        """Store tensors, or compare them with the stored ones.
 
         Raises:
-            ValueError: for another tensor, or one that was written to.
+            ValueError: If a tensor was replaced or modified in place.
         """
         seen, self._seen = self._seen, [(tensor, version_of(tensor)) for tensor in tensors_in(value)]
         if check:
@@ -60,7 +61,7 @@ class HookWatch:
 
 
 class _Look(Hook):
-    """One of the hooks: it gets arguments and keyword arguments, or arguments and the output."""
+    """One of these hooks. It gets arguments and keyword arguments, or arguments and the output."""
 
     def __init__(self, watch: HookWatch, check: bool) -> None:
         self._watch, self._check = watch, check

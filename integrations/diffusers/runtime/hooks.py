@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward hooks that belong to one module in one process: a copy of the module is plain, and holds nothing of ours."""
+"""Forward hooks that act on one module in one process. Copies of the module do not contain them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ _THREAD = threading.local()
 
 
 def act_here(acts: bool) -> None:
-    """Let plans act in this thread, or not: while one thread is in a guided forward, another may be in a plain one."""
+    """Set whether plans act in this thread. One thread may be in a guided call while another is in an unguided one."""
     _THREAD.acts = acts
 
 
 def acts_here() -> bool:
-    """True in a thread that is in a guided forward, and in graphs that are being compiled, which take turns."""
+    """Return True in a thread with a guided call, and while compiling, which only one thread does at a time."""
     return torch.compiler.is_compiling() or getattr(_THREAD, "acts", False)
 
 
 class Hook:
     """A hook that is registered on modules.
 
-    A copy of the module (``copy.deepcopy``, ``pickle``, ``torch.save``) gets in its place a function of the standard
-    library that takes anything and does nothing, so that it can be loaded where segkern is not installed and keeps no
-    pipeline alive.
+    In a copy of the module (``copy.deepcopy``, ``pickle``, ``torch.save``), the hook is replaced by a function of the
+    standard library that accepts anything and does nothing. The copy can therefore be loaded without segkern and keeps
+    no pipeline alive.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,10 +41,10 @@ class Hook:
 
 
 class Outer(Hook):
-    """A hook of a denoiser: what it calls stays outside of what is compiled.
+    """A hook of a denoiser whose function is never compiled.
 
     Args:
-        function: what it calls.
+        function: The function to call.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -56,7 +56,7 @@ class Outer(Hook):
 
 
 class _ReadGrid(Hook):
-    """Forward pre-hook of a transformer: the height and width of its image are the grid of its layers."""
+    """Forward pre-hook of a transformer that reads the height and width of its image as the grid of its layers."""
 
     def __init__(self, transformer: nn.Module, modules: list[str], tell: Callable[[str, Grid], None]) -> None:
         self._transformer = transformer
@@ -65,13 +65,14 @@ class _ReadGrid(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        if module is self._transformer and hidden_states.ndim == 4:  # a copy is not guided
+        if module is self._transformer and hidden_states.ndim == 4:  # copies are not guided
             for name in self._modules:
                 self._tell(name, Grid(*hidden_states.shape[2:]))
 
 
 def hook_grids(model: nn.Module, modules: Iterable[str], tell: Callable[[str, Grid], None]) -> list[RemovableHandle]:
-    """Tell the grid of each attention module of a UNet, by its name, when the transformer around it gets its image."""
+    """Call ``tell`` with each attention module's name and grid when the UNet transformer around it gets its image."""
+
     handles = []
     for name, transformer in model.named_modules():
         inside = [module for module in modules if module.startswith(f"{name}.")]

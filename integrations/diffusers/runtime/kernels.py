@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention kernels that were chosen for a layer, and PyTorch's in their place while guidance acts there."""
+"""Attention kernels that users chose for a layer; guidance uses PyTorch's attention in their place."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import SlicedAttnProcessor, XFormersAttnProcessor, XFormersJointAttnProcessor
 
 _OWN_KERNELS = (SlicedAttnProcessor, XFormersAttnProcessor, XFormersJointAttnProcessor)
-_CHOICE = "_attention_backend"  # a processor's attribute; where it is None, the active backend is taken
+_CHOICE = "_attention_backend"  # attribute of a processor; None means the active backend
 _NOTHING = object()
 
 
 def chosen_kernel(processor: Any) -> str | None:
-    """The kernel that was chosen for a processor's attention; None where it is PyTorch's choice."""
+    """Return the kernel that a user chose for a processor's attention; None for PyTorch's attention."""
     if isinstance(processor, _OWN_KERNELS):
         return f"{type(processor).__name__}'s"
     backend = _backend(processor)
@@ -23,20 +23,20 @@ def chosen_kernel(processor: Any) -> str | None:
 
 
 class NativeAttention:
-    """PyTorch's attention in processors for which another backend of diffusers was chosen, until it is put back."""
+    """Switches processors with another diffusers attention backend to PyTorch's, until they are restored."""
 
     def __init__(self) -> None:
-        self._chosen: list[tuple[Any, Any]] = []  # processors, and what they had
+        self._chosen: list[tuple[Any, Any]] = []  # processors and their original settings
 
     def take(self, processor: Any) -> None:
-        """Let a processor call PyTorch's attention; one that does so already stays as it is."""
+        """Make a processor use PyTorch's attention. Does nothing if it already does."""
         if _backend(processor) in (None, AttentionBackendName.NATIVE.value):
             return
         self._chosen.append((processor, vars(processor).get(_CHOICE, _NOTHING)))
         setattr(processor, _CHOICE, AttentionBackendName.NATIVE)
 
     def put_back(self) -> None:
-        """Give every processor what it had."""
+        """Restore the settings of all processors."""
         while self._chosen:
             processor, backend = self._chosen.pop()
             if backend is _NOTHING:
@@ -46,7 +46,8 @@ class NativeAttention:
 
 
 def _backend(processor: Any) -> str | None:
-    """The name of the backend on which a processor's attention runs; None for one that does not ask diffusers'."""
+    """Return the attention backend of a processor; None for a processor that does not use diffusers' backends."""
+
     if not hasattr(processor, _CHOICE):
         return None
     backend = getattr(processor, _CHOICE)

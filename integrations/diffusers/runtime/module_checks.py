@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of a denoiser's modules: caches, replaced forwards, and processors and blocks of other packages.
 
-Guidance appends samples to the batch, in some forwards and from some block on. A cache gives what another batch gave,
-and code that reads the place of a sample in the batch takes an appended one for another. Neither can be seen from the
-outside, so what is not known is refused, unless the user says that it treats every sample by itself.
+Guidance appends samples to the batch, in some denoiser calls and from some block on. A cache returns results of another
+batch, and code that depends on a sample's position in the batch mistakes an appended sample for another one. Neither
+can be detected from the outside, so unknown code is refused unless the user declares that it processes samples
+independently.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from segkern.integrations.diffusers.runtime.per_sample import samples_on
 from segkern.integrations.diffusers.runtime.processor import unwrap
 from segkern.integrations.diffusers.runtime.signatures import check_signature
 
-# Hooks of diffusers' registry that move or cast weights and change no result.
+# Hooks of diffusers' registry that move or cast weights and do not change results.
 _HARMLESS = tuple(
     getattr(package, name)
     for package, names in (
@@ -45,33 +46,34 @@ _HARMLESS = tuple(
     if hasattr(package, name)
 )
 
-# Processors of diffusers that take the batch apart.
+# Processors of diffusers that split the batch.
 _BY_PLACE = tuple(
     getattr(diffusers_processors, name)
     for name in dir(diffusers_processors)
     if name.startswith("PAG") and isinstance(getattr(diffusers_processors, name), type)
 )
-_PIPELINES = "diffusers.pipelines."  # whose own processors read places, but for those that split a batch
+# Processors in these modules depend on sample positions, except those that split a batch.
+_PIPELINES = "diffusers.pipelines."
 
-# Arguments of blocks that hold an entry for each sample.
+# Arguments of blocks that have one entry per sample.
 _OF_BLOCKS = MODULE_ARGUMENTS | {"x"}
 
-# Modules of a UNet that run after its blocks.
+# The blocks of a UNet and the modules after them.
 _UNET_END = ("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
 
 
 class ModuleChecks:
-    """The checks of one guided denoiser: of all its modules once in a run, and of what may have changed since.
+    """The checks of one guided denoiser: of all its modules once per run, and of modules that changed since.
 
     Args:
-        denoiser: the denoiser.
-        first: for every guidance the place at which its branch joins.
-        share: whether branches may join inside.
-        trust: classes and functions that treat every sample by itself, as the user says.
-        remedy: how a user says so, with ``{}`` for the class or function.
+        denoiser: The denoiser.
+        first: For every spec, the place at which its branch joins.
+        share: Whether branches may join inside the denoiser.
+        trust: Classes and functions that the user declares to process samples independently.
+        remedy: How a user declares this, with ``{}`` for the class or function.
 
     Attributes:
-        watches: of users' hooks, to register for guided forwards.
+        watches: Watches of users' hooks, to register for guided calls.
     """
 
     def __init__(
@@ -87,26 +89,26 @@ class ModuleChecks:
         self._trust = trust
         self._remedy = remedy
         self._place = min(first, default=-1) if share else -1
-        self._checked = self._place  # the lowest place since which modules were checked
+        self._checked = self._place  # the lowest place from which modules have been checked
         self.watches: list[HookWatch] = []
         self._run: Any = None
-        self._watched: list[tuple[nn.Module, Any, Any]] = []  # modules, with their own forwards and processors
+        self._watched: list[tuple[nn.Module, Any, Any]] = []  # modules with the forwards and processors set on them
 
     def before(self, run: Any, forward: Forward | None, batch: int) -> None:
-        """Check the denoiser before a forward: everything in a new run, and again where something was replaced.
+        """Check the denoiser before a call: all modules in a new run or after a module was changed.
 
         Args:
-            run: anything that differs from run to run.
-            forward: the plan of the forward; None for a plain one.
-            batch: samples that the pipeline passes.
+            run: A value that differs between runs.
+            forward: The plan of the call; None if it is not guided.
+            batch: Number of samples that the pipeline passes.
 
         Raises:
-            ValueError: for a module that guidance cannot follow; the message names it.
+            ValueError: If guidance does not support a module. The message names it.
         """
         place = self._place if forward is None or (forward.share and not forward.sag) else -1
         if run != self._run or place < self._checked or self._changed():
             frames = 1 if forward is None else forward.frames
-            # A tensor for one sample fits its branches too.
+            # A tensor for one sample also fits the branches of one sample.
             self.check(place, frozenset({batch, batch * frames} - {1}))
             self._run = run
 
@@ -114,11 +116,11 @@ class ModuleChecks:
         """Check every module.
 
         Args:
-            place: where the first branch joins, -1 before all; by default where the guidances ask for it.
-            sizes: of the batch, for the denoiser and for its blocks, where a run has begun.
+            place: Where the first branch joins; -1 for before all places; None for the place that the specs need.
+            sizes: Batch sizes of the denoiser and its blocks, if a run has begun.
 
         Raises:
-            ValueError: for a module that guidance cannot follow; the message names it.
+            ValueError: If guidance does not support a module. The message names it.
         """
         self._watched = []
         self._checked = self._place if place is None else place
@@ -143,14 +145,14 @@ class ModuleChecks:
         self._watched = watched
 
     def _changed(self) -> bool:
-        """True if a forward or a processor is another since the last check; few modules are asked."""
+        """Return True if a forward or a processor changed since the last check. Only few modules are checked."""
         return any(
             vars(module).get("forward") is not forward or _processor_of(module) is not processor
             for module, forward, processor in self._watched
         )
 
     def _asked(self, attentions: Iterable[str]) -> set[str]:
-        """Names of blocks, resnets and attention modules, and of everything around them."""
+        """Return the names of blocks, resnets and attention modules, and of all modules around them."""
         asked = {""}
         for name in (*self._denoiser.places.names, *attentions):
             while name and name not in asked:
@@ -159,7 +161,7 @@ class ModuleChecks:
         return asked
 
     def _outside(self, place: int) -> Iterator[str]:
-        """Names of modules that run on the pipeline's own batch where the first branch joins at a place."""
+        """Yield the names of modules that run on the pipeline's own batch if the first branch joins at a place."""
         if place < 0:
             return
         names = self._denoiser.places.names
@@ -175,22 +177,22 @@ class ModuleChecks:
         yield from (name for name, _ in self._model.named_children() if name not in _UNET_END)
 
     def _check_forward(self, name: str, module: nn.Module, forward: Any) -> None:
-        """Of an instance, which hides that of its class."""
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):  # adapters of other packages
+        """Check a forward that is set on an instance and hides that of its class."""
+        if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):  # adapters may replace these
             return
-        for link in (forward, vars(module).get("_old_forward")):  # the second is what accelerate's hook wraps
+        for link in (forward, vars(module).get("_old_forward")):  # accelerate's hook wraps the second
             foreign = foreign_link(link)
             if foreign is not None and not is_trusted(foreign, self._trust) and not is_trusted(link, self._trust):
                 raise ValueError(
-                    f"guide cannot follow {self._at(name)}, whose forward was replaced by {name_of(foreign)}: it may "
-                    f"give what another forward or another place in the batch gave, as a cache (DeepCache) does, while "
-                    f"guidance appends samples to the batch. Remove it first; if it treats every sample by "
-                    f"itself and keeps nothing from one forward to the next, say so: "
+                    f"guide does not support {self._at(name)}, because {name_of(foreign)} replaced its forward: it may "
+                    f"return results of another call or of another position in the batch, as a cache (DeepCache) does, "
+                    f"and guidance appends samples to the batch. Remove it first. If it processes each sample "
+                    f"independently and keeps no state between calls, declare it: "
                     f"{self._remedy.format(self._path(name) + '.forward')}"
                 )
 
     def _check_class(self, name: str, module: nn.Module) -> None:
-        """Of a block or an attention module; of the denoiser itself, the forward alone."""
+        """Check the class of a block or an attention module. For the denoiser itself, check only the forward."""
         kind = type(module)
         foreign = foreign_part(kind) if name else foreign_link(kind.forward)
         if foreign is None:
@@ -200,7 +202,7 @@ class ModuleChecks:
         if is_trusted(module, self._trust) or is_trusted(foreign, self._trust):
             return
         replaced = is_known(kind.__module__)
-        what = "has a forward that was replaced by" if replaced else "is a"
+        what = "has a forward replaced by" if replaced else "is a"
         unknown = name_of(foreign if replaced else kind)
         raise ValueError(f"{self._at(name)} {what} {unknown}{self._why(unknown)}")
 
@@ -208,7 +210,7 @@ class ModuleChecks:
         foreign = foreign_hooks(module, self._trust)
         if foreign:
             unknown = ", ".join(dict.fromkeys(map(name_of, foreign)))
-            what = f"{self._at(name)} has a forward hook that changes what it gets or gives, {unknown}"
+            what = f"{self._at(name)} has a forward hook that changes its inputs or outputs, {unknown}"
             self.watches.append(HookWatch(module, what + self._why(name_of(foreign[0]))))
 
     def _check_processor(self, name: str, processor: Any) -> None:
@@ -217,8 +219,8 @@ class ModuleChecks:
         named = processor if hasattr(processor, "__qualname__") else type(processor)
         if isinstance(processor, _BY_PLACE):
             raise ValueError(
-                f"{self._at(name)} has a {name_of(named)} as its processor, which takes the batch apart by the places "
-                f"of samples, and guidance appends samples to the batch; set the model's own processor"
+                f"{self._at(name)} has a {name_of(named)} as its processor, which splits the batch by sample position, "
+                f"but guidance appends samples to the batch; set the model's own processor"
             )
         foreign = foreign_part(named) if isinstance(named, type) else foreign_link(processor)
         if foreign is not None or str(named.__module__).startswith(_PIPELINES):
@@ -230,21 +232,21 @@ class ModuleChecks:
         if attribute is not None and not is_trusted(module, self._trust):
             kind = type(module).__qualname__
             raise ValueError(
-                f"{self._at(name)}, a {name_of(type(module))}, keeps a tensor {attribute!r} with as many entries as "
-                f"the batch has samples, {max(sizes)}, and guidance appends samples to the batch. If it does not "
-                f"belong to samples, register it as a buffer, or say so: {self._remedy.format(kind)}; else take it "
-                f"off first"
+                f"{self._at(name)}, a {name_of(type(module))}, has a tensor {attribute!r} with as many entries as the "
+                f"batch has samples, {max(sizes)}, but guidance appends samples to the batch. If its entries do not "
+                f"belong to samples, register it as a buffer or declare it: {self._remedy.format(kind)}; otherwise "
+                f"remove it first"
             )
 
     def _why(self, unknown: str) -> str:
         return (
-            f", which segkern does not know. Guidance appends samples to the batch, and it cannot know whether this "
-            f"code treats every sample by itself, wherever it stands in the batch. If it does, say so: "
-            f"{self._remedy.format(unknown.rpartition('.')[2])}; else take it off first"
+            f", which segkern does not know. Guidance appends samples to the batch, so this code must process each "
+            f"sample independently of its position in the batch. If it does, declare it: "
+            f"{self._remedy.format(unknown.rpartition('.')[2])}; otherwise remove it first"
         )
 
     def _path(self, name: str) -> str:
-        """In Python, from the pipeline on."""
+        """Return the Python path of a module, starting at the pipeline."""
         parts = ["pipe", self._denoiser.name, *name.split(".")]
         return "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in parts if part).lstrip(".")
 
@@ -254,7 +256,7 @@ class ModuleChecks:
 
 
 def check_registry(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Raise a ValueError for hooks in diffusers' registry that may change what a module gives."""
+    """Raise a ValueError for hooks in diffusers' registry that may change a module's output."""
     hooks = getattr(vars(module).get("_diffusers_hook"), "hooks", None)
     if not hooks:
         return
@@ -264,16 +266,16 @@ def check_registry(model: nn.Module, name: str, module: nn.Module) -> None:
         what = "a cache" if getattr(hook, "_is_stateful", False) or "cache" in type(hook).__module__ else "a hook"
         at = f"{name} of this {type(model).__name__}" if name else f"this {type(model).__name__}"
         raise ValueError(
-            f"guide cannot handle a {type(model).__name__} with {what}: {at} has {hook_name!r}, a "
-            f"{name_of(type(hook))}. A cache gives what earlier forwards of another batch gave, and a hook that skips "
-            f"or changes a module does so for appended samples too. Remove it: call disable_cache() where enable_cache "
-            f"was called, else diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)"
-            f".remove_hook({hook_name!r}, recurse=True), and so for others; see SEG(reuse=...)"
+            f"guide does not support a {type(model).__name__} with {what}: {at} has {hook_name!r}, a "
+            f"{name_of(type(hook))}. A cache returns results of earlier calls with another batch, and a hook that "
+            f"skips or changes a module also affects appended samples. Remove it: call disable_cache() if enable_cache "
+            f"was called, otherwise diffusers.hooks.HookRegistry.check_if_exists_or_initialize(model)"
+            f".remove_hook({hook_name!r}, recurse=True), for each hook; see SEG(reuse=...)"
         )
 
 
 def _processor_of(module: nn.Module) -> Any:
-    """Of an attention module, the one that guidances stand in for; None of others."""
+    """Return the original processor of an attention module; None for other modules."""
     processor = vars(module).get("processor")
     if processor is None and hasattr(type(module), "set_processor"):  # it may be a module itself
         processor = getattr(module, "processor", None)
@@ -281,7 +283,8 @@ def _processor_of(module: nn.Module) -> Any:
 
 
 def _walk(model: nn.Module, outside: frozenset[str]) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Every module once with its name, and whether it runs with branches."""
+    """Yield every module once, with its name and whether it runs with branches."""
+
     seen = set()
     stack = [("", model, True)]
     while stack:

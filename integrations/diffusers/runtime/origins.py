@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package that a callable's code comes from, and the user's trust in code of other packages."""
+"""The package that a callable comes from, and the user's trust in code of other packages."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# What a user may trust: classes of processors or blocks, and functions.
+# What a user may trust: classes of processors or blocks, or functions.
 Trust = Sequence[Callable[..., Any]]
 
-# Packages whose blocks and forwards treat every sample by itself, but for what is checked elsewhere.
+# Packages whose code processes each sample independently, apart from exceptions that are checked elsewhere.
 _KNOWN = frozenset({"diffusers", "torch", "segkern", "peft", "accelerate"})
 
 
 def check_trust(trust: Any) -> tuple[Callable[..., Any], ...]:
-    """The classes and functions that are trusted.
+    """Return the trusted classes and functions as a tuple.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: If ``trust`` contains anything else.
     """
     if not isinstance(trust, (list, tuple, set, frozenset)) or not all(map(callable, trust)):
-        raise ValueError(f"trust takes a list of classes or functions, such as trust=[TheirProcessor], got {trust!r}")
+        raise ValueError(f"trust must be a list of classes or functions, such as trust=[TheirProcessor], got {trust!r}")
     return tuple(trust)
 
 
 def is_trusted(call: Any, trust: Trust) -> bool:
-    """True if an object, its class or its function is one that the user trusts."""
+    """Return True if the user trusts an object, its class or its function."""
     function = function_of(call)
     code = getattr(function, "__code__", None)
     for trusted in trust:
@@ -39,7 +39,7 @@ def is_trusted(call: Any, trust: Trust) -> bool:
 
 
 def function_of(call: Any) -> Any:
-    """The Python function that runs when something is called: of a partial, a method, an instance with ``__call__``."""
+    """Return the Python function that a call runs, for a partial, a method or an instance with ``__call__``."""
     while True:
         if isinstance(call, functools.partial):
             call = call.func
@@ -54,7 +54,7 @@ def function_of(call: Any) -> Any:
 
 
 def module_of(call: Any) -> str:
-    """The module whose code runs when something is called, which a decorator may have hidden from ``__module__``."""
+    """Return the module whose code a call runs. A decorator may hide it from ``__module__``."""
     function = function_of(call)
     namespace = getattr(function, "__globals__", None)
     name = namespace.get("__name__") if namespace is not None else getattr(function, "__module__", None)
@@ -62,12 +62,12 @@ def module_of(call: Any) -> str:
 
 
 def is_known(module: str) -> bool:
-    """True for a module of the packages that are known."""
+    """Return True if a module belongs to a known package."""
     return module.partition(".")[0] in _KNOWN
 
 
 def name_of(call: Any) -> str:
-    """Module and qualified name of a class or of the function that runs, whatever a decorator says of it."""
+    """Return the module and qualified name of a class or of the function that runs, ignoring decorators."""
     function = call if isinstance(call, type) else function_of(call)
     if isinstance(function, type):
         return f"{function.__module__}.{function.__qualname__}"
@@ -77,7 +77,7 @@ def name_of(call: Any) -> str:
 
 
 def foreign_link(forward: Any) -> Any:
-    """The first function of another package in a chain of wrappers around a forward; None where all are known."""
+    """Return the first function of another package in a chain of wrappers of a forward; None if all are known."""
     seen = 0
     while forward is not None and seen < 100:
         if not is_known(module_of(forward)):
@@ -88,10 +88,10 @@ def foreign_link(forward: Any) -> Any:
 
 
 def foreign_part(kind: type) -> Any:
-    """Code of another package that instances of a class run: the class that overrides a method of a known one, or the
-    function that replaced a known class's forward; None for none.
+    """Return code of another package that instances of a class run; None if there is none.
 
-    A subclass that only adds attributes or methods of its own runs what its base does.
+    It is a class that overrides a method of a known class, or a function that replaces a known class's forward. A
+    subclass that only adds attributes or methods runs the code of its base class.
     """
     for base in kind.__mro__:
         if is_known(base.__module__):
@@ -108,6 +108,7 @@ def foreign_part(kind: type) -> Any:
 
 
 def _overrides(name: str, value: Any, bases: Sequence[type]) -> bool:
-    """True for a method or property that one of these classes has too, but for what makes and prints an instance."""
+    """Return True for a method or property, except ``__init__`` and ``__repr__``, that one of the classes also has."""
+
     code = callable(value) or isinstance(value, (property, staticmethod, classmethod))
     return code and name not in ("__init__", "__repr__") and any(name in vars(base) for base in bases)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output of a denoiser: a tuple, a list or one of diffusers' output classes, with the prediction first."""
+"""The output of a denoiser: a tuple, a list or a diffusers output class, with the prediction first."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from diffusers.utils import BaseOutput
 
 from segkern.integrations.diffusers.runtime.branches import Batch
 
-_PREDICTION = "sample"  # its usual name
+_PREDICTION = "sample"  # the usual name
 
 
 def prediction_of(output: Any) -> Any:
-    """The prediction in a denoiser's output, a tensor or a list of tensors.
+    """Return the prediction in a denoiser's output, a tensor or a list of tensors.
 
     Raises:
-        RuntimeError: for an output of another kind.
+        RuntimeError: If the output has another type.
     """
     if isinstance(output, (tuple, list)) and output:
         return output[0]
     if isinstance(output, BaseOutput) and output:
         return output[_first(output)]
     raise RuntimeError(
-        f"guide reads the prediction of a denoiser from a tuple, a list or an output class of diffusers, the denoiser "
-        f"gave a {type(output).__name__}"
+        f"guide needs the denoiser's output as a tuple, a list or a diffusers output class, but the denoiser returned "
+        f"a {type(output).__name__}"
     )
 
 
 def with_prediction(output: Any, prediction: Any, batch: Batch | None = None) -> Any:
-    """The output with another prediction, of its own kind and with all its further fields.
+    """Return the output with another prediction, in the same type and with all other fields.
 
     Args:
-        output: the denoiser's.
-        prediction: of the pipeline's own batch.
-        batch: the pipeline's own where the denoiser ran with branches: tensors in further fields that hold an entry
-            for each sample are cut to it. None leaves further fields as they are.
+        output: The denoiser's output.
+        prediction: The prediction for the pipeline's own batch.
+        batch: The pipeline's own batch, if the denoiser ran with branches: tensors with one entry per sample in other
+            fields are cut to it. None leaves other fields unchanged.
     """
 
     def own(value: Any) -> Any:
@@ -45,7 +45,8 @@ def with_prediction(output: Any, prediction: Any, batch: Batch | None = None) ->
 
     if isinstance(output, (tuple, list)):
         values = (prediction, *map(own, output[1:]))
-        make: Any = getattr(type(output), "_make", type(output))  # of a named tuple
+        make: Any = getattr(type(output), "_make", type(output))  # for a named tuple
+
         return make(values)
     changed, name = copy.copy(output), _first(output)
     for key, value in output.items():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors with an entry for each sample that reach a denoiser beside its batch: on its modules, and in dictionaries.
+"""Tensors with one entry per sample that a denoiser gets outside its batch: on its modules and in dictionaries.
 
-A module's tensors stay what they were while the batch grows, and so do those that attention processors get by name.
-diffusers' own are brought to the batch; others cannot be told from tensors that belong to no sample.
+The tensors of a module do not change when the batch grows, nor do tensors that attention processors get by name. Those
+of diffusers are adapted to the batch. Other tensors are indistinguishable from tensors that do not belong to samples.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import nn
 
 from segkern.integrations.diffusers.runtime.branches import Batch, DenoiserArguments
 
-_EMBEDDINGS = "clip_embeds"  # of pictures of faces, which users set on IP-Adapter FaceID Plus
+_EMBEDDINGS = "clip_embeds"  # face embeddings, which users set on IP-Adapter FaceID Plus
 
 # Arguments of denoisers that are passed on to attention processors.
 _DICTIONARIES = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
-# Their entries that guidance follows, or that serve all samples alike.
+# Entries that guidance supports, or that are shared by all samples.
 _KNOWN_ENTRIES = frozenset(
     {"scale", "attention_mask", "ip_adapter_image_embeds", "ip_hidden_states", "ip_adapter_masks"}
 )
@@ -31,26 +31,26 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class KeptEmbeddings:
-    """The embeddings that IP-Adapter FaceID Plus keeps on its projection, one for each sample of the pipeline's batch.
+    """The embeddings that IP-Adapter FaceID Plus stores on its projection, one for each sample of the pipeline's batch.
 
     Args:
-        model: the denoiser.
+        model: The denoiser.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._replaced: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # with its own tensor and ours
+        self._replaced: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []  # with the original and the new tensor
 
     def grow(self, batch: Batch, count: int) -> None:
-        """Append those of so many branches."""
+        """Append the embeddings of ``count`` branches."""
         self._replace((lambda x: batch.grow(x, count)) if count else None)
 
     def take(self, batch: Batch, samples: slice) -> None:
-        """Leave those of some samples of the pipeline's own batch."""
+        """Keep the embeddings of some samples of the pipeline's own batch."""
         self._replace(lambda x: batch.take(x, samples))
 
     def restore(self) -> None:
-        """Put back the very tensors that were there, unless someone has set others since."""
+        """Restore the original tensors, unless they have been replaced since."""
         while self._replaced:
             module, own, ours = self._replaced.pop()
             if getattr(module, _EMBEDDINGS, None) is ours:
@@ -73,7 +73,7 @@ class KeptEmbeddings:
 def check_attention_arguments(
     arguments: DenoiserArguments, args: tuple[Any, ...], kwargs: dict[str, Any], model: nn.Module
 ) -> None:
-    """Raise a ValueError for a tensor in a denoiser's arguments for attention processors that may hold samples."""
+    """Raise a ValueError if an argument for attention processors has a tensor that may belong to samples."""
     for name in _DICTIONARIES:
         given = arguments.get(name, args, kwargs)
         for key, value in given.items() if isinstance(given, dict) else ():
@@ -82,19 +82,20 @@ def check_attention_arguments(
             why = (
                 "GLIGEN's boxes belong to samples of the pipeline's own batch"
                 if key == "gligen"
-                else "it cannot know whether the tensor in it belongs to samples, to which guidance appends others"
+                else "its tensor may belong to samples, and guidance appends samples to the batch"
             )
             raise ValueError(
-                f"guide cannot follow {name}[{key!r}] of this {type(model).__name__}: {why}. Leave it out; what is the "
-                f"same for all samples can be kept on the processor, whose class guide(..., trust=[...]) then names"
+                f"guide does not support {name}[{key!r}] of this {type(model).__name__}: {why}. Remove it. Values that "
+                f"are the same for all samples can be stored on the processor, whose class guide(..., trust=[...]) "
+                "lists"
             )
 
 
 def samples_on(module: nn.Module, sizes: frozenset[int]) -> str | None:
-    """The attribute of a module that holds a tensor with an entry for each sample, as far as its size tells."""
+    """Return the name of a module's attribute with a tensor that, by its size, has one entry per sample; or None."""
     kind = type(module)
     if kind.__module__.startswith("torch.") or issubclass(kind, IPAdapterFaceIDPlusImageProjection):
-        return None  # PyTorch's own modules read no further attributes
+        return None  # PyTorch's own modules do not read other attributes
     for name, value in vars(module).items():
         if type(value) in _PLAIN or name in _OF_ANY_MODULE or not isinstance(value, (torch.Tensor, list, tuple, dict)):
             continue
@@ -104,7 +105,8 @@ def samples_on(module: nn.Module, sizes: frozenset[int]) -> str | None:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """All in a value, its lists, tuples and dictionaries."""
+    """Yield all tensors in a value and in its lists, tuples and dictionaries."""
+
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):

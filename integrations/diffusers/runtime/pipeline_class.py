@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make every call of a pipeline instance a run that guidance is told about.
+"""Make every call of a pipeline instance a run that guidance can observe.
 
-``pipe(...)`` looks ``__call__`` up on the class, so the instance gets a subclass of its class for as long as it is
-watched. The subclass has the name, module and signature of the original, so that ``isinstance``, ``help``, saving and
-messages stay what they were; copies, pickles and new instances are of the original class.
+``pipe(...)`` looks up ``__call__`` on the class, so a watched instance temporarily gets a subclass of its class. The
+subclass has the name, module and signature of the original, so ``isinstance``, ``help``, saving and messages are
+unchanged. Copies, pickles and new instances use the original class.
 
-Pipelines that share a guided denoiser are watched as well: their runs are not guided, also where they are called within
-a guided run.
+Pipelines that share a guided denoiser are also watched. Their runs are not guided, even inside a guided run.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ from torch import nn
 from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun, current_run, outside_runs
 from segkern.integrations.diffusers.runtime.run_text import RunText
 
-_WATCHERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # how many watch each pipeline
-# Of pipelines whose function was called past their class, before its progress bar.
+_WATCHERS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # number of watchers of each pipeline
+# Texts of pipelines whose function was called without their class, before the progress bar starts.
 _CALLED: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()
 _ENDED_RUNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 _COMPONENT_READS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-_TEXTS: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()  # encoded outside of a run, for one that follows
+_TEXTS: WeakKeyDictionary[Any, RunText] = WeakKeyDictionary()  # encoded outside a run, for a later run
 
 _CALLBACKS = ("callback", "callback_on_step_end")
 
 
 class _Watched:
-    """Base of the subclasses that this module makes."""
+    """Base class of the subclasses that this module creates."""
 
     __slots__ = ()
 
@@ -47,21 +46,21 @@ def watch(pipe: Any) -> None:
     """Give a pipeline the subclass whose calls are runs.
 
     Raises:
-        ValueError: for an object whose class cannot be exchanged; the message quotes it.
+        ValueError: If the object's class cannot be replaced. The message quotes it.
     """
     if not isinstance(pipe, _Watched):
         try:
             pipe.__class__ = _subclass(type(pipe))
         except TypeError as error:
             raise ValueError(
-                f"guide cannot be told of the calls of a {type(pipe).__name__} ({error}); give it the denoiser and run "
-                f"it in a loop of your own: guide(denoiser, ..., cfg=...) and `with guidance.run(timesteps):`"
+                f"guide cannot observe calls of a {type(pipe).__name__} ({error}); pass the denoiser and run it in a "
+                f"custom loop: guide(denoiser, ..., cfg=...) and `with guidance.run(timesteps):`"
             ) from None
     _WATCHERS[pipe] = _WATCHERS.get(pipe, 0) + 1
 
 
 def unwatch(pipe: Any) -> None:
-    """Give a pipeline its own class back, unless others watch it."""
+    """Restore the class of a pipeline, unless it has other watchers."""
     count = _WATCHERS.pop(pipe, 0) - 1
     if count > 0:
         _WATCHERS[pipe] = count
@@ -71,25 +70,25 @@ def unwatch(pipe: Any) -> None:
 
 
 def ended_runs(pipe: Any) -> int:
-    """How many runs have ended since a pipeline was watched, counting those that began before."""
+    """Return how many runs have ended since a pipeline was watched, including runs that began before."""
     return _ENDED_RUNS.get(pipe, 0)
 
 
 def component_reads(pipe: Any) -> int:
-    """How often the components of a pipeline were read, as ``from_pipe`` reads them, since it was watched."""
+    """Return how often the components of a pipeline were read since it was watched; ``from_pipe`` reads them."""
     return _COMPONENT_READS.get(pipe, 0)
 
 
 def noted_text(pipe: Any) -> RunText | None:
-    """The text that a pipeline encoded last outside of its runs; None where there is none."""
+    """Return the text that a pipeline last encoded outside its runs; None if there is none."""
     return None if isinstance(pipe, nn.Module) else _TEXTS.get(pipe)
 
 
 def pipelines_with(denoisers: Iterable[nn.Module]) -> list[Any]:
-    """Every pipeline of this process that has one of the denoisers as a component."""
+    """Return every pipeline of this process that has one of the denoisers as a component."""
     models = [getattr(denoiser, "_orig_mod", denoiser) for denoiser in denoisers]
     things = gc.get_objects()
-    # Of a million objects, so without a loop in Python.
+    # There may be a million objects, so this avoids a Python loop over them.
     kinds = {kind for kind in set(map(type, things)) if issubclass(kind, (DiffusionPipeline, ModularPipeline))}
     pipelines = []
     for thing in itertools.compress(things, map(kinds.__contains__, map(type, things))):
@@ -106,15 +105,15 @@ def _subclass(original: type) -> type:
             return known
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        """``type(pipe)(...)`` is a pipeline of the original class, as class methods such as ``from_pipe`` make it."""
+        """Create a pipeline of the original class for ``type(pipe)(...)``, which methods such as ``from_pipe`` call."""
         return original(*args, **kwargs)
 
     @functools.wraps(original.__init__)  # type: ignore[misc]
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        """A watched instance is initialised: ``new`` gives one where an ``__init__`` calls ``guide``."""
+        """Do nothing: ``new`` returns an initialised instance, also if its ``__init__`` calls ``guide``."""
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        """A copy is of the original class."""
+        """Make copies instances of the original class."""
         reduce_original: Any = original.__reduce_ex__
         _, _, *state = reduce_original(self, protocol)
         return object.__new__, (original,), *state
@@ -133,9 +132,9 @@ def _subclass(original: type) -> type:
         namespace["encode_prompt"] = _noting_text(original.encode_prompt)
     if hasattr(original, "check_inputs"):
         namespace["check_inputs"] = _noting_call(original.check_inputs)
-    if hasattr(original, "maybe_free_model_hooks"):  # which ends calls of diffusers' pipelines
+    if hasattr(original, "maybe_free_model_hooks"):  # called at the end of diffusers' pipeline calls
         namespace["maybe_free_model_hooks"] = _counting_ends(original.maybe_free_model_hooks)
-    if hasattr(original, "components"):  # from which others are made
+    if hasattr(original, "components"):  # read to create other pipelines
         namespace["components"] = property(_counting_reads(original))
     if hasattr(original, "progress_bar"):
         namespace["progress_bar"] = _beginning_run(original.progress_bar)
@@ -143,7 +142,7 @@ def _subclass(original: type) -> type:
 
 
 def _running(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A pipeline's call within a run; what it wraps (``torch.no_grad``, for example) is unwrapped the same way."""
+    """Wrap a pipeline's call in a run. If it wraps another function (``torch.no_grad``), wrap that one too."""
 
     @functools.wraps(function)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +159,7 @@ def call_in_run(function: Callable[..., Any], pipe: Any, *args: Any, **kwargs: A
     bound = _bound(function, pipe, args, kwargs)
     _TEXTS.pop(pipe, None)
     _CALLED.pop(pipe, None)
-    if bound is None:  # the call itself says what does not fit
+    if bound is None:  # the call itself raises the error
         return function(pipe, *args, **kwargs)
     is_stock = str(function.__module__).startswith("diffusers.")
     with PipelineRun(pipe, _named(bound), is_stock=is_stock):
@@ -170,7 +169,7 @@ def call_in_run(function: Callable[..., Any], pipe: Any, *args: Any, **kwargs: A
 def _bound(
     function: Callable[..., Any], self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> inspect.BoundArguments | None:
-    """The arguments of a call, with callbacks that are outside of the run; None where they do not fit."""
+    """Bind the arguments of a call and let callbacks run outside the run; None if the arguments do not fit."""
     try:
         bound = inspect.signature(function).bind(self, *args, **kwargs)
     except TypeError:
@@ -182,7 +181,7 @@ def _bound(
 
 
 def _named(bound: inspect.BoundArguments) -> Mapping[str, Any]:
-    """The arguments by name, defaults included."""
+    """Return the arguments by name, including defaults."""
     named = inspect.BoundArguments(bound.signature, bound.arguments.copy())
     named.apply_defaults()
     arguments = dict(named.arguments)
@@ -190,7 +189,7 @@ def _named(bound: inspect.BoundArguments) -> Mapping[str, Any]:
 
 
 class _OutsideCallback(PipelineCallback):
-    """One of diffusers' callback objects, called outside of the run."""
+    """A diffusers callback object that runs outside the run."""
 
     def __init__(self, callback: PipelineCallback | MultiPipelineCallbacks) -> None:
         self._callback = callback
@@ -205,7 +204,7 @@ class _OutsideCallback(PipelineCallback):
 
 
 def _outside(callback: Any) -> Any:
-    """A callback of the user's, in which other pipelines may run."""
+    """Wrap a user's callback so that it runs outside the run, because it may run other pipelines."""
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
         return _OutsideCallback(callback)
     if not callable(callback):
@@ -219,7 +218,7 @@ def _outside(callback: Any) -> Any:
 
 
 def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``encode_prompt`` that tells the run which text is the prompt's and which the negative prompt's."""
+    """Wrap ``encode_prompt`` to record which text is the prompt's and which the negative prompt's."""
 
     @functools.wraps(function)
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +232,7 @@ def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
             text = _TEXTS[self] = RunText({})
         bound = _bound(function, self, args, kwargs)
         named = {} if bound is None else _named(bound)
-        # The order in which functions of others return both texts is not known.
+        # The order in which functions of other packages return both texts is not known.
         if "negative_prompt" not in named or str(inspect.unwrap(function).__module__).startswith("diffusers."):
             text.note(named, result)
         return result
@@ -242,7 +241,7 @@ def _noting_text(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _noting_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``check_inputs``, with which pipelines begin their calls: the next progress bar is one of a call."""
+    """Wrap ``check_inputs``, which pipelines call first: the next progress bar belongs to a call."""
 
     @functools.wraps(function)
     def check_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -277,10 +276,10 @@ def _counting_reads(original: Any) -> Callable[[Any], Any]:
 
 
 def _beginning_run(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``progress_bar``, around which pipelines denoise: it begins the run of a call that was not seen.
+    """Wrap ``progress_bar``, which surrounds the denoising loop, to begin the run of a call that was not observed.
 
-    That is so where the pipeline's function was called without the instance's class, as in
-    ``StableDiffusionXLPipeline.__call__.__wrapped__(pipe, ...)``, which is how gradients are let through.
+    This happens if the pipeline's function is called without the instance's class, as in
+    ``StableDiffusionXLPipeline.__call__.__wrapped__(pipe, ...)``, which is how to enable gradients.
     """
 
     @functools.wraps(function)
@@ -305,7 +304,7 @@ def _beginning_run(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Ending:
-    """An iterable whose run ends with it."""
+    """An iterable that ends a run when it is exhausted."""
 
     def __init__(self, iterable: Any, run: PipelineRun) -> None:
         self._iterable = iterable

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run of a guided pipeline: its arguments and texts, and what guidance keeps while it is under way."""
+"""A run of a guided pipeline: its arguments, its texts, and the state of guidance during the run."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ AtEnd = Callable[["PipelineRun", bool], None]
 
 
 class PipelineRun:
-    """A context manager around one call of a pipeline, or around a denoising loop of the user's own.
+    """A context manager around one call of a pipeline or around a custom denoising loop.
 
-    Runs nest, since a pipeline may call another one, and each thread and asynchronous task has its own.
+    Runs can be nested, because a pipeline may call another one. Each thread and asynchronous task has its own runs.
 
     Args:
-        pipe: the pipeline, or the denoiser of a loop.
-        arguments: of the call, by name; none of a loop.
-        text: of a run that does not begin with its call, as far as it is known.
-        timesteps: of a loop, in the order in which it takes them; None for those of the pipeline's scheduler.
-        is_stock: see below.
+        pipe: The pipeline, or the denoiser of a loop.
+        arguments: Arguments of the call, by name; empty for a loop.
+        text: The known texts of a run that does not begin with a pipeline call.
+        timesteps: Timesteps of a loop, in order; None to use those of the pipeline's scheduler.
+        is_stock: See below.
 
     Attributes:
-        number: of the run in this process.
-        is_stock: whether it is a call of a pipeline of diffusers' own, whose conventions are known.
-        samples: images or videos that the call asks for; None where its arguments do not say.
-        state: what guidances keep for the run, by guidance.
-        checkpoints: that may not begin within the run.
+        number: Number of the run in this process.
+        is_stock: Whether this is a call of a diffusers pipeline, whose conventions are known.
+        samples: Number of images or videos that the call requests; None if the arguments do not specify it.
+        state: State of each guidance for this run.
+        checkpoints: Check that no checkpoint begins within the run.
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class PipelineRun:
         self.end(failed=kind is not None)
 
     def end(self, *, failed: bool = False) -> None:
-        """End the run; nothing happens when it has ended."""
+        """End the run. Does nothing if it has ended."""
         token, self._token = self._token, None
         if token is None:
             return
         try:
             _CURRENT.reset(token)
-        except ValueError:  # a generator or a task that goes on in another context than it began in
+        except ValueError:  # a generator or a task that resumes in another context than it began in
             _CURRENT.set(None)
         at_end, self._at_end = self._at_end, []
         self.state.clear()
-        with ExitStack() as stack:  # calls all of them, in their order, also where one raises an error
+        with ExitStack() as stack:  # calls all functions in order, even if one raises an error
             for function in reversed(at_end):
                 stack.callback(function, self, failed)
 
@@ -100,35 +100,35 @@ class PipelineRun:
 
     @property
     def is_loop(self) -> bool:
-        """True for a denoising loop of the user's own, of which the pipeline knows nothing."""
+        """True for a custom denoising loop that the pipeline does not run."""
         return self.timesteps is not None
 
     def setting(self, name: str) -> Any:
-        """A setting of the pipeline: its property, or the argument of its call; None where there is neither.
+        """Return a setting of the pipeline: its property or the argument of its call; None if there is neither.
 
         Raises:
-            ValueError: for an argument of a call that was not seen.
+            ValueError: If the call's arguments are not known.
         """
         if self.is_loop:
             return None
         kind: Any = type(self.pipe)
         if isinstance(getattr(kind, name, None), property):
-            with suppress(AttributeError):  # it is answered from what a run sets
+            with suppress(AttributeError):  # the property reads an attribute that is set during a run
                 return getattr(self.pipe, name)
         if not self.arguments and name in inspect.signature(kind.__call__).parameters:
             raise ValueError(
-                f"guide needs to know the {name} of this {kind.__name__}, which is not visible in a call of the "
-                f"class's function, as in type(pipe).__call__(pipe, ...); call pipe(...)"
+                f"guide needs the {name} of this {kind.__name__}, but cannot see it in a call of the class's function, "
+                f"as in type(pipe).__call__(pipe, ...); call pipe(...)"
             )
         return self.arguments.get(name)
 
     def at_end(self, function: AtEnd) -> None:
-        """Call a function with this run, and with True after an exception, when the run has ended."""
+        """Call a function with this run when the run ends, and with whether it failed."""
         self._at_end.append(function)
 
 
 def at_begin(pipe: Any, function: Callable[[PipelineRun], None]) -> None:
-    """Call a method, as long as its object is alive, with every run of a pipeline that begins."""
+    """Call a method at the start of every run of a pipeline, as long as the method's object is alive."""
     _AT_BEGIN.setdefault(pipe, []).append(WeakMethod(function))
 
 
@@ -142,14 +142,14 @@ def forget_at_begin(pipe: Any, function: Callable[[PipelineRun], None]) -> None:
 
 
 def current_run() -> PipelineRun | None:
-    """The innermost run that is under way here."""
+    """Return the innermost active run in this context."""
     run = _CURRENT.get()
     return run if run is not None and run.is_under_way else None
 
 
 @contextmanager
 def outside_runs() -> Iterator[None]:
-    """No run is under way inside: for callbacks, in which users run what they like."""
+    """Hide the active run inside this context: callbacks may run other pipelines."""
     token = _CURRENT.set(None)
     try:
         yield
@@ -159,7 +159,7 @@ def outside_runs() -> Iterator[None]:
 
 @contextmanager
 def repeated_forward() -> Iterator[None]:
-    """Forwards of denoisers inside belong to a guidance and are no calls of the pipeline."""
+    """Mark denoiser calls inside this context as calls by guidance, not by the pipeline."""
     token = _REPEATED.set(True)
     try:
         yield
@@ -168,19 +168,19 @@ def repeated_forward() -> Iterator[None]:
 
 
 def in_repeated_forward() -> bool:
-    """True within :func:`repeated_forward`."""
+    """Return True inside :func:`repeated_forward`."""
     return _REPEATED.get()
 
 
 def asked_samples(arguments: Mapping[str, Any]) -> int | None:
-    """How many images or videos the arguments of a pipeline's call ask for; None where they do not say.
+    """Return how many images or videos the arguments of a pipeline call request; None if they do not specify it.
 
     Example:
         >>> asked_samples({"prompt": ["a fox", "a boat"], "num_images_per_prompt": 2})
         4
     """
     prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
-    if isinstance(prompt, (str, dict)):  # a dictionary has a text for each of some frames of one video
+    if isinstance(prompt, (str, dict)):  # a dictionary maps some frames of one video to texts
         prompts = 1
     elif isinstance(prompt, (list, tuple)):
         prompts = len(prompt)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The projections of a self-attention layer, fused or not, for as many of its samples and rows as are needed."""
+"""The projections of a self-attention layer, fused or not, for selected samples and rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from segkern.integrations.diffusers.runtime.affine import is_affine, is_plain_li
 
 
 class Projections:
-    """Into queries, keys and values ``[samples, heads, rows, head_dim]``, and out of them.
+    """Projections to queries, keys and values ``[samples, heads, rows, head_dim]``, and the output projection.
 
     Args:
-        attn: the layer.
-        fused: project with ``attn.to_qkv``.
+        attn: The layer.
+        fused: Whether to use ``attn.to_qkv``.
     """
 
     def __init__(self, attn: Attention, fused: bool) -> None:
@@ -25,51 +25,51 @@ class Projections:
 
     @property
     def apart(self) -> bool:
-        """True if queries, keys and values can be projected without each other."""
+        """True if queries, keys and values can be projected separately."""
         return not self.fused or is_plain_linear(self.attn.to_qkv)
 
     @property
     def query_is_affine(self) -> bool:
-        """True if the query of a weighted mean of tokens is known to be that mean of their queries, but for norms."""
+        """True if the query of a weighted mean of tokens is known to be the mean of their queries, before norms."""
         return is_affine(self.attn.to_qkv if self.fused else self.attn.to_q)
 
     @property
     def out_is_affine(self) -> bool:
-        """The same of what comes after the attention; it says that equal rows have equal outputs too."""
+        """True if the output projection is known to be affine, which also means that equal rows have equal outputs."""
         return is_affine(self.attn.to_out[0]) and passes_on(self.attn.to_out[1])
 
     def all(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values."""
+        """Return queries, keys and values."""
         if not self.fused:
             return self.query(x), self.key(x), self.value(x)
         query, key, value = self.attn.to_qkv(x).chunk(3, dim=-1)
         return self._normed(query, self.attn.norm_q), self._normed(key, self.attn.norm_k), self._split_heads(value)
 
     def query(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries alone."""
+        """Return only queries."""
         return self._normed(self._thirds(x, 0, 1) if self.fused else self.attn.to_q(x), self.attn.norm_q)
 
     def key(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys alone."""
+        """Return only keys."""
         return self._normed(self._thirds(x, 1, 2) if self.fused else self.attn.to_k(x), self.attn.norm_k)
 
     def key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, in one product where they are fused."""
+        """Return keys and values, computed in one product if fused."""
         if not self.fused:
             return self.key(x), self.value(x)
         key, value = self._thirds(x, 1, 3).chunk(2, dim=-1)
         return self._normed(key, self.attn.norm_k), self._split_heads(value)
 
     def query_key(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys, without the values where those are apart."""
+        """Return queries and keys; values are computed only if they cannot be separated."""
         return (self.query(x), self.key(x)) if self.apart else self.all(x)[:2]
 
     def value(self, x: torch.Tensor) -> torch.Tensor:
-        """Values alone."""
+        """Return only values."""
         return self._split_heads(self._thirds(x, 2, 3) if self.fused else self.attn.to_v(x))
 
     def out(self, x: torch.Tensor) -> torch.Tensor:
-        """``[samples, heads, rows, head_dim]`` to ``[samples, rows, channels]``."""
+        """Project ``[samples, heads, rows, head_dim]`` to ``[samples, rows, channels]``."""
         linear, dropout = self.attn.to_out[0], self.attn.to_out[1]
         return dropout(linear(x.transpose(1, 2).flatten(2)))
 
@@ -78,11 +78,12 @@ class Projections:
         return x if norm is None else norm(x)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """``[samples, rows, heads * head_dim]`` to ``[samples, heads, rows, head_dim]``, a view."""
+        """Return a view of ``[samples, rows, heads * head_dim]`` as ``[samples, heads, rows, head_dim]``."""
         return x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
 
     def _thirds(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Thirds ``first`` up to ``last`` of the output of ``to_qkv``; the others are not computed."""
+        """Return thirds ``first`` up to ``last`` of the output of ``to_qkv`` without computing the others."""
+
         linear = self.attn.to_qkv
         third = linear.out_features // 3
         rows = slice(first * third, last * third)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regional compilation under guidance: blocks that are compiled one by one, as ``compile_repeated_blocks`` does.
+"""Guidance with regional compilation, in which blocks are compiled one by one, as ``compile_repeated_blocks`` does.
 
-``torch.compile`` counts the graphs of a function, which all blocks of a class share, and takes every number that it
-finds on a module for a constant. Perturbed blocks of several kinds would come to the recompile limit after a few sizes.
-Therefore, while a guided forward is under way, a compiled block is run by a function of which there is a copy for each
-kind of block. It gets the plan as an argument, so that its numbers may change from call to call. Hooks at which
-branches join stay outside of the graphs.
+``torch.compile`` counts the graphs per function, which all blocks of a class share, and treats every number on a module
+as a constant. Different kinds of perturbed blocks would reach the recompile limit after a few image sizes. During a
+guided call, each kind of compiled block is therefore run by its own copy of a function that gets the plan as an
+argument, so the plan's numbers may change between calls. Hooks at which branches join stay outside the graphs.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ JoinPart = tuple[Join, JoinPlan | None]
 
 
 class Regions:
-    """The compiled blocks of one denoiser in which guidances act, or through which their branches run.
+    """The compiled blocks of one denoiser that guidance acts in or whose batch includes branches.
 
     Args:
-        model: the denoiser.
-        layers: that are guided.
-        joins: hooks that are registered while a guided forward is under way.
+        model: The denoiser.
+        layers: The guided layers.
+        joins: Hooks that are registered during a guided call.
     """
 
     def __init__(self, model: nn.Module, layers: GuidedLayers, joins: Sequence[Join]) -> None:
@@ -52,7 +51,7 @@ class Regions:
         self._attached: list[_Region] = []
 
     def attach(self) -> None:
-        """Let the blocks that are compiled by now, if the denoiser is not as a whole, run as regions."""
+        """Run the blocks that are compiled now as regions, unless the denoiser is compiled as a whole."""
         compiled = [name for name, module in self._candidates if is_compiled_in_place(module)]
         if compiled and is_compiled_in_place(self._model):
             compiled = []
@@ -68,7 +67,7 @@ class Regions:
                 self._attached.append(region)
 
     def detach(self) -> None:
-        """Leave the blocks as they were."""
+        """Restore the blocks."""
         while self._attached:
             module = self._attached.pop().module
             if isinstance(vars(module).get("forward"), _Region):
@@ -81,17 +80,17 @@ class Regions:
 
 
 def _around(name: str) -> list[str]:
-    """Names of the modules that hold one, and its own, from the outermost on."""
+    """Return the names of the modules that contain a module, from the outermost, and its own name."""
     return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
 class _Region:
-    """The forward of one compiled block, in the block's own place.
+    """Replaces the forward of one compiled block.
 
     Args:
-        module: the block.
-        layers: of it that are guided.
-        joins: on it and inside.
+        module: The block.
+        layers: The guided layers in it.
+        joins: The joins on it and inside it.
     """
 
     def __init__(self, module: Any, layers: Sequence[GuidedLayer], joins: Sequence[Join]) -> None:
@@ -100,7 +99,7 @@ class _Region:
         self._joins = joins
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the block has its class's forward."""
+        """Restore the class's forward in a copy of the block."""
         return functools.partial, (type(self.module).forward, self.module)
 
     @functools.partial(torch.compiler.disable, recursive=False)
@@ -112,7 +111,7 @@ class _Region:
 
     @torch.compiler.disable
     def _prepare(self) -> tuple[Callable[..., Any] | None, list[LayerPart], list[JoinPart]]:
-        """The function to run, with its arguments; None where the block runs on the pipeline's own batch as it is."""
+        """Return the function to run and its arguments; None if the block runs unchanged on the pipeline's batch."""
         if not acts_here():
             return None, [], []
         layers = [(layer.processor, layer.processor.plan, layer.processor.grid) for layer in self._layers]
@@ -132,7 +131,7 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """A block's forward, its layers' plans and grids taken from arguments."""
+    """Run a block's forward with the plans and grids of its layers taken from arguments."""
     for processor, plan, grid in layers:
         processor.plan, processor.grid, processor.sizes = plan, grid, None
     for join, told in joins:
@@ -145,6 +144,7 @@ _numbers = itertools.count(1)
 
 @functools.lru_cache(maxsize=256)
 def _function(block: type, plans: tuple[Any, ...], joins: tuple[JoinPlan | None, ...]) -> Callable[..., Any]:
-    """A copy of :func:`_run` for one kind of block, whose graphs are counted apart from those of others."""
+    """Return a copy of :func:`_run` for one kind of block, whose graphs are counted separately."""
+
     code = _run.__code__.replace(co_name=f"guided_{block.__name__}_{next(_numbers)}")
     return FunctionType(code, _run.__globals__, code.co_name)

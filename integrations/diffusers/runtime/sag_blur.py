@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-Attention Guidance's degraded image: blurred where a layer attends, noised again with the predicted noise.
+"""The degraded image of Self-Attention Guidance: blurred where a layer attends, then noised with the predicted noise.
 
-All of it is in the variance-preserving form that the denoiser sees, ``x = signal * x0 + noise * eps`` with
-``signal^2 + noise^2 = 1``, whatever form the scheduler keeps its latents in: schedulers of the other form scale
-them to this one before they call the denoiser.
-
+All computations use the variance-preserving form that the denoiser gets, ``x = signal * x0 + noise * eps`` with
+``signal^2 + noise^2 = 1``. Schedulers that store latents in another form scale them to this form before they call the
+denoiser.
 Source: SAG (arXiv 2210.00939), section 4; diffusers' ``StableDiffusionSAGPipeline``.
 """
 
@@ -25,23 +24,23 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise a ValueError unless it diffuses in a way that an image can be noised again by."""
+    """Raise a ValueError if images cannot be noised again for this scheduler."""
     config, name = scheduler.config, type(scheduler).__name__
     if getattr(scheduler, "alphas_cumprod", None) is None or config.get("use_flow_sigmas", False):
         raise ValueError(f"SAG needs a scheduler with alphas_cumprod (a variance-preserving diffusion), got a {name}")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         raise ValueError(
-            f"SAG knows the prediction types {', '.join(map(repr, PREDICTIONS))}, got {prediction!r} of a {name}"
+            f"SAG supports the prediction types {', '.join(map(repr, PREDICTIONS))}, got {prediction!r} of a {name}"
         )
 
 
 def levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
-    """Signal and noise of the denoiser's input in the call of it that is under way.
+    """Return signal and noise of the denoiser's input in the current call.
 
-    Schedulers that scale their latents for the denoiser tell by how much, which is the signal. Others have the
-    denoiser's form already; those with sigmas know the one of the step under way, the rest one for each timestep.
-    Waits for the timestep's device.
+    Schedulers that scale latents for the denoiser provide the factor, which is the signal. Other schedulers store
+    latents in the denoiser's form: those with sigmas provide the sigma of the current step, and the rest provide one
+    value per timestep. Synchronizes with the timestep's device.
     """
     one = torch.ones(1, dtype=torch.float64)
     scaled = float(scheduler.scale_model_input(one, timestep))
@@ -59,7 +58,7 @@ def levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
 
 
 def _step_index(scheduler: Any, timestep: Any) -> int:
-    """Of the step under way; before its first step a scheduler does not know it yet."""
+    """Return the index of the current step. Schedulers do not set it before their first step."""
     for name in ("step_index", "begin_index"):
         index = getattr(scheduler, name, None)
         if index is not None:
@@ -70,12 +69,12 @@ def _step_index(scheduler: Any, timestep: Any) -> int:
 def clean_and_noise(
     x: torch.Tensor, output: torch.Tensor, signal: float, noise: float, prediction: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clean image and the noise that a denoiser's output says its input consists of."""
+    """Return the clean image and the noise that a denoiser's output implies for its input."""
     if prediction == "epsilon":
         if signal == 0.0:
             raise ValueError(
-                "SAG cannot tell the clean image from predicted noise where the input is nothing but noise (zero "
-                "terminal signal-to-noise ratio); let it start later"
+                "SAG cannot compute the clean image from predicted noise if the input is pure noise (zero terminal "
+                "signal-to-noise ratio); use a later start"
             )
         return (x - noise * output) / signal, output
     if prediction == "sample":
@@ -84,20 +83,20 @@ def clean_and_noise(
 
 
 def attended(mass: torch.Tensor, shape: tuple[int, int], threshold: float, size: tuple[int, int]) -> torch.Tensor:
-    """A mask of tokens that receive more attention than the threshold, ``[samples, 1, *size]`` of 0 and 1.
+    """Return a mask of tokens that receive more attention than the threshold, ``[samples, 1, *size]`` of 0 and 1.
 
     Args:
-        mass: ``[samples, heads, tokens]``, what each token receives, summed over queries.
-        shape: height and width of the tokens' grid.
-        threshold: of its mean over heads.
-        size: of the latents; nearest neighbours carry it there.
+        mass: ``[samples, heads, tokens]``, the attention that each token receives, summed over queries.
+        shape: Height and width of the token grid.
+        threshold: Threshold of the mean over heads.
+        size: Size of the latents, to which the mask is resized by nearest neighbours.
     """
     mask = (mass.mean(dim=1) > threshold).unflatten(1, shape)[:, None]
     return F.interpolate(mask.to(mass.dtype), size)
 
 
 def blurred(x: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:
-    """A Gaussian of so many taps over the last two dimensions, with reflected edges."""
+    """Return ``x`` blurred over its last two dimensions by a Gaussian with reflected edges."""
     if min(x.shape[-2:]) <= kernel_size // 2:
         raise ValueError(
             f"SAG.kernel_size={kernel_size} does not fit latents of {x.shape[-2]} x {x.shape[-1]}: reflection needs "
@@ -122,16 +121,16 @@ def blurred_input(
     prediction: str,
     blur: tuple[float, int],
 ) -> torch.Tensor:
-    """The input of the second forward.
+    """Return the input of the second call.
 
     Args:
-        x: input of the first, ``[samples, channels, height, width]``. Channels that are not predicted (of inpainting)
-            stay.
-        output: of the first.
-        mask: :func:`attended`.
-        at: :func:`levels`.
-        prediction: type of the output.
-        blur: its sigma and number of taps.
+        x: Input of the first call, ``[samples, channels, height, width]``. Channels that are not predicted (for
+            inpainting) are unchanged.
+        output: Output of the first call.
+        mask: Result of :func:`attended`.
+        at: Result of :func:`levels`.
+        prediction: Prediction type of the output.
+        blur: Sigma and number of taps of the blur.
     """
     channels = output.shape[1]
     signal, noise = at

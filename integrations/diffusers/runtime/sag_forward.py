@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second forward of Self-Attention Guidance, on the image that :mod:`sag_blur` makes."""
+"""The second denoiser call of Self-Attention Guidance, on the image from :mod:`sag_blur`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from segkern.integrations.specs.base import Spec
 
 
 class SAGForward:
-    """The second forwards of a pipeline's SAG guidances.
+    """The second denoiser calls of a pipeline's SAG specs.
 
     Raises:
-        ValueError: for a scheduler whose images cannot be noised again.
+        ValueError: If images cannot be noised again for this scheduler.
     """
 
     def __init__(self, pipe: Any, specs: Sequence[Spec]) -> None:
@@ -30,7 +30,7 @@ class SAGForward:
         self._specs = specs
         if any(isinstance(spec, SAG) for spec in specs):
             if not hasattr(pipe, "scheduler"):
-                raise ValueError("SAG(...) needs the scheduler of a pipeline, got a denoiser alone")
+                raise ValueError("SAG(...) needs a pipeline's scheduler, got a denoiser without a pipeline")
             check_scheduler(pipe.scheduler)
 
     def difference(
@@ -42,15 +42,15 @@ class SAGForward:
         output: torch.Tensor,
         layer: GuidedLayer,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The difference that the guidance adds once, and norms of the change of the image and of the image.
+        """Return the unscaled difference, and the norms of the change of the image and of the image.
 
         Args:
-            index: of the guidance.
-            denoiser: to run once more.
-            arguments: how to read its arguments.
-            given: the first forward's, of the samples that are degraded.
-            output: the first forward's, of those samples.
-            layer: which tells where their image is attended to.
+            index: Index of the spec.
+            denoiser: The denoiser to call again.
+            arguments: Reads the denoiser's arguments.
+            given: Arguments of the first call, for the samples to degrade.
+            output: Output of the first call, for those samples.
+            layer: The layer whose attention selects what to blur.
         """
         spec = self._specs[index]
         assert isinstance(spec, SAG)
@@ -59,7 +59,8 @@ class SAGForward:
         assert grid is not None
         x = arguments.get("sample", *given)
         scheduler = self._pipe.scheduler
-        check_scheduler(scheduler)  # it may be another one by now
+        check_scheduler(scheduler)  # it may have been replaced
+
         at = levels(scheduler, arguments.get("timestep", *given))
         mask = attended(mass, (grid.height, grid.width), spec.threshold, (x.shape[2], x.shape[3]))
         prediction = scheduler.config.get("prediction_type", "epsilon")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the arguments of a module's forward, also of a subclass that passes on whatever it is given."""
+"""Names of the arguments of a module's forward, also for subclasses that pass arguments on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from segkern.integrations.diffusers.runtime.origins import name_of
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the positional arguments of the forward of a module's class (offloading replaces the instance's).
+    """Return the names of the positional arguments of the class's forward. Offloading replaces the instance's forward.
 
-    A forward that takes ``*args`` has the names of its base class's in their places.
+    If a forward has ``*args``, the names of its base class follow.
     """
     names: tuple[str, ...] = ()
     for positional, has_rest in _forwards(module):
@@ -25,12 +25,12 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def check_signature(module: nn.Module, needed: Collection[str], at: str) -> None:
-    """Raise a ValueError for a class whose forward has other names for the arguments that guidance reads.
+    """Raise a ValueError if a class's forward has other names for the arguments that guidance reads.
 
     Args:
-        module: a denoiser or a block.
-        needed: names of those arguments, as far as the base classes take them.
-        at: the module's name, for the message.
+        module: A denoiser or a block.
+        needed: Names of those arguments that the base classes have.
+        at: Name of the module, for the message.
     """
     (own, has_rest), *bases = _forwards(module)
     for base, _ in bases:
@@ -43,7 +43,7 @@ def check_signature(module: nn.Module, needed: Collection[str], at: str) -> None
 
 
 def _forwards(module: nn.Module) -> list[tuple[tuple[str, ...], bool]]:
-    """Of each class of a module that has a forward, nearest first: names, and whether it takes further ones."""
+    """Return, for each class with a forward, nearest first: argument names, and whether it has ``*args``."""
     module = getattr(module, "_orig_mod", module)
     found = []
     for kind in type(module).__mro__:
@@ -61,9 +61,9 @@ def _signature(module: nn.Module) -> str:
     return f"{name_of(kind)}.forward{inspect.signature(kind.forward)}"
 
 
-_FIRST = "hidden_states"  # of most blocks
+_FIRST = "hidden_states"  # name in most blocks
 
 _WORDS = (
-    "guide reads arguments of {at} by their names, and {kind} has {own!r} in the place of {name!r}: give it diffusers' "
-    "names for them, or let it take *args and **kwargs and pass them on to the forward of a base class from diffusers"
+    "guide reads arguments of {at} by name, but {kind} has {own!r} in the place of {name!r}; use the argument names of "
+    "diffusers, or accept *args and **kwargs and pass them to the forward of a diffusers base class"
 )

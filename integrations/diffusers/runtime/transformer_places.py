@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of a transformer, at which a branch can join the batch.
+"""The blocks of a transformer at which a branch can join the batch.
 
-A forward of the denoiser takes the enlarged batch at its input, so that whatever it does before and after its blocks
-fits; that is little. The blocks before the first perturbed one run on the pipeline's own batch: hooks cut their
-arguments to it, and others let the branch join again where it begins to differ.
+The denoiser's input is the enlarged batch, so everything before and after its blocks, which is little, runs on all
+branches. The blocks before the first perturbed one run on the pipeline's own batch: hooks cut their arguments to it,
+and other hooks let the branch join again where it begins to differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from segkern.integrations.diffusers.runtime.branches import Batch, Join, JoinPla
 
 
 class BlockPlaces:
-    """The blocks of a transformer, numbered in the order in which its forward comes to them."""
+    """The blocks of a transformer, in execution order."""
 
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
         self._names: list[str] = []
@@ -35,26 +35,27 @@ class BlockPlaces:
         return self._names
 
     def of(self, module: str) -> int:
-        """The number of the block that holds a module."""
+        """Return the number of the block that contains a module."""
         return next(i for i, name in enumerate(self._names) if f"{module}.".startswith(f"{name}."))
 
     def shares_inputs(self, place: int) -> bool:
-        """True if a branch that joins there still equals the conditional one when its first layer gets it.
+        """Return whether the first layer of a branch shares its inputs with the conditional branch: always False.
 
-        It does, but the layer's own steps are not known, so that nothing is shared inside.
+        The inputs are equal, but the layer's own steps are unknown, so it shares nothing.
         """
         return False
 
     def joins(self) -> list[Join]:
-        """The hooks of all blocks."""
+        """Return the hooks of all blocks."""
         return self._joins
 
     def joins_for(self, places: Sequence[int]) -> list[Join]:
-        """The hooks that are needed when branches join at the blocks of these numbers: none, or all."""
+        """Return the hooks that are needed if branches join at these blocks: none or all."""
         return self._joins if max(places) > 0 else []
 
     def plan(self, batch: Batch, branches: Sequence[int]) -> tuple[JoinPlan, ...]:
-        """For each of the joins its part in a forward of a batch in which each block runs with so many branches."""
+        """Return the plan of each join for a call in which each block runs with a given number of branches."""
+
         return tuple(JoinPlan(batch, (count,)) for count in branches)
 
     def __len__(self) -> int:

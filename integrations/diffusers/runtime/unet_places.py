@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The places of a UNet at which a branch can join the batch, and the hooks that make it join there.
+"""Places in a UNet at which a branch can join the batch, and the hooks that make it join.
 
-A perturbed branch equals the conditional one until its first perturbed layer. The finest place to join is the
-transformer block that holds it: the layer's residual connection inside needs the whole batch, and queries, keys and
-values, which the branch shares, are shared by the layer itself. Everything before runs on the pipeline's own batch:
-blocks, the resnets and transformers before it in its own block, and the transformer blocks before it in its own
-transformer.
+A perturbed branch equals the conditional one until its first perturbed layer. The latest place to join is the
+transformer block with that layer: the layer's residual connection needs the whole batch, and the layer itself shares
+the queries, keys and values with the branch. Everything before runs on the pipeline's own batch: earlier blocks,
+earlier resnets and transformers in the same block, and earlier transformer blocks in the same transformer.
 
-Blocks whose forward is not known are one place: a branch joins before them.
+A block with an unknown forward is a single place: branches join before it.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class Place:
     """A module at which branches can join.
 
     Attributes:
-        name: of the module in the denoiser.
-        module: it.
-        around: name of the transformer that holds it, or its own.
+        name: Name of the module in the denoiser.
+        module: The module.
+        around: Name of the transformer that contains it, otherwise its own name.
     """
 
     name: str
@@ -48,11 +47,11 @@ class Place:
 
 
 class Places:
-    """The places of a denoiser, numbered in the order in which its forward comes to them."""
+    """The places of a denoiser, in execution order."""
 
     def __init__(self, unet: Any) -> None:
         self._places: list[Place] = []
-        self._joins: list[tuple[Join, int]] = []  # with the place whose batch the module's arguments have
+        self._joins: list[tuple[Join, int]] = []  # with the place whose batch size the module's arguments have
         self._skips: list[tuple[JoinSkips, list[int]]] = []  # with the place of each resnet
         for name, block in execution_order(unet):
             parts = _parts(block)
@@ -68,7 +67,7 @@ class Places:
                     continue
                 for number, inner in enumerate(part.transformer_blocks):
                     self._add(f"{full_name}.transformer_blocks.{number}", inner, full_name)
-                # What it does outside of its blocks is for the whole batch that leaves the last of them.
+                # Outside its blocks, the transformer processes the whole batch that leaves the last block.
                 self._joins.append((Join(part), len(self._places) - 1))
             if isinstance(block, (UpBlock2D, CrossAttnUpBlock2D)):
                 self._skips.append((JoinSkips(block), resnets))
@@ -83,32 +82,32 @@ class Places:
         return [place.name for place in self._places]
 
     def of(self, module: str) -> int:
-        """The number of the place that holds a module."""
+        """Return the number of the place that contains a module."""
         return next(i for i, place in enumerate(self._places) if f"{module}.".startswith(f"{place.name}."))
 
     def last_of(self, part: str) -> int:
-        """The number of the last place in ``"down"``, ``"mid"`` or ``"up"``, or before that part, if it has none."""
+        """Return the number of the last place in ``"down"``, ``"mid"`` or ``"up"``, or before an empty part."""
         parts = ("down", "mid", "up")
         until = parts[: parts.index(part) + 1]
         return sum(place.name.startswith(until) for place in self._places) - 1
 
     def shares_inputs(self, place: int) -> bool:
-        """True if a branch that joins there still equals the conditional one when its first layer gets it."""
+        """Return True if a branch that joins there still equals the conditional one at its first layer."""
         return isinstance(self._places[place].module, BasicTransformerBlock)
 
     def joins(self) -> list[Join]:
-        """The hooks of all modules at which a branch may join."""
+        """Return the hooks of all modules at which a branch may join."""
         return [*(join for join, _ in self._joins), *(skips for skips, _ in self._skips)]
 
     def joins_for(self, places: Sequence[int]) -> list[Join]:
-        """The hooks of all that branches run through that join at the places of these numbers."""
+        """Return the hooks of all modules that run with branches if branches join at these places."""
         around = self._places[min(places)].around
         begin = next(i for i, place in enumerate(self._places) if place.around == around)
         joins: list[Join] = [join for join, place in self._joins if place >= begin]
         return joins + [join for join, resnets in self._skips if resnets and resnets[-1] >= begin]
 
     def plan(self, batch: Batch, branches: Sequence[int]) -> tuple[JoinPlan, ...]:
-        """For each of the joins its part in a forward of a batch in which each place runs with so many branches."""
+        """Return the plan of each join for a call in which each place runs with a given number of branches."""
         plans = [JoinPlan(batch, (branches[place],)) for _, place in self._joins]
         return (*plans, *(JoinPlan(batch, tuple(branches[place] for place in resnets)) for _, resnets in self._skips))
 
@@ -117,7 +116,8 @@ class Places:
 
 
 def _parts(block: nn.Module) -> list[tuple[str, Any]] | None:
-    """Resnets and transformers in the order in which a block runs them; None for a block that is not known."""
+    """Return resnets and transformers in execution order; None for an unknown block."""
+
     resnets = [(f"resnets.{i}", part) for i, part in enumerate(getattr(block, "resnets", ()))]
     attentions = [(f"attentions.{i}", part) for i, part in enumerate(getattr(block, "attentions", None) or ())]
     if type(block) in (DownBlock2D, UpBlock2D):
