@@ -68,7 +68,7 @@ def test_a_batch_is_looked_at_again_where_guidance_was_turned_off() -> None:
     twice = torch.cat([LATENTS] * 2)
     assert calls.of_call(twice, torch.cat([NEGATIVE, PROMPT]), STEP).kind is CallKind.BATCH
     pipe.do_classifier_free_guidance_now = False
-    with pytest.raises(ValueError, match="says that it runs without classifier-free guidance"):
+    with pytest.raises(ValueError, match="is set to run without classifier-free guidance"):
         calls.of_call(twice, torch.cat([PROMPT, PROMPT]), STEP)
 
 

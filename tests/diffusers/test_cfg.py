@@ -52,10 +52,10 @@ def test_embeddings_serve_as_a_negative_prompt() -> None:
         ours = run(pipe, latents=noise(1, 8, 12), guidance_scale=1.0)
     expected = run(pipe, latents=noise(1, 8, 12), guidance_scale=4.0, negative_prompt="grey")
     assert relative(ours, expected) < PIPELINE_TOLERANCE
-    with pytest.raises(ValueError, match="CFG needs negative_pooled_prompt_embeds too"):
+    with pytest.raises(ValueError, match="CFG also needs negative_pooled_prompt_embeds"):
         guide(pipe, CFG(negative_prompt_embeds=embeds))
     with (
-        pytest.raises(ValueError, match=r"CFG.negative_prompt_embeds of shape .* does not fit the prompt's"),
+        pytest.raises(ValueError, match=r"CFG.negative_prompt_embeds of shape .* does not match the prompt's"),
         guide(pipe, CFG(negative_prompt_embeds=embeds[:, :5], negative_pooled_prompt_embeds=pooled)),
     ):
         run(pipe, latents=noise(1, 8, 12), guidance_scale=1.0)
@@ -72,7 +72,7 @@ def test_its_branch_joins_at_the_input_and_the_others_where_they_differ() -> Non
 
 def test_it_is_refused_where_the_pipeline_does_it_itself() -> None:
     pipe = tiny_pipeline()
-    with pytest.raises(ValueError, match="runs classifier-free guidance itself"), guide(pipe, CFG()):
+    with pytest.raises(ValueError, match="already applies classifier-free guidance"), guide(pipe, CFG()):
         run(pipe, latents=noise(1, 8, 12), guidance_scale=5.0)
     with pytest.raises(ValueError, match=r"guide takes one CFG"):
         guide(pipe, CFG(), CFG())
@@ -81,7 +81,7 @@ def test_it_is_refused_where_the_pipeline_does_it_itself() -> None:
 def test_without_a_text_encoder_embeddings_are_asked_for() -> None:
     pipe = tiny_pipeline()
     pipe.text_encoder = pipe.text_encoder_2 = None
-    with pytest.raises(ValueError, match="has no text encoder; give negative_prompt_embeds"):
+    with pytest.raises(ValueError, match="has no text encoder; pass negative_prompt_embeds"):
         guide(pipe, CFG())
 
 

@@ -122,7 +122,7 @@ def test_processors_that_a_hook_changes_later_are_refused(spec: Any) -> None:
     pipe = tiny_pipeline(own_unet=True)
     own = dict(pipe.unet.attn_processors)
     plain = run_unet(pipe, latents=noise(1, *SIZE))
-    with pytest.raises(RuntimeError, match=r"layer m0 .*was given a .*SlicedAttnProcessor while.*between steps"):
+    with pytest.raises(RuntimeError, match=r"layer m0 .*was replaced by a .*SlicedAttnProcessor during.*between steps"):
         _run_with_a_hook(pipe, spec, "mid_block.attentions.0.transformer_blocks.0.norm1")
     assert {type(processor) for processor in pipe.unet.attn_processors.values()} == {SlicedAttnProcessor}
     pipe.unet.set_attn_processor(own)
@@ -132,7 +132,7 @@ def test_processors_that_a_hook_changes_later_are_refused(spec: Any) -> None:
 def test_a_transformers_processors_that_a_hook_changes_are_refused() -> None:
     model = MODELS["pixart-sigma"]
     pipe = model.build()
-    with pytest.raises(RuntimeError, match=r"layer b2 .*was given a .*AttnProcessor while.*between steps"):
+    with pytest.raises(RuntimeError, match=r"layer b2 .*was replaced by a .*AttnProcessor during.*between steps"):
         _run_transformer_with_a_hook(model, pipe)
 
 

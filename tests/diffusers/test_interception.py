@@ -146,7 +146,7 @@ def test_processors_that_multiply_matrices(change: Callable[[Any], None], sigma:
 def test_one_that_leaves_out_the_layers_norms_is_refused() -> None:
     model = MODELS["hunyuan-dit"]
     pipe = model.build()
-    words = "SlicedAttnProcessor, which computes with no norm of queries and keys"
+    words = "SlicedAttnProcessor, which computes attention without norms of queries and keys"
     pipe.transformer.blocks[1].attn1.set_processor(SlicedAttnProcessor(1))
     with pytest.raises(ValueError, match=words), guide(pipe, SEG(layers=1)):
         run(model, pipe)
@@ -210,7 +210,7 @@ def test_a_replaced_attention_function_on_a_transformer(name: str, monkeypatch: 
     model = MODELS[name]
     pipe = model.build()
     plain, expected = run(model, pipe), slow(model, pipe)
-    words = rf"replaced by {__name__}.quantised_attention, inside of which.*set_attention_backend"
+    words = rf"replaced by {__name__}.quantised_attention, in which guidance.*set_attention_backend"
     with guide(pipe, SEG(sigma=1.5, layers=model.layers)):
         assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
         monkeypatch.setattr(F, "scaled_dot_product_attention", counted_attention)
@@ -232,7 +232,7 @@ def test_a_replaced_dispatch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
     pipe = FLUX.build()
     monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", dispatch)
-    words = r"did not meet the attention.*transformer_flux.FluxAttnProcessor"
+    words = r"could not intercept the attention.*transformer_flux.FluxAttnProcessor"
     with pytest.raises(RuntimeError, match=words), guide(pipe, SEG(layers=FLUX.layers)):
         run(FLUX, pipe)
 

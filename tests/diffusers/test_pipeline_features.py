@@ -75,7 +75,7 @@ def test_an_image_in_place_of_a_prompt(images: int, scale: float) -> None:
 
 
 def test_a_property_that_is_always_false() -> None:
-    """diffusers' panorama pipeline says that it runs without classifier-free guidance: the texts of its batch count."""
+    """diffusers' panorama pipeline is set to run without classifier-free guidance: the texts of its batch count."""
     pipe = tiny_sd(StableDiffusionPanoramaPipeline)
     factor = pipe.vae_scale_factor
     size = {"height": 16 * factor, "width": 16 * factor}

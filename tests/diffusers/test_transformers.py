@@ -210,7 +210,10 @@ def test_attention_that_is_not_met_is_an_error() -> None:
     pipe.transformer.transformer_blocks[2].attn1.set_processor(Multiplying())
     plain = run(model, pipe)
     guidance = guide(pipe, SEG(layers=2), trust=[Multiplying])
-    with pytest.raises(RuntimeError, match=r"did not meet the attention.*test_transformers.Multiplying"), guidance:
+    with (
+        pytest.raises(RuntimeError, match=r"could not intercept the attention.*test_transformers.Multiplying"),
+        guidance,
+    ):
         run(model, pipe)
     assert torch.equal(run(model, pipe), plain)
     assert hooks_of(pipe.transformer) == 0

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime of guidance: hooks, branches, guided layers, reports."""
+"""The runtime of guidance: hooks, branches, guided layers and reports."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recognition of projections that are affine and act on each token alone, as far as it can be known.
+"""Detection of projections that are affine and process each token independently, as far as this can be known.
 
-The projection of a mean token is the mean of the projected tokens for these alone. A projection that quantises its
-input, has an adapter with a non-linearity or a hook of the user's is not among them; nothing is tried out.
+Only for these is the projection of a mean token the mean of the projected tokens. Projections with quantised input,
+non-linear adapters or users' hooks are excluded. The check never runs a projection.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import nn
 
 from segkern.core.private_apis import has_forward_hooks, linear_is_pytorchs
 
-# Modules whose functions replace a forward to move or cast weights before it and outputs after it.
+# Modules with functions that replace a forward to move or cast weights and outputs.
 _WRAPPERS = frozenset({"accelerate.hooks", "diffusers.hooks.hooks"})
 _MOVERS = frozenset({"accelerate.hooks", "diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting"})
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """True if it is ``F.linear`` on its weight and nothing else, so that rows of the weight can be used alone."""
+    """Return True for a plain ``F.linear`` with its weight, so that rows of the weight can be used separately."""
     return (
         type(module) is nn.Linear
         and "forward" not in vars(module)
@@ -31,9 +31,9 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def is_affine(module: nn.Module) -> bool:
-    """True if it is known to map each token alone and affinely.
+    """Return True if a module is known to map each token independently and affinely.
 
-    Known are PyTorch's linear layer and PEFT's LoRA on it, offloaded or stored in another type as well.
+    These are PyTorch's linear layer and PEFT's LoRA on it, also with offloading or another storage dtype.
     """
     if not _runs_its_own_forward(module):
         return False
@@ -43,7 +43,7 @@ def is_affine(module: nn.Module) -> bool:
 
 
 def passes_on(module: nn.Module) -> bool:
-    """True if it is known to give what it gets: dropout that is off."""
+    """Return True if a module is known to return its input, such as inactive dropout."""
     off = type(module) is nn.Identity or (type(module) is nn.Dropout and (not module.training or module.p == 0.0))
     return off and _runs_its_own_forward(module)
 
@@ -54,13 +54,13 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 def _lora_is_affine(module: Any) -> bool:
-    """True for LoRA on a linear layer, of adapters that are linear layers themselves."""
+    """Return True for LoRA on a linear layer with linear adapters."""
     if not is_affine(module.base_layer):
         return False
     if module.disable_adapters or module.merged:
         return True
     return all(
-        name not in module.lora_variant  # DoRA and its relatives
+        name not in module.lora_variant  # variants such as DoRA
         and is_affine(module.lora_A[name])
         and is_affine(module.lora_B[name])
         and passes_on(module.lora_dropout[name])
@@ -70,14 +70,15 @@ def _lora_is_affine(module: Any) -> bool:
 
 
 def _runs_its_own_forward(module: nn.Module) -> bool:
-    """True if a call of the module runs its class's forward, at most between moves and casts."""
+    """Return True if a call of the module runs its class's forward, apart from moves and casts."""
     if has_forward_hooks(module):
         return False
     return "forward" not in vars(module) or _only_moves(module)
 
 
 def _only_moves(module: Any) -> bool:
-    """True if what replaces the module's forward is offloading or casting, of accelerate or of diffusers."""
+    """Return True if the module's forward is replaced only for offloading or casting by accelerate or diffusers."""
+
     forward = vars(module)["forward"]
     while isinstance(forward, functools.partial) and forward.func.__module__ in _WRAPPERS:
         forward = vars(forward).get("__wrapped__")

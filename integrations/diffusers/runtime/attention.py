@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-attention layer with blurred queries or identity attention: diffusers' steps around segkern's attention."""
+"""One self-attention layer with blurred queries or identity attention: diffusers' steps with segkern's attention."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ def self_attention(
     source: slice = slice(0, 0),
     values: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """diffusers' standard self-attention, sample ``i`` with queries blurred by ``sigmas[i]``.
+    """Compute diffusers' standard self-attention, with the queries of sample ``i`` blurred by ``sigmas[i]``.
 
     Args:
-        attn: the layer, its projections and norms.
-        hidden_states: ``[batch, tokens, channels]``, or ``[batch, channels, height, width]``, which brings
-            its grid.
-        sigmas: one per sample, a number or one for each head; 0 is the plain layer; or identity attention.
-        grid: where the image lies in the tokens.
-        attention_mask: as diffusers passes it, an additive bias ``[batch or batch * heads, 1 or tokens,
+        attn: The layer with its projections and norms.
+        hidden_states: ``[batch, tokens, channels]``, or ``[batch, channels, height, width]``, which defines the grid.
+        sigmas: One per sample: a number, one number per head, or identity attention. 0 leaves the layer unchanged.
+        grid: Grid of the image in the tokens.
+        attention_mask: Additive bias in the form that diffusers passes, ``[batch or batch * heads, 1 or tokens,
             tokens]``.
-        temb: conditioning of a ``spatial_norm``, if the layer has one.
-        boundary: of the blur.
-        backend: of the attention.
-        fused: project with ``attn.to_qkv``.
-        strides: one per sample, of its query rows over the grid; None computes every row. It says nothing where
-            sigma is 0 or infinite, nor under a mask with rows of its own.
-        blends: one per sample; less than 1 mixes the layer's output with that of the same sample's plain attention.
-        own: the samples after so many have the hidden states of ``source``, once or several times, and share their
-            projections; None where all have their own.
-        source: samples before ``own``, of the plain layer.
-        values: the sigmas, in a CPU tensor to be read when a graph runs; those of ``sigmas`` only say then which are
-            0, infinite or neither. Not with strides.
+        temb: Conditioning of a ``spatial_norm``, if the layer has one.
+        boundary: Boundary of the blur.
+        backend: Backend of the attention.
+        fused: Whether to project with ``attn.to_qkv``.
+        strides: Query stride of each sample; None computes every row. Ignored if sigma is 0 or infinite, or if the mask
+            has separate rows.
+        blends: Share of the perturbed attention in each sample's output; below 1, the sample's own attention is mixed
+            in.
+        own: Number of samples with their own hidden states. The samples after them repeat the hidden states of
+            ``source``, once or several times, and share their projections. None if all samples have their own.
+        source: Unperturbed samples before ``own``.
+        values: The sigmas in a CPU tensor that is read when a compiled graph runs. ``sigmas`` then specifies only
+            which are 0, infinite or finite. Cannot be combined with strides.
 
     Returns:
         The layer's output in the shape of ``hidden_states``.
 
     Raises:
-        ValueError: when the grid is missing or does not fit the tokens.
+        ValueError: If the grid is missing or does not match the tokens.
     """
     residual = hidden_states
     image_shape = hidden_states.shape if hidden_states.ndim == 4 else None
@@ -66,8 +66,8 @@ def self_attention(
     batch, tokens, _ = hidden_states.shape
     if grid is None:
         raise ValueError(
-            f"a blur over {tokens} tokens needs their grid: give grid=Grid(height, width), or 4-dimensional "
-            f"hidden states; it is never guessed"
+            f"a blur over {tokens} tokens needs their grid, which is never guessed: pass grid=Grid(height, width) or "
+            f"4-dimensional hidden states"
         )
     grid.check(tokens)
     if attention_mask is not None:
@@ -87,7 +87,8 @@ def self_attention(
 
 
 def tokens_of(attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
-    """Tokens ``[batch, tokens, channels]`` as a layer projects them, after its norms."""
+    """Return tokens ``[batch, tokens, channels]`` after the layer's norms, before its projections."""
+
     if attn.spatial_norm is not None:
         hidden_states = attn.spatial_norm(hidden_states, temb)
     if hidden_states.ndim == 4:

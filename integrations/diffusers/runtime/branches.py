@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch of a guided forward: where branches join it, and how they fold back into the prediction.
+"""The batch of a guided denoiser call: where branches join it, and how they are folded into the prediction.
 
-The pipeline's own batch is ``[unconditional, conditional]`` under classifier-free guidance and
-``[conditional]`` without it. Branches are appended behind it. A perturbed branch equals the conditional one
-until its first perturbed layer, so it joins only there: what comes before runs on the pipeline's own batch, and
-whatever was computed before (skip connections, embeddings) is the conditional slice, appended when a later
-module asks for it.
+The pipeline's own batch is ``[unconditional, conditional]`` under classifier-free guidance and ``[conditional]``
+without it. Branches are appended to it. A perturbed branch equals the conditional one until its first perturbed layer,
+so it joins there. Everything before runs on the pipeline's own batch. For tensors computed before (skip connections,
+embeddings), the conditional samples are appended when a later module needs them.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from segkern.integrations.diffusers.runtime.hooks import Hook, Outer, acts_here
 from segkern.integrations.diffusers.runtime.signatures import parameter_names
 
-# Arguments of a UNet and of its blocks that hold one entry per sample. Others (cross_attention_kwargs, upsample_size)
-# pass through untouched.
+# Arguments of a UNet and of its blocks that have one entry per sample. Others (cross_attention_kwargs, upsample_size)
+# are passed on unchanged.
 MODULE_ARGUMENTS = frozenset(
     {
         "hidden_states",
-        "res_hidden_states_tuple",  # of up blocks that are joined as a whole
+        "res_hidden_states_tuple",  # for up blocks that are a single place
         "input_tensor",
         "temb",
         "encoder_hidden_states",
@@ -57,13 +56,13 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Batch:
-    """The pipeline's own batch of one forward.
+    """The pipeline's own batch in one denoiser call.
 
     Attributes:
-        size: samples in it.
-        first: number of unconditional samples: half the size under classifier-free guidance, else 0.
-        branches: how many will have joined at the end.
-        conditional_first: whether the unconditional samples come after the conditional ones.
+        size: Number of samples.
+        first: Number of unconditional samples: half the size under classifier-free guidance, otherwise 0.
+        branches: Number of branches that have joined at the end of the call.
+        conditional_first: Whether the conditional samples come before the unconditional ones.
     """
 
     size: int
@@ -73,7 +72,7 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        """Number of conditional samples, which is that of a branch."""
+        """Number of conditional samples, which is also the number of samples of a branch."""
         return self.size - self.first
 
     @property
@@ -83,39 +82,38 @@ class Batch:
 
     @property
     def unconditional(self) -> slice:
-        """The unconditional samples; none without classifier-free guidance."""
+        """The unconditional samples; empty without classifier-free guidance."""
         return slice(self.samples, self.size) if self.conditional_first else slice(0, self.first)
 
     @property
     def reference(self) -> slice:
-        """The unconditional samples under classifier-free guidance, else the conditional ones."""
+        """The unconditional samples under classifier-free guidance, otherwise the conditional ones."""
         return self.unconditional if self.first else self.conditional
 
     def times(self, count: int) -> Batch:
-        """The same where every sample stands for so many, its frames, one after the other."""
+        """Return the batch with ``count`` consecutive entries per sample, such as frames."""
         return replace(self, size=count * self.size, first=count * self.first)
 
     def branch(self, index: int) -> slice:
-        """The samples of the ``index``-th appended branch."""
+        """Return the samples of the ``index``-th appended branch."""
         return slice(self.with_branches(index), self.with_branches(index + 1))
 
     def with_branches(self, count: int) -> int:
-        """Samples in the batch once ``count`` branches have joined."""
+        """Return the number of samples after ``count`` branches have joined."""
         return self.size + count * self.samples
 
     def fit(self, value: Any, count: int) -> Any:
-        """``value`` with every batch-first tensor in it brought to ``count`` branches.
+        """Return ``value`` with ``count`` branches in every batch-first tensor.
 
-        A tensor that carries fewer gets the missing ones, one that carries more loses the last;
-        tensors whose first dimension is no such batch, and anything that is not a tensor, list, tuple or
-        dictionary, come back as they are.
+        Missing branches are appended, and extra branches are cut off. Tensors whose first dimension is not the batch,
+        and objects other than tensors, lists, tuples and dictionaries, are returned unchanged.
         """
         return _map_tensors(value, lambda x: self._fit_tensor(x, count))
 
     def grow(self, value: Any, count: int) -> Any:
-        """``value``, an argument of the denoiser, with ``count`` branches behind every batch-first tensor in it.
+        """Return ``value``, an argument of the denoiser, with ``count`` branches appended to every batch-first tensor.
 
-        A tensor may have several rows for each sample, one after the other (two pictures of a sample, for example).
+        A tensor may have several consecutive rows per sample, for example for two images per sample.
         """
 
         def grown(x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +123,7 @@ class Batch:
         return _map_tensors(value, grown)
 
     def grow_list(self, value: Any, count: int) -> Any:
-        """A list with one item per sample and ``count`` branches; one of another length is for all samples alike."""
+        """Append ``count`` branches to a list with one item per sample. Other lists are shared by all samples."""
         if not isinstance(value, list) or len(value) != self.size:
             return value
         return value + value[self.conditional] * count
@@ -142,12 +140,12 @@ class Batch:
         return x
 
     def take(self, value: Any, samples: slice) -> Any:
-        """``value`` with every tensor of the pipeline's own batch in it cut to some samples."""
+        """Return ``value`` with every tensor of the pipeline's own batch cut to some samples."""
         return _map_tensors(value, lambda x: x[samples] if x.ndim and x.shape[0] == self.size else x)
 
 
 def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """``value`` with every tensor changed that it is, or that is in its lists, tuples and dictionaries."""
+    """Return ``value`` with ``change`` applied to every tensor in it, including lists, tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -158,10 +156,10 @@ def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 def _is_of_all(name: Any, value: Any) -> bool:
-    """True for a named tensor that is for all samples alike, whatever its size.
+    """Return True for a named tensor that all samples share, whatever its size.
 
-    PyTorch's attention takes masks ``[tokens, tokens]`` and ``[heads, tokens, tokens]``; one entry for each sample have
-    only those of 4 dimensions, and those ``[samples, keys]`` that diffusers' native backend takes beside them.
+    PyTorch's attention also accepts masks ``[tokens, tokens]`` and ``[heads, tokens, tokens]``. Only masks of 4
+    dimensions have one entry per sample, and masks ``[samples, keys]``, which diffusers' native backend accepts.
     """
     if name == "attention_mask" and isinstance(value, torch.Tensor):
         return value.ndim == 3 or (value.ndim == 2 and value.shape[0] == value.shape[1])
@@ -170,20 +168,20 @@ def _is_of_all(name: Any, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward of a guided denoiser.
+    """The plan of one call of a guided denoiser.
 
     Attributes:
-        batch: the pipeline's own.
-        branches: guidances that have one in it, in the order in which they join.
-        first: for every guidance the place at which its branch joins.
-        share: whether they join there, not at the denoiser's input.
-        strengths: of all guidances that act.
-        reused: those whose last difference is taken.
-        sag: those of SAG, which a forward of their own follows.
-        reference: samples of the output that SAG degrades.
-        pair: number of the call where one for the negative prompt may follow, else None.
-        rescaled: the guidance scale where the conditional prediction must stay what it is, else None.
-        frames: as how many each sample runs through the blocks.
+        batch: The pipeline's own batch.
+        branches: Indices of the specs with a branch, in the order in which the branches join.
+        first: For every spec, the place at which its branch joins.
+        share: Whether branches join there instead of at the denoiser's input.
+        strengths: Strengths of all active specs, by index.
+        reused: Indices of the specs that reuse their last difference.
+        sag: Indices of the SAG specs, each of which needs a second call.
+        reference: Samples of the output that SAG degrades.
+        pair: Number of the call if a call for the negative prompt may follow, otherwise None.
+        rescaled: The guidance scale if the conditional prediction must not change, otherwise None.
+        frames: Number of frames per sample in the blocks.
     """
 
     batch: Batch
@@ -200,21 +198,21 @@ class Forward:
 
     @property
     def inside(self) -> Batch:
-        """The pipeline's own batch as the blocks have it."""
+        """The pipeline's own batch in the layout of the blocks."""
         return self.batch.times(self.frames) if self.frames > 1 else self.batch
 
     def joined(self, place: int) -> int:
-        """The number of branches that run through a place."""
+        """Return the number of branches that run through a place."""
         return sum(self.first[index] <= place for index in self.branches) if self.share else len(self.branches)
 
 
 @dataclass(frozen=True)
 class JoinPlan:
-    """The branches with which one module runs in one forward.
+    """The number of branches with which one module runs in one call.
 
     Attributes:
-        batch: of the forward.
-        branches: how many the module runs with; for an up block's skip connections, how many each resnet runs with.
+        batch: Batch of the call.
+        branches: Number of branches of the module. For the skip connections of an up block, one number per resnet.
     """
 
     batch: Batch
@@ -222,12 +220,12 @@ class JoinPlan:
 
 
 class Join(Hook):
-    """Forward pre-hook of a module: its arguments get the branches that it runs with, no more and no fewer.
+    """Forward pre-hook that gives a module's arguments exactly the branches that the module runs with.
 
     Attributes:
-        module: the one it was made for.
-        plan: of the forward under way; None while no branch joins inside.
-        outside: whether it stays outside of what is compiled.
+        module: The module.
+        plan: Plan of the current call; None if no branch joins inside.
+        outside: Whether the hook is excluded from compilation.
     """
 
     def __init__(self, module: nn.Module, batched: frozenset[str] = MODULE_ARGUMENTS) -> None:
@@ -238,20 +236,20 @@ class Join(Hook):
         self.outside = False
 
     def hook(self) -> RemovableHandle:
-        """Register it on its module."""
+        """Register the hook on its module."""
         hook = Outer(self) if self.outside else self
         return self.module.register_forward_pre_hook(hook, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         plan = self.plan if acts_here() else None
-        if plan is None or module is not self.module:  # a copy of the module is not guided
+        if plan is None or module is not self.module:  # copies are not guided
             return None
         batch, (count,) = plan.batch, plan.branches
         return _map_arguments(self._names, self._batched, args, kwargs, lambda value: batch.fit(value, count))
 
 
 class JoinSkips(Join):
-    """Forward pre-hook of an up block: each skip connection gets the branches that its resnet runs with."""
+    """Forward pre-hook of an up block that gives each skip connection the branches of its resnet."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         plan = self.plan if acts_here() else None
@@ -260,7 +258,7 @@ class JoinSkips(Join):
         batch = plan.batch
         place = self._names.index(_SKIPS)
         skips = args[place] if place < len(args) else kwargs[_SKIPS]
-        counts = reversed(plan.branches)  # the first resnet takes the last skip connection
+        counts = reversed(plan.branches)  # the first resnet uses the last skip connection
         skips = tuple(batch.fit(skip, count) for skip, count in zip(skips, counts, strict=True))
         if place < len(args):
             return (*args[:place], skips, *args[place + 1 :]), kwargs
@@ -268,12 +266,12 @@ class JoinSkips(Join):
 
 
 class DenoiserArguments:
-    """Reads and enlarges the arguments of a denoiser's forward, however they were passed.
+    """Reads and enlarges the arguments of a denoiser's forward, positional or by keyword.
 
     Args:
-        denoiser: the model.
-        batched: names of those that hold one entry per sample, as tensors or collections of tensors.
-        listed: of them those that are a list with one item per sample.
+        denoiser: The model.
+        batched: Names of arguments with one entry per sample, as tensors or collections of tensors.
+        listed: Those of ``batched`` that are lists with one item per sample.
     """
 
     def __init__(
@@ -287,29 +285,29 @@ class DenoiserArguments:
         self._listed = listed
 
     def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The argument called ``name``; None when it was not passed, or a version of the model does not know it."""
+        """Return the argument ``name``; None if it was not passed or the model has no such argument."""
         if name not in self._names:
             return kwargs.get(name)
         position = self._names.index(name)
         return args[position] if position < len(args) else kwargs.get(name)
 
     def grow_all(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int) -> Arguments:
-        """Every batch-first argument with ``count`` branches, so that every block runs with them."""
+        """Append ``count`` branches to every batch-first argument, so that every block runs with them."""
         args, kwargs = _map_arguments(self._names, self._listed, args, kwargs, lambda x: batch.grow_list(x, count))
         return _map_arguments(self._names, self.batched - self._listed, args, kwargs, lambda x: batch.grow(x, count))
 
     def grow(
         self, names: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int
     ) -> Arguments:
-        """Some arguments with ``count`` branches: those that are added where so many have joined already."""
+        """Give some arguments ``count`` branches, because they are added to tensors with that many branches."""
         return _map_arguments(self._names, names, args, kwargs, lambda value: batch.fit(value, count))
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, samples: slice) -> Arguments:
-        """Every batch-first argument cut to some samples of the pipeline's own batch."""
+        """Cut every batch-first argument to some samples of the pipeline's own batch."""
         return _map_arguments(self._names, self.batched, args, kwargs, lambda value: batch.take(value, samples))
 
     def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], **values: Any) -> Arguments:
-        """The arguments with other values for some of them."""
+        """Return the arguments with some values replaced."""
         changed = list(args)
         named = dict(kwargs)
         for name, value in values.items():
@@ -322,19 +320,19 @@ class DenoiserArguments:
 
 
 def difference(output: torch.Tensor, batch: Batch, branch: int) -> torch.Tensor:
-    """``c - p`` of a branch, in float32 at least.
+    """Return ``c - p`` of a branch in at least float32.
 
     Args:
-        output: the denoiser's, with branches.
-        batch: the pipeline's own batch.
-        branch: in the order in which they joined.
+        output: The denoiser's output with branches.
+        batch: The pipeline's own batch.
+        branch: Index of the branch in the order of joining.
     """
     compute = torch.promote_types(output.dtype, torch.float32)
     return output[batch.conditional].to(compute) - output[batch.branch(branch)].to(compute)
 
 
 def summed(guided: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor | None:
-    """``sum_i s_i (c - p_i)``, from the scale and :func:`difference` of each guidance; None for none."""
+    """Return ``sum_i s_i (c - p_i)`` from pairs of a scale and a :func:`difference`; None without pairs."""
     total: torch.Tensor | None = None
     for scale, moved in guided:
         total = scale * moved if total is None else total + scale * moved
@@ -344,20 +342,21 @@ def summed(guided: Sequence[tuple[float, torch.Tensor]]) -> torch.Tensor | None:
 def fold(
     output: torch.Tensor, batch: Batch, shift: torch.Tensor | None, rescaled_guidance_scale: float | None
 ) -> torch.Tensor:
-    """The prediction of the pipeline's own batch with the guidance in it.
+    """Return the guided prediction for the pipeline's own batch.
 
-    With ``d`` for the shift: ``c + d`` without classifier-free guidance; ``(u + d, c + d)`` with it, so that the
-    pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With ``guidance_rescale`` the pipeline measures the
-    conditional prediction, which must stay what it was: ``(u - d / (g - 1), c)`` gives the same sum.
+    With the shift ``d``, the result is ``c + d`` without classifier-free guidance. With it, the result is
+    ``(u + d, c + d)``, so that the pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With
+    ``guidance_rescale``, the pipeline uses the norm of the conditional prediction, which must not change;
+    ``(u - d / (g - 1), c)`` then results in the same sum.
 
     Args:
-        output: the denoiser's; only the pipeline's own batch of it is read.
-        batch: the pipeline's own batch.
-        shift: :func:`summed`, one for each conditional sample.
-        rescaled_guidance_scale: ``g`` under guidance_rescale, else None.
+        output: The denoiser's output. Only the pipeline's own batch is used.
+        batch: The pipeline's own batch.
+        shift: Result of :func:`summed`, one entry per conditional sample.
+        rescaled_guidance_scale: ``g`` with guidance_rescale, otherwise None.
 
     Returns:
-        ``[batch.size, ...]`` in the dtype of ``output``; the sum is taken in float32 at least.
+        ``[batch.size, ...]`` in the dtype of ``output``. Sums are computed in at least float32.
 
     Source: SEG (arXiv 2408.00760); guidance_rescale: arXiv 2305.08891, section 3.4.
     """
@@ -377,12 +376,12 @@ def fold(
 def shifted(
     prediction: torch.Tensor, shift: torch.Tensor, rescaled_guidance_scale: float | None = None
 ) -> torch.Tensor:
-    """A prediction with the guidance in it; an unconditional one so that the conditional one can stay what it is.
+    """Return a prediction with the shift added, or, for an unconditional prediction, with its equivalent.
 
     Args:
-        prediction: of some samples.
-        shift: :func:`summed`, for the same samples.
-        rescaled_guidance_scale: ``g`` where only the unconditional prediction may change, else None.
+        prediction: The prediction for some samples.
+        shift: Result of :func:`summed` for the same samples.
+        rescaled_guidance_scale: ``g`` if only the unconditional prediction may change, otherwise None.
     """
     by = shift if rescaled_guidance_scale is None else shift / (1.0 - rescaled_guidance_scale)
     return (prediction.to(by.dtype) + by).to(prediction.dtype)
@@ -395,7 +394,8 @@ def _map_arguments(
     kwargs: dict[str, Any],
     change: Callable[[Any], Any],
 ) -> Arguments:
-    """The arguments, those of the chosen names changed."""
+    """Return the arguments with ``change`` applied to the chosen ones."""
+
     positional = tuple(
         change(value) if i < len(names) and names[i] in chosen else value for i, value in enumerate(args)
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Note the name of diffusers' ``cache_context`` around a call of the denoiser: ``"cond"`` or ``"uncond"``.
+"""Record the name of diffusers' ``cache_context`` around a denoiser call: ``"cond"`` or ``"uncond"``.
 
-Pipelines that call their denoiser once for each text enter it for caches, which tells the calls apart.
+Pipelines that call their denoiser once for each text enter this context for caches. The name distinguishes the calls.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _NAME: ContextVar[str | None] = ContextVar("segkern_cache_context", default=None
 
 
 class _NotingContext:
-    """Stands before a model's own ``cache_context`` while guidances act on it."""
+    """Replaces a model's ``cache_context`` while guidance is active on the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.guidances = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the model has its class's method."""
+        """Restore the class's method in a copy of the model."""
         return functools.partial, (getattr(type(self._model), _METHOD), self._model)
 
     @contextmanager
@@ -40,7 +40,7 @@ class _NotingContext:
 
 
 def note_contexts(model: nn.Module) -> None:
-    """Begin to note the contexts of a model, if it has them."""
+    """Start to record the contexts of a model, if it has any."""
     noting = vars(model).get(_METHOD)
     if isinstance(noting, _NotingContext):
         noting.guidances += 1
@@ -49,7 +49,7 @@ def note_contexts(model: nn.Module) -> None:
 
 
 def forget_contexts(model: nn.Module) -> None:
-    """End it, when the last guidance does."""
+    """Stop recording when the last guidance is removed."""
     noting = vars(model).get(_METHOD)
     if isinstance(noting, _NotingContext):
         noting.guidances -= 1
@@ -58,5 +58,6 @@ def forget_contexts(model: nn.Module) -> None:
 
 
 def cache_context() -> str | None:
-    """The name of the context that is entered here; None outside of one."""
+    """Return the name of the current context; None outside one."""
+
     return _NAME.get()

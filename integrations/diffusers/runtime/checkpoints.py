@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints around a whole call of a denoiser, which backward would run again outside of its step."""
+"""Checkpoints around a whole denoiser call, which the backward pass would repeat outside its step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from segkern.core.private_apis import checkpointing
 
 
 class CheckpointCheck:
-    """A check that a whole call of a denoiser is in no checkpoint that began after what guides it did.
+    """Checks that a whole denoiser call is not in a checkpoint that began after its guidance.
 
     Args:
-        follows_no_grad: whether latents that require gradients are also refused where gradients were turned off since,
-            which is all that shows of a reentrant checkpoint.
+        follows_no_grad: Whether to also refuse latents that require gradients if gradients were disabled since, which
+            is the only sign of a reentrant checkpoint.
     """
 
     def __init__(self, follows_no_grad: bool) -> None:
@@ -23,16 +23,17 @@ class CheckpointCheck:
         self._grad = follows_no_grad and torch.is_grad_enabled()
 
     def check(self, latents: Any, denoiser: str) -> None:
-        """Before a call.
+        """Check a call before it runs.
 
         Raises:
-            RuntimeError: for one that backward may run again when its step is over.
+            RuntimeError: If the backward pass may repeat the call after its step.
         """
         hidden = self._grad and not torch.is_grad_enabled()
-        given = [latents] if isinstance(latents, torch.Tensor) else latents  # a list has one for each sample
+        given = [latents] if isinstance(latents, torch.Tensor) else latents  # a list has one tensor per sample
         if checkpointing() not in (None, self._around) or (hidden and any(x.requires_grad for x in given)):
             raise RuntimeError(
-                f"guide cannot follow a call of this {denoiser} under torch.utils.checkpoint (or, with latents that "
-                f"require gradients, torch.no_grad): backward would run it again outside of its step. Checkpoint its "
-                f"parts, with its enable_gradient_checkpointing(), or the whole run; else detach the latents"
+                f"guide does not support a call of this {denoiser} under torch.utils.checkpoint (or under "
+                f"torch.no_grad with latents that require gradients), because backward would repeat it outside its "
+                f"step. Checkpoint its parts with enable_gradient_checkpointing(), or checkpoint the whole run, or "
+                "detach the latents"
             )

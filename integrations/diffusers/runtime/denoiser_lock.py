@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock that lets one thread at a time into a guided denoiser.
+"""A lock that allows one thread at a time to call a guided denoiser.
 
-A guided forward changes the denoiser's parts until it is over, so that one forward comes after the other, whoever asked
-for it. Hooks take the lock and release it. PyTorch calls none after an interrupt (``KeyboardInterrupt``), after which
-the end of the run releases it.
+A guided call modifies the denoiser's parts until it ends, so calls run one after the other. Hooks acquire and release
+the lock. After an interrupt (``KeyboardInterrupt``), PyTorch calls no hooks, and the end of the run releases the lock.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _MAKING = threading.Lock()
 
 
 class DenoiserLock:
-    """The lock of one denoiser; a thread that has it may take it again."""
+    """The lock of one denoiser. A thread that holds it may acquire it again."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -26,13 +25,13 @@ class DenoiserLock:
         self._depth = 0
 
     def acquire(self) -> None:
-        """Take the lock; wait while another thread has it."""
+        """Acquire the lock, and wait while another thread holds it."""
         self._lock.acquire()
         self._owner = threading.get_ident()
         self._depth += 1
 
     def release(self) -> None:
-        """Give it back as often as it was taken; nothing happens where this thread has not got it."""
+        """Release the lock once. Does nothing if this thread does not hold it."""
         if self.is_held_here:
             self._depth -= 1
             if self._depth == 0:
@@ -41,11 +40,12 @@ class DenoiserLock:
 
     @property
     def is_held_here(self) -> bool:
-        """True if this thread has it."""
+        """True if this thread holds the lock."""
         return self._owner == threading.get_ident()
 
 
 def denoiser_lock(denoiser: nn.Module) -> DenoiserLock:
-    """The lock of a denoiser, which all its guidances share."""
+    """Return the lock of a denoiser, which all its guidance shares."""
+
     with _MAKING:
         return _LOCKS.setdefault(denoiser, DenoiserLock())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that can be guided, UNets and transformers alike, as :mod:`guidance` sees them."""
+"""Common interface to the models that can be guided, UNets and transformers."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from segkern.integrations.diffusers.runtime.unet_places import Places
 
 
 class Denoiser(ABC):
-    """A pipeline's model, without ``torch.compile``'s wrapper.
+    """A pipeline's model, without the wrapper of ``torch.compile``.
 
     Attributes:
-        name: of the pipeline's component.
-        model: it.
-        places: where branches can join.
-        arguments: of its forward.
-        sample_name: the argument with the noisy images.
+        name: Name of the pipeline component.
+        model: The model.
+        places: Places at which branches can join.
+        arguments: Reads the arguments of the model's forward.
+        sample_name: Name of the argument with the noisy images.
     """
 
     name: str
@@ -44,76 +44,76 @@ class Denoiser(ABC):
     sample_name: str
 
     def sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The noisy images that a forward gets."""
+        """Return the noisy images of a call as one tensor."""
         return batch_of(self.arguments.get(self.sample_name, args, kwargs))
 
     def latents(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same as the forward gets them: a tensor, or a list with one per sample."""
+        """Return the noisy images as passed: a tensor, or a list with one per sample."""
         return self.arguments.get(self.sample_name, args, kwargs)
 
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The timestep that a forward gets."""
+        """Return the timestep of a call."""
         return self.arguments.get("timestep", args, kwargs)
 
     def prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The embeddings of a prompt that a forward gets."""
+        """Return the prompt embeddings of a call."""
         return self.arguments.get("encoder_hidden_states", args, kwargs)
 
     def units(self, timestep: float) -> float:
-        """The scheduler's timestep in the units in which the model gets it."""
+        """Convert the scheduler's timestep to the model's units."""
         return timestep
 
     def is_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """True unless a forward is an auxiliary one of the pipeline, with which guidance has nothing to do."""
+        """Return False for an auxiliary call of the pipeline, which is not guided."""
         return True
 
     def frames(self, sample: torch.Tensor) -> int:
-        """As how many each sample runs through the blocks, one after the other in the batch."""
+        """Return the number of frames of each sample, which are consecutive batch entries in the blocks."""
         return 1
 
     @property
     def conditional_first(self) -> bool:
-        """True if pipelines begin a batch of both texts with the conditional samples."""
+        """Whether pipelines put the conditional samples first in a batch of both texts."""
         return False
 
     def rescaled_guidance_scale(self, run: PipelineRun) -> float | None:
-        """The guidance scale of a run where only the unconditional prediction may change, else None.
+        """Return the guidance scale of a run if only the unconditional prediction may change, otherwise None.
 
-        So it is under ``guidance_rescale``, which measures the conditional prediction.
+        This applies with ``guidance_rescale``, which uses the unmodified conditional prediction.
 
         Raises:
-            ValueError: where the scale is not known.
+            ValueError: If the scale is not known.
         """
         rescale = run.setting("guidance_rescale")
         return None if rescale is None or float(rescale) <= 0.0 else _known_scale(run, "guidance_scale")
 
     @abstractmethod
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """True if branches can join inside, with these arguments."""
+        """Return True if branches can join inside the model with these arguments."""
 
     @abstractmethod
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """The arguments with the branches that join before the first block; None for no change."""
+        """Return the arguments with the branches that join before the first block; None for no change."""
 
     @abstractmethod
     def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
-        """The processor that takes the place of a layer's own.
+        """Return the processor that replaces a layer's own.
 
         Raises:
-            ValueError: for a processor that it cannot stand in for.
+            ValueError: If the original processor is not supported.
         """
 
     def grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
-        """The grid of all layers in the coming forward; None where each layer has its own, which hooks read."""
+        """Return the grid of all layers in the next call; None if each layer has its own, which hooks read."""
         return None
 
 
 class UNet(Denoiser):
-    """``UNet2DConditionModel``: Stable Diffusion 1, 2, XL, Kolors and their relatives."""
+    """``UNet2DConditionModel``: Stable Diffusion 1, 2, XL, Kolors and related models."""
 
     sample_name = "sample"
 
-    # Arguments with one entry for each frame of each sample, as the blocks have them.
+    # Arguments with one entry per frame of each sample, in the layout of the blocks.
     framed: frozenset[str] = frozenset()
 
     def __init__(self, model: nn.Module) -> None:
@@ -122,15 +122,15 @@ class UNet(Denoiser):
         self.arguments = DenoiserArguments(model, DENOISER_ARGUMENTS - self.framed)
 
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Residuals from outside must meet tensors of the batch they were made for.
+        """Return True if residuals from other models match the batch of the tensors they are added to.
 
-        A T2I-Adapter's are added inside down blocks and to the mid block's output; a ControlNet's after all
-        down blocks, to skip connections that are larger already if a branch has joined by then.
+        Residuals of a T2I-Adapter are added inside down blocks and to the mid block's output. Those of a ControlNet are
+        added after all down blocks, to skip connections that are already larger if a branch has joined by then.
         """
         down = self.arguments.get("down_block_additional_residuals", args, kwargs)
         mid = self.arguments.get("mid_block_additional_residual", args, kwargs)
         inside = self.arguments.get("down_intrablock_additional_residuals", args, kwargs)
-        if inside is not None or (down is not None and mid is None):  # the second is the old way to pass the first
+        if inside is not None or (down is not None and mid is None):  # the latter is the old way to pass the former
             return False
         return down is None or forward.joined(self.places.last_of("down")) == forward.joined(-1)
 
@@ -140,7 +140,7 @@ class UNet(Denoiser):
             args, kwargs = self.arguments.grow_all(args, kwargs, forward.batch, count)
             args, kwargs = self.arguments.grow(self.framed, args, kwargs, forward.inside, count)
         mid = forward.joined(self.places.last_of("mid"))
-        if mid > count:  # a ControlNet's, added to that block's enlarged output
+        if mid > count:  # a ControlNet's residual is added to the mid block's enlarged output
             args, kwargs = self.arguments.grow({"mid_block_additional_residual"}, args, kwargs, forward.inside, mid)
         return (args, kwargs) if mid or count else None
 
@@ -151,9 +151,9 @@ class UNet(Denoiser):
 
 
 class MotionUNet(UNet):
-    """``UNetMotionModel``: AnimateDiff. Between its input and its output a batch holds every frame of every sample.
+    """``UNetMotionModel``: AnimateDiff. Inside the model, the batch has every frame of every sample.
 
-    The layers that are guided attend over one frame each; motion modules, which attend over frames, stay as they are.
+    Guided layers attend over single frames. Motion modules, which attend over frames, are not changed.
     """
 
     framed = frozenset(
@@ -170,7 +170,7 @@ class MotionUNet(UNet):
 
 
 class Transformer(Denoiser):
-    """Any transformer of :mod:`architectures`."""
+    """A transformer of :mod:`architectures`."""
 
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
         self.model = model
@@ -202,7 +202,7 @@ class Transformer(Denoiser):
             return None
         if self.architecture.rescales:
             return _known_scale(run, "true_cfg_scale")
-        if run.arguments.get("skip_guidance_layers") is not None:  # skip-layer guidance measures it too
+        if run.arguments.get("skip_guidance_layers") is not None:  # skip-layer guidance also uses it
             return _known_scale(run, "guidance_scale")
         if self.architecture.shift:
             limit = run.arguments.get("cfg_normalization")
@@ -210,12 +210,12 @@ class Transformer(Denoiser):
         return super().rescaled_guidance_scale(run)
 
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Residuals that are added between blocks must meet the batch they were made for."""
+        """Return True if no residuals are added between blocks, because they must match the batch."""
         given = (self.arguments.get(name, args, kwargs) for name in self.architecture.residuals)
         return all(value is None for value in given) and not getattr(self.model, "zero_cond_t", False)
 
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """All of them: what comes before and after the blocks runs with every branch."""
+        """Return the arguments with all branches, because everything around the blocks runs on the whole batch."""
         return self.arguments.grow_all(args, kwargs, forward.batch, len(forward.branches))
 
     def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
@@ -243,14 +243,14 @@ def _known_scale(run: PipelineRun, name: str) -> float:
     scale = run.setting(name)
     if scale is None:
         raise ValueError(
-            f"this {type(run.pipe).__name__} measures its conditional prediction, so that guide needs its {name}, "
-            f"which is not known where the pipeline was not called as pipe(...)"
+            f"this {type(run.pipe).__name__} rescales to its conditional prediction, so guide needs its {name}, which "
+            f"is known only if the pipeline is called as pipe(...)"
         )
     return float(scale)
 
 
 def find_denoisers(pipe: Any) -> list[Denoiser]:
-    """The models of a pipeline that can be guided: none, one, or two that take turns in a run (Wan 2.2)."""
+    """Return the models of a pipeline that can be guided: none, one, or two that alternate in a run (Wan 2.2)."""
     denoisers: list[Denoiser] = []
     for name in ("unet", "transformer", "transformer_2"):
         model = getattr(pipe, name, None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guided layers of a denoiser: processors in place of their own, prepared for each forward."""
+"""The guided layers of a denoiser, with processors that replace their own and are prepared for each call."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from segkern.integrations.specs.sigmas import Perturbation, Perturbed, per_sampl
 
 @dataclass
 class GuidedLayer:
-    """A layer and what stands in it.
+    """A guided layer.
 
     Attributes:
-        info: its name and more.
-        attention: it.
-        processor: of the guidances.
-        specs: the guidances that perturb it.
-        readers: those that want to know how much attention its tokens receive.
+        info: Name and other information.
+        attention: The attention module.
+        processor: The processor that guidance sets.
+        specs: Indices of the specs that perturb the layer.
+        readers: Indices of the specs that read how much attention its tokens receive.
     """
 
     info: LayerInfo
@@ -41,10 +41,10 @@ class GuidedLayer:
 
 
 class GuidedLayers:
-    """All of them, each once.
+    """All guided layers of a denoiser, each once.
 
     Attributes:
-        kernels: that were chosen for the attention of some, by the name of the module.
+        kernels: Attention kernels that the user chose, by module name.
     """
 
     def __init__(self, denoiser: Denoiser, placed: Sequence[PlacedSpec]) -> None:
@@ -70,7 +70,7 @@ class GuidedLayers:
         return iter(self._layers.values())
 
     def _blur_of(self, module: str) -> tuple[str, str]:
-        """Boundary and backend that the guidances of a layer ask for; those that do not ask take any."""
+        """Return the boundary and the backend that the specs of a layer require; defaults if they have none."""
         for placed_spec in self._placed:
             spec = placed_spec.spec
             if isinstance(spec, AttentionSpec) and spec.boundary is not None and module in placed_spec.sigmas:
@@ -78,10 +78,10 @@ class GuidedLayers:
         return "reflect", "auto"
 
     def stand_in(self) -> None:
-        """For the layers' processors, whichever they are by now.
+        """Replace the layers' current processors.
 
         Raises:
-            ValueError: for a layer that was given a processor that is not standard.
+            ValueError: If a layer now has a processor that is not standard.
         """
         for layer in self:
             self._stand_in(layer)
@@ -96,20 +96,20 @@ class GuidedLayers:
         if current is layer.processor:
             return
         original, old = unwrap(current), layer.processor
-        if original is not old.original:  # fused projections, for example
+        if original is not old.original:  # for example, fused projections
             try:
                 new = self._denoiser.stand_in(original, old.boundary, old.backend)
             except ValueError as error:
                 raise ValueError(
-                    f"layer {layer.info.module!r} was given another processor while guided: {error}; set it "
-                    f"after the guidance is removed"
+                    f"the processor of layer {layer.info.module!r} was replaced while guided: {error}; set it after "
+                    f"the guidance is removed"
                 ) from None
-            new.plan, old.plan = old.plan, None  # someone may have kept the old one
+            new.plan, old.plan = old.plan, None  # someone may keep a reference to the old processor
             layer.processor = new
         layer.attention.set_processor(layer.processor)
 
     def step_aside(self) -> None:
-        """Put the layers' own processors back."""
+        """Restore the layers' own processors."""
         self.rest()
         self._native.put_back()
         for layer in self:
@@ -117,19 +117,19 @@ class GuidedLayers:
                 layer.attention.set_processor(unwrap(layer.attention.processor))
 
     def rest(self) -> None:
-        """Do what the layers' own processors do."""
+        """Make all layers run their own processors."""
         for layer in self:
-            layer.processor.plan = None  # someone may have kept it
+            layer.processor.plan = None  # someone may keep a reference to the processor
 
     def forget(self) -> None:
-        """Free what the last forward left."""
+        """Free the results of the last call."""
         for layer in self:
             layer.processor.moved, layer.processor.mass = None, None
 
     def set_grid(self, module: str, grid: Grid) -> None:
-        """Tell a layer its grid in the forward under way, if a guidance acts in that.
+        """Set a layer's grid in the current call, if guidance is active in it.
 
-        Where somebody's hook has set another processor since the forward began, it is stood in for too.
+        If a user's hook has replaced the processor since the call began, the new processor is replaced too.
         """
         layer = self._layers[module]
         if layer.processor.plan is not None and acts_here():
@@ -138,11 +138,12 @@ class GuidedLayers:
             layer.processor.grid = grid
 
     def plans(self, forward: Forward) -> tuple[LayerPlan, ...]:
-        """Each layer's part in a forward."""
+        """Return the plan of each layer in a call."""
         return tuple(self._plan(layer, forward) for layer in self)
 
     def tell(self, plans: Sequence[LayerPlan]) -> None:
-        """Give each layer its part in the coming forward."""
+        """Set the plan of each layer for the next call."""
+
         for layer, plan in zip(self, plans, strict=True):
             layer.processor.plan = plan
 

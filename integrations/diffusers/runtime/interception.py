@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perturbed attention where a model calls attention, whatever happens before and after it.
+"""Perturbed attention at the point where a model calls attention.
 
-Transformers differ in what they do to queries and keys (norms, rotary embeddings, text in the same sequence), but all
-of them hand three tensors to ``torch.nn.functional.scaled_dot_product_attention``, diffusers' own dispatch included.
-There the logits are what they are, and there the queries are blurred.
+Transformers process queries and keys differently (norms, rotary embeddings, text in the same sequence), but all of them
+pass three tensors to ``torch.nn.functional.scaled_dot_product_attention``, also through diffusers' dispatch. The
+queries are final at this point, so they are blurred there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from segkern.integrations.specs.sigmas import Perturbation
 
 _PYTORCHS = pytorch_attention()
 
-# Processors that do not call PyTorch's attention, and those that do the same steps and call it.
+# Processors that do not call PyTorch's attention, and processors with the same steps that do.
 _CALLING_PYTORCHS: dict[type, type] = {
     AttnProcessor: AttnProcessor2_0,
     SlicedAttnProcessor: AttnProcessor2_0,
@@ -44,10 +44,10 @@ _CALLING_PYTORCHS: dict[type, type] = {
 
 
 class InterceptingProcessor(GuidedProcessor):
-    """Stands in for any processor of a self-attention layer: runs it, and takes the place of its attention.
+    """Replaces any processor of a self-attention layer: runs the processor and replaces the attention that it calls.
 
-    The class of an instance comes from :func:`intercepting`, whose ``__call__`` has the signature of the original's,
-    since models pass a processor the arguments that it names.
+    :func:`intercepting` creates the class of an instance. Its ``__call__`` has the signature of the original's, because
+    models pass a processor only the arguments in its signature.
     """
 
     def __init__(self, original: Any, boundary: str = "reflect", backend: str = "auto") -> None:
@@ -56,7 +56,7 @@ class InterceptingProcessor(GuidedProcessor):
         self._runs = original if calling is None else calling()
 
     def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        """The original's output, with another attention for perturbed samples."""
+        """Return the original's output, with perturbed attention for perturbed samples."""
         plan = self.plan if acts_here() else None
         if plan is None or not plan.acts:
             return self.original(attn, *args, **kwargs)
@@ -71,25 +71,25 @@ class InterceptingProcessor(GuidedProcessor):
         return output
 
     def _check_steps(self, attn: Any) -> None:
-        """Raise a ValueError where the processor that runs would do other steps than the original."""
+        """Raise a ValueError if the processor to run performs other steps than the original."""
         norms = type(self._runs) is AttnProcessor2_0 and (attn.norm_q is not None or attn.norm_k is not None)
         if norms or not attn.scale_qk:
-            what = "no norm of queries and keys" if norms else "a scale of its own"
+            what = "without norms of queries and keys" if norms else "with its own scale"
             raise ValueError(
-                f"guide cannot act in a layer with a {name_of(type(self.original))}, which computes with {what} and "
-                f"does not call PyTorch's attention: set the model's own processors"
+                f"guide does not support a layer with a {name_of(type(self.original))}, which computes attention "
+                f"{what} and does not call PyTorch's attention; set the model's own processors"
             )
 
     def _missed(self) -> str:
-        """The words for an attention that was not met."""
-        missed = f"guide did not meet the attention of a layer with a {name_of(type(self.original))}: "
+        """Return the message for an attention call that was not intercepted."""
+        missed = f"guide could not intercept the attention of a layer with a {name_of(type(self.original))}: "
         function = F.scaled_dot_product_attention
         if function is not _PYTORCHS:
             name = name_of(function)
             return (
-                f"{missed}torch.nn.functional.scaled_dot_product_attention was replaced by {name}, inside of which "
-                f"guidance cannot act; put PyTorch's own back before the run, or choose the kernel with the model's "
-                f"set_attention_backend instead, which guidance steps around"
+                f"{missed}torch.nn.functional.scaled_dot_product_attention was replaced by {name}, in which guidance "
+                f"cannot act; restore PyTorch's function before the run, or choose the kernel with the model's "
+                f"set_attention_backend, which guidance bypasses"
             )
         return (
             f"{missed}it must call torch.nn.functional.scaled_dot_product_attention on [batch, heads, tokens, "
@@ -108,7 +108,7 @@ class InterceptingProcessor(GuidedProcessor):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """The result of ``scaled_dot_product_attention``, perturbed where a sample is."""
+        """Return the result of ``scaled_dot_product_attention``, with perturbed samples."""
         plan, grid = self.plan, self.told_grid()
         assert plan is not None
         assert grid is not None
@@ -122,13 +122,13 @@ class InterceptingProcessor(GuidedProcessor):
             return _PYTORCHS(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if meeting.met:
             raise RuntimeError(
-                f"{name_of(type(self.original))} calls attention twice on the image's tokens, and guide cannot tell "
-                f"which call is self-attention: set a processor that calls it once, or name other layers"
+                f"{name_of(type(self.original))} calls attention twice on the image's tokens, and guide cannot "
+                f"determine which call is self-attention; set a processor that calls it once, or choose other layers"
             )
         meeting.met = True
         device = query.device.type
         if not query.dtype == key.dtype == value.dtype and torch.is_autocast_enabled(device):
-            # As autocast itself does before attention: norms may have left some of them in float32.
+            # Cast as autocast does before attention, because norms may have left some tensors in float32.
             query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         if query.shape[1] != key.shape[1]:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -138,7 +138,7 @@ class InterceptingProcessor(GuidedProcessor):
         pairs = zip(plan.graph_sigmas, plan.blends, strict=True)
         kinds = [(kind is Perturbation.IDENTITY, blend) for kind, blend in pairs]
         sigmas, values = plan.told_sigmas()
-        # Frames are blurred before the attention, which takes numbers.
+        # Frames are blurred before attention, which needs numbers.
         given: Any = plan.sigmas if grid.frames > 1 else sigmas if values is None else values
         outputs = []
         for samples, (identity, blend) in equal_runs(kinds):
@@ -158,10 +158,10 @@ class InterceptingProcessor(GuidedProcessor):
 
 
 class _Meeting(TorchFunctionMode):
-    """Inside, attention is the processor's.
+    """Replaces attention by that of a processor inside this mode.
 
     Attributes:
-        met: whether self-attention was called.
+        met: Whether self-attention was called.
     """
 
     def __init__(self, processor: InterceptingProcessor) -> None:
@@ -172,14 +172,14 @@ class _Meeting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _PYTORCHS:
             return self._processor.attend(self, *args, **(kwargs or {}))
-        if func is torch.Tensor.unflatten:  # calls super(), which torch.compile cannot follow from here
+        if func is torch.Tensor.unflatten:  # it calls super(), which torch.compile cannot trace from here
             func = torch.unflatten
         return func(*args, **(kwargs or {}))
 
 
 @functools.lru_cache(maxsize=64)
 def _processor_class(original: Any) -> type[InterceptingProcessor]:
-    """The class that stands in for processors of a class."""
+    """Return the class that replaces processors of a class."""
 
     @functools.wraps(original.__call__)
     def call(self: InterceptingProcessor, attn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +189,7 @@ def _processor_class(original: Any) -> type[InterceptingProcessor]:
 
 
 def intercepting(original: Any, boundary: str = "reflect", backend: str = "auto") -> InterceptingProcessor:
-    """The processor that stands in for another one."""
+    """Return the processor that replaces another one."""
     kind: Any = type(original)
     return _processor_class(kind)(original, boundary, backend)
 
@@ -203,10 +203,10 @@ def _identity(
     scale: float | None,
     backend: str,
 ) -> torch.Tensor:
-    """Attention in which every image token attends to itself, and to the tokens that are not of the image.
+    """Compute attention in which every image token attends only to itself and to the tokens outside the image.
 
-    Those others attend to everything. With ``m`` the log-sum-exp over them and ``a`` the logit of the token itself,
-    the softmax over both gives it the weight ``sigmoid(a - m)``.
+    The tokens outside the image attend to all tokens. With ``m`` the log-sum-exp over them and ``a`` the logit of the
+    image token itself, the softmax over both gives the image token the weight ``sigmoid(a - m)``.
 
     Source: PAG (arXiv 2403.17377), equation 14; for text in the sequence diffusers' pipeline for Stable Diffusion 3.
     """

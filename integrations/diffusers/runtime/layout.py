@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verify the layout of a denoiser's batch: its conditional and unconditional samples, and calls that belong together.
+"""Verify the layout of a denoiser's batch: conditional and unconditional samples, and pairs of calls.
 
-The pipeline's statements (``do_classifier_free_guidance``, the arguments of its call, its texts) are held against the
-batch that arrives. The two halves of a batch under classifier-free guidance are the same latents with different texts;
-where each text has a call of its own, the call for the negative prompt repeats the latents of the one for the prompt.
-Anything else is refused by name.
+The settings of the pipeline (``do_classifier_free_guidance``, the arguments of its call, its texts) are compared with
+the batch of each call. Under classifier-free guidance, the two halves of a batch have the same latents and different
+texts. If each text has a separate call, the call for the negative prompt repeats the latents of the call for the
+prompt. Any other layout is refused with an error that describes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ConditionalPlace = Literal["first", "second"]
 
 
 class CallKind(Enum):
-    """The prediction that a call of the denoiser computes."""
+    """The prediction that a denoiser call computes."""
 
     BATCH = "every part of the prediction"
     PROMPT = "the part for the prompt; a call for the negative prompt may follow"
@@ -38,9 +38,9 @@ class CallLayout:
     """The layout of one call's batch.
 
     Attributes:
-        kind: of the call.
-        batch: its samples.
-        pair: number of the call for the prompt, which the one for the negative prompt has too.
+        kind: Kind of the call.
+        batch: Samples of the batch.
+        pair: Number of the call for the prompt, which its call for the negative prompt shares.
     """
 
     kind: CallKind
@@ -50,7 +50,7 @@ class CallLayout:
 
 @dataclass(frozen=True)
 class _PromptCall:
-    """A call for the prompt; the latents are held so that another tensor cannot take their identity."""
+    """A call for the prompt. It keeps a reference to the latents, so that no other tensor can get their identity."""
 
     pair: int
     latents: Any
@@ -59,17 +59,17 @@ class _PromptCall:
 
 
 class LayoutError(ValueError):
-    """A batch that is not laid out as guidance needs it."""
+    """The layout of a batch is not supported."""
 
 
 class BatchLayout:
     """The layout of one denoiser's calls in one run.
 
     Args:
-        run: of the pipeline, or of the user's own loop.
-        name: of the pipeline or denoiser, for messages.
-        conditional_first: whether a batch of both texts begins with the conditional samples.
-        cfg: the layout that the user states; None to find it.
+        run: The run of the pipeline or of a custom loop.
+        name: Name of the pipeline or denoiser, for messages.
+        conditional_first: Whether the conditional samples come first in a batch of both texts.
+        cfg: The layout that the user specifies; None to detect it.
     """
 
     def __init__(
@@ -79,24 +79,24 @@ class BatchLayout:
         self._name = name
         self._conditional_first = conditional_first
         self._cfg = cfg
-        # Of both texts, by the shape of the latents, with what the pipeline said of its guidance then.
+        # Batches of both texts by the shape of the latents, with the pipeline's setting of guidance at that time.
         self._batches: dict[tuple[int, ...], tuple[Batch, bool | None]] = {}
-        self._last_pair: _PromptCall | None = None  # the last call for the prompt that the other one followed
-        self._open: list[_PromptCall] = []  # of this timestep, to which a call for the negative prompt may belong
+        self._last_pair: _PromptCall | None = None  # the last call for the prompt with a call for the negative prompt
+        self._open: list[_PromptCall] = []  # calls at this timestep that a call for the negative prompt may belong to
         self._calls = 0
-        self._missing: _PromptCall | None = None  # the first call for the prompt, until one for the negative came
-        self._alone = False  # calls for the prompt came without one for the negative prompt
+        self._missing: _PromptCall | None = None  # the first call for the prompt, until a negative one follows
+        self._alone = False  # whether calls for the prompt come without calls for the negative prompt
 
     def of_call(self, latents: Any, text: Any, timestep: Any) -> CallLayout:
-        """The layout of a call.
+        """Return the layout of a call.
 
         Args:
-            latents: the noisy images, a tensor or a list with one per sample.
-            text: the embeddings that come with them; None where the denoiser takes none.
-            timestep: of the call.
+            latents: The noisy images, a tensor or a list with one per sample.
+            text: The embeddings of the call; None if the denoiser uses none.
+            timestep: Timestep of the call.
 
         Raises:
-            LayoutError: for a batch that is not what the pipeline says.
+            LayoutError: If the batch does not match the pipeline's settings.
         """
         size = len(latents)
         shape = (size, *latents[0].shape)
@@ -111,7 +111,7 @@ class BatchLayout:
         return self._of_one_text(latents, text, timestep)
 
     def expects_negative(self) -> bool | None:
-        """True if a call for the negative prompt follows each one for the prompt; None where nothing says so."""
+        """Return whether each call for the prompt is followed by one for the negative prompt; None if unknown."""
         if self._cfg is not None:
             return self._cfg == "separate"
         if self._alone:
@@ -124,11 +124,11 @@ class BatchLayout:
         return True if self._run.text.has_negative else None
 
     def awaits(self, pair: int) -> bool:
-        """True if the call for the negative prompt of a pair may still come."""
+        """Return True if the call for the negative prompt of a pair may still come."""
         return any(call.pair == pair for call in self._open)
 
     def _holds_both(self, latents: Any, text: Any) -> bool:
-        """True if the batch holds samples of the prompt and of the negative prompt."""
+        """Return True if the batch has samples of the prompt and of the negative prompt."""
         size, samples = len(latents), self._run.samples
         if self._cfg is not None:
             return self._cfg == "batch"
@@ -141,11 +141,11 @@ class BatchLayout:
                 raise self._unknown_layout(latents, samples)
             if stated is False and common_kind(self._kinds(text, size)) is not TextKind.MIXED:
                 raise LayoutError(
-                    f"{self._name} says that it runs without classifier-free guidance, and its denoiser got a batch of "
-                    f"{size} for {_images(samples)}: guide cannot tell what the others are"
+                    f"{self._name} is set to run without classifier-free guidance, but its denoiser got a batch of "
+                    f"{size} for {_images(samples)}; guide cannot determine what the other samples are"
                 )
             return True
-        # The call's arguments say nothing of its size: the run was not begun by calling the pipeline.
+        # The run did not begin with a pipeline call, so the number of samples is unknown.
         kinds = common_kind(self._kinds(text, size))
         halves = size % 2 == 0 and _equal(latents[: size // 2], latents[size // 2 :])
         if halves and kinds in (TextKind.MIXED, TextKind.BOTH):  # equal texts have equal predictions
@@ -156,32 +156,33 @@ class BatchLayout:
             raise self._unknown_layout(latents, None)
         if halves and kinds is not TextKind.PROMPT:
             raise LayoutError(
-                f"the denoiser of {self._name} got a batch of {size} whose halves are the same latents, and guide does "
-                f"not know its texts: it may be [unconditional, conditional] or two equal images. In a denoising loop "
-                f"of your own say which: guide(..., cfg='batch') and `with guidance.run(timesteps):`"
+                f"the denoiser of {self._name} got a batch of {size} whose halves have the same latents and unknown "
+                f"texts: it may be [unconditional, conditional] or two equal images. In a custom denoising loop, "
+                f"specify the layout: guide(..., cfg='batch') and `with guidance.run(timesteps):`"
             )
         if stated and size > 1 and kinds is not TextKind.PROMPT:
             raise self._unknown_layout(latents, None)
         return False
 
     def _check_one_text(self, latents: Any, stated: bool | None) -> None:
-        """Raise a LayoutError for prompts that may hold the negative prompt too, as nothing says that they do not."""
+        """Raise a LayoutError if a batch of one text may also be one of both texts, and nothing rules it out."""
         half = len(latents) // 2
         if self._calls or stated is not None or self._run.is_stock or len(latents) != 2 * half:
             return
         if _equal(latents[:half], latents[half:]):
             raise LayoutError(
-                f"the denoiser of {self._name} got a batch of {len(latents)} whose halves are the same latents; say "
-                f"whether they are two equal images, guide(..., cfg='none'), or both texts, guide(..., cfg='batch')"
+                f"the denoiser of {self._name} got a batch of {len(latents)} whose halves have the same latents; "
+                f"specify whether they are two equal images, guide(..., cfg='none'), or both texts, guide(..., "
+                "cfg='batch')"
             )
 
     def _stated_guidance(self) -> bool | None:
-        """True if the pipeline says that it runs classifier-free guidance; None where it says nothing."""
+        """Return whether the pipeline is set to use classifier-free guidance; None if it has no such setting."""
         stated = self._run.setting("do_classifier_free_guidance")
         return None if stated is None else bool(stated)
 
     def _kinds(self, text: Any, size: int) -> tuple[TextKind, ...]:
-        """The text of each sample; unknown where they are not one for each."""
+        """Return the text of each sample; unknown if there is not one text per sample."""
         kinds = () if text is None else self._run.text.kinds(text)
         count, rest = divmod(len(kinds), size)
         if rest or not count:
@@ -189,7 +190,7 @@ class BatchLayout:
         return tuple(common_kind(kinds[i * count : (i + 1) * count]) for i in range(size))
 
     def _verified(self, latents: Any, text: Any, timestep: Any) -> Batch:
-        """The batch of both texts, whose halves are the same latents, with the texts where they belong."""
+        """Return the batch of both texts after checking that its halves have the same latents and the right texts."""
         size = len(latents)
         if size % 2:
             raise self._unknown_layout(latents, self._run.samples)
@@ -205,30 +206,30 @@ class BatchLayout:
             return replace(batch, conditional_first=bool(text[0].any()))
         if unknown and self._cfg is None and not self._run.is_stock:
             raise LayoutError(
-                f"the denoiser of {self._name} got a batch of {size} whose halves are the same latents, and guide does "
-                f"not know their texts; say which half is the prompt's: guide(..., cfg='batch', conditional='first' or "
+                f"the denoiser of {self._name} got a batch of {size} whose halves have the same latents and unknown "
+                f"texts; specify which half belongs to the prompt: guide(..., cfg='batch', conditional='first' or "
                 f"'second')"
             )
         if conditional in _NOT_NEGATIVE and unconditional in _NOT_PROMPT:
             return batch
         if conditional is unconditional and self._cfg is not None:
-            return batch  # one text serves as both
+            return batch  # one text is used as both
         if self._cfg is None and conditional in _NOT_PROMPT and unconditional in _NOT_NEGATIVE:
             return Batch(size, half, 0, not self._conditional_first)
         if conditional is unconditional:
             raise LayoutError(
                 f"the denoiser of {self._name} got a batch of {size} whose halves have the same latents and the same "
-                f"text; if they are the prompt's and the negative prompt's, which is the same text, say so: "
+                f"text; if the prompt and the negative prompt are the same text, specify the layout: "
                 f"guide(..., cfg='batch')"
             )
         raise LayoutError(
             f"the denoiser of {self._name} got a batch of {size} with {conditional.value} where guide expects the "
-            f"prompt, and {unconditional.value} where it expects the negative prompt; it knows [unconditional, "
-            f"conditional] and [conditional, unconditional]"
+            f"prompt, and {unconditional.value} where it expects the negative prompt; supported layouts are "
+            f"[unconditional, conditional] and [conditional, unconditional]"
         )
 
     def _of_one_text(self, latents: Any, text: Any, timestep: Any) -> CallLayout:
-        """The layout of a call for one of the two texts."""
+        """Return the layout of a call for one of the two texts."""
         self._calls += 1
         batch = Batch(len(latents), 0)
         if self._calls == 1:
@@ -241,8 +242,8 @@ class BatchLayout:
         pair = self._last_pair
         if pair is not None and pair.latents is latents and same_timestep(pair.timestep, timestep):
             raise LayoutError(
-                f"{self._name} called its denoiser three times at one timestep with the same latents; guide knows one "
-                f"call for the prompt and one for the negative prompt"
+                f"{self._name} called its denoiser three times at one timestep with the same latents; guide supports "
+                f"one call for the prompt and one for the negative prompt"
             )
         before = self._repeated(latents, timestep, kind)
         follows = before is not None and (kind is not TextKind.PROMPT or self._is_stated(before, kind))
@@ -261,14 +262,14 @@ class BatchLayout:
         return CallLayout(CallKind.PROMPT, batch, call.pair)
 
     def _is_stated(self, before: _PromptCall, kind: TextKind) -> bool:
-        """True if a call with the text of the one before is for the negative prompt, as the user says."""
+        """Return True if the user specifies that a call with the same text as ``before`` is for the negative prompt."""
         return self._cfg == "separate" and before.text is kind
 
     def _twice(self, before: _PromptCall, kind: TextKind) -> LayoutError:
-        """The error for a call for the prompt after another one with the same latents."""
+        """Return the error for a call for the prompt after another call with the same latents."""
         if before.text is kind:
             why = (
-                "the same text; if the second call is for the negative prompt, which is the same text, say so: "
+                "the same text; if the prompt and the negative prompt are the same text, specify the layout: "
                 "guide(..., cfg='separate')"
             )
         else:
@@ -276,19 +277,19 @@ class BatchLayout:
         return LayoutError(f"{self._name} called its denoiser twice at one timestep with the same latents, and {why}")
 
     def _check_order(self) -> None:
-        """Raise a LayoutError for two calls with unknown texts, unless it is stated which of them comes first."""
+        """Raise a LayoutError for two calls with unknown texts, unless their order is known."""
         if self._cfg is None and not self._run.is_stock:
             raise LayoutError(
-                f"{self._name} called its denoiser twice at one timestep with the same latents, and guide does not "
-                f"know the texts; if the first call is for the prompt and the second for the negative prompt, say so: "
+                f"{self._name} called its denoiser twice at one timestep with the same latents and unknown texts; if "
+                f"the first call is for the prompt and the second for the negative prompt, specify the layout: "
                 f"guide(..., cfg='separate')"
             )
 
     def _repeated(self, latents: Any, timestep: Any, kind: TextKind) -> _PromptCall | None:
-        """The call for the prompt with the same latents at the same timestep, if there was one.
+        """Return the call for the prompt with the same latents at the same timestep, if there was one.
 
-        Where no call for a negative prompt comes, and the text says so, only the very tensors are compared, which takes
-        no time.
+        If no call for a negative prompt is expected and the text is the prompt, only tensor identities are compared,
+        which is free.
         """
         alone = kind is TextKind.PROMPT and self.expects_negative() is False
         for call in self._open:
@@ -304,20 +305,20 @@ class BatchLayout:
         return None
 
     def _closed(self, call: _PromptCall | None) -> _PromptCall:
-        """The call for the prompt to which one for the negative prompt belongs.
+        """Return the call for the prompt that a call for the negative prompt belongs to, and close the pair.
 
         Raises:
-            LayoutError: where there is none, or where the user or the pipeline says that there is no such call.
+            LayoutError: If there is none, or if the user or the pipeline specifies that there is no such call.
         """
         if call is None:
             raise LayoutError(
-                f"{self._name} called its denoiser for the negative prompt before it did for the prompt with the same "
-                f"latents; guide needs the call for the prompt first"
+                f"{self._name} called its denoiser for the negative prompt before the prompt with the same latents; "
+                f"guide needs the call for the prompt first"
             )
         if self._cfg == "none" or (self._cfg is None and self.expects_negative() is False):
             raise LayoutError(
-                f"{self._name} called its denoiser twice at one timestep with the same latents, and says that it runs "
-                f"without classifier-free guidance; if the second call is for the negative prompt, say so: "
+                f"{self._name} called its denoiser twice at one timestep with the same latents, but is set to run "
+                f"without classifier-free guidance; if the second call is for the negative prompt, specify the layout: "
                 f"guide(..., cfg='separate')"
             )
         self._open.remove(call)
@@ -326,10 +327,10 @@ class BatchLayout:
         return call
 
     def _check_missing(self, call: _PromptCall) -> None:
-        """Note at the second timestep that no call for a negative prompt comes.
+        """Detect at the second timestep that no call for a negative prompt comes.
 
         Raises:
-            LayoutError: where the pipeline says that one does, and a call with an unknown text may have been it.
+            LayoutError: If the pipeline is set to make one, and a call with an unknown text may have been it.
         """
         if self._calls == 1 and not self._batches and self.expects_negative() is not False:
             self._missing = call
@@ -338,37 +339,37 @@ class BatchLayout:
             return
         if self.expects_negative() and any(each.text is not TextKind.PROMPT for each in (*self._open, call)):
             raise LayoutError(
-                f"{self._name} says that it runs classifier-free guidance, but its denoiser got no call for the "
-                f"negative prompt after the one for the prompt, nor both in one batch"
+                f"{self._name} is set to run with classifier-free guidance, but its denoiser got neither a call for "
+                f"the negative prompt after the one for the prompt, nor both in one batch"
             )
         self._missing, self._alone = None, self._cfg is None
 
     def _unknown_layout(self, latents: Any, samples: int | None) -> LayoutError:
-        """The error for a batch that is laid out in another way, with its name where it has one."""
+        """Return the error for an unsupported layout, with a description if it is a known one."""
         size = len(latents)
         asked = "" if samples is None else f" for {_images(samples)}"
         known = ""
         if samples is not None:
             known = f"batches of {samples} (conditional) and {2 * samples} (unconditional, conditional)"
-        reason = f"guide knows {known}" if known else "guide knows [unconditional, conditional]"
+        reason = f"guide supports {known}" if known else "guide supports [unconditional, conditional]"
         if size % 2 == 0 and size > 2 and _equal(latents[0::2], latents[1::2]):
-            reason = f"its samples are interleaved, [unconditional, conditional, unconditional, ...], where {reason}"
+            reason = f"its samples are interleaved, [unconditional, conditional, unconditional, ...], but {reason}"
         elif size % 3 == 0 and samples is not None and size == 3 * samples:
-            reason = f"it has three parts, where {reason}; a pipeline with a guidance of its own runs without guide"
+            reason = f"it has three parts, but {reason}; pipelines with their own guidance methods run without guide"
         elif samples is not None and size % (2 * samples) == 0 and size > 2 * samples:
-            reason = f"it holds several timesteps or views, where {reason}"
+            reason = f"it has several timesteps or views, but {reason}"
         elif size % 2 == 0:
-            reason = f"its two halves are not the same latents, where {reason}"
+            reason = f"its two halves do not have the same latents, but {reason}"
         return LayoutError(f"the denoiser of {self._name} got a batch of {size}{asked}: {reason}")
 
 
-_OF_CONTEXTS = {"cond": TextKind.PROMPT, "uncond": TextKind.NEGATIVE}  # diffusers' names of cache contexts
+_OF_CONTEXTS = {"cond": TextKind.PROMPT, "uncond": TextKind.NEGATIVE}  # names of cache contexts in diffusers
 _NOT_NEGATIVE = (TextKind.PROMPT, TextKind.BOTH, TextKind.UNKNOWN)
 _NOT_PROMPT = (TextKind.NEGATIVE, TextKind.BOTH, TextKind.UNKNOWN)
 
 
 def _one_is_zero(text: Any) -> bool:
-    """True if one half of the embeddings is zero and the other is not, which is how pipelines leave an image out."""
+    """Return True if exactly one half of the embeddings is zero, which is how pipelines leave out an image prompt."""
     if not isinstance(text, torch.Tensor) or len(text) % 2 or text.is_meta:
         return False
     first, second = (bool(half.any()) for half in text.chunk(2))
@@ -380,7 +381,7 @@ def _images(samples: int) -> str:
 
 
 def _equal(latents: Any, others: Any) -> bool:
-    """True if two batches of latents hold the same values. Waits for their device."""
+    """Return True if two batches of latents have equal values. Synchronizes with their device."""
     if latents is others:
         return True
     if len(latents) != len(others):

@@ -184,9 +184,9 @@ class ModuleChecks:
             foreign = foreign_link(link)
             if foreign is not None and not is_trusted(foreign, self._trust) and not is_trusted(link, self._trust):
                 raise ValueError(
-                    f"guide does not support {self._at(name)}, because {name_of(foreign)} replaced its forward: it may "
-                    f"return results of another call or of another position in the batch, as a cache (DeepCache) does, "
-                    f"and guidance appends samples to the batch. Remove it first. If it processes each sample "
+                    f"guide does not support {self._at(name)}, whose forward was replaced by {name_of(foreign)}: it "
+                    f"may return results of another call or another position in the batch, as a cache (DeepCache) "
+                    f"does, but guidance appends samples to the batch. Remove it first. If it processes each sample "
                     f"independently and keeps no state between calls, declare it: "
                     f"{self._remedy.format(self._path(name) + '.forward')}"
                 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text that classifier-free guidance leads away from, where the pipeline itself does none."""
+"""The negative text for classifier-free guidance in pipelines that do not apply it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NegativeText:
 
     Attributes:
         embeds: ``[1 or samples, tokens, channels]``.
-        pooled: ``[1 or samples, channels]``; None where the model takes none.
+        pooled: ``[1 or samples, channels]``; None if the model uses no pooled embedding.
     """
 
     embeds: torch.Tensor
@@ -28,10 +28,10 @@ class NegativeText:
     def put(
         self, arguments: DenoiserArguments, args: tuple[Any, ...], kwargs: dict[str, Any], samples: slice
     ) -> Arguments:
-        """A denoiser's arguments with this text for some samples.
+        """Return the denoiser's arguments with this text for some samples.
 
         Raises:
-            ValueError: when it does not fit the positive text.
+            ValueError: If the shape does not match the positive text.
         """
         states = arguments.get("encoder_hidden_states", args, kwargs)
         values = {"encoder_hidden_states": _replaced("negative_prompt_embeds", states, self.embeds, samples)}
@@ -45,17 +45,17 @@ class NegativeText:
 def _replaced(name: str, x: torch.Tensor, own: torch.Tensor, samples: slice) -> torch.Tensor:
     count = samples.stop - samples.start
     if own.shape[1:] != x.shape[1:] or own.shape[0] not in (1, count):
-        raise ValueError(f"CFG.{name} of shape {tuple(own.shape)} does not fit the prompt's, {(count, *x.shape[1:])}")
+        raise ValueError(f"CFG.{name} of shape {tuple(own.shape)} does not match the prompt's {(count, *x.shape[1:])}")
     x = x.clone()
     x[samples] = own.to(x.device, x.dtype)
     return x
 
 
 def negative_text(pipe: Any, spec: CFG) -> NegativeText:
-    """The embeddings of a spec, or those that the pipeline makes of its negative prompt.
+    """Return the embeddings of a spec, or those that the pipeline computes from its negative prompt.
 
     Raises:
-        ValueError: when there is nothing to make them with, or a part is missing.
+        ValueError: If the pipeline cannot encode text, or if an embedding is missing.
     """
     takes_pooled = pipe.unet.config.get("addition_embed_type") == "text_time"
     embeds, pooled = spec.negative_prompt_embeds, spec.negative_pooled_prompt_embeds
@@ -63,18 +63,18 @@ def negative_text(pipe: Any, spec: CFG) -> NegativeText:
         embeds, pooled = _encoded(pipe, spec.negative_prompt)
     if embeds is None or (takes_pooled and pooled is None):
         missing = "negative_prompt_embeds" if embeds is None else "negative_pooled_prompt_embeds"
-        raise ValueError(f"CFG needs {missing} too for a {type(pipe).__name__}, whose model takes both")
+        raise ValueError(f"CFG also needs {missing} for a {type(pipe).__name__}, whose model uses both")
     return NegativeText(embeds, pooled if takes_pooled else None)
 
 
 @torch.no_grad()
 def _encoded(pipe: Any, prompt: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """As the pipeline itself encodes it; an empty one is what it takes for none."""
+    """Encode the prompt like the pipeline does. Pipelines treat an empty negative prompt as none."""
     encoders = [getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
     if not hasattr(pipe, "encode_prompt") or all(encoder is None for encoder in encoders):
         raise ValueError(
             f"CFG cannot encode its negative_prompt {prompt!r} with this {type(pipe).__name__}, which has no text "
-            f"encoder; give negative_prompt_embeds"
+            f"encoder; pass negative_prompt_embeds"
         )
     options = {
         "prompt": "",

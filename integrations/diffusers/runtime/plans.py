@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of one forward: a frozen description for each guided layer, beside those of the joins.
+"""The plan of a denoiser call: an immutable description for each guided layer and each join.
 
-Forwards with equal inputs share their plans. What a forward leaves behind (norms, masses) is not part of them.
+Calls with equal inputs share their plans. Results of a call (norms, masses) are not part of them.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from segkern.integrations.specs.sigmas import Perturbed
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer's part in a forward.
+    """The plan of one layer in a call.
 
     Attributes:
-        sigmas: one per sample of the batch that reaches the layer.
-        strides: of the query rows, one per sample.
-        blends: one per sample; less than 1 mixes in the sample's own attention.
-        conditional: the samples of the conditional branch.
-        own: number of samples, from the first, with hidden states of their own; those after them, whose branches have
-            just joined, repeat the conditional ones.
-        perturbed: for each guidance that acts on the layer, the samples of its branch.
-        read: samples of which to tell how much attention each token receives; None for none.
-        graph_sigmas: the sigmas with 1 for any finite one, which is all that a compiled graph knows of them.
-        values: the sigmas in a CPU tensor, which a compiled graph reads when it runs; None where it knows them all.
-        acts: whether any sample is perturbed.
-        kind: what plans have in common that differ in nothing but the numbers of finite sigmas.
+        sigmas: One per sample of the layer's batch.
+        strides: Query stride of each sample.
+        blends: Share of the perturbed attention in each sample's output; below 1, its own attention is mixed in.
+        conditional: Samples of the conditional branch.
+        own: Number of samples, from the first, with their own hidden states. The samples after them belong to branches
+            that have just joined, and repeat the conditional samples.
+        perturbed: Samples of each branch that is perturbed in the layer.
+        read: Samples whose attention mass is computed; None for none.
+        graph_sigmas: The sigmas with 1 in place of any finite value, which is all that a compiled graph depends on.
+        values: The sigmas in a CPU tensor, which a compiled graph reads when it runs; None if it needs none.
+        acts: Whether any sample is perturbed.
+        kind: Key that is equal for plans that differ only in the values of finite sigmas.
     """
 
     sigmas: tuple[Perturbed, ...]
@@ -53,7 +53,7 @@ class LayerPlan:
     def __post_init__(self) -> None:
         kinds = tuple(1.0 if is_finite(sigma) else sigma for sigma in self.sigmas)
         values = None
-        # Where a sample has a sigma for each head, calls with numbers from here would not know them.
+        # A tensor of values has no sigmas per head, so it is not used if a sample has them.
         if any(map(is_finite, self.sigmas)) and not any(isinstance(sigma, tuple) for sigma in self.sigmas):
             values = _tensor(tuple(sigma if isinstance(sigma, float) else 0.0 for sigma in self.sigmas))
         object.__setattr__(self, "graph_sigmas", kinds)
@@ -63,9 +63,9 @@ class LayerPlan:
         object.__setattr__(self, "kind", (kinds, self.strides, self.blends, self.own, slices))
 
     def told_sigmas(self) -> tuple[tuple[Perturbed, ...], torch.Tensor | None]:
-        """Numbers, or in a graph that is being compiled kinds and the tensor with the numbers.
+        """Return the sigmas as numbers, or while compiling, as kinds with a tensor of values.
 
-        Points between tokens, heads with sigmas of their own, and gradients are made for certain numbers.
+        Query strides, sigmas per head and gradients need fixed numbers.
         """
         rows = all(stride == EVERY_TOKEN for stride in self.strides)
         if torch.compiler.is_compiling() and self.values is not None and rows and not torch.is_grad_enabled():
@@ -75,11 +75,11 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """The plan of a whole forward.
+    """The plan of a whole denoiser call.
 
     Attributes:
-        layers: of each guided layer, in their order.
-        joins: of each module at which branches may join, in their order; None where none joins inside.
+        layers: Plan of each guided layer, in order.
+        joins: Plan of each module at which branches may join, in order; None if no branch joins inside.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -88,13 +88,14 @@ class ForwardPlan:
 
 @lru_cache(maxsize=256)
 def _tensor(sigmas: tuple[float, ...]) -> torch.Tensor:
-    """On the CPU, made once, whatever the caller's modes."""
+    """Return the sigmas as a CPU tensor, created once and independently of the caller's modes."""
     return call_in_own_thread(lambda: torch.tensor(sigmas, dtype=torch.float64, device="cpu"))
 
 
 @lru_cache(maxsize=256)
 def shaped(grid: Grid) -> torch.Tensor:
-    """A tensor of one number in memory, whose shape are a grid's numbers; made once, whatever the caller's modes."""
+    """Return a tensor with one element in memory, whose shape holds a grid's numbers. Created like ``_tensor``."""
+
     return call_in_own_thread(
         lambda: torch.zeros((), device="cpu").expand(grid.height, grid.width, grid.start, grid.frames)
     )

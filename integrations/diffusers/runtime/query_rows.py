@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-attention with only the query rows that each sample needs.
+"""Self-attention that computes only the query rows that each sample needs.
 
-At infinite sigma a perturbed sample has one query, the mean query, and where the projections are affine it
-is the projection of the mean token. Such samples therefore spend no query projection, one row of attention
-per head and one row of output projection, whose result every token shares; only their keys and values are
-computed in full. Where a projection is not known to be affine, the mean is that of every token's query, and every
-token has its own output projection.
+With infinite sigma, a perturbed sample has a single query, the mean query. If the projections are affine, this is the
+projection of the mean token. Such samples need no query projection, one row of attention per head and one row of the
+output projection, whose result all tokens share. Only their keys and values are computed in full. If the query
+projection is not known to be affine, the mean is computed from all queries; if the output projection is not, every
+token gets its own.
 
-At a finite sigma with a query stride a perturbed sample has queries at a few points of its grid. Sampling the blurred
-tokens there, and interpolating between them, are sums over tokens with weights that add up to 1, so both commute with
-affine projections: the query projection, the attention and the output projection see the points alone. Where one is not
-known to be affine, the attention alone does.
+With a finite sigma and a query stride, a perturbed sample has queries at a few points of its grid. Sampling the blurred
+tokens and interpolating between points are weighted sums of tokens with weights that sum to 1, so both commute with
+affine projections: the query projection, the attention and the output projection are computed only at the points. If a
+projection is not known to be affine, only the attention is.
 
-A sample of identity attention has its values as output: it spends no query or key projection and no attention.
+With identity attention, the output of a sample is its values, so it needs no query or key projection and no attention.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EVERY_TOKEN: Stride = (1, 1)
 
 
 class Rows(Enum):
-    """Query rows that a sample needs, where they are not points of a stride."""
+    """Query rows that a sample needs, other than the points of a stride."""
 
     EVERY = "one for each token"
     ONE = "the mean query's, of infinite sigma"
@@ -48,17 +48,17 @@ class Rows(Enum):
 
 
 def is_finite(sigma: Perturbed) -> bool:
-    """True if it is one number and blurs over a part of the image."""
+    """Return True for a single finite sigma greater than 0."""
     return isinstance(sigma, float) and is_finite_blur(sigma)
 
 
 class _Inputs:
-    """Projections of a layer's samples, made when they are asked for and kept for those that share them.
+    """Projections of a layer's samples, computed on demand and kept for samples that share them.
 
     Args:
-        projections: of the layer.
-        hidden_states: of the samples that have their own.
-        keys: for each of them, whether it needs keys.
+        projections: Projections of the layer.
+        hidden_states: Hidden states of the samples that have their own.
+        keys: For each of these samples, whether it needs keys.
     """
 
     def __init__(self, projections: Projections, hidden_states: torch.Tensor, keys: Sequence[bool]) -> None:
@@ -73,7 +73,7 @@ class _Inputs:
             self._keys = [(some, projections.key(hidden_states[some])) for some, needed in equal_runs(keys) if needed]
 
     def query(self, samples: slice) -> torch.Tensor:
-        """Every query of some samples."""
+        """Return all queries of some samples."""
         query = _within(self._queries, samples)
         if query is None:
             query = self._projections.query(self.hidden_states[samples])
@@ -81,18 +81,18 @@ class _Inputs:
         return query
 
     def key(self, samples: slice) -> torch.Tensor:
-        """Keys of samples that need them."""
+        """Return the keys of samples that need them."""
         key = _within(self._keys, samples)
         assert key is not None
         return key
 
     def value(self, samples: slice) -> torch.Tensor:
-        """Values of some samples."""
+        """Return the values of some samples."""
         return self._values[samples]
 
 
 def _within(known: Sequence[tuple[slice, torch.Tensor]], samples: slice) -> torch.Tensor | None:
-    """Some samples of the first of the known runs that holds them."""
+    """Return some samples from the first known range that contains them."""
     for run, x in known:
         if run.start <= samples.start and samples.stop <= run.stop:
             return x[samples.start - run.start : samples.stop - run.start]
@@ -105,19 +105,19 @@ def _shift(samples: slice, by: int) -> slice:
 
 @dataclass
 class LayerRows:
-    """The steps of one layer between its norms and its residual; made anew for every call.
+    """The computation of one layer between its norms and its residual. Created for every call.
 
     Args:
-        attn: the layer.
-        grid: of the image in its tokens.
-        sigmas: one per sample.
-        strides: one per sample, of its query rows.
-        blends: one per sample; less than 1 mixes the output with that of the same sample's plain attention.
-        mask: additive, ``[batch, heads, 1 or tokens, tokens]``.
-        boundary: of the blur.
-        backend: of the attention.
-        projections: of the layer.
-        values: the sigmas in a CPU tensor that a graph reads when it runs, or None.
+        attn: The layer.
+        grid: Grid of the image in the layer's tokens.
+        sigmas: One per sample.
+        strides: Query stride of each sample.
+        blends: Share of the perturbed attention in each sample's output.
+        mask: Additive mask ``[batch, heads, 1 or tokens, tokens]``.
+        boundary: Boundary of the blur.
+        backend: Backend of the attention.
+        projections: Projections of the layer.
+        values: The sigmas in a CPU tensor that a compiled graph reads when it runs, or None.
     """
 
     attn: Attention
@@ -132,7 +132,7 @@ class LayerRows:
     values: torch.Tensor | None
 
     def attend(self, hidden_states: torch.Tensor, own: int, source: slice) -> torch.Tensor:
-        """Output ``[batch, tokens, channels]``; samples after ``own`` repeat ``source``."""
+        """Return the output ``[batch, tokens, channels]``. Samples after ``own`` repeat ``source``."""
         rows = [self._rows_of(sigma, stride) for sigma, stride in zip(self.sigmas, self.strides, strict=True)]
         few_rows = any(needed not in (Rows.EVERY, Rows.NONE) for needed in rows)
         apart = self.projections.apart and (not few_rows or self._projects_means(hidden_states.shape[1]))
@@ -153,9 +153,9 @@ class LayerRows:
         return Rows.EVERY if points.tokens == self.grid.tokens else stride
 
     def _projects_means(self, tokens: int) -> bool:
-        """True if queries at weighted means of tokens are the query projection of those means.
+        """Return True if queries at weighted means of tokens are the query projections of those means.
 
-        The mean of the whole image is one, the points of a coarse grid are others.
+        This covers the mean of the whole image and the points of a coarse grid.
         """
         one_row_mask = self.mask is None or self.mask.shape[2] == 1
         return self.attn.norm_q is None and one_row_mask and self.grid.start == 0 and self.grid.tokens == tokens
@@ -163,16 +163,16 @@ class LayerRows:
     def _attend_apart(
         self, hidden_states: torch.Tensor, rows: list[Rows | Stride], own: int, source: slice
     ) -> torch.Tensor:
-        """Output of samples some of which need few query rows, projected alone."""
+        """Return the output if some samples need few query rows, with separate projections for each kind."""
         kinds = list(zip(rows, self.blends, strict=True))
         keys = [needed is not Rows.NONE or blend != 1.0 for needed, blend in kinds[:own]]
         inputs = _Inputs(self.projections, hidden_states[:own], keys)
-        # Runs of samples of a kind, and where their inputs are.
+        # Ranges of samples of the same kind, and the positions of their inputs.
         alike = [(samples, samples, kind) for samples, kind in equal_runs(kinds[:own])]
         for first in range(own, len(rows), max(1, source.stop - source.start)):
             branch = kinds[first : first + source.stop - source.start]
             alike += [(_shift(some, first), _shift(some, source.start), kind) for some, kind in equal_runs(branch)]
-        plain: list[tuple[slice, torch.Tensor]] = []  # outputs of plain samples, which repeats may be mixed with
+        plain: list[tuple[slice, torch.Tensor]] = []  # outputs of unperturbed samples, which repeats may be mixed with
         outputs = []
         for samples, where, (needed, blend) in alike:
             output = self._attend_rows(needed, inputs, where, samples)
@@ -188,7 +188,7 @@ class LayerRows:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _attend_rows(self, rows: Rows | Stride, inputs: _Inputs, where: slice, samples: slice) -> torch.Tensor:
-        """Output of one run of samples whose inputs are ``where``; one-row outputs are expanded."""
+        """Return the output of one range of samples whose inputs are at ``where``, with single rows expanded."""
         if rows is Rows.NONE:
             return self.projections.out(inputs.value(where))
         if rows is Rows.ONE:
@@ -207,13 +207,13 @@ class LayerRows:
         return coarse_outputs(output[:, None], self.grid, rows, self.boundary)[:, 0]
 
     def _attend_mean(self, inputs: _Inputs, where: slice, samples: slice) -> torch.Tensor:
-        """Output of samples with the mean query alone, expanded to every token."""
+        """Return the output of samples that use only the mean query, expanded to every token."""
         tokens = inputs.hidden_states[where]
         if self.projections.query_is_affine:
             query = self.projections.query(_mean(tokens, 1))
         else:
             query = _mean(inputs.query(where), 2)
-        # One query row is its own mean; saying so chooses the kernel for few rows.
+        # A single query row is its own mean. A 1 x 1 grid selects the kernel for few rows.
         output = self._attend(
             (query, inputs.key(where), inputs.value(where)), samples, self.sigmas[samples], Grid(1, 1)
         )
@@ -224,7 +224,7 @@ class LayerRows:
     def _attend_projected(
         self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rows: list[Rows | Stride]
     ) -> torch.Tensor:
-        """Attention output ``[batch, heads, tokens, head_dim]`` where every query is projected already."""
+        """Return attention output ``[batch, heads, tokens, head_dim]`` if all queries are already projected."""
         kinds = equal_runs([(Rows.EVERY if r is Rows.ONE else r, b) for r, b in zip(rows, self.blends, strict=True)])
         outputs = []
         for samples, (needed, blend) in kinds:
@@ -241,7 +241,7 @@ class LayerRows:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _sigmas(self, samples: slice) -> Any:
-        """Of some samples: numbers, or the tensor's where it has any to tell."""
+        """Return the sigmas of some samples, as a tensor if there is one and any sigma is finite."""
         some = self.sigmas[samples]
         return some if self.values is None or not any(map(is_finite, some)) else self.values[samples]
 
@@ -253,7 +253,7 @@ class LayerRows:
         grid: Grid | None = None,
         query_stride: Stride = EVERY_TOKEN,
     ) -> torch.Tensor:
-        """Attention output ``[samples, heads, rows, head_dim]`` of projected queries, keys and values."""
+        """Return attention output ``[samples, heads, rows, head_dim]`` for projected queries, keys and values."""
         output = seg_attention(
             *qkv,
             grid or self.grid,
@@ -269,5 +269,6 @@ class LayerRows:
 
 
 def _mean(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The mean over a dimension of tokens, which stays; sums in float32 at least."""
+    """Return the mean over a dimension of tokens, which is kept. Sums are computed in at least float32."""
+
     return x.mean(dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient checkpointing under guidance: a module that backward runs once more gets the plan of its own forward.
+"""Gradient checkpointing under guidance: a module that the backward pass repeats gets the plan of its original call.
 
 diffusers' modules run their checkpointed parts through a function that ``enable_gradient_checkpointing`` sets on them.
-While a guided forward is under way, that function is given parts which remember the forward's plan. Called within that
-forward they only run; called later, perhaps after the guidance was removed and in a thread of autograd, they put the
-plan back where it was, run, and take it off again. Norms and masses that such a run leaves are dropped. Other ways to
-checkpoint a part of a denoiser do not say what they will run again, and are refused.
+During a guided call, this function gets parts that store the plan of the call. Inside the call, the parts only run.
+Later calls, possibly after the guidance was removed and in an autograd thread, temporarily restore the plan. Norms and
+masses of such calls are discarded. Other ways to checkpoint a part of a denoiser do not specify what they will repeat,
+and are refused.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 
 _COMPILED = (
-    "guide cannot follow gradient checkpointing inside of what is compiled; compile the blocks alone, with the "
-    "denoiser's compile_repeated_blocks(), or call its disable_gradient_checkpointing()"
+    "guide does not support gradient checkpointing inside compiled code; compile only the blocks, with the denoiser's "
+    "compile_repeated_blocks(), or call its disable_gradient_checkpointing()"
 )
 _FUNCTION = "_gradient_checkpointing_func"
 
 
 class Lock(Protocol):
-    """Taken by one thread at a time."""
+    """A lock that one thread holds at a time."""
 
     def acquire(self) -> Any:
-        """Take it."""
+        """Acquire the lock."""
 
     def release(self) -> Any:
-        """Give it back."""
+        """Release the lock."""
 
 
 class Recomputation:
     """The checkpointed parts of one denoiser.
 
     Args:
-        model: the denoiser.
-        layers: that are guided.
-        joins: hooks that are registered while a guided forward is under way.
+        model: The denoiser.
+        layers: The guided layers.
+        joins: Hooks that are registered during a guided call.
 
     Attributes:
-        lock: that a thread holds while a forward of the denoiser is under way; None where there is none.
-        compiled: whether the denoiser is under a wrapper of ``torch.compile``.
+        lock: Lock that a thread holds during a denoiser call; None if there is none.
+        compiled: Whether the denoiser is in a wrapper of ``torch.compile``.
     """
 
     def __init__(self, model: nn.Module, layers: GuidedLayers, joins: Collection[Join]) -> None:
@@ -68,12 +68,12 @@ class Recomputation:
         self._modules: list[Any] = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._changed: list[Any] = []
         self._watches: list[RemovableHandle] = []
-        self._around: Any = None  # the checkpoint in which the denoiser itself runs
-        self._depth = 0  # of parts that run within the forward under way
-        self._forward: tuple[object, int] | None = None  # the one under way, and its thread
+        self._around: Any = None  # the checkpoint that contains the denoiser call
+        self._depth = 0  # nesting depth of parts in the current call
+        self._forward: tuple[object, int] | None = None  # the current call and its thread
 
     def attach(self) -> None:
-        """Let checkpointed parts of the coming forward remember its plan."""
+        """Let checkpointed parts of the next call store its plan."""
         if not torch.is_grad_enabled():
             return
         self._replace()
@@ -83,7 +83,7 @@ class Recomputation:
                 self._watches.append(layer.attention.register_forward_pre_hook(watch))
 
     def detach(self) -> None:
-        """Leave the modules as they were."""
+        """Restore the modules."""
         self.end()
         while self._watches:
             self._watches.pop().remove()
@@ -104,10 +104,10 @@ class Recomputation:
                 setattr(module, _FUNCTION, function.original)
 
     def begin(self) -> None:
-        """A guided forward begins in this thread.
+        """Begin a guided call in this thread.
 
         Raises:
-            RuntimeError: for checkpointed parts of a denoiser that is compiled as a whole.
+            RuntimeError: If parts are checkpointed in a denoiser that is compiled as a whole.
         """
         if self._changed and (self.compiled or is_compiled_in_place(self._model)):
             raise RuntimeError(_COMPILED)
@@ -115,18 +115,18 @@ class Recomputation:
         self._around, self._depth = checkpointing(), 0
 
     def end(self) -> None:
-        """It is over, or what follows in it is plain."""
+        """End the call, or the guided part of it."""
         self._forward = None
 
     def remembering(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that the forward under way calls, made fit for being called again after it."""
+        """Wrap a function of the current call so that it can be called again later."""
         forward = self._forward
         if forward is None or forward[1] != threading.get_ident():
             return function
         return _Part(function, self, forward)
 
     def is_under_way(self, forward: tuple[object, int]) -> bool:
-        """True in the thread of a forward until that is over."""
+        """Return True in the thread of a call until the call ends."""
         return self._forward is not None and self._forward[0] is forward[0] and self._in_own_thread()
 
     def _in_own_thread(self) -> bool:
@@ -134,7 +134,7 @@ class Recomputation:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """Inside, a part runs that will remember the plan."""
+        """Mark that a part that stores the plan runs inside this context."""
         self._depth += 1
         try:
             yield
@@ -142,22 +142,22 @@ class Recomputation:
             self._depth -= 1
 
     def check(self, layer: str) -> None:
-        """Refuse a layer that backward would run again as another one.
+        """Check that the backward pass does not repeat a layer without guidance.
 
         Raises:
-            RuntimeError: for a layer in a checkpoint that is none of the model's own.
+            RuntimeError: If the layer is in a checkpoint that is not the model's own.
         """
         if self._forward is None or self._depth:
             return
         if not torch.is_grad_enabled() or checkpointing() not in (None, self._around):
             raise RuntimeError(
-                f"guide cannot follow gradients through layer {layer!r}: a part of the denoiser runs under "
-                f"torch.utils.checkpoint (or torch.no_grad), and backward would run it again without guidance; "
-                f"checkpoint it with the denoiser's enable_gradient_checkpointing(), which takes a function of your own"
+                f"guide does not support gradients through layer {layer!r}: a part of the denoiser runs under "
+                f"torch.utils.checkpoint (or torch.no_grad), and backward would repeat it without guidance; checkpoint "
+                f"it with the denoiser's enable_gradient_checkpointing(), which accepts a custom function"
             )
 
     def parts_of(self, function: Callable[..., Any]) -> _Parts:
-        """What is guided in a module, or in all of the denoiser where the function is no module's."""
+        """Return the guided parts of a module, or of the whole denoiser if the function belongs to no module."""
         module = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
         if isinstance(module, nn.Module):
             inside = set(map(id, module.modules()))
@@ -171,14 +171,14 @@ class Recomputation:
         )
 
     def run_again(self, function: Callable[..., Any], parts: _Parts, token: object, given: Any) -> Any:
-        """What a function returns when the parts have the plan of the forward that it belongs to."""
+        """Run a function with the plan of the call that it belongs to, and return its result."""
         args, kwargs = given
         nested, earlier = self._in_own_thread(), self._forward
         if self.lock is not None and not nested:
             self.lock.acquire()
         try:
             self._forward = token, threading.get_ident()
-            self._replace()  # for parts of the part
+            self._replace()  # for nested parts
             with parts.put_back(hooked=nested), self.within():
                 return function(*args, **kwargs)
         finally:
@@ -190,7 +190,7 @@ class Recomputation:
 
 
 class _Parts:
-    """Guided layers and joins, with their parts in one forward."""
+    """Guided layers and joins, with their plans in one call."""
 
     def __init__(
         self,
@@ -202,10 +202,10 @@ class _Parts:
 
     @contextmanager
     def put_back(self, hooked: bool) -> Iterator[None]:
-        """Inside, layers and joins do what they did in that forward.
+        """Restore the plans of that call inside this context.
 
         Args:
-            hooked: whether the joins are registered already.
+            hooked: Whether the joins are already registered.
         """
         layers = [(attn, attn.processor, p, dict(vars(p))) for attn, p, _, _ in self._layers]
         plans = [(join, join.plan) for join, _ in self._joins]
@@ -238,12 +238,12 @@ class _Parts:
 
 
 class _Part:
-    """A function that runs a part of a forward, and may be called after it.
+    """A function that runs a part of a call and may be called again later.
 
     Args:
-        function: a module, or another callable.
-        recomputation: of the denoiser.
-        forward: it belongs to.
+        function: A module or another callable.
+        recomputation: The checkpointed parts of the denoiser.
+        forward: The call that the part belongs to.
     """
 
     def __init__(self, function: Callable[..., Any], recomputation: Recomputation, forward: tuple[object, int]) -> None:
@@ -257,33 +257,33 @@ class _Part:
             return self._recomputation.run_again(self._function, self._parts, self._forward[0], (args, kwargs))
         with self._recomputation.within():
             output = self._function(*args, **kwargs)
-        self._parts = self._recomputation.parts_of(self._function)  # with the grids that the layers were told inside
+        self._parts = self._recomputation.parts_of(self._function)  # with the layer grids that were set inside
         return output
 
 
 class _Watch(Hook):
-    """Forward pre-hook of a guided layer, which must not be run again without its plan.
+    """Forward pre-hook of a guided layer that prevents it from being repeated without its plan.
 
     Args:
-        module: the layer.
-        name: of it.
-        recomputation: of the denoiser.
+        module: The layer.
+        name: Name of the layer.
+        recomputation: The checkpointed parts of the denoiser.
     """
 
     def __init__(self, module: nn.Module, name: str, recomputation: Recomputation) -> None:
         self._module, self._name, self._recomputation = module, name, recomputation
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if module is self._module and not torch.compiler.is_compiling():  # a copy is not guided
+        if module is self._module and not torch.compiler.is_compiling():  # copies are not guided
             self._recomputation.check(self._name)
 
 
 class _PlanKeeping:
-    """Stands in for the function through which a module runs its checkpointed parts.
+    """Replaces the function through which a module runs its checkpointed parts.
 
     Args:
-        original: that function.
-        recomputation: of the denoiser.
+        original: The replaced function.
+        recomputation: The checkpointed parts of the denoiser.
     """
 
     def __init__(self, original: Callable[..., Any], recomputation: Recomputation) -> None:
@@ -291,7 +291,8 @@ class _PlanKeeping:
         self._recomputation = recomputation
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the module has its own function."""
+        """Restore the original function in a copy of the module."""
+
         return operator.itemgetter(0), ((self.original,),)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

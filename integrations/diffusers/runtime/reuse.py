@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reuse of a perturbed branch: steps that compute it, and the difference that others take from the last of them."""
+"""Reuse of a perturbed branch: which steps compute it, and the last difference for the other steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class _Last:
     """The result of the last computed branch.
 
     Attributes:
-        shape: of the pipeline's own sample then.
-        step: the last one in which the guidance acted.
-        age: steps since it was computed, in which the guidance acted.
+        shape: Shape of the pipeline's own sample at that time.
+        step: The last guided step.
+        age: Number of guided steps since the branch was computed.
         difference: ``c - p``.
     """
 
@@ -29,21 +29,21 @@ class _Last:
 
 
 class Differences:
-    """The last difference ``c - p`` of each guidance that is not computed in every step."""
+    """The last difference ``c - p`` of each guidance method that is not computed in every step."""
 
     def __init__(self, specs: Sequence[Spec]) -> None:
         self._specs = specs
         self._last: dict[int, _Last] = {}
 
     def due(self, index: int, step: int, shape: torch.Size) -> bool:
-        """True if a guidance that acts in the coming forward computes its branch there.
+        """Return True if an active spec computes its branch in the next call.
 
-        All forwards of a step are treated alike.
+        All calls of a step give the same answer.
 
         Args:
-            index: of the guidance.
-            step: number of the step that the forward belongs to.
-            shape: of the pipeline's own sample.
+            index: Index of the spec.
+            step: Number of the call's step.
+            shape: Shape of the pipeline's own sample.
         """
         if self._specs[index].reuse == 1:
             return True
@@ -57,16 +57,17 @@ class Differences:
         return last.age == 0
 
     def keep(self, index: int, difference: torch.Tensor) -> None:
-        """Take the difference of the forward under way, if later ones want it."""
+        """Store the difference of the current call if later calls reuse it."""
         if index in self._last:
             self._last[index].difference = difference.detach()
 
     def last(self, index: int) -> torch.Tensor:
-        """The difference to take."""
+        """Return the difference to reuse."""
         difference = self._last[index].difference
         assert difference is not None
         return difference
 
     def forget(self) -> None:
-        """Free what was kept: it is of another run."""
+        """Discard all differences, because a new run begins."""
+
         self._last.clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of a run: recognise by its values whether an embedding is the prompt's or the negative prompt's."""
+"""The texts of a run: identify by value whether an embedding belongs to the prompt or to the negative prompt."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-_MOST_REMEMBERED = 16  # embeddings whose kind is known by identity; a run has two
+_MOST_REMEMBERED = 16  # number of embeddings to recognise by identity; a run has two
 
 
 class TextKind(Enum):
-    """The text that an embedding stands for in a run."""
+    """The text that an embedding represents in a run."""
 
     PROMPT = "the prompt"
     NEGATIVE = "the negative prompt"
@@ -23,15 +23,15 @@ class TextKind(Enum):
 
 
 class RunText:
-    """The embeddings of a run's prompt and negative prompt, as its arguments or ``encode_prompt`` give them.
+    """The embeddings of a run's prompt and negative prompt, from its arguments or from ``encode_prompt``.
 
     Args:
-        arguments: of the pipeline's call.
+        arguments: Arguments of the pipeline call.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._arguments = arguments
-        self._prompt: list[torch.Tensor] = []  # different ones, [tokens, channels]
+        self._prompt: list[torch.Tensor] = []  # distinct embeddings [tokens, channels]
         self._negative: list[torch.Tensor] = []
         self._remembered: list[tuple[Any, tuple[TextKind, ...]]] = []
         self._keep(self._prompt, arguments.get("prompt_embeds"))
@@ -43,13 +43,13 @@ class RunText:
         return bool(self._negative)
 
     def note(self, arguments: Mapping[str, Any], result: Any) -> None:
-        """Take the result of ``encode_prompt``.
+        """Record the result of ``encode_prompt``.
 
-        Pipelines either encode both texts in one call, the prompt's embeddings first, or each in a call of its own.
+        Pipelines encode both texts in one call, the prompt first, or each text in a separate call.
 
         Args:
-            arguments: of ``encode_prompt``, by name.
-            result: embeddings, masks and pooled embeddings in a tuple, or the embeddings alone.
+            arguments: Arguments of ``encode_prompt``, by name.
+            result: A tuple of embeddings, masks and pooled embeddings, or only the embeddings.
         """
         items = list(result) if isinstance(result, tuple) else [result]
         embeddings = [item for item in items if _is_embedding(item)]
@@ -65,9 +65,9 @@ class RunText:
                 self._keep(rows, embeddings[0])
 
     def kinds(self, embeddings: Any) -> tuple[TextKind, ...]:
-        """The text of each sample of ``[samples, tokens, channels]``, or of a list with an item per sample.
+        """Return the text of each sample in ``[samples, tokens, channels]`` or in a list with one item per sample.
 
-        Waits for their device at the first call with new ones.
+        Synchronizes with the device at the first call with new embeddings.
         """
         for known, kinds in self._remembered:
             if known is embeddings:
@@ -86,7 +86,7 @@ class RunText:
         return TextKind.PROMPT if prompt else TextKind.NEGATIVE if negative else TextKind.UNKNOWN
 
     def _encoded(self, arguments: Mapping[str, Any]) -> list[torch.Tensor] | None:
-        """Rows of the text that a call for one text encodes; None for a text that is none of the run's arguments."""
+        """Return the rows of the text that a call for one text encodes; None if it is not an argument of the run."""
         for name in ("prompt", "prompt_embeds"):
             given = arguments.get(name)
             if given is None:
@@ -99,14 +99,14 @@ class RunText:
 
     def _keep(self, rows: list[torch.Tensor], embeddings: Any) -> None:
         if _is_embedding(embeddings):
-            for row in embeddings:  # many samples may have one text
+            for row in embeddings:  # several samples may share one text
                 if not any(_equal(row, known) for known in rows):
                     rows.append(row)
             self._remembered.clear()
 
 
 def common_kind(kinds: Iterable[TextKind]) -> TextKind:
-    """The text of several samples."""
+    """Return the text that several samples have in common."""
     present = set(kinds)
     if TextKind.MIXED in present or {TextKind.PROMPT, TextKind.NEGATIVE} <= present:
         return TextKind.MIXED
@@ -117,7 +117,7 @@ def common_kind(kinds: Iterable[TextKind]) -> TextKind:
 
 
 def _same(given: Any, asked: Any) -> bool:
-    """True if a text is one that the call was given; pipelines put a single text into a list."""
+    """Return True if a text equals an argument of the call. Pipelines put a single text into a list."""
     if isinstance(given, torch.Tensor) or isinstance(asked, torch.Tensor):
         return given is asked
     return _listed(given) == _listed(asked)
@@ -128,7 +128,8 @@ def _listed(text: Any) -> Any:
 
 
 def _is_embedding(item: Any) -> bool:
-    """True for a tensor ``[samples, tokens, channels]`` or a list with a tensor per sample."""
+    """Return True for a tensor ``[samples, tokens, channels]`` or a list with one tensor per sample."""
+
     if isinstance(item, Sequence) and not isinstance(item, str):
         return bool(item) and all(isinstance(part, torch.Tensor) for part in item)
     return isinstance(item, torch.Tensor) and item.ndim >= 3 and item.is_floating_point()

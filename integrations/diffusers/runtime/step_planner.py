@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan each forward of a guided denoiser: guidances that act in it, places where they join, and arguments."""
+"""Plan each call of a guided denoiser: the active guidance, the places where branches join, and the arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from segkern.integrations.diffusers.runtime.steps import Step, steps_of
 from segkern.integrations.specs import CFG, PAG, SAG
 from segkern.integrations.specs.base import Spec
 
-# What the call for a negative prompt adds, with the guidance scale where it alone may change.
+# The shift that the call for the negative prompt adds, with the guidance scale if only that prediction may change.
 PendingShift = tuple[torch.Tensor | None, float | None]
 
 
@@ -28,10 +28,10 @@ class RunState:
     """The state of one denoiser's guidance in one run.
 
     Attributes:
-        layout: of its calls.
-        differences: that later forwards take from earlier ones.
-        pending: by the number of a call for the prompt, the shift that the one for the negative prompt adds.
-        call: number of the last timestep in which a guidance with ``reuse`` acted.
+        layout: Layout of the denoiser's calls.
+        differences: Differences that later calls reuse.
+        pending: By number of a call for the prompt: the shift that the call for the negative prompt adds.
+        call: Number of the last timestep in which guidance with ``reuse`` was active.
     """
 
     layout: BatchLayout
@@ -40,40 +40,40 @@ class RunState:
     call: int | None = None
 
     def drop_pending(self, name: str, *, all_of_them: bool = False) -> None:
-        """Forget shifts whose call for the negative prompt did not come.
+        """Discard shifts whose call for the negative prompt did not come.
 
         Args:
-            name: of the pipeline, for the message.
-            all_of_them: at the end of a run.
+            name: Name of the pipeline, for the message.
+            all_of_them: Discard all; used at the end of a run.
 
         Raises:
-            RuntimeError: for one that only that call would have added.
+            RuntimeError: If a discarded shift should have been added only in that call.
         """
         for pair in [pair for pair in self.pending if all_of_them or not self.layout.awaits(pair)]:
             shift, rescaled = self.pending.pop(pair)
             if shift is not None and rescaled is not None:
                 raise RuntimeError(
-                    f"{name} measures its conditional prediction, so that guidance acts in the call for the negative "
-                    f"prompt, which did not come in one of its steps; run those steps without true_cfg_scale and "
-                    f"guidance_rescale"
+                    f"{name} rescales to its conditional prediction, so guidance acts only in the call for the "
+                    f"negative prompt, but one step had no such call; run such steps without true_cfg_scale and "
+                    "guidance_rescale"
                 )
 
 
 class StepPlanner:
-    """Plans the forwards of one denoiser.
+    """Plans the calls of one denoiser.
 
     Args:
-        pipe: that is guided.
-        denoiser: the denoiser.
-        specs: the guidances.
-        first: for each of them the place at which its branch joins.
-        share: whether branches may join inside.
+        pipe: The guided pipeline.
+        denoiser: The denoiser.
+        specs: The guidance specs.
+        first: For each spec, the place at which its branch joins.
+        share: Whether branches may join inside the denoiser.
 
     Attributes:
-        negative: the text that a guidance leads away from, of those that have one.
+        negative: Negative text of each ``CFG`` spec, by index.
 
     Raises:
-        ValueError: for a negative prompt that cannot be had.
+        ValueError: If a negative prompt cannot be encoded.
     """
 
     def __init__(self, pipe: Any, denoiser: Denoiser, specs: Sequence[Spec], first: Sequence[int], share: bool) -> None:
@@ -89,11 +89,11 @@ class StepPlanner:
     def forward(
         self, run: PipelineRun, state: RunState, layout: CallLayout, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Forward | None:
-        """The plan of the coming forward; None when it is a plain one.
+        """Return the plan of the next call; None if it is not guided.
 
         Raises:
-            ValueError: for a timestep that is none of the run's, where a guidance depends on the step, and for a
-                guidance that does not fit the pipeline's own.
+            ValueError: If guidance depends on the step and the run does not have the timestep, or if a spec conflicts
+                with the pipeline's own guidance.
         """
         strengths, step = self._strengths(run, state, args, kwargs)
         if not strengths:
@@ -110,7 +110,7 @@ class StepPlanner:
             self.check_negative_call()
         if sag and layout.kind is CallKind.PROMPT and state.layout.expects_negative():
             raise ValueError(
-                "SAG needs the prompt and the negative prompt in one batch, and they have calls of their own"
+                "SAG needs the prompt and the negative prompt in one batch, but this pipeline uses separate calls"
             )
         ordered = tuple(sorted(branches, key=lambda index: self._first[index]))
         negative = [batch.branch(i) for i, index in enumerate(ordered) if index in self.negative]
@@ -132,29 +132,29 @@ class StepPlanner:
         return replace(forward, share=shares)
 
     def check_negative_call(self) -> None:
-        """Raise a ValueError for ``CFG(...)`` beside the pipeline's own classifier-free guidance."""
+        """Raise a ValueError if ``CFG(...)`` is used with the pipeline's own classifier-free guidance."""
         if self.negative:
             raise ValueError(
-                f"this {type(self._pipe).__name__} runs classifier-free guidance itself; call it with "
-                f"guidance_scale=1, or leave CFG(...) out"
+                f"this {type(self._pipe).__name__} already applies classifier-free guidance; call it with "
+                f"guidance_scale=1, or remove CFG(...)"
             )
 
     def check_unexpected_negative_call(self, run: PipelineRun, state: RunState) -> None:
-        """Check a call for the negative prompt of a pipeline that did not say that one follows.
+        """Check an unexpected call for the negative prompt.
 
         Raises:
-            ValueError: where the pipeline measures its conditional prediction, to which the shift was added already.
+            ValueError: If the pipeline rescales to its conditional prediction, which already includes the shift.
         """
         if state.layout.expects_negative() is not None or run.is_loop:
             return
         if self._denoiser.rescaled_guidance_scale(run) is not None:
             raise ValueError(
-                f"this {type(self._pipe).__name__} measures its conditional prediction and does not say that it runs "
-                f"classifier-free guidance, which guide has to know beforehand; run it without rescaling"
+                f"this {type(self._pipe).__name__} rescales to its conditional prediction but does not indicate that "
+                f"it applies classifier-free guidance, which guide must know beforehand; run it without rescaling"
             )
 
     def reference_inputs(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """Arguments of the samples that are degraded, taken before the denoiser takes any of them apart."""
+        """Return the arguments of the samples to degrade, copied before the denoiser modifies them."""
         batch = forward.batch
         if forward.reference == batch.reference:
             return self._denoiser.arguments.take(args, kwargs, batch, batch.reference)
@@ -163,14 +163,14 @@ class StepPlanner:
         return text.put(self._denoiser.arguments, args, kwargs, slice(0, batch.samples))
 
     def step(self, run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        """The step of the coming forward."""
+        """Return the step of the next call."""
         scheduler = getattr(self._pipe, "scheduler", None)
         return steps_of(run, scheduler).of_call(scheduler, self._denoiser.timestep(args, kwargs), self._denoiser.units)
 
     def _strengths(
         self, run: PipelineRun, state: RunState, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[dict[int, float], int]:
-        """Strengths of the guidances that act in the coming forward, and the number of its step."""
+        """Return the strengths of the guidance that is active in the next call, and the number of its step."""
         fraction, timestep, number = 0.0, None, 0
         if self._depends_on_step:
             step = self.step(run, args, kwargs)
@@ -184,16 +184,17 @@ class StepPlanner:
         return {index: strength for index, strength in strengths.items() if strength != 0.0}, number
 
     def _check_reuse(self, state: RunState, step: Step) -> None:
-        """Raise a ValueError when a second call comes at a timestep: whose difference it would reuse is not known."""
+        """Raise a ValueError for a second call at a timestep, because it is unclear which difference it would reuse."""
         if state.call == step.call and step.calls > 1:
             raise ValueError(
-                f"the denoiser of this {type(self._pipe).__name__} is called several times at one timestep (tiles or "
-                f"views, for example), each of which needs its own difference; take reuse=1"
+                f"the denoiser of this {type(self._pipe).__name__} is called several times at one timestep (for "
+                f"example, for tiles or views), and each call needs its own difference; use reuse=1"
             )
         state.call = step.call
 
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        """The denoiser's arguments with the branches that join before its first block; None for no change."""
+        """Return the denoiser's arguments with the branches that join before its first block; None for no change."""
+
         grown = self._denoiser.grown(forward, args, kwargs)
         if grown is None or forward.joined(-1) == 0:
             return grown

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locate calls of the denoiser in their run by their timesteps.
+"""Map denoiser calls to the steps of a run by their timesteps.
 
-A step is a timestep of the run, so that several calls at one timestep (tiles, views, restarts) are one step. Where the
+A step is a timestep of the run, so several calls at one timestep (tiles, views, restarts) are one step. If the
 scheduler calls the denoiser twice in each step (its ``order`` is 2: Heun, KDPM2), both calls are that step.
 """
 
@@ -18,20 +18,20 @@ from segkern.integrations.diffusers.runtime.pipeline_run import PipelineRun
 
 _FLOAT32 = torch.finfo(torch.float32).eps
 
-Units = Callable[[float], float]  # from the scheduler's timesteps to the denoiser's
+Units = Callable[[float], float]  # converts the scheduler's timesteps to the denoiser's
 
 
 @dataclass(frozen=True)
 class Step:
-    """The place of one call of the denoiser in its run.
+    """The position of a denoiser call in its run.
 
     Attributes:
-        number: of the step, from 0.
-        fraction: the same, of all steps that the call of the pipeline runs: with a ``strength`` below 1, or with
-            ``denoising_start`` and ``denoising_end``, of those that are left.
-        timestep: in the scheduler's units.
-        call: number of the timestep, from 0; where the scheduler's order is 2 there are two for each step.
-        calls: how many timesteps the run takes.
+        number: Number of the step, from 0.
+        fraction: Completed fraction of the steps that this pipeline call runs. With a ``strength`` below 1,
+            ``denoising_start`` or ``denoising_end``, these are only the remaining steps.
+        timestep: Timestep in the scheduler's units.
+        call: Number of the timestep, from 0. If the scheduler's order is 2, each step has two timesteps.
+        calls: Number of timesteps in the run.
     """
 
     number: int
@@ -45,32 +45,32 @@ class RunSteps:
     """The steps of one run.
 
     Args:
-        run: of the pipeline, or of a loop with timesteps of its own.
-        scheduler: of the pipeline; None for a denoiser alone.
+        run: The run of the pipeline or of a custom loop.
+        scheduler: The pipeline's scheduler; None for a denoiser without a pipeline.
     """
 
     def __init__(self, run: PipelineRun, scheduler: Any) -> None:
         self._run = run
-        self._tensor: torch.Tensor | None = None  # the scheduler's, from which the list was read
+        self._tensor: torch.Tensor | None = None  # the scheduler's tensor from which the list was read
         self._timesteps: list[float] = []
         self._order = 1
-        self._cutoff: float | None = None  # a timestep below which the run takes none
+        self._cutoff: float | None = None  # the run has no timesteps below this
         self._begin: int | None = None
         self._last = 0
         self._changed = False
         self._read(scheduler)
 
     def of_call(self, scheduler: Any, timestep: Any, units: Units) -> Step:
-        """The step of a call.
+        """Return the step of a call.
 
         Args:
-            scheduler: of the pipeline.
-            timestep: as the denoiser gets it, a number or a tensor of equal ones. Read from its device, but where
+            scheduler: The pipeline's scheduler.
+            timestep: The denoiser's timestep, a number or a tensor of equal values. It is read from its device unless
                 it is an element of the scheduler's timesteps.
-            units: to the denoiser's timesteps from the scheduler's.
+            units: Converts the scheduler's timesteps to the denoiser's.
 
         Raises:
-            ValueError: for a timestep that is none of the run's.
+            ValueError: If the run does not have this timestep.
         """
         self._read(scheduler)
         position = self._position(scheduler, timestep, units)
@@ -78,8 +78,8 @@ class RunSteps:
             self._begin = position - position % self._order
             if self._changed and self._begin > 0:
                 raise ValueError(
-                    "the timesteps of the scheduler were replaced within a run, so that a guidance that depends on the "
-                    "step cannot tell how far the run is; give it no start, stop, schedule, reuse or adaptive_scale"
+                    "the timesteps of the scheduler were replaced within a run, so guidance that depends on the step "
+                    "has no defined step; do not use start, stop, schedule, reuse or adaptive_scale"
                 )
         end = self._begin + self._calls(self._begin)
         if not self._begin <= position < end:
@@ -90,7 +90,7 @@ class RunSteps:
         return Step(number, number / steps, self._timesteps[position], call, calls)
 
     def _read(self, scheduler: Any) -> None:
-        """Read the timesteps, if they are others than before."""
+        """Read the timesteps if they have changed."""
         given: Any = self._run.timesteps
         if given is None:
             given = scheduler.timesteps
@@ -108,7 +108,7 @@ class RunSteps:
         self._cutoff = cutoff_of(self._run, scheduler)
 
     def _calls(self, begin: int) -> int:
-        """How many of the timesteps the run takes that begins with one."""
+        """Return how many timesteps the run has from ``begin`` on."""
         return sum(self._cutoff is None or timestep >= self._cutoff for timestep in self._timesteps[begin:])
 
     def _position(self, scheduler: Any, timestep: Any, units: Units) -> int:
@@ -116,7 +116,7 @@ class RunSteps:
         if stored is not None and stored < len(self._timesteps):
             return stored
         value, precision = timestep_value(timestep)
-        # Loops of the user's own may have the denoiser's timesteps.
+        # A custom loop may use the denoiser's timesteps.
         errors = [min(abs(units(t) - value), abs(t - value)) for t in self._timesteps]
         rounding = max(4.0 * _FLOAT32 * max(1.0, abs(value)), precision * abs(value))
         if not min(errors, default=math.inf) <= rounding:
@@ -125,7 +125,7 @@ class RunSteps:
         candidates = [position for position, error in enumerate(errors) if error <= limit]
         if len(candidates) == 1:
             return candidates[0]
-        # Heun's method has equal timesteps, and others are equal in bfloat16; the scheduler says at which it is.
+        # Heun's method repeats timesteps, and others are equal in bfloat16. The scheduler knows the current index.
         for name in ("step_index", "begin_index"):
             index = getattr(scheduler, name, None)
             if index is not None and int(index) in candidates:
@@ -136,13 +136,13 @@ class RunSteps:
         shown = ", ".join(f"{t:g}" for t in self._timesteps[:4])
         return ValueError(
             f"the denoiser was called at timestep {value:g}, which is none of the {len(self._timesteps)} of this run "
-            f"({shown}, ...), so that a guidance that depends on the step cannot tell its strength; give it no start, "
-            f"stop, schedule, reuse or adaptive_scale"
+            f"({shown}, ...), so guidance that depends on the step has no defined strength; do not use start, stop, "
+            f"schedule, reuse or adaptive_scale"
         )
 
 
 def steps_of(run: PipelineRun, scheduler: Any) -> RunSteps:
-    """The steps of a run, which all its guidances share."""
+    """Return the steps of a run. All guidance in a run shares them."""
     steps = run.state.get(RunSteps)
     if steps is None:
         steps = run.state[RunSteps] = RunSteps(run, scheduler)
@@ -150,7 +150,7 @@ def steps_of(run: PipelineRun, scheduler: Any) -> RunSteps:
 
 
 def cutoff_of(run: PipelineRun, scheduler: Any) -> float | None:
-    """The least timestep of a run with ``denoising_end``; None without one.
+    """Return the lowest timestep of a run with ``denoising_end``; None without it.
 
     Source: diffusers' Stable Diffusion XL pipelines.
     """
@@ -162,14 +162,14 @@ def cutoff_of(run: PipelineRun, scheduler: Any) -> float | None:
 
 
 def timestep_value(timestep: Any) -> tuple[float, float]:
-    """A timestep as the denoiser gets it, and the relative precision of its dtype.
+    """Return the denoiser's timestep, and the relative precision of its dtype.
 
     Args:
-        timestep: a number, a tensor with one for each sample, or one for each token of each sample, in which tokens of
-            a given picture are at 0. Waits for its device.
+        timestep: A number, a tensor with one value per sample, or a tensor with one value per token of each sample, in
+            which tokens of a given image are 0. Synchronizes with the tensor's device.
 
     Raises:
-        ValueError: for samples at different timesteps.
+        ValueError: If samples have different timesteps.
     """
     if not isinstance(timestep, torch.Tensor):
         return float(timestep), _FLOAT32
@@ -179,24 +179,24 @@ def timestep_value(timestep: Any) -> tuple[float, float]:
 
 
 def check_one_timestep(timestep: Any) -> None:
-    """Raise a ValueError for samples at different timesteps. Waits for the device of several numbers."""
+    """Raise a ValueError if samples have different timesteps. Synchronizes with the device of several values."""
     if not isinstance(timestep, torch.Tensor) or timestep.is_meta or _is_one_number(timestep):
         return
     values = _of_samples(timestep)
     if not bool((values == values[0]).all()):
         raise ValueError(
-            f"the samples of the denoiser's batch are at different timesteps, {values.tolist()}: guide needs a batch "
-            f"of one timestep"
+            f"the samples of the denoiser's batch have different timesteps, {values.tolist()}; guide needs the same "
+            f"timestep for all samples"
         )
 
 
 def _of_samples(timestep: torch.Tensor) -> torch.Tensor:
-    """The timestep of each sample."""
+    """Return the timestep of each sample."""
     return timestep.detach().flatten(1).amax(1) if timestep.ndim > 1 else timestep.detach().reshape(-1)
 
 
 def same_timestep(first: Any, second: Any) -> bool:
-    """True if two calls of the denoiser are at one timestep. Waits for the device of different tensors."""
+    """Return True if two denoiser calls have the same timestep. Synchronizes with the device of different tensors."""
     if first is second:
         return True
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
@@ -209,12 +209,13 @@ def same_timestep(first: Any, second: Any) -> bool:
 
 
 def _is_one_number(timestep: torch.Tensor) -> bool:
-    """True if all its elements are one in memory."""
+    """Return True if all elements of the tensor share one memory location."""
     return all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
 
 
 def _position_in(timesteps: Any, timestep: Any) -> int | None:
-    """The position of a timestep that is a view of an element of the scheduler's; None where it is none."""
+    """Return the position of a timestep that is a view of the scheduler's timesteps; None if it is not."""
+
     if not (isinstance(timesteps, torch.Tensor) and isinstance(timestep, torch.Tensor)):
         return None
     if timesteps.is_meta or timestep.is_meta or timesteps.dtype != timestep.dtype or timesteps.ndim != 1:
