@@ -140,7 +140,7 @@ def seg_attention(
             ``query_stride``. The result is not differentiable with respect to sigma.
         scale: Factor of the logits, a number; ``1 / sqrt(head_dim)`` by default. The result is not differentiable with
             respect to it; to learn a scale, multiply the queries by it and pass ``scale=1``.
-        attn_mask: Boolean (True means that the key takes part) or additive mask, broadcastable to
+        attn_mask: Boolean mask (True: the query attends to the key) or additive mask, broadcastable to
             ``[batch, heads, tokens, keys]``.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`gaussian_blur`.
         query_stride: 1 computes every query row. A larger stride, or a pair for height and width, computes samples of
