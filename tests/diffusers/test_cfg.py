@@ -74,7 +74,7 @@ def test_it_is_refused_where_the_pipeline_does_it_itself() -> None:
     pipe = tiny_pipeline()
     with pytest.raises(ValueError, match="already applies classifier-free guidance"), guide(pipe, CFG()):
         run(pipe, latents=noise(1, 8, 12), guidance_scale=5.0)
-    with pytest.raises(ValueError, match=r"guide takes one CFG"):
+    with pytest.raises(ValueError, match=r"guide supports only one CFG"):
         guide(pipe, CFG(), CFG())
 
 

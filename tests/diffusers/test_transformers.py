@@ -226,7 +226,7 @@ def test_attention_that_is_not_met_is_an_error() -> None:
         (SEG(layers=[1, 7]), "unknown layer '7'"),
         (SEG(layers=range(2, 9)), "unknown layer '2-8'"),
         (SEG(layers=1, query_stride=2), "query_stride=2 needs a UNet2DConditionModel"),
-        (SAG(), "SAG needs a UNet2DConditionModel; a SD3Transformer2DModel takes"),
+        (SAG(), "SAG needs a UNet2DConditionModel; a SD3Transformer2DModel supports"),
         (CFG(), "CFG needs a UNet2DConditionModel"),
     ],
 )

@@ -171,7 +171,7 @@ def test_free_init_runs_the_loop_several_times() -> None:
 @pytest.mark.parametrize(
     ("spec", "quoted"),
     [
-        (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel takes SEG\(...\) and PAG\(...\)"),
+        (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel supports SEG\(...\) and PAG\(...\)"),
         (CFG(), "CFG needs a UNet2DConditionModel"),
         (PAG(layers="d7"), "unknown layer 'd7'; valid names are 'down' .d0., 'mid' .m0., 'up' .u0 to u1."),
     ],
@@ -190,7 +190,7 @@ def test_pieces_of_a_batch_are_refused() -> None:
     case = MOTION["animatediff-free-noise"]
     pipe = case.build(case)
     pipe.enable_free_noise_split_inference(spatial_split_size=4, temporal_split_size=2)
-    with pytest.raises(ValueError, match=r"m0 \(mid_block.*runs on one piece of the batch after the other"):
+    with pytest.raises(ValueError, match=r"m0 \(mid_block.*processes the batch in pieces"):
         guide(pipe, SEG())
     assert hooks_of(pipe.unet) == 0
 
@@ -225,7 +225,7 @@ def _bare(name: str, model: Any) -> Any:
 
 
 def test_models_without_such_layers_are_refused() -> None:
-    with pytest.raises(ValueError, match="this UNet2DConditionModel: none of its attention layers attends to an image"):
+    with pytest.raises(ValueError, match="this UNet2DConditionModel: it has no self-attention layers over image"):
         guide(_bare("StableDiffusionLatentUpscalePipeline", _upscaler()), SEG())
     assert list_layers(_upscaler()) == []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of pipelines and specs: whatever ``guide`` cannot handle is refused here, before anything is touched."""
+"""Checks of pipelines and specs: unsupported ones are refused here, before anything is modified."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ from segkern.integrations.specs.sigmas import LayerSigmas, Sigmas, check_heads
 
 
 def check_pipeline(pipe: Any) -> list[Denoiser]:
-    """The denoisers of a pipeline that can be guided: one, or two that take turns in a run.
+    """Return the denoisers of a pipeline that can be guided: one, or two that alternate in a run.
 
     Args:
-        pipe: a pipeline, or a denoiser alone.
+        pipe: A pipeline, or a denoiser without a pipeline.
 
     Raises:
-        ValueError: for anything else; the message quotes it and says why.
+        ValueError: If it cannot be guided. The message quotes it and gives the reason.
     """
     if isinstance(pipe, ModularPipeline):
         raise ValueError(
-            f"guide takes no {type(pipe).__name__}: guidance of a modular pipeline is a component; see SEGGuider, "
-            f"PAGGuider and SAGGuider"
+            f"guide does not support a {type(pipe).__name__}: in a modular pipeline, guidance is a component; see "
+            f"SEGGuider, PAGGuider and SAGGuider"
         )
-    find_model(pipe)  # says what could be guided
+    find_model(pipe)  # raises an error that lists the supported models
     denoisers = find_denoisers(SimpleNamespace(unet=pipe) if isinstance(pipe, nn.Module) else pipe)
     if not denoisers:
         raise ValueError(f"guide needs a pipeline with a denoiser, got a {type(pipe).__name__}")
     if not isinstance(pipe, nn.Module) and not callable(pipe):
         raise ValueError(
-            f"guide needs a pipeline, whose runs are calls of it, or a denoiser alone; a {type(pipe).__name__} is not "
-            f"callable"
+            f"guide needs a pipeline that can be called, or a denoiser without a pipeline; a {type(pipe).__name__} is "
+            f"not callable"
         )
     try:
         hash(pipe), weakref.ref(pipe)
     except TypeError as error:
         raise ValueError(
-            f"guide needs a pipeline that is hashable and can be referenced weakly, as objects are unless their class "
-            f"says otherwise (a dataclass, __slots__): {error}"
+            f"guide needs a pipeline that is hashable and supports weak references, as most objects do unless their "
+            f"class prevents it (a dataclass, __slots__): {error}"
         ) from None
     for denoiser in denoisers:
         check_model(denoiser.model)
@@ -64,39 +64,43 @@ def check_pipeline(pipe: Any) -> list[Denoiser]:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise a ValueError for a denoiser that takes outputs of earlier forwards, or runs on a part of its tokens."""
+    """Raise a ValueError for a denoiser that uses outputs of earlier calls, or that runs on only some of its tokens."""
     name = type(model).__name__
     if getattr(model, "is_cache_enabled", False):
         raise ValueError(
-            f"guide cannot handle a {name} with a cache, which takes what earlier forwards of another batch gave; call "
-            f"its disable_cache(), and see SEG(reuse=...)"
+            f"guide does not support a {name} with a cache, which uses results of earlier calls with another batch; "
+            f"call its disable_cache(), and see SEG(reuse=...)"
         )
     parallel = getattr(model, "_parallel_config", None)
     if parallel is not None and getattr(parallel, "context_parallel_config", None) is not None:
-        raise ValueError(f"guide cannot handle a {name} under context parallelism, where no device has the whole image")
+        raise ValueError(
+            f"guide does not support a {name} with context parallelism, because no device has the whole image"
+        )
 
 
 def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[PlacedSpec, ...]:
-    """The layers of each spec.
+    """Return the layers of each spec.
 
     Raises:
-        ValueError: for no or wrong specs, unknown layers, layers that are not standard self-attention, sigmas that do
-            not fit them, and specs that share a layer but ask for another boundary or backend there.
+        ValueError: If there are no specs, if a spec, layer or sigma is not supported, or if specs that share a layer
+            have different boundaries or backends.
     """
     if not specs:
         raise ValueError("guide needs at least one spec, such as guide(pipe, SEG(layers='mid'))")
     for spec in specs:
         if not isinstance(spec, (AttentionSpec, SAG, CFG)):
-            raise ValueError(f"guide takes SEG(...), PAG(...), SAG(...) and CFG(...) specs, got {spec!r}")
+            raise ValueError(f"guide supports SEG(...), PAG(...), SAG(...) and CFG(...) specs, got {spec!r}")
     if sum(isinstance(spec, CFG) for spec in specs) > 1:
-        raise ValueError(f"guide takes one CFG(...) spec, got {', '.join(map(repr, specs))}")
+        raise ValueError(f"guide supports only one CFG(...) spec, got {', '.join(map(repr, specs))}")
     if any(isinstance(spec, SAG) for spec in specs) and any(isinstance(spec, CFG) and spec.reuse > 1 for spec in specs):
-        raise ValueError(f"SAG beside CFG degrades its prediction in every step, which reuse leaves out: got {specs}")
+        raise ValueError(
+            f"SAG degrades the prediction of CFG in every step, so CFG.reuse must be 1 with SAG, got {specs}"
+        )
     available = list_layers(denoiser.model)
     if not available and not all(isinstance(spec, CFG) for spec in specs):
         raise ValueError(
-            f"guide cannot handle this {type(denoiser.model).__name__}: none of its attention layers attends to an "
-            f"image alone"
+            f"guide does not support this {type(denoiser.model).__name__}: it has no self-attention layers over image "
+            f"tokens only"
         )
     if isinstance(denoiser, Transformer):
         _check_for_transformer(denoiser, specs)
@@ -121,23 +125,23 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[PlacedSp
 
 
 def _check_for_transformer(denoiser: Transformer, specs: Sequence[Spec]) -> None:
-    """Raise a ValueError for a spec that cannot act on a transformer."""
+    """Raise a ValueError for a spec that is not supported for transformers."""
     name = type(denoiser.model).__name__
     for spec in specs:
         if not isinstance(spec, (SEG, PAG)):
             raise ValueError(
-                f"{type(spec).__name__} needs a UNet2DConditionModel; a {name} takes SEG(...) and PAG(...)"
+                f"{type(spec).__name__} needs a UNet2DConditionModel; a {name} supports SEG(...) and PAG(...)"
             )
         if isinstance(spec, SEG) and spec.query_stride not in (1, (1, 1)):
-            raise ValueError(f"SEG.query_stride={spec.query_stride!r} needs a UNet2DConditionModel; a {name} takes 1")
+            raise ValueError(f"SEG.query_stride={spec.query_stride!r} needs a UNet2DConditionModel; a {name} needs 1")
 
 
 def _check_for_motion(specs: Sequence[Spec]) -> None:
-    """Raise a ValueError for a spec that cannot act on a UNet of videos."""
+    """Raise a ValueError for a spec that is not supported for UNets of videos."""
     for spec in specs:
         if not isinstance(spec, AttentionSpec):
             raise ValueError(
-                f"{type(spec).__name__} needs a UNet2DConditionModel; a UNetMotionModel takes SEG(...) and PAG(...)"
+                f"{type(spec).__name__} needs a UNet2DConditionModel; a UNetMotionModel supports SEG(...) and PAG(...)"
             )
 
 
@@ -147,7 +151,7 @@ def _choose(available: Sequence[LayerInfo], spec: Spec, default: str) -> PlacedS
     if isinstance(spec, SAG):
         layers = select_layers(available, spec.layer)
         if len(layers) != 1:
-            raise ValueError(f"SAG.layer={spec.layer!r} must name one layer, it names {len(layers)}")
+            raise ValueError(f"SAG.layer={spec.layer!r} must name one layer, but it names {len(layers)}")
         return PlacedSpec(spec, tuple(layers))
     assert isinstance(spec, AttentionSpec)
     if not spec.layer_names:
@@ -162,7 +166,7 @@ def _choose(available: Sequence[LayerInfo], spec: Spec, default: str) -> PlacedS
 
 
 def _layer_sigmas(available: Sequence[LayerInfo], spec: SEG, layers: Sequence[LayerInfo]) -> dict[str, Sigmas]:
-    """The sigmas of each layer, of a mapping or the same for all."""
+    """Return the sigmas of each layer, from a mapping or the same for all layers."""
     given = cast("Sigmas | LayerSigmas", spec.sigma)
     if not isinstance(given, LayerSigmas):
         return dict.fromkeys((layer.module for layer in layers), given)
@@ -188,18 +192,20 @@ def check_layer(unet: nn.Module, layer: LayerInfo) -> None:
     attention = unet.get_submodule(layer.module)
     assert isinstance(attention, Attention)
     if attention.is_cross_attention or attention.added_kv_proj_dim is not None:
-        raise ValueError(f"layer {layer.name} ({layer.module}) does not attend to the image alone; choose others")
+        raise ValueError(
+            f"layer {layer.name} ({layer.module}) does not attend to image tokens only; choose other layers"
+        )
     names = layer.module.split(".")
     around = (unet.get_submodule(".".join(names[:count])) for count in range(1, len(names)))
     if any(type(module).__name__ == "SplitInferenceModule" for module in around):
         raise ValueError(
-            f"layer {layer.name} ({layer.module}) runs on one piece of the batch after the other, where no branch is "
-            f"known: call guide on the pipeline without enable_free_noise_split_inference"
+            f"layer {layer.name} ({layer.module}) processes the batch in pieces, in which branches cannot be "
+            f"identified; call guide on the pipeline without enable_free_noise_split_inference"
         )
     processor = unwrap(attention.processor)
     if type(processor) not in STANDARD_PROCESSORS:
         raise ValueError(
             f"layer {layer.name} ({layer.module}) has a {name_of(type(processor))}, which is not standard "
-            f"self-attention; known are {', '.join(map(name_of, STANDARD_PROCESSORS))}. Guide other layers, or set one "
-            f"of these"
+            f"self-attention; supported are {', '.join(map(name_of, STANDARD_PROCESSORS))}. Choose other layers, or "
+            f"set one of these"
         )
