@@ -2,13 +2,14 @@
 """Style sheet of the page."""
 
 STYLE = """
-.gradio-container { max-width: 1400px !important; margin: 0 auto; padding: 10px 16px !important; }
+.gradio-container { max-width: min(1400px, 100%) !important; margin: 0 auto; padding: 10px 16px !important; }
 .gradio-container main { padding: 0 !important; }
 .gradio-container .fillable { padding: 0 !important; }
 #heading h1 { font-size: 1.3rem; margin: 0; }
 #heading p { margin: 0; color: var(--body-text-color-subdued); }
 .words, .words .html-container { padding: 0 !important; }
-#right, #left { min-width: 0 !important; }
+#main, #left, #right, #history { min-width: 0 !important; max-width: 100%; }
+#right { scroll-margin-top: 10px; }
 #examples .gallery-item { max-width: 100%; text-align: left; }
 #examples .label svg, #presets .label svg, #history .label svg { display: none; }
 
