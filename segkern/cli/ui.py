@@ -88,4 +88,5 @@ def _find_port(host: str, port: int) -> tuple[int, bool]:
         raise ValueError(
             f"--port {port} of --host {host!r} cannot be used ({reason}); choose another --port, or 0 for a free port"
         ) from None
-    return free, all(ipaddress.ip_address(str(entry[4][0]).split("%")[0]).is_loopback for entry in found)
+    addresses = [entry[4][0] for entry in found]  # a name can have several, and the server listens on all of them
+    return free, all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in addresses)

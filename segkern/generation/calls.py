@@ -46,6 +46,15 @@ def call_arguments(pipe: Any, request: ImageRequest) -> dict[str, Any]:
     return arguments
 
 
+def default_guidance_scale(pipe: Any) -> float:
+    """Return a pipeline's default CFG scale, as a request has it."""
+    from diffusers import ZImagePipeline
+
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    name = "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
+    return float(parameters[name].default) + isinstance(pipe, ZImagePipeline)
+
+
 def step_callback(pipe: Any, on_step: Callable[..., Any]) -> dict[str, Any]:
     """Return the argument of a pipeline's call that runs ``on_step``, a ``callback_on_step_end``, after every step.
 

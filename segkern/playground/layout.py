@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from segkern.generation.calls import default_guidance_scale
 from segkern.generation.demo import PROMPTED
 from segkern.generation.loading import Source
 from segkern.playground import choices
@@ -21,7 +22,7 @@ _ENERGY = (
     "Attention energy without guidance at every token: one row per layer that guidance changes or reads, one column "
     "each for the first, middle and last step."
 )
-_DEMO_CFG, _USUAL_CFG = "3", "5"
+_DEMO_CFG = "3"
 # Text of every position of the slider, so that the number field follows immediately.
 _SIGMAS = json.dumps([f"{choices.sigma_at(position):g}" for position in range(choices.LAST + 1)])
 
@@ -33,6 +34,11 @@ def example_prompts(source: Source) -> list[list[str]]:
     """Return samples of a prompt and its CFG scale: no prompt, and prompts for the bundled model."""
     prompts = [[subject.prompt, _DEMO_CFG] for subject in PROMPTED] if source.name == "demo" else []
     return [["", "1"], *prompts]
+
+
+def default_cfg(source: Source, pipe: Any) -> str:
+    """Return the CFG scale for prompts: the pipeline's default, or a lower one for the bundled model."""
+    return _DEMO_CFG if source.name == "demo" else f"{default_guidance_scale(pipe):g}"
 
 
 def example_labels(samples: Sequence[Sequence[str]]) -> list[str]:
@@ -59,7 +65,7 @@ def build_controls(source: Source, pipe: Any, model: str, config: str) -> tuple[
     with gr.Group():
         _guidance(pipe, fields, others)
         # The bundled model starts without a prompt, where guidance changes most.
-        scale = examples[0][1] if source.name == "demo" else _USUAL_CFG
+        scale = examples[0][1] if source.name == "demo" else default_cfg(source, pipe)
         fields["guidance_scale"] = _number(scale, "guidance_scale", "Strength of classifier-free guidance; 1 is off.")
     with gr.Accordion("Layers and steps of guidance", open=False), gr.Group():
         _where(pipe, fields)

@@ -101,7 +101,7 @@ class Playground:
             [
                 loaded,
                 controls["model_message"],
-                *(fields[name] for name in ("size", "layers", "guidances", "energy")),
+                *(fields[name] for name in ("size", "layers", "guidances", "energy", "guidance_scale")),
                 controls["examples"],
             ],
             show_progress_on=controls["model_message"],
@@ -247,10 +247,10 @@ class Playground:
             pipe = self._models.describe(source)
             self._models.load(source)
         except (ValueError, OSError) as error:
-            return [gr.skip(), error_message(str(error)), *[gr.skip()] * 5]
+            return [gr.skip(), error_message(str(error)), *[gr.skip()] * 6]
         except Exception as error:  # a damaged configuration can raise anything in diffusers
             message = error_message(f"{source.name!r} cannot be loaded: {type(error).__name__} {error}")
-            return [gr.skip(), message, *[gr.skip()] * 5]
+            return [gr.skip(), message, *[gr.skip()] * 6]
         sizes, layers, guidances = choices.sizes(pipe), choices.layers(pipe), choices.guidances(pipe)
         examples = layout.example_prompts(source)
         return [
@@ -260,6 +260,7 @@ class Playground:
             gr.update(choices=layers, value=choices.default_layers(pipe)),
             gr.update(choices=guidances, value=[name for name in chosen if name in guidances] or ["SEG"]),
             gr.update(visible=choices.has_unet(pipe)),
+            layout.default_cfg(source, pipe),
             gr.update(samples=examples, sample_labels=layout.example_labels(examples)),
         ]
 

@@ -7,6 +7,9 @@ STYLE = """
 .gradio-container .fillable { padding: 0 !important; }
 #heading h1 { font-size: 1.3rem; margin: 0; }
 #heading p { margin: 0; color: var(--body-text-color-subdued); }
+.gradio-container :is(button, a, input[type=range]):focus-visible { outline: 3px solid var(--color-accent);
+  outline-offset: 2px; }
+.gradio-container .gallery-item:focus-visible { outline-offset: -3px; }
 .words, .words .html-container { padding: 0 !important; }
 #main, #left, #right, #history { min-width: 0 !important; max-width: 100%; }
 #right { scroll-margin-top: 10px; }

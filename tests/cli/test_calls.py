@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 
-from segkern.generation.calls import call_arguments, step_callback
+from segkern.generation.calls import call_arguments, default_guidance_scale, step_callback
 from segkern.generation.drawing import ImageRequest
 from tests.diffusers.small_pipelines import tiny_pipeline
 from tests.diffusers.transformer_cases import MODELS
@@ -41,6 +42,16 @@ def test_a_unet_receives_its_usual_arguments() -> None:
 )
 def test_transformers_receive_cfg_under_their_own_names(name: str, scale: float, expected: dict[str, Any]) -> None:
     assert call_arguments(MODELS[name].build(), request(scale)) == SIZE | expected
+
+
+@pytest.mark.parametrize("name, scale", [("sd3", 7.0), ("flux", 1.0), ("qwen-image", 4.0), ("z-image", 6.0)])
+def test_the_default_cfg_scale_gives_the_default_arguments(name: str, scale: float) -> None:
+    pipe = MODELS[name].build()
+    assert default_guidance_scale(pipe) == scale
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    for parameter, value in call_arguments(pipe, request(scale)).items():
+        if parameter in ("guidance_scale", "true_cfg_scale"):
+            assert value == defaults[parameter].default
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])

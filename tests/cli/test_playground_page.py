@@ -268,7 +268,7 @@ def test_an_unexpected_error_is_shown_too(playground: Any, monkeypatch: pytest.M
 
 def test_a_model_sets_its_sizes_layers_and_guidance(playground: Any) -> None:
     updates = playground._load(f" {loading.DEMO} ", "", ["PAG", "SAG"])
-    source, message, sizes, layers, guidances, energy, examples = updates
+    source, message, sizes, layers, guidances, energy, cfg, examples = updates
     assert source == DEMO
     assert "is loaded" in message
     assert sizes["value"] == "64 x 64"
@@ -276,16 +276,18 @@ def test_a_model_sets_its_sizes_layers_and_guidance(playground: Any) -> None:
     assert layers["value"] == ["mid"]
     assert (guidances["choices"], guidances["value"]) == (["SEG", "PAG", "SAG"], ["PAG", "SAG"])
     assert energy["visible"]
+    assert cfg == "3"
     assert len(examples["samples"]) == len(examples["sample_labels"]) == 1 + len(PROMPTED)
 
 
 def test_a_transformer_has_no_sag_and_no_energy_maps(playground: Any, tmp_path: Path) -> None:
     save_small_sd3(tmp_path)
-    source, message, _, layers, guidances, energy, examples = playground._load(str(tmp_path), "", ["SAG"])
+    source, message, _, layers, guidances, energy, cfg, examples = playground._load(str(tmp_path), "", ["SAG"])
     assert "is loaded" in message
     assert (guidances["choices"], guidances["value"]) == (["SEG", "PAG"], ["SEG"])
     assert layers["value"] == ["2"]
     assert not energy["visible"]
+    assert cfg == "7"
     assert examples["samples"] == [["", "1"]]
     assert playground._preset(0, source)[6] == ["2"]
 

@@ -50,6 +50,12 @@ def test_only_loopback_addresses_are_local(host: str, is_local: bool) -> None:
     assert ui._find_port(host, 0)[1] is is_local
 
 
+def test_a_name_with_any_other_address_is_not_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: found)
+    assert ui._find_port("127.0.0.1", 0)[1] is False
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_a_host_for_other_machines_gets_a_new_password(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passwords: list[Any] = []
