@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters for other libraries; each one imports its library, this package imports none."""
+"""Adapters for other libraries. Each subpackage imports its library; this package imports none."""

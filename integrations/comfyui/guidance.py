@@ -76,7 +76,7 @@ class ModelGuidance:
         if spec.scale == 0.0 or not spec.perturbs():
             return False
         if spec.start == 0.0 and spec.stop == 1.0:
-            return True  # reading the noise level would synchronize with the device
+            return True  # reading the noise level would synchronise with the device
         sigma, schedule = float(arguments["sigma"].max()), arguments["model"].model_sampling
         begun = spec.start == 0.0 or sigma <= schedule.percent_to_sigma(spec.start)
         return begun and (spec.stop == 1.0 or sigma > schedule.percent_to_sigma(spec.stop))

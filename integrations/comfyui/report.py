@@ -45,7 +45,7 @@ class GuidanceReport:
         return layer not in self._moved
 
     def note(self, layer: str, perturbed: torch.Tensor, own: torch.Tensor) -> None:
-        """Record how far a layer's attention moved, without synchronizing."""
+        """Record how far a layer's attention moved, without synchronising."""
         self._moved[layer] = distance(perturbed, own)
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance specs: what a user asks for, without importing diffusers."""
+"""Guidance specs. This package does not import diffusers."""
 
 from segkern.integrations.specs.guidances import CFG, PAG, SAG, SEG
 

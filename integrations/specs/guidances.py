@@ -120,7 +120,7 @@ class PAG(AttentionSpec):
         start: Fraction of the inference steps at which guidance starts.
         stop: Fraction of the inference steps at which guidance stops.
         adaptive_scale: Decrease of the scale per scheduler timestep below 1000,
-            ``max(0, scale - adaptive_scale * (1000 - t))``. If ``t`` is on a GPU, reading it synchronizes.
+            ``max(0, scale - adaptive_scale * (1000 - t))``. If ``t`` is on a GPU, reading it synchronises.
         reuse: See :class:`SEG`.
         schedule: See :class:`SEG`. Multiplies the scale after ``adaptive_scale`` is applied.
         blend: Share of the identity attention in a layer's output. 1 uses identity attention only; 0 turns guidance
@@ -176,7 +176,7 @@ class SAG(Spec):
     is blurred where a self-attention layer attends most, then noised again with the predicted noise. With
     classifier-free guidance, all of this uses the unconditional prediction: ``u + g (c - u) + s (u - u')``; without it,
     the result is ``c + s (c - c')``. The second call has a different input, so it shares no work with the first. If the
-    timestep is on a GPU, guided steps synchronize to read it.
+    timestep is on a GPU, guided steps synchronise to read it.
 
     Args:
         scale: Guidance scale ``s``. Any finite number; 0 turns guidance off.

@@ -78,7 +78,7 @@ def select_layers(
 
 
 def _matches(available: Sequence[LayerInfo], name: str) -> list[LayerInfo]:
-    """All that a name stands for; none if any end of a range is missing."""
+    """Return all layers that a name matches, or an empty list if a layer of a range is missing."""
     if any(layer.part == name for layer in available):
         return [layer for layer in available if layer.part == name]
     number = _NUMBER.fullmatch(name)

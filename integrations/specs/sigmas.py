@@ -50,7 +50,7 @@ class LayerSigmas(Mapping[str, Sigmas]):
 
 
 def checked_sigma(owner: str, given: object) -> Sigmas | LayerSigmas:
-    """Check a sigma and normalize it: numbers become floats, sequences become tuples. Layer names are not checked.
+    """Check a sigma and normalise it: numbers become floats, sequences become tuples. Layer names are not checked.
 
     Raises:
         ValueError: If it is not a valid sigma. The message quotes it.

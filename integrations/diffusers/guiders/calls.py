@@ -120,7 +120,7 @@ class GuiderCalls:
         Args:
             step: The step of the call.
             scheduler: The scheduler, for SAG.
-            inputs: The inputs of the call, to recognize it.
+            inputs: The inputs of the call, to recognise it.
 
         Raises:
             ValueError: If the denoiser is under ``guide``, or if the scheduler is not supported.
@@ -267,7 +267,7 @@ def _tensors(value: Any) -> Iterator[Any]:
 
 
 def _equal(x: Any, text: Any) -> bool:
-    """Return True if a guider's input equals the prompt of a call in any dtype. May synchronize with the device."""
+    """Return True if a guider's input equals the prompt of a call in any dtype. May synchronise with the device."""
     if x is text:
         return True
     if isinstance(x, list) or isinstance(text, list):

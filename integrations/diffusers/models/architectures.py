@@ -2,7 +2,7 @@
 """Descriptions of transformers: their blocks, their image tokens, and how pipelines call them.
 
 An architecture is a set of facts about argument names; :mod:`interception` intercepts the attention itself. Models are
-recognized by class name, which requires no import.
+recognised by class name, which requires no import.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _position_ids(model: Any, get: Get) -> Size:
     """Return the size of packed latents from the rows of ``img_ids``.
 
     Rows of the generated image are (0, row, column); rows of other images begin with another number. If the tensor is
-    on a GPU, this synchronizes once per new tensor.
+    on a GPU, this synchronises once per new tensor.
     """
     ids = get("img_ids")
     ids = ids[0] if ids.ndim == 3 else ids

@@ -299,7 +299,7 @@ class DenoiserArguments:
     def grow(
         self, names: Collection[str], args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, count: int
     ) -> Arguments:
-        """Give some arguments ``count`` branches, because they are added to tensors with that many branches."""
+        """Fit some arguments to ``count`` branches, because they are added to tensors with that many branches."""
         return _map_arguments(self._names, names, args, kwargs, lambda value: batch.fit(value, count))
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch, samples: slice) -> Arguments:

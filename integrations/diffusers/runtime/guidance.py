@@ -72,8 +72,8 @@ def guide(
     Specs combine: each adds its scale times its difference, ``u + g (c - u) + sum_i s_i (c - p_i)``. A layer may be
     used by several specs.
 
-    Guidance belongs to the pipeline. Another pipeline that shares the denoiser is not guided, or has its own guidance,
-    also in another thread; calls of a guided denoiser run one at a time. Copies and pickles of the pipeline or its
+    Guidance belongs to the pipeline. Another pipeline that shares the denoiser is not guided unless it has its own
+    guidance, even in another thread. Calls of a guided denoiser run one at a time. Copies and pickles of the pipeline or its
     denoiser are not guided.
 
     segkern reads the layout of the denoiser's batch from the pipeline's public interface (call arguments, properties,

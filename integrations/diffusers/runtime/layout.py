@@ -381,7 +381,7 @@ def _images(samples: int) -> str:
 
 
 def _equal(latents: Any, others: Any) -> bool:
-    """Return True if two batches of latents have equal values. Synchronizes with their device."""
+    """Return True if two batches of latents have equal values. Synchronises with their device."""
     if latents is others:
         return True
     if len(latents) != len(others):

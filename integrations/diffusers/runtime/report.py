@@ -103,7 +103,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class Recorder:
-    """Collects the effects on the layers on their device, without synchronizing.
+    """Collects the effects on the layers on their device, without synchronising.
 
     Attributes:
         placed: The guidance specs and their layers.
@@ -134,7 +134,7 @@ class Recorder:
         self._sums[tuple(moved)] = (fired + 1, total + ratios)
 
     def report(self) -> Report:
-        """Return the report so far. Synchronizes with the device."""
+        """Return the report so far. Synchronises with the device."""
         fired: dict[tuple[int, str], int] = {}
         totals: dict[tuple[int, str], float] = {}
         for pairs, (count, total) in self._sums.items():

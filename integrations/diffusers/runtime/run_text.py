@@ -67,7 +67,7 @@ class RunText:
     def kinds(self, embeddings: Any) -> tuple[TextKind, ...]:
         """Return the text of each sample in ``[samples, tokens, channels]`` or in a list with one item per sample.
 
-        Synchronizes with the device at the first call with new embeddings.
+        Synchronises with the device at the first call with new embeddings.
         """
         for known, kinds in self._remembered:
             if known is embeddings:

@@ -40,7 +40,7 @@ def levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
 
     Schedulers that scale latents for the denoiser provide the factor, which is the signal. Other schedulers store
     latents in the denoiser's form: those with sigmas provide the sigma of the current step, and the rest provide one
-    value per timestep. Synchronizes with the timestep's device.
+    value per timestep. Synchronises with the timestep's device.
     """
     one = torch.ones(1, dtype=torch.float64)
     scaled = float(scheduler.scale_model_input(one, timestep))

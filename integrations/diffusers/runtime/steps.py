@@ -166,7 +166,7 @@ def timestep_value(timestep: Any) -> tuple[float, float]:
 
     Args:
         timestep: A number, a tensor with one value per sample, or a tensor with one value per token of each sample, in
-            which tokens of a given image are 0. Synchronizes with the tensor's device.
+            which tokens of a given image are 0. Synchronises with the tensor's device.
 
     Raises:
         ValueError: If samples have different timesteps.
@@ -179,7 +179,7 @@ def timestep_value(timestep: Any) -> tuple[float, float]:
 
 
 def check_one_timestep(timestep: Any) -> None:
-    """Raise a ValueError if samples have different timesteps. Synchronizes with the device of several values."""
+    """Raise a ValueError if samples have different timesteps. Synchronises with the device of several values."""
     if not isinstance(timestep, torch.Tensor) or timestep.is_meta or _is_one_number(timestep):
         return
     values = _of_samples(timestep)
@@ -196,7 +196,7 @@ def _of_samples(timestep: torch.Tensor) -> torch.Tensor:
 
 
 def same_timestep(first: Any, second: Any) -> bool:
-    """Return True if two denoiser calls have the same timestep. Synchronizes with the device of different tensors."""
+    """Return True if two denoiser calls have the same timestep. Synchronises with the device of different tensors."""
     if first is second:
         return True
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
