@@ -73,8 +73,8 @@ def guide(
     used by several specs.
 
     Guidance belongs to the pipeline. Another pipeline that shares the denoiser is not guided unless it has its own
-    guidance, even in another thread. Calls of a guided denoiser run one at a time. Copies and pickles of the pipeline or its
-    denoiser are not guided.
+    guidance, even in another thread. Calls of a guided denoiser run one at a time. Copies and pickles of the pipeline
+    or its denoiser are not guided.
 
     segkern reads the layout of the denoiser's batch from the pipeline's public interface (call arguments, properties,
     prompt embeddings) and verifies it in every run. For a custom denoising loop, pass ``cfg`` and enter
