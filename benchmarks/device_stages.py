@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stages of ``python -m benchmarks device`` without a command of their own in ``python -m benchmarks``."""
+"""Stages of ``python -m benchmarks device`` that have no command in ``python -m benchmarks``."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def screen(case: Case, sigma: float, tiles: Sequence[Tile], device: torch.device
 
 
 def tile_calls(inputs: Inputs, sigma: float, tiles: Sequence[Tile], device: torch.device) -> dict[str, Call]:
-    """Return a call for each tile, by the tile in words, with the blur that segkern would choose for it."""
+    """Return a call for each tile, keyed by its description, with the blur that segkern would choose for it."""
     case = inputs.case
     return {
         str(tile): _with_tile(_cheaper_blur(case, sigma, tile, device), inputs, sigma, tile)

@@ -62,7 +62,8 @@ def check_attention_call(
     """Check all arguments except the mask, separately and together.
 
     Args:
-        plain: Whether the three are real tensors in eager mode. If so, a backend is chosen and the call is cached.
+        plain: Whether query, key and value are real tensors in eager mode. If so, a backend is chosen and the
+            call is cached.
         wide_mask: See :func:`segkern.core.dispatch.choose_attention_backend`.
 
     Raises:

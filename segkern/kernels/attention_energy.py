@@ -150,7 +150,7 @@ def launch_attention_energy(
 
 
 def positive_scale(query: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    """Return query and scale with equal logits and a positive scale; kernels compute the maximum before scaling."""
+    """Return query and scale with unchanged logits and a positive scale; kernels compute the maximum before scaling."""
     if scale > 0.0:
         return query, scale
     return (-query, -scale) if scale < 0.0 else (query * 0.0, 1.0)
