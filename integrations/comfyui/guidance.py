@@ -293,5 +293,4 @@ def _why_not_recorded(model_options: Arguments) -> str:
 
 def _spread(x: torch.Tensor) -> torch.Tensor:
     """Return the standard deviation of each sample."""
-
     return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)

@@ -215,5 +215,4 @@ class SegkernExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> ComfyExtension:
     """Return the extension. ComfyUI calls this when it loads the pack."""
-
     return SegkernExtension()

@@ -52,7 +52,6 @@ class Recording:
 
     def take(self, place: Hashable, transformer_options: Mapping[str, Any]) -> torch.Tensor:
         """Return recorded rows in batch order, as a new tensor that may be changed in place."""
-
         return torch.cat(self._rows(place, transformer_options))
 
     def _rows(self, place: Hashable, transformer_options: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -104,6 +104,5 @@ def title(spec: SEG | PAG) -> str:
 
 def distance(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """Return the relative L2 distance as a float32 tensor on the device."""
-
     x, own = x.to(torch.float32), own.to(torch.float32)
     return (x - own).norm() / own.norm().clamp_min(torch.finfo(torch.float32).tiny)

@@ -246,7 +246,6 @@ class _Replay(_LayerPatch):
 
 def _patch_layers(options: Options, make: Callable[[], _LayerPatch]) -> None:
     """Run a patch instead of every module of a block. It precedes other nodes' patches and calls them."""
-
     patches = dict(options.get("patches", {}))
     patches[_LAYER_PATCHES] = [(torch.nn.Module, make()), *patches.get(_LAYER_PATCHES, [])]
     options["patches"] = patches

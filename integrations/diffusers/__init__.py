@@ -10,7 +10,6 @@
 ``SEGGuider``, ``PAGGuider`` and ``SAGGuider`` are guiders for modular pipelines.
 
 ``record_energy`` records the energy of a pipeline's self-attention; see :mod:`segkern.energy`.
-
 """
 
 from importlib.util import find_spec

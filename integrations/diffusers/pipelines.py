@@ -72,7 +72,6 @@ class StableDiffusionXLSEGPipeline(StableDiffusionXLPipeline):
         Raises:
             ValueError: If an argument is invalid. The message quotes it.
         """
-
         layers = seg_applied_layers_index or seg_applied_layers or ()
         if seg_scale <= 0.0 or not layers:
             return super().__call__(*args, **kwargs)

@@ -294,7 +294,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _stride(value: int | tuple[int, int]) -> int | tuple[int, int]:
     """Return the checked stride in the form it was given; a list of two becomes a pair."""
-
     try:
         pair = check_query_stride(value)
     except ValueError as error:

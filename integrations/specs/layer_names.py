@@ -144,7 +144,6 @@ def _what_is_valid(available: Sequence[LayerInfo]) -> str:
 def _ends(names: Sequence[str]) -> str:
     """Return the first and the last name.
 
-
     Example:
         >>> _ends(["d0", "d1", "d2"]), _ends(["m0"])
         ('d0 to d2', 'm0')

@@ -52,5 +52,4 @@ def factor(owner: str, schedule: Schedule, fraction: float, start: float, stop: 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Return True for real numbers, including NumPy numbers, but not for booleans."""
-
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -271,7 +271,6 @@ def _numbers(sigma: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """Convert a configuration value to JSON types."""
-
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

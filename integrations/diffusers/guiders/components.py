@@ -97,7 +97,6 @@ class SAGGuider(SpecGuider):
         ValueError: If an argument is invalid. The message quotes it. Also raised when the denoiser is first prepared,
             if there is no scheduler or if images cannot be noised again for this scheduler.
 
-
     Source: SAG (arXiv 2210.00939), equations 16 and 25.
 
     Example:

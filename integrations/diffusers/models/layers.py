@@ -259,7 +259,6 @@ def _grids(unet: Any, height: int, width: int) -> dict[str, Grid]:
         grids[f"down_blocks.{i}"] = levels[-1]
         for sampler in getattr(block, "downsamplers", None) or ():
             # A 3x3 convolution of stride 2 rounds up with padding 1, and rounds down if only one side is padded.
-
             extra = 1 if getattr(sampler, "padding", 1) else 0
             height, width = (height + extra) // 2, (width + extra) // 2
     grids["mid_block"] = Grid(height, width)

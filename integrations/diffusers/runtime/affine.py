@@ -78,7 +78,6 @@ def _runs_its_own_forward(module: nn.Module) -> bool:
 
 def _only_moves(module: Any) -> bool:
     """Return True if the module's forward is replaced only for offloading or casting by accelerate or diffusers."""
-
     forward = vars(module)["forward"]
     while isinstance(forward, functools.partial) and forward.func.__module__ in _WRAPPERS:
         forward = vars(forward).get("__wrapped__")

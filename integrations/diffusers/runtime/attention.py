@@ -88,7 +88,6 @@ def self_attention(
 
 def tokens_of(attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None) -> torch.Tensor:
     """Return tokens ``[batch, tokens, channels]`` after the layer's norms, before its projections."""
-
     if attn.spatial_norm is not None:
         hidden_states = attn.spatial_norm(hidden_states, temb)
     if hidden_states.ndim == 4:

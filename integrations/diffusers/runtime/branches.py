@@ -395,7 +395,6 @@ def _map_arguments(
     change: Callable[[Any], Any],
 ) -> Arguments:
     """Return the arguments with ``change`` applied to the chosen ones."""
-
     positional = tuple(
         change(value) if i < len(names) and names[i] in chosen else value for i, value in enumerate(args)
     )

@@ -59,5 +59,4 @@ def forget_contexts(model: nn.Module) -> None:
 
 def cache_context() -> str | None:
     """Return the name of the current context; None outside one."""
-
     return _NAME.get()

@@ -46,6 +46,5 @@ class DenoiserLock:
 
 def denoiser_lock(denoiser: nn.Module) -> DenoiserLock:
     """Return the lock of a denoiser, which all its guidance shares."""
-
     with _MAKING:
         return _LOCKS.setdefault(denoiser, DenoiserLock())

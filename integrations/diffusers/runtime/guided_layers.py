@@ -143,7 +143,6 @@ class GuidedLayers:
 
     def tell(self, plans: Sequence[LayerPlan]) -> None:
         """Set the plan of each layer for the next call."""
-
         for layer, plan in zip(self, plans, strict=True):
             layer.processor.plan = plan
 

@@ -72,7 +72,6 @@ class _ReadGrid(Hook):
 
 def hook_grids(model: nn.Module, modules: Iterable[str], tell: Callable[[str, Grid], None]) -> list[RemovableHandle]:
     """Call ``tell`` with each attention module's name and grid when the UNet transformer around it gets its image."""
-
     handles = []
     for name, transformer in model.named_modules():
         inside = [module for module in modules if module.startswith(f"{name}.")]

@@ -47,7 +47,6 @@ class NativeAttention:
 
 def _backend(processor: Any) -> str | None:
     """Return the attention backend of a processor; None for a processor that does not use diffusers' backends."""
-
     if not hasattr(processor, _CHOICE):
         return None
     backend = getattr(processor, _CHOICE)

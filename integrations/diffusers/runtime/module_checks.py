@@ -284,7 +284,6 @@ def _processor_of(module: nn.Module) -> Any:
 
 def _walk(model: nn.Module, outside: frozenset[str]) -> Iterator[tuple[str, nn.Module, bool]]:
     """Yield every module once, with its name and whether it runs with branches."""
-
     seen = set()
     stack = [("", model, True)]
     while stack:

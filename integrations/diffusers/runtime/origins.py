@@ -109,6 +109,5 @@ def foreign_part(kind: type) -> Any:
 
 def _overrides(name: str, value: Any, bases: Sequence[type]) -> bool:
     """Return True for a method or property, except ``__init__`` and ``__repr__``, that one of the classes also has."""
-
     code = callable(value) or isinstance(value, (property, staticmethod, classmethod))
     return code and name not in ("__init__", "__repr__") and any(name in vars(base) for base in bases)

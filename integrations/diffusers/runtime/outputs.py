@@ -46,7 +46,6 @@ def with_prediction(output: Any, prediction: Any, batch: Batch | None = None) ->
     if isinstance(output, (tuple, list)):
         values = (prediction, *map(own, output[1:]))
         make: Any = getattr(type(output), "_make", type(output))  # for a named tuple
-
         return make(values)
     changed, name = copy.copy(output), _first(output)
     for key, value in output.items():

@@ -106,7 +106,6 @@ def samples_on(module: nn.Module, sizes: frozenset[int]) -> str | None:
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Yield all tensors in a value and in its lists, tuples and dictionaries."""
-
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):

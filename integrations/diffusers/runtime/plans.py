@@ -95,7 +95,6 @@ def _tensor(sigmas: tuple[float, ...]) -> torch.Tensor:
 @lru_cache(maxsize=256)
 def shaped(grid: Grid) -> torch.Tensor:
     """Return a tensor with one element in memory, whose shape holds a grid's numbers. Created like ``_tensor``."""
-
     return call_in_own_thread(
         lambda: torch.zeros((), device="cpu").expand(grid.height, grid.width, grid.start, grid.frames)
     )

@@ -231,7 +231,6 @@ def norms(x: torch.Tensor) -> torch.Tensor:
 
 def unwrap(processor: Any) -> Any:
     """Return the processor, or the one that guidance has replaced."""
-
     while isinstance(processor, GuidedProcessor):
         processor = processor.original
     return processor

@@ -83,7 +83,6 @@ class Projections:
 
     def _thirds(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """Return thirds ``first`` up to ``last`` of the output of ``to_qkv`` without computing the others."""
-
         linear = self.attn.to_qkv
         third = linear.out_features // 3
         rows = slice(first * third, last * third)

@@ -270,5 +270,4 @@ class LayerRows:
 
 def _mean(x: torch.Tensor, dim: int) -> torch.Tensor:
     """Return the mean over a dimension of tokens, which is kept. Sums are computed in at least float32."""
-
     return x.mean(dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)

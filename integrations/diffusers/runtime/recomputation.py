@@ -292,7 +292,6 @@ class _PlanKeeping:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Restore the original function in a copy of the module."""
-
         return operator.itemgetter(0), ((self.original,),)
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -145,6 +145,5 @@ _numbers = itertools.count(1)
 @functools.lru_cache(maxsize=256)
 def _function(block: type, plans: tuple[Any, ...], joins: tuple[JoinPlan | None, ...]) -> Callable[..., Any]:
     """Return a copy of :func:`_run` for one kind of block, whose graphs are counted separately."""
-
     code = _run.__code__.replace(co_name=f"guided_{block.__name__}_{next(_numbers)}")
     return FunctionType(code, _run.__globals__, code.co_name)

@@ -69,5 +69,4 @@ class Differences:
 
     def forget(self) -> None:
         """Discard all differences, because a new run begins."""
-
         self._last.clear()

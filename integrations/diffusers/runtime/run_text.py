@@ -129,7 +129,6 @@ def _listed(text: Any) -> Any:
 
 def _is_embedding(item: Any) -> bool:
     """Return True for a tensor ``[samples, tokens, channels]`` or a list with one tensor per sample."""
-
     if isinstance(item, Sequence) and not isinstance(item, str):
         return bool(item) and all(isinstance(part, torch.Tensor) for part in item)
     return isinstance(item, torch.Tensor) and item.ndim >= 3 and item.is_floating_point()

@@ -60,7 +60,6 @@ class SAGForward:
         x = arguments.get("sample", *given)
         scheduler = self._pipe.scheduler
         check_scheduler(scheduler)  # it may have been replaced
-
         at = levels(scheduler, arguments.get("timestep", *given))
         mask = attended(mass, (grid.height, grid.width), spec.threshold, (x.shape[2], x.shape[3]))
         prediction = scheduler.config.get("prediction_type", "epsilon")

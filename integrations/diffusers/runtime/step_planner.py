@@ -194,7 +194,6 @@ class StepPlanner:
 
     def grown(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Return the denoiser's arguments with the branches that join before its first block; None for no change."""
-
         grown = self._denoiser.grown(forward, args, kwargs)
         if grown is None or forward.joined(-1) == 0:
             return grown

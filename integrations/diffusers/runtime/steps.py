@@ -215,7 +215,6 @@ def _is_one_number(timestep: torch.Tensor) -> bool:
 
 def _position_in(timesteps: Any, timestep: Any) -> int | None:
     """Return the position of a timestep that is a view of the scheduler's timesteps; None if it is not."""
-
     if not (isinstance(timesteps, torch.Tensor) and isinstance(timestep, torch.Tensor)):
         return None
     if timesteps.is_meta or timestep.is_meta or timesteps.dtype != timestep.dtype or timesteps.ndim != 1:

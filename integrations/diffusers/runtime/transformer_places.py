@@ -55,7 +55,6 @@ class BlockPlaces:
 
     def plan(self, batch: Batch, branches: Sequence[int]) -> tuple[JoinPlan, ...]:
         """Return the plan of each join for a call in which each block runs with a given number of branches."""
-
         return tuple(JoinPlan(batch, (count,)) for count in branches)
 
     def __len__(self) -> int:

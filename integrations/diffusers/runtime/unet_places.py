@@ -117,7 +117,6 @@ class Places:
 
 def _parts(block: nn.Module) -> list[tuple[str, Any]] | None:
     """Return resnets and transformers in execution order; None for an unknown block."""
-
     resnets = [(f"resnets.{i}", part) for i, part in enumerate(getattr(block, "resnets", ()))]
     attentions = [(f"attentions.{i}", part) for i, part in enumerate(getattr(block, "attentions", None) or ())]
     if type(block) in (DownBlock2D, UpBlock2D):
