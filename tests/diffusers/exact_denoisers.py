@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denoisers that know their answer: stock UNets whose one self-attention layer computes an exact posterior mean.
+"""Denoisers with known results: stock UNets whose single self-attention layer computes an exact posterior mean.
 
-``x_t = a x_0 + s n`` with ``a = 1 / sqrt(1 + sigma^2)`` and ``s = a sigma`` is what such a denoiser gets. Its text
-embedding holds the numbers of the distribution of ``x_0``, so that classifier-free guidance is between two of them.
+The input of such a denoiser is ``x_t = a x_0 + s n`` with ``a = 1 / sqrt(1 + sigma^2)`` and ``s = a sigma``. Its text
+embedding holds the parameters of the distribution of ``x_0``, so classifier-free guidance combines two distributions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Step = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _Sigma(nn.Module):
-    """In the time embedding's place: the noise level ``sigma`` of each timestep, between two of them linear."""
+    """Replaces the time embedding: the noise level ``sigma`` of each timestep, linearly interpolated."""
 
     def __init__(self, levels: torch.Tensor) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Sigma(nn.Module):
 
 
 class ExactBlock(nn.Module):
-    """The mid block, and all there is: an ``attn1`` that selects queries, keys and values from what it is given."""
+    """The mid block, which is the whole model: an ``attn1`` that selects queries, keys and values from its input."""
 
     has_cross_attention = True
 
@@ -45,7 +45,7 @@ class ExactBlock(nn.Module):
         with torch.no_grad():
             for place, linear in enumerate((self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)):
                 linear.weight.zero_()[:, place * features : (place + 1) * features] = torch.eye(features)
-            self.attn1.to_q.weight *= math.sqrt(features)  # the layer divides logits by it
+            self.attn1.to_q.weight *= math.sqrt(features)  # the layer divides logits by this
             self.attn1.to_out[0].weight.zero_()[:features] = torch.eye(features)
             self.attn1.to_out[0].bias.zero_()
 
@@ -56,7 +56,7 @@ class ExactBlock(nn.Module):
         a = (1 + sigma**2).rsqrt()
         s = a * sigma
         height, width = hidden_states.shape[2:]
-        x = hidden_states.flatten(2).transpose(1, 2)  # [batch, tokens, channels], as everything below
+        x = hidden_states.flatten(2).transpose(1, 2)  # [batch, tokens, channels], like all tensors below
         x0 = self.posterior_mean(x, a, s, encoder_hidden_states, (height, width))
         noise = (x - a * x0) / s
         prediction = {"epsilon": noise, "v_prediction": a * noise - s * x0, "sample": x0}[self.prediction]
@@ -65,24 +65,25 @@ class ExactBlock(nn.Module):
     def posterior_mean(
         self, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor, text: torch.Tensor, size: tuple[int, int]
     ) -> torch.Tensor:
-        """``E[x_0 | x_t]``, ``[batch, tokens, channels]``."""
+        """Return ``E[x_0 | x_t]``, ``[batch, tokens, channels]``."""
         raise NotImplementedError
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, size: tuple[int, int]
     ) -> torch.Tensor:
-        """``softmax(query key^T) value``: through the layer."""
+        """Return ``softmax(query key^T) value``, computed by the layer."""
         padded = [nn.functional.pad(part, (0, self.features - part.shape[2])) for part in (query, key, value)]
         image = torch.cat(padded, dim=2).transpose(1, 2).unflatten(2, size)
         return self.attn1(image).flatten(2).transpose(1, 2)[:, :, : self.channels]
 
 
 class MixtureBlock(ExactBlock):
-    """Every pixel is drawn by itself from one mixture, which has as many Gaussians as the grid has tokens.
+    """Pixels are drawn independently from one mixture, which has as many Gaussians as the grid has tokens.
 
     Gaussian ``k`` is ``N(means[k] + shift, v)`` with weight ``weights[k]``; the text is ``[*shift, v]``. With
-    ``V = a^2 v + s^2`` the posterior of the component is a softmax of ``a x.m / V - a^2 |m|^2 / 2V + log w``, so
-    tokens are keys for the means, and queries are pixels, affinely: blurred queries are those of the blurred image.
+    ``V = a^2 v + s^2`` the posterior of the component is a softmax of ``a x.m / V - a^2 |m|^2 / 2V + log w``. Tokens
+    are therefore keys for the means, and queries are affine in the pixels, so blurred queries are those of the blurred
+    image.
     """
 
     def __init__(self, means: torch.Tensor, weights: torch.Tensor, prediction: str) -> None:
@@ -102,12 +103,12 @@ class MixtureBlock(ExactBlock):
 
 
 class GaussianBlock(ExactBlock):
-    """All pixels are jointly Gaussian: covariance ``rest`` but for the two halves' means, which have ``half``.
+    """All pixels are jointly Gaussian: covariance ``rest``, except for the means of the halves, which have ``half``.
 
-    Columns of the left half have mean ``m``, those of the right half ``-m``; the text is ``[m, rest, half]``. The
-    layer takes the mean of a token's own half, since logits across halves are out of reach. Under infinite sigma all
-    logits are alike and it takes the mean of the image: that is the exact denoiser of another Gaussian, in which the
-    contrast between halves has variance ``rest`` too.
+    Columns of the left half have mean ``m``, those of the right half ``-m``; the text is ``[m, rest, half]``. The layer
+    computes the mean of a token's half, because logits across halves are very small. With infinite sigma all logits are
+    equal and it computes the mean of the image. This is the exact denoiser of another Gaussian, in which the contrast
+    between halves also has variance ``rest``.
     """
 
     def __init__(self, channels: int, prediction: str) -> None:
@@ -126,12 +127,12 @@ class GaussianBlock(ExactBlock):
 
 
 def contrast(height: int, width: int) -> torch.Tensor:
-    """1 for tokens of the left half, -1 for those of the right one, ``[tokens]``."""
+    """Return 1 for tokens of the left half and -1 for tokens of the right half, ``[tokens]``."""
     return torch.where(torch.arange(width) < width // 2, 1.0, -1.0).double().repeat(height)
 
 
 def exact_pipeline(block: ExactBlock, scheduler: Any, text_size: int) -> StableDiffusionPipeline:
-    """A stock pipeline in float64 whose denoiser is a stock UNet around this block."""
+    """Return a stock pipeline in float64 whose denoiser is a stock UNet with this block."""
     unet = UNet2DConditionModel(
         in_channels=block.channels,
         out_channels=block.channels,
@@ -162,7 +163,7 @@ def draw(
     cfg: float = 1.0,
     **arguments: Any,
 ) -> torch.Tensor:
-    """Samples for these texts, ``[batch, channels, height, width]``."""
+    """Return samples for these texts, ``[batch, channels, height, width]``."""
     texts = [
         None if text is None else torch.tensor(text, dtype=torch.float64).expand(len(latents), 1, -1)
         for text in (conditional, unconditional)
@@ -180,7 +181,7 @@ def draw(
 
 
 def record_steps(scheduler: Any) -> list[Step]:
-    """From now on, what each step of the scheduler got and made: prediction, sample, next sample."""
+    """Record each future step of the scheduler: prediction, sample, next sample."""
     made: list[Step] = []
     step = scheduler.step
 
@@ -194,13 +195,13 @@ def record_steps(scheduler: Any) -> list[Step]:
     return made
 
 
-# Independent of all that: scores from log densities, moments from differential equations.
+# Independent of the above: scores from log densities, moments from differential equations.
 
 
 def mixture_score(
     x: torch.Tensor, a: float, s: float, means: torch.Tensor, weights: torch.Tensor, v: float
 ) -> torch.Tensor:
-    """The gradient of ``log p_t`` at pixels ``[..., channels]``, by differentiating it."""
+    """Return the gradient of ``log p_t`` at pixels ``[..., channels]``, by automatic differentiation."""
     x = x.detach().requires_grad_()
     squares = (x[..., None, :] - a * means).square().sum(-1)
     density = (weights.log() - squares / (2 * (a**2 * v + s**2))).logsumexp(-1)
@@ -211,13 +212,13 @@ def mixture_score(
 def degraded_score(
     x: torch.Tensor, blur: torch.Tensor, score: Callable[[torch.Tensor], torch.Tensor], variance: float
 ) -> torch.Tensor:
-    """The field with blurred queries: components are told from the blurred image, the pixel's own place stays.
+    """Return the field with blurred queries: components are selected by the blurred image, pixels are not blurred.
 
     Args:
         x: ``[..., tokens, channels]``.
         blur: ``[tokens, tokens]``.
-        score: of the mixture at this time.
-        variance: of its components at this time.
+        score: Score of the mixture at this time.
+        variance: Variance of its components at this time.
     """
     blurred = blur @ x
     return score(blurred) + (blurred - x) / variance
@@ -225,12 +226,12 @@ def degraded_score(
 
 @dataclass(frozen=True)
 class Line:
-    """A Gaussian on a line.
+    """A one-dimensional Gaussian.
 
     Attributes:
-        mean: of it.
-        variance: of it.
-        weight: of its score in the guided sum.
+        mean: Mean.
+        variance: Variance.
+        weight: Weight of its score in the guided sum.
     """
 
     mean: float
@@ -241,11 +242,11 @@ class Line:
 def guided_moments(
     lines: Sequence[Line], sigma: float, variance: float, random: bool, steps: int = 500
 ) -> tuple[float, float]:
-    """Mean and variance at sigma = 0 of the guided process that begins at a noise level with mean 0.
+    """Return mean and variance at sigma = 0 of the guided process that begins at a noise level with mean 0.
 
     In ``y = x_t / a`` the guided score is ``-e(y) / sigma`` with ``e = sum w_j sigma (y - m_j) / (v_j + sigma^2)``.
     The reverse SDE has ``dm = 2 e(m) dsigma`` and ``dV = (4 e' V - 2 sigma) dsigma``, the probability flow
-    ``dm = e(m) dsigma`` and ``dV = 2 e' V dsigma``; sigma falls. By the classical Runge-Kutta method.
+    ``dm = e(m) dsigma`` and ``dV = 2 e' V dsigma``; sigma decreases. Integrated by the classical Runge-Kutta method.
     """
     slope, noise = (2.0, 2.0) if random else (1.0, 0.0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modular pipelines on the small checkpoints of the other tests, their components set by hand."""
+"""Modular pipelines on the small checkpoints of the other tests, with components set manually."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffusers.utils import logging
 from segkern.integrations.diffusers.guiders.base import SpecGuider
 from tests.diffusers.transformer_cases import MODELS
 
-# Guiders say that they are experimental, components that they were made by hand, and blocks tell what is raised anyway.
+# Guiders warn that they are experimental, components that they were set manually, and blocks log what is raised anyway.
 for name in ("guiders.guider_utils", "modular_pipelines.modular_pipeline", "modular_pipelines.modular_pipeline_utils"):
     logging.get_logger(f"diffusers.{name}").setLevel(logging.CRITICAL)
 
@@ -54,7 +54,7 @@ def _built(blocks: Any, guider: Any, pipe: Any, **components: Any) -> Any:
 
 
 def modular_sdxl(pipe: Any, guider: Any) -> Any:
-    """The modular pipeline of a stock one."""
+    """Return the modular pipeline with the components of a stock pipeline."""
     blocks = SequentialPipelineBlocks.from_blocks_dict({name: kind() for name, kind in _SDXL.items()})
     return _built(blocks, guider, pipe, unet=pipe.unet, vae=pipe.vae)
 
@@ -62,11 +62,11 @@ def modular_sdxl(pipe: Any, guider: Any) -> Any:
 def run_sdxl(
     modular: Any, pipe: Any, prompt: str | list[str] = "a red fox", *, latents: torch.Tensor, **arguments: Any
 ) -> torch.Tensor:
-    """Latents of a short run, as ``small_pipelines.run`` gives them."""
+    """Return latents of a short run, like ``small_pipelines.run``."""
     given = dict(zip(("prompt_embeds", "negative_prompt_embeds"), pipe.encode_prompt(prompt)[:2], strict=True))
     pooled = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     given |= dict(zip(pooled, pipe.encode_prompt(prompt)[2:], strict=True))
-    if modular.guider.num_conditions == 1:  # nobody needs them
+    if modular.guider.num_conditions == 1:  # negative prompts are not used
         given = {name: value for name, value in given.items() if not name.startswith("negative_")}
     height, width = (size * pipe.vae_scale_factor for size in latents.shape[2:])
     given |= {"height": height, "width": width, "num_inference_steps": 3, "latents": latents, **arguments}
@@ -74,7 +74,7 @@ def run_sdxl(
 
 
 def modular_transformer(name: str, pipe: Any, guider: Any) -> Any:
-    """The modular pipeline of a stock one of ``transformer_cases``; latents come out as the model has them."""
+    """Return the modular pipeline of a stock one of ``transformer_cases``; latents have the model's layout."""
     blocks = _TRANSFORMERS[name]()
     for last in ("after_denoise", "unpack_latents"):
         blocks.sub_blocks.pop(last, None)
@@ -84,9 +84,9 @@ def modular_transformer(name: str, pipe: Any, guider: Any) -> Any:
 def run_transformer(
     name: str, modular: Any, rows: int = 6, columns: int = 4, samples: int = 1, cfg: bool = True, **more: Any
 ) -> torch.Tensor:
-    """Latents of a short run, as ``transformer_cases.run`` gives them."""
+    """Return latents of a short run, like ``transformer_cases.run``."""
     model = MODELS[name]
-    needs_both = name in ("wan", "ltx-video")  # even where they are not used
+    needs_both = name in ("wan", "ltx-video")  # even if they are not used
     given = model.call(rows, columns, samples, cfg or needs_both)
     given = {key: value for key, value in given.items() if not key.endswith("scale") and value != []}
     given |= {"height": rows * model.factor, "width": columns * model.factor, "num_inference_steps": 3}

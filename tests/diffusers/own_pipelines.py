@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipelines of users: subclasses of diffusers' whose call is reduced to its loop, with all kinds of calls in a step.
+"""Custom pipelines: subclasses of diffusers' pipelines, reduced to the loop, with many kinds of calls in a step.
 
-Each computes what the stock pipeline computes, so that one slow computation is the standard for all of them.
+Each computes the same as the stock pipeline, so one slow computation is the reference for all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FLUX = MODELS["flux"]
 
 
 class FluxCalls:
-    """What one step of a pipeline for Flux calls: the texts, and a function for the denoiser's prediction."""
+    """Inputs of one step of a Flux pipeline: the texts, and a function that computes the denoiser's prediction."""
 
     def __init__(self, pipe: Any, ids: torch.Tensor, guidance: float, texts: list[torch.Tensor]) -> None:
         self._pipe, self._ids, self._guidance = pipe, ids, guidance
@@ -46,7 +46,7 @@ Denoise = Callable[[FluxCalls], torch.Tensor]
 
 
 class OwnFlux(diffusers.FluxPipeline):
-    """Flux with another step; ``negative`` are the embeddings that lead away, under a name of its own."""
+    """Flux with a custom step. ``negative`` holds the negative embeddings, under a non-standard name."""
 
     denoise: Denoise
 
@@ -102,7 +102,7 @@ def _cast(s: FluxCalls) -> torch.Tensor:
 
 
 def _padded(s: FluxCalls) -> torch.Tensor:
-    """The texts are passed on as views of one tensor."""
+    """Pass the texts as views of one tensor."""
     texts = torch.stack([s.u, s.c])
     c = s.predict(s.x, texts[1], s.pooled_c)
     return s.combined(c, s.predict(s.x, texts[0], s.pooled_u))
@@ -173,7 +173,7 @@ STEPS: dict[str, Denoise] = {
 
 
 def own_flux(step: str) -> Any:
-    """A pipeline for Flux with one of these steps."""
+    """Return a Flux pipeline with one of these steps."""
     pipe = FLUX.build()
     pipe.__class__ = type("Mine", (OwnFlux,), {"denoise": staticmethod(STEPS[step]), "__module__": __name__})
     return pipe

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes: what reaches the parts of a denoiser, what is left on it, and what is warned."""
+"""Probes for tests: inputs of a denoiser's parts, leftover hooks, and warnings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from segkern.integrations.diffusers import GuidanceWarning
 
 
 def hooks_of(model: torch.nn.Module) -> int:
-    """How many hooks sit on a denoiser and its parts."""
+    """Return the number of hooks on a denoiser and its parts."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def batches_seen(pipe: Any, act: Callable[[], Any]) -> dict[str, set[int]]:
-    """Batch sizes with which each block of a UNet ran during ``act``."""
+    """Return the batch sizes with which each block of a UNet runs during ``act``."""
     seen: dict[str, set[int]] = {}
     handles = []
     for name, module in pipe.unet.named_modules():
@@ -43,9 +43,9 @@ def batches_seen(pipe: Any, act: Callable[[], Any]) -> dict[str, set[int]]:
 
 @contextmanager
 def shapes_seen(attn: torch.nn.Module) -> Iterator[dict[str, list[tuple[int, ...]]]]:
-    """Shapes that reach a layer's linear projections and PyTorch's attention inside, in calls.
+    """Collect the shapes of the inputs of a layer's linear projections and of PyTorch's attention.
 
-    Without hooks on the projections, which a layer cannot tell from hooks that change something.
+    It uses no hooks on the projections, because a layer cannot distinguish them from hooks that change something.
     """
     seen: dict[str, list[tuple[int, ...]]] = {"attention": [], "keys": []}
     seen |= {name: [] for name in ("to_q", "to_k", "to_v", "to_out.0")}
@@ -70,7 +70,7 @@ def shapes_seen(attn: torch.nn.Module) -> Iterator[dict[str, list[tuple[int, ...
 
 @contextmanager
 def problems_warned() -> Iterator[list[warnings.WarningMessage]]:
-    """The adapter's own warnings inside."""
+    """Collect the adapter's warnings inside this context."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=GuidanceWarning)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cases of other modules are called by people, in the tables of docs/models.md."""
+"""Names of the test cases of other modules in the tables of docs/models.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRANSFORMERS = {
 }
 VIDEO = {"wan": "Wan", "ltx-video": "LTX-Video"}
 
-# By how the names of cases begin; the longest goes first.
+# By the prefix of a case's name; the longest match is used.
 UNETS = {
     "sd1": "Stable Diffusion 1",
     "sd1-lcm": "Latent Consistency Model",
@@ -33,7 +33,7 @@ UNETS = {
     "animatediff": "AnimateDiff",
     "animatediff-xl": "AnimateDiff XL",
 }
-# By what is in the names of cases or of pipelines; the first that fits.
+# By a substring of the name of a case or pipeline; the first match is used.
 TASKS = {
     "ip-adapter": "IP-Adapter",
     "ControlNet": "ControlNet",
@@ -49,14 +49,14 @@ TASKS = {
 
 
 def of_transformer(name: str, **more: str | tuple[str, ...]) -> pytest.MarkDecorator:
-    """What a test of text to image or video proves of a case in ``transformer_cases``."""
+    """Return what a test of text to image or video proves for a case in ``transformer_cases``."""
     if name in VIDEO:
         return proves(**{"group": "Video", "model": VIDEO[name], "task": "text to video", **more})
     return proves(**{"group": "Transformers", "model": TRANSFORMERS[name], "task": "text to image", **more})
 
 
 def of_unet(name: str, pipeline: str, **more: str | tuple[str, ...]) -> pytest.MarkDecorator:
-    """What a test proves of a case in ``unet_image_cases`` or ``unet_video_cases`` with a pipeline of that class."""
+    """Return what a test proves for a case in ``unet_image_cases`` or ``unet_video_cases`` with this pipeline class."""
     model = max((prefix for prefix in UNETS if f"{name}-".startswith(f"{prefix}-")), key=len)
     task = next(TASKS[word] for word in TASKS if word in name or word in pipeline)
     group = "Video" if model.startswith("animatediff") else "UNets"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slow, independent guidance: every branch in a forward of its own, logits blurred by a matrix in float64.
+"""Slow, independent guidance: every branch is a separate denoiser call with logits blurred by a float64 matrix.
 
-Two ways, which use nothing of the adapter but names of layers. ``repeated_run`` leaves the pipeline as it is: every
-call of its denoiser is repeated with perturbed attention, and what the scheduler is given is replaced by the sum the
-method asks for. ``looped_run`` is a denoising loop of its own for Stable Diffusion 1 and XL.
+There are two implementations, which use nothing of the adapter except layer names. ``repeated_run`` leaves the pipeline
+unchanged: every denoiser call is repeated with perturbed attention, and the scheduler's input is replaced by the sum in
+the method's formula. ``looped_run`` is a separate denoising loop for Stable Diffusion 1 and XL.
 
-An entry says how attention is perturbed: a sigma, a tuple of one for each head, or None for the identity (PAG).
+An entry defines how attention is perturbed: a sigma, a tuple of one sigma per head, or None for the identity (PAG).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from segkern.integrations.diffusers import SEG, list_layers
 from tests.diffusers.transformer_cases import TransformerCase
 
 Entry = float | tuple[float, ...] | None
-Entries = Entry | list[Entry]  # one for all samples, or one for each
+Entries = Entry | list[Entry]  # one for all samples, or one per sample
 
 _SDPA = F.scaled_dot_product_attention
 _CALLS_PER_STEP = {"HeunDiscreteScheduler": 2, "KDPM2DiscreteScheduler": 2, "KDPM2AncestralDiscreteScheduler": 2}
 
 
 class Place(NamedTuple):
-    """Where an image or a video lies among the tokens."""
+    """The position of an image or a video in the tokens."""
 
     height: int
     width: int
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 @cache
 def dense_blur(height: int, width: int, sigma: float) -> torch.Tensor:
-    """The 2-D Gaussian blur with reflect padding as ``[tokens, tokens]``, by blurring every unit image."""
+    """Return the 2-D Gaussian blur with reflect padding as ``[tokens, tokens]``, by blurring every unit image."""
     tokens = height * width
     if sigma == 0:
         return torch.eye(tokens, dtype=torch.float64)
@@ -78,7 +78,7 @@ def dense_attention(
     scale: float | None = None,
     blend: float = 1.0,
 ) -> torch.Tensor:
-    """Attention over all tokens in float64, with the logits of the image's tokens perturbed; ``blend`` of it."""
+    """Return float64 attention over all tokens with the image tokens' logits perturbed, mixed in by ``blend``."""
     logits = query.double() @ key.double().transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
     of_samples = entries if isinstance(entries, list) else [entries]
     perturbed = torch.stack([_perturbed(x, of_samples[i % len(of_samples)], place) for i, x in enumerate(logits)])
@@ -89,7 +89,7 @@ def dense_attention(
 
 
 def _perturbed(logits: torch.Tensor, entry: Entry, place: Place) -> torch.Tensor:
-    """Logits of one sample, ``[heads, queries, keys]``."""
+    """Return the logits of one sample, ``[heads, queries, keys]``."""
     image, logits = place.tokens, logits.clone()
     if entry is None:
         tokens = image.stop - image.start
@@ -107,13 +107,13 @@ def _perturbed(logits: torch.Tensor, entry: Entry, place: Place) -> torch.Tensor
 def perturbed_attention(
     model: torch.nn.Module, entries: Mapping[str, Entries], place_of: Callable[[int], Place | None], blend: float = 1.0
 ) -> Iterator[None]:
-    """Inside, the first self-attention of each of these modules is dense.
+    """Make the first self-attention of each of these modules dense inside this context.
 
     Args:
-        model: a denoiser.
-        entries: by the module's name.
-        place_of: where the image lies among so many tokens; None for tokens of something else.
-        blend: of all of them.
+        model: A denoiser.
+        entries: Entries by module name.
+        place_of: Returns the image's position for a number of tokens; None for tokens of something else.
+        blend: Blend of all of them.
     """
     inside: list[str] = []
     met: set[str] = set()
@@ -141,13 +141,13 @@ def perturbed_attention(
 
 
 def self_attentions(unet: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of a UNet's modules in which an image attends to itself and which a pattern matches."""
+    """Return the names of a UNet's modules with self-attention over an image whose names match a pattern."""
     names = [name for name, _ in unet.named_modules() if name.endswith(".attn1") and ".attentions." in name]
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def unet_places(size: tuple[int, int]) -> Callable[[int], Place]:
-    """Of the latents' size: each level has half of the height and width of the one before, rounded up."""
+    """Return a function of the latents' size: each level halves height and width, rounded up."""
 
     def place_of(tokens: int) -> Place:
         height, width = size
@@ -159,12 +159,12 @@ def unet_places(size: tuple[int, int]) -> Callable[[int], Place]:
     return place_of
 
 
-# The pipeline as it is, every call of its denoiser repeated.
+# The unmodified pipeline, with every denoiser call repeated.
 
 
 @dataclass
 class Perturbed:
-    """A guidance of ``repeated_run``: its scale, how these modules' attention is perturbed."""
+    """A guidance method for ``repeated_run``: its scale, and how the attention of these modules is perturbed."""
 
     scale: float
     entries: Entries
@@ -174,7 +174,7 @@ class Perturbed:
 def unet_run(
     pipe: Any, guidances: Sequence[Perturbed], run: Callable[[], torch.Tensor], size: tuple[int, int], cfg: bool
 ) -> torch.Tensor:
-    """What ``run()`` must return under guidance, of images or frames of that size in latents."""
+    """Return the expected result of ``run()`` under guidance, for images or frames of this latent size."""
     return repeated_run(pipe, guidances, run, unet_places(size), cfg)
 
 
@@ -187,7 +187,7 @@ def transformer_run(
     columns: int = 4,
     cfg: bool = True,
 ) -> torch.Tensor:
-    """What ``run()`` must return under guidance, of images of so many tokens."""
+    """Return the expected result of ``run()`` under guidance, for images with this number of tokens."""
     place = Place(rows, columns, model.start, model.frames)
     return repeated_run(pipe, guidances, run, lambda tokens: place if tokens >= place.tokens.stop else None, cfg, model)
 
@@ -200,9 +200,9 @@ def repeated_run(
     cfg: bool,
     model: TransformerCase | None = None,
 ) -> torch.Tensor:
-    """What ``run()`` must return under guidance."""
+    """Return the expected result of ``run()`` under guidance."""
     name = model.name if model is not None else ""
-    calls: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # predictions and perturbed ones since the last step
+    calls: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # predictions, perturbed ones since the last step
 
     def repeating(denoiser: torch.nn.Module) -> Any:
         forward = type(denoiser).forward
@@ -223,7 +223,7 @@ def repeated_run(
 
     def corrected(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         prediction, perturbed = calls[0]  # the call for the prompt comes first
-        if len(calls) == 1 and cfg:  # both halves in one
+        if len(calls) == 1 and cfg:  # one batch with both halves
             middle = len(prediction) // 2
             half = slice(0, middle) if name == "ZImagePipeline" else slice(middle, None)
             prediction, perturbed = prediction[half], [other[half] for other in perturbed]
@@ -237,7 +237,7 @@ def repeated_run(
         else:
             if name in ("PixArtSigmaPipeline", "PixArtAlphaPipeline", "HunyuanDiTPipeline"):
                 shift = shift.chunk(2, dim=1)[0]
-            model_output = model_output + shift[:, : model_output.shape[1]]  # without the tokens of other pictures
+            model_output = model_output + shift[:, : model_output.shape[1]]  # without the tokens of other images
         calls.clear()
         return step(pipe.scheduler, model_output, *args, **kwargs)
 
@@ -252,7 +252,7 @@ def repeated_run(
 
 
 def _copied(value: Any) -> Any:
-    """Containers of a call's arguments, since models take them apart."""
+    """Copy the containers in a call's arguments, because models modify them."""
     if isinstance(value, dict):
         return {name: _copied(item) for name, item in value.items()}
     return type(value)(_copied(item) for item in value) if type(value) in (list, tuple) else value
@@ -262,18 +262,18 @@ def _tensor(output: Any) -> torch.Tensor:
     return torch.stack(output) if isinstance(output, list) else output
 
 
-# A loop of its own.
+# A separate denoising loop.
 
 
 @dataclass
 class Branch:
-    """A guidance of ``looped_run``.
+    """A guidance method for ``looped_run``.
 
     Attributes:
-        entries: how attention is perturbed, by names of layers as ``list_layers`` has them.
-        scale: of the difference, by step; no branch where it is 0.
-        blend: of the perturbed attention.
-        computes: whether the branch is computed in a step; else the last difference is taken.
+        entries: How attention is perturbed, by layer names as in ``list_layers``.
+        scale: Scale of the difference, by step. There is no branch in steps with a scale of 0.
+        blend: Blend of the perturbed attention.
+        computes: Whether the branch is computed in a step. Otherwise the last difference is reused.
     """
 
     entries: Mapping[str, Entries]
@@ -283,7 +283,7 @@ class Branch:
 
 
 def branch_of(pipe: Any, spec: SEG, steps: int) -> Branch:
-    """A spec with one sigma, and layers named by parts or one by one."""
+    """Return the branch for a spec with one sigma and layers named by parts or individually."""
     names = spec.layer_names or ("mid",)
     layers = [layer.name for layer in list_layers(pipe) if layer.part in names or layer.name in names]
     first = math.ceil(spec.start * steps)
@@ -308,7 +308,7 @@ def looped_run(
     seed: int = 0,
     eta: float = 0.0,
 ) -> torch.Tensor:
-    """What ``small_pipelines.run`` must return under these guidances; ``seed`` is of the noise that a sampler draws."""
+    """Return the expected result of ``small_pipelines.run``; ``seed`` is the seed of a sampler's noise."""
     cfg = guidance_scale > 1.0
     conditional, unconditional = conditions(pipe, prompt, latents, num_images_per_prompt, cfg)
     modules = {layer.name: layer.module for layer in list_layers(pipe)}
@@ -348,7 +348,7 @@ def looped_run(
 def conditions(
     pipe: Any, prompt: str | list[str], latents: torch.Tensor, images: int, cfg: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The denoiser's arguments for the prompts and for no prompt."""
+    """Return the denoiser's arguments for the prompts and for no prompt."""
     if not hasattr(pipe, "text_encoder_2"):
         texts = pipe.encode_prompt(prompt, pipe.device, images, cfg)
         conditional, unconditional = ({"encoder_hidden_states": text} for text in texts)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small pipelines of Stable Diffusion XL and 1, short runs of them, and the golden cases."""
+"""Small pipelines of Stable Diffusion XL and 1, short runs, and the golden cases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _components() -> dict[str, Any]:
 
 
 def tiny_pipeline(kind: type = StableDiffusionXLPipeline, own_unet: bool = False, **components: Any) -> Any:
-    """A pipeline on the tiny checkpoint; ``own_unet`` when the test changes more than guidance does."""
+    """Return a pipeline on the tiny checkpoint. Use ``own_unet`` if the test changes more than guidance does."""
     parts = {**_components(), **components}
     parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
     if own_unet and "unet" not in components:
@@ -40,7 +40,7 @@ def tiny_pipeline(kind: type = StableDiffusionXLPipeline, own_unet: bool = False
 
 
 def tiny_pipeline_of_embeddings() -> tuple[Any, dict[str, torch.Tensor]]:
-    """A pipeline without text encoders, with a denoiser of its own, and the embeddings of a prompt for its call."""
+    """Return a pipeline without text encoders and with its own denoiser, and prompt embeddings for its call."""
     texts = tiny_pipeline().encode_prompt("a red fox")
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     pipe = tiny_pipeline(own_unet=True, text_encoder=None, text_encoder_2=None)
@@ -48,7 +48,7 @@ def tiny_pipeline_of_embeddings() -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def smaller_pipeline() -> Any:
-    """A pipeline whose denoiser has few layers, because tracing takes seconds."""
+    """Return a pipeline whose denoiser has few layers, because tracing takes seconds."""
     torch.manual_seed(0)
     config = {
         **tiny_pipeline().unet.config,
@@ -64,7 +64,7 @@ def smaller_pipeline() -> Any:
 
 @lru_cache(maxsize=1)
 def _sd_unet() -> UNet2DConditionModel:
-    """In Stable Diffusion 1's layout with random weights, the same ones each time; attention is far from uniform."""
+    """Return a UNet in Stable Diffusion 1's layout with fixed random weights and far from uniform attention."""
     text = tiny_pipeline().text_encoder.config.hidden_size
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -75,7 +75,7 @@ def _sd_unet() -> UNet2DConditionModel:
             norm_num_groups=8,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=4,  # diffusers' name for the number of heads
+            attention_head_dim=4,  # diffusers uses this name for the number of heads
             cross_attention_dim=text,
         )
         for name, parameter in unet.named_parameters():
@@ -85,7 +85,7 @@ def _sd_unet() -> UNet2DConditionModel:
 
 
 def tiny_sd(kind: type = StableDiffusionPipeline, *, prediction_type: str = "epsilon", **options: Any) -> Any:
-    """A pipeline of Stable Diffusion 1's kind, with DDIM."""
+    """Return a pipeline like Stable Diffusion 1 with DDIM."""
     parts = tiny_pipeline().components
     scheduler = options.pop("scheduler", None) or DDIMScheduler(
         beta_start=0.00085,
@@ -112,7 +112,7 @@ def tiny_sd(kind: type = StableDiffusionPipeline, *, prediction_type: str = "eps
 
 
 def run(pipe: Any, prompt: str | list[str] = "a red fox", *, latents: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    """Latents of a short run. Height and width follow from the initial latents."""
+    """Return latents of a short run. Height and width follow from the initial latents."""
     factor = pipe.vae_scale_factor
     defaults = {
         "height": latents.shape[2] * factor,
@@ -125,17 +125,17 @@ def run(pipe: Any, prompt: str | list[str] = "a red fox", *, latents: torch.Tens
 
 
 def noise(batch: int = 1, height: int = 16, width: int = 16, seed: int = 0) -> torch.Tensor:
-    """Initial latents ``[batch, 4, height, width]``."""
+    """Return initial latents ``[batch, 4, height, width]``."""
     return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative L2 distance."""
+    """Return the relative L2 distance."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def golden_cases() -> list[dict[str, Any]]:
-    """Arguments of the golden pipeline runs, with their ``latents``, ``output`` and ``unguided`` tensors."""
+    """Return the arguments of the golden pipeline runs, with ``latents``, ``output`` and ``unguided`` tensors."""
     with safe_open(GOLDEN / "official_pipeline.safetensors", "pt") as file:
         cases = json.loads(file.metadata()["cases"])
         for index, case in enumerate(cases):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small pipelines to put faults to, and a picture of all that a guidance might leave behind on one."""
+"""Small pipelines for fault injection, and a snapshot of everything that guidance might leave behind on them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tests.diffusers import transformer_cases, unet_cases
 from tests.diffusers.transformer_cases import MODELS
 from tests.diffusers.unet_image_cases import IMAGES
 
-STEPS = 4  # of a run
+STEPS = 4  # steps of a run
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline that faults are put to.
+    """A pipeline for fault injection.
 
     Attributes:
-        name: of it.
-        make: makes one, with a denoiser of its own.
-        run: latents of a short run under classifier-free guidance.
-        part: name of its denoiser.
-        layers: some to guide.
-        inside: a module of the denoiser that runs after those.
+        name: Name for test ids.
+        make: Creates a pipeline with its own denoiser.
+        run: Returns latents of a short run with classifier-free guidance.
+        part: Name of the denoiser component.
+        layers: Layers to guide.
+        inside: A module of the denoiser that runs after these layers.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Subject:
     inside: str
 
     def build(self) -> Any:
-        """A new pipeline, with a denoiser and a scheduler of its own."""
+        """Return a new pipeline with its own denoiser and scheduler."""
         kept = _kept(self)
         parts = {**kept.components, self.part: copy.deepcopy(self.denoiser(kept))}
         parts["scheduler"] = type(kept.scheduler).from_config(kept.scheduler.config)
@@ -53,7 +53,7 @@ class Subject:
         return pipe
 
     def beside(self, pipe: Any) -> Any:
-        """Another pipeline with the same denoiser and a scheduler of its own."""
+        """Return another pipeline with the same denoiser and its own scheduler."""
         other = self.build()
         setattr(other, self.part, self.denoiser(pipe))
         return other
@@ -65,7 +65,7 @@ class Subject:
         return SEG(**{"scale": 3.0, "sigma": 1.5, "layers": self.layers, **values})
 
     def guided(self, pipe: Any, *specs: Any) -> torch.Tensor:
-        """Latents of one run under a guidance that comes and goes with it."""
+        """Return latents of one run under guidance that is removed afterwards."""
         with guide(pipe, *(specs or (self.seg(),))):
             return self.run(pipe)
 
@@ -94,7 +94,7 @@ def _transformer(name: str, inside: str) -> Subject:
     return Subject(name, model.build, run, "transformer", layers, inside)
 
 
-# Two UNets; a transformer whose batch has both halves, and two that are called once for each.
+# Two UNets, a transformer whose batch has both halves, and two that are called once for each half.
 ALL = (
     _unet("sdxl", "up_blocks.1"),
     _unet("sd1", "up_blocks.1"),
@@ -106,7 +106,7 @@ SDXL, SD1, SD3, FLUX, QWEN = ALL
 
 
 def every(*quick: Subject) -> list[Any]:
-    """All of them as parameters, those that are not named left to `make robustness`."""
+    """Return all subjects as parameters; those not named run only in ``make robustness``."""
     return [
         pytest.param(subject, marks=[pytest.mark.robustness] * (subject not in quick), id=subject.name)
         for subject in ALL
@@ -114,7 +114,7 @@ def every(*quick: Subject) -> list[Any]:
 
 
 def kinds(subject: Subject) -> dict[str, tuple[Any, ...]]:
-    """Every kind of guidance that it takes beside its own classifier-free guidance, and ways to save."""
+    """Return every kind of guidance that a subject supports besides its own classifier-free guidance, with options."""
     specs: dict[str, tuple[Any, ...]] = {
         "SEG": (subject.seg(),),
         "SEG, infinite": (subject.seg(sigma=float("inf")),),
@@ -131,7 +131,7 @@ def kinds(subject: Subject) -> dict[str, tuple[Any, ...]]:
 
 
 class Picture:
-    """Every attribute of every module of a pipeline, by identity, and what is in those that are containers."""
+    """A snapshot of the attributes of a pipeline's modules: identities, and contents of containers."""
 
     def __init__(self, pipe: Any) -> None:
         self.names = set(vars(pipe))
@@ -143,7 +143,7 @@ class Picture:
         }
 
     def assert_same(self, pipe: Any) -> None:
-        """That nothing came, went or was replaced."""
+        """Assert that no attribute was added, removed or replaced."""
         assert set(vars(pipe)) == self.names
         now = dict(_modules(pipe))
         assert now.keys() == self.modules.keys()
@@ -171,7 +171,7 @@ def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
     attributes = {}
     for name, value in vars(module).items():
         simple = isinstance(value, (bool, int, float, str, tuple))
-        told = name == "_internal_dict"  # its configuration, to which saving adds its name
+        told = name == "_internal_dict"  # the configuration, to which saving adds the name
         inside = list(value.items()) if isinstance(value, Mapping) and not told else None
         attributes[name] = (None, [(name, value)]) if simple else (None if told else value, inside)
     return attributes
@@ -188,7 +188,7 @@ def _same(after: Any, before: Any) -> bool:
 
 @contextmanager
 def failing(module: torch.nn.Module, error: BaseException | type[BaseException], after: int = 0) -> Iterator[None]:
-    """Inside, the module raises the error, once it has run so many times."""
+    """Make the module raise the error after this number of calls."""
     calls = []
 
     def fail(*_: Any) -> None:
@@ -205,7 +205,7 @@ def failing(module: torch.nn.Module, error: BaseException | type[BaseException],
 
 @contextmanager
 def left_as_it_was(subject: Subject, *specs: Any) -> Iterator[tuple[Any, Guidance]]:
-    """A guided pipeline; after it everything is what it was, and its latents are those of one never guided."""
+    """Yield a guided pipeline, then assert that it is unchanged and its latents equal those of an unguided one."""
     pipe = subject.build()
     plain = subject.run(pipe)
     picture = Picture(pipe)
@@ -216,6 +216,6 @@ def left_as_it_was(subject: Subject, *specs: Any) -> Iterator[tuple[Any, Guidanc
 
 
 def stand_ins(subject: Subject, pipe: Any) -> int:
-    """How many layers have a processor of a guidance."""
+    """Return how many layers have a processor of segkern."""
     modules = subject.denoiser(pipe).modules()
     return sum(isinstance(getattr(module, "processor", None), GuidedProcessor) for module in modules)

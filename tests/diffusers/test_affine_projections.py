@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mean query is the projection of the mean token where the projection is affine, else the mean of the queries."""
+"""The mean query is the projection of the mean token if the projection is affine, otherwise the mean of the queries."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ MID = ["mid_block.*"]
 
 
 class BentLinear(nn.Linear):
-    """An adapter with a non-linearity beside the layer's own product."""
+    """An adapter with a non-linearity in addition to the layer's product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + 2.0 * F.gelu(super().forward(x))
 
 
 class QuantisedLinear(nn.Linear):
-    """Activations in 16 steps of each token's own maximum."""
+    """Quantises activations to 16 steps of each token's maximum."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         step = x.abs().amax(dim=-1, keepdim=True) / 7.0
@@ -45,7 +45,7 @@ class QuantisedLinear(nn.Linear):
 
 
 class Around(nn.Module):
-    """A module that holds the layer's own, as PEFT's adapters do."""
+    """A module that contains the original layer, like PEFT's adapters."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Around(nn.Module):
 
 
 class AddPositions(accelerate.hooks.ModelHook):
-    """A hook of one's own in accelerate's way."""
+    """A custom accelerate hook."""
 
     def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
         return with_positions(output)
 
 
 def with_positions(x: torch.Tensor) -> torch.Tensor:
-    """Something else added to each token."""
+    """Add a different value to each token."""
     tokens, channels = x.shape[-2:]
     return x + torch.sin(torch.arange(tokens * channels, dtype=x.dtype)).view(tokens, channels)
 
@@ -125,7 +125,7 @@ PLACES = ["to_q", "to_out.0"]
 @pytest.mark.parametrize("place", ["to_q", pytest.param("to_out.0", marks=pytest.mark.robustness)])
 @pytest.mark.parametrize("kind", CHANGES)
 def test_guidance_with_projections_that_are_not_affine(kind: str, place: str) -> None:
-    """A batch of images and one, with and without classifier-free guidance, in one forward and shared."""
+    """Covers one image and a batch, with and without classifier-free guidance, in one denoiser call and shared."""
     pipe = tiny_pipeline(own_unet=True)
     names = self_attentions(pipe.unet, MID)
     for name in names:
@@ -141,7 +141,7 @@ def test_guidance_with_projections_that_are_not_affine(kind: str, place: str) ->
 
 
 def _strided(attn: Any, x: torch.Tensor, sigmas: list[float], grid: Grid) -> torch.Tensor:
-    """The layer in float64, its queries at every second point."""
+    """Compute the layer in float64 with queries at every second point."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         strided = [
@@ -230,11 +230,11 @@ def test_what_is_known_to_be_affine() -> None:
 
 
 class _Subclass(torch.Tensor):
-    """A tensor of another class, as quantised weights are."""
+    """A tensor subclass, like quantised weights."""
 
 
 def test_a_lora_costs_one_row_at_infinity() -> None:
-    """To the digit: its two products of one token, where a finite sigma has them of every token."""
+    """Its two products process one token, exactly; with a finite sigma they process every token."""
     pipe = tiny_pipeline(own_unet=True)
 
     def saved() -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of a denoiser that look alike are told apart by texts and statements, or refused."""
+"""Denoiser calls that look the same are distinguished by texts and settings, or refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEP = torch.tensor(500.0)
 
 
 class Pipeline:
-    """A pipeline of a user's own."""
+    """A custom pipeline."""
 
     do_classifier_free_guidance_now: bool | None = None
 
@@ -32,10 +32,10 @@ class Pipeline:
         return self.do_classifier_free_guidance_now
 
     def __call__(self) -> None:
-        """Run nothing."""
+        """Do nothing."""
 
     def encode_prompt(self, prompt: str, negative_prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return NEGATIVE, PROMPT  # in an order of its own
+        return NEGATIVE, PROMPT  # in a non-standard order
 
 
 def layout(pipe: Any, is_stock: bool = False, **arguments: Any) -> BatchLayout:
@@ -54,7 +54,7 @@ def test_a_third_call_is_refused() -> None:
 def test_prompts_that_may_hold_the_negative_prompt_too(is_stock: bool) -> None:
     both, twice = torch.cat([NEGATIVE, PROMPT]), torch.cat([LATENTS] * 2)
     calls = layout(Pipeline(), is_stock, prompt_embeds=both)
-    if is_stock:  # two images that begin with the same noise
+    if is_stock:  # two images with the same initial noise
         assert calls.of_call(twice, both, STEP).kind is CallKind.PROMPT
     else:
         with pytest.raises(ValueError, match="whether they are two equal images"):

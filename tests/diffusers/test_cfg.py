@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifier-free guidance as a spec is what the pipeline does by itself."""
+"""The ``CFG`` spec equals the pipeline's own classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROVED = [
 @pytest.mark.parametrize("negative", ["", "a blurry photograph"], ids=["no negative prompt", "negative prompt"])
 @pytest.mark.parametrize("model", PROVED)
 def test_it_is_the_pipelines_own(model: str, negative: str, others: tuple[Any, ...]) -> None:
-    """Latents of the pipeline's own classifier-free guidance."""
+    """Compares with latents of the pipeline's own classifier-free guidance."""
     pipe = MODELS[model]()
     arguments = {"latents": noise(2, 8, 12), "num_images_per_prompt": 2}
     with guide(pipe, *others, CFG(scale=4.0, negative_prompt=negative)) as guidance:
@@ -86,7 +86,7 @@ def test_without_a_text_encoder_embeddings_are_asked_for() -> None:
 
 
 def test_a_part_of_the_run() -> None:
-    """Guided in the first half alone: the second half is the plain run's from the latents that the first half left."""
+    """Guides only the first half. The second half equals an unguided run from the latents of the first half."""
     pipe = tiny_sd()
     middle: list[torch.Tensor] = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processors that are changed while a pipeline is guided: followed between steps, refused within one."""
+"""Processors that change while a pipeline is guided: supported between steps, refused within a step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENTRIES = {"blur": 1.5, "mean": float("inf"), "identity": None}
 
 
 def _xformers(pipe: Any) -> None:
-    """Of the guided layers alone, which do not run it; it is not installed everywhere."""
+    """Set xFormers only on the guided layers, which do not run it, because it is not installed everywhere."""
     for layer in list_layers(pipe):
         if layer.part == "mid":
             pipe.unet.get_submodule(layer.module).set_processor(XFormersAttnProcessor())
@@ -54,7 +54,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 def in_step(number: int, change: Callable[[Any], Any]) -> Callable[..., dict[str, Any]]:
-    """A pipeline's callback that changes it after a step."""
+    """Return a pipeline callback that changes the pipeline after a step."""
 
     def callback(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == number:
@@ -85,7 +85,7 @@ def test_a_unets_processors_change_between_steps(name: str, kind: str) -> None:
 def test_a_transformers_processors_change_between_steps(name: str) -> None:
     model = MODELS[name]
     changes: dict[str, Callable[[Any], Any]] = {
-        "slicing": lambda pipe: pipe.enable_attention_slicing("max"),  # which transformers take no notice of
+        "slicing": lambda pipe: pipe.enable_attention_slicing("max"),  # no effect on transformers
         "fused": lambda pipe: pipe.transformer.fuse_qkv_projections(),
         "unfused": lambda pipe: pipe.transformer.unfuse_qkv_projections(),
         "default": lambda pipe: getattr(pipe.transformer, "set_default_attn_processor", lambda: None)(),
@@ -109,7 +109,7 @@ def test_a_transformers_processors_change_between_steps(name: str) -> None:
 @pytest.mark.parametrize("where", ["", "mid_block"])
 @pytest.mark.parametrize("spec", [SEG(), PAG(), SAG()], ids=["SEG", "PAG", "SAG"])
 def test_processors_that_a_hook_changes_before_the_layers_transformer(spec: Any, where: str) -> None:
-    """By a hook of somebody's that runs after the guidance's."""
+    """The change is made by a user's hook that runs after the guidance hook."""
     pipe = tiny_pipeline(own_unet=True)
     with guide(pipe, spec):
         expected = run_unet(pipe, latents=noise(1, *SIZE))

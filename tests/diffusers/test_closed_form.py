@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance where the answer is known: the reverse SDE ``dx = [f - g^2 (gamma s - (gamma - 1) s~)] dt + g dw``.
+"""Guidance with a known result: the reverse SDE ``dx = [f - g^2 (gamma s - (gamma - 1) s~)] dt + g dw``.
 
-The stock pipeline, its schedulers, ``guide``'s hooks and its sum all run; only the denoiser is a closed form.
+The stock pipeline, its schedulers, ``guide``'s hooks and the guided sum are real; only the denoiser is a closed form.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from tests.diffusers.slow_guidance import dense_blur
 from tests.diffusers.small_pipelines import relative
 
 SIZE = (3, 5)
-MIXED = ([0.3, -0.2, 0.05], [-0.1, 0.0, 0.3])  # shifts and variance of the conditional and unconditional mixture
-JOINT = ([1.0, 1.0, 4.0], [-0.5, 2.0, 6.0])  # contrast's mean, variances of the rest and of halves
+MIXED = ([0.3, -0.2, 0.05], [-0.1, 0.0, 0.3])  # shifts and variance of the conditional and the unconditional mixture
+JOINT = ([1.0, 1.0, 4.0], [-0.5, 2.0, 6.0])  # mean of the contrast, variances of the rest and of the halves
 
 
 def scheduler(name: str, prediction: str = "epsilon", **options: Any) -> Any:
-    """With Stable Diffusion's noise levels, from the noisiest on."""
+    """Return a scheduler with Stable Diffusion's noise levels, starting at the noisiest."""
     known = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     kind = getattr(diffusers, name)
     return kind(**known, timestep_spacing="trailing", prediction_type=prediction, **options)
@@ -52,13 +52,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def some_mixture() -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and weights of as many components as the grid has tokens."""
+    """Return means and weights of as many components as the grid has tokens."""
     tokens = SIZE[0] * SIZE[1]
     return normal(tokens, 2, seed=1), normal(tokens, seed=2).softmax(0)
 
 
 def guided_score(x: torch.Tensor, sigma: float, spec: SEG, cfg: float) -> torch.Tensor:
-    """``gamma s - (gamma - 1) s~``, with classifier-free guidance around it, at ``[batch, tokens, channels]``."""
+    """Return ``gamma s - (gamma - 1) s~`` with classifier-free guidance, at ``[batch, tokens, channels]``."""
     means, weights = some_mixture()
     a = 1 / math.sqrt(1 + sigma**2)
     s, gamma = a * sigma, spec.scale + 1
@@ -79,7 +79,7 @@ def tokens_of(image: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("cfg", [1.0, 3.0], ids=["no cfg", "cfg"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_prediction_is_that_of_the_guided_score(prediction: str, cfg: float, blur: float, gamma: float) -> None:
-    """At every step of an SDE sampler, to float64's rounding."""
+    """Compares every step of an SDE sampler, up to float64 rounding."""
     spec = SEG(gamma - 1, blur)
     pipe = exact_pipeline(MixtureBlock(*some_mixture(), prediction), ddim(prediction), 3)
     made = record_steps(pipe.scheduler)
@@ -95,13 +95,13 @@ def test_the_prediction_is_that_of_the_guided_score(prediction: str, cfg: float,
         expected = {"epsilon": -s * score, "v_prediction": -a * s * score - s * x0, "sample": x0}[prediction]
         assert relative(tokens_of(predicted), expected) < 1e-12
         plain = guided_score(x, sigma, SEG(0.0, blur), cfg)
-        assert relative(score, plain) > (1e-3 if sigma < 5 else 0), "the case would not notice guidance"
+        assert relative(score, plain) > (1e-3 if sigma < 5 else 0), "the case does not detect guidance"
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.5, 4.0])
 @pytest.mark.parametrize("cfg", [1.0, 3.0], ids=["no cfg", "cfg"])
 def test_a_step_drifts_by_the_guided_score_and_diffuses_by_noise(cfg: float, gamma: float) -> None:
-    """In ``y = x / a`` there is no f, ``g^2 dt = d(sigma^2)``, and an ancestral step is Euler-Maruyama's in that."""
+    """In ``y = x / a`` there is no f, ``g^2 dt = d(sigma^2)``, and an ancestral step is an Euler-Maruyama step."""
     spec = SEG(gamma - 1, math.inf)
     pipe = exact_pipeline(
         MixtureBlock(*some_mixture(), "v_prediction"), scheduler("EulerAncestralDiscreteScheduler", "v_prediction"), 3
@@ -137,7 +137,7 @@ SCALE = 1.0
 
 
 def lines(mode: str, scale: float, cfg: float) -> list[Line]:
-    """The Gaussians of a mode, each with the weight of its score in the guided one."""
+    """Return the Gaussians of a mode, with the weight of each score in the guided score."""
     (mean, rest, half), (other_mean, other_rest, other_half) = JOINT
     length = 2.0 if mode == "contrast" else 0.0
     of_half = mode != "within"
@@ -150,20 +150,20 @@ def lines(mode: str, scale: float, cfg: float) -> list[Line]:
 
 def expected_moments(pipe: Any, mode: str, cfg: float, random: bool) -> tuple[float, float]:
     sigma = pipe.unet.time_embedding.levels[-1].item()
-    # What is scaled to the noise level begins as noise alone, other latents as x of variance 1.
+    # Latents that are scaled to the noise level begin as pure noise, others as x with variance 1.
     begin = sigma**2 if hasattr(pipe.scheduler, "sigmas") and pipe.scheduler.init_noise_sigma > 1 else sigma**2 + 1
     return guided_moments(lines(mode, SCALE, cfg), sigma, begin, random)
 
 
 def test_the_moments_themselves() -> None:
-    """The integrator, where there is a formula: with v = 4, v~ = 1, gamma = 2 and from far away."""
+    """Checks the integrator with a known formula: v = 4, v~ = 1, gamma = 2, starting far away."""
     (mean, variance), far = guided_moments(lines("contrast", 1.0, 1.0), 1e4, 1e8, random=False), 1e-3
     assert variance == pytest.approx(4**2 / 1, rel=far)  # v^gamma / v~^(gamma - 1)
     assert mean == pytest.approx(2.0, rel=far)  # twice the pixels' mean: the contrast has length 2
-    # Of the SDE: v^4 / v~^2 times the integral of (v~ + u)^2 / (v + u)^4 over u = sigma^2, here 7 / 64 of it.
+    # For the SDE: v^4 / v~^2 times the integral of (v~ + u)^2 / (v + u)^4 over u = sigma^2, here 7 / 64 of it.
     _, variance = guided_moments(lines("contrast", 1.0, 1.0), 1e4, 1e8, random=True)
     assert variance == pytest.approx(256 * (1 / 4 - 3 / 16 + 3 / 64), rel=far)
-    for mode in ("whole", "within"):  # where the degraded score is the score, nothing is guided
+    for mode in ("whole", "within"):  # the degraded score equals the score, so guidance has no effect
         _, variance = guided_moments(lines(mode, 1.0, 1.0), 1e4, 1e8, random=True)
         assert variance == pytest.approx(lines(mode, 1.0, 1.0)[0].variance, rel=far)
 
@@ -172,7 +172,7 @@ def test_the_moments_themselves() -> None:
 @pytest.mark.parametrize("cfg", [1.0, 1.5], ids=["no cfg", "cfg"])
 @pytest.mark.parametrize("sampler", ODES)
 def test_ode_samplers_tend_to_the_guided_probability_flow(sampler: str, cfg: float) -> None:
-    """A run is affine in its noise, so what it does to 0 and to each mode says its moments without drawing any."""
+    """A run is affine in its noise, so the results for 0 and for each mode define its moments without sampling."""
     options = {"clip_sample": False} if sampler == "ddim" else {}
     pipe = exact_pipeline(GaussianBlock(CHANNELS, "epsilon"), scheduler(ODES[sampler], **options), 3)
     latents = torch.stack([torch.zeros(4, dtype=torch.float64), *MODES.values()])[:, None, None].expand(-1, 4, 1, -1)
@@ -188,7 +188,7 @@ def test_ode_samplers_tend_to_the_guided_probability_flow(sampler: str, cfg: flo
             errors.setdefault((mode, "variance"), []).append(gain**2 / variance - 1)
     for (mode, moment), values in errors.items():
         if moment == "mean" and mode != "contrast":
-            assert max(map(abs, values)) < 1e-6  # it is 0, and stays
+            assert max(map(abs, values)) < 1e-6  # it is 0 and remains 0
             continue
         assert abs(values[1]) < 0.65 * abs(values[0]), (mode, moment, values)
         assert abs(values[2]) < 0.65 * abs(values[1]), (mode, moment, values)
@@ -198,9 +198,9 @@ def test_ode_samplers_tend_to_the_guided_probability_flow(sampler: str, cfg: flo
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("sampler", SDES)
 def test_sde_samplers_tend_to_the_guided_sde(sampler: str) -> None:
-    """Up to 4 standard errors, doubled steps leave less to go, and no more than the last doubling went.
+    """Up to 4 standard errors, doubling the steps reduces the error, and the error is at most the last change.
 
-    Steps divide 1000: with others DDIM steps to a noise level that is not its next one.
+    The number of steps divides 1000. Otherwise DDIM steps to a noise level that is not its next one.
     """
     name, options, prediction, cfg = SDES[sampler]
     pipe = exact_pipeline(GaussianBlock(CHANNELS, prediction), scheduler(name, prediction, **options), 3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compiled denoiser gives the eager one's latents under guidance and is not compiled at every step."""
+"""A compiled denoiser has the eager denoiser's latents under guidance and is not recompiled at every step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def repeated_blocks(pipe: Any, backend: Any) -> None:
 
 
 def drawn(pipe: Any, guidances: Sequence[Sequence[Any]], **arguments: Any) -> list[torch.Tensor]:
-    """Latents of a run under each of these guidances."""
+    """Return latents of a run under each of these guidance settings."""
     outputs = []
     for specs in guidances:
         with guide(pipe, *specs):
@@ -70,7 +70,7 @@ def test_a_compiled_denoiser_is_guided_and_left_alone_afterwards(
         assert guidance.report().layers[0].fired == (2 if spec.start else 3)
         compiled.append(counter.frame_count)
     assert relative(run(pipe, latents=latents), plain) < PIPELINE_TOLERANCE
-    assert 0 < compiled[0] == compiled[1] == counter.frame_count, "a second run needs no compilation"
+    assert 0 < compiled[0] == compiled[1] == counter.frame_count, "a second run was compiled again"
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_compiled_denoiser_is_guided_at_every_size() -> None:
         for size, output in zip(sizes, expected, strict=True):
             result = run(pipe, latents=noise(1, *size), num_inference_steps=1)
             assert relative(result, output) < PIPELINE_TOLERANCE
-    assert counter.frame_count < len(sizes), "sizes do not share what was compiled"
+    assert counter.frame_count < len(sizes), "sizes do not share compiled code"
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_other_sigmas_and_scales_need_no_compilation() -> None:
     for output, eager in zip(drawn(pipe, guidances, **arguments), expected, strict=True):
         assert relative(output, eager) < PIPELINE_TOLERANCE
     assert counter.frame_count == 1
-    assert relative(expected[2], expected[1]) > 1e-4, "the sigma would not be noticed"
+    assert relative(expected[2], expected[1]) > 1e-4, "a change of sigma would not be detected"
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_guidance_costs_one_compilation_besides_the_plain_one(sigma: float) -> N
     wrapped(pipe, counter)
     run(pipe, latents=latents, num_inference_steps=2)
     plain = counter.frame_count
-    for start in (0.0, 0.5):  # with plain steps in the same run
+    for start in (0.0, 0.5):  # with unguided steps in the same run
         with guide(pipe, SEG(sigma=sigma, layers="m0", start=start)):
             run(pipe, latents=latents, num_inference_steps=2)
     run(pipe, latents=latents, num_inference_steps=2)
@@ -141,7 +141,7 @@ def test_guidance_costs_one_compilation_besides_the_plain_one(sigma: float) -> N
     ("specs", "guidance_scale", "frames"),
     [
         ((PAG(layers="m0"),), 5.0, 1),
-        ((SAG(),), 5.0, 2),  # two batches: all of the pipeline's, and half of it
+        ((SAG(),), 5.0, 2),  # two batch sizes: the pipeline's batch, and half of it
         ((CFG(), PAG(layers="u0"), SEG(sigma=[(1.0, 3.0)], layers="m0", blend=0.5)), 1.0, 1),
     ],
     ids=["PAG", "SAG", "CFG, PAG and SEG"],
@@ -186,7 +186,7 @@ def test_the_code_that_inductor_writes_gives_the_same_latents() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
 def test_a_guided_step_in_a_cuda_graph(sigma: float) -> None:
-    """What ``guide`` decides before a forward it decides while the graph is captured; replays do the same again."""
+    """What ``guide`` decides before a call is decided during graph capture. Replays repeat it."""
     pipe = smaller_pipeline().to("cuda", torch.float16)
     texts = pipe.encode_prompt("a red fox", do_classifier_free_guidance=True)
     text, pooled = torch.cat([texts[1], texts[0]]), torch.cat([texts[3], texts[2]])
@@ -238,4 +238,4 @@ def test_a_compiled_transformer_needs_no_graph_for_each_size(name: str) -> None:
     made = []
     for output, eager in zip(drawn(), expected, strict=True):
         assert relative(output, eager) < PIPELINE_TOLERANCE
-    assert made[2] == made[-1], "sizes do not share what was compiled"
+    assert made[2] == made[-1], "sizes do not share compiled code"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several guidances at once, in any order, from any thread: each does what it does alone, or is refused."""
+"""Several guidance objects at the same time, in any order and thread: each acts as it would alone, or is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.diffusers.subjects import (
 )
 from tests.diffusers.transformer_cases import MODELS, run
 
-SECONDS = 60  # after which a thread that waits is taken to wait forever
+SECONDS = 60  # a thread that waits longer is considered blocked
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_denoiser_shared_between_the_calls_of_a_step(subject: Subject) -> None
 
         def between(*_: Any) -> None:
             calls.append(None)
-            if len(calls) == 4:  # for the negative prompt, in the second step
+            if len(calls) == 4:  # the call for the negative prompt in the second step
                 outputs.append(subject.run(other))
 
         handle = pipe.transformer.register_forward_pre_hook(between, prepend=True)
@@ -189,7 +189,7 @@ def test_removal_by_another_thread_waits_for_the_forward(subject: Subject) -> No
         assert within.wait(SECONDS)
         threading.Timer(0.1, asked.set).start()
         guidance.remove()
-        assert asked.is_set(), "the guidance was taken off in the midst of a forward"
+        assert asked.is_set(), "the guidance was removed during a call"
         result = drawn.result(SECONDS)
     handle.remove()
     assert torch.equal(result, expected)
@@ -270,7 +270,7 @@ def test_threads_that_share_a_denoiser(subject: Subject, kind: str) -> None:
 
 
 def test_a_removal_in_the_second_of_two_denoisers_takes_all_off() -> None:
-    """Wan 2.2: one for steps of much noise, one for the rest."""
+    """Wan 2.2 has one denoiser for steps with much noise and one for the rest."""
     model = MODELS["wan"]
     first, second = model.build(), model.build()
     pipe = type(first)(

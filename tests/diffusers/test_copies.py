@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is copied, pickled or saved of a guided pipeline is plain; what describes a guidance survives a pickle."""
+"""Copies, pickles and saved files of a guided pipeline are not guided. Specs and reports survive pickling."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def test_a_copy_keeps_nothing_of_the_guided_pipeline(way: Callable[[Any], Any]) 
     with guide(pipe, SD1.seg()), record_energy(pipe, "mid"):
         SD1.run(pipe)
         copied = way(pipe.unet)
-        assert b"segkern" not in pickle.dumps(pipe.unet), "it could not be loaded where segkern is not installed"
+        assert b"segkern" not in pickle.dumps(pipe.unet), "it could not be loaded without segkern"
     original = weakref.ref(pipe.unet)
     del pipe
     gc.collect()
     assert original() is None
-    assert hooks_of(copied) > 0  # of the standard library, which do nothing
+    assert hooks_of(copied) > 0  # of the standard library, without effect
 
 
 @pytest.mark.parametrize("subject", every(SD3))
@@ -165,7 +165,7 @@ def test_reports_processors_and_guiders_are_pickled(way: Callable[[Any], Any]) -
         expected = run_sdxl(modular, pipe, latents=noise(1, 8, 12), num_inference_steps=2)
         copied = way(guider)
         assert (type(copied), copied.spec, dict(copied.config)) == (type(guider), guider.spec, dict(guider.config))
-        assert len(pickle.dumps(guider)) < 20_000, "the denoiser goes along"
+        assert len(pickle.dumps(guider)) < 20_000, "the denoiser is included"
         modular = modular_sdxl(pipe, copied)
         assert torch.equal(run_sdxl(modular, pipe, latents=noise(1, 8, 12), num_inference_steps=2), expected)
         guider.disable()

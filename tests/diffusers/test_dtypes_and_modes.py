@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other types, modes and gradients around a guided run, and back again: the first numbers come out once more."""
+"""Other dtypes, modes and gradients around a guided run, and back again: the first results are reproduced."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_another_dtype(subject: Subject, kind: str) -> None:
 
 
 def _in(subject: Subject, pipe: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A run of a denoiser of that type, which gets its inputs in it."""
+    """Run a denoiser of this dtype with inputs of this dtype."""
     model = subject.denoiser(pipe)
 
     def cast(value: Any) -> Any:
@@ -93,7 +93,7 @@ def test_gradients_after_inference_mode(subject: Subject, reuse: int) -> None:
         handle.remove()
         args, kwargs = given
         sample = args[0].clone().requires_grad_()
-        guidance = guide(pipe.unet, *specs, cfg="batch")  # beside the pipeline's
+        guidance = guide(pipe.unet, *specs, cfg="batch")  # in addition to the pipeline's
         with torch.enable_grad(), guidance, guidance.run(pipe.scheduler.timesteps):
             output = pipe.unet(sample, *args[1:], **kwargs)[0]
             (gradient,) = torch.autograd.grad(output.square().sum(), sample)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``record_energy`` records what attention gets, and leaves no trace in pictures or pipelines."""
+"""``record_energy`` records the inputs of attention, and changes neither images nor pipelines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIGMAS = (1.0, math.inf)
 
 @contextmanager
 def attention_inputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Queries and keys of every self-attention, as PyTorch's attention gets them."""
+    """Collect the queries and keys of every self-attention, as passed to PyTorch's attention."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     real = F.scaled_dot_product_attention
 
@@ -56,7 +56,7 @@ def test_latents_are_bit_identical(guidance_scale: float) -> None:
 
 
 def change(pipe: Any, how: str) -> None:
-    """Other ways to make queries and keys."""
+    """Change how queries and keys are computed."""
     if how == "fused":
         pipe.fuse_qkv_projections()
     if how == "norms":
@@ -69,7 +69,7 @@ def change(pipe: Any, how: str) -> None:
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "no CFG"])
 @pytest.mark.parametrize("how", ["plain", "fused", "norms"])
 def test_records_are_of_what_attention_gets(how: str, guidance_scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the conditional half, on the grid that the layer has at this size."""
+    """Records belong to the conditional half, on the layer's grid at this size."""
     pipe = tiny_pipeline(own_unet=True)
     change(pipe, how)
     with attention_inputs(monkeypatch) as seen, record_energy(pipe, sigmas=SIGMAS, dtype=torch.float64) as recorder:
@@ -77,7 +77,7 @@ def test_records_are_of_what_attention_gets(how: str, guidance_scale: float, mon
     layers = list_layers(pipe, 12 * pipe.vae_scale_factor, 20 * pipe.vae_scale_factor)
     assert [record.layer for record in recorder.records] == layers * 3
     assert len({layer.grid for layer in layers}) > 1
-    seen = seen[-len(recorder.records) :]  # text encoders, before, attend to themselves too
+    seen = seen[-len(recorder.records) :]  # text encoders, which run before, also use self-attention
     for record, (query, key) in zip(recorder.records, seen, strict=True):
         grid = record.layer.grid
         assert grid is not None
@@ -97,7 +97,7 @@ def test_records_are_of_what_attention_gets(how: str, guidance_scale: float, mon
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "whole branches"])
 @pytest.mark.parametrize("inside", [True, False], ids=["guided first", "recorded first"])
 def test_beside_a_guidance_the_conditional_branch_is_recorded(share: bool, inside: bool) -> None:
-    """In the first step, where latents are still the same, as without it; and the guided latents are the same too."""
+    """In the first step, records equal those without guidance. Recording does not change the guided latents."""
     pipe, latents = tiny_pipeline(), noise(2, 12, 20)
     texts = ["a red fox", "a tree"]
     with record_energy(pipe, sigmas=SIGMAS) as alone:
@@ -264,7 +264,7 @@ def test_a_mask_is_refused_when_it_comes() -> None:
 
 @pytest.mark.parametrize("strength, first", [(1.0, 0), (0.5, 2)])
 def test_image_to_image_counts_the_steps_that_it_takes(strength: float, first: int) -> None:
-    """A run that begins in the middle has fewer steps, and its own first and last."""
+    """A run that begins in the middle has fewer steps, with its own first and last step."""
     pipe = tiny_pipeline(StableDiffusionXLImg2ImgPipeline)
     picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 5.0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidances together, and all that each of them can be asked: sigmas of many kinds, schedules, blending."""
+"""Several guidance methods together, and all their options: sigmas of all forms, schedules, blending."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_each_is_what_its_definition_says(case: str) -> None:
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "in full"])
 @pytest.mark.parametrize("guidance_scale", [GUIDANCE_SCALE, 1.0], ids=["CFG", "without CFG"])
 def test_any_set_at_once(guidance_scale: float, share: bool) -> None:
-    """Three branches in the same and in other layers, one with a sigma for each head, one that begins later."""
+    """Three branches in the same and in different layers: one with a sigma per head, one that starts later."""
     specs = (
         SEG(scale=2.0, sigma=math.inf, layers=("mid", "u0")),
         PAG(scale=1.0, layers=("d1", "mid"), schedule="linear"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guidance costs in floating-point operations, counted without data on Stable Diffusion XL's own configuration."""
+"""The cost of guidance in floating-point operations, counted without data on Stable Diffusion XL's configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pipe() -> Any:
 
 @pytest.fixture(scope="module")
 def parts(pipe: Any) -> dict[str, int]:
-    """Operations of one sample by module."""
+    """Return the operations of one sample by module."""
     with FlopCounterMode(display=False) as counter:
         sdxl.forward(pipe, SDXL, 1.0)
     name = type(pipe.unet).__name__
@@ -74,7 +74,7 @@ def test_without_sharing_a_branch_costs_a_forward(pipe: Any) -> None:
     assert guided(pipe, "mid", 1.0, share=False) / plain(pipe) == pytest.approx(1.5, abs=1e-3)
 
 
-# Module names of what a branch need not run, by the layer that it starts at.
+# Names of modules that a branch need not run, by the layer at which it starts.
 _ENTRY = ["conv_in", "time_embedding", "add_embedding"]
 _DOWN = [*_ENTRY, "down_blocks.0", "down_blocks.1", "down_blocks.2"]
 BEFORE = {
@@ -100,11 +100,11 @@ BEFORE = {
 def test_a_branch_costs_what_comes_after_its_first_layers_inputs(
     layer: str, cfg: bool, pipe: Any, parts: dict[str, int]
 ) -> None:
-    """The bound, branch by branch: everything from the first perturbed attention on, with a finite blur."""
+    """Checks the bound for each branch: everything from the first perturbed attention on, with a finite blur."""
     (first,) = [info for info in list_layers(pipe) if info.name == layer]
     projections = sum(parts[f"{first.module}.{name}"] for name in ("to_q", "to_k", "to_v"))
     bound = parts[""] - sum(parts[name] for name in BEFORE[layer]) - projections
-    # The time embedding is the pipeline's, but every resnet projects it, and no sooner than it runs.
+    # The time embedding is the pipeline's, but every resnet projects it when it runs.
     extra = guided(pipe, layer, 3.0, cfg) - plain(pipe, cfg)
     (located,) = [info for info in list_layers(pipe, 1024, 1024) if info.name == layer]
     assert located.grid is not None
@@ -125,7 +125,7 @@ def test_at_infinity_layers_project_one_query_row(pipe: Any, parts: dict[str, in
         saved += 2 * rows * channels * channels * 2 + 4 * rows * tokens * channels
         saved += 2 * channels * tokens * (layer.grid.height + layer.grid.width)
     first = layers[0]
-    saved -= parts[f"{first.module}.to_q"]  # shared at a finite sigma, one row of its own at infinity
+    saved -= parts[f"{first.module}.to_q"]  # shared with a finite sigma; a separate single row with infinite sigma
     assert finite - infinite == pytest.approx(saved, rel=1e-3)
 
 
@@ -134,7 +134,7 @@ def test_at_infinity_layers_project_one_query_row(pipe: Any, parts: dict[str, in
 def test_identity_attention_saves_the_attention_and_later_layers_queries_and_keys(
     cfg: bool, pipe: Any, parts: dict[str, int]
 ) -> None:
-    """Against a blur in the same layers: the first one's queries and keys are shared there anyway."""
+    """Compared with a blur in the same layers. Queries and keys of the first layer are shared in both cases."""
     blurred = guided(pipe, "mid", 10.0, cfg)
     identity = steps.count(pipe, SDXL, Way("", "segkern", cfg, layers=("mid",), family="PAG"))
     saved = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guidance costs a transformer in floating-point operations, counted without data on SD 3.5 Medium's sizes."""
+"""The cost of guidance for a transformer in floating-point operations, counted without data for SD 3.5 Medium."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pipe() -> Any:
 
 
 def count(pipe: Any) -> dict[str, float]:
-    """Operations of one forward of one sample at 1024 x 1024 pixels, by module."""
+    """Return the operations of one call for one sample of 1024 x 1024 pixels, by module."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         pipe.transformer(
             hidden_states=torch.empty(1, 16, 128, 128),
@@ -55,7 +55,7 @@ def count(pipe: Any) -> dict[str, float]:
 )
 @pytest.mark.slow
 def test_a_branch_costs_what_comes_from_its_first_block_on(pipe: Any, first: int) -> None:
-    """And a blur of the queries, which is little; no more, whatever comes before the blocks and after them."""
+    """Adds only a blur of the queries, which is cheap, and nothing for modules before or after the blocks."""
     plain = count(pipe)
     whole = plain["Global"]
     blocks = [plain[f"{MODEL}.transformer_blocks.{number}"] for number in range(BLOCKS)]

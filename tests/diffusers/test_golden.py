@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The official implementation's numbers come out of the stock pipeline."""
+"""The stock pipeline reproduces the numbers of the official implementation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IDS = [
 
 
 def split(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The stock pipeline's arguments of a case, and the SEG arguments."""
+    """Return the stock pipeline's arguments of a case, and its SEG arguments."""
     stock = {k: v for k, v in case.items() if not k.startswith("seg_") and k not in ("output", "unguided")}
     return {**stock, "output_type": "latent"}, {k: v for k, v in case.items() if k.startswith("seg_")}
 
@@ -38,7 +38,7 @@ def proved(case: dict[str, Any]) -> pytest.MarkDecorator:
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "not_shared"])
 @pytest.mark.parametrize("case", [pytest.param(case, marks=proved(case)) for case in CASES], ids=IDS)
 def test_guide_reproduces_the_official_latents(case: dict[str, Any], share: bool) -> None:
-    """Latents that the official implementation drew, within the tolerance of float32."""
+    """Compares with latents of the official implementation, within the tolerance of float32."""
     stock, seg = split(case)
     sigma = math.inf if seg["seg_blur_sigma"] > 9999 else seg["seg_blur_sigma"]
     layers = seg.get("seg_applied_layers_index") or seg["seg_applied_layers"]
@@ -46,7 +46,7 @@ def test_guide_reproduces_the_official_latents(case: dict[str, Any], share: bool
     with guide(pipe, SEG(seg["seg_scale"], sigma, layers), share=share):
         output = pipe(**stock).images
     assert relative(output, case["output"]) < PIPELINE_TOLERANCE
-    assert relative(case["unguided"], case["output"]) > 100 * PIPELINE_TOLERANCE, "the case would not notice guidance"
+    assert relative(case["unguided"], case["output"]) > 100 * PIPELINE_TOLERANCE, "the case does not detect guidance"
 
 
 @pytest.mark.one_in(3)

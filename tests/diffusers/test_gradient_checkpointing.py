@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of guided runs under gradient checkpointing are those without it, whenever backward comes."""
+"""Gradients of guided runs with gradient checkpointing equal those without it, whenever the backward pass runs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tests.diffusers.transformer_cases import MODELS
 
 
 def small() -> tuple[nn.Module, Callable[..., torch.Tensor]]:
-    """A UNet and a short differentiable run of its pipeline, whose arguments can be changed."""
+    """Return a UNet and a short differentiable run of its pipeline with variable arguments."""
     pipe = smaller_pipeline()
     given = {"prompt": "a red fox", "latents": noise(1, 8, 8), "num_inference_steps": 2, "guidance_scale": 5.0}
     return pipe.unet, partial(differentiable, pipe, **given)
 
 
 def transformer(name: str) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
-    """The same of a transformer."""
+    """Return a transformer and a short differentiable run of its pipeline."""
     model = MODELS[name]
     pipe = model.build()
-    cfg = name != "qwen-image"  # whose scale is not told where the call is not seen
+    cfg = name != "qwen-image"  # its scale is unknown if the call is not observed
     given = model.call(4, 4, 1, cfg) | {"height": 4 * model.factor, "width": 4 * model.factor}
     return pipe.transformer, partial(differentiable, pipe, **given, num_inference_steps=2)
 
@@ -43,7 +43,7 @@ def differentiable(
     trust: Sequence[Any] = (),
     **given: Any,
 ) -> torch.Tensor:
-    """A weighted sum of the latents of a run under guidance; a ``loss`` gets it before the guidance is removed."""
+    """Return a weighted sum of a guided run's latents; ``loss`` receives it before guidance is removed."""
     if "latents" in given:
         given |= {"height": pipe.vae_scale_factor * given["latents"].shape[2]}
         given |= {"width": pipe.vae_scale_factor * given["latents"].shape[3]}
@@ -64,12 +64,12 @@ def differentiable(
             before = guidance.report()
             loss(result)
             if loss is torch.Tensor.backward:
-                assert guidance.report() == before, "what is computed again is no further forward"
+                assert guidance.report() == before, "a recomputation was counted as a call"
     return result
 
 
 def gradients(model: nn.Module, act: Callable[[], Any]) -> torch.Tensor:
-    """Of all parameters."""
+    """Return the gradients of all parameters."""
     model.zero_grad()
     act()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -99,7 +99,7 @@ SPECS = {
 def test_gradients_are_those_without_checkpointing(specs: Sequence[Any], share: bool) -> None:
     unet, run = small()
     expected = gradients(unet, lambda: run(specs, share).backward())
-    assert relative(gradients(unet, lambda: run().backward()), expected) > 1e-4, "guidance would not be noticed"
+    assert relative(gradients(unet, lambda: run().backward()), expected) > 1e-4, "guidance would not be detected"
     unet.enable_gradient_checkpointing()
     functions = {id(module): vars(module).get("_gradient_checkpointing_func") for module in unet.modules()}
     after = gradients(unet, lambda: run(specs, share).backward())
@@ -138,12 +138,12 @@ def test_another_checkpointing_function(function: Callable[..., Any]) -> None:
     specs, latents = (SEG(sigma=1.0, layers=["d0", "mid"]),), noise(1, 8, 8).requires_grad_()
     expected = gradients(unet, lambda: run(specs, latents=latents).backward())
     unet.enable_gradient_checkpointing(function)
-    # Nested backward passes add the gradients of a parameter up in another order.
+    # Nested backward passes add the gradients of a parameter in another order.
     assert relative(gradients(unet, lambda: run(specs, latents=latents).backward()), expected) < 1e-5
 
 
 def test_other_forwards_come_before_backward() -> None:
-    """Of other guidances, sizes and batches, and plain ones; each is computed again as it was."""
+    """Other guided calls, sizes and batches, and unguided calls; each is recomputed with its own plan."""
     unet, run = small()
 
     def act() -> None:
@@ -192,7 +192,7 @@ def test_backward_while_another_thread_draws() -> None:
             drawn.append(run(latents=noise(1, 16, 8)))
 
     def beside(loss: torch.Tensor) -> None:
-        """Backward of a run in the midst of a guided one."""
+        """Run the backward pass of one run during another guided run."""
         threads = [threading.Thread(target=loss.backward), threading.Thread(target=draw)]
         for thread in threads:
             thread.start()
@@ -210,7 +210,7 @@ def test_backward_while_another_thread_draws() -> None:
 
 
 def test_what_is_checkpointed_may_be_checkpointed_inside() -> None:
-    """A transformer as a whole, and its blocks again: these are computed three times."""
+    """A whole transformer is checkpointed, and its blocks again, so the blocks are computed three times."""
     unet, run = small()
     specs = (SEG(sigma=1.0, layers=["d0", "mid"]), PAG(layers="u0"))
     expected = gradients(unet, lambda: run(specs).backward())
@@ -239,7 +239,7 @@ def _checkpointed(forward: Callable[..., Any], reentrant_: bool, *args: Any, **k
 
 @pytest.mark.parametrize("reentrant_", [False, True], ids=["not reentrant", "reentrant"])
 def test_a_checkpoint_that_says_nothing_is_refused(reentrant_: bool) -> None:
-    """Backward would run the block again without guidance."""
+    """The backward pass would repeat the block without guidance."""
     unet, run = small()
     block = unet.mid_block.attentions[0].transformer_blocks[0]
     block.forward = partial(_checkpointed, block.forward, reentrant_)
@@ -274,7 +274,7 @@ def test_checkpointing_inside_of_a_compiled_denoiser_is_refused(wrapped: bool) -
 
 
 def loop(unet: nn.Module, given: dict[str, Any], layout: str, call: Callable[..., Any]) -> torch.Tensor:
-    """The latents of a denoising loop of one's own, which require gradients."""
+    """Return the latents of a custom denoising loop, which require gradients."""
     latents = noise(1, 8, 8).requires_grad_(True)
     for timestep in (999.0, 500.0):
         if layout == "batch":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance on the stock pipeline computes the method's formula, shares branches, acts when asked to."""
+"""Guidance on the stock pipeline: it computes the method's formula, shares branches, and acts only in its steps."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ CASES: dict[str, tuple[list[SEG], dict[str, Any]]] = {
 def test_guided_runs_follow_the_formula(name: str) -> None:
     specs, arguments = CASES[name]
     pipe = tiny_pipeline()
-    pipe.vae_scale_factor = 8  # as SDXL's, so that latents of any size are images of whole pixels
+    pipe.vae_scale_factor = 8  # like SDXL's, so that latents of any size correspond to whole pixels
     expected = looped_run(pipe, specs, **arguments)
     for share in (True, False):
         with guide(pipe, *specs, share=share):
             assert relative(run(pipe, **arguments), expected) < PIPELINE_TOLERANCE
-    assert relative(run(pipe, **arguments), expected) > 1e-3, "the case would not notice guidance"
+    assert relative(run(pipe, **arguments), expected) > 1e-3, "the case does not detect guidance"
 
 
 @settings(max_examples=8)
@@ -108,7 +108,7 @@ def test_every_size_is_guided_on_its_own_grid(
         "guidance_scale": guidance_scale,
     }
     with warnings.catch_warnings():
-        # A grid of one token leaves nothing to blur.
+        # A grid of one token cannot be blurred.
         warnings.filterwarnings("ignore", "SEG.*had no effect")
         with guide(pipe, *specs) as guidance:
             output = run(pipe, **arguments)
@@ -171,7 +171,7 @@ def test_start_and_stop_are_fractions_of_the_denoisers_calls(
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     handle = pipe.unet.up_blocks[0].register_forward_hook(lambda module, args, output: calls.append(len(output)))
     with guide(pipe, SEG(start=0.25, stop=0.75)):
-        for _ in range(2):  # the second run starts from its own beginning
+        for _ in range(2):  # the second run begins with its own first step
             calls.clear()
             run(pipe, latents=noise(), num_inference_steps=steps, generator=torch.manual_seed(0))
             assert calls == [3 if step in guided else 2 for step in range(forwards)]

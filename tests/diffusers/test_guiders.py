@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guiders in modular pipelines: the same as ``guide`` on the stock ones, which diffusers' own are not."""
+"""Guiders in modular pipelines: their results equal ``guide`` on the stock pipelines, unlike diffusers' own guiders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def built(name: str) -> Any:
 
 
 MODULAR = "modular pipeline"
-PROVED = ("SEG at infinity", "SEG", "PAG", "SAG")  # by the specs
+PROVED = ("SEG at infinity", "SEG", "PAG", "SAG")  # one for each spec
 
 
 @pytest.mark.one_in(3)
@@ -55,7 +55,7 @@ PROVED = ("SEG at infinity", "SEG", "PAG", "SAG")  # by the specs
     ids=str,
 )
 def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> None:
-    """Latents of ``guide`` on the stock pipeline; not square, two prompts."""
+    """Compares with latents of ``guide`` on the stock pipeline, for two prompts and a non-square size."""
     pipe, latents = tiny_pipeline(), noise(2, 8, 12)
     plain = run(pipe, PROMPTS, latents=latents, guidance_scale=guidance_scale)
     with guide(pipe, spec):
@@ -79,7 +79,7 @@ def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> 
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("name", "cfg"),
-    # Without it Qwen-Image's modular pipeline takes the norm of the conditional prediction, and its stock one does not.
+    # Otherwise Qwen-Image's modular pipeline uses the norm of the conditional prediction, unlike its stock pipeline.
     [
         pytest.param(name, cfg, marks=of_transformer(name, task=MODULAR))
         for name in TRANSFORMERS
@@ -91,14 +91,14 @@ def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> 
     "kind", [pytest.param(SEG, marks=proves(guidance="SEG")), pytest.param(PAG, marks=proves(guidance="PAG"))]
 )
 def test_transformers(kind: type, name: str, cfg: bool) -> None:
-    """Latents of ``guide`` on the stock pipeline, and for two models of the slow way too."""
+    """Compares with latents of ``guide`` on the stock pipeline, and for two models also with the slow computation."""
     model, pipe = MODELS[name], built(name)
     spec = kind(scale=2.0, layers=model.layers, **({"sigma": 1.5} if kind is SEG else {}))
     given: dict[str, Any] = {"guidance_scale": 4.0 if cfg else 1.0}
-    if name == "z-image":  # whose stock pipeline has this formula
+    if name == "z-image":  # its stock pipeline has this formula
         given = {"guidance_scale": 3.0 if cfg else 0.0, "use_original_formulation": True}
     more: dict[str, Any] = {}
-    if name == "wan":  # without a VAE its modular pipeline takes 16 channels for granted
+    if name == "wan":  # without a VAE, its modular pipeline assumes 16 channels
         more["latents"] = torch.randn(2, 4, 3, 12, 8, generator=torch.Generator().manual_seed(5))
     guider = guider_of(spec, **given)
     guided = run_transformer(name, modular_transformer(name, pipe, guider), samples=2, cfg=cfg, **more)
@@ -111,7 +111,7 @@ def test_transformers(kind: type, name: str, cfg: bool) -> None:
     if name in ("sd3.5", "qwen-image"):
         slow = [Perturbed(2.0, 1.5 if kind is SEG else None, model.modules)]
         assert relative(guided, transformer_run(model, pipe, slow, stock, cfg=cfg)) < PIPELINE_TOLERANCE
-    assert relative(guided, stock()) > 10 * PIPELINE_TOLERANCE  # there is something to see
+    assert relative(guided, stock()) > 10 * PIPELINE_TOLERANCE  # the effect is large enough to be measured
     report = guider.report()
     assert {row.module for row in report.layers} == set(model.modules)
     assert all(row.fired == 3 for row in report.layers)
@@ -139,11 +139,11 @@ def test_diffusers_own_guider_does_nothing_at_the_price_of_a_third_call() -> Non
         with_two = len(calls) - with_three
         guider = SEGGuider(guidance_scale=5.0, scale=3.0)
         ours = run_sdxl(modular_sdxl(pipe, guider), pipe, latents=latents)
-        assert len(calls) == with_three + 2 * with_two, "no call of its own"
+        assert len(calls) == with_three + 2 * with_two, "there is a separate call"
     finally:
         handle.remove()
     perturbed = [predictions for predictions in seen if "pred_cond_seg" in predictions]
-    assert len(perturbed) == 2  # of three steps: it leaves out the first
+    assert len(perturbed) == 2  # of three steps; it skips the first
     assert all(torch.equal(predictions["pred_cond_seg"], predictions["pred_cond"]) for predictions in perturbed)
     assert (with_three, with_two) == (8, 6)
     assert torch.equal(output, plain)
@@ -152,7 +152,7 @@ def test_diffusers_own_guider_does_nothing_at_the_price_of_a_third_call() -> Non
 
 
 def test_without_cfg_diffusers_own_guiders_perturb_the_negative_prompt() -> None:
-    """Ours asks for the prompt alone, and so do pipelines that ask it what to encode."""
+    """Our guider requests only the prompt, and so do pipelines that ask it what to encode."""
     prompts = {"prompt_embeds": (torch.ones(1), torch.zeros(1))}
     seg = SmoothedEnergyGuidance(guidance_scale=1.0, seg_guidance_layers=[0])
     pag = PerturbedAttentionGuidance(guidance_scale=1.0, perturbed_guidance_layers=[0], perturbed_guidance_stop=1.0)
@@ -211,7 +211,7 @@ def test_what_a_spec_asks_for(spec: Any) -> None:
 
 
 def test_both_calls_of_a_second_order_step_are_that_step() -> None:
-    """diffusers' guiders take the number of the call for that of the step, and stop halfway."""
+    """diffusers' guiders use the number of the call as the number of the step, so they stop halfway."""
     for theirs in (SmoothedEnergyGuidance(seg_guidance_layers=[0]), ClassifierFreeGuidance()):
         theirs.set_state(4, 4, torch.tensor(1.0))  # the fifth of the seven calls of four steps
         assert theirs.num_conditions == 1
@@ -227,7 +227,7 @@ def test_both_calls_of_a_second_order_step_are_that_step() -> None:
 
 @pytest.mark.parametrize("original", [False, True], ids=["native", "original"])
 def test_intervals_of_classifier_free_guidance(original: bool) -> None:
-    """Outside of them ``c + s (c - p)``; between runs a pipeline is told that it needs both prompts."""
+    """Outside of them, the result is ``c + s (c - p)``. Between runs, the guider requests both prompts."""
     pipe, latents = tiny_pipeline(), noise(1, 8, 12)
     guider = SEGGuider(
         guidance_scale=4.0 if original else 5.0,
@@ -257,7 +257,7 @@ def test_no_guidance_is_classifier_free_guidance_alone() -> None:
 
 
 def test_it_is_disabled_and_enabled() -> None:
-    """In a pipeline that does not enable it itself."""
+    """Uses a pipeline that does not enable the guider."""
     model, pipe = MODELS["sd3"], built("sd3")
     guider = SEGGuider(guidance_scale=4.0, layers=model.layers, enabled=False)
     modular = modular_transformer("sd3", pipe, guider)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guiders: what they refuse, what they leave behind, how they are saved, and denoisers that are compiled."""
+"""Guiders: refusals, restored state, saved configurations, and compiled denoisers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_exception_in_the_denoiser_leaves_it_as_it_was(guider: Any, error: ty
     expected = run_sdxl(modular, pipe, latents=LATENTS)
     with failing(pipe.unet.up_blocks[0], error), pytest.raises(error):
         run_sdxl(modular, pipe, latents=LATENTS)
-    if error is KeyboardInterrupt:  # after which PyTorch calls no hooks; the next run would begin with this
+    if error is KeyboardInterrupt:  # PyTorch then calls no hooks, and the next run would begin with this state
         guider.cleanup_models(pipe.unet)
     assert is_untouched(pipe, processors)
     assert torch.equal(run_sdxl(modular, pipe, latents=LATENTS), expected)
@@ -78,7 +78,7 @@ def test_hooks_whose_call_never_came_do_nothing_in_another_run() -> None:
         def prepare_models(self, denoiser: Any) -> None:
             super().prepare_models(denoiser)
             if self._step == 1:
-                raise Stop  # as a ControlNet does that is out of memory
+                raise Stop  # like a ControlNet that runs out of memory
 
     pipe = tiny_pipeline()
     processors, plain = dict(pipe.unet.attn_processors), run(pipe, latents=LATENTS)
@@ -93,7 +93,7 @@ def test_hooks_whose_call_never_came_do_nothing_in_another_run() -> None:
 
 @pytest.mark.parametrize("controlled", [False, True], ids=["plain", "with a ControlNet's residuals"])
 def test_a_loop_of_ones_own(controlled: bool) -> None:
-    """Against layers whose processors are set by hand."""
+    """Compares with layers whose processors are set manually."""
     pipe = tiny_pipeline(own_unet=True)
     text, _, pooled, _ = pipe.encode_prompt("a red fox")
     ids = torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]])
@@ -138,7 +138,7 @@ def test_a_loop_of_ones_own(controlled: bool) -> None:
 
 
 def shapes_of(output: Any) -> list[torch.Size]:
-    """Of what a block hands on to the up blocks."""
+    """Return the shapes of a block's outputs for the up blocks."""
     if isinstance(output, tuple):
         return [skip.shape for skip in output[1]]
     return [output.shape]
@@ -225,7 +225,7 @@ def test_denoisers_and_layers_that_do_not_fit() -> None:
 def test_a_configuration_is_saved_and_loaded(guider: Any, tmp_path: Any) -> None:
     guider.save_pretrained(tmp_path)
     (file,) = tmp_path.iterdir()
-    json.loads(file.read_text(), parse_constant=fail)  # no number that JSON has not
+    json.loads(file.read_text(), parse_constant=fail)  # no number that JSON does not have
     kind = type(guider)
     own = ("guidance_scale", "guidance_rescale", "use_original_formulation", "_start", "_stop", "_enabled")
     for copied in (
@@ -371,7 +371,7 @@ def test_trust_and_the_scheduler_are_kept(copied: Callable[[Any], Any]) -> None:
 
 
 def predictions(unet: Any, guider: Any, given: dict[str, Any], steps: int = 1) -> torch.Tensor:
-    """Of a guider's calls in a loop of one's own."""
+    """Return the predictions of a guider's calls in a custom loop."""
     for step in range(steps):
         guider.set_state(step, steps, torch.tensor(999.0))
         (batch,) = guider.prepare_inputs({"text": (given["encoder_hidden_states"], None)})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-attention of transformers is met once in a layer, whatever its processor, its kernel and its masks are."""
+"""Self-attention of transformers is intercepted once per layer, for all processors, kernels and masks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def slow(model: Any, pipe: Any, sigma: float | None = 1.5, **given: Any) -> torc
 
 
 class Twice(FluxAttnProcessor):
-    """Attends to the image a second time, as style alignment and reference attention do."""
+    """Attends to the image a second time, like style alignment and reference attention."""
 
     def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
         super().__call__(attn, *args, **kwargs)
@@ -50,7 +50,7 @@ def test_two_calls_on_the_images_tokens_are_refused_by_name() -> None:
 
 
 class Counting(FluxAttnProcessor):
-    """Keeps something from call to call."""
+    """Keeps state between calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ Counting.__call__.__signature__ = inspect.signature(FluxAttnProcessor.__call__) 
 
 @pytest.mark.parametrize("backend", [None, "_native_math"])
 def test_a_processor_keeps_its_state(backend: str | None) -> None:
-    """One for all layers: each call is its own, and its kernel is what it was."""
+    """One processor serves all layers. Calls are independent and its kernel is unchanged."""
     pipe, own = FLUX.build(), Counting()
     expected = slow(FLUX, pipe)
     pipe.transformer.set_attn_processor(own)
@@ -76,7 +76,7 @@ def test_a_processor_keeps_its_state(backend: str | None) -> None:
     with guide(pipe, SEG(sigma=1.5, layers=FLUX.layers), trust=[Counting]):
         assert vars(own) == before
         guided = run(FLUX, pipe, cfg=True)
-        assert own.calls == 2 * 3 * 5  # for prompt and negative prompt, in every step, one in each block
+        assert own.calls == 2 * 3 * 5  # for prompt and negative prompt, in every step, once per block
         assert vars(own) == before | {"calls": own.calls}
     assert relative(guided, expected) < PIPELINE_TOLERANCE
     assert all(processor is own for processor in pipe.transformer.attn_processors.values())
@@ -128,7 +128,7 @@ def _sliced(pipe: Any) -> None:
 @pytest.mark.parametrize("change", [_default, _sliced])
 @pytest.mark.parametrize("sigma", [1.5, math.inf, None], ids=str)
 def test_processors_that_multiply_matrices(change: Callable[[Any], None], sigma: float | None) -> None:
-    """Set before guidance or while it is there."""
+    """Set before guidance or during it."""
     pipe, specs = PIXART.build(), [PAG(layers=2) if sigma is None else SEG(sigma=sigma, layers=2)]
     expected = slow(PIXART, pipe, sigma)
     own = dict(pipe.transformer.attn_processors)
@@ -165,7 +165,7 @@ MASKS = {
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks_of_a_joint_attention(kind: str, share: bool) -> None:
-    """One for each sample follows its sample into the branches; one for all samples stays as it is."""
+    """A mask with one entry per sample follows its sample into the branches; a mask for all samples is unchanged."""
     pipe = FLUX.build()
     mask = 3.0 * torch.randn(MASKS[kind], generator=torch.Generator().manual_seed(4))
     counts = [2] if "samples" in kind else [1, 2]
@@ -181,15 +181,15 @@ _STOCK = F.scaled_dot_product_attention
 
 
 def quantised_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **kwargs: Any) -> torch.Tensor:
-    """A kernel of one's own; its arguments are SageAttention's in that it ignores some."""
+    """A custom kernel. Like SageAttention, it ignores some arguments."""
     logits = query @ key.transpose(-2, -1) * (kwargs.get("scale") or query.shape[-1] ** -0.5)
-    if kwargs.get("is_causal"):  # of text encoders
+    if kwargs.get("is_causal"):  # from text encoders
         logits = logits + torch.full(logits.shape[-2:], -math.inf).triu(1)
     return (logits if attn_mask is None else logits + attn_mask).softmax(dim=-1) @ value
 
 
 def counted_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """PyTorch's, called by another function."""
+    """PyTorch's attention, called by another function."""
     return _STOCK(*args, **kwargs)
 
 
@@ -206,7 +206,7 @@ def test_a_replaced_attention_function_on_a_unet(spec: Any, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "z-image"])
 def test_a_replaced_attention_function_on_a_transformer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that calls PyTorch's own is met inside; another is refused by its name, and then all is as it was."""
+    """A function that calls PyTorch's attention works. Another is refused by name, and the pipeline is unchanged."""
     model = MODELS[name]
     pipe = model.build()
     plain, expected = run(model, pipe), slow(model, pipe)
@@ -238,7 +238,7 @@ def test_a_replaced_dispatch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _ip_adapter(pipe: Any) -> None:
-    """Without its projection of images: what that gives is passed to the processors as it is."""
+    """Load an IP-Adapter without its image projection: image embeddings are passed to the processors unchanged."""
     torch.manual_seed(8)
     width = pipe.transformer.inner_dim
     adapted = {}
@@ -251,7 +251,7 @@ def _ip_adapter(pipe: Any) -> None:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
 def test_an_ip_adapter_of_a_joint_attention(backend: str, share: bool) -> None:
-    """With as many tokens of each sample's picture as the image has; loaded while guided."""
+    """The image prompt has as many tokens as the image. It is loaded while the pipeline is guided."""
     pipe = FLUX.build()
     pictures = torch.randn(2, 6 * 4, pipe.transformer.inner_dim, generator=torch.Generator().manual_seed(4))
     given = {"ip_hidden_states": [pictures], "ip_adapter_masks": torch.ones(1, 1, 6, 4)}
@@ -271,7 +271,7 @@ def test_an_ip_adapter_of_a_joint_attention(backend: str, share: bool) -> None:
 
 
 def test_what_an_argument_holds_for_all_samples_stays() -> None:
-    """A batch of one image tells nothing by its size."""
+    """With a batch of one image, the size gives no information."""
     batch = Batch(1, 0, 1)
     masks, tokens, pictures = torch.ones(1, 2, 6, 4), torch.ones(7, 7), torch.ones(1, 4, 8)
     given = {"ip_adapter_masks": [masks], "attention_mask": tokens, "ip_hidden_states": [pictures], "scale": 0.5}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that breaks off anywhere leaves the pipeline guided, working, and holding nothing of what was under way."""
+"""A run that is interrupted anywhere leaves the pipeline guided and working, without state of the interrupted run."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from tests.diffusers.subjects import (
 
 @contextmanager
 def patched(owner: Any, name: str, error: type[BaseException], after: int) -> Iterator[None]:
-    """Inside, a function raises the error, once it has been called so many times."""
+    """Make a function raise the error after this number of calls."""
     own, calls = getattr(owner, name), []
 
-    @functools.wraps(own)  # pipelines look at its signature
+    @functools.wraps(own)  # pipelines inspect its signature
     def fail(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
         if len(calls) > after:
@@ -51,7 +51,7 @@ def patched(owner: Any, name: str, error: type[BaseException], after: int) -> It
 
 @contextmanager
 def in_place(place: str, subject: Subject, pipe: Any, error: type[BaseException]) -> Iterator[dict[str, Any]]:
-    """Arguments for a run that breaks off in its second step."""
+    """Return arguments for a run that is interrupted in its second step."""
 
     def callback(*_: Any) -> None:
         raise error
@@ -71,7 +71,7 @@ def in_place(place: str, subject: Subject, pipe: Any, error: type[BaseException]
 
 @contextmanager
 def seen(*modules: torch.nn.Module) -> Iterator[list[weakref.ref[torch.Tensor]]]:
-    """Images, texts and activations that come to modules inside, without keeping them."""
+    """Collect weak references to images, texts and activations that reach modules inside."""
     references: list[weakref.ref[torch.Tensor]] = []
 
     def note(_: Any, args: Any, kwargs: Any) -> None:
@@ -129,13 +129,13 @@ def test_a_run_that_breaks_off_in_the_vae() -> None:
 def test_a_run_that_breaks_off_in_the_second_forward(subject: Subject, error: type[BaseException]) -> None:
     with left_as_it_was(subject, SAG(), SEG(sigma=2.0, reuse=2)) as (pipe, guided):
         expected = subject.run(pipe)
-        for after in (0, 3):  # the first forward of the first step, the second of the second
+        for after in (0, 3):  # the first call of the first step, and the second call of the second step
             with seen(pipe.unet):
                 with failing(pipe.unet.get_submodule(subject.inside), error, after), pytest.raises(error):
                     subject.run(pipe)
                 guided.report()
                 assert stand_ins(subject, pipe) == 0
-        with record_energy(pipe, "m0") as recorder:  # the first forward is not taken for a second one
+        with record_energy(pipe, "m0") as recorder:  # the first call is not mistaken for a second one
             assert torch.equal(subject.run(pipe), expected)
         assert len(recorder.records) == STEPS
 
@@ -179,7 +179,7 @@ def test_a_prediction_that_is_not_a_number(subject: Subject) -> None:
     assert subject.run(pipe).isnan().all()
     handle.remove()
     assert torch.equal(subject.run(pipe), expected)
-    with pytest.warns(UserWarning, match="encountered NaN") as told:  # later steps began with it
+    with pytest.warns(UserWarning, match="encountered NaN") as told:  # later steps began with NaN
         guided.remove()
     assert len(told) == 1
     picture.assert_same(pipe)
@@ -211,7 +211,7 @@ def test_a_run_that_breaks_off_before_the_first_step(subject: Subject) -> None:
             guided.report()
         expected = subject.run(pipe)
         with failing(subject.denoiser(pipe), ZeroDivisionError), pytest.raises(ZeroDivisionError):
-            subject.run(pipe)  # a hook of the user's, after the guidance's
+            subject.run(pipe)  # a user's hook, after those of guidance
         assert torch.equal(subject.run(pipe), expected)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of layers, on the layers of whole models and on lists of layers that are drawn."""
+"""Layer names, on layers of whole models and on generated lists of layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def names(available: list[LayerInfo] | tuple[LayerInfo, ...], wanted: str | list
 
 @st.composite
 def unets(draw: st.DrawFn) -> list[LayerInfo]:
-    """Layers of a UNet with any number of transformers in each part and of blocks in each transformer."""
+    """Generate layers of a UNet with any number of transformers per part and blocks per transformer."""
     layers = []
     for letter, part in (("d", "down"), ("m", "mid"), ("u", "up")):
         count = 0
@@ -45,7 +45,7 @@ def unets(draw: st.DrawFn) -> list[LayerInfo]:
 
 @st.composite
 def transformers(draw: st.DrawFn) -> list[LayerInfo]:
-    """Layers of one or two lists of blocks, some blocks with two self-attentions."""
+    """Generate layers of one or two lists of blocks, some with two self-attentions per block."""
     layers: list[LayerInfo] = []
     before = 0
     for letter, part in draw(st.sampled_from([(("b", "blocks"),), (("b", "blocks"), ("s", "single_blocks"))])):
@@ -58,7 +58,7 @@ def transformers(draw: st.DrawFn) -> list[LayerInfo]:
 
 
 def check_names(available: list[LayerInfo] | tuple[LayerInfo, ...]) -> None:
-    """Every name that a layer has selects it and no other; its block's number selects its block."""
+    """Assert that every name of a layer selects only that layer, and that a block number selects its block."""
     assert len({layer.name for layer in available}) == len({layer.module for layer in available}) == len(available)
     for layer in available:
         for name in filter(None, (layer.name, layer.comfyui, layer.module)):
@@ -155,7 +155,7 @@ WORDS = ("", "middle", "d6", "x0", "M0", "0", "d٣", "u9.0", "u0.", "mid_bloc", 
 
 @pytest.mark.parametrize("name", RANGES + WORDS)
 def test_names_that_no_layer_of_a_unet_has(name: str) -> None:
-    """Also long ranges, which are not counted out."""
+    """Includes long ranges, which are not expanded."""
     with pytest.raises(ValueError, match=f"unknown layer {re.escape(repr(name))}; valid names are ") as error:
         select_layers(layers_of("unet"), ["mid", name])
     assert "'down' (d0 to d5), 'mid' (m0 to m1), 'up' (u0 to u8)" in str(error.value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers are found under the official names, module names and globs; a spec says what it cannot mean."""
+"""Layers are found by official names, module names and globs. Specs refuse invalid names."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_guide_takes_every_layer_that_is_listed(name: str) -> None:
 
 
 def test_layers_that_attend_to_text_are_not_listed() -> None:
-    """In blocks with cross-attention alone, as of Stable Diffusion's upscalers, ``attn1`` attends to text."""
+    """In blocks with only cross-attention, as in Stable Diffusion's upscalers, ``attn1`` attends to text."""
     config = {**tiny_pipeline().unet.config, "only_cross_attention": [False, True, False]}
     pipe = tiny_pipeline(unet=UNet2DConditionModel.from_config(config).eval())
     every = {name for name, _ in pipe.unet.named_modules() if name.endswith(".attn1")}
@@ -135,7 +135,7 @@ def test_listed_grids_are_those_of_the_run(height: int, width: int) -> None:
                 seen[name] = Grid(*args[0].shape[2:])
 
             handles.append(module.register_forward_pre_hook(note))
-    pipe.vae_scale_factor = 8  # as SDXL's, so that latents of any size are images of whole pixels
+    pipe.vae_scale_factor = 8  # like SDXL's, so that latents of any size correspond to whole pixels
     run(pipe, latents=noise(1, height, width), num_inference_steps=1, guidance_scale=1.0)
     for handle in handles:
         handle.remove()

@@ -23,7 +23,7 @@ TOKENS = {name: f"{'3x' if name in FRAMES else ''}6x4" for name in NAMES}
 
 
 def test_layers_of_a_unet_for_videos(tmp_path: Path) -> None:
-    """Each frame is attended to by itself, so that a layer's tokens are those of one."""
+    """Each frame has its own attention, so a layer's tokens are those of one frame."""
     case = MOTION["animatediff"]
     case.build(case).save_pretrained(tmp_path)
     height, width = case.pixels
@@ -41,7 +41,7 @@ def test_defaults_and_whose_advice_they_are() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_lists_a_transformer_from_its_configuration(name: str, tmp_path: Path) -> None:
-    """Without the weights, which are deleted here; every name in the table is one of ``list_layers``."""
+    """Weights are not needed and are deleted here. Every name in the table is a name of ``list_layers``."""
     model = MODELS[name]
     pipe = model.build()
     pipe.save_pretrained(tmp_path)
@@ -78,7 +78,7 @@ def test_sizes_and_models_that_the_command_refuses(tmp_path: Path) -> None:
 
 
 def test_pixels_are_those_of_the_autoencoder(tmp_path: Path) -> None:
-    """One that halves each side, where the pipeline's own size is 128 latents."""
+    """The autoencoder halves each side, and the pipeline's default size is 128 latents."""
     pipe = MODELS["flux"].build()
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     pipe.register_modules(vae=AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, **blocks))

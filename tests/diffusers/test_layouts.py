@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of a denoiser's batch and of its calls: guided as the slow computation says, or refused in the first step."""
+"""Layouts of a denoiser's batches and calls: guided like the slow computation, or refused in the first step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMINGS = ("stock", "scale", "own")
 
 @lru_cache
 def slow(samples: int, one_text: bool = False) -> torch.Tensor:
-    """Latents of the stock pipeline for Flux under guidance."""
+    """Return latents of the stock Flux pipeline under guidance."""
     pipe, given = FLUX.build(), FLUX.call(ROWS, COLUMNS, samples, True)
     names = [name.removeprefix("negative_") for name in given if name.startswith("negative_") and one_text]
     texts = {f"negative_{name}": given[name].clone() for name in names}
@@ -32,7 +32,7 @@ def slow(samples: int, one_text: bool = False) -> torch.Tensor:
 
 
 def named(naming: str, samples: int, one_text: bool = False) -> dict[str, Any]:
-    """Arguments of a pipeline's call, its negative text and its scale under the stock names or others."""
+    """Return arguments of a pipeline call, with stock or other names for the negative text and its scale."""
     given = FLUX.call(ROWS, COLUMNS, samples, True)
     scale = given.pop("true_cfg_scale")
     texts = given.pop("negative_prompt_embeds"), given.pop("negative_pooled_prompt_embeds")
@@ -45,7 +45,7 @@ def named(naming: str, samples: int, one_text: bool = False) -> dict[str, Any]:
 
 
 def guided(step: str, naming: str, samples: int = 1, one_text: bool = False, **layout: Any) -> torch.Tensor:
-    """Latents of a user's own pipeline under guidance."""
+    """Return latents of a custom pipeline under guidance."""
     pipe = own_flux(step)
     given = named(naming, samples, one_text)
     given |= {"height": 16 * ROWS, "width": 16 * COLUMNS, "generator": torch.Generator().manual_seed(5)}
@@ -83,14 +83,14 @@ def test_other_layouts_are_refused_by_name(step: str, samples: int, words: str, 
 
 @pytest.mark.parametrize("step", ["separate", "cloned", "one by one", "image by image"])
 def test_what_is_not_told_can_be_stated(step: str) -> None:
-    """Two calls for each step, for single images of a batch too."""
+    """Two calls for each step, also for single images of a batch."""
     assert relative(guided(step, "own", 2, cfg="separate"), slow(2)) < PIPELINE_TOLERANCE
 
 
 @pytest.mark.parametrize("step", ["separate", "batch"])
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_one_text_for_both(step: str, naming: str) -> None:
-    """Under other names it may be another guidance of the pipeline, so it is to be stated."""
+    """Under other names it may be another guidance method of the pipeline, so the layout must be specified."""
     layout = {}
     if naming == "own":
         with pytest.raises(ValueError, match=f"the same text.*cfg='{step}'"):

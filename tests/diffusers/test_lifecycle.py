@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance comes and goes without a trace, and refuses what it cannot handle before it touches it."""
+"""Guidance is removed without a trace, and unsupported pipelines are refused before they are modified."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MID0 = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 
 def run_once(pipe: Any) -> tuple[torch.Tensor, Picture]:
-    """A plain run, and the state after it (a run leaves attributes of its own on the pipeline)."""
+    """Return the result of an unguided run and the state after it (a run sets attributes on the pipeline)."""
     return run(pipe, latents=noise()), Picture(pipe)
 
 
@@ -36,7 +36,7 @@ def test_leaving_the_context_puts_back_the_very_objects() -> None:
     with guide(pipe, SEG(layers=["down", "mid", "up"])) as guidance:
         assert isinstance(guidance, Guidance)
         run(pipe, latents=noise())
-        assert dict(pipe.unet.attn_processors) == processors  # between forwards too
+        assert dict(pipe.unet.attn_processors) == processors  # also between calls
     state.assert_same(pipe)
     assert torch.equal(run(pipe, latents=noise()), plain)
 
@@ -79,7 +79,7 @@ def _with_processor(processor: Any) -> Any:
 
 
 class NoDenoiser:
-    """Something that is not a pipeline."""
+    """Not a pipeline."""
 
 
 class OtherDenoiser(NoDenoiser):
@@ -89,7 +89,7 @@ class OtherDenoiser(NoDenoiser):
 
 
 class NoPipeline(NoDenoiser):
-    """Something that has a denoiser and cannot be run."""
+    """An object that has a denoiser and cannot be called."""
 
     unet = tiny_pipeline().unet
 
@@ -165,7 +165,7 @@ def test_a_denoiser_called_outside_a_run_says_so() -> None:
         for _ in range(2):
             with pytest.raises(ValueError, match=r"outside a run of that .*cfg='none'.*guidance\.run\(timesteps\)"):
                 pipe.unet(**arguments)
-            run(pipe, latents=noise())  # what it leaves on the pipeline is nothing to a loop of one's own
+            run(pipe, latents=noise())  # what a run leaves on the pipeline must not affect a custom loop
 
 
 def test_other_hooks_of_the_denoiser_see_the_pipelines_batch() -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thousand guided steps, and hundreds of guidances, need no more memory than a few.
+"""A thousand guided steps, and hundreds of guidance objects, need no more memory than a few.
 
-After a warm-up in which caches fill, two numbers are taken: of objects that the garbage collector knows, and of blocks
-that Python has allocated. A step that kept one tensor would add 900 objects, a guidance that stayed a hundred each; the
-bounds on objects are half of one for each step or guidance. Blocks come and go by some hundreds without any
-guidance. The process's resident memory, which PyTorch's allocations are part of, may grow by what allocators keep back.
+After a warm-up that fills caches, the test counts objects known to the garbage collector and blocks allocated by
+Python. A leak of one tensor per step would add 900 objects; a leak of a guidance object would add a hundred each. The
+bounds on objects are half an object per step or guidance object. The number of blocks varies by some hundreds without
+any guidance. The resident memory of the process, which includes PyTorch's allocations, may grow by what allocators
+keep.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ RESIDENT = 16 << 20
 
 
 def _resident() -> int:
-    """Bytes of the process in memory; where the system does not tell, the most there have been."""
+    """Return the resident memory of the process in bytes; the peak if the system does not provide it."""
     told = Path("/proc/self/statm")
     if told.exists():
         return int(told.read_text().split()[1]) * resource.getpagesize()
@@ -46,7 +47,7 @@ def _resident() -> int:
 
 @contextmanager
 def no_growth(bound: int = OBJECTS) -> Iterator[None]:
-    """Inside, what is there at the end was there at the beginning."""
+    """Assert that memory does not grow inside this context."""
 
     def now() -> tuple[int, int, int]:
         gc.collect()
@@ -61,7 +62,7 @@ def no_growth(bound: int = OBJECTS) -> Iterator[None]:
 
 
 def _one_level() -> Subject:
-    """Stable Diffusion 1 with one level, so that a step takes milliseconds."""
+    """Return Stable Diffusion 1 with one level, so that a step takes milliseconds."""
     case = IMAGES["sd1"]
     options = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",)}
     make = built_of(unet, **options, up_block_types=("CrossAttnUpBlock2D",))
@@ -77,7 +78,7 @@ def _cases() -> list[Any]:
 
 
 def drawing(subject: Subject, pipe: Any, **more: Any) -> Callable[[], torch.Tensor]:
-    """Draws a small image in a tenth of the steps."""
+    """Return a function that generates a small image in a tenth of the steps."""
     size = {"height": 16, "width": 16} if subject.part == "unet" else {"height": 32, "width": 32}
     return lambda: subject.run(pipe, **{"num_inference_steps": STEPS // 10, **size, **more})
 
@@ -123,7 +124,7 @@ def test_runs_that_break_off_again_and_again(error: type[BaseException]) -> None
         raise error
 
     with guide(pipe, SD1.seg(reuse=2)):
-        expected = SD1.run(pipe)  # which fills the caches too
+        expected = SD1.run(pipe)  # also fills the caches
 
         def cycle(times: int) -> None:
             for _ in range(times):

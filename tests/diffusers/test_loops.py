@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denoising loops of users: guided as the slow computation says, or refused, whatever ran on the pipeline before."""
+"""Custom denoising loops: guided like the slow computation, or refused, whatever ran on the pipeline before."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def slow(scale: float = SCALE) -> torch.Tensor:
 
 @torch.no_grad()
 def loop(pipe: Any, calls: str, *, bar: bool = False) -> torch.Tensor:
-    """Latents of a loop whose steps call the denoiser in this way."""
+    """Return latents of a loop whose steps call the denoiser in this way."""
     latents, unet = noise(IMAGES), pipe.unet
     conditional, unconditional = conditions(pipe, PROMPT, latents, 1, True)
     c, u = conditional["encoder_hidden_states"], unconditional["encoder_hidden_states"]
@@ -82,7 +82,7 @@ def test_a_loop_that_is_told(calls: str, of: str) -> None:
 @pytest.mark.parametrize("calls", [*STATEMENTS, "u, c"])
 @pytest.mark.parametrize("stated", STATEMENTS)
 def test_a_wrong_statement_is_refused_where_the_texts_show_it(calls: str, stated: str) -> None:
-    """The pipeline has encoded them. A denoiser alone has no texts: its loop is taken at its word."""
+    """Requires that the pipeline has encoded the texts. A denoiser alone has no texts, so its layout is not checked."""
     right = STATEMENTS.get(calls) == STATEMENTS[stated] or (calls, stated) in {("c", "c, u"), ("c", "image by image")}
     pipe, expected = pipeline(), slow(1.0 if calls == "c" else SCALE)
     refused = pytest.raises(ValueError, match=r"the denoiser of StableDiffusionPipeline|called its denoiser")

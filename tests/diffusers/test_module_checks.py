@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches, replaced forwards and unknown processors and blocks: refused by name, or trusted by the user and right."""
+"""Caches, replaced forwards, and unknown processors and blocks: refused by name, or correct if the user trusts them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def skipped(model: nn.Module) -> None:
 
 
 class Mine(ModelHook):
-    """A hook of somebody's own, which keeps nothing as far as diffusers knows."""
+    """A custom hook that keeps no state according to diffusers."""
 
 
 def mine(model: nn.Module) -> None:
@@ -115,7 +115,7 @@ def test_a_cache_that_comes_within_a_run_is_refused_in_the_next_step() -> None:
 
 
 def test_the_registrys_hook_for_blurred_queries_is_refused() -> None:
-    """diffusers' own, which its guider never attaches."""
+    """It is diffusers' own hook, which its guider never attaches."""
     from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceHook
 
     pipe = tiny_pipeline(own_unet=True)
@@ -138,7 +138,7 @@ def test_hooks_that_only_move_or_cast_weights_are_none_of_it() -> None:
 
 
 class Keeper:
-    """Replaces forwards of deep blocks: in every second step they give what they gave, as DeepCache does."""
+    """Replaces forwards of deep blocks: every second step returns the previous result, like DeepCache."""
 
     def __init__(self, unet: Any) -> None:
         self.calls = 0
@@ -147,7 +147,7 @@ class Keeper:
             block.forward = self.wrapped(name, block.forward)
 
     def wrapped(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)  # which hides where it comes from
+        @functools.wraps(forward)  # this hides its origin
         def kept(*args: Any, **kwargs: Any) -> Any:
             self.calls += name == "mid"
             if self.calls % 2:
@@ -230,7 +230,7 @@ def test_replaced_forwards_before_the_first_branch_are_nobodys_business() -> Non
 
 
 class Halves:
-    """Attention whose batch is [unconditional half, conditional half]: the second gets half of it."""
+    """Attention for a batch [unconditional half, conditional half] that halves the second half."""
 
     def __init__(self, parts: int = 2) -> None:
         self.parts = parts
@@ -242,7 +242,7 @@ class Halves:
 
 
 class Scaled:
-    """Attention with a factor for each sample alike, as a class of somebody's own."""
+    """A custom class of attention with a factor that is the same for all samples."""
 
     def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, *args: Any, **kw: Any) -> Any:
         return 0.5 * attend(attn, hidden_states, encoder_hidden_states)
@@ -332,7 +332,7 @@ def test_processors_of_transformers_are_asked_about_too() -> None:
     processor = block.attn.processor
 
     class Other(type(processor)):  # type: ignore[misc]
-        """The same computation, in a class of somebody's own."""
+        """A custom class with the same computation."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return super().__call__(*args, **kwargs)
@@ -354,7 +354,7 @@ def test_processors_of_diffusers_that_take_the_batch_apart_are_refused() -> None
 
 
 class Weighing(BasicTransformerBlock):
-    """A block that weighs samples by their place."""
+    """A block that weights samples by their position."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = super().forward(*args, **kwargs)
@@ -362,7 +362,7 @@ class Weighing(BasicTransformerBlock):
 
 
 class Around(nn.Module):
-    """A mid block in another module."""
+    """A mid block inside another module."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ def test_blocks_of_other_packages() -> None:
         guide(pipe, PAG())
     with guide(pipe, PAG(layers="up")):
         run(pipe, latents=noise())
-    with guide(pipe, PAG(), trust=[Weighing]):  # the user's word
+    with guide(pipe, PAG(), trust=[Weighing]):  # the user declares it
         run(pipe, latents=noise())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The official pipeline's name and arguments, with what they meant."""
+"""The official pipeline's name and arguments have their original meaning."""
 
 from __future__ import annotations
 

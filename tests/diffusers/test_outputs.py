@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guided denoiser's output: of its own kind, with all its fields, and of the pipeline's own batch."""
+"""A guided denoiser's output: its type, all its fields, and the size of the pipeline's batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.diffusers.transformer_cases import run as run_transformer
 
 @dataclass
 class Telling(UNet2DConditionOutput):
-    """A prediction, the square of it for each sample, and things that belong to none."""
+    """A prediction, its square for each sample, and values that belong to no sample."""
 
     energies: torch.Tensor | None = None
     features: list[torch.Tensor] | None = None
@@ -28,7 +28,7 @@ class Telling(UNet2DConditionOutput):
 
 
 class Named(NamedTuple):
-    """The same as a tuple with names."""
+    """The same output as a named tuple."""
 
     sample: torch.Tensor
     energies: torch.Tensor
@@ -64,7 +64,7 @@ def test_further_fields_stay_and_are_of_the_pipelines_own_batch(kind: str, specs
         expected = run(pipe, prompts, latents=latents)
     given: list[Any] = []
     with guide(pipe, *specs):
-        # The first hook after the forward gives the output, the last one sees what leaves.
+        # The first hook after the forward replaces the output, and the last one sees the result.
         first = pipe.unet.register_forward_hook(lambda m, a, output: KINDS[kind](output[0]), prepend=True)
         last = pipe.unet.register_forward_hook(lambda m, a, output: given.append(output))
         assert relative(run(pipe, prompts, latents=latents), expected) == 0.0
@@ -92,7 +92,7 @@ def test_an_output_of_an_unknown_kind_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("stop", [1.0, 0.5])
 def test_an_output_of_another_batch_is_refused_in_plain_steps_too(stop: float) -> None:
-    """As of a cache that gives what an earlier, guided forward gave."""
+    """Simulates a cache that returns the result of an earlier guided call."""
     pipe, kept = tiny_pipeline(own_unet=True), []
 
     def again(module: Any, args: Any, output: Any) -> Any:

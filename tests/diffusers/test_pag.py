@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perturbed-Attention Guidance on stock pipelines is that of diffusers' own pipelines with PAG."""
+"""Perturbed-Attention Guidance on stock pipelines equals diffusers' own PAG pipelines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def theirs(
 def test_it_is_that_of_the_pipelines_with_pag(
     model: str, layers: str | list[str], guidance_scale: float, share: bool
 ) -> None:
-    """Latents of diffusers' own pipelines with PAG."""
+    """Compares with latents of diffusers' own PAG pipelines."""
     arguments = {"latents": noise(2, 8, 12), "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
     pipe = MODELS[model][0]()
     with guide(pipe, PAG(scale=2.5, layers=layers), share=share):
@@ -58,7 +58,7 @@ def test_it_is_that_of_the_pipelines_with_pag(
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_adaptive_scale_is_theirs(model: str, guidance_scale: float) -> None:
-    """Of four steps the last has its scale cut to 0, where theirs computes a branch for nothing."""
+    """In the last of four steps the scale is cut to 0, where diffusers computes an unused branch."""
     arguments = {"latents": noise(1, 8, 12), "guidance_scale": guidance_scale, "num_inference_steps": 4}
     pipe = MODELS[model][0]()
     with guide(pipe, PAG(scale=3.0, adaptive_scale=0.0035)) as guidance:

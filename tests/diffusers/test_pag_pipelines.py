@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``guide(pipe, PAG(...))`` on the pipeline of a task is diffusers' own pipeline with PAG for that task.
+"""``guide(pipe, PAG(...))`` on the pipeline of a task equals diffusers' own PAG pipeline for that task.
 
-``test_pag.py`` has text to image with Stable Diffusion 1 and XL, and what the arguments mean.
+``test_pag.py`` covers text to image with Stable Diffusion 1 and XL, and the meaning of the arguments.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ TRANSFORMERS = {
 CASES = {**IMAGES, **MOTION}
 UNET_RUNS = [(name, cfg) for name in UNETS for cfg in (True, False) if CASES[name].scales[0 if cfg else 1] is not None]
 
-# Without guidance by text diffusers' pipeline for Hunyuan-DiT itself fails.
+# Without text guidance, diffusers' pipeline for Hunyuan-DiT itself fails.
 TRANSFORMER_RUNS = [(name, cfg) for name in TRANSFORMERS for cfg in (True, False) if cfg or name != "hunyuan-dit"]
 
 CFG_OR_NOT = pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no-cfg"])
 
 
 def other(kind: Any, pipe: Any, layers: str | list[str], **more: Any) -> Any:
-    """A pipeline of another class with the parts of this one."""
+    """Return a pipeline of another class with the components of this one."""
     taken = inspect.signature(kind.__init__).parameters
     given = {name: part for name, part in {**pipe.config, **pipe.components, **more}.items() if name in taken}
     made = kind(**given, **({} if layers == "" else {"pag_applied_layers": layers}))
@@ -69,13 +69,13 @@ def other(kind: Any, pipe: Any, layers: str | list[str], **more: Any) -> Any:
     ("name", "cfg"), [pytest.param(*case, marks=of_unet(case[0], UNETS[case[0]])) for case in UNET_RUNS]
 )
 def test_unets(name: str, cfg: bool) -> None:
-    """Latents of diffusers' own pipeline with PAG for the task."""
+    """Compares with latents of diffusers' own PAG pipeline for the task."""
     case, where = CASES[name], "mid" if cfg else "up"
     pipe = case.build(case)
     plain = unet_cases.run(case, pipe, cfg)
     with guide(pipe, PAG(scale=2.5, layers=where)):
         ours = unet_cases.run(case, pipe, cfg)
-    # Their patterns are searched in the names, and "mid_block" alone is in those of motion modules too.
+    # Their patterns match substrings of names, and "mid_block" alone also matches motion modules.
     theirs = other(unet_cases.kind_of(UNETS[name]), pipe, f"{where}_block.*attentions")
     expected = unet_cases.run(case, theirs, cfg, pag_scale=2.5)
     assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE
@@ -87,7 +87,7 @@ def test_unets(name: str, cfg: bool) -> None:
     ("name", "cfg"), [pytest.param(*case, marks=of_transformer(case[0])) for case in TRANSFORMER_RUNS]
 )
 def test_transformers(name: str, cfg: bool) -> None:
-    """Latents of diffusers' own pipeline with PAG for the model."""
+    """Compares with latents of diffusers' own PAG pipeline for the model."""
     model = transformer_cases.MODELS[name]
     pipe = model.build()
     plain = transformer_cases.run(model, pipe, samples=2, cfg=cfg)
@@ -102,7 +102,7 @@ def test_transformers(name: str, cfg: bool) -> None:
 @proves(group="Transformers", model="Stable Diffusion 3", task="image to image", guidance="PAG")
 @CFG_OR_NOT
 def test_stable_diffusion_3_from_an_image(cfg: bool) -> None:
-    """Latents of diffusers' own pipeline with PAG for the task."""
+    """Compares with latents of diffusers' own PAG pipeline for the task."""
     model = TASKS["sd3 img2img"]
     pipe = model.build()
     given = {"samples": 2, "cfg": cfg, "strength": 0.7}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors with an entry for each sample, on modules and in arguments for processors: followed, or refused by name."""
+"""Tensors with one entry per sample, on modules and in arguments for processors: supported, or refused by name."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.diffusers.transformer_cases import run as run_transformer
 from tests.diffusers.unet_image_cases import IMAGES
 
 CASE = IMAGES["sd1-ip-adapter"]
-IDS = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1))  # of nobody and of a face
+IDS = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1))  # of no face and of a face
 CLIP = torch.randn(2, 1, 7, 10, generator=torch.Generator().manual_seed(9))
 
 
 class ByFace(IPAdapterFaceIDPlusImageProjection):
-    """Finds the embeddings of each sample by its face, whatever stands on the projection."""
+    """Finds the embeddings of each sample by its face, independently of those on the projection."""
 
     def forward(self, id_embeds: torch.Tensor) -> torch.Tensor:
         faces = id_embeds.reshape(len(id_embeds), -1)
@@ -35,7 +35,7 @@ class ByFace(IPAdapterFaceIDPlusImageProjection):
 
 
 def face_pipeline(kind: type = IPAdapterFaceIDPlusImageProjection) -> tuple[Any, Any]:
-    """A pipeline with an IP-Adapter FaceID Plus, and its projection."""
+    """Return a pipeline with an IP-Adapter FaceID Plus, and its projection."""
     pipe = CASE.build(CASE)
     torch.manual_seed(0)
     sizes = {"embed_dims": 24, "output_dims": 24, "hidden_dims": 10, "id_embeddings_dim": 8}
@@ -111,7 +111,7 @@ def test_embeddings_of_faces_are_put_back_after_an_exception(spec: Any, error: t
     pipe, projection = face_pipeline()
     with guide(pipe, spec, share=False):
         expected = draw(pipe, projection, 1, True)
-        # One after the first forward of a step is in the second one of SAG.
+        # A hook after the first call of a step runs in SAG's second call.
         with failing(pipe.unet.conv_out, error, after=isinstance(spec, SAG)), pytest.raises(error):
             draw(pipe, projection, 1, True)
         if error is ZeroDivisionError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guided pipeline stays what it was to its user: its class, signature and copies, its callbacks and its memory."""
+"""A guided pipeline keeps its class, signature, copies, callbacks and memory use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def slow() -> torch.Tensor:
 
 
 class Meta(type):
-    """A metaclass of a user's."""
+    """A user's metaclass."""
 
 
 class WithSlots(StableDiffusionXLPipeline, metaclass=Meta):
@@ -122,7 +122,7 @@ def test_a_callback_that_ends_classifier_free_guidance(form: str) -> None:
 
 @torch.no_grad()
 def cut_off(pipe: Any) -> torch.Tensor:
-    """Latents of a slow loop with classifier-free guidance in its first step alone."""
+    """Return latents of a slow loop with classifier-free guidance only in its first step."""
     x, modules = noise(), self_attentions(pipe.unet, ["mid_block*"])
     conditional, unconditional = conditions(pipe, "a red fox", x, 1, True)
     pipe.scheduler.set_timesteps(3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of diffusers' pipelines under ``guide``: tasks without a text, wrong statements, other ways to call."""
+"""Features of diffusers' pipelines under ``guide``: tasks without a text, wrong settings, other ways to call."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ MID = ("mid_block.*",)
 
 
 def check_against_the_slow_way(pipe: Any, draw: Callable[[], torch.Tensor], *, cfg: bool) -> None:
-    """SEG and PAG at the default layers."""
+    """Compare SEG and PAG at the default layers with the slow computation."""
     modules = self_attentions(pipe.unet, MID)
     plain = draw()
     for spec, entry in ((SEG(scale=2.0, sigma=1.5), 1.5), (PAG(scale=2.0), None)):
         expected = unet_run(pipe, [Perturbed(2.0, entry, modules)], draw, SIZE, cfg)
-        assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # there is something to see
+        assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # the effect is large enough to be measured
         with guide(pipe, spec):
             assert relative(draw(), expected) < PIPELINE_TOLERANCE
     assert torch.equal(draw(), plain)
 
 
 def variation_pipeline() -> Any:
-    """Image variation: an image embedding stands for the prompt, and zeros for none."""
+    """Return an image variation pipeline: an image embedding replaces the prompt, and zeros replace none."""
     torch.manual_seed(2)
     sizes = {"hidden_size": 24, "projection_dim": 24, "intermediate_size": 16, "num_attention_heads": 2}
     config = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, num_hidden_layers=1)
@@ -56,7 +56,7 @@ def variation_pipeline() -> Any:
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("scale", [5.0, 1.0], ids=["cfg", "no-cfg"])
 def test_an_image_in_place_of_a_prompt(images: int, scale: float) -> None:
-    """The unconditional half is the one whose embeddings are zero; the pipeline says nothing of it."""
+    """The unconditional half has zero embeddings; the pipeline does not indicate this."""
     pipe = variation_pipeline()
     pictures = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")][:images]
 
@@ -75,7 +75,7 @@ def test_an_image_in_place_of_a_prompt(images: int, scale: float) -> None:
 
 
 def test_a_property_that_is_always_false() -> None:
-    """diffusers' panorama pipeline is set to run without classifier-free guidance: the texts of its batch count."""
+    """diffusers' panorama pipeline is set to run without classifier-free guidance, so the texts of its batch decide."""
     pipe = tiny_sd(StableDiffusionPanoramaPipeline)
     factor = pipe.vae_scale_factor
     size = {"height": 16 * factor, "width": 16 * factor}
@@ -89,7 +89,7 @@ def test_a_property_that_is_always_false() -> None:
 
 
 def test_a_constructor_that_guides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``type(pipe)(...)`` initialises the new pipeline once, where its ``__init__`` calls ``guide`` too."""
+    """``type(pipe)(...)`` initialises the new pipeline once, even if its ``__init__`` calls ``guide``."""
     original, made = StableDiffusionXLPipeline.__init__, []
 
     @functools.wraps(original)
@@ -110,9 +110,9 @@ def test_a_constructor_that_guides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_measured_prediction_whose_scale_is_not_known() -> None:
-    """Qwen-Image measures its conditional prediction; called without the instance's class, it does not tell its scale.
+    """Qwen-Image rescales to its conditional prediction. If called without the instance's class, its scale is unknown.
 
-    The second of the first step's two calls is refused, before the step; without a negative prompt it is guided.
+    The second of the first step's two calls is refused, before the step. Without a negative prompt it is guided.
     """
     model = transformer_cases.MODELS["qwen-image"]
     pipe = model.build()

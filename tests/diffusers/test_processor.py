@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guided layer does diffusers' steps with blurred queries, and no more work than the method needs."""
+"""A guided layer performs diffusers' steps with blurred queries, and no more work than the method needs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(kind: str = "plain", seed: int = 0, **more: Any) -> Attention:
 
 
 def by_steps(attn: Any, x: torch.Tensor, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """diffusers' steps one by one, around this attention of queries, keys and values."""
+    """Perform diffusers' steps one by one with this attention function."""
     residual, shape = x, x.shape
     if x.ndim == 4:
         x = x.flatten(2).transpose(1, 2)
@@ -56,7 +56,7 @@ def by_steps(attn: Any, x: torch.Tensor, attend: Callable[..., torch.Tensor]) ->
 def blurred(
     attn: Any, x: torch.Tensor, sigmas: list[float], height: int, width: int, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The layer with attention by dense float64 matrices."""
+    """Compute the layer with attention by dense float64 matrices."""
     place = Place(height, width)
     return by_steps(attn, x, lambda q, k, v: dense_attention(q, k, v, sigmas, place, mask, attn.scale))
 

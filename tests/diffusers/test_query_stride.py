@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance on few query rows in a pipeline: the same with shared branches, and each guidance leaves out its own."""
+"""Guidance with few query rows in a pipeline: same results with shared branches, and each spec skips its own rows."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_only_perturbed_samples_of_the_guidance_leave_out_rows() -> None:
     ):
         run(pipe, ["a", "b"], latents=noise(2), num_inference_steps=1)
     assert seen["to_out.0"] == [(4, 64, 32), (2, 9, 32), (2, 64, 32)]
-    assert seen["to_q"] == [(4, 64, 32), (2, 9, 32)], "where every row is wanted, the conditional queries are there"
-    assert seen["to_k"] == [(4, 64, 32)], "both branches have just joined: their keys are the conditional ones"
+    assert seen["to_q"] == [(4, 64, 32), (2, 9, 32)], "if every row is needed, the conditional queries are used"
+    assert seen["to_k"] == [(4, 64, 32)], "both branches have just joined, so their keys are the conditional ones"
 
 
 @pytest.mark.parametrize("wrong", [0, 1.5, True, (2,), (2, 0), "wide", None], ids=str)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks compiled one by one give the uncompiled latents under guidance at every size, and graphs settle."""
+"""Blocks compiled one by one have the uncompiled latents under guidance at every size, and compilation stops."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def repeated(model: Any, backend: Any) -> None:
 
 
 def each(pattern: str) -> Callable[[Any, Any], None]:
-    """Compile every module of such a name by itself."""
+    """Return a function that compiles every module with such a name separately."""
 
     def compile_(model: Any, backend: Any) -> None:
         for name, module in model.named_modules():
@@ -54,7 +54,7 @@ def draw_unet(pipe: Any, size: tuple[int, ...]) -> torch.Tensor:
 
 
 def check(pipe: Any, model: Any, compile_: Any, draw: Draw, specs: Sequence[Any], sizes: Sequence[Any]) -> list[int]:
-    """Graphs made by the first run of each size, and of plain runs; later runs and guidances must make none."""
+    """Return the graphs of the first run of each size and of unguided runs; later runs must not compile."""
 
     def drawn() -> list[torch.Tensor]:
         outputs = []
@@ -77,7 +77,7 @@ def check(pipe: Any, model: Any, compile_: Any, draw: Draw, specs: Sequence[Any]
         for output, eager in zip(drawn(), expected, strict=True):
             assert relative(output, eager) < PIPELINE_TOLERANCE
     assert first[1] > 0
-    assert made == made[:1] * len(made), "graphs do not settle"
+    assert made == made[:1] * len(made), "every run compiles again"
     assert not any("forward" in vars(module) for module in model.modules())
     return first
 
@@ -101,7 +101,7 @@ def test_repeated_blocks_of_a_unet(specs: Sequence[Any]) -> None:
 def test_more_blocks(specs: Sequence[Any]) -> None:
     pipe = tiny_pipeline(own_unet=True)
     first = check(pipe, pipe.unet, repeated, draw_unet, specs, [*SIZES, (16, 24), (24, 24)])
-    assert first[3] == first[5], "sizes do not share what was compiled"
+    assert first[3] == first[5], "sizes do not share compiled code"
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image"])
@@ -114,7 +114,7 @@ def test_repeated_blocks_of_a_transformer(name: str) -> None:
 
     specs = [SEG(sigma=1.5, layers=model.layers)]
     first = check(pipe, pipe.transformer, repeated, draw, specs, [(6, 4), (8, 6), (4, 8), (8, 8)])
-    assert first[3] == first[4], "sizes do not share what was compiled"
+    assert first[3] == first[4], "sizes do not share compiled code"
 
 
 @pytest.mark.parametrize("pattern", [r".*attn1", r"mid_block", r"(up|down)_blocks\.\d|.*resnets\.\d"])
@@ -125,7 +125,7 @@ def test_other_parts(pattern: str) -> None:
 
 
 def test_kinds_of_guidance_do_not_use_up_the_recompile_limit() -> None:
-    """Of dynamo, which is 8 for each function."""
+    """The limit of dynamo is 8 per function."""
     pipe = smaller_pipeline()
     guidances: list[list[Any]] = [[SEG(sigma=1.0, layers=layer)] for layer in ("d0", "m0", "u0")]
     guidances += [[PAG(layers="d0"), SEG(layers=layer)] for layer in ("d0", "m0", "u0")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report says what guidance did, and a guidance that did nothing does not pass unnoticed."""
+"""The report describes the effect of guidance, and guidance without effect causes a warning."""
 
 from __future__ import annotations
 

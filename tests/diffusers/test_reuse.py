@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A perturbed branch that serves several steps is computed when it is due, and not otherwise."""
+"""A perturbed branch that is reused in several steps is computed only when it is due."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative,
 
 
 def batches(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, list[int]]:
-    """Latents of a run and the samples that left the denoiser's last block, step by step."""
+    """Return latents of a run and the number of samples after the denoiser's last block, by step."""
     seen: list[int] = []
     handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     try:
@@ -28,7 +28,7 @@ def test_other_steps_cost_what_a_plain_step_costs(cfg: float) -> None:
     pipe, own = tiny_pipeline(), 2 if cfg > 1 else 1
     with guide(pipe, SEG(sigma=2.0, reuse=3, start=0.2)) as guidance:
         _, seen = batches(pipe, latents=noise(), num_inference_steps=8, guidance_scale=cfg)
-    # Steps 0 and 1 come before it acts.
+    # Guidance starts after steps 0 and 1.
     assert seen == [own, own, own + 1, own, own, own + 1, own, own]
     assert {row.fired for row in guidance.report().layers} == {2}
 
@@ -51,7 +51,7 @@ def test_what_is_no_number_of_steps_is_refused(reuse: Any) -> None:
 
 
 def test_a_run_takes_nothing_from_the_one_before_wherever_a_guidance_begins() -> None:
-    """Two forwards act in a run, so that a third one would still take the first run's difference."""
+    """Guidance acts in two calls of a run, so a third call would still reuse the first run's difference."""
     pipe, spec = tiny_pipeline(), SEG(2.0, 1.0, reuse=3, start=0.3)
     with guide(pipe, spec):
         run(pipe, latents=noise(seed=4))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-Attention Guidance on stock pipelines: diffusers' on Stable Diffusion 1, beyond it a loop of its own."""
+"""Self-Attention Guidance on stock pipelines: equal to diffusers' on SD 1, and to a separate loop on SDXL."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative,
 
 
 def theirs(pipe: Any, scale: float, **arguments: Any) -> torch.Tensor:
-    """Theirs leaves a processor behind in a layer that it did not save under its name; ours must not see it."""
+    """diffusers' pipeline leaves a processor in a layer that it did not save by name; our run must not use it."""
     original = dict(pipe.unet.attn_processors)
     try:
         return run(pipe, sag_scale=scale, **arguments)
@@ -44,7 +44,7 @@ def theirs(pipe: Any, scale: float, **arguments: Any) -> torch.Tensor:
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_it_is_that_of_the_pipeline_with_sag(prediction: str, guidance_scale: float) -> None:
-    """Latents of diffusers' own pipeline with SAG, for denoisers that predict noise, v or the image."""
+    """Compares with latents of diffusers' own SAG pipeline, for denoisers that predict noise, v or the image."""
     arguments = {"latents": noise(2, 16, 24), "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
     expected = theirs(tiny_sd(StableDiffusionSAGPipeline, prediction_type=prediction), 0.75, **arguments)
     pipe = tiny_sd(prediction_type=prediction)
@@ -64,7 +64,7 @@ def test_it_is_that_of_the_pipeline_with_sag(prediction: str, guidance_scale: fl
 
 @torch.no_grad()
 def sag_run(pipe: Any, latents: torch.Tensor, guidance_scale: float, steps: int, scale: float, layer: Any) -> Any:
-    """SDXL with SAG by the definition: attention as a matrix, a two-dimensional convolution, the scheduler's noise."""
+    """Compute SDXL with SAG by definition: a matrix of attention, a 2-D convolution, the scheduler's noise."""
     cfg = guidance_scale > 1.0
     conditional, unconditional = conditions(pipe, "a red fox", latents, 1, cfg)
     degraded_prompt = unconditional if cfg else conditional
@@ -111,9 +111,9 @@ def sag_run(pipe: Any, latents: torch.Tensor, guidance_scale: float, steps: int,
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0], ids=["CFG", "without CFG"])
 @pytest.mark.parametrize("scheduler", ["Euler", "DDIM"])
 def test_stable_diffusion_xl_is_guided_by_the_same_definition(scheduler: str, guidance_scale: float) -> None:
-    """Latents of a loop that follows the paper's definition; two schedulers.
+    """Compares with latents of a loop that follows the paper's definition, for two schedulers.
 
-    Euler's latents have growing variance, and its timesteps lie between whole ones.
+    Euler's latents have growing variance, and its timesteps are not integers.
     """
     pipe = tiny_pipeline(own_unet=True)
     if scheduler == "Euler":
@@ -123,7 +123,7 @@ def test_stable_diffusion_xl_is_guided_by_the_same_definition(scheduler: str, gu
     latents = noise(1, 16, 24)
     layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
     for weight in (layer.to_q.weight, layer.to_k.weight):
-        weight.data *= 3.0  # attention far from uniform: no mass close to the threshold
+        weight.data *= 3.0  # attention far from uniform, so that no mass is close to the threshold
     expected = sag_run(pipe, latents, guidance_scale, 3, 0.75, layer)
     with guide(pipe, SAG()):
         ours = run(pipe, latents=latents, guidance_scale=guidance_scale)
@@ -132,7 +132,7 @@ def test_stable_diffusion_xl_is_guided_by_the_same_definition(scheduler: str, gu
 
 
 def test_beside_a_cfg_spec_the_negative_branch_is_degraded() -> None:
-    """So that the two together are the pipeline's own guidance with SAG."""
+    """Together, they equal the pipeline's own guidance with SAG."""
     pipe = tiny_sd()
     arguments = {"latents": noise(2, 16, 24), "num_images_per_prompt": 2}
     with guide(pipe, SAG(), SEG(sigma=2.0)):
@@ -163,7 +163,7 @@ def test_lists_that_the_denoiser_takes_apart_are_whole_for_the_second_forward() 
 
 
 def test_with_others_its_part_is_added() -> None:
-    """One step: the prediction is linear in the guidances, so two together move it by the sum of both."""
+    """Uses one step: the prediction is linear in the differences, so two methods move it by the sum of both."""
     pipe = tiny_sd()
     arguments = {"latents": noise(), "num_inference_steps": 1}
     outputs = {}
@@ -185,7 +185,7 @@ def test_steps_outside_of_its_part_of_the_run_are_plain() -> None:
     with guide(pipe, SAG(stop=0.5)):
         run(pipe, latents=noise(), num_inference_steps=4)
     handle.remove()
-    # Hooks of others see every forward: two guided steps with a second one each, two plain ones.
+    # Other hooks see every call: two guided steps with a second call each, and two unguided steps.
     assert sorted(calls) == [1, 1, 2, 2, 2, 2]
 
 
@@ -204,7 +204,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_noise_level_is_that_of_every_call_of_a_run(name: str) -> None:
-    """Rounded timesteps repeat, those of second-order calls lie between whole ones."""
+    """Rounded timesteps repeat, and those of second-order calls are not integers."""
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(60)
     sigmas = getattr(scheduler, "sigmas", None)
@@ -223,7 +223,7 @@ def test_the_noise_level_is_that_of_every_call_of_a_run(name: str) -> None:
 
 
 def test_an_input_of_nothing_but_noise() -> None:
-    """Zero terminal signal-to-noise ratio: predicted v tells the image, predicted noise does not."""
+    """With zero terminal signal-to-noise ratio, predicted v determines the image, but predicted noise does not."""
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
     scheduler.set_timesteps(4)
     assert levels(scheduler, scheduler.timesteps[0]) == pytest.approx((0.0, 1.0), abs=1e-6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance under ODE and SDE samplers, whatever the denoiser predicts, and under samplers that call it twice a step."""
+"""Guidance under ODE and SDE samplers, for all prediction types, and under samplers that call the denoiser twice."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from segkern.integrations.diffusers import SEG, guide
 from tests.diffusers.slow_guidance import looped_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, tiny_pipeline, tiny_sd
 
-# KDPM2's set_timesteps makes NumPy warn about torch's tensors.
+# KDPM2's set_timesteps makes NumPy warn about torch tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 
 EVERY = ("epsilon", "v_prediction", "sample")
 
-# Name -> class, what its denoiser may predict, options, and what a run is given besides.
+# Name -> class, prediction types, options, and additional arguments of a run.
 SAMPLERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", EVERY, {}, {}),
     "euler ancestral": ("EulerAncestralDiscreteScheduler", EVERY[:2], {}, {}),
@@ -34,7 +34,7 @@ SAMPLERS: dict[str, tuple[str, tuple[str, ...], dict[str, Any], dict[str, Any]]]
     "lcm": ("LCMScheduler", EVERY, {}, {}),
 }
 DRAWS_NOISE = {"euler ancestral", "ddim, eta 1", "dpm++ 2m sde", "lcm"}
-FORWARDS = {"heun": 5, "pndm": 4}  # in a run of 3 steps; the others have one in each
+FORWARDS = {"heun": 5, "pndm": 4}  # calls in a run of 3 steps; the other samplers have one per step
 TWICE = ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
 
 CASES = [(sampler, prediction) for sampler, (_, known, _, _) in SAMPLERS.items() for prediction in known]
@@ -43,14 +43,14 @@ STEPS = 3
 
 @lru_cache(maxsize=4)
 def networks(model: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a pipeline computes with, in this type."""
+    """Return the networks of a pipeline in this dtype."""
     parts = (tiny_pipeline() if model == "sdxl" else tiny_sd()).components
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     return {name: copy.deepcopy(module).to(dtype) for name, module in modules.items()}
 
 
 def sampled_pipeline(model: str, kind: Any, prediction: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A tiny pipeline, ``"sd"`` or ``"sdxl"``, whose scheduler takes its denoiser's output for ``prediction``."""
+    """Return a tiny pipeline, ``"sd"`` or ``"sdxl"``, whose scheduler assumes this prediction type."""
     pipe = tiny_pipeline() if model == "sdxl" else tiny_sd()
     for name, module in networks(model, dtype).items():
         setattr(pipe, name, module)
@@ -69,7 +69,7 @@ def sample(pipe: Any, latents: torch.Tensor, cfg: float, seed: int = 0, **argume
 
 
 def distance(model: str, sampler: str, prediction: str, dtype: torch.dtype, spec: SEG, cfg: float) -> float:
-    """Of a guided run to the slow one."""
+    """Return the distance between a guided run and the slow computation."""
     pipe = pipeline(model, sampler, prediction, dtype)
     latents, arguments = noise(1, 12, 16).to(dtype), SAMPLERS[sampler][3]
     with guide(pipe, spec) as guidance:
@@ -82,7 +82,7 @@ def distance(model: str, sampler: str, prediction: str, dtype: torch.dtype, spec
         assert layer.fired == report.forwards
         assert layer.moved is not None
         assert layer.moved > 1e-3
-    assert relative(sample(pipe, latents, cfg, **arguments), expected) > 1e-3, "the case would not notice guidance"
+    assert relative(sample(pipe, latents, cfg, **arguments), expected) > 1e-3, "the case does not detect guidance"
     return relative(output, expected)
 
 
@@ -90,7 +90,7 @@ def distance(model: str, sampler: str, prediction: str, dtype: torch.dtype, spec
 @pytest.mark.parametrize("cfg", [5.0, 1.0], ids=["cfg", "no cfg"])
 @pytest.mark.parametrize("sampler, prediction", CASES, ids=map(" - ".join, CASES))
 def test_guided_runs_are_those_of_a_loop_of_its_own(sampler: str, prediction: str, cfg: float) -> None:
-    """In float64, where two ways that are the same differ by far less than any mistake."""
+    """In float64, two correct ways differ by much less than any mistake would cause."""
     spec = SEG(2.0, 1.0) if cfg > 1.0 else SEG(2.0, math.inf)
     assert distance("sd", sampler, prediction, torch.float64, spec, cfg) < 1e-11
 
@@ -104,7 +104,7 @@ def test_in_float32_they_differ_by_rounding(sampler: str, sigma: float) -> None:
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sde_samplers_draw_noise_and_the_others_do_not(sampler: str) -> None:
-    """What the table calls an SDE sampler is one: a guided run that ignored its generator would pass for equal."""
+    """Checks that the table's SDE samplers are such: a guided run that ignored its generator would pass otherwise."""
     pipe, arguments = pipeline("sd", sampler, "epsilon"), SAMPLERS[sampler][3]
     with guide(pipe, SEG(2.0, 1.0)):
         first, second = (sample(pipe, noise(), 5.0, seed, **arguments) for seed in (1, 2))
@@ -119,7 +119,7 @@ def test_what_a_case_leaves_out_the_scheduler_refuses(sampler: str) -> None:
 
 
 def guided_calls(pipe: Any, spec: SEG, steps: int) -> tuple[torch.Tensor, list[bool]]:
-    """Latents of a run, and for each call of the denoiser whether it carried a perturbed branch."""
+    """Return latents of a run, and for each denoiser call whether it had a perturbed branch."""
     calls: list[bool] = []
     handle = pipe.unet.conv_out.register_forward_hook(lambda module, args, output: calls.append(len(output) == 3))
     with guide(pipe, spec):
@@ -143,7 +143,7 @@ def test_both_calls_of_a_step_are_guided_or_neither(kind: str, steps: int) -> No
 
 @pytest.mark.parametrize("reuse, start", [(2, 0.0), (3, 0.2)])
 def test_a_branch_serves_steps_and_not_calls(reuse: int, start: float) -> None:
-    """A corrector that took its predictor's difference would correct nothing of it."""
+    """A corrector that reused its predictor's difference would correct nothing."""
     pipe, steps = sampled_pipeline("sd", diffusers.HeunDiscreteScheduler, "epsilon"), 5
     first = math.ceil(start * steps)
     spec = SEG(2.0, 1.0, reuse=reuse, start=start)
@@ -155,7 +155,7 @@ def test_a_branch_serves_steps_and_not_calls(reuse: int, start: float) -> None:
 
 
 def test_a_run_that_starts_late_counts_its_own_steps() -> None:
-    """Image to image under Heun begins with a predictor, wherever it begins."""
+    """Image to image under Heun begins with a predictor, at any starting step."""
     pipe = sampled_pipeline("sd", diffusers.HeunDiscreteScheduler, "epsilon")
     pipe = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
@@ -165,4 +165,4 @@ def test_a_run_that_starts_late_counts_its_own_steps() -> None:
     with guide(pipe, SEG(2.0, 1.0, stop=0.5)):
         pipe("a red fox", image=image, strength=0.6, num_inference_steps=5, output_type="latent")
     handle.remove()
-    assert calls == [True] * 4 + [False]  # three of five steps are left, of which the first two begin before half
+    assert calls == [True] * 4 + [False]  # three of five steps are left, of which the first two begin before the middle

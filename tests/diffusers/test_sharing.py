@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A branch joins at its first layer's transformer block, wherever that is, and the prediction is the same."""
+"""A branch joins at its first layer's transformer block, for every layer, and the prediction does not change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative,
 
 
 def deep_unet() -> Any:
-    """Two transformer blocks in most transformers, two of these in every block."""
+    """Return a UNet with two transformer blocks in most transformers and two transformers in every block."""
     torch.manual_seed(0)
     config = {
         **tiny_pipeline().unet.config,
@@ -39,7 +39,7 @@ LAYERS = [layer.name for layer in list_layers(UNET)]
 
 @contextmanager
 def batch_sizes(unet: Any) -> Iterator[dict[str, set[int]]]:
-    """Samples with which resnets and transformer blocks run."""
+    """Collect the numbers of samples with which resnets and transformer blocks run."""
     seen: dict[str, set[int]] = {}
 
     def watch(name: str, module: Any) -> Any:
@@ -58,7 +58,7 @@ def batch_sizes(unet: Any) -> Iterator[dict[str, set[int]]]:
             handle.remove()
 
 
-# The first of each part, the second of two in a transformer and of two transformers, the last of all.
+# The first of each part, the second of two in a transformer and of two transformers, and the last of all.
 @pytest.mark.parametrize("layer", ["d0", "d3", "m1", "u0", LAYERS[-1]])
 def test_what_comes_before_the_first_layer_runs_on_the_pipelines_own_batch(layer: str) -> None:
     pipe, latents = tiny_pipeline(unet=UNET), noise(1, 8, 12)
@@ -66,7 +66,7 @@ def test_what_comes_before_the_first_layer_runs_on_the_pipelines_own_batch(layer
     spec = SEG(2.0, 1.0, layer)
     with guide(pipe, spec), batch_sizes(UNET) as seen:
         shared = run(pipe, latents=latents, num_inference_steps=1)
-    order = list(seen)  # of execution
+    order = list(seen)  # execution order
     first = order.index(module.removesuffix(".attn1"))
     assert [seen[name] for name in order[:first]] == [{2}] * first
     assert [seen[name] for name in order[first:]] == [{3}] * (len(order) - first)
@@ -105,7 +105,7 @@ def test_any_guidances_share_what_they_can(chosen: list[SEG], scale: float, imag
 @pytest.mark.parametrize("layer", ["m1", "u4"])
 def test_a_controlnet_runs_once_for_all_branches(layer: str) -> None:
     controlnet = ControlNetModel.from_unet(UNET, conditioning_channels=3).eval()
-    controlnet.controlnet_cond_embedding = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)  # the tiny pixels' factor
+    controlnet.controlnet_cond_embedding = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)  # the tiny VAE's factor
     for block in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
         torch.nn.init.normal_(block.weight, std=0.2)  # a new ControlNet's residuals are zero
     pipe = tiny_pipeline(StableDiffusionXLControlNetPipeline, unet=UNET, controlnet=controlnet)
@@ -126,7 +126,7 @@ def test_a_controlnet_runs_once_for_all_branches(layer: str) -> None:
 
 
 def test_blocks_that_are_not_known_are_joined_as_a_whole() -> None:
-    """Whatever a user derives may run its parts in another order."""
+    """A subclass may run its parts in another order."""
     unet = deep_unet()
     unet.mid_block.__class__ = type("Other", (type(unet.mid_block),), {})
     pipe, latents = tiny_pipeline(unet=unet), noise()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of a run: which of them a guidance with ``start`` and ``stop`` acts in, as the run's timesteps say."""
+"""Steps of a run: in which steps guidance with ``start`` and ``stop`` acts, by the run's timesteps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIDDLE = {"start": 0.25, "stop": 0.75}
 
 
 def fired(pipe: Any, spec: SEG, draw: Any) -> list[int]:
-    """How often the guidance fired in each step of the pipeline, as its callbacks see them."""
+    """Return how often guidance acted in each step of the pipeline, as seen by its callbacks."""
     sums = [0]
     with guide(pipe, spec) as guidance:
 
@@ -45,7 +45,7 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": [0, 1, 1, 0],
     "DDPMScheduler": [0, 1, 1, 0],
     "HeunDiscreteScheduler": [0, 0, 1, 1, 1, 1, 0],
-    "PNDMScheduler": [0, 0, 1, 1, 0],  # its second timestep comes twice: five fractions
+    "PNDMScheduler": [0, 0, 1, 1, 0],  # the second timestep is repeated: five fractions
 }
 
 
@@ -93,7 +93,7 @@ def test_timesteps_that_are_equal_in_bfloat16(name: str) -> None:
 
 
 class NewTimesteps(diffusers.DDIMScheduler):
-    """Its timesteps are a property with a new tensor, or list, at each reading."""
+    """A scheduler whose timesteps are a property that returns a new tensor, or list, each time."""
 
     listed = False
 
@@ -128,7 +128,7 @@ def test_one_step_is_the_first() -> None:
 
 
 def test_a_timestep_that_is_none_of_the_runs() -> None:
-    """It is refused where a guidance depends on the step, and guided where it is constant."""
+    """It is refused if guidance depends on the step, and guided if guidance is constant."""
     pipe = tiny_sd()
     text = torch.randn(1, 7, pipe.unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(0))
     guidance = guide(pipe.unet, SEG(3.0, 1.0, stop=0.5), cfg="none")
@@ -145,7 +145,7 @@ def test_a_timestep_that_is_none_of_the_runs() -> None:
 
 @pytest.mark.parametrize("name", ["sdxl-adapter", "sdxl-controlnet"])
 def test_halves_of_a_run_that_ends_early(name: str) -> None:
-    """Pipelines that cut the scheduler's timesteps without saying so."""
+    """Covers pipelines that cut the scheduler's timesteps without indicating it."""
     case = IMAGES[name]
     pipe = case.build(case)
     for spec in (SEG(sigma=1.5, stop=0.5, layers="down"), SEG(sigma=1.5, start=0.5, layers="down")):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Subclasses of diffusers' denoisers and blocks: arguments are found under any signature, or its class is named."""
+"""Subclasses of diffusers' denoisers and blocks: arguments are found in any signature, or the class is named."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_class_of_another_package_with_a_known_name_is_refused() -> None:
 
 
 class Around(nn.Module):
-    """A mid block in a module that passes everything on."""
+    """A mid block in a module that passes on all arguments."""
 
     has_cross_attention = True
 

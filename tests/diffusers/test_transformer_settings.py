@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers under ``guide`` beside what else pipelines and models can be set to."""
+"""Transformers under ``guide`` with other settings of pipelines and models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.diffusers.transformer_cases import MODELS, run
 
 
 def predictions(pipe: Any, draw: Any) -> list[torch.Tensor]:
-    """What the scheduler is given in the steps of ``draw()``."""
+    """Return the scheduler's inputs in the steps of ``draw()``."""
     seen: list[torch.Tensor] = []
     step = type(pipe.scheduler).step
 
@@ -32,7 +32,7 @@ def predictions(pipe: Any, draw: Any) -> list[torch.Tensor]:
 
 
 def test_skip_layer_guidance_of_stable_diffusion_3() -> None:
-    """Its calls, a third forward in some steps, are no steps; it measures the prediction without our guidance."""
+    """Its calls, a third call in some steps, are not steps. It uses the prediction without our guidance."""
     model = MODELS["sd3"]
     pipe = model.build()
     options = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.7, "skip_layer_guidance_start": 0.1}
@@ -44,17 +44,17 @@ def test_skip_layer_guidance_of_stable_diffusion_3() -> None:
         return predictions(pipe, lambda: run(model, pipe))
 
     without = skipping()[1], plain()[1]
-    # In step 1 of 3 alone, where both guidances act on the same latents as without ours.
+    # Only in step 1 of 3, where both methods act on the same latents as without our guidance.
     with guide(pipe, SEG(layers=model.layers, scale=1.5, start=0.3, stop=0.6)) as active:
         guided = skipping()[1], plain()[1]
     assert {row.fired for row in active.report().layers} == {2}
     assert relative(without[0], without[1]) > 1e-3
-    # The latents of step 1 are the same with and without skipping only up to step 0, which skips nothing.
+    # Latents with and without skipping are equal only up to step 0, which skips nothing.
     assert relative(guided[0] - without[0], guided[1] - without[1]) < 1e-3
 
 
 def test_cfg_normalization_of_z_image_measures_the_unguided_prediction() -> None:
-    """A limit that every prediction exceeds: the result has the conditional prediction's norm, with guidance too."""
+    """Every prediction exceeds the limit, so the result has the conditional prediction's norm, also under guidance."""
     model = MODELS["z-image"]
     pipe = model.build()
     (plain, *_) = predictions(pipe, lambda: run(model, pipe, cfg_normalization=0.1))
@@ -65,7 +65,7 @@ def test_cfg_normalization_of_z_image_measures_the_unguided_prediction() -> None
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_a_cache_is_refused(name: str) -> None:
-    """It takes what earlier forwards gave, of another batch."""
+    """A cache returns results of earlier calls with another batch."""
     model = MODELS[name]
     pipe = model.build()
     cache = diffusers.FirstBlockCacheConfig(threshold=0.1)
@@ -81,7 +81,7 @@ def test_a_cache_is_refused(name: str) -> None:
 
 
 def test_between_forwards_processors_are_the_models_own() -> None:
-    """So that what looks at them or changes them finds what it expects."""
+    """Code that inspects or changes them finds the original processors."""
     model = MODELS["flux"]
     pipe = model.build()
     own = dict(pipe.transformer.attn_processors)

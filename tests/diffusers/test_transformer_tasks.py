@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers' other tasks under ``guide``, against the slow way."""
+"""Other tasks of transformers under ``guide``, compared with the slow computation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sigma_of(name: str) -> float:
 
 
 def cells() -> Iterator[Any]:
-    """Every task with every guidance, and what it proves."""
+    """Yield every task with every guidance method, and what it proves."""
     for name in TASKS:
         model, task = PROVED[name]
         group = "Video" if TASKS[name].frames > 1 else "Transformers"
@@ -50,7 +50,7 @@ def cells() -> Iterator[Any]:
 @pytest.mark.one_in(5)
 @pytest.mark.parametrize("name, guidance", list(cells()))
 def test_equals_the_slow_way(name: str, guidance: str) -> None:
-    """Every branch in a forward of its own, attention by blurred logits in float64; not square, mostly two samples."""
+    """Reference: a separate call per branch with float64 blurred logits; not square, mostly two samples."""
     model = TASKS[name]
     pipe = model.build()
     cfg, samples = name not in DISTILLED, 2 if model.frames == 1 else 1
@@ -62,7 +62,7 @@ def test_equals_the_slow_way(name: str, guidance: str) -> None:
     sigma = sigma_of(name)
     slow = Perturbed(2.0, sigma if guidance == "seg" else None, model.modules)
     expected = transformer_run(model, pipe, [slow], draw, cfg=cfg)
-    assert relative(plain, expected) > 5 * PIPELINE_TOLERANCE  # there is something to see
+    assert relative(plain, expected) > 5 * PIPELINE_TOLERANCE  # the effect is large enough to be measured
     spec = (
         SEG(scale=2.0, sigma=sigma, layers=model.layers) if guidance == "seg" else PAG(scale=2.0, layers=model.layers)
     )
@@ -74,7 +74,7 @@ def test_equals_the_slow_way(name: str, guidance: str) -> None:
 
 
 def test_a_controlnet_runs_once() -> None:
-    """Its residuals are added between blocks: beside them a branch joins at the input, and the ControlNet does not."""
+    """Its residuals are added between blocks, so branches join at the input, and the ControlNet runs only once."""
     model = TASKS["flux ControlNet"]
     pipe = model.build()
     batches: list[int] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers under ``guide``, each against a slow way to guide that uses nothing of the adapter."""
+"""Transformers under ``guide``, each compared with slow guidance that does not use the adapter."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def with_layers(spec: Any, layers: Any) -> Any:
 @pytest.mark.parametrize("guidance", [pytest.param(name, marks=proves(guidance=PROVED[name])) for name in GUIDANCES])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=of_transformer(name)) for name in MODELS])
 def test_equals_the_slow_way(name: str, guidance: str, cfg: bool) -> None:
-    """Every branch in a forward of its own, its attention by blurred logits in float64; not square, two samples."""
+    """Reference: a separate call per branch with float64 blurred logits; not square, two samples."""
     model, pipe = MODELS[name], built(name)
     spec, sigma = GUIDANCES[guidance]
     plain = run(model, pipe, 6, 4, samples=2, cfg=cfg)
     slow = [Perturbed(2.0, sigma, model.modules)]
     expected = transformer_run(model, pipe, slow, lambda: run(model, pipe, 6, 4, samples=2, cfg=cfg), cfg=cfg)
-    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # there is something to see
+    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # the effect is large enough to be measured
     processors = [pipe.transformer.get_submodule(name).processor for name in model.modules]
     with guide(pipe, with_layers(spec, model.layers)) as active:
         guided = run(model, pipe, 6, 4, samples=2, cfg=cfg)
     assert relative(guided, expected) < PIPELINE_TOLERANCE
-    assert relative(guided - plain, expected - plain) < 2e-3  # some models move little at this size
+    assert relative(guided - plain, expected - plain) < 2e-3  # some models change little at this size
     report = active.report()
     assert {row.module for row in report.layers} == set(model.modules)
     assert all(row.fired == 3 and row.moved is not None and row.moved > 0 for row in report.layers)
@@ -84,7 +84,7 @@ def test_branches_join_at_the_first_perturbed_block(name: str) -> None:
         return list(sizes.values())
 
     shared, first = batches(), order.index(model.modules[0].rsplit(".", 1)[0])
-    # The hooks that note come before those that join: a block sees what the one before it gave.
+    # The recording hooks run before the joining hooks: a block sees the output of the previous block.
     assert shared[1 : first + 1] == [{1}] * first
     assert shared[first + 1 :] == [{2}] * (len(order) - first - 1)
     assert batches(share=False) == [{2}] * len(order)
@@ -102,7 +102,7 @@ def test_two_guidances_add_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_a_guidance_of_the_first_block_and_a_later_one(name: str) -> None:
-    """The second branch joins inside, though the first one does not."""
+    """The second branch joins inside, although the first one does not."""
     model, pipe = MODELS[name], built(name)
     first, last = list_layers(pipe)[0].module, model.modules[-1]
     slow = [Perturbed(2.0, 2.5, [first]), Perturbed(-1.0, None, [last])]
@@ -113,7 +113,7 @@ def test_a_guidance_of_the_first_block_and_a_later_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image", "wan"])
 def test_schedule_reuse_and_intervals(name: str) -> None:
-    """Steps without guidance are plain; a call for the negative prompt is no step."""
+    """Steps without guidance are unguided; a call for the negative prompt is not a step."""
     model, pipe = MODELS[name], built(name)
     plain = run(model, pipe)
     with pytest.warns(UserWarning, match="fired in none"), guide(pipe, SEG(layers=model.layers, scale=0.0)):
@@ -131,7 +131,7 @@ def test_schedule_reuse_and_intervals(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ltx-video", "hunyuan-dit"])
 def test_guidance_rescale_measures_the_unguided_prediction(name: str) -> None:
-    """``guidance_rescale`` takes the standard deviation of the conditional prediction as it is without guidance."""
+    """``guidance_rescale`` uses the standard deviation of the conditional prediction without guidance."""
     model, pipe = MODELS[name], built(name)
     seen: list[torch.Tensor] = []
     module = "diffusers.pipelines." + ("ltx.pipeline_ltx" if name == "ltx-video" else "hunyuandit.pipeline_hunyuandit")
@@ -183,7 +183,7 @@ def test_a_sigma_for_each_image_and_each_layer(name: str) -> None:
     ],
 )
 def test_under_compile(name: str, compilations: int, compile_first: bool) -> None:
-    """No graph break in the denoiser, and the same images; calls for the negative prompt are a graph of their own."""
+    """The denoiser has no graph break, and images are the same. Calls for the negative prompt have a separate graph."""
     model = MODELS[name]
     pipe = model.build()
     with guide(pipe, SEG(sigma=1.5, layers=model.layers)):
@@ -201,7 +201,7 @@ def test_under_compile(name: str, compilations: int, compile_first: bool) -> Non
 
 
 class Multiplying(AttnProcessor):
-    """It multiplies matrices itself."""
+    """Multiplies matrices itself."""
 
 
 def test_attention_that_is_not_met_is_an_error() -> None:
@@ -259,7 +259,7 @@ def test_linear_attention_is_refused() -> None:
 
 
 def test_two_denoisers_take_turns() -> None:
-    """Wan 2.2: one for steps of much noise, one for the rest; both are guided in one run, with one report."""
+    """Wan 2.2 has one denoiser for noisy steps and one for the rest. Both are guided in one run, with one report."""
     model = MODELS["wan"]
     first, second = model.build(), model.build()
     torch.manual_seed(8)
@@ -276,7 +276,7 @@ def test_two_denoisers_take_turns() -> None:
     assert torch.equal(both, again)
     assert {row.fired for row in active.report().layers} == {6}
     assert active.report().forwards == 12
-    # The slow way, on whichever of the two is called.
+    # The slow computation, for the model that is called.
     calls = dict.fromkeys(("transformer", "transformer_2"), 0)
     for name in calls:
         getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
@@ -286,16 +286,16 @@ def test_two_denoisers_take_turns() -> None:
     assert relative(both, expected) < PIPELINE_TOLERANCE < relative(plain, expected)
     with pytest.raises(ValueError, match="already guided"), guide(pipe, guided):
         guide(pipe, guided)
-    assert hooks_of(pipe.transformer) + hooks_of(pipe.transformer_2) == 2  # the test's own
+    assert hooks_of(pipe.transformer) + hooks_of(pipe.transformer_2) == 2  # the test's own hooks
 
 
 def test_default_layers() -> None:
-    """Somebody's advice where there is one and the model is deep enough, else the block in the middle."""
+    """The recommended layers if there are any and the model is deep enough, otherwise the middle block."""
     model, pipe = MODELS["sd3"], built("sd3")
     with guide(pipe, SEG()) as active:
         run(model, pipe)
     assert [row.layer for row in active.report().layers] == ["b2"]
-    assert SEG().layers is None  # the spec itself stays what it was
+    assert SEG().layers is None  # the spec itself does not change
     size = {"attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
     deep = {**pipe.transformer.config, "num_layers": 12, **size}
     other = type(pipe)(**{**pipe.components, "transformer": type(pipe.transformer).from_config(deep)})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of UNets that are more than one call: other sizes, low-rank adapters, videos; and what is refused."""
+"""UNet tasks with more than one call: other sizes, LoRA, videos; and refused settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def built(name: str) -> tuple[Case, Any]:
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_the_size_changes_between_calls(name: str) -> None:
-    """One guidance serves all sizes."""
+    """One guidance object serves all sizes."""
     case, pipe = built(name)
     sizes = ((8, 12), (12, 8), (12, 20))
     modules = self_attentions(pipe.unet, ("mid_block.*",))
@@ -45,7 +45,7 @@ def test_the_size_changes_between_calls(name: str) -> None:
 
 
 def test_a_second_pass_at_a_higher_resolution() -> None:
-    """The pipeline for images made from the one for text has the same UNet; each is guided in its turn."""
+    """The image-to-image pipeline shares the UNet of the text-to-image pipeline; each is guided separately."""
     case, first = built("sd1")
     second = StableDiffusionImg2ImgPipeline.from_pipe(first)
     second.set_progress_bar_config(disable=True)
@@ -125,7 +125,7 @@ def test_layers_of_videos_are_those_over_the_image() -> None:
 
 
 def test_each_video_has_its_sigma() -> None:
-    """One number for each sample serves all of its frames."""
+    """One number per sample applies to all of its frames."""
     case, pipe = built("animatediff")
     outputs = []
     for sigma in ((0.5, 2.0), 0.5, 2.0):
@@ -154,7 +154,7 @@ def test_other_options_for_videos(spec: Any) -> None:
 
 
 def test_free_init_runs_the_loop_several_times() -> None:
-    """Every pass of FreeInit is a run, from its first step to its last."""
+    """Every pass of FreeInit is a run with its own first and last step."""
     case = MOTION["animatediff"]
     pipe = case.build(case)
     pipe.enable_free_init(num_iters=2, method="gaussian")
@@ -196,7 +196,7 @@ def test_pieces_of_a_batch_are_refused() -> None:
 
 
 def _upscaler() -> UNet2DConditionModel:
-    """Of Stable Diffusion's latent upscaler, whose blocks hold no transformers."""
+    """Return the UNet of Stable Diffusion's latent upscaler, whose blocks have no transformers."""
     return UNet2DConditionModel(
         act_fn="gelu",
         attention_head_dim=8,
@@ -217,7 +217,7 @@ def _upscaler() -> UNet2DConditionModel:
 
 
 def _bare(name: str, model: Any) -> Any:
-    """A pipeline with a denoiser and nothing else, not even what its class asks for."""
+    """Return a pipeline with only a denoiser, without other components of its class."""
     kind: Any = getattr(diffusers, name)
     pipe = kind.__new__(kind)
     pipe.register_modules(unet=model)
@@ -241,7 +241,7 @@ def test_other_models_are_refused_by_name() -> None:
 
 
 def test_models_without_a_middle_say_so() -> None:
-    """SSD-1B has no attention there, the smallest BK-SDM nothing at all."""
+    """SSD-1B has no attention in the middle, and the smallest BK-SDM has no mid block."""
     for name, up in (("ssd-1b", "u0 to u3"), ("bk-sdm-tiny", "u0 to u1")):
         _, pipe = built(name)
         with pytest.raises(ValueError, match=f"unknown layer 'mid'; valid names are 'down' .*, 'up' .{up}."):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UNets at all their tasks under ``guide``, each against a slow way to guide that uses nothing of the adapter."""
+"""UNets at all their tasks under ``guide``, each compared with slow guidance that does not use the adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.diffusers.unet_video_cases import MOTION
 
 CASES = {**IMAGES, **MOTION}
 
-# With classifier-free guidance and without it, each beside other guidances.
+# With and without classifier-free guidance, each with other guidance methods.
 RUNS = [
     (name, cfg) for name, case in CASES.items() for cfg in (True, False) if case.scales[0 if cfg else 1] is not None
 ]
@@ -43,7 +43,7 @@ def built(name: str) -> Any:
     ids=lambda value: value if isinstance(value, str) else ("", "cfg")[value],
 )
 def test_equals_the_slow_way(name: str, cfg: bool) -> None:
-    """Every branch in a forward of its own, attention by blurred logits in float64; not square, mostly two samples."""
+    """Reference: a separate call per branch with float64 blurred logits; not square, mostly two samples."""
     case, pipe = CASES[name], built(name)
     modules = self_attentions(pipe.unet, case.modules)
     specs: list[Any] = (
@@ -55,7 +55,7 @@ def test_equals_the_slow_way(name: str, cfg: bool) -> None:
     plain = run(case, pipe, cfg)
     processors = dict(pipe.unet.attn_processors)
     expected = unet_run(pipe, slow, lambda: run(case, pipe, cfg), case.size, cfg)
-    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # there is something to see
+    assert relative(plain, expected) > 10 * PIPELINE_TOLERANCE  # the effect is large enough to be measured
     with guide(pipe, *specs) as active:
         guided = run(case, pipe, cfg)
     assert relative(guided, expected) < PIPELINE_TOLERANCE

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user changes on a guided pipeline, between runs or inside the context, works, and stays when it is left."""
+"""Changes that a user makes to a guided pipeline, between runs or inside the context, work and persist on exit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UNETS = [SD1, pytest.param(SDXL, marks=pytest.mark.robustness)]
 
 
 def like_a_fresh_one(subject: Subject, pipe: Any, change: Callable[[Any], Any], **more: Any) -> None:
-    """That a guided pipeline which was changed draws what one draws that was changed and then guided."""
+    """Assert that a pipeline changed while guided has the same result as one changed before it was guided."""
     fresh = subject.build()
     change(fresh)
     with guide(fresh, subject.seg()):
@@ -54,7 +54,7 @@ def like_a_fresh_one(subject: Subject, pipe: Any, change: Callable[[Any], Any], 
 @pytest.mark.parametrize("kind", ["SEG, infinite", "SEG, reuse", "PAG", "SEG, PAG, SAG"])
 @pytest.mark.parametrize("subject", every(SD3))
 def test_arguments_that_change_between_runs(subject: Subject, kind: str) -> None:
-    specs = kinds(subject).get(kind, (subject.seg(),))  # transformers have no SAG
+    specs = kinds(subject).get(kind, (subject.seg(),))  # transformers do not support SAG
     scale = "true_cfg_scale" if subject in (FLUX, QWEN) else "guidance_scale"
     size = {"height": 32, "width": 24} if subject.part == "unet" else {"height": 64, "width": 128}
     changes: list[dict[str, Any]] = [
@@ -123,15 +123,15 @@ def test_a_lora_that_comes_and_goes(subject: Subject) -> None:
         assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
         other = subject.denoiser(subject.build())
         model.unload_lora()
-        model.load_state_dict(other.state_dict())  # unfusing leaves rounding
+        model.load_state_dict(other.state_dict())  # unfusing leaves rounding errors
         assert torch.equal(subject.run(pipe), first)
         _forget_lora(model, other)
 
 
 def _forget_lora(model: Any, like: Any) -> None:
-    """What diffusers leaves of an adapter that is unloaded: attributes, and the same parameters in other layers."""
+    """Remove what diffusers leaves of an unloaded adapter: attributes, and parameters in other layers."""
     for module, other in zip(model.modules(), like.modules(), strict=True):
-        for name in set(vars(module)) - set(vars(other)) - {"_diffusers_hook"}:  # which a run leaves, and no adapter
+        for name in set(vars(module)) - set(vars(other)) - {"_diffusers_hook"}:  # a run leaves this, not the adapter
             delattr(module, name)
 
 
@@ -151,7 +151,7 @@ def test_projections_fused_and_unfused(subject: Subject, sigma: float) -> None:
     assert {type(processor) for processor in pipe.unet.attn_processors.values()} == {FusedAttnProcessor2_0}
     with guide(pipe, subject.seg(sigma=sigma)):
         assert relative(subject.run(pipe), first) < PIPELINE_TOLERANCE
-    pipe.unfuse_qkv_projections()  # what fusing saved inside the context must not be the guidance's processors
+    pipe.unfuse_qkv_projections()  # what fusing saved inside the context must not be segkern's processors
     assert all(processor is own[name] for name, processor in pipe.unet.attn_processors.items())
     assert torch.equal(subject.run(pipe), plain)
 
@@ -197,7 +197,7 @@ def test_offloading_inside_the_context(subject: Subject) -> None:
         accelerate.hooks.remove_hook_from_module(model, recurse=True)
         assert model.forward.__func__ is forward
         for module in model.modules():
-            vars(module).pop("forward", None)  # which accelerate leaves there
+            vars(module).pop("forward", None)  # accelerate leaves this
         assert torch.equal(subject.run(pipe), first)
 
 

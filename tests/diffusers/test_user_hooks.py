@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forward hooks of users on parts that run with branches: they may look on, or be trusted, or are refused."""
+"""Users' forward hooks on parts that run with branches: allowed if they only observe or are trusted, else refused."""
 
 from __future__ import annotations
 

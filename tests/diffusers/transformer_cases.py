@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small random checkpoint of each transformer that can be guided, its pipeline, and how to call that."""
+"""A small random checkpoint of each supported transformer, its pipeline, and how to call it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ WIDTH = HEADS * HEAD_DIM
 
 @dataclass(frozen=True)
 class TransformerCase:
-    """One architecture and its pipeline for text.
+    """One architecture and its text pipeline.
 
     Attributes:
-        name: of the pipeline's class.
-        build: makes a pipeline without text encoders and VAE.
-        call: gives a pipeline's call its arguments: rows and columns of tokens, samples, whether with
+        name: Name of the pipeline class.
+        build: Creates a pipeline without text encoders and VAE.
+        call: Returns arguments of a pipeline call for rows and columns of tokens, samples, and whether to use
             classifier-free guidance.
-        layers: some that are perturbed, not from the first block on.
-        modules: what they are.
-        start: of the image in the tokens of each of those layers.
-        frames: of latents.
-        factor: pixels along the side of a token.
+        layers: Layers to perturb, not starting at the first block.
+        modules: Module names of these layers.
+        start: First image token in each of these layers.
+        frames: Number of latent frames.
+        factor: Side of a token in pixels.
     """
 
     name: str
@@ -43,7 +43,7 @@ class TransformerCase:
 
 def _pipeline(kind: type, transformer: torch.nn.Module, scheduler: Any, **parts: Any) -> Any:
     for parameter in transformer.parameters():
-        if parameter.std() == 0:  # some layers begin as identity or zero, where nothing would be seen
+        if parameter.std() == 0:  # some layers are initialised as identity or zero, which would hide effects
             torch.nn.init.normal_(parameter, std=0.2)
     names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     import inspect
@@ -64,7 +64,7 @@ def _text(samples: int, channels: int, seed: int, tokens: int = TEXT) -> torch.T
 
 
 def _embeds(samples: int, cfg: bool, channels: int, pooled: int = 0, masks: bool = False) -> dict[str, Any]:
-    """Embeddings of prompts and negative prompts."""
+    """Return embeddings of prompts and negative prompts."""
     given: dict[str, Any] = {}
     for seed, prefix in enumerate(("", "negative_") if cfg else ("",)):
         given[f"{prefix}prompt_embeds"] = _text(samples, channels, seed)
@@ -156,7 +156,7 @@ def _z_image() -> Any:
         axes_dims=[2, 2, 4],
         axes_lens=[128, 64, 64],
     )
-    for parameter in model.parameters():  # pad tokens are made without values
+    for parameter in model.parameters():  # pad tokens are created without values
         if not parameter.isfinite().all() or parameter.abs().max() > 100:
             torch.nn.init.normal_(parameter, std=0.2)
     for pad in (model.x_pad_token, model.cap_pad_token):
@@ -165,7 +165,7 @@ def _z_image() -> Any:
 
 
 def _z_image_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
-    # Prompts of different lengths: 5 tokens fill up to 32, 40 to 64, so that shorter ones are masked.
+    # Prompts of different lengths: 5 tokens are padded to 32, 40 to 64, and the shorter ones are masked.
     lengths = [TEXT, 40, 33]
     prompts = [_text(1, 12, i, lengths[i])[0] for i in range(samples)]
     given: dict[str, Any] = {"guidance_scale": 3.0 if cfg else 0.0, "prompt_embeds": prompts}
@@ -306,10 +306,10 @@ MODELS = {
 def run(
     model: TransformerCase, pipe: Any, rows: int = 6, columns: int = 4, samples: int = 1, cfg: bool = True, **more: Any
 ) -> torch.Tensor:
-    """Latents of a short run of an image of so many tokens."""
+    """Return latents of a short run for an image with this number of tokens."""
     given = model.call(rows, columns, samples, cfg)
     given |= {"height": rows * model.factor, "width": columns * model.factor, "num_inference_steps": 3}
     given |= {"output_type": "latent", "generator": torch.Generator().manual_seed(5), **more}
-    torch.manual_seed(6)  # some pipelines encode pictures without the generator
+    torch.manual_seed(6)  # some pipelines encode images without the generator
     output = pipe(**given)
     return output.frames if hasattr(output, "frames") else output.images

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other tasks than text to image on the small transformers: pictures to start from, to keep, to edit, to follow."""
+"""Tasks other than text to image on the small transformers: image to image, inpainting, edits, ControlNets."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def _qwen_vae() -> Any:
 
 
 def picture(samples: int, height: int, width: int) -> torch.Tensor:
-    """Pixels in [0, 1]."""
+    """Return pixels in [0, 1]."""
     return torch.rand(samples, 3, height, width, generator=torch.Generator().manual_seed(30))
 
 
 def _with(kind: type, build: Callable[[], Any], **parts: Any) -> Any:
-    """Another pipeline on the components of one."""
+    """Return another pipeline with the components of one."""
     components = {**build().components, **parts}
-    for name in ("image_encoder", "feature_extractor"):  # a few pipelines do not know them
+    for name in ("image_encoder", "feature_extractor"):  # a few pipelines do not have these
         if components.get(name, 0) is None:
             del components[name]
     pipe = kind(**components)
@@ -57,7 +57,7 @@ def _with(kind: type, build: Callable[[], Any], **parts: Any) -> Any:
 
 
 def task(base: str, kind: str, call: Callable[[int, int, int], dict[str, Any]], **changes: Any) -> TransformerCase:
-    """A task of a model: its pipeline's class, and what its call gets beside the model's own arguments."""
+    """Return a task of a model: its pipeline class, and call arguments in addition to the model's own."""
     model = MODELS[base]
     parts = changes.pop("parts", dict)
     build = changes.pop("build", model.build)
@@ -98,28 +98,28 @@ def _sd3_control() -> dict[str, Any]:
 
 
 def _alive(net: torch.nn.Module) -> torch.nn.Module:
-    for parameter in net.parameters():  # a fresh ControlNet adds zeros
+    for parameter in net.parameters():  # a new ControlNet adds zeros
         if parameter.std() == 0:
             torch.nn.init.normal_(parameter, std=0.2)
     return net.eval()
 
 
 def _changed(pipe: Any, **sizes: int) -> Any:
-    """The pipeline with a transformer of other sizes."""
+    """Return the pipeline with a transformer of other sizes."""
     config = {name: value for name, value in pipe.transformer.config.items() if name != "_use_default_values"}
     transformer = type(pipe.transformer).from_config(config | sizes).eval()
     return type(pipe)(**{**pipe.components, "transformer": transformer})
 
 
 def _flux_fill() -> Any:
-    """Latents, the masked picture's, and a mask of 8 x 8 pixels for each."""
+    """Return a pipeline for latents, the masked image's latents, and a mask of 8 x 8 pixels per latent."""
     pipe = MODELS["flux"].build()
     torch.manual_seed(24)
     return _changed(pipe, in_channels=32 + 256, out_channels=16)
 
 
 def _sd3_inpainting() -> Any:
-    """The pipeline wants as many channels as the real model has."""
+    """Return the inpainting pipeline, which requires as many channels as the real model has."""
     pipe = MODELS["sd3.5"].build()
     torch.manual_seed(26)
     return _changed(pipe, in_channels=16, out_channels=16)
@@ -140,7 +140,7 @@ def _video_start(samples: int, height: int, width: int) -> dict[str, Any]:
 
 
 def _wan_i2v() -> Any:
-    """Latents beside a mask of 4 channels and the first frame's latents."""
+    """Return a pipeline for latents, a mask of 4 channels and the first frame's latents."""
     pipe = MODELS["wan"].build()
     torch.manual_seed(25)
     return _changed(pipe, in_channels=4 + 4 + 4)

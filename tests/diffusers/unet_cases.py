@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of a UNet at a task: small random checkpoints, what stands beside them, their pipelines and calls of those."""
+"""Cases of a UNet at a task: small random checkpoints, additional models, pipelines and their calls."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from diffusers import ControlNetModel, ControlNetUnionModel, MultiAdapter, T2IAd
 from tests.diffusers.small_pipelines import tiny_pipeline
 
 TEXT = 5  # tokens of a prompt
-CHANNELS, POOLED = 24, 8  # of its embeddings
-IMAGE_EMBEDS = 8  # numbers of an image embedding
-FACTOR = 2  # pixels along the side of a latent pixel
+CHANNELS, POOLED = 24, 8  # size of its embeddings
+IMAGE_EMBEDS = 8  # size of an image embedding
+FACTOR = 2  # side of a latent pixel in pixels
 
 Call = Callable[["Case", int, bool], dict[str, Any]]
 
@@ -28,16 +28,16 @@ class Case:
     """One model at one task.
 
     Attributes:
-        name: of the pipeline's class, which is the task.
-        build: makes the pipeline, without text encoders where it needs none.
-        call: arguments of its call for so many samples, whether with classifier-free guidance.
-        layers: where to guide, as ``guide`` takes it.
-        modules: patterns of the names of the same modules.
-        size: of the latents.
-        steps: of a run.
-        scales: values of ``guidance_scale`` with and without classifier-free guidance; None where there is no such run.
-        frames: of a video.
-        samples: of a batch.
+        name: Name of the pipeline class, which defines the task.
+        build: Creates the pipeline, without text encoders if it needs none.
+        call: Returns call arguments for a number of samples, and whether to use classifier-free guidance.
+        layers: Layers to guide, in the form that ``guide`` accepts.
+        modules: Name patterns of the same modules.
+        size: Latent size.
+        steps: Steps of a run.
+        scales: Values of ``guidance_scale`` with and without classifier-free guidance; None if there is no such run.
+        frames: Number of video frames.
+        samples: Batch size.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Case:
 
 
 def unet(**options: Any) -> UNet2DConditionModel:
-    """In Stable Diffusion 1's layout but small, unless the options tell otherwise; attention is far from uniform."""
+    """Return a small UNet in Stable Diffusion 1's layout by default, with attention far from uniform."""
     levels = len(options.get("block_out_channels", (16, 32)))
     defaults = {
         "sample_size": 16,
@@ -66,7 +66,7 @@ def unet(**options: Any) -> UNet2DConditionModel:
         "norm_num_groups": 8,
         "down_block_types": ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-        "attention_head_dim": 2,  # diffusers' name for the number of heads
+        "attention_head_dim": 2,  # diffusers uses this name for the number of heads
         "cross_attention_dim": CHANNELS,
     }
     with torch.random.fork_rng():
@@ -79,7 +79,7 @@ def unet(**options: Any) -> UNet2DConditionModel:
 
 
 def unet_xl(ids: int = 6, **options: Any) -> UNet2DConditionModel:
-    """In Stable Diffusion XL's layout: no attention at the first level, several transformer blocks at the second."""
+    """Return a UNet in SDXL's layout: no attention at the first level, several transformer blocks at the second."""
     defaults = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -101,7 +101,7 @@ def scheduler(kind: str = "DDIMScheduler", **options: Any) -> Any:
 
 
 def kind_of(name: str) -> Any:
-    """The pipeline's class. diffusers hides those of Kolors where there is no sentencepiece, for its tokenizer."""
+    """Return the pipeline class. diffusers hides Kolors if sentencepiece, for its tokenizer, is missing."""
     hidden = {"KolorsPAGPipeline": "pag.pipeline_pag_kolors", "KolorsPipeline": "kolors.pipeline_kolors"}
     hidden["KolorsImg2ImgPipeline"] = "kolors.pipeline_kolors_img2img"
     module = importlib.import_module(f"diffusers.pipelines.{hidden[name]}") if name in hidden else diffusers
@@ -109,7 +109,7 @@ def kind_of(name: str) -> Any:
 
 
 def pipeline(case: Case, model: Any, noise: Any = None, **parts: Any) -> Any:
-    """The case's pipeline with the tiny VAE and, unless given, no encoder of texts and images."""
+    """Return the case's pipeline with the tiny VAE and, unless given, no encoders of texts and images."""
     kind = kind_of(case.name)
     given = {"unet": model, "scheduler": noise or scheduler(), "vae": tiny_pipeline().components["vae"], **parts}
     taken = inspect.signature(kind.__init__).parameters
@@ -122,7 +122,7 @@ def pipeline(case: Case, model: Any, noise: Any = None, **parts: Any) -> Any:
 
 
 def embeds(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
-    """Embeddings of prompts and negative prompts; the size, where the pipeline takes one."""
+    """Return embeddings of prompts and negative prompts, and the size if the pipeline accepts it."""
     taken = inspect.signature(kind_of(case.name).__call__).parameters
     given: dict[str, Any] = {}
     for seed, prefix in enumerate(("", "negative_") if cfg else ("",)):
@@ -136,7 +136,7 @@ def embeds(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
 
 
 def with_options(**options: Any) -> Call:
-    """A call with embeddings and more; functions among the options are told the case and the number of samples."""
+    """Return a call with embeddings and options; functions among the options get the case and the number of samples."""
 
     def call(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
         more = {name: option(case, samples, cfg) if callable(option) else option for name, option in options.items()}
@@ -146,7 +146,7 @@ def with_options(**options: Any) -> Call:
 
 
 def run(case: Case, pipe: Any, cfg: bool, **more: Any) -> torch.Tensor:
-    """Latents of a short run."""
+    """Return latents of a short run."""
     scale = case.scales[0 if cfg else 1]
     given = {"num_inference_steps": case.steps, "guidance_scale": scale, **case.call(case, case.samples, cfg)}
     given |= {"output_type": "latent", "generator": torch.Generator().manual_seed(5), **more}
@@ -155,7 +155,7 @@ def run(case: Case, pipe: Any, cfg: bool, **more: Any) -> torch.Tensor:
 
 
 def built_of(model: Callable[..., Any], noise: Any = None, parts: Any = None, **options: Any) -> Callable[[Case], Any]:
-    """How to build a pipeline: of which model with which options, and with which parts beside it."""
+    """Return a function that builds a pipeline from a model with options and additional parts."""
 
     def build(case: Case) -> Any:
         torch.manual_seed(11)
@@ -166,7 +166,7 @@ def built_of(model: Callable[..., Any], noise: Any = None, parts: Any = None, **
 
 
 def changed(make: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A pipeline that is changed after it is built."""
+    """Return a function that builds a pipeline and then changes it."""
 
     def build(case: Case) -> Any:
         pipe = make(case)
@@ -176,21 +176,21 @@ def changed(make: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[
     return build
 
 
-# Beside a UNet: images, ControlNets, adapters, low-rank layers.
+# Additional inputs and models: images, ControlNets, adapters, low-rank layers.
 
 
 def image(case: Case, samples: int, cfg: bool, size: tuple[int, int] | None = None, seed: int = 3) -> torch.Tensor:
-    """One image for each sample, of the case's size in pixels unless another is given."""
+    """Return one image per sample, of the case's size in pixels unless another is given."""
     return torch.rand(samples, 3, *(size or case.pixels), generator=torch.Generator().manual_seed(seed))
 
 
 def controls(case: Case, samples: int, cfg: bool) -> list[torch.Tensor]:
-    """Two kinds of image."""
+    """Return two kinds of control image."""
     return [image(case, samples, cfg), image(case, samples, cfg, seed=4)]
 
 
 def mask(case: Case, samples: int, cfg: bool) -> torch.Tensor:
-    """A part of each image that is made anew."""
+    """Return a mask of the part of each image to generate."""
     drawn = torch.zeros(samples, 1, *case.pixels)
     drawn[:, :, 4:12, 4:16] = 1.0
     return drawn
@@ -201,11 +201,11 @@ def depth(case: Case, samples: int, cfg: bool) -> torch.Tensor:
 
 
 def controlnet(unet: Any, count: int = 1) -> dict[str, Any]:
-    """One or several ControlNets whose residuals are not zero."""
+    """Return one or several ControlNets whose residuals are not zero."""
     made = []
     for _ in range(count):
         net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8), conditioning_channels=3)
-        if unet.config.in_channels != 4:  # it gets the latents alone
+        if unet.config.in_channels != 4:  # it gets only the latents
             net.conv_in = torch.nn.Conv2d(4, unet.config.block_out_channels[0], 3, padding=1)
         made.append(seen(net))
     return {"controlnet": made if count > 1 else made[0]}
@@ -220,7 +220,7 @@ def controlnet_union(unet: Any) -> dict[str, Any]:
 
 
 def seen(net: Any) -> Any:
-    """A new ControlNet's residuals are zero."""
+    """Give a new ControlNet non-zero residuals."""
     for parameter in net.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -228,14 +228,14 @@ def seen(net: Any) -> Any:
 
 
 def adapter(unet: Any, count: int = 1) -> dict[str, Any]:
-    """One or several T2I-Adapters with a residual for each level."""
+    """Return one or several T2I-Adapters with one residual per level."""
     channels = list(unet.config.block_out_channels)
     made = [T2IAdapter(3, channels, 1, downscale_factor=2, adapter_type="full_adapter").eval() for _ in range(count)]
     return {"adapter": MultiAdapter(made) if count > 1 else made[0]}
 
 
 def adapter_xl(unet: Any) -> dict[str, Any]:
-    """One of Stable Diffusion XL's kind, whose first residual is added after the first block, at half the size."""
+    """Return a T2I-Adapter for SDXL, whose first residual is added after the first block, at half the size."""
     channels = [*unet.config.block_out_channels, unet.config.block_out_channels[-1]]
     return {"adapter": T2IAdapter(3, channels, 1, downscale_factor=4, adapter_type="full_adapter_xl").eval()}
 
@@ -246,7 +246,7 @@ def ip_adapter(pipe: Any) -> None:
 
 
 def ip_adapter_weights(unet: Any) -> dict[str, Any]:
-    """A random IP-Adapter for image embeddings of 8 numbers and 4 image tokens."""
+    """Return a random IP-Adapter for image embeddings of 8 numbers and 4 image tokens."""
     generator = torch.Generator().manual_seed(0)
     text, weights = unet.config.cross_attention_dim, {}
     cross = [name for name in unet.attn_processors if "attn2" in name and "motion_modules" not in name]
@@ -264,7 +264,7 @@ def ip_adapter_weights(unet: Any) -> dict[str, Any]:
 
 
 def image_embeds(case: Case, samples: int, cfg: bool, images: int = 1) -> list[torch.Tensor]:
-    """Of the images that a loaded IP-Adapter is given, for all samples; with those of no image first."""
+    """Return embeddings for a loaded IP-Adapter, for all samples; zero embeddings come first under CFG."""
     shape = (2 if cfg else 1, images, IMAGE_EMBEDS)
     return [torch.randn(shape, generator=torch.Generator().manual_seed(1))]
 
@@ -274,7 +274,7 @@ def two_image_embeds(case: Case, samples: int, cfg: bool) -> list[torch.Tensor]:
 
 
 def image_masks(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
-    """Where each of two images is to be seen: on the left, and on the right."""
+    """Return masks for two images: left and right."""
     halves = torch.zeros(1, 2, *case.pixels)
     halves[:, 0, :, : case.pixels[1] // 2] = 1.0
     halves[:, 1] = 1.0 - halves[:, 0]
@@ -282,7 +282,7 @@ def image_masks(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
 
 
 class LowRank(torch.nn.Module):
-    """A linear layer with a low-rank one beside it, as PEFT puts it in the layer's place."""
+    """A linear layer with a low-rank one, like PEFT's replacement of a layer."""
 
     def __init__(self, base: torch.nn.Linear) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class LowRank(torch.nn.Module):
 
 
 def low_rank(pipe: Any) -> None:
-    """Put such a layer into every projection of every attention."""
+    """Replace every projection of every attention by such a layer."""
     for name, module in list(pipe.unet.named_modules()):
         if name.endswith(("attn1", "attn2")):
             for projection in ("to_q", "to_k", "to_v"):

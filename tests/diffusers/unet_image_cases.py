@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of UNets and their tasks on images."""
+"""A table of UNets and their image tasks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _prompts(case: Case, samples: int, cfg: bool) -> dict[str, Any]:
 
 
 def _pooled(pipe: Any) -> None:
-    """diffusers' pipeline for images leaves out the pooled embeddings that it is given."""
+    """Work around diffusers' image-to-image pipeline, which ignores the pooled embeddings that it gets."""
 
     def encode_prompt(prompt_embeds: Any, negative_prompt_embeds: Any, **options: Any) -> tuple[Any, ...]:
         pooled = torch.randn(2, len(prompt_embeds), POOLED, generator=torch.Generator().manual_seed(2))
@@ -68,7 +68,7 @@ _FIRST = {"layers": "d0", "modules": ("down_blocks.0.attentions.0.transformer_bl
 _V = {"prediction_type": "v_prediction"}
 _PLAIN = with_options()
 _FEW = {"scales": (None, 1.0)}
-_BY_TEXT = {"scales": (5.0, None)}  # where nothing else would be seen without it
+_BY_TEXT = {"scales": (5.0, None)}  # without classifier-free guidance, no effect could be measured
 
 
 def _sd2(**options: Any) -> Any:
@@ -76,7 +76,7 @@ def _sd2(**options: Any) -> Any:
 
 
 def _refiner() -> Any:
-    """No attention at the innermost level, but in the middle; five numbers about the picture, not six."""
+    """Return a refiner: no attention at the innermost level except in the middle; five size numbers, not six."""
     return unet_xl(
         ids=5,
         block_out_channels=(16, 16, 32),
@@ -88,7 +88,7 @@ def _refiner() -> Any:
 
 
 def _ssd() -> Any:
-    """SSD-1B: transformers of different depths on the way up, and none in the middle."""
+    """Return SSD-1B: transformers of different depths in the up part, and none in the middle."""
     return unet_xl(
         layers_per_block=2,
         transformer_layers_per_block=[1, [2, 1]],
@@ -241,7 +241,7 @@ IMAGES = {
         f"{_XL}ControlNetUnionPipeline",
         built_of(unet_xl, parts=controlnet_union),
         with_options(control_image=controls, control_mode=[1, 2], guess_mode=True),
-        scales=(None, 1.0),  # with classifier-free guidance diffusers' pipeline itself fails
+        scales=(None, 1.0),  # diffusers' pipeline itself fails with classifier-free guidance
     ),
     "sd1-adapter": Case(f"{_SD}AdapterPipeline", built_of(unet, parts=adapter), with_options(image=image), **_EVERY),
     "sd1-adapters": Case(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of AnimateDiff and its tasks: UNets with motion modules, which hold every frame in their batch."""
+"""A table of AnimateDiff tasks: UNets with motion modules, whose batch has every frame."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FRAMES = 3
 
 
 def motion_adapter(plain: Any, mid: bool = True) -> MotionAdapter:
-    """For a UNet; the first versions have no motion in the middle."""
+    """Return a motion adapter for a UNet; the first versions have no motion modules in the middle."""
     return MotionAdapter(
         block_out_channels=plain.config.block_out_channels,
         motion_layers_per_block=1,
@@ -41,11 +41,11 @@ def motion_adapter(plain: Any, mid: bool = True) -> MotionAdapter:
 
 
 def motion(make: Callable[..., Any] = unet, mid: bool = True, **options: Any) -> UNetMotionModel:
-    """As a pipeline makes it from a UNet and a motion adapter."""
+    """Return the model that a pipeline creates from a UNet and a motion adapter."""
     plain = make(**options)
     logger = logging.getLogger("diffusers.models.modeling_utils")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells that no modules have to stay in float32
+    logger.setLevel(logging.ERROR)  # it logs that no modules have to stay in float32
     try:
         return UNetMotionModel.from_unet2d(plain, motion_adapter(plain, mid)).eval().requires_grad_(False)
     finally:
@@ -53,17 +53,17 @@ def motion(make: Callable[..., Any] = unet, mid: bool = True, **options: Any) ->
 
 
 def frames(case: Case, samples: int, cfg: bool) -> list[torch.Tensor]:
-    """One video."""
+    """Return one video."""
     return list(image(case, case.frames, cfg))
 
 
 def video(case: Case, samples: int, cfg: bool) -> torch.Tensor:
-    """One for each sample, ``[samples, frames, channels, height, width]``."""
+    """Return one video per sample, ``[samples, frames, channels, height, width]``."""
     return image(case, samples * case.frames, cfg).unflatten(0, (samples, -1))
 
 
 def _with_text(model: Any) -> dict[str, Any]:
-    """FreeNoise encodes prompts itself, and looks at the adapter."""
+    """FreeNoise encodes prompts itself, and reads the adapter."""
     components = tiny_pipeline().components
     return {
         "motion_adapter": motion_adapter(model),
@@ -72,7 +72,7 @@ def _with_text(model: Any) -> dict[str, Any]:
 
 
 def _sparse_control(model: Any) -> dict[str, Any]:
-    """Control of some frames, with motion of its own."""
+    """Control of some frames, with its own motion modules."""
     net = SparseControlNetModel(
         down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
         block_out_channels=model.config.block_out_channels,
@@ -83,7 +83,7 @@ def _sparse_control(model: Any) -> dict[str, Any]:
         motion_num_attention_heads=2,
         conditioning_channels=3,
         conditioning_embedding_out_channels=(8, 8),
-        use_simplified_condition_embedding=False,  # with it the pipeline draws numbers without its generator
+        use_simplified_condition_embedding=False,  # otherwise the pipeline draws random numbers without its generator
     )
     return {"controlnet": seen(net)}
 
@@ -128,7 +128,7 @@ MOTION = {
         samples=1,
         **_EVERY,
     ),
-    # diffusers' pipelines with a ControlNet take one video for all samples, and guess only without guidance by text.
+    # diffusers' ControlNet pipelines use one video for all samples, and support guess mode only without CFG.
     "animatediff-controlnet": Case(
         "AnimateDiffControlNetPipeline",
         built_of(motion, parts=lambda _: controlnet(unet())),
