@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs with guidance by the pack, with and without sharing, compared with the independent one."""
+"""Runs with the node pack's guidance, with and without sharing, compared with the independent guidance."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SPECS = {
 
 
 def unshared(model: Any) -> Any:
-    """A clone of a guided model whose perturbed forwards are computed in full."""
+    """Return a clone of a guided model whose perturbed forward passes are computed in full."""
     clone = model.clone()
     calc = clone.model_options[CALC]
     if isinstance(calc, RecordingCalc):
@@ -60,7 +60,7 @@ def unshared(model: Any) -> Any:
 
 @cache
 def small(name: str) -> Any:
-    """A small model, in float64 where ComfyUI's code keeps it."""
+    """Return a small model, in float64 if ComfyUI's code preserves it."""
     return make_model(name, torch.float64 if name in UNET_LAYERS else torch.float32)
 
 
@@ -69,13 +69,13 @@ def sigma_of(spec: SEG | PAG) -> float | None:
 
 
 def independent(name: str, layers: Any, spec: SEG | PAG, **options: Any) -> Independent:
-    """A spec's guidance without the pack."""
+    """Return the independent guidance of a spec."""
     text = 0 if name == "wan" else 5
     return Independent(layers, sigma_of(spec), spec.scale, **{"text": text, **options})
 
 
 def compare(model: Any, name: str, ours: Any, reference: Any, exact: float, **options: Any) -> torch.Tensor:
-    """Two evaluations: every forward of the first to ``exact``, the latents to float32's rounding."""
+    """Compare two evaluations: all outputs of the first up to ``exact``, the latents up to float32 rounding."""
     options = {"steps": 2, **options}
     with forwards(model) as expected:
         expected_latent = sample(reference, name, **options)

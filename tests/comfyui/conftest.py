@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Set-up of tests against the real ComfyUI: only in the environment that ``make test-comfyui`` makes.
+"""Set-up of tests against the real ComfyUI, in the environment that ``make test-comfyui`` creates.
 
-There ``comfy`` can be imported, and the node pack is ``segkern_pack``. Anywhere else these tests are not collected.
+In this environment ``comfy`` can be imported, and the node pack is ``segkern_pack``. In any other environment, these
+tests are not collected.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ else:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """ComfyUI with the pack and a small checkpoint."""
+    """ComfyUI with the node pack and a small checkpoint."""
     from .small_checkpoint import write_checkpoint
 
     base = tmp_path_factory.mktemp("comfyui")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance computed slowly, without the pack: a third full forward with dense matrices in float64."""
+"""Slow guidance without the node pack: a third full forward pass with dense matrices in float64."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ STAGES = {
 
 @dataclass
 class Independent:
-    """One guidance.
+    """One guidance method.
 
     Attributes:
-        layers: of a UNet the blocks, such as ``("middle", 0, 0)``; of a transformer their numbers.
-        sigma: of the blur; None for the identity.
-        scale: of the guidance.
-        window: percents.
-        rescale: of the result.
-        text: tokens before the image in a transformer's first attention.
-        moved: of each attention, the relative distances that its output moved.
-        guided: what it gave, an evaluation each.
-        conditional: latents and their conditional prediction; None where a guider does not tell it.
+        layers: Blocks of a UNet, such as ``("middle", 0, 0)``; block numbers of a transformer.
+        sigma: Standard deviation of the blur; None for the identity.
+        scale: Guidance scale.
+        window: Start and end percent.
+        rescale: Rescale factor of the result.
+        text: Number of tokens before the image in a transformer's first attention.
+        moved: For each attention, the relative changes of its output.
+        guided: Guided predictions, one per evaluation.
+        conditional: Latents and their conditional prediction; None if a guider does not pass it.
     """
 
     layers: Sequence[Any]
@@ -49,7 +49,7 @@ class Independent:
     conditional: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def on(self, model: Any, name: str) -> Any:
-        """A clone of a small model with this guidance."""
+        """Return a clone of a small model with this guidance."""
         guided = model.clone()
         others = guided.model_options.get("sampler_pre_cfg_function", [])
         guided.model_options["sampler_pre_cfg_function"] = [self._pre_cfg, *others]
@@ -96,7 +96,7 @@ class Independent:
     def _unet_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any], before: Any
     ) -> torch.Tensor:
-        if before is not None:  # another node's attention: with blurred queries, which is the same
+        if before is not None:  # another node's attention with blurred queries, which is equivalent
             if self.sigma is None:
                 return v
             return before(self.blur(self.sigma, *extra["activations_shape"][2:]).to(q) @ q, k, v, extra)
@@ -108,7 +108,7 @@ class Independent:
     @contextmanager
     def _in_transformer(self, options: dict[str, Any], model: Any, name: str) -> Iterator[None]:
         blocks = [block for stage in STAGES[name] for block in getattr(model, stage)]
-        inside: list[int] = []  # the chosen block under way, and how many attentions it has computed
+        inside: list[int] = []  # the current chosen block, and the number of attentions it has computed
 
         def enter(module: Any, given: Any) -> None:
             inside[:] = [0]
@@ -116,7 +116,7 @@ class Independent:
         def leave(module: Any, given: Any, output: Any) -> None:
             inside.clear()
 
-        grid = [1, 0, 0]  # frames, height and width in patches, of the forward under way
+        grid = [1, 0, 0]  # frames, height and width in patches, of the current forward pass
 
         def measure(module: Any, given: Any) -> None:
             frames, height, width = (1, *given[0].shape[2:])[-3:]
@@ -167,7 +167,7 @@ class Independent:
         start: int,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Perturbed attention ``[batch, heads, tokens, head_dim]`` by its definition."""
+        """Return perturbed attention ``[batch, heads, tokens, head_dim]`` by its definition."""
         dtype = q.dtype
         q, k, v = q.double(), k.double(), v.double()
         logits = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
@@ -190,18 +190,18 @@ class Independent:
 
     @staticmethod
     def blur(sigma: float, height: int, width: int, frames: int = 1) -> torch.Tensor:
-        """The blur over the queries of a grid, ``[tokens, tokens]``."""
+        """Return the blur over the queries of a grid, ``[tokens, tokens]``."""
         one = torch.kron(_axis(height, sigma), _axis(width, sigma))
         return torch.block_diag(*[one] * frames)
 
 
 def hasattr_attn2(block: Any) -> bool:
-    """True if a block of SD3 has a second attention, of the image alone."""
+    """Return True if an SD3 block has a second attention over image tokens only."""
     return bool(block.x_block.x_block_self_attn)
 
 
 def _axis(length: int, sigma: float) -> torch.Tensor:
-    """Gaussian weights along an axis whose ends reflect, summed tap by tap."""
+    """Return Gaussian weights along an axis with reflected ends, summed tap by tap."""
     if math.isinf(sigma):
         return torch.full((length, length), 1.0 / length, dtype=torch.float64)
     radius = min(math.ceil(6 * sigma) // 2, length // 2)

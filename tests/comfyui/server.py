@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real server of ComfyUI in a temporary folder, and jobs posted to it."""
+"""The real ComfyUI server in a temporary folder, and jobs posted to it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from typing import Any
 PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
 COMFYUI = Path(sys.prefix).parent / "vendor" / "ComfyUI"
 DOUBLES = Path(__file__).parent / "doubles"
-PATIENCE = 120.0  # seconds, for a machine that is busy
+PATIENCE = 120.0  # seconds, for a busy machine
 Workflow = dict[str, Any]
 
 
 def command(base: Path, *arguments: str) -> list[str]:
-    """The server's command line, with models, nodes and outputs in ``base``."""
+    """Return the server's command line, with models, nodes and outputs in ``base``."""
     return [
         sys.executable, str(COMFYUI / "main.py"), "--cpu", "--disable-api-nodes", "--base-directory", str(base),
         "--database-url", f"sqlite:///{base / 'comfyui.db'}", *arguments,
@@ -34,7 +34,7 @@ def command(base: Path, *arguments: str) -> list[str]:
 
 
 def environment(*path: Path) -> dict[str, str]:
-    """Variables of the server's process, with folders to import from before all others."""
+    """Return environment variables of the server process, with folders to import from first."""
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     return os.environ | nowhere | {"PYTHONPATH": os.pathsep.join(map(str, (*path, DOUBLES)))}
 
@@ -48,12 +48,12 @@ def link_pack(base: Path) -> None:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        address: of its page.
-        base: its folder.
-        log: what it printed.
+        address: Address of its page.
+        base: Its folder.
+        log: File with its output.
     """
 
     address: str
@@ -61,36 +61,36 @@ class Server:
     log: Path
 
     def get(self, path: str) -> Any:
-        """An answer in JSON."""
+        """Return a JSON response."""
         return json.loads(self.text(path))
 
     def text(self, path: str, body: Any = None) -> str:
-        """An answer; with a body, to a POST."""
+        """Return a response; with a body, send a POST request."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=PATIENCE) as answer:
             return answer.read().decode()
 
     def post(self, workflow: Workflow) -> str:
-        """Queue a workflow in API format; the job's id."""
+        """Queue a workflow in API format and return the job id."""
         return json.loads(self.text("/prompt", {"prompt": workflow}))["prompt_id"]
 
     def finish(self, job: str) -> dict[str, Any]:
-        """A job's entry of the history, as soon as there is one."""
+        """Wait for a job's history entry and return it."""
         return wait_for(lambda: self.get(f"/history/{job}").get(job))
 
     def steps(self) -> int:
-        """Steps that the sampler's progress bar, the last line of the log, counts."""
+        """Return the number of steps in the sampler's progress bar, which is the last line of the log."""
         bars = re.findall(r"(\d+)/\d+ \[", self.log.read_text().rsplit("got prompt", 1)[-1])
         return int(bars[-1]) if bars else 0
 
     def run(self, workflow: Workflow) -> dict[str, Any]:
-        """Queue a workflow, and its entry of the history."""
+        """Queue a workflow and return its history entry."""
         return self.finish(self.post(workflow))
 
 
 def wait_for(condition: Any) -> Any:
-    """The first true value of ``condition``, which is asked again and again."""
+    """Poll ``condition`` and return its first true value."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         if value := condition():
@@ -101,7 +101,7 @@ def wait_for(condition: Any) -> Any:
 
 @contextmanager
 def serving(base: Path) -> Iterator[Server]:
-    """The server on a free port, ended at the end."""
+    """Run the server on a free port inside this context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

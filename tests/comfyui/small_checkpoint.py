@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint file that ComfyUI's loaders take for Stable Diffusion 1.5's: few layers, random weights.
+"""A checkpoint file that ComfyUI's loaders recognise as Stable Diffusion 1.5: few layers, random weights.
 
-The text encoder is of full size, since ComfyUI does not read its size from the file.
+The text encoder has full size, because ComfyUI does not read its size from the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _UNET = {
 
 
 def write_checkpoint(path: Path) -> None:
-    """Write it; about 300 MB."""
+    """Write the checkpoint; about 300 MB."""
     operations = comfy.ops.disable_weight_init
     unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(**_UNET, operations=operations)
     text = comfy.sd1_clip.SDClipModel(device="cpu", dtype=torch.float16)
@@ -48,7 +48,7 @@ def write_checkpoint(path: Path) -> None:
 
 
 def _weight(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random values of a scale that keeps activations of the order of one."""
+    """Return random values with a scale that keeps activations of order one."""
     if not like.is_floating_point() or like.ndim == 0:
         return like.clone()
     if like.ndim == 1:

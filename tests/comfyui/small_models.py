@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models with random weights, of ComfyUI's own classes, and runs of its samplers on them."""
+"""Small models of ComfyUI's classes with random weights, and runs of its samplers on them."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ IN_FIVE = ("wan", "qwen")
 
 
 def make_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """A patcher of a small model whose attention is far from uniform, with changes of its configuration."""
+    """Return a patcher of a small model with far from uniform attention and an optionally changed configuration."""
     kind, config = CONFIGS[name]
     description = getattr(comfy.supported_models, kind)(config | changes)
     description.set_inference_dtype(dtype, None)
@@ -170,13 +170,13 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) ->
         if any(part in parameter_name for part in ("to_q", "to_k", "qkv", "q_proj", "k_proj", ".q.", ".k.")):
             parameter.mul_(2.0)
     for buffer_name, buffer in model.diffusion_model.named_buffers():
-        if buffer_name == "pos_embed":  # which ComfyUI leaves for a checkpoint to fill
+        if buffer_name == "pos_embed":  # ComfyUI expects a checkpoint to fill this
             torch.nn.init.normal_(buffer, std=0.5)
     return comfy.model_patcher.ModelPatcher(model, CPU, CPU)
 
 
 def latents(name: str, height: int = 10, width: int = 14, batch: int = 2) -> torch.Tensor:
-    """Noise in the shape of a model's latents."""
+    """Return noise in the shape of a model's latents."""
     channels = CONFIGS[name][1].get("in_channels", 4)
     channels = 16 if name in ("qwen", "wan") else channels
     generator = torch.Generator().manual_seed(1)
@@ -185,7 +185,7 @@ def latents(name: str, height: int = 10, width: int = 14, batch: int = 2) -> tor
 
 
 def conditioning(name: str, seed: int, tokens: int = 5, **options: Any) -> list[list[Any]]:
-    """Conditioning as a text encoder gives it."""
+    """Return conditioning in the form of a text encoder's output."""
     generator = torch.Generator().manual_seed(seed)
     entries: dict[str, Any] = dict(options)
     if name in POOLED:
@@ -207,7 +207,7 @@ def sample(
     denoise: float = 1.0,
     **options: Any,
 ) -> torch.Tensor:
-    """The latents that ComfyUI's KSampler gives."""
+    """Return the latents of ComfyUI's KSampler."""
     noise = latents(name) if noise is None else noise
     latent = torch.zeros_like(noise) if latent is None else latent
     positive = conditioning(name, 2) if positive is None else positive
@@ -220,7 +220,7 @@ def sample(
 
 @contextmanager
 def forwards(model: Any) -> Iterator[list[torch.Tensor]]:
-    """Outputs of the denoiser, in its own dtype, of all its forwards."""
+    """Collect the outputs of all forward passes of the denoiser, in its own dtype."""
     outputs: list[torch.Tensor] = []
     handle = model.model.diffusion_model.register_forward_hook(lambda *given: outputs.append(given[-1].detach()))
     try:
@@ -230,5 +230,5 @@ def forwards(model: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def relative(x: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference over the largest expected value."""
+    """Return the largest difference divided by the largest expected value."""
     return float((x - expected).abs().max() / expected.abs().max())

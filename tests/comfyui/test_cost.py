@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counted operations of a step of Stable Diffusion XL: a perturbed forward costs what comes after its first layer."""
+"""Operations of a step of Stable Diffusion XL: a perturbed forward pass costs what comes after its first layer."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ XL = {
     "num_classes": "sequential",
     "adm_in_channels": 2816,
 }
-META = torch.device("meta")  # shapes without numbers
+META = torch.device("meta")  # shapes without values
 
 
 def conditioning() -> list[dict[str, Any]]:
-    """As a sampler prepares it."""
+    """Return conditioning as a sampler prepares it."""
     text, pooled = torch.empty(1, 77, 2048, device=META), torch.empty(1, 2816, device=META)
     return [
         {
@@ -52,7 +52,7 @@ def conditioning() -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ComfyUI asks how much is free before it joins conditionings, and before it splits attention."""
+    """ComfyUI checks free memory before it joins conditionings and before it splits attention."""
 
     def free(device: Any, torch_free_too: bool = False) -> Any:
         return (1 << 50, 1 << 50) if torch_free_too else 1 << 50
@@ -61,7 +61,7 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def operations(guided: Any) -> int:
-    """Of the first step of a run at 1024 x 1024 pixels, which measures the effect on layers too."""
+    """Return the operations of the first step at 1024 x 1024 pixels, which also measures the effect on layers."""
     guided.model.current_patcher = guided
     x, sigma = torch.empty(1, 4, 128, 128, device=META), torch.empty(1, device=META)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

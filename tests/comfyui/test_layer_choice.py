@@ -14,13 +14,13 @@ from .small_models import make_model
 
 @pytest.mark.parametrize("depth", [-1, -2])
 def test_a_model_without_middle_layers_has_no_default(depth: int) -> None:
-    model = make_model("sdxl", transformer_depth_middle=depth)  # as SSD-1B and KOALA
+    model = make_model("sdxl", transformer_depth_middle=depth)  # like SSD-1B and KOALA
     with pytest.raises(ValueError, match="no default layer for this model; name one or more of "):
         add_guidance(model, SEG(), "")
 
 
 def test_layers_that_look_at_the_text_are_no_self_attention() -> None:
-    model = make_model("sdxl", disable_self_attentions=[False, True])  # as the x4 upscaler
+    model = make_model("sdxl", disable_self_attentions=[False, True])  # like the x4 upscaler
     (guidance,) = guidances_of(add_guidance(model, SEG(), "*").model_options)
     assert [layer.module for layer in guidance.layers] == ["middle.0.0", "middle.0.1", "middle.0.2"]
     with pytest.raises(ValueError, match="unknown layer 'up'"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance whose blur changes nothing changes no latent, whatever other nodes do to predictions; or it is refused."""
+"""Guidance whose blur has no effect does not change latents, whatever other nodes do to predictions, or is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .comparison import small
 from .small_models import conditioning, latents, relative, sample
 from .test_other_nodes import ORDER, Node, node
 
-NOTHING = SEG(scale=3.0, sigma=0.05)  # of one tap
+NOTHING = SEG(scale=3.0, sigma=0.05)  # a blur of one tap
 WHOLE_RUN = {"start_percent": 0.0, "end_percent": 1.0, "verbose": False}
 LAYERS = {"sdxl": "mid", "flux": "1,4", "lumina": "1"}
 CHANGES_CONDITIONAL = (

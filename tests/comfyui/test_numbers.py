@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of guidance in ComfyUI: equal to a third full forward with dense matrices, shared or not."""
+"""Results of guidance in ComfyUI equal a third full forward pass with dense matrices, with and without sharing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL, TWO = tuple(SPECS), ("seg 1.5", "pag")
 
 
 def cases(layers: dict[str, dict[str, Any]]) -> list[Any]:
-    """Every choice of layers, with all specs for a model's first one."""
+    """Return all choices of layers, with all specs for a model's first choice."""
     return [
         (name, choice, spec)
         for name, choices in layers.items()
@@ -63,7 +63,8 @@ def test_padded_tokens_of_z_image_are_not_blurred() -> None:
 @pytest.mark.parametrize("method", ["offset", "index", "index_timestep_zero", "uxo"])
 @pytest.mark.parametrize("spec", TWO)
 def test_reference_images_of_flux_are_not_blurred(spec: str, method: str) -> None:
-    two = {"vec_in_dim": None, "guidance_embed": False, "global_modulation": True}  # as Flux 2, which doubles timesteps
+    # Like Flux 2, which doubles timesteps.
+    two = {"vec_in_dim": None, "guidance_embed": False, "global_modulation": True}
     model = make_model("flux", torch.float32, **two) if method == "index_timestep_zero" else small("flux")
     asked = SPECS[spec]
     extra = {
@@ -151,7 +152,7 @@ def test_the_report_tells_how_far_each_layer_moved() -> None:
 )
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
 def test_sizes_that_people_use(name: str, height: int, width: int, asked: SEG | PAG, batch: int, cfg: float) -> None:
-    """Four steps; UNets have no attention at the latents' own resolution, whose matrices would not fit."""
+    """Uses four steps. UNets have no attention at the resolution of the latents, whose matrices would not fit."""
     levels = {
         "num_res_blocks": [1, 1, 1],
         "channel_mult": [1, 2, 2],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance beside other nodes, ComfyUI's own and such as other packs have: called on, equal, or refused."""
+"""Guidance with other nodes of ComfyUI or like those of other packs: supported with equal results, or refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ORDER = pytest.mark.parametrize("order", [before, after])
 
 
 def node(kind: Any, **inputs: Any) -> Node:
-    """One of ComfyUI's nodes, as a function of the model."""
+    """Return a ComfyUI node as a function of the model."""
 
     def patched(model: Any) -> Any:
         run = kind.execute if hasattr(kind, "execute") else kind().patch
@@ -71,7 +71,7 @@ PROJECTED = node(APG, eta=0.5, norm_threshold=5.0, momentum=0.0)
 
 @cache
 def alone(name: str, layers: str, **options: Any) -> torch.Tensor:
-    """Latents without the other node."""
+    """Return latents without the other node."""
     guided = add_guidance(small(name), SPECS["seg 1.5"], layers)
     return sample(guided, name, **{"steps": 2, "noise": latents(name, 9, 14, 2), **options})
 
@@ -111,7 +111,7 @@ def test_skipped_layers_of_the_negative() -> None:
 
 
 def layer_patch(model: Any) -> Any:
-    """A node that runs other code instead of a class of layers, as caches and fused layers do."""
+    """A node that runs other code instead of a class of layers, like caches and fused layers."""
     model = model.clone()
 
     def transformer(layer: Any, x: torch.Tensor, emb: Any, context: Any, options: Any, *given: Any) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_hooks_of_unets(layers: str, other: Node, order: Any) -> None:
 
 
 def block_replacement(model: Any) -> Any:
-    """A node that replaces blocks, and changes what they give in place."""
+    """A node that replaces blocks and changes their outputs in place."""
     model = model.clone()
 
     def replaced(given: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def block_replacement(model: Any) -> Any:
 
 
 def attention_override(model: Any) -> Any:
-    """Another attention function, such as SageAttention's."""
+    """A custom attention function, like SageAttention's."""
     model = model.clone()
 
     def override(function: Any, q: Any, k: Any, v: Any, heads: int, *given: Any, **keywords: Any) -> torch.Tensor:
@@ -193,7 +193,7 @@ def attention_override(model: Any) -> Any:
 
 
 def after_double_blocks(model: Any) -> Any:
-    """Patches after blocks, as ControlNets for Qwen and Wan are."""
+    """Patches after blocks, like ControlNets for Qwen and Wan."""
     model = model.clone()
 
     def patch(given: dict[str, Any]) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def test_hooks_of_transformers(name: str, layers: str, other: Node, order: Any) 
     "name, layers", [("sdxl", "mid"), ("flux", "1,4"), ("sd3", "1-2"), ("qwen", "1"), ("wan", "1")]
 )
 def test_another_attention_function(name: str, layers: str, order: Any) -> None:
-    """It computes perturbed layers too; only for them does the independent guidance not call it."""
+    """It also computes perturbed layers; the independent guidance calls it only for the others."""
     model, asked = small(name), SPECS["seg 1.5"]
     ours = order(attention_override)(model, lambda given: add_guidance(given, asked, layers))
     shared = sample(ours, name)
@@ -252,7 +252,7 @@ def test_merged_tokens_are_refused() -> None:
 
 
 def tiled(tiles_at_once: int) -> Node:
-    """A node that evaluates overlapping tiles, one by one or as a batch, as Tiled Diffusion does."""
+    """A node that evaluates overlapping tiles, one by one or as a batch, like Tiled Diffusion."""
 
     def patched(model: Any) -> Any:
         model = model.clone()
@@ -296,7 +296,7 @@ def test_context_windows_are_computed_in_full(order: Any) -> None:
         )  # fmt: skip
         return model
 
-    noise = latents("wan", 9, 14, 1)  # ComfyUI's windows take one video
+    noise = latents("wan", 9, 14, 1)  # ComfyUI's windows support one video
     latent = same("wan", "1", arrange=order(windows), full=True, noise=noise)
     assert relative(latent, alone("wan", "1", noise=noise)) > 1e-4
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node pack's files: explained nodes, help pages, templates, and what ComfyUI's registry reads."""
+"""The node pack's files: tooltips, help pages, templates, and metadata for ComfyUI's registry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATES = sorted((PACK / "example_workflows").glob("*.json"))
 
 
 def inputs(schema: Any) -> list[Any]:
-    """A node's inputs, those of the options of a combo too."""
+    """Return a node's inputs, including those of combo options."""
     options = [option for given in schema.inputs for option in getattr(given, "options", None) or []]
     return [*schema.inputs, *(given for option in options for given in getattr(option, "inputs", ()))]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ComfyUI's page in a real Chromium: nodes found, placed and connected, a template opened and run, an error shown."""
+"""ComfyUI's page in a real Chromium: find, place and connect nodes, open and run a template, show an error."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def page(server: Server) -> Iterator[Any]:
 
 
 def place(page: Any, words: str, title: str, x: int, y: int) -> None:
-    """Search for a node as a user does, and place the first that is found, which must have that title."""
+    """Search for a node like a user, and place the first result, which must have this title."""
     field = page.get_by_placeholder("Add a node...")
 
-    def opened() -> bool:  # the page does not listen at once
+    def opened() -> bool:  # the page does not respond immediately
         page.mouse.dblclick(x, y)
         page.wait_for_timeout(500)
         return field.is_visible()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs with guidance: samplers, images to begin with, LoRA, guiders, windows, interrupts, memory, reports, refusals."""
+"""Runs with guidance: samplers, image to image, LoRA, guiders, windows, interrupts, memory, reports, refusals."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_lora() -> None:
 
 
 def test_weights_that_stay_off_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``--lowvram`` does: layers cast their weights, and LoRA's patches, in every forward."""
+    """As with ``--lowvram``: layers cast their weights, and LoRA patches, in every forward pass."""
     noise = latents("sdxl", 9, 14, 1)
     first = same("sdxl", "mid", noise=noise)
     load = comfy.model_patcher.ModelPatcher.load
@@ -203,14 +203,14 @@ def test_percents_follow_a_noise_schedule_that_is_changed_afterwards() -> None:
 
 
 def structure(options: Any) -> Any:
-    """The keys of nested options, and which objects they hold."""
+    """Return the keys of nested options and the identities of the objects in them."""
     if isinstance(options, dict):
         return {key: structure(value) for key, value in options.items()}
     return [structure(value) for value in options] if isinstance(options, list) else id(options)
 
 
 class Interrupted(Exception):
-    """As ComfyUI's own, raised from a callback in the middle."""
+    """Like ComfyUI's own exception, raised from a callback in the middle."""
 
 
 @EITHER
@@ -221,7 +221,7 @@ def test_nothing_is_left_of_an_interrupted_run(name: str, layers: str, where: st
     options_before = structure(guided.model_options), structure(model.model_options)
     plain, expected = sample(model, name), sample(guided, name)
     kept = watched(monkeypatch)
-    stop = {"callback": 10**9, "own forward": 4, "perturbed forward": 5}[where]  # three forwards a step
+    stop = {"callback": 10**9, "own forward": 4, "perturbed forward": 5}[where]  # three forward passes per step
     calls = 0
 
     def maybe(*given: Any) -> None:
@@ -251,7 +251,7 @@ def test_nothing_is_left_of_an_interrupted_run(name: str, layers: str, where: st
 
 
 def watched(monkeypatch: Any) -> list[weakref.ref[torch.Tensor]]:
-    """Weak references to all that is recorded."""
+    """Collect weak references to all recorded tensors."""
     references: list[weakref.ref[torch.Tensor]] = []
     keep = Recording.keep
 
@@ -268,7 +268,7 @@ def test_what_was_recorded_is_released_in_every_step(name: str, layers: str, mon
     guided = add_guidance(small(name), SPECS["seg 1.5"], layers)
     kept = watched(monkeypatch)
     alive: list[int] = []
-    gc.disable()  # released without the collector of cycles
+    gc.disable()  # memory must be released without the cyclic garbage collector
     try:
         sample(guided, name, callback=lambda *given: alive.append(sum(tensor() is not None for tensor in kept)))
     finally:
@@ -344,7 +344,7 @@ def test_models_that_are_not_known() -> None:
 
 
 def test_a_compiled_transformer_that_forgets_its_options_is_refused() -> None:
-    """TorchCompileModel drops the guards on options: the first forward's serve all others."""
+    """TorchCompileModel drops the guards on options, so all forward passes use the options of the first."""
     guided = add_guidance(small("flux"), PAG(scale=2.0), "1").clone()
 
     def forgetful(executor: Any, *given: Any, **rest: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workflows posted to the real server of ComfyUI."""
+"""Workflows posted to the real ComfyUI server."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NODES = (
 
 
 def changed(**inputs: dict[str, Any]) -> Workflow:
-    """The workflow with other inputs of some of its nodes."""
+    """Return the workflow with changed inputs of some nodes."""
     workflow = copy.deepcopy(WORKFLOW)
     for node, values in inputs.items():
         workflow[node]["inputs"] |= values
@@ -59,7 +59,7 @@ def changed(**inputs: dict[str, Any]) -> Workflow:
 
 
 def run(server: Server, workflow: Workflow) -> tuple[torch.Tensor, str]:
-    """The latents of a workflow that is computed anew, and the text of its info node."""
+    """Run a workflow without cached results, and return its latents and the text of its info node."""
     done = server.run(workflow)
     assert done["status"]["status_str"] == "success", done["status"]
     (cached,) = (message for kind, message in done["status"]["messages"] if kind == "execution_cached")
@@ -71,7 +71,7 @@ def run(server: Server, workflow: Workflow) -> tuple[torch.Tensor, str]:
 
 
 def again(attempt: int) -> dict[str, Any]:
-    """Inputs of the sampler that change nothing but ComfyUI's key of the cached result."""
+    """Return sampler inputs that change only ComfyUI's key of the cached result."""
     return {"denoise": 1.0 - attempt * 1e-6}
 
 

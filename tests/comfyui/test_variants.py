@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relatives of models, and conditionings with weights, positions and images of their own."""
+"""Related models, and conditionings with their own weights, positions and images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def noise(*shape: int, seed: int = 11) -> torch.Tensor:
 
 
 def equal(model: Any, name: str, choice: str, layers: list[Any], text: int | None = None, **options: Any) -> None:
-    """Guidance of a model that is built like a small one of a name."""
+    """Compare guidance of a model that is built like a small model of this name."""
     ours = add_guidance(model, SPEC, choice)
     reference = independent(name, layers, SPEC, **({} if text is None else {"text": text}))
     options = {"noise": latents(name, 9, 14, 2), **options}
@@ -36,7 +36,7 @@ def both(name: str, **extra: Any) -> dict[str, Any]:
 
 
 def hooked(name: str, seed: int, weight: str) -> list[list[Any]]:
-    """A conditioning with a LoRA of its own, which is weaker in the second half."""
+    """Return a conditioning with its own LoRA, which is weaker in the second half."""
     shape = small(name).model.state_dict()[weight].shape
     hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=1.0)
     hook.weights, hook.need_weight_init = {weight: ("diff", (0.3 * noise(*shape, seed=seed),))}, False
@@ -63,7 +63,7 @@ def test_conditionings_with_weights_of_their_own(name: str, layers: str, weight:
 
 
 class Positions(torch.nn.Module):
-    """Like GLIGEN: a layer in every transformer, by the transformer's number."""
+    """Like GLIGEN: a layer in every transformer, selected by the transformer's number."""
 
     def set_position(self, shape: Any, weight: float, device: Any) -> Any:
         return lambda x, extra: x + 0.05 * weight * (1 + extra["transformer_index"]) * x.tanh()
@@ -123,7 +123,7 @@ def test_layers_of_an_image_are_frames_of_qwen() -> None:
 def test_references_of_z_image_are_before_the_image() -> None:
     model = make_model("lumina", torch.float32, pad_tokens_multiple=8)
     references = both("lumina", reference_latents=[noise(1, 16, 6, 8)])
-    equal(model, "lumina", "1", [1], text=8 + 8 + 16, **references)  # two texts and a reference, each filled up
+    equal(model, "lumina", "1", [1], text=8 + 8 + 16, **references)  # two texts and a reference, each padded
 
 
 def test_one_guided_model_in_two_sizes() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance in whatever a workflow does: equal to a third full forward under the same nodes."""
+"""Guidance in many workflows equals a third full forward pass with the same nodes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def same(
     name: str, layers: str, spec: str = "seg 1.5", arrange: Arrange = plain, window: tuple[float, float] = (0.0, 1.0),
     full: bool = False, **options: Any,
 ) -> torch.Tensor:  # fmt: skip
-    """The latents of a workflow, which are those of the independent guidance too."""
+    """Assert that a workflow's latents equal those of the independent guidance, and return them."""
     model, asked = small(name), SPECS[spec]
     ours = arrange(model, lambda given: add_guidance(given, asked, layers))
     reference = independent(name, LAYERS[name][layers], asked, window=window)
@@ -63,7 +63,7 @@ def test_conditionings_in_separate_calls(name: str, layers: str, monkeypatch: py
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda *given: 0)
     with forwards(small(name)) as outputs:
         split = same(name, layers)
-    assert len(outputs) == 3 * 6  # of three runs with two evaluations
+    assert len(outputs) == 3 * 6  # from three runs with two evaluations
     assert relative(split, joint) < 2e-5
 
 
@@ -181,7 +181,7 @@ def test_identity_attention_cannot_have_more_keys() -> None:
 
 
 def replaced_attention(model: Any) -> Any:
-    """Another node's replacement of all of a block's self-attentions."""
+    """Another node's replacement of all self-attentions of a block."""
     model = model.clone()
 
     def flatter(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Any) -> torch.Tensor:
@@ -192,7 +192,7 @@ def replaced_attention(model: Any) -> Any:
 
 
 def overridden_attention(model: Any) -> Any:
-    """Another node's attention function, such as SageAttention's."""
+    """Another node's attention function, like SageAttention's."""
     model = model.clone()
 
     def override(function: Any, q: Any, k: Any, v: Any, heads: int, *given: Any, **keywords: Any) -> torch.Tensor:
