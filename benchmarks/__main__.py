@@ -26,7 +26,6 @@ from segkern.cli import terminal
 from segkern.core.dispatch import interpreting, triton_is_installed
 from segkern.generation.loading import DTYPES, find_device
 from segkern.generation.options import parse_list
-from segkern.generation.tables import wide
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,8 +82,11 @@ def progress_bar() -> Progress:
 
 
 def show(table: Any) -> None:
-    """Print a table at its full width."""
-    wide(table).print(table)
+    """Print a table in full width if standard output is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=Console(width=10_000).measure(table).maximum)
+    console.print(table)
 
 
 @app.command()

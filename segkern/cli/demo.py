@@ -25,7 +25,7 @@ from segkern.generation.pictures import (
     difference_image,
     save,
 )
-from segkern.generation.tables import percent, wide
+from segkern.generation.tables import new_table, percent, show
 
 _SCALE, _SIGMA = 3.0, math.inf  # the defaults of the paper and of SEG
 _CFG = 3.0
@@ -35,7 +35,7 @@ _MEASURES = {
     "frechet_distance": "Frechet ↓",
     "precision": "precision ↑",
     "recall": "recall ↑",
-    "caption_accuracy": "caption accuracy ↑",
+    "caption_accuracy": "caption\naccuracy ↑",
 }
 # The paper recommends 10 for SDXL's mid block, which has 32x32 tokens; the bundled model has 16x16.
 _PAPER_SIGMAS = (5.0, math.inf)
@@ -62,7 +62,7 @@ def demo(
         source = loading.find_model("demo")
         pipe = loading.load_pipeline(source, dtype, device)
     guided: Specs = (SEG(_SCALE, _SIGMA, "mid"),)
-    table = Table("guidance", "images", "seconds per image", "attention moved", "pixels changed")
+    table = new_table("guidance", "images", "seconds\nper image", "attention\nmoved", "pixels\nchanged")
 
     def images_of(subjects: Sequence[Subject], cfg: float) -> list[list[ImageResult]]:
         """Return the image of each subject without and with SEG, and add both settings to the table."""
@@ -99,13 +99,13 @@ def demo(
     ]
     caption = "Prompts: no guidance, SEG, classifier-free guidance (CFG), and both"
     sheet = contact_sheet(rows, caption, f"The images of a row start from the same noise. {seg}; {model}")
-    save(sheet, out / _PROMPTS, details(PROMPTED) | {"guidance_scale": f"1, {_CFG:g}"})
+    save(sheet, out / _PROMPTS, details(PROMPTED) | {"guidance_scale": f"1, {_CFG:g}"}, sheet=True)
 
-    wide(table).print(table)
+    show(table)
     typer.echo("attention moved: |perturbed - conditional| / |conditional| of the guided layers' output")
     evaluation = json.loads((loading.DEMO / "evaluation.json").read_text(encoding="utf-8"))
     evaluated = _evaluation_table(evaluation)
-    wide(evaluated).print(evaluated)
+    show(evaluated)
     typer.echo(f"{evaluation['images_per_seed']} images for each of {len(evaluation['seeds'])} seeds")
     typer.echo(evaluation["verdict"])
     for name in (_UNCONDITIONAL, _PROMPTS):
@@ -128,7 +128,7 @@ def _save_unconditional(
     caption = "Before and after Smoothed Energy Guidance (SEG): no prompt, no classifier-free guidance"
     seeds = f"Seeds {UNCONDITIONAL[0].seed} to {UNCONDITIONAL[-1].seed}, not selected."
     explanation = "Both images of a seed start from the same noise. Difference: the darker, the larger the change."
-    save(contact_sheet(rows, caption, f"{seeds} {explanation} {model}"), path, details)
+    save(contact_sheet(rows, caption, f"{seeds} {explanation} {model}"), path, details, sheet=True)
 
 
 def _moved(results: Sequence[ImageResult]) -> str:
@@ -143,7 +143,7 @@ def _moved(results: Sequence[ImageResult]) -> str:
 
 def _evaluation_table(evaluation: dict[str, Any]) -> Table:
     """Return no guidance, CFG alone, the paper's settings and the setting chosen on other seeds."""
-    table = Table("mode", "guidance", *_MEASURES.values(), title="From the evaluation of the bundled model")
+    table = new_table("mode", "guidance", *_MEASURES.values(), title="Evaluation of the bundled model", gap=1)
     for row in evaluation["rows"]:
         setting = row["setting"]
         cfg, scale, sigma = setting["cfg"], setting["seg"], float(setting["sigma"])

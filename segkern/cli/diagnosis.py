@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions, devices, compiler and backends of this machine, as a report of a fault needs them.
+"""The bug-report template of ``segkern info --report``: versions, devices, compiler and backends of this machine.
 
-``segkern info --report`` prints it, also where typer and the other packages of the command line are missing.
+It works without typer and the other packages of the command line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PACKAGES = (
     "torchmetrics",
     "numpy",
 )
-# Beside all that begin with TRITON_: what chooses devices, compilers, memory and threads.
+# Variables that affect devices, compilers, memory and threads. All TRITON_ variables are included too.
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES",
@@ -48,42 +48,45 @@ VARIABLES = (
     "OMP_NUM_THREADS",
     "HF_HUB_OFFLINE",
 )
-# Label, head dimension, of self-attention calls that occur in real models.
+# Self-attention calls of common models, and their head dimensions.
 CALLS = (
-    ("SDXL mid, 32x32 tokens, 20 heads", 64),
-    ("SDXL, 64x64 tokens, 10 heads", 64),
-    ("SD 1.5, 64x64 tokens, 8 heads", 40),
-    ("SD 1.5, 32x32 tokens, 8 heads", 80),
-    ("SD 1.5, 16x16 tokens, 8 heads", 160),
+    ("SDXL mid, 32x32 tokens, 20 heads of dimension 64", 64),
+    ("SDXL, 64x64 tokens, 10 heads of dimension 64", 64),
+    ("SD 1.5, 64x64 tokens, 8 heads of dimension 40", 40),
+    ("SD 1.5, 32x32 tokens, 8 heads of dimension 80", 80),
+    ("SD 1.5, 16x16 tokens, 8 heads of dimension 160", 160),
 )
 
 
 def report() -> str:
-    """Everything as one block of markdown; a topic that cannot be found out says why instead."""
-    lines = [f"{topic + ':':<18}{answer}" for topic, tell in _TOPICS for answer in _asked(tell)]
+    """Return the report as a Markdown code block. If a topic fails, its line contains the error."""
+    lines = [f"{topic + ':':<18}{line}" for topic, describe in _TOPICS for line in _lines(describe)]
     return "\n".join(["```text", *lines, "```"])
 
 
 def devices() -> list[torch.device]:
-    """The CPU, and every CUDA or ROCm device."""
+    """Return the CPU and all CUDA or ROCm devices."""
     return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
 
 
-def served(device: torch.device) -> Iterator[tuple[str, int, str, str, str]]:
-    """Backends of real models' self-attention on a device: call, head dimension, dtypes, backend and reason."""
-    for layer, width in CALLS:
-        answers: dict[tuple[str, str], list[str]] = {}
+def backends(device: torch.device) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Yield dtypes, the backend of ``seg_attention`` on a device, the reason for it, and the calls in ``CALLS``."""
+    calls: dict[tuple[str, str, str], list[str]] = {}
+    for call, head_dim in CALLS:
+        names: dict[tuple[str, str], list[str]] = {}
         for name, dtype in DTYPES.items():
-            answers.setdefault(choose_backend(device, getattr(torch, dtype), width), []).append(name)
-        for (backend, reason), names in answers.items():
-            yield layer, width, ", ".join(names), backend, reason
+            names.setdefault(choose_backend(device, getattr(torch, dtype), head_dim), []).append(name)
+        for (backend, reason), dtypes in names.items():
+            calls.setdefault((", ".join(dtypes), backend, reason), []).append(call)
+    for (joined, backend, reason), served in calls.items():
+        yield joined, backend, reason, served
 
 
-def _asked(tell: Callable[[], Iterator[str]]) -> list[str]:
+def _lines(describe: Callable[[], Iterator[str]]) -> list[str]:
     try:
-        return list(tell())
-    except Exception as error:  # whatever is broken here is what the report is for
-        return [f"not known: {type(error).__name__}: {' '.join(str(error).split())}"]
+        return list(describe())
+    except Exception as error:  # the report is most useful when something is broken
+        return [f"unknown: {type(error).__name__}: {' '.join(str(error).split())}"]
 
 
 def _segkern() -> Iterator[str]:
@@ -103,7 +106,7 @@ def _processor() -> Iterator[str]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30 if hasattr(os, "sysconf") else None
     size = "" if memory is None else f", {memory:.0f} GiB"
     capability = torch.backends.cpu.get_cpu_capability()
-    yield f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch, {capability}{size}"
+    yield f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {capability}{size}"
 
 
 def _torch() -> Iterator[str]:
@@ -115,7 +118,7 @@ def _torch() -> Iterator[str]:
 
 def _devices() -> Iterator[str]:
     if not devices()[1:]:
-        yield "none that torch can use"
+        yield "no GPU that torch can use"
     for device in devices()[1:]:
         properties = torch.cuda.get_device_properties(device)
         target = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
@@ -127,8 +130,8 @@ def _driver() -> Iterator[str]:
     amd = Path("/sys/module/amdgpu/version")
     if shutil.which("nvidia-smi") is not None:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-        yield from dict.fromkeys(f"NVIDIA {line.strip()}" for line in asked.stdout.splitlines() if line.strip())
+        process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        yield from dict.fromkeys(f"NVIDIA {line.strip()}" for line in process.stdout.splitlines() if line.strip())
     elif amd.exists():
         yield f"amdgpu {amd.read_text(encoding='utf-8').strip()}"
     else:
@@ -136,33 +139,30 @@ def _driver() -> Iterator[str]:
 
 
 def _compiler() -> Iterator[str]:
-    """The one that Triton takes for its launchers, and torch.compile on the CPU."""
+    """Yield the C compiler that Triton and torch.compile use."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        yield f"none ({', '.join(names)}): Triton on a GPU and torch.compile need one"
+        yield f"none ({', '.join(names)}); Triton on a GPU and torch.compile need one"
         return
-    asked = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=20)
-    yield f"{_short(path)}, {asked.stdout.splitlines()[0]}"
+    process = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=20)
+    yield f"{_short(path)}, {process.stdout.splitlines()[0]}"
 
 
 def _variables() -> Iterator[str]:
     names = sorted({name for name in os.environ if name.startswith("TRITON_")} | set(VARIABLES) & set(os.environ))
-    yield ", ".join(f"{name}={_short(os.environ[name])}" for name in names) or "none that matter"
+    yield ", ".join(f"{name}={_short(os.environ[name])}" for name in names) or "no relevant variables"
 
 
-def _served() -> Iterator[str]:
+def _backends() -> Iterator[str]:
     for device in devices():
-        answers: dict[tuple[str, str, str], list[str]] = {}
-        for layer, _, dtypes, backend, reason in served(device):
-            answers.setdefault((dtypes, backend, reason), []).append(layer)
-        for (dtypes, backend, reason), layers in answers.items():
-            calls = "" if len(layers) == len(CALLS) else f" in {'; '.join(layers)}"
-            yield f"{device}, {dtypes}{calls}: {backend}, because: {reason}"
+        for dtypes, backend, reason, calls in backends(device):
+            where = "" if len(calls) == len(CALLS) else f" in {'; '.join(calls)}"
+            yield f"{device}, {dtypes}{where}: {backend} (reason: {reason})"
 
 
 def _short(path: str) -> str:
-    """Without the name of the user."""
+    """Return the path without the user's name."""
     return path.replace(str(Path.home()), "~") if Path.home() != Path("/") else path
 
 
@@ -181,5 +181,5 @@ _TOPICS: tuple[tuple[str, Callable[[], Iterator[str]]], ...] = (
     *((package, _version(package)) for package in PACKAGES),
     ("C compiler", _compiler),
     ("environment", _variables),
-    ("seg_attention", _served),
+    ("seg_attention", _backends),
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from segkern.cli.terminal import (
     NUMBERS,
@@ -24,15 +23,17 @@ from segkern.cli.terminal import (
     draw_with_progress,
     need_diffusers,
     refusing,
+    warn_of_unknown_words,
 )
 from segkern.generation import loading
-from segkern.generation.drawing import ImageRequest, denoiser_calls, image_metadata
-from segkern.generation.options import parse_list
+from segkern.generation.drawing import ImageRequest, denoiser_calls, find_layers, image_metadata
+from segkern.generation.options import check_finite, parse_list
 from segkern.generation.pictures import check_target, save
 from segkern.generation.sizes import image_size
-from segkern.generation.tables import wide
+from segkern.generation.tables import new_table, show
 
 SIGMAS = "0.5,1,2,4,8,16,inf"
+_STEPS = "first, middle, last and numbers from 0"
 _PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS = "picture.png", "energy.json", "over-sigma.png", "over-steps.png"
 
 
@@ -65,32 +66,33 @@ def energy(
     steps, and a JSON file.
     """
     from segkern.analysis import plots, report
-    from segkern.core.gaussian import check_boundary
+    from segkern.core.gaussian import BOUNDARIES
 
     with refusing():
         values = tuple(value for value in parse_list("--sigmas", sigmas, float, NUMBERS) if value)
-        check_boundary(boundary)
         for value in values:
             if not value > 0:
-                raise ValueError(f"--sigmas takes numbers above 0 and inf, got {value:g}")
+                raise ValueError(f"--sigmas accepts positive numbers and inf, got {value:g}")
+        if boundary not in BOUNDARIES:
+            raise ValueError(f"--boundary must be one of {', '.join(BOUNDARIES)}, got {boundary!r}")
+        check_finite("--guidance-scale", guidance_scale)
         torch_device = loading.find_device(device)
         torch_dtype = loading.find_dtype(dtype, torch_device)
     need_diffusers("matplotlib", extra="plots")
     from segkern.integrations.diffusers import list_layers, record_energy
-    from segkern.integrations.diffusers.models.layers import select_layers
 
     names = None if layers.strip() == "all" else [name.strip() for name in layers.split(",")]
     with refusing():
-        _steps(at, sys.maxsize)  # words; whether the run has such steps only its scheduler knows
+        _steps(at, sys.maxsize)  # the number of denoiser calls is known once the scheduler is loaded
         source = loading.find_model(model, config)
         description = loading.describe_unet_pipeline(source)
-        size = image_size(description, width, height)
+        size = image_size(description, width, height, prefix="--")
         available = list_layers(description)
-        count = len(available if names is None else select_layers(available, names))
+        count = len(available if names is None else find_layers(available, names))
         files = (_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS, *plots.map_files(count))
         for name in files:
             if (out / name).exists() and not overwrite:
-                raise ValueError(f"{str(out / name)!r} exists; give --overwrite or another --out")
+                raise ValueError(f"{str(out / name)!r} exists; use --overwrite or another --out")
         pipe = loading.load_pipeline(source, torch_dtype, torch_device)
         chosen = _steps(at, denoiser_calls(pipe, steps))
         out.mkdir(parents=True, exist_ok=True)
@@ -98,11 +100,12 @@ def energy(
             if name != _JSON:
                 check_target(out / name, overwrite)
         recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
+    warn_of_unknown_words(source, pipe, prompt, negative_prompt)
     request = ImageRequest(prompt, negative_prompt, *size, seed, steps, guidance_scale)
     with recorder:
         picture = draw_with_progress(pipe, request, [()])[0].image
 
-    details = image_metadata(source, request, (), torch_dtype)
+    details = image_metadata(source, request, (), torch_dtype, pipe.scheduler)
     summary = report.summary(recorder, details, boundary)
     save(picture, out / _PICTURE, details)
     report.write(out / _JSON, summary)
@@ -112,29 +115,29 @@ def energy(
 
     step = report.chosen_steps(summary)[-1]
     blurred = [f"σ {report.sigma_label(sigma)}" for sigma in summary["sigmas"][1:]]
-    title = f"mean energy of a query in nats, step {step}: without a blur, and how far each lifts it"
-    table = Table("layer", "tokens", "energy", *blurred, title=title)
+    title = f"Mean energy per query in nats at step {step}, and its change with blur"
+    table = new_table("layer", "tokens", "energy", *blurred, title=title)
     for row in report.table_rows(summary, step):
         table.add_row(*row)
-    wide(table).print(table)
+    show(table)
     for path in (out / _PICTURE, out / _JSON, *sheets, out / _OVER_SIGMA, out / _OVER_STEPS):
         typer.echo(f"wrote {path}")
 
 
 def _steps(text: str, steps: int) -> tuple[int, ...]:
-    """The calls in ``first,10,last`` of a run of so many, each once.
+    """Return the distinct step indices in a list such as ``first,10,last``.
 
     Raises:
-        ValueError: for a word that is none, and a number that the run does not have.
+        ValueError: If an item is invalid or not less than ``steps``.
     """
     known = {"first": 0, "middle": steps // 2, "last": steps - 1}
     calls: list[int] = []
-    for word in parse_list("--at", text, str, "steps"):
+    for word in parse_list("--at", text, str, _STEPS):
         if word not in known and not word.isdecimal():
-            raise ValueError(f"--at takes first, middle, last and numbers from 0, got {word!r}")
+            raise ValueError(f"--at accepts {_STEPS}, got {word!r}")
         step = known[word] if word in known else int(word)
         if step >= steps:
-            raise ValueError(f"--at {step} is no step of a run of {steps}, whose last is {steps - 1}")
+            raise ValueError(f"--at must be less than the {steps} denoiser calls, got {step}")
         if step not in calls:
             calls.append(step)
     return tuple(calls)

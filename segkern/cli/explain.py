@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Explanation in words of the backend, the kernels and the tiles that would serve one attention."""
+"""Explanation of the backend, kernels and tiles of one ``seg_attention`` call."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """One attention over a token grid.
+    """One ``seg_attention`` call.
 
     Attributes:
-        grid: of the tokens.
-        heads: of a sample.
-        head_dim: of a head.
-        sigma: of the perturbed samples.
-        dtype: of queries, keys and values.
+        grid: Token grid.
+        heads: Number of heads.
+        head_dim: Dimension of each head.
+        sigma: Blur of the perturbed samples.
+        dtype: Data type of queries, keys and values.
     """
 
     grid: Grid
@@ -37,15 +37,15 @@ class Call:
 
 
 def explain(call: Call, device: torch.device, arch: str | None = None) -> list[tuple[str, str]]:
-    """Explain what serves a call with ``backend="auto"``, as topics and answers.
+    """Return topics and answers that explain how a call with ``backend="auto"`` is computed.
 
     Args:
-        call: one attention, a sample of whose batch is perturbed.
-        device: on which it would run; with ``arch`` its type counts alone.
-        arch: explain the Triton kernels for this architecture, such as ``"sm_90"``, whatever device is here.
+        call: The call. One sample of its batch is perturbed.
+        device: Device of the call.
+        arch: GPU architecture to assume, such as ``"sm_90"``; None for the architecture of ``device``.
 
     Raises:
-        ValueError: for an architecture by a name that is none.
+        ValueError: If the architecture is unknown.
 
     Example:
         >>> call = Call(Grid(64, 64), heads=10, head_dim=64, sigma=math.inf)
@@ -65,14 +65,14 @@ def explain(call: Call, device: torch.device, arch: str | None = None) -> list[t
     if backend == "triton" and triton_is_installed():
         answers += _kernels(call, device, arch)
     elif call.sigma > 0:
-        answers.append(("computed by", "products with the axes' matrices, then PyTorch's scaled_dot_product_attention"))
+        answers.append(("computed by", "a blur matrix per axis, then PyTorch's scaled_dot_product_attention"))
     return answers
 
 
 def _rows(call: Call) -> str:
     tokens = call.grid.tokens
     if call.sigma == 0:
-        return f"{tokens}: nothing is blurred"
+        return f"all {tokens}, without blur"
     if math.isinf(call.sigma):
         return f"1 of {tokens}: the mean query"
     return f"all {tokens}"
@@ -80,11 +80,11 @@ def _rows(call: Call) -> str:
 
 def _blur(call: Call) -> str:
     if call.sigma == 0 or math.isinf(call.sigma):
-        return "none" if call.sigma == 0 else "the mean of the grid"
+        return "none" if call.sigma == 0 else "mean over the grid"
     taps = [tap_count(call.sigma, n) for n in (call.grid.height, call.grid.width)]
     wanted = tap_count(call.sigma, 10**9)
     clamped = " (clamped to the grid)" if min(taps) < wanted else ""
-    return f"{taps[0]} x {taps[1]} taps{clamped}, one axis after the other"
+    return f"{taps[0]} x {taps[1]} taps{clamped}, separable"
 
 
 def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[str, str]]:
@@ -96,27 +96,27 @@ def _kernels(call: Call, device: torch.device, arch: str | None) -> list[tuple[s
     sdpa = None if known is None else known.sdpa.get(_configs.size_class(call.grid.tokens))
     if sdpa is not None and 0 < call.sigma < math.inf:
         backend = "" if sdpa == "default" else f" ({sdpa})"
-        return [("computed by", f"the separable kernel, then PyTorch's attention{backend}: measured to be faster")]
-    answers = [("attention tile", f"{_tile(tile)}, {'a default' if known is None else 'measured'}")]
+        return [("computed by", f"the blur kernel, then PyTorch's attention{backend}, which was measured to be faster")]
+    answers = [("attention tile", f"{_tile(tile)} ({'default' if known is None else 'measured'})")]
     if 0 < call.sigma < math.inf:
         estimate = _routes.estimate_blur(
             arch, call.grid, (call.sigma,), "reflect", call.heads, call.head_dim, call.dtype.itemsize, tile.block_m
         )
         before = estimate.place == _routes.BlurPlace.BEFORE
-        where = "by the separable kernel, before" if before else "in the prologue of the attention"
+        where = "separate kernel before the attention" if before else "prologue of the attention kernel"
         costs = (
-            f"estimated {estimate.before_microseconds:.1f} us before, "
+            f"estimates: {estimate.before_microseconds:.1f} us separately, "
             f"{estimate.prologue_microseconds:.1f} us in the prologue"
         )
-        answers.append(("queries are blurred", f"{where} ({'a narrow grid' if estimate.narrow else costs})"))
+        answers.append(("blur computed in", f"{where} ({'narrow grid' if estimate.narrow else costs})"))
     elif call.sigma > 0:
-        answers.append(("tile of the mean query", _tile(_configs.split_tile(arch, call.head_dim, call.dtype, 1))))
+        answers.append(("mean query tile", _tile(_configs.split_tile(arch, call.head_dim, call.dtype, 1))))
     return answers
 
 
 def _tile(tile: Tile) -> str:
     limit = "" if tile.max_registers is None else f", at most {tile.max_registers} registers"
-    copies = ", keys and values by descriptors" if tile.descriptors else ""
+    copies = ", tensor descriptors for keys and values" if tile.descriptors else ""
     return (
         f"{tile.block_m} queries x {tile.block_n} keys, {tile.num_warps} warps, {tile.num_stages} stages{limit}{copies}"
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from segkern.cli.terminal import (
     NUMBERS,
@@ -25,20 +24,23 @@ from segkern.cli.terminal import (
     draw_with_progress,
     need_diffusers,
     refusing,
+    warn,
+    warn_of_unknown_words,
 )
 from segkern.generation import loading, prompt_batches
 from segkern.generation.drawing import (
     ImageRequest,
+    ImageResult,
     Specs,
     check_layers,
     image_metadata,
     label,
     report_rows,
 )
-from segkern.generation.options import guidance_scales, make_specs, parse_guidance, parse_list
+from segkern.generation.options import check_finite, guidance_scales, make_specs, parse_guidance, parse_list
 from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.generation.sizes import image_size
-from segkern.generation.tables import wide
+from segkern.generation.tables import new_table, show
 
 
 def generate(
@@ -100,26 +102,28 @@ def generate(
     again to generate the missing images.
     """
     with refusing():
-        if (prompt is None) == (prompts is None):
-            raise ValueError("generate takes a prompt, or --prompts FILE with a prompt on each line")
+        if prompt is not None and prompts is not None:
+            raise ValueError("use either a prompt or --prompts, not both")
+        if prompt is None and prompts is None:
+            raise ValueError("a prompt is missing; give a prompt, or --prompts FILE with one prompt per line")
         if prompts is None:
             out = Path("out.png") if out is None else out
             check_target(out, overwrite)
             if images != 1:
-                raise ValueError(f"--images {images} needs --prompts")
+                raise ValueError(f"--images {images} needs --prompts; use --seed for another image of one prompt")
         elif compare:
-            raise ValueError("--compare draws one prompt, so it does not go with --prompts")
+            raise ValueError("use either --compare or --prompts, not both")
         lines = [] if prompts is None else prompt_batches.read_prompts(prompts)
         names = parse_guidance(guidance)
         scales = guidance_scales(names, {"seg": scale, "pag": pag_scale, "sag": sag_scale})
         for option, given in (("--compare", compare), (f"--sigma {sigma}", sigma is not None)):
             if given and "seg" not in names:
-                raise ValueError(f"{option} is of seg, which is not in --guidance {guidance}")
-        _refuse_unused(names, guidance, layers, start, stop, schedule)
-        usual = SIGMAS if compare else "inf"
-        sigmas = parse_list("--sigma", usual if sigma is None else sigma, float, NUMBERS)
+                raise ValueError(f"{option} has no effect without seg in --guidance, got --guidance {guidance}")
+        _check_used(names, guidance, layers, start, stop, schedule)
+        sigmas = parse_list("--sigma", (SIGMAS if compare else "inf") if sigma is None else sigma, float, NUMBERS)
         if len(sigmas) > 1 and not compare:
-            raise ValueError(f"--sigma takes one number, got {sigma!r}; several are for --compare")
+            raise ValueError(f"--sigma accepts a list only with --compare, got {sigma!r}")
+        check_finite("--guidance-scale", guidance_scale)
         processes = prompt_batches.Processes(device, many=prompts is not None)
         torch_device = processes.device
         torch_dtype = loading.find_dtype(dtype, torch_device)
@@ -131,22 +135,24 @@ def generate(
         guided = [make_specs(scales, layer_names, value, start=start, stop=stop, schedule=schedule) for value in sigmas]
         source = loading.find_model(model, config)
         description = loading.describe_unet_pipeline(source)
-        size = image_size(description, width, height)
+        size = image_size(description, width, height, prefix="--")
         check_layers(description, guided[0], torch_device, torch_dtype)
         pipe = loading.load_pipeline(source, torch_dtype, torch_device)
         if names:
-            guide(pipe, *guided[0]).remove()  # refuses pipelines that cannot be guided
+            guide(pipe, *guided[0]).remove()  # raises a ValueError if the pipeline is not supported
+    if processes.is_main:
+        warn_of_unknown_words(source, pipe, negative_prompt, *([prompt] if prompt else [text for _, text in lines]))
     request = ImageRequest(prompt or "", negative_prompt, *size, seed, steps, guidance_scale)
 
     def metadata(request: ImageRequest) -> dict[str, object]:
-        return image_metadata(source, request, guided[0], torch_dtype)
+        return image_metadata(source, request, guided[0], torch_dtype, pipe.scheduler)
 
     if prompts is not None:
         folder = Path("out") if out is None else out
         with refusing():
             items = prompt_batches.batch_items(lines, request, images)
             mine = processes.share(lambda: prompt_batches.find_missing(folder, items, metadata, overwrite))
-        _draw_items(pipe, mine, guided[0], processes, folder, metadata)
+        _generate_items(pipe, mine, guided[0], processes, folder, metadata)
         return
 
     assert out is not None
@@ -155,41 +161,32 @@ def generate(
     image, details = results[0].image, metadata(request)
     if compare:
         details["seg_sigma"] = ", ".join(f"{value:g}" for value in sigmas)
-        image = contact_sheet(
-            [
-                Row(
-                    [
-                        Tile(result.image, label(specs, guidance_scale))
-                        for result, specs in zip(results, plan, strict=True)
-                    ]
-                )
-            ],
-            request.prompt,
-            f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
-            f"SEG scale {scales['seg']:g} in {layers}",
-        )
-    has_settings = save(image, out, details)
+        tiles = [Tile(result.image, label(specs, guidance_scale)) for result, specs in zip(results, plan, strict=True)]
+        settings = f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
+        settings += f"SEG scale {scales['seg']:g} in {layers}"
+        image = contact_sheet([Row(tiles)], request.prompt, settings)
+    has_settings = save(image, out, details, sheet=compare)
     if names:
         headings, rows = report_rows(plan, results, guidance_scale)
-        table = Table(*headings, title="guidance report")
+        table = new_table(*headings[:-1], title="Guidance report")  # without the module names, which are long
         for row in rows:
-            table.add_row(*row)
-        wide(table).print(table)
-    _warn(problem for result in results if result.report is not None for problem in result.report.problems)
-    typer.echo(f"wrote {out}" + ("" if has_settings else " (only PNG keeps the settings as text)"))
+            table.add_row(*row[:-1])
+        show(table)
+    _warn_of_problems(results)
+    typer.echo(f"wrote {out}" + ("" if has_settings else " (without its settings, which only PNG files contain)"))
 
 
-def _refuse_unused(names: Sequence[str], guidance: str, layers: str, start: float, stop: float, schedule: str) -> None:
-    """Raise a ValueError for an option that is not at its default and that no guidance takes."""
+def _check_used(names: Sequence[str], guidance: str, layers: str, start: float, stop: float, schedule: str) -> None:
+    """Raise a ValueError for an option that is not at its default and has no effect with this guidance."""
     unused = {} if names else {"--start": (start, 0.0), "--stop": (stop, 1.0), "--schedule": (schedule, "constant")}
     if not {"seg", "pag"} & set(names):
         unused["--layers"] = layers, "mid"
     for option, (value, default) in unused.items():
         if value != default:
-            raise ValueError(f"{option} {value} is for a guidance that is not in --guidance {guidance}")
+            raise ValueError(f"{option} {value} has no effect with --guidance {guidance}")
 
 
-def _draw_items(
+def _generate_items(
     pipe: Any,
     items: Sequence[prompt_batches.BatchItem],
     specs: Specs,
@@ -197,19 +194,33 @@ def _draw_items(
     folder: Path,
     metadata: prompt_batches.Metadata,
 ) -> None:
-    """Draw one process's part of many pictures, a line each."""
-    problems: list[str] = []
+    """Generate the images of one process and print a line for each image."""
+    results: list[ImageResult] = []
     for number, item in enumerate(items, 1):
         (result,) = draw_with_progress(pipe, item.request, [specs], show=processes.is_main)
         prompt_batches.write(folder, item, result, metadata(item.request))
         typer.echo(f"wrote {folder / item.name}.png ({number} of {len(items)}{processes.place})")
-        problems += () if result.report is None else result.report.problems
+        results.append(result)
     if processes.is_main and not items:
-        typer.echo(f"all pictures are in {folder} already")
-    _warn(problems)
+        typer.echo(f"{folder} already contains all images")
+    _warn_of_problems(results)
 
 
-def _warn(problems: Iterable[str]) -> None:
-    """Print each problem once."""
-    for problem in dict.fromkeys(problems):
-        typer.echo(f"warning: {problem}", err=True)
+def _warn_of_problems(results: Iterable[ImageResult]) -> None:
+    """Print one warning if guidance had no effect, in place of one for each image and guidance method."""
+    causes: dict[str, dict[str, None]] = {}
+    for report in (result.report for result in results if result.report is not None):
+        for problem in report.problems:
+            spec = next((spec for spec in report.specs if problem.startswith(f"{spec} ")), None)
+            method = "guidance:" if spec is None else type(spec).__name__
+            cause = problem if spec is None else problem.removeprefix(f"{spec} ")
+            causes.setdefault(cause, {})[method] = None
+    if causes:
+        warn("; ".join(_problem(list(methods), cause) for cause, methods in causes.items()))
+
+
+def _problem(methods: Sequence[str], cause: str) -> str:
+    """Return a sentence such as ``SEG and PAG had no effect: they ...``."""
+    if len(methods) == 1:
+        return f"{methods[0]} {cause}"
+    return f"{', '.join(methods[:-1])} and {methods[-1]} {cause.replace(': it ', ': they ')}"

@@ -8,11 +8,10 @@ import platform
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from segkern.cli.terminal import fail, refusing
 from segkern.generation import loading
-from segkern.generation.tables import wide
+from segkern.generation.tables import new_table, show
 from segkern.version import __version__
 
 if TYPE_CHECKING:
@@ -84,10 +83,10 @@ def _explain(shape: str, heads: int, head_dim: int, sigma: float, dtype: str, de
         rows = explain(call, torch_device, arch)
     name = str(torch_dtype).removeprefix("torch.")
     title = f"{shape} tokens, {heads} heads of dimension {head_dim}, sigma {sigma:g}, {name}"
-    table = Table("", "", title=title, show_header=False)
+    table = new_table("", "", title=title)
     for topic, answer in rows:
         table.add_row(topic, answer)
-    wide(table).print(table)
+    show(table)
 
 
 def _show_machine() -> None:
@@ -96,25 +95,25 @@ def _show_machine() -> None:
     from segkern.cli import diagnosis
     from segkern.core.environment import version_of
 
-    versions = Table("package", "version", title="Versions")
+    versions = new_table("package", "version", title="Versions")
     versions.add_row("segkern", __version__)
     versions.add_row("python", platform.python_version())
     versions.add_row("torch", torch.__version__)  # names the CUDA build, which the package metadata omits
     for name in ("triton", "diffusers", "transformers"):
         versions.add_row(name, version_of(name))
     devices = diagnosis.devices()
-    served = Table("device", "call", "head dim", "dtype", "backend", "reason", title="Backends of seg_attention")
-    for served_device in devices:
-        for layer, width, dtypes, backend, reason in diagnosis.served(served_device):
-            served.add_row(str(served_device), layer, str(width), dtypes, backend, reason)
-    console = wide(versions, served)
-    console.print(versions)
-    typer.echo(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads")
+    show(versions)
+    typer.echo(f"\ncpu: {platform.machine()}, {torch.get_num_threads()} threads")
     for cuda in devices[1:]:
         typer.echo(f"{cuda}: {torch.cuda.get_device_name(cuda)}")
-    console.print(served)
+    for device in devices:
+        for dtypes, backend, reason, calls in diagnosis.backends(device):
+            typer.echo(f"\nseg_attention on {device}, {dtypes}: {backend} backend")
+            typer.echo(f"Reason: {reason}")
+            for call in calls:
+                typer.echo(f"  {call}")
     if len(devices) == 1:
-        typer.echo("No CUDA device is available, so only the CPU is listed.")
+        typer.echo("\nNo CUDA device is available, so only the CPU is listed.")
     typer.echo("Run segkern info --report for a bug-report template.")
 
 

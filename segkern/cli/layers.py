@@ -6,12 +6,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from segkern.cli.terminal import Config, Height, Model, Width, need_diffusers, refusing
 from segkern.generation import loading
 from segkern.generation.sizes import image_size, video_frames
-from segkern.generation.tables import wide
+from segkern.generation.tables import new_table, show
 
 
 def layers(
@@ -32,30 +31,29 @@ def layers(
     with refusing():
         source = loading.find_model(model, config)
         pipe = loading.describe_pipeline(source)
-        size = image_size(pipe, width, height)
+        size = image_size(pipe, width, height, prefix="--")
         frames_drawn = video_frames(pipe, frames)
         available = list_layers(pipe, size[1], size[0], frames_drawn)
     of_unet = any(layer.comfyui for layer in available)
     video = "" if frames_drawn is None else f", {frames_drawn} frames"
-    table = Table(
+    table = new_table(
         "layer",
-        "part",
-        "heads",
-        "head dim",
         "tokens",
+        "heads\nx dim",
         "ComfyUI" if of_unet else "block",
         "module",
-        title=f"{source.name}, {size[0]} x {size[1]}{video}",
+        title=f"{source.name}, {size[0]} x {size[1]} pixels{video}",
+        gap=1,  # so that the rows of SDXL fit 80 columns
     )
     for layer in available:
         grid = f"{layer.grid.height}x{layer.grid.width}" if layer.grid else "?"
         if layer.grid and layer.grid.frames > 1:
             grid = f"{layer.grid.frames}x{grid}"
-        numbers = str(layer.heads), str(layer.head_dim), grid
         other = layer.comfyui if of_unet else str(layer.block)
-        table.add_row(layer.name, layer.part, *numbers, other, layer.module)
-    wide(table).print(table)
-    names, advice = default_layers_of(pipe)
+        table.add_row(layer.name, grid, f"{layer.heads}x{layer.head_dim}", other, layer.module)
+    show(table)
+    names, source_of_names = default_layers_of(pipe)
     chosen = select_layers(available, names)
     count = f"{len(chosen)} layer{'s' if len(chosen) > 1 else ''}"
-    typer.echo(f"where no layers are named, SEG and PAG act in {names} ({count}); {advice}")
+    blocks = "" if of_unet else "block " if len(names) == 1 else "blocks "
+    typer.echo(f"Default layers of SEG and PAG: {blocks}{names} ({count})\nSource: {source_of_names}")

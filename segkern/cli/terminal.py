@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
@@ -13,9 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from segkern.generation import loading
 from segkern.generation.drawing import ImageRequest, ImageResult, Specs, draw, label
+from segkern.generation.vocabulary import unknown_words_warning
 
+PROGRESS_SECONDS = 10.0  # between lines if standard error is not a terminal
 SIGMAS = "1,2,5,10,inf"
-NUMBERS = "numbers such as 4 or inf"
+NUMBERS = "numbers and inf"
 
 Model = Annotated[
     str,
@@ -61,17 +64,41 @@ def need_diffusers(*others: str, extra: str = "cli") -> None:
     loading.quiet_libraries()
 
 
+def warn(message: str) -> None:
+    """Print a warning to standard error."""
+    typer.echo(f"warning: {message}", err=True)
+
+
+def warn_of_unknown_words(source: loading.Source, pipe: Any, *prompts: str) -> None:
+    """Warn if the prompts contain words that the bundled model does not know."""
+    message = unknown_words_warning(source, pipe.tokenizer, *prompts)
+    if message is not None:
+        warn(message)
+
+
 def draw_with_progress(pipe: Any, request: ImageRequest, plan: Sequence[Specs], show: bool = True) -> list[ImageResult]:
-    """Draw one picture for each set of guidances, all from the same noise, with a bar if there is a terminal."""
+    """Generate one image for each set of guidance specs, all from the same noise, and show the progress.
+
+    On a terminal, the progress is a bar. Elsewhere, it is a line every 10 seconds.
+    """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results = []
+    printed = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
-        for specs in plan:
-            task = progress.add_task(label(specs, request.guidance_scale), total=request.steps)
+        for number, specs in enumerate(plan, 1):
+            name = label(specs, request.guidance_scale)
+            task = progress.add_task(name, total=request.steps)
+            place = f"image {number} of {len(plan)}, " if len(plan) > 1 else ""
 
-            def advance(pipe: Any, index: int, timestep: Any, tensors: Any, task: Any = task) -> Any:
+            def advance(
+                pipe: Any, index: int, timestep: Any, tensors: Any, task: Any = task, line: str = f"{place}{name}"
+            ) -> Any:
+                nonlocal printed
                 progress.update(task, total=pipe.num_timesteps, completed=index + 1)
+                if show and not console.is_terminal and time.monotonic() - printed >= PROGRESS_SECONDS:
+                    printed = time.monotonic()
+                    typer.echo(f"{line}: step {index + 1} of {pipe.num_timesteps}", err=True)
                 return tensors
 
             results.append(draw(pipe, request, specs, advance))

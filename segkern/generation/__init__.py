@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading checkpoints, drawing pictures, and writing them with their settings."""
+"""Loading of checkpoints, generation of images, and image files with settings."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of a pipeline from one seed, with and without guidance, and the metadata of their pictures."""
+"""Generation of images with and without guidance, their captions and their metadata."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ if TYPE_CHECKING:
 
     from segkern.integrations.diffusers import Report
     from segkern.integrations.specs.base import Spec
+    from segkern.integrations.specs.layer_names import LayerInfo
 
-Specs = tuple["Spec", ...]  # of one picture; none is no guidance
+Specs = tuple["Spec", ...]  # guidance specs of one image; empty for no guidance
 
-# Of a guidance, in a picture's metadata; other values where they are not the default.
+# Fields of a guidance spec that are always in the metadata. Other fields are included if they differ from the default.
 _RECORDED_FIELDS = ("scale", "sigma", "layers", "layer", "start", "stop")
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Arguments of a pipeline's call that are the same for every guidance.
+    """Settings of an image that do not depend on segkern's guidance.
 
     Attributes:
-        prompt: what the picture shows.
-        negative_prompt: what it does not show.
-        width: in pixels.
-        height: in pixels.
-        seed: of the initial noise.
-        steps: of the scheduler.
-        guidance_scale: of classifier-free guidance.
+        prompt: Text prompt.
+        negative_prompt: Negative prompt.
+        width: Width in pixels.
+        height: Height in pixels.
+        seed: Seed of the initial noise.
+        steps: Number of inference steps.
+        guidance_scale: Scale of classifier-free guidance.
     """
 
     prompt: str
@@ -52,12 +53,12 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class ImageResult:
-    """A picture and how it came about.
+    """An image and the effect of guidance on it.
 
     Attributes:
-        image: the picture.
-        report: what guidance did; None without guidance.
-        seconds: of the whole run.
+        image: The image.
+        report: Guidance report; None without guidance.
+        seconds: Duration of the pipeline call.
     """
 
     image: Image
@@ -66,35 +67,49 @@ class ImageResult:
 
 
 def check_layers(pipe: Any, specs: Specs, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what can be refused before weights are loaded.
+    """Check the layers of guidance specs before weights are loaded.
 
     Raises:
-        ValueError: for unknown layers, and for a backend that cannot serve them.
+        ValueError: If a layer is unknown or the requested backend does not support it.
     """
     from segkern.core.dispatch import choose_backend
-    from segkern.integrations.diffusers.models.layers import list_layers, select_layers
+    from segkern.integrations.diffusers import list_layers
     from segkern.integrations.specs.base import AttentionSpec
 
     for spec in specs:
         if isinstance(spec, AttentionSpec):
-            for layer in select_layers(list_layers(pipe), spec.layer_names):
+            for layer in find_layers(list_layers(pipe), spec.layer_names):
                 choose_backend(device, dtype, layer.head_dim, spec.backend or "auto")
+
+
+def find_layers(available: Sequence[LayerInfo], names: Sequence[str]) -> list[LayerInfo]:
+    """Return the layers with these names.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    from segkern.integrations.specs.layer_names import select_layers
+
+    try:
+        return select_layers(available, names, "segkern layers lists every layer")
+    except ValueError as error:
+        raise ValueError(f"--layers: {error}") from None
 
 
 def draw(
     pipe: Any, request: ImageRequest, specs: Specs, on_step: Callable[..., Any] | None = None, *, share: bool = True
 ) -> ImageResult:
-    """Draw one picture.
+    """Generate one image.
 
-    The noise comes from the CPU's generator, so that it is the same on every device. What ``on_step`` raises ends the
-    run; guidance is off the pipeline then too.
+    The initial noise is generated on the CPU, so it is the same on every device. If ``on_step`` raises an exception,
+    generation ends and guidance is removed from the pipeline.
 
     Args:
-        pipe: the pipeline.
-        request: what to draw.
-        specs: with which guidance; none for none.
-        on_step: diffusers' ``callback_on_step_end``.
-        share: as :func:`segkern.integrations.diffusers.guide` takes it.
+        pipe: Pipeline.
+        request: Settings of the image.
+        specs: Guidance specs; empty for no guidance.
+        on_step: Function for diffusers' ``callback_on_step_end``.
+        share: Whether to share branches; see :func:`segkern.integrations.diffusers.guide`.
     """
     import torch
 
@@ -112,7 +127,7 @@ def draw(
     if not specs:
         return ImageResult(run(), None, time.perf_counter() - begun)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GuidanceWarning)  # the report says the same
+        warnings.simplefilter("ignore", GuidanceWarning)  # the report contains the warning
         with guide(pipe, *specs, share=share) as guidance:
             image = run()
         report = guidance.report()
@@ -120,10 +135,10 @@ def draw(
 
 
 def denoiser_calls(pipe: Any, steps: int) -> int:
-    """Calls of the denoiser in a run of so many steps; some schedulers make two in a step.
+    """Return the number of denoiser calls. Some schedulers need two calls per inference step.
 
     Raises:
-        ValueError: for a number of steps that the scheduler does not take.
+        ValueError: If the scheduler does not support the number of steps.
     """
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
@@ -140,7 +155,7 @@ def report_rows(
         if result.report is not None
     ]
     several = any(len(report.specs) > 1 for _, report in reports)
-    headings = ["run", *["guidance"] * several, "layer", "fired", "moved", "module"]
+    headings = ["image", *["guidance"] * several, "layer", "fired", "moved", "module"]
     rows = []
     for name, report in reports:
         for row in report.layers:
@@ -177,8 +192,10 @@ def _label(spec: Spec) -> str:
     return f"SEG sigma {sigma:g}" if name == "SEG" and isinstance(sigma, float) else f"{name} {spec.scale:g}"
 
 
-def image_metadata(source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype) -> dict[str, object]:
-    """All that is needed to draw a picture again, by name."""
+def image_metadata(
+    source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype, scheduler: object = None
+) -> dict[str, object]:
+    """Return the settings needed to generate an image again, by name."""
     from segkern.core.environment import version_of
 
     metadata: dict[str, object] = {
@@ -191,6 +208,7 @@ def image_metadata(source: Source, request: ImageRequest, specs: Specs, dtype: t
         "height": request.height,
         "guidance_scale": request.guidance_scale,
         "dtype": str(dtype).removeprefix("torch."),
+        **({} if scheduler is None else {"scheduler": type(scheduler).__name__}),
         "guidance": " + ".join(type(spec).__name__ for spec in specs) or "none",
     }
     for spec in specs:

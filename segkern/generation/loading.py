@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find and load the pipeline that a user names: ``demo``, a folder, a hub name or a single file."""
+"""Loading of pipelines: the bundled model, checkpoint folders, Hugging Face Hub names and single files."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # our names and PyTorch's
 
-# What describes a single file when the user names nothing: the configuration of the model it was made from.
+# Configuration of a single file if none is given.
 _SINGLE_FILE_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
-# What an SDXL file in the original layout holds, by the prefixes of its keys.
+# Parts of an SDXL file in the original layout, and the prefixes of their keys.
 _SINGLE_FILE_PARTS = {
     "the denoiser": ("model.diffusion_model.",),
     "the autoencoder": ("first_stage_model.", "vae."),
     "the first text encoder": ("conditioner.embedders.0.transformer.",),
     "the second text encoder": ("conditioner.embedders.1.model.",),
 }
+_HUB_SECONDS = 10.0
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was named and found.
+    """The location of a model.
 
     Attributes:
-        name: what to call it in messages and metadata.
+        name: Name in messages and metadata.
         kind: ``"folder"``, ``"hub"`` or ``"file"``.
-        weights: folder, hub name or file with the weights.
-        config: folder or hub name with the configuration.
+        weights: Folder, Hub name or file with the weights.
+        config: Folder or Hub name with the configuration.
     """
 
     name: str
@@ -48,20 +49,20 @@ class Source:
 
 
 def missing_packages(*others: str) -> list[str]:
-    """The packages that loading a pipeline needs, and others, that are not installed."""
+    """Return the packages that are not installed, of ``others`` and those needed to load a pipeline."""
     needed = ("diffusers", "transformers", "accelerate", "safetensors", *others)
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 def find_model(model: str, config: str | None = None) -> Source:
-    """Find out what a user's words name; nothing is loaded or fetched.
+    """Return the location of a model. Nothing is loaded or downloaded.
 
     Args:
-        model: ``demo``, a checkpoint folder, a ``.safetensors`` file or a hub name.
-        config: folder or hub name that describes a single file.
+        model: ``demo``, a checkpoint folder, a ``.safetensors`` file or a Hub name.
+        config: Folder or Hub name with the configuration of a ``.safetensors`` file.
 
     Raises:
-        ValueError: for what is none of these; the message quotes it.
+        ValueError: If the model or the configuration is invalid.
 
     Example:
         >>> find_model("stabilityai/stable-diffusion-xl-base-1.0").kind
@@ -72,57 +73,90 @@ def find_model(model: str, config: str | None = None) -> Source:
         _check_single_file(path)
         return Source(path.name, "file", str(path), _find_config(config))
     if config is not None:
-        raise ValueError(f"config {config!r} describes a single .safetensors file, and {model!r} is not a file")
+        raise ValueError(f"configuration {config!r} is only for .safetensors files, and {model!r} is not a file")
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ValueError(f"folder {model!r} holds no model_index.json, so it is no diffusers checkpoint")
+            raise ValueError(f"folder {model!r} is not a diffusers checkpoint: it has no model_index.json")
         return Source("demo" if model == "demo" else path.resolve().name, "folder", str(path), str(path))
     if model == "demo":
-        raise ValueError("the demo checkpoint is not installed; python -m studies.training makes it")
+        raise ValueError("the bundled model is missing; run python -m studies.training to train it")
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin") or not _HUB_NAME.fullmatch(model):
         raise ValueError(
-            f"there is no file or folder {model!r}; a model is 'demo', a checkpoint folder, a .safetensors file, "
-            f"or a hub name such as {_SINGLE_FILE_CONFIG!r}"
+            f"no file or folder {model!r}; use 'demo', a checkpoint folder, a .safetensors file or a Hub name such as "
+            f"{_SINGLE_FILE_CONFIG!r}"
         )
     return Source(model, "hub", model, model)
 
 
 def load_pipeline(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
-    """The pipeline, with weights from safetensors files alone.
+    """Load a pipeline. Only safetensors weights are loaded.
 
     Raises:
-        OSError: when files are missing or cannot be fetched.
-        ValueError: when diffusers refuses the checkpoint.
+        OSError: If files are missing or cannot be downloaded.
+        ValueError: If diffusers rejects the checkpoint.
     """
     from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
     if source.kind == "file":
-        offline = Path(source.config).is_dir()
         pipe = StableDiffusionXLPipeline.from_single_file(
-            source.weights, config=source.config, local_files_only=offline, dtype=dtype
+            source.weights, config=source.config, local_files_only=_is_local(source), dtype=dtype
         )
     else:
-        pipe = DiffusionPipeline.from_pretrained(source.weights, use_safetensors=True, dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(
+            source.weights, use_safetensors=True, local_files_only=_is_local(source), dtype=dtype
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def describe_pipeline(source: Source) -> Any:
-    """The pipeline without weights, from configuration files alone: denoiser and autoencoder on PyTorch's meta device.
+def _is_local(source: Source) -> bool:
+    """Return whether to use only files on this machine.
 
-    Its other parts are None; ``list_layers`` takes it like a loaded one.
+    The check avoids minutes of retries if the Hub cannot be reached.
 
     Raises:
-        OSError: when configuration files are missing or cannot be fetched.
-        ValueError: when diffusers does not have a class that they name.
+        OSError: If the Hub cannot be reached and the configuration is not in its cache.
+        ValueError: If the Hub has no such model.
+    """
+    if Path(source.config).is_dir():
+        return True
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(source.config, timeout=_HUB_SECONDS)
+    except Exception as error:  # the class of a connection error depends on huggingface_hub's HTTP library
+        if isinstance(try_to_load_from_cache(source.config, "model_index.json"), str):
+            return True
+        if isinstance(error, RepositoryNotFoundError):
+            raise ValueError(
+                f"the Hugging Face Hub has no model {source.config!r}, or you have no access to it; check the name, or "
+                f"log in with hf auth login"
+            ) from None
+        advice = "; give a configuration folder to load the file offline" if source.kind == "file" else ""
+        raise OSError(
+            f"cannot reach the Hugging Face Hub, and {source.config!r} is not in the local cache{advice} ({error})"
+        ) from None
+    return False
+
+
+def describe_pipeline(source: Source) -> Any:
+    """Return the pipeline without weights, for ``list_layers``. Only configuration files are read.
+
+    The denoiser and the autoencoder are on PyTorch's meta device. The other components are None.
+
+    Raises:
+        OSError: If configuration files are missing or cannot be downloaded.
+        ValueError: If the installed diffusers lacks a class of the model.
     """
     import torch
     from diffusers import DiffusionPipeline
 
+    local = _is_local(source)
     try:
-        index = DiffusionPipeline.load_config(source.config)
+        index = DiffusionPipeline.load_config(source.config, local_files_only=local)
         if not any(_class_name(index, name) for name in ("unet", "transformer")):
-            raise OSError("model_index.json names no unet and no transformer")
+            raise OSError("model_index.json has neither a unet nor a transformer")
         pipeline_class = _diffusers_class(source, index["_class_name"])
         parameters = inspect.signature(pipeline_class.__init__).parameters
         parts: dict[str, Any] = {
@@ -132,24 +166,22 @@ def describe_pipeline(source: Source) -> Any:
             class_name = _class_name(index, name)
             if name in parameters and class_name is not None:
                 model_class = _diffusers_class(source, class_name)
-                config = model_class.load_config(source.config, subfolder=name)
+                config = model_class.load_config(source.config, subfolder=name, local_files_only=local)
                 with torch.device("meta"):
                     parts[name] = model_class.from_config(config)
     except OSError as error:
-        remote = not Path(source.config).is_dir()
-        advice = "; a hub name needs a connection, or a copy in the cache" if remote else ""
-        raise OSError(f"no denoiser's configuration found in {source.config!r}{advice} ({error})") from error
+        raise OSError(f"no configuration of a denoiser in {source.config!r}: {error}") from error
     if "requires_safety_checker" in parameters:
         parts["requires_safety_checker"] = False
     return pipeline_class(**parts)
 
 
 def describe_unet_pipeline(source: Source) -> Any:
-    """The same of a pipeline around a ``UNet2DConditionModel``, the only ones that the command line draws with.
+    """Return a pipeline with a ``UNet2DConditionModel`` without weights; see :func:`describe_pipeline`.
 
     Raises:
-        OSError: as :func:`describe_pipeline`.
-        ValueError: as :func:`describe_pipeline`, and for a pipeline around another denoiser.
+        OSError: If configuration files are missing or cannot be downloaded.
+        ValueError: If the installed diffusers lacks a class of the model, or if the denoiser is of another class.
     """
     from diffusers import UNet2DConditionModel
 
@@ -157,14 +189,14 @@ def describe_unet_pipeline(source: Source) -> Any:
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if not isinstance(denoiser, UNet2DConditionModel):
         raise ValueError(
-            f"the denoiser of {source.name!r} is a {type(denoiser).__name__}, and this command needs a "
-            f"UNet2DConditionModel; segkern layers and, in Python, guide take others too"
+            f"{source.name!r} has a {type(denoiser).__name__}, and this command needs a UNet2DConditionModel; use "
+            f"guide in Python for this model"
         )
     return pipe
 
 
 def _class_name(index: dict[str, Any], part: str) -> str | None:
-    """The class of a component, as ``model_index.json`` names it."""
+    """Return the class name of a component in ``model_index.json``."""
     entry = index.get(part)
     return entry[1] if isinstance(entry, (list, tuple)) else None
 
@@ -173,15 +205,15 @@ def _diffusers_class(source: Source, name: str) -> Any:
     import diffusers
 
     if not hasattr(diffusers, name):
-        raise ValueError(f"{source.name!r} has a {name}, which diffusers {diffusers.__version__} does not have")
+        raise ValueError(f"{source.name!r} needs {name}, which diffusers {diffusers.__version__} does not have")
     return getattr(diffusers, name)
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name, ``auto`` for CUDA where there is one and the CPU elsewhere.
+    """Return the device with this name. ``auto`` is the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: for a device that is unknown or not there; the message lists those that are.
+        ValueError: If the device is not available. The message lists the available devices.
     """
     import torch
 
@@ -189,32 +221,32 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).cpu()  # also what only pretends to be a device fails here
+        torch.empty(1, device=device).cpu()  # fails on the meta device
     except (RuntimeError, AssertionError, NotImplementedError):
-        fit = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ValueError(f"device {name!r} cannot be used here; {', '.join(fit)} can") from None
+        available = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ValueError(f"--device {name!r} is not available; use one of {', '.join(available)}") from None
     return device
 
 
 def find_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name, ``auto`` for fp16 on CUDA and fp32 elsewhere.
+    """Return the dtype with this name. ``auto`` is fp16 on a GPU, else fp32.
 
     Raises:
-        ValueError: for an unknown name; the message lists the others.
+        ValueError: If the name is unknown. The message lists the valid names.
     """
     import torch
 
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
-        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
     dtype: torch.dtype = getattr(torch, DTYPES[name])
     return dtype
 
 
 @lru_cache(maxsize=1)
 def quiet_libraries() -> None:
-    """Keep diffusers and transformers from drawing bars and giving advice on our standard error."""
+    """Turn off the progress bars of diffusers and transformers, and the advice of transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -232,22 +264,22 @@ def _find_config(config: str | None) -> str:
     path = Path(config).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise ValueError(f"config folder {config!r} holds no model_index.json")
+            raise ValueError(f"configuration folder {config!r} has no model_index.json")
         name = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
         if name != "StableDiffusionXLPipeline":
-            raise ValueError(f"config {config!r} describes a {name}; single files are loaded as SDXL only")
+            raise ValueError(f"configuration {config!r} is of a {name}; single files can only be SDXL")
         return str(path)
     if path.exists() or not _HUB_NAME.fullmatch(config):
-        raise ValueError(f"config must be a checkpoint folder or a hub name, got {config!r}")
+        raise ValueError(f"the configuration must be a checkpoint folder or a Hub name, got {config!r}")
     return config
 
 
 def _check_single_file(path: Path) -> None:
-    """Refuse what diffusers would refuse obscurely, or fill from elsewhere."""
+    """Raise a ValueError for files that diffusers would reject with an unclear error or complete from elsewhere."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
-        raise ValueError(f"{str(path)!r} is not a .safetensors file, and other weights are not loaded")
+        raise ValueError(f"{str(path)!r} is not a .safetensors file; other formats are not supported")
     try:
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
@@ -260,5 +292,5 @@ def _check_single_file(path: Path) -> None:
     ]
     if missing:
         raise ValueError(
-            f"{str(path)!r} is no SDXL checkpoint in the original single-file layout: it lacks {', '.join(missing)}"
+            f"{str(path)!r} is not an SDXL checkpoint in the original single-file layout; it lacks {', '.join(missing)}"
         )

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options in words, of the command line and of the playground's fields, as values and guidances."""
+"""Conversion of option values to guidance specs.
+
+Error messages name options as on the command line, such as ``--sigma``.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,91 +14,123 @@ if TYPE_CHECKING:
     from segkern.generation.drawing import Specs
 
 GUIDANCES = ("seg", "pag", "sag")
-_USUAL_SCALES = {"seg": 3.0, "pag": 3.0, "sag": 0.75}
+SCALE_OPTIONS = {"seg": "--scale", "pag": "--pag-scale", "sag": "--sag-scale"}
+_DEFAULT_SCALES = {"seg": 3.0, "pag": 3.0, "sag": 0.75}
 
 T = TypeVar("T", int, float, str)
 
 
-def parse_list(option: str, text: str, kind: Callable[[str], T], what: str, *, empty: bool = False) -> tuple[T, ...]:
-    """The values in ``1,2,3``.
+def parse_list(
+    option: str, text: str, kind: Callable[[str], T], expected: str, *, empty: bool = False
+) -> tuple[T, ...]:
+    """Return the values in a comma-separated list such as ``1,2,3``.
 
     Args:
-        option: such as ``sigma``, for messages.
-        text: the user's words.
-        kind: makes a value of one word.
-        what: such values in words, for messages.
-        empty: whether an empty text is no value; an error if not.
+        option: Name of the option, for error messages.
+        text: Value of the option.
+        kind: Function that converts one item.
+        expected: Description of valid items, for error messages.
+        empty: Whether an empty list is valid.
 
     Raises:
-        ValueError: for a word that is no such value, one that comes twice, and an empty text.
+        ValueError: If an item is invalid or repeated, or if the list is empty and ``empty`` is false.
 
     Example:
-        >>> parse_list("sigma", "1, 4,inf", float, "numbers such as 4 or inf")
+        >>> parse_list("--sigma", "1, 4,inf", float, "numbers such as 4 or inf")
         (1.0, 4.0, inf)
     """
     if not text.strip():
         if empty:
             return ()
-        raise ValueError(f"{option} needs at least one value, got {text!r}")
+        raise ValueError(f"{option} must not be empty; it accepts {expected}")
     values: list[T] = []
     for word in (part.strip() for part in text.split(",")):
         try:
             value = kind(word)
         except ValueError:
-            raise ValueError(f"{option} takes {what}, got {word!r}") from None
+            raise ValueError(f"{option} accepts {expected}, got {word!r}") from None
         if value in values:
-            raise ValueError(f"{option}: {word} comes twice in {text!r}")
+            raise ValueError(f"{option} contains {word} twice, got {text!r}")
         values.append(value)
     return tuple(values)
 
 
 def parse_guidance(text: str) -> tuple[str, ...]:
-    """The guidances in ``seg,pag``; none in ``none``.
+    """Return the names of the guidance methods in a list such as ``seg,pag``; an empty tuple for ``none``.
 
     Raises:
-        ValueError: for another word, or one that comes twice.
+        ValueError: If a name is unknown or repeated.
 
     Example:
         >>> parse_guidance("seg, PAG")
         ('seg', 'pag')
     """
-    words = f"some of {', '.join(GUIDANCES)} with commas, or none"
-    names = parse_list("guidance", text.lower(), str, words)
+    expected = f"{', '.join(GUIDANCES)}, a comma-separated list of them, or none"
+    names = parse_list("--guidance", text.lower(), str, expected)
     if names == ("none",):
         return ()
     for name in names:
         if name not in GUIDANCES:
-            raise ValueError(f"guidance takes {words}, got {name!r} in {text!r}")
+            raise ValueError(f"--guidance accepts {expected}, got {name!r} in {text!r}")
     return names
 
 
 def guidance_scales(names: Sequence[str], given: Mapping[str, float | None]) -> dict[str, float]:
-    """The scale of each guidance, its usual one where none was given.
+    """Return the scale of each guidance method, or its default if no scale is given.
 
     Raises:
-        ValueError: for a scale of a guidance that is not among the names.
+        ValueError: If a scale is given for a method that is not in ``names``.
     """
     for name, scale in given.items():
         if scale is not None and name not in names:
-            raise ValueError(f"{name} has the scale {scale:g} but is not in guidance {','.join(names) or 'none'}")
+            option, chosen = SCALE_OPTIONS[name], ",".join(names) or "none"
+            raise ValueError(f"{option} {scale:g} has no effect without {name} in --guidance, got --guidance {chosen}")
     scales = {name: given.get(name) for name in names}
-    return {name: _USUAL_SCALES[name] if scale is None else scale for name, scale in scales.items()}
+    return {name: _DEFAULT_SCALES[name] if scale is None else scale for name, scale in scales.items()}
 
 
-def make_specs(scales: Mapping[str, float], layers: list[str], sigma: float, **common: Any) -> Specs:
-    """One spec for each guidance that has a scale.
+def check_finite(option: str, value: float) -> None:
+    """Raise a ValueError if the value of an option is infinite or NaN."""
+    if not math.isfinite(value):
+        raise ValueError(f"{option} must be a finite number, got {value:g}")
+
+
+def make_specs(
+    scales: Mapping[str, float],
+    layers: list[str],
+    sigma: float,
+    *,
+    start: float = 0.0,
+    stop: float = 1.0,
+    schedule: str = "constant",
+) -> Specs:
+    """Return one guidance spec for each scale.
 
     Args:
-        scales: by the guidances' names.
-        layers: of those that perturb layers.
-        sigma: of SEG's blur.
-        common: ``start``, ``stop`` and other values that all of them take.
+        scales: Scales by the names of the guidance methods.
+        layers: Layers of SEG and PAG.
+        sigma: Blur of SEG.
+        start: Fraction of the steps after which guidance starts.
+        stop: Fraction of the steps after which guidance stops.
+        schedule: Schedule of the scales.
 
     Raises:
-        ValueError: for values that a spec refuses.
+        ValueError: If a value is invalid.
     """
     from segkern.integrations.diffusers import PAG, SAG, SEG
+    from segkern.integrations.specs.schedules import SCHEDULES
 
+    for name, scale in scales.items():
+        check_finite(SCALE_OPTIONS[name], scale)
+    if "seg" in scales and not sigma >= 0:
+        raise ValueError(f"--sigma must be 0, a positive number or inf, got {sigma:g}")
+    if not 0.0 <= start < stop <= 1.0:
+        raise ValueError(
+            f"--start and --stop must satisfy 0 <= start < stop <= 1, got --start {start:g} and --stop {stop:g}"
+        )
+    if schedule not in SCHEDULES:
+        raise ValueError(f"--schedule must be {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}, got {schedule!r}")
+    common: dict[str, Any] = {"start": start, "stop": stop, "schedule": schedule}
     constructors = {
         "seg": lambda scale: SEG(scale, sigma, layers, **common),
         "pag": lambda scale: PAG(scale, layers, **common),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures on disk: labelled comparison sheets, text metadata, and which files can be written at all."""
+"""Image files: contact sheets, settings stored as text, and checks of output paths."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import textwrap
@@ -16,16 +17,31 @@ from PIL.PngImagePlugin import PngInfo
 
 _PAPER, _INK, _FAINT = "white", "#1a1a1a", "#666666"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_LEAST_TILE = 256  # smaller pictures are enlarged by a whole factor until a longer side has as many pixels
+_LEAST_TILE = 256  # longer side in pixels that smaller images are enlarged to
+PARAMETERS = "parameters"  # text chunk of a PNG file
+# Names that AUTOMATIC1111's web UI uses for schedulers of diffusers.
+_SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSDEScheduler": "DPM++ SDE",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "LMSDiscreteScheduler": "LMS",
+    "PNDMScheduler": "PLMS",
+    "UniPCMultistepScheduler": "UniPC",
+}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a sheet.
+    """One image of a contact sheet.
 
     Attributes:
-        image: the picture.
-        label: written below it.
+        image: The image.
+        label: Text below the image.
     """
 
     image: Image.Image
@@ -34,11 +50,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a sheet.
+    """One row of a contact sheet.
 
     Attributes:
-        tiles: from left to right, all of one size.
-        heading: written above them; none when empty.
+        tiles: Tiles from left to right, all of the same size.
+        heading: Text above the row; empty for no heading.
     """
 
     tiles: Sequence[Tile]
@@ -46,15 +62,15 @@ class Row:
 
 
 def contact_sheet(rows: Sequence[Row], caption: str, details: str = "") -> Image.Image:
-    """Rows of labelled pictures under a caption, on white.
+    """Return a contact sheet: rows of labelled images under a caption, on a white background.
 
-    Small pictures are enlarged by one whole factor, the same for all, without smoothing. Tiles stand in
-    columns as wide as the widest tile or label, with their left edges in line.
+    Small images are enlarged by an integer factor without smoothing. The factor is the same for all images. Columns
+    are as wide as the widest image or label.
 
     Args:
-        rows: at least one, each with at least one tile.
-        caption: the first lines, wrapped to the sheet's width.
-        details: smaller lines below the caption.
+        rows: Rows of the sheet. At least one row, with at least one tile in each row.
+        caption: Text at the top of the sheet, wrapped to its width.
+        details: Smaller text below the caption.
 
     Example:
         >>> tile = Tile(Image.new("RGB", (128, 128)), "sigma 1")
@@ -65,7 +81,7 @@ def contact_sheet(rows: Sequence[Row], caption: str, details: str = "") -> Image
     factor = -(-_LEAST_TILE // max(max(image.size) for image in images))
     cell = max(image.width for image in images) * factor
     columns = max(len(row.tiles) for row in rows)
-    unit = max(16, cell // 16)  # every distance is a multiple of the size of the letters
+    unit = max(16, cell // 16)  # all distances are multiples of the text size
     gap, margin = unit, 2 * unit
     big, small = ImageFont.load_default(size=unit * 9 // 8), ImageFont.load_default(size=unit * 7 // 8)
     labels = [drawable(tile.label) for row in rows for tile in row.tiles]
@@ -101,7 +117,7 @@ def contact_sheet(rows: Sequence[Row], caption: str, details: str = "") -> Image
 
 
 def drawable(text: str) -> str:
-    """The text in the letters that Pillow's own font has: accents dropped, others as question marks.
+    """Return the text in ASCII, for Pillow's default font. Accents are removed, other characters become ``?``.
 
     Example:
         >>> drawable("café σ")
@@ -112,43 +128,79 @@ def drawable(text: str) -> str:
 
 
 def check_target(path: Path, overwrite: bool) -> None:
-    """Refuse a file that cannot be written, before any work is done for it.
+    """Check that an output file can be written.
 
     Raises:
-        ValueError: for an existing file without ``overwrite``, a folder that is not there, and a suffix of another
-            format; the message quotes the path.
+        ValueError: If the file exists and ``overwrite`` is false, if its folder does not exist, if its format is not
+            supported, or if permission is denied.
     """
     if path.is_dir():
-        raise ValueError(f"--out must be a file, and {str(path)!r} is a folder")
+        raise ValueError(f"--out must be a file, but {str(path)!r} is a folder")
     if not path.parent.is_dir():
-        raise ValueError(f"the folder of --out {str(path)!r} does not exist")
+        raise ValueError(f"--out {str(path)!r} is in a folder that does not exist")
     if path.suffix.lower() not in _SUFFIXES:
         got = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise ValueError(f"--out {str(path)!r} has {got}; use one of {', '.join(_SUFFIXES)}")
     if path.exists() and not overwrite:
-        raise ValueError(f"{str(path)!r} exists; give --overwrite or another --out")
+        raise ValueError(f"{str(path)!r} exists; use --overwrite or another --out")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--out {str(path)!r} cannot be written: permission denied")
+        raise ValueError(f"no permission to write --out {str(path)!r}")
 
 
-def save(image: Image.Image, path: Path, metadata: Mapping[str, object]) -> bool:
-    """Write a picture, as PNG with its metadata as text chunks.
+def save(image: Image.Image, path: Path, metadata: Mapping[str, object], *, sheet: bool = False) -> bool:
+    """Write an image. A PNG file contains the metadata as text chunks.
+
+    Args:
+        image: Image to write.
+        path: Output file.
+        metadata: Settings by name.
+        sheet: Whether the image is a contact sheet. A sheet has no ``parameters``; see :func:`parameters`.
 
     Returns:
-        Whether the metadata are in the file; other formats have no place for them.
+        Whether the file contains the metadata.
     """
     if path.suffix.lower() != ".png":
         image.save(path)
         return False
     info = PngInfo()
-    for key, value in metadata.items():
-        info.add_itxt(key, str(value)) if not str(value).isascii() else info.add_text(key, str(value))
+    texts = {key: str(value) for key, value in metadata.items()}
+    if not sheet and "prompt" in texts:
+        texts[PARAMETERS] = parameters(texts)
+    for key, text in texts.items():
+        info.add_text(key, text) if text.isascii() else info.add_itxt(key, text)
     image.save(path, pnginfo=info)
     return True
 
 
+def parameters(metadata: Mapping[str, str]) -> str:
+    """Return the settings in the text format of AUTOMATIC1111's web UI, which many image tools read.
+
+    Example:
+        >>> settings = {"prompt": "a fox", "negative_prompt": "", "steps": "30", "guidance_scale": "5.0", "seed": "1"}
+        >>> print(parameters(settings | {"width": "832", "height": "1216", "model": "demo", "seg_sigma": "inf"}))
+        a fox
+        Steps: 30, CFG scale: 5, Seed: 1, Size: 832x1216, Model: demo, SEG sigma: inf
+    """
+    names = {"steps": "Steps", "scheduler": "Sampler", "guidance_scale": "CFG scale", "seed": "Seed"}
+    values = {names[key]: metadata[key] for key in names if key in metadata}
+    values["Sampler"] = _SAMPLERS.get(values.get("Sampler", ""), values.get("Sampler", ""))
+    values["CFG scale"] = f"{float(metadata['guidance_scale']):g}"
+    values["Size"] = f"{metadata['width']}x{metadata['height']}"
+    values["Model"] = metadata["model"]
+    for key, value in metadata.items():
+        method, _, field = key.partition("_")
+        if method in ("seg", "pag", "sag"):
+            values[f"{method.upper()} {field.replace('_', ' ')}"] = value
+    quoted = (
+        f"{key}: {json.dumps(value) if set(value) & set(',:') else value}" for key, value in values.items() if value
+    )
+    negative = metadata["negative_prompt"]
+    lines = [metadata["prompt"], *([f"Negative prompt: {negative}"] if negative else []), ", ".join(quoted)]
+    return "\n".join(lines)
+
+
 def difference(first: Image.Image, second: Image.Image) -> float:
-    """Mean absolute difference of two pictures of one size, in levels of 0 to 255."""
+    """Return the mean absolute difference of two images of the same size, on a scale of 0 to 255."""
     channels = ImageStat.Stat(ImageChops.difference(first.convert("RGB"), second.convert("RGB"))).mean
     return sum(channels) / len(channels)
 
@@ -164,7 +216,7 @@ def difference_image(first: Image.Image, second: Image.Image) -> Image.Image:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text in lines no wider than ``width`` pixels."""
+    """Split the text into lines no wider than ``width`` pixels."""
     text = drawable(text)
     if not text:
         return []

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many pictures into one folder: split among processes, each drawn once, whatever happens in between.
+"""Batches of images in a folder, which can be shared by processes and resumed.
 
-A batch item is one prompt with one seed. It becomes ``00012-seed-3.png`` (the prompt's line in the file, the seed),
-with its settings as text inside, and ``00012-seed-3.json``, a record with the same settings, the seconds it took and
-what guidance did. Both appear under their names only when they are complete. A run that was interrupted goes on where
-it was: a picture that is there with the same settings is left alone.
+A batch item is one prompt with one seed. Its image is ``00012-seed-3.png``, where 12 is the line number of the prompt
+and 3 is the seed. The PNG file contains the settings as text. ``00012-seed-3.json`` contains the settings, the duration
+and the guidance report. A file gets its final name only when it is complete. Existing images with the same settings are
+kept, so an interrupted batch can be resumed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from segkern.generation.drawing import ImageRequest, ImageResult
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-Metadata = Callable[[ImageRequest], dict[str, object]]  # all settings of a picture, by name
+Metadata = Callable[[ImageRequest], dict[str, object]]  # returns the settings of an image by name
 
 _LINE_DIGITS = 5
 _PARTIAL_FILE = re.compile(rf"\.\d{{{_LINE_DIGITS},}}-seed-\d+\.\d+\.(png|json)")
-_VERSIONS = ("segkern", "torch", "diffusers")
+_IGNORED = ("segkern", "torch", "diffusers", pictures.PARAMETERS)  # when settings are compared
 
 
 @dataclass(frozen=True)
 class BatchItem:
-    """One picture to draw.
+    """One image of a batch.
 
     Attributes:
-        name: of its files, without a suffix.
-        request: what to draw.
+        name: Name of its files, without suffix.
+        request: Settings of the image.
     """
 
     name: str
@@ -48,25 +48,25 @@ class BatchItem:
 
 
 def read_prompts(path: Path) -> list[tuple[int, str]]:
-    """Prompts with the numbers of their lines, from 1; empty lines are none.
+    """Return line numbers, counted from 1, and prompts. Empty lines are skipped.
 
     Raises:
-        ValueError: for a file that is not there, holds no prompts or is no text in UTF-8.
+        ValueError: If the file does not exist, has no prompts or is not UTF-8 text.
     """
     if not path.is_file():
-        raise ValueError(f"--prompts takes a text file with a prompt on each line, and {str(path)!r} is none")
+        raise ValueError(f"--prompts must be a text file with one prompt per line, but there is no file {str(path)!r}")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {str(path)!r} is no text in UTF-8: {error}") from None
+        raise ValueError(f"--prompts {str(path)!r} is not UTF-8 text: {error}") from None
     prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise ValueError(f"--prompts {str(path)!r} has no prompts, one on each line")
+        raise ValueError(f"--prompts {str(path)!r} contains no prompts")
     return prompts
 
 
 def batch_items(prompts: Sequence[tuple[int, str]], request: ImageRequest, images: int) -> list[BatchItem]:
-    """Every prompt with ``images`` seeds, from the request's on."""
+    """Return the items of a batch: each prompt with ``images`` seeds, starting at the seed of the request."""
     return [
         BatchItem(f"{number:0{_LINE_DIGITS}d}-seed-{seed}", replace(request, prompt=prompt, seed=seed))
         for number, prompt in prompts
@@ -75,17 +75,16 @@ def batch_items(prompts: Sequence[tuple[int, str]], request: ImageRequest, image
 
 
 def find_missing(folder: Path, items: Sequence[BatchItem], metadata: Metadata, overwrite: bool) -> list[BatchItem]:
-    """The items that the folder lacks, which is made if only its last part is missing.
+    """Return the items whose images are missing from the folder. Create the folder if its parent exists.
 
-    A picture whose record is missing gets it, from its own text.
+    If an image exists but its record is missing, write the record.
 
     Raises:
-        ValueError: for a folder that cannot be one, and for a picture with other settings, unless it is to be
-            replaced; the message says which.
+        ValueError: If the folder cannot be used, or if an image has other settings and ``overwrite`` is false.
     """
     _check_folder(folder)
     for path in folder.iterdir():
-        if _PARTIAL_FILE.fullmatch(path.name) and path.is_file():  # of a run that was killed
+        if _PARTIAL_FILE.fullmatch(path.name) and path.is_file():  # left by a killed process
             path.unlink()
     missing = []
     for item in items:
@@ -97,8 +96,8 @@ def find_missing(folder: Path, items: Sequence[BatchItem], metadata: Metadata, o
         if present != settings:
             name = next(key for key in {**present, **settings} if present.get(key) != settings.get(key))
             raise ValueError(
-                f"{folder / item.name}.png was drawn with {name} {present.get(name)!r}, not {settings.get(name)!r}; "
-                f"give --overwrite or another --out"
+                f"{folder / item.name}.png has {name} {present.get(name)!r}, not {settings.get(name)!r}; "
+                f"use --overwrite or another --out"
             )
         if not (folder / f"{item.name}.json").exists():
             _write_record(folder, item.name, {**metadata(item.request), "seconds": None, "guidance_report": None})
@@ -106,8 +105,8 @@ def find_missing(folder: Path, items: Sequence[BatchItem], metadata: Metadata, o
 
 
 def write(folder: Path, item: BatchItem, result: ImageResult, metadata: dict[str, object]) -> None:
-    """Write picture and record of an item, each complete as soon as it has its name."""
-    (folder / f"{item.name}.json").unlink(missing_ok=True)  # it is of the picture that is replaced
+    """Write the image and the record of an item. Files get their final names when they are complete."""
+    (folder / f"{item.name}.json").unlink(missing_ok=True)  # record of the image that is replaced
     with _complete(folder / f"{item.name}.png") as path:
         pictures.save(result.image, path, metadata)
     report = None if result.report is None else result.report.to_dict()
@@ -115,18 +114,18 @@ def write(folder: Path, item: BatchItem, result: ImageResult, metadata: dict[str
 
 
 def _check_folder(folder: Path) -> None:
-    """Make the folder if only its last part is missing.
+    """Create the folder if its parent exists.
 
     Raises:
-        ValueError: when it cannot be one; the message quotes it.
+        ValueError: If the folder cannot be created or written to.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"with --prompts, --out is a folder for the pictures, and {str(folder)!r} is a file")
+        raise ValueError(f"--out must be a folder with --prompts, but {str(folder)!r} is a file")
     if not folder.parent.is_dir():
-        raise ValueError(f"the folder that holds --out {str(folder)!r} does not exist")
+        raise ValueError(f"--out {str(folder)!r} is in a folder that does not exist")
     folder.mkdir(exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out {str(folder)!r} cannot be written: permission denied")
+        raise ValueError(f"no permission to write to --out {str(folder)!r}")
 
 
 def _write_record(folder: Path, name: str, record: dict[str, object]) -> None:
@@ -135,7 +134,7 @@ def _write_record(folder: Path, name: str, record: dict[str, object]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: infinities and NaN as words."""
+    """Return the value with infinity and NaN as strings, which JSON lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -147,7 +146,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _complete(path: Path) -> Iterator[Path]:
-    """A file of another name that takes the path's place when it was written; it is gone if it was not."""
+    """Yield a temporary path whose file is renamed to ``path`` on success and deleted on failure."""
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield partial
@@ -157,7 +156,7 @@ def _complete(path: Path) -> Iterator[Path]:
 
 
 def _read_settings(path: Path) -> dict[str, str] | None:
-    """The settings in a picture, None where there is no picture that can be read."""
+    """Return the settings in a PNG file, or None if there is no readable image."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -167,15 +166,15 @@ def _read_settings(path: Path) -> dict[str, str] | None:
 
 
 def _settings(metadata: Mapping[str, object]) -> dict[str, str]:
-    """The metadata that make a picture the same: all but versions."""
-    return {key: str(value) for key, value in metadata.items() if key not in _VERSIONS}
+    """Return the metadata that determine an image."""
+    return {key: str(value) for key, value in metadata.items() if key not in _IGNORED}
 
 
 class Processes:
-    """The processes of ``accelerate launch``, or this one alone.
+    """The processes of ``accelerate launch``, or a single process.
 
     Attributes:
-        device: this process's.
+        device: Device of this process.
     """
 
     def __init__(self, device: str, many: bool) -> None:
@@ -185,9 +184,9 @@ class Processes:
             self.device = loading.find_device(device)
             return
         if not many:
-            raise ValueError(f"{count} processes would all draw the same picture; they are for --prompts")
+            raise ValueError(f"{count} processes would all generate the same image; use --prompts, or one process")
         if device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device {device!r} among several processes, each of which has its own; leave it out")
+            raise ValueError(f"--device {device!r} is not possible with {count} processes, which need one device each")
         import torch
         from accelerate import PartialState
 
@@ -196,31 +195,31 @@ class Processes:
 
     @property
     def place(self) -> str:
-        """This process among the others, in words for the end of a line; empty for one alone."""
+        """Number of this process for the end of a line; empty for a single process."""
         if self._state is None:
             return ""
         return f", process {self._state.process_index + 1} of {self._state.num_processes}"
 
     @property
     def is_main(self) -> bool:
-        """True for the process that decides which items are missing."""
+        """Whether this process determines the missing items."""
         return self._state is None or self._state.is_main_process
 
     def share(self, decide: Callable[[], list[BatchItem]]) -> list[BatchItem]:
-        """This process's part of the items that the main one decides on; the processes exchange nothing else.
+        """Return this process's share of the items that ``decide`` returns in the main process.
 
         Raises:
-            ValueError: in all of them, for whatever ``decide`` raises in the main one.
+            ValueError: If ``decide`` raises an exception in the main process. All processes raise it.
         """
         if self._state is None:
             return decide()
         from accelerate.utils import broadcast_object_list
 
-        decision: list[Any] = [None, None]  # the items, and the error
+        decision: list[Any] = [None, None]  # items and error
         if self.is_main:
             try:
                 decision[0] = decide()
-            except Exception as error:  # the others wait for an answer
+            except Exception as error:  # the other processes wait for the broadcast
                 decision[1] = str(error)
         broadcast_object_list(decision)
         self._state.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,18 +57,20 @@ print("heavy:", [name for name in heavy if name in sys.modules])
 
 def test_layers_lists_every_layer_with_its_grid() -> None:
     output = done("layers", "demo", "--width", "96", "--height", "64")
-    assert re.search(r"m0 +. mid +. 2 +. 64 +. 16x24 +. m0\.0 +. mid_block\.attentions\.0", output)
-    assert re.search(r"d0 +. down . 2 +. 64 +. 16x24", output)
+    assert re.search(r"m0 +16x24 +2x64 +m0\.0 +mid_block\.attentions\.0", output)
+    assert re.search(r"d0 +16x24 +2x64", output)
     assert re.search(r"m0 .* 16x16 ", done("layers", DEMO))
-    assert re.search(r"SEG and PAG act in mid \(1 layer\); the method's paper", output)
+    assert re.search(r"Default layers of SEG and PAG: mid \(1 layer\)\nSource: the method's paper", output)
 
 
 def test_info_explains_one_attention() -> None:
     output = done("info", "--shape", "64x64", "--sigma", "10", "--arch", "sm_90")
-    assert "by the separable kernel, before" in output
-    assert "61 x 61 taps, one axis after the other" in output
+    assert "separate kernel before the attention" in output
+    assert "61 x 61 taps, separable" in output
     assert "128 queries x 128 keys, 8 warps" in output
-    assert "in the prologue" in done("info", "--shape", "16x16", "--sigma", "0.5", "--arch", "sm_90", "--heads", "8")
+    assert "prologue of the attention kernel" in done(
+        "info", "--shape", "16x16", "--sigma", "0.5", "--arch", "sm_90", "--heads", "8"
+    )
     assert "1 of 988: the mean query" in done("info", "--shape", "26x38")
     assert "torch: " in done("info", "--shape", "64x64", "--sigma", "10", "--device", "cpu")
 
@@ -108,9 +111,9 @@ def test_demo(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     output = done("demo", "--steps", "2", "--out", out)
     images, prompts = len(UNCONDITIONAL), len(PROMPTED)
-    assert re.search(rf"no guidance +. {images} ", output)
-    assert re.search(rf"SEG sigma inf +. {images} +. \d+\.\d +. m0 \d+\.\d% +. \d+\.\d%", output)
-    assert re.search(rf"CFG 3 \+ SEG sigma inf +. {prompts} ", output)
+    assert re.search(rf"no guidance +{images} ", output)
+    assert re.search(rf"SEG sigma inf +{images} +\d+\.\d +m0 \d+\.\d% +\d+\.\d%", output)
+    assert re.search(rf"CFG 3 \+ SEG sigma inf +{prompts} ", output)
     for name in ("demo.png", "demo-prompts.png"):
         assert picture(out / name).text["seg_sigma"] == "inf"
         assert f"wrote {out / name}" in output
@@ -137,6 +140,33 @@ def test_demo(tmp_path: Path) -> None:
         tops = [top for top in range(sheet.height - 256) if sheet.getpixel((left, top)) == image.getpixel((0, 0))]
         tile = image.resize((256, 256), Image.Resampling.NEAREST).tobytes()
         assert any(sheet.crop((left, top, left + 256, top + 256)).tobytes() == tile for top in tops[:200])
+
+
+@pytest.mark.parametrize(
+    "command", [("info",), ("info", "--sigma", "4"), ("layers", "demo"), ("layers", "SDXL")], ids=" ".join
+)
+def test_tables_fit_80_columns(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if command[-1] == "SDXL":
+        shutil.copytree(DEMO, tmp_path / "sdxl", ignore=shutil.ignore_patterns("*.safetensors"))
+        config = json.loads((tmp_path / "sdxl" / "unet" / "config.json").read_text())
+        config |= {
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "sample_size": 128,
+        }
+        (tmp_path / "sdxl" / "unet" / "config.json").write_text(json.dumps(config))
+        command = ("layers", str(tmp_path / "sdxl"))
+        rows = [line for line in done(*command).splitlines() if "transformer_blocks" in line]
+        assert len(rows) == 70
+        assert all(line.rstrip().endswith("attn1") for line in rows), "no name is broken"
+    lines = [line.rstrip() for line in done(*command).splitlines() if not line.startswith(("Reason:", "Source:"))]
+    assert max(map(len, lines)) <= 80
 
 
 def test_hub_names_are_recognised_without_asking_the_hub() -> None:
@@ -186,7 +216,7 @@ print(json.dumps(answers))
     exit_code, report, errors = answers.pop("report")
     assert (exit_code, errors) == (0, "")
     assert "the package triton is not installed" in report
-    assert "not known" not in report
+    assert "unknown" not in report
     for package, (exit_code, _, errors) in answers.items():
         name = {"PIL": "pillow"}.get(package, package)
         assert (exit_code, errors) == (2, f'segkern: {name} is not installed; pip install "segkern[cli]"\n')

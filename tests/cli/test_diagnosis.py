@@ -42,10 +42,10 @@ def test_it_names_versions_machine_and_backends() -> None:
     assert report["torch"][0].startswith(f"{torch.__version__}, built with ")
     for package in diagnosis.PACKAGES:
         assert report[package] == [diagnosis.version_of(package)]
-    assert re.search(r"cores, \d+ threads of torch, .* GiB", report["cpu"][0])
+    assert re.search(r"cores, \d+ torch threads, .* GiB", report["cpu"][0])
     backend = dispatch.choose_backend(torch.device("cpu"), torch.float32, 64)
-    assert any(": {}, because: {}".format(*backend) in answer for answer in report["seg_attention"])
-    assert not [answers for answers in report.values() if any("not known" in answer for answer in answers)]
+    assert any(": {} (reason: {})".format(*backend) in answer for answer in report["seg_attention"])
+    assert not [answers for answers in report.values() if any("unknown" in answer for answer in answers)]
 
 
 def test_torch_is_named_with_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_what_is_broken_is_said_and_hides_nothing_else(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "device_count", broken)
     report = answers()
-    assert report["device"] == ["not known: RuntimeError: no driver at all"]
+    assert report["device"] == ["unknown: RuntimeError: no driver at all"]
     assert report["seg_attention"] == report["device"]
     assert report["torch"][0].startswith(torch.__version__)
 
@@ -86,7 +86,7 @@ def test_what_is_broken_is_said_and_hides_nothing_else(monkeypatch: pytest.Monke
 def test_it_says_whether_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert answers()["C compiler"] == ["none (cc, gcc, clang): Triton on a GPU and torch.compile need one"]
+    assert answers()["C compiler"] == ["none (cc, gcc, clang); Triton on a GPU and torch.compile need one"]
     compiler = tmp_path / "gcc"
     compiler.write_text("#!/bin/sh\necho gcc 99\n")
     compiler.chmod(0o755)

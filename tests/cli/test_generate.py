@@ -52,6 +52,12 @@ def test_picture_holds_its_settings(tmp_path: Path) -> None:
     text = dict(image.text)
     for package in ("torch", "diffusers"):
         assert text.pop(package)
+    assert text.pop("parameters").splitlines() == [
+        PROMPT,
+        "Negative prompt: grün",
+        "Steps: 2, Sampler: Euler, CFG scale: 5, Seed: 7, Size: 64x48, Model: demo, SEG scale: 2.5, SEG sigma: 4, "
+        'SEG layers: "mid,u0-1", SEG start: 0.0, SEG stop: 1.0',
+    ]
     assert text == {
         "model": "demo",
         "prompt": PROMPT,
@@ -62,6 +68,7 @@ def test_picture_holds_its_settings(tmp_path: Path) -> None:
         "height": "48",
         "guidance_scale": "5.0",
         "dtype": "float32",
+        "scheduler": "EulerDiscreteScheduler",
         "guidance": "SEG",
         "seg_scale": "2.5",
         "seg_sigma": "4",
@@ -76,7 +83,7 @@ def test_seed_and_guidance_make_the_picture(guided: Path, plain: Path, tmp_path:
     first = picture(guided)
     output = done("generate", "demo", PROMPT, *SMALL, "--out", tmp_path / "again.png")
     assert difference(first, picture(tmp_path / "again.png")) == 0
-    assert re.search(r"CFG 5 \+ SEG sigma inf . m0 +. 2 of 2 . \d+\.\d% . mid_block\.", output)
+    assert re.search(r"CFG 5 \+ SEG sigma inf +m0 +2 of 2 +\d+\.\d%", output)
     assert f"wrote {tmp_path / 'again.png'}" in output
     assert difference(first, generate(tmp_path / "other.png", "--seed", "2")) > 1
     assert difference(first, picture(plain)) > 1
@@ -109,12 +116,39 @@ def test_each_guidance_draws_its_own_picture(names: str, tmp_path: Path) -> None
     assert all(name.upper() in output for name in names.split(","))
 
 
-def test_guidance_that_never_acts_is_said(tmp_path: Path) -> None:
+def test_one_warning_if_guidance_has_no_effect(tmp_path: Path) -> None:
     output = done("generate", "demo", PROMPT, *SMALL, "--scale", "0", "--out", tmp_path / "a.jpg")
-    assert "warning: SEG(scale=0.0" in output
-    assert "fired in none of 2 denoiser calls" in output
-    assert "only PNG keeps the settings" in output
+    assert "warning: SEG had no effect: it fired in none of 2 denoiser calls\n" in output
+    assert "without its settings" in output
     assert picture(tmp_path / "a.jpg").size == (64, 48)
+    scales = ("--guidance", "seg,pag,sag", "--scale", 0, "--pag-scale", 0, "--sag-scale", 0)
+    for options in (scales, ("--compare", "--sigma", "1,2,4", "--scale", 0)):
+        result = segkern("generate", "demo", PROMPT, *SMALL, *options, "--out", tmp_path / "b.png", "--overwrite")
+        assert result.stderr.count("had no effect") == 1, result.stderr
+    several = done("generate", "demo", PROMPT, *SMALL, *scales, "--out", tmp_path / "c.png")
+    assert "warning: SEG, PAG and SAG had no effect: they fired in none" in several
+
+
+def test_words_that_the_bundled_model_does_not_know(tmp_path: Path) -> None:
+    out = ("--overwrite", "--out", tmp_path / "a.png")
+    result = segkern("generate", "demo", "a large Jabberwock, red rings", *SMALL, "--negative-prompt", "naïve", *out)
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
+    assert "does not know the words naïve, jabberwock; it knows " in warning
+    assert {"large", "red", "rings"} <= set(warning.partition("it knows ")[2].split(", "))
+    assert segkern("generate", "demo", "A large, RED ring.", *SMALL, *out).stderr == ""
+    other = shutil.copytree(DEMO, tmp_path / "other")
+    assert segkern("generate", other, "a jabberwock", *SMALL, *out).stderr == ""
+
+
+def test_progress_without_a_terminal_is_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segkern.cli.terminal.PROGRESS_SECONDS", 0.0)
+    result = segkern("generate", "demo", PROMPT, *SMALL, "--compare", "--sigma", "4", "--out", tmp_path / "a.png")
+    assert result.stderr.splitlines() == [
+        "image 1 of 2, CFG 5: step 1 of 2",
+        "image 1 of 2, CFG 5: step 2 of 2",
+        "image 2 of 2, CFG 5 + SEG sigma 4: step 1 of 2",
+        "image 2 of 2, CFG 5 + SEG sigma 4: step 2 of 2",
+    ]
 
 
 def test_compare_is_one_picture_with_different_tiles(plain: Path, tmp_path: Path) -> None:
@@ -132,40 +166,44 @@ def test_compare_is_one_picture_with_different_tiles(plain: Path, tmp_path: Path
     mean_query = generate(tmp_path / "mean.png", *strong)
     for tile, alone in ((tiles[0], picture(plain)), (tiles[2], mean_query)):
         assert difference(tile, alone.resize((width, height), Image.Resampling.NEAREST)) == 0
-    assert picture(tmp_path / "sheet.png").text["seg_sigma"] == "1, inf"
+    text = picture(tmp_path / "sheet.png").text
+    assert text["seg_sigma"] == "1, inf"
+    assert "parameters" not in text
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (("--sigma", "wide"), ["'wide'", "inf"]),
-        (("--sigma", "-1"), ["-1.0", "sigma"]),
-        (("--sigma", "nan"), ["nan"]),
+        (("--sigma", "-1"), ["--sigma must be", "got -1"]),
+        (("--sigma", "nan"), ["--sigma must be", "nan"]),
         (("--sigma", "1,4"), ["'1,4'", "--compare"]),
-        (("--scale", "inf"), ["inf", "finite"]),
-        (("--layers", "middle"), ["'middle'", "'mid' (m0)"]),
-        (("--layers", "u0-99"), ["'u0-99'"]),
-        (("--start", "0.6", "--stop", "0.5"), ["start=0.6", "stop=0.5"]),
-        (("--dtype", "int8"), ["'int8'", "bf16"]),
-        (("--device", "toaster"), ["'toaster'", "cpu"]),
+        (("--scale", "inf"), ["--scale must be a finite number, got inf"]),
+        (("--layers", "middle"), ["--layers: unknown layer 'middle'", "'mid' (m0)", "segkern layers lists"]),
+        (("--layers", "u0-99"), ["--layers", "'u0-99'"]),
+        (("--start", "0.6", "--stop", "0.5"), ["--start 0.6", "--stop 0.5"]),
+        (("--dtype", "int8"), ["--dtype", "'int8'", "bf16"]),
+        (("--device", "toaster"), ["--device 'toaster'", "cpu"]),
         (("--device", "cuda:99"), ["'cuda:99'", "cpu"]),
         (("--device", "meta"), ["'meta'", "cpu"]),
-        (("--width", "100"), ["100", "multiple of 8", "96"]),
-        (("--height", "0"), ["0", "multiple of 8"]),
-        (("--compare", "--sigma", "1,1"), ["1 comes twice"]),
-        (("--guidance", "seg,cfg"), ["guidance takes some of seg, pag, sag with commas, or none, got 'cfg'"]),
-        (("--guidance", "pag", "--sigma", "4"), ["--sigma 4 is of seg, which is not in --guidance pag"]),
-        (("--guidance", "pag", "--scale", "9"), ["seg has the scale 9 but is not in guidance pag"]),
-        (("--guidance", "none", "--compare"), ["--compare is of seg, which is not in --guidance none"]),
-        (("--guidance", "none", "--layers", "up"), ["--layers up is for a guidance that is not in --guidance none"]),
-        (("--guidance", "none", "--stop", "0.5"), ["--stop 0.5 is for a guidance that is not in --guidance none"]),
-        (("--guidance", "sag", "--layers", "up"), ["--layers up is for a guidance that is not in --guidance sag"]),
-        (("--guidance", "pag", "--schedule", "wavy"), ["PAG.schedule must be one of"]),
-        (("--sag-scale", "7"), ["sag has the scale 7 but is not in guidance seg"]),
+        (("--width", "100"), ["--width", "100", "multiple of 8", "96"]),
+        (("--height", "0"), ["--height", "0", "multiple of 8"]),
+        (("--compare", "--sigma", "1,1"), ["--sigma contains 1 twice"]),
+        (("--guidance", "seg,cfg"), ["--guidance accepts seg, pag, sag", "got 'cfg'"]),
+        (("--guidance", "pag", "--sigma", "4"), ["--sigma 4 has no effect", "--guidance pag"]),
+        (("--guidance", "pag", "--scale", "9"), ["--scale 9 has no effect", "--guidance pag"]),
+        (("--guidance", "none", "--compare"), ["--compare has no effect", "--guidance none"]),
+        (("--guidance", "none", "--layers", "up"), ["--layers up has no effect with --guidance none"]),
+        (("--guidance", "none", "--stop", "0.5"), ["--stop 0.5 has no effect with --guidance none"]),
+        (("--guidance", "sag", "--layers", "up"), ["--layers up has no effect with --guidance sag"]),
+        (("--guidance", "pag", "--schedule", "wavy"), ["--schedule must be constant, linear or cosine, got 'wavy'"]),
+        (("--sag-scale", "7"), ["--sag-scale 7 has no effect", "--guidance seg"]),
+        (("--guidance", "pag", "--pag-scale", "nan"), ["--pag-scale must be a finite number, got nan"]),
+        (("--guidance-scale", "inf"), ["--guidance-scale must be a finite number, got inf"]),
         (("--out", "a.docx"), ["'.docx'", ".png"]),
         (("--out", "a"), ["no suffix", ".png"]),
         (("--out", "no/such/a.png"), ["no/such/a.png", "does not exist"]),
-        (("--config", "demo"), ["config 'demo'", "'demo' is not a file"]),
+        (("--config", "demo"), ["configuration 'demo'", "'demo' is not a file"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -199,12 +237,43 @@ def test_wrong_model_is_one_line(command: tuple[str, ...], tmp_path: Path, monke
         "no/such/folder": "'no/such/folder'",
         "nothing.safetensors": "'nothing.safetensors'",
         "empty": "model_index.json",
-        "bare": "no denoiser's configuration",
+        "bare": "no configuration of a denoiser",
         "old.ckpt": ".safetensors",
         "torn.safetensors": "not a readable",
-        "part.safetensors": "lacks the autoencoder, the first text encoder, the second text encoder",
+        "part.safetensors": "it lacks the autoencoder, the first text encoder, the second text encoder",
     }.items():
         assert words in refusal(command[0], model, *command[1:])
+
+
+@pytest.mark.parametrize("reason", [ConnectionError("no route"), RuntimeError("no such host")], ids=repr)
+def test_a_hub_name_fails_without_retries_if_the_hub_cannot_be_reached(
+    reason: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise reason
+
+    def retry(seconds: float) -> None:
+        raise AssertionError("waits for another attempt")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("time.sleep", retry)
+    message = refusal("layers", "nobody/no-such-model")
+    assert "cannot reach the Hugging Face Hub, and 'nobody/no-such-model' is not in the local cache" in message
+    assert str(reason) in message
+
+
+def test_unknown_names_on_the_hub_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    class NotFound(RepositoryNotFoundError):
+        def __init__(self) -> None:
+            Exception.__init__(self, "404")
+
+    def unknown(*arguments: object, **options: object) -> None:
+        raise NotFound
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unknown)
+    assert "the Hugging Face Hub has no model 'nobody/no-such-model'" in refusal("layers", "nobody/no-such-model")
 
 
 def test_real_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

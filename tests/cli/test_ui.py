@@ -28,7 +28,7 @@ def test_a_port_in_use_is_one_line() -> None:
         (("--device", "toaster"), "'toaster'"),
         (("--dtype", "int8"), "'int8'"),
         (("--host", "no such host"), "'no such host'"),
-        (("--config", "demo"), "config 'demo'"),
+        (("--config", "demo"), "configuration 'demo'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -28,7 +28,7 @@ def test_layers_of_a_unet_for_videos(tmp_path: Path) -> None:
     case.build(case).save_pretrained(tmp_path)
     height, width = case.pixels
     output = done("layers", tmp_path, "--height", height, "--width", width, "--frames", case.frames)
-    assert re.search(r"u1 +. up +. 2 +. 8 +. 8x12 +. u1\.0 +. up_blocks\.1\.attentions\.1", output)
+    assert re.search(r"u1 +8x12 +2x8 +u1\.0 +up_blocks\.1\.attentions\.1", output)
 
 
 def test_defaults_and_whose_advice_they_are() -> None:
@@ -51,10 +51,10 @@ def test_the_command_lists_a_transformer_from_its_configuration(name: str, tmp_p
     size += ["--frames", FRAMES[name]] if name in FRAMES else []
     output = done("layers", tmp_path, *size)
     for layer in list_layers(pipe):
-        cells = [layer.name, layer.part, layer.heads, layer.head_dim, TOKENS[name]]
-        line = " +. ".join(re.escape(str(cell)) for cell in [*cells, layer.block, layer.module])
+        cells = [layer.name, TOKENS[name], f"{layer.heads}x{layer.head_dim}", layer.block, layer.module]
+        line = " +".join(re.escape(str(cell)) for cell in cells)
         assert re.search(line, output), (line, output)
-    assert re.search(r"where no layers are named, SEG and PAG act in 2 .* the middle block", output)
+    assert re.search(r"Default layers of SEG and PAG: block 2 .*\n.* the middle block", output)
 
 
 def test_the_command_says_which_advice_it_follows(tmp_path: Path) -> None:
@@ -64,17 +64,17 @@ def test_the_command_says_which_advice_it_follows(tmp_path: Path) -> None:
         transformer = type(pipe.transformer).from_config(deep)
     pipe.save_pretrained(tmp_path)
     transformer.save_config(tmp_path / "transformer")
-    assert re.search(r"act in 7-9 \(3 layers\); diffusers' guider for SEG", done("layers", tmp_path))
+    assert re.search(r"blocks 7-9 \(3 layers\)\nSource: diffusers' guider for SEG", done("layers", tmp_path))
 
 
 def test_sizes_and_models_that_the_command_refuses(tmp_path: Path) -> None:
     MODELS["sd3"].build().save_pretrained(tmp_path)
-    assert "width must be a positive multiple of 16, such as 48, got 50" in refusal("layers", tmp_path, "--width", 50)
-    assert "is a SD3Transformer2DModel, and this command needs a UNet" in refusal("generate", tmp_path, "a red fox")
-    assert "frames are of pipelines for videos, got 5" in refusal("layers", tmp_path, "--frames", 5)
+    assert "--width must be a positive multiple of 16, such as 48, got 50" in refusal("layers", tmp_path, "--width", 50)
+    assert "has a SD3Transformer2DModel, and this command needs a UNet" in refusal("generate", tmp_path, "a red fox")
+    assert "--frames 5 needs a video pipeline" in refusal("layers", tmp_path, "--frames", 5)
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace("SD3Transformer2DModel", "NoTransformer"))
-    assert "has a NoTransformer, which diffusers" in refusal("layers", tmp_path)
+    assert "needs NoTransformer, which diffusers" in refusal("layers", tmp_path)
 
 
 def test_pixels_are_those_of_the_autoencoder(tmp_path: Path) -> None:
