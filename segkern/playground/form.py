@@ -133,7 +133,7 @@ def _whole(field: str, fields: Mapping[str, Any], least: int, most: int) -> int:
     return int(result)
 
 
-def _range(fields: Mapping[str, Any]) -> dict[str, float]:
+def _range(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the range of steps with guidance, as fractions."""
     start, stop = (number(name, fields[name]) for name in ("start", "stop"))
     if not 0 <= start < stop <= 1:

@@ -203,7 +203,9 @@ def test_images_contain_their_settings(models: Models, everything: Everything) -
     asked, result = everything.settings, everything.result
     for path, specs in ((result.before, ()), (result.after, asked.specs)):
         wanted = image_metadata(DEMO, asked.request, specs, torch.float32)
-        assert picture(path).text == {name: str(value) for name, value in wanted.items()}
+        text = dict(picture(path).text)
+        assert "Steps: 2, CFG scale: 3, Seed: 2, Size: 64x48, Model: demo" in text.pop("parameters")
+        assert text == {name: str(value) for name, value in wanted.items()}
     assert picture(result.after).text["guidance"] == "SEG + PAG + SAG"
     assert picture(result.before).text["guidance"] == "none"
 
