@@ -30,7 +30,7 @@ class Spec(ABC):
         start: Fraction of the inference steps at which guidance starts.
         stop: Fraction of the inference steps at which guidance stops.
         schedule: How the scale changes over the inference steps.
-        reuse: Number of guided denoiser calls that share one degraded prediction.
+        reuse: Number of guided steps that share one degraded prediction.
     """
 
     scale: float

@@ -373,9 +373,8 @@ class Guidance:
             self._handles.pop().remove()
         self._clear()
         self._runs.clear()
-        saved = getattr(
-            self._denoiser.model, "original_attn_processors", None
-        )  # what unfuse_qkv_projections will put back
+        # unfuse_qkv_projections will restore these processors.
+        saved = getattr(self._denoiser.model, "original_attn_processors", None)
         if isinstance(saved, dict):
             saved.update({name: unwrap(processor) for name, processor in saved.items()})
         if warn and had_hooks and (self._recorder.forwards or self._for_others):

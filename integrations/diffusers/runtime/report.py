@@ -16,7 +16,7 @@ from segkern.integrations.specs.base import PlacedSpec, Spec
 
 _ROUNDING = 1e-6  # smallest relative distance that counts as an effect, unless the dtype rounds more coarsely
 
-# What a guidance method moves, if that is not the outputs of its layers.
+# What moves under methods that do not change the outputs of layers.
 _SUBJECTS: dict[type, str] = {SAG: "its degraded images", CFG: "its predictions"}
 
 
