@@ -86,7 +86,7 @@ class Playground:
         slider, sigma = controls["sigma_slider"], fields["sigma"]
         history = self._results["history"]
         restored = [*outputs, controls["model"], controls["config"], *fields.values(), slider]
-        history.click(self._restore, history, restored, **_UNQUEUED)
+        history.click(self._restore, [history, loaded], restored, **_UNQUEUED)
         set_by_preset = [fields[name] for name in ("guidances", "seg_scale", "pag_scale", "layers", "start", "stop")]
         controls["presets"].click(
             self._preset,
@@ -182,7 +182,7 @@ class Playground:
             results["snippet"]: result.snippet,
         }
 
-    def _restore(self, index: int, request: gr.Request) -> dict[Any, Any]:
+    def _restore(self, request: gr.Request, index: int, loaded: Source) -> dict[Any, Any]:
         """Show a run of the history again, and return its settings to the fields."""
         message = self._controls["message"]
         found = self._history.find(request.session_hash or "", index)
@@ -191,9 +191,10 @@ class Playground:
         run, result = found
         model, config, *values = run.fields
         fields = dict(zip(self._fields, values, strict=True))
+        load = "" if run.source == loaded else f" Click Load under Model to use {run.source.name} again."
         return {
             **self._show(result),
-            message: status_message(f"Restored the settings of {result.captions[1]}."),
+            message: status_message(f"Restored the settings of {result.captions[1]}.{load}"),
             self._controls["model"]: model,
             self._controls["config"]: config,
             self._controls["sigma_slider"]: layout.follow_sigma(fields["sigma"]),

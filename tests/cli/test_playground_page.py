@@ -180,12 +180,15 @@ def test_history_restores_settings_and_images(playground: Any) -> None:
     assert "a &lt;b&gt;" in oldest
     assert "SEG scale 3, PAG scale 3, seed 7, 2 steps" in oldest
     assert 'src="data:image/png;base64,' in oldest
-    restored = shown(playground, playground._restore(1, session))
+    restored = shown(playground, playground._restore(session, 1, DEMO))
     assert restored["pair"] == earlier["pair"]
     assert restored["report"] == earlier["report"]
     assert {name: restored[name] for name in first} == first
     assert restored["sigma_slider"] == 16
     assert (restored["model"], restored["config"]) == ("demo", "")
+    assert "Restored the settings of SEG sigma 4 + PAG 3.<" in restored["message"]
+    other = shown(playground, playground._restore(session, 1, loading.find_model("a/other")))
+    assert "Click Load under Model to use demo again." in other["message"]
     assert set(playground._fields) < set(restored)
     again = last_shown(playground, take(playground, "history", **{n: restored[n] for n in playground._fields})[0])
     assert picture(files(again["pair"])[1]).tobytes() == picture(files(earlier["pair"])[1]).tobytes()
@@ -195,14 +198,15 @@ def test_history_belongs_to_one_page_and_ends_with_it(playground: Any) -> None:
     last = last_shown(playground, take(playground, "mine")[0])
     file = files(last["pair"])[0]
     for session, index in (("other", 0), ("mine", 1), ("mine", -1)):
-        message = shown(playground, playground._restore(index, SimpleNamespace(session_hash=session)))
+        message = shown(playground, playground._restore(SimpleNamespace(session_hash=session), index, DEMO))
         assert message.keys() == {"message"}
         assert "no longer available" in message["message"]
     playground._leave(SimpleNamespace(session_hash="other"))
     assert file.exists()
-    playground._leave(SimpleNamespace(session_hash="mine"))
+    mine = SimpleNamespace(session_hash="mine")
+    playground._leave(mine)
     assert not file.exists()
-    assert "no longer" in shown(playground, playground._restore(0, SimpleNamespace(session_hash="mine")))["message"]
+    assert "no longer available" in shown(playground, playground._restore(mine, 0, DEMO))["message"]
 
 
 @pytest.mark.parametrize("index", range(5))
