@@ -205,14 +205,20 @@ def difference(first: Image.Image, second: Image.Image) -> float:
     return sum(channels) / len(channels)
 
 
-def difference_image(first: Image.Image, second: Image.Image) -> Image.Image:
+def difference_image(first: Image.Image, second: Image.Image, contrast: int = 1) -> Image.Image:
     """Return where two images of one size differ, in shades of gray: white for equal pixels, black for opposite ones.
+
+    Args:
+        first: Image.
+        second: Image of the same size.
+        contrast: Factor of the difference, to make small differences visible.
 
     Example:
         >>> difference_image(Image.new("RGB", (1, 1), "black"), Image.new("RGB", (1, 1), "gray")).getpixel((0, 0))
         127
     """
-    return ImageOps.invert(ImageChops.difference(first.convert("RGB"), second.convert("RGB")).convert("L"))
+    levels = ImageChops.difference(first.convert("RGB"), second.convert("RGB")).convert("L")
+    return ImageOps.invert(levels.point(lambda level: contrast * level))
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -27,6 +27,8 @@ _FINEST, _COARSEST = -2, 6  # powers of two: sigma 0.25 to 64
 _IN_AN_OCTAVE = 4
 LAST = (_COARSEST - _FINEST) * _IN_AN_OCTAVE + 1  # the slider's last position is infinity
 
+CONTRAST = 4  # of the difference image, in which small differences are hard to see
+
 
 def sigma_at(position: float) -> float:
     """Return the sigma at a position of the slider, 0 to ``LAST``: four per octave, infinity at the end.

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from segkern.playground.differences import BRIGHTER
+from segkern.playground.choices import CONTRAST
 
 if TYPE_CHECKING:
     from segkern.playground.runs import Progress, Run, RunResult
@@ -95,8 +95,8 @@ def difference_view(result: RunResult) -> str:
     """Return the difference of the images."""
     mean = f"{result.mean_difference:.1f}"
     return (
-        f'<figure class="{_scaling(result)}"><figcaption>Absolute difference, {BRIGHTER} times as bright: black pixels '
-        f"did not change. Mean: {mean} of 255 levels.</figcaption>"
+        f'<figure class="{_scaling(result)}"><figcaption>Difference, amplified {CONTRAST} times: the darker a pixel, '
+        f"the more it changed. Mean without amplification: {mean} of 255 levels.</figcaption>"
         f'<span class="frame" style="{_fit(result)}">'
         f'<img src="{file_address(result.difference)}" alt="Difference of the two images, {mean} of 255 levels on '
         f'average"></span></figure>'

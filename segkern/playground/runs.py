@@ -17,8 +17,9 @@ from segkern.analysis import plots, report
 from segkern.generation.calls import call_arguments
 from segkern.generation.drawing import ImageResult, denoiser_calls, draw, image_metadata, label, report_rows
 from segkern.generation.loading import Source
-from segkern.generation.pictures import difference, save
-from segkern.playground.differences import brighter_difference
+from segkern.generation.pictures import difference, difference_image, save
+from segkern.generation.vocabulary import unknown_words_warning
+from segkern.playground.choices import CONTRAST
 from segkern.playground.form import Settings
 from segkern.playground.models import Models
 from segkern.playground.snippet import snippet
@@ -97,14 +98,14 @@ class RunResult:
     Attributes:
         before: PNG file without the guidance methods, with its settings as text.
         after: PNG file with the guidance methods.
-        difference: PNG file of the absolute difference, brightened.
+        difference: PNG file of the absolute difference, with higher contrast.
         mean_difference: Mean absolute difference, in levels of 0 to 255.
         size: Width and height of the images.
         captions: Captions of the images before and after.
         timing: Caption, seconds, and seconds relative to the first image, for every image.
         headings: Headings of the report.
         report: One row per guidance method and layer.
-        problems: Problems that the guidance reported, in sentences.
+        problems: Warnings about the guidance and the prompt, in sentences.
         maps: PNG file of the attention energy; None if it was not requested.
         snippet: Python code that generates the guided image again.
         seconds: Duration of all runs.
@@ -169,11 +170,15 @@ def generate(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunResu
     metadata = image_metadata(source, request, (), models.dtype)
     save(before.image, before_file, metadata)
     save(after.image, after_file, image_metadata(source, request, specs, models.dtype))
-    save(brighter_difference(before.image, after.image), difference_file, {})
+    save(difference_image(before.image, after.image, CONTRAST), difference_file, {})
     maps = None
     if recorder is not None:
         summary = report.summary(recorder, metadata, _BOUNDARY)
         maps = _stack(plots.plot_maps(summary, files, before.image))
+    problems = [] if after.report is None else list(after.report.problems)
+    unknown = unknown_words_warning(source, getattr(pipe, "tokenizer", None), request.prompt, request.negative_prompt)
+    if unknown is not None:
+        problems.append(f"{unknown[0].upper()}{unknown[1:]}.")
     headings, rows = report_rows([specs], [after], scale)
     return RunResult(
         before=before_file,
@@ -185,7 +190,7 @@ def generate(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunResu
         timing=_timing(results),
         headings=headings[1:],
         report=[row[1:] for row in rows],  # the first column names the run, and there is only one
-        problems=() if after.report is None else after.report.problems,
+        problems=tuple(problems),
         maps=maps,
         snippet=snippet(source, request, call_arguments(pipe, request), specs, models.dtype, models.device),
         seconds=time.perf_counter() - begun,

@@ -230,7 +230,7 @@ def test_the_divider_moves_by_keyboard_and_by_mouse(visit: Visit) -> None:
     assert 75 <= int(divider.input_value()) <= 85
     visit.tab("Difference")
     visit.page.wait_for_function("document.querySelector('#difference img')?.naturalWidth == 64")
-    assert "times as bright" in visit.page.locator("#difference").inner_text()
+    assert "amplified 4 times" in visit.page.locator("#difference").inner_text()
 
 
 def test_everything_works_by_keyboard(visit: Visit) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from segkern.generation import loading
 from segkern.generation.drawing import ImageRequest, image_metadata
-from segkern.generation.pictures import difference
+from segkern.generation.pictures import difference, difference_image
 from segkern.generation.sizes import image_size
 from segkern.integrations.diffusers import PAG, SAG, SEG
 from segkern.playground import choices
-from segkern.playground.differences import BRIGHTER
 from segkern.playground.form import Settings, read
 from segkern.playground.models import MOST_LOADED, Models
 from segkern.playground.presets import PRESETS
@@ -280,17 +280,28 @@ def test_captions_report_times_and_map(everything: Everything) -> None:
     assert result.headings == ["guidance", "layer", "fired", "moved", "module"]
     assert [row[:3] for row in result.report[:3]] == [["SEG", name, "1 of 2"] for name in ("m0", "u0", "u1")]
     assert [row[0] for row in result.report] == ["SEG"] * 3 + ["PAG"] * 3 + ["SAG"]
-    assert result.problems == ()
+    assert [problem.partition(";")[0] for problem in result.problems] == [
+        "The bundled model does not know the word grün"
+    ]
     assert result.maps is not None
     assert picture(result.maps).height > picture(result.maps).width / 2  # three layers in one column
 
 
 def test_difference_image(everything: Everything) -> None:
     result = everything.result
-    before, after, brighter = (picture(path) for path in (result.before, result.after, result.difference))
+    before, after, shown = (picture(path) for path in (result.before, result.after, result.difference))
     assert result.mean_difference == difference(before, after)
-    levels = zip(before.tobytes(), after.tobytes(), brighter.tobytes(), strict=True)
-    assert all(shown == min(255, BRIGHTER * abs(first - second)) for first, second, shown in levels)
+    assert shown.tobytes() == difference_image(before, after, choices.CONTRAST).tobytes()
+    one, other = (Image.new("RGB", (1, 1), (level,) * 3) for level in (100, 110))
+    assert difference_image(one, other, 4).getpixel((0, 0)) == 255 - 40
+    assert difference_image(one, Image.new("RGB", (1, 1)), 4).getpixel((0, 0)) == 0
+
+
+def test_unknown_words_are_reported(models: Models, tmp_path: Path) -> None:
+    result = generate(Run(DEMO, settings(models, prompt="a jabberwock")), models, tmp_path, ignore)
+    assert [problem.partition(";")[0] for problem in result.problems] == [
+        "The bundled model does not know the word jabberwock"
+    ]
 
 
 def test_unselected_measurements_are_not_run(models: Models, tmp_path: Path) -> None:
