@@ -147,8 +147,8 @@ def _where(pipe: Any, fields: Components) -> None:
     )
     with gr.Row():
         for name, value, info in (
-            ("start", 0, "Fraction of the steps before guidance."),
-            ("stop", 1, "Fraction of the steps at which guidance ends."),
+            ("start", 0, "0 is the first step."),
+            ("stop", 1, "1 is the last step."),
         ):
             fields[name] = gr.Slider(0, 1, value=value, step=0.05, label=LABELS[name], info=info, min_width=120)
 
