@@ -174,10 +174,12 @@ def _image(pipe: Any, fields: Components) -> None:
 def _model(model: str, config: str, others: Components) -> None:
     with gr.Group():
         others["model"] = gr.Textbox(
-            model, label="Checkpoint", info="demo, a folder, a hub name, or a .safetensors file (SDXL)."
+            model,
+            label="Checkpoint",
+            info="demo, a checkpoint folder, a Hugging Face Hub name, or an SDXL .safetensors file.",
         )
         others["config"] = gr.Textbox(
-            config, label="Configuration", info="Folder or hub name that describes a .safetensors file; optional."
+            config, label="Configuration", info="Configuration of a .safetensors file: a folder or Hub name. Optional."
         )
     others["load"] = gr.Button("Load", size="sm")
     others["model_message"] = gr.HTML(

@@ -106,7 +106,7 @@ def difference_view(result: RunResult) -> str:
 def energy_maps(path: Path | None) -> str:
     """Return the energy maps as a link to their file."""
     if path is None:
-        return '<p>Select "Map the attention energy" under "Also measure" to see maps here.</p>'
+        return '<p>To see maps of a UNet here, select "Map the attention energy" under "Also measure".</p>'
     address = file_address(path)
     image = f'<img src="{address}" alt="Maps of the attention energy">'
     return f'<figure><a href="{address}" target="_blank" title="Open in a new tab">{image}</a></figure>'

@@ -16,8 +16,8 @@ STYLE = """
 #examples .gallery-item { max-width: 100%; text-align: left; }
 #examples .label svg, #presets .label svg, #history .label svg { display: none; }
 
-#message p, #model-message p { margin: 0; padding: 9px 12px; border-radius: 6px; overflow-wrap: anywhere; line-height: 1.35;
-  background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+#message p, #model-message p { margin: 0; padding: 9px 12px; border-radius: 6px; overflow-wrap: anywhere;
+  line-height: 1.35; background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
 :is(#message, #model-message) p.refused { border-color: #c2410c; border-left-width: 5px; }
 #message progress { appearance: none; display: block; width: 100%; height: 8px; margin-top: 6px; border: 0;
   border-radius: 4px; overflow: hidden; background: var(--border-color-primary); }
