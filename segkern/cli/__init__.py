@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the console script ``segkern``: runs the commands, or says what to install for them.
+"""Entry point of the console script ``segkern``.
 
-``segkern info --report`` works with nothing installed but the package: a report of a fault may be about just that.
+``segkern info --report`` works without the packages of the extra ``cli``, because a bug report may be about them.
 """
 
 from __future__ import annotations
 
 import sys
 
-_EXTRAS = {"typer": "typer", "rich": "rich", "PIL": "pillow"}  # what is imported, and its name for pip
+_EXTRAS = {"typer": "typer", "rich": "rich", "PIL": "pillow"}  # import names and package names
 
 
 def main() -> None:

@@ -55,9 +55,9 @@ def refusing(program: str = "segkern") -> Iterator[None]:
         fail(error, program)
 
 
-def need_diffusers(*others: str, extra: str = "cli") -> None:
+def need_diffusers(*packages: str, extra: str = "cli") -> None:
     """Exit with the command that installs the missing packages, if any are missing."""
-    missing = loading.missing_packages(*others)
+    missing = loading.missing_packages(*packages)
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         fail(f'{", ".join(missing)} {verb} not installed; pip install "segkern[{extra}]"')

@@ -48,9 +48,9 @@ class Source:
     config: str
 
 
-def missing_packages(*others: str) -> list[str]:
-    """Return the packages that are not installed, of ``others`` and those needed to load a pipeline."""
-    needed = ("diffusers", "transformers", "accelerate", "safetensors", *others)
+def missing_packages(*packages: str) -> list[str]:
+    """Return those packages that are not installed, of ``packages`` and the ones that loading a pipeline needs."""
+    needed = ("diffusers", "transformers", "accelerate", "safetensors", *packages)
     return [name for name in needed if importlib.util.find_spec(name) is None]
 
 

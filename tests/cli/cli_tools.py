@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands run in this process, and the pictures that they write."""
+"""Functions that run commands in this process and read the images they write."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def segkern(*arguments: object, program: Typer = app) -> Result:
 
 
 def done(*arguments: object, program: Typer = app) -> str:
-    """Output of a command that must succeed."""
+    """Run a command that must succeed, and return its output."""
     result = segkern(*arguments, program=program)
     assert result.exit_code == 0, (result.output, result.exception)
     return result.output
 
 
 def picture(path: Path) -> Any:
-    """A picture from disk, its file closed; of a PNG its ``text`` too."""
+    """Read an image and close its file. A PNG image also has ``text``."""
     with Image.open(path) as image:
         image.load()
     return image
 
 
 def refusal(*arguments: object, program: Typer = app) -> str:
-    """The one line with which a command refuses."""
+    """Run a command that must fail, and return its one-line error."""
     result = segkern(*arguments, program=program)
     assert result.exit_code == 2, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes an SDXL checkpoint folder as one file in the original layout: the way back from diffusers' conversion."""
+"""Conversion of a diffusers SDXL checkpoint to a single file in the original layout."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _OPEN_CLIP_LAYER = {
 
 
 def write_single_file(folder: Path, out: Path) -> None:
-    """The checkpoint in ``folder``, written to ``out`` in the layout of the original SDXL release."""
+    """Write the checkpoint in ``folder`` to the file ``out`` in the layout of the original SDXL release."""
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     per_block = json.loads((folder / "unet" / "config.json").read_text())["layers_per_block"]
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
@@ -97,7 +97,7 @@ def _vae(vae: Weights) -> Weights:
     for key, value in vae.items():
         if match := re.fullmatch(r"(\w+)\.mid_block\.attentions\.0\.(.*)\.(\w+)", key):
             name = _VAE_ATTENTION[match[2]]
-            # The original attention is made of 1x1 convolutions.
+            # The original attention uses 1x1 convolutions.
             convolution = name != "norm" and match[3] == "weight"
             out[f"{match[1]}.mid.attn_1.{name}.{match[3]}"] = value[:, :, None, None] if convolution else value
             continue
@@ -127,5 +127,5 @@ def _open_clip(clip: Weights) -> Weights:
 
 
 def _without_wrapper(clip: Weights) -> Weights:
-    """Text encoders are saved with or without ``text_model.``, as transformers' release has it."""
+    """Remove the prefix ``text_model.``, which only some transformers releases write."""
     return {key.removeprefix("text_model."): value for key, value in clip.items()}

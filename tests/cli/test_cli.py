@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console script: its commands, what it says of versions, layers and one attention, and of missing packages."""
+"""The console script: help, versions, layers, explanation of attention calls, and missing packages."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_info_names_versions_and_backends() -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    """The tiles of a seed are the images that ``segkern generate`` gives, and their difference."""
+    """The tiles of a seed are the images of ``segkern generate`` and their difference."""
     out = tmp_path / "new" / "folder"
     output = done("demo", "--steps", "2", "--out", out)
     images, prompts = len(UNCONDITIONAL), len(PROMPTED)
@@ -176,10 +176,10 @@ def test_hub_names_are_recognised_without_asking_the_hub() -> None:
 
 
 def test_missing_packages_are_one_line() -> None:
-    """In one process, where one package after another cannot be found."""
+    """Hide one package after another from the same process."""
     code = """
 import contextlib, importlib.util, io, json, sys
-import torch  # before numpy is hidden, which torch would warn of
+import torch  # before numpy is hidden, because torch warns if numpy is missing
 from segkern.cli import main
 
 hidden = set()

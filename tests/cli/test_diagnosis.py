@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern info --report`` says what a report of a fault needs, whatever is missing or broken on the machine."""
+"""``segkern info --report`` prints a complete report even if parts of the machine are missing or broken."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cli.cli_tools import done
 
 
 def answers() -> dict[str, list[str]]:
-    """The report's answers by topic."""
+    """Return the lines of the report by topic."""
     first, *lines, last = diagnosis.report().splitlines()
     assert (first, last) == ("```text", "```")
     topics: dict[str, list[str]] = {}
@@ -49,7 +49,7 @@ def test_it_names_versions_machine_and_backends() -> None:
 
 
 def test_torch_is_named_with_its_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package index's CUDA build has no word of it in its metadata."""
+    """The metadata of PyTorch's package does not contain the CUDA build."""
     monkeypatch.setattr(torch, "__version__", "2.13.0+build")
     assert answers()["torch"][0].startswith("2.13.0+build, ")
     assert "2.13.0+build" in done("info")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern energy``: what it writes, prints and refuses."""
+"""``segkern energy``: its files, its output and its errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILES = ("picture.png", "energy.json", "maps.png", "over-sigma.png", "over-steps
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything at its default, on a picture that is not square."""
+    """Run with the default options on an image that is not square, and return the output folder."""
     out = tmp_path_factory.mktemp("energy") / "made"
     output = done("energy", "demo", PROMPT, *SMALL, "--out", out)
     for name in FILES:
@@ -169,7 +169,7 @@ def test_sheets_of_many_layers() -> None:
 
 
 def fake(layers: int, sigmas: list[float]) -> dict[str, Any]:
-    """A summary of so many layers."""
+    """Return a summary with this number of layers."""
     values = [float(index) for index in range(len(sigmas))]
     cut = {"energy": values, "log_curvature": {"none": values, "paper": values, "chain": [0.0] * len(sigmas)}}
     at = {"map_by_query": [[0.0, 1.0]], "query_variance": values, "by_query": cut, "by_key": cut}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``segkern generate`` on the bundled checkpoint: the pictures it writes, its report and its refusals."""
+"""``segkern generate`` with the bundled model: its images, its report and its errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generate(out: Path, *arguments: object, model: object = "demo") -> Image.Ima
 
 @pytest.fixture(scope="module")
 def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A guided picture with everything at its default."""
+    """Return a guided image with the default options."""
     out = tmp_path_factory.mktemp("guided") / "a.png"
     generate(out)
     return out
@@ -38,7 +38,7 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without guidance."""
+    """Return an image without guidance, with the same seed."""
     out = tmp_path_factory.mktemp("plain") / "a.png"
     generate(out, *PLAIN)
     return out
@@ -154,7 +154,7 @@ def test_progress_without_a_terminal_is_plain_lines(tmp_path: Path, monkeypatch:
 def test_compare_is_one_picture_with_different_tiles(plain: Path, tmp_path: Path) -> None:
     strong = ("--scale", "9")
     sheet = generate(tmp_path / "sheet.png", "--compare", "--sigma", "1,inf", *strong)
-    width, height, unit = 4 * 64, 4 * 48, 16  # 64 pixels are enlarged to 256, letters have 16
+    width, height, unit = 4 * 64, 4 * 48, 16  # 64 pixels are enlarged to 256; the text size is 16
     label, margin = 24, 2 * unit
     assert sheet.width == 2 * margin + 3 * width + 2 * unit
     top = sheet.height - margin - label - height
@@ -293,7 +293,7 @@ def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_single_file_gives_the_picture_of_its_folder(single_file: Path, guided: Path, tmp_path: Path) -> None:
-    # Without weights in the folder, so that none can come from there.
+    # The folder has no weights, so all weights come from the file.
     described = shutil.copytree(DEMO, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
     image = generate(tmp_path / "a.png", "--config", described, model=single_file)
     assert difference(image, picture(guided)) == 0

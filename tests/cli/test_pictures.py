@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sheets of pictures and the text on them."""
+"""Contact sheets and their text."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many pictures: split among processes, each drawn once, whatever happens in between."""
+"""Batches of images: shared by processes, resumed after interruptions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def many(prompts: Path, *arguments: object, device: str = "cpu") -> str:
 
 
 def files(prompts: Path) -> dict[str, int]:
-    """Names in the folder and when they were written."""
+    """Return the files in the folder with their modification times."""
     return {path.name: path.stat().st_mtime_ns for path in (prompts.parent / "out").iterdir()}
 
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_meant_is_refused(
 
 
 def launched(prompts: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Two processes of ``accelerate launch``."""
+    """Start ``accelerate launch`` with two processes."""
     program = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     program += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--module", "segkern.cli"]
     program += ["generate", "demo", "--prompts", prompts, *SMALL, "--images", 2, "--out", prompts.parent / "out"]
@@ -150,7 +150,7 @@ def test_two_processes_draw_each_picture_once_even_if_they_are_killed(prompts: P
         assert (out / name).stat().st_mtime_ns == written, "what is complete is left alone"
     drawn = [line for line in said.splitlines() if line.startswith("wrote")]
     assert len(drawn) == len(NAMES) - len(there)
-    # The same pictures as one process draws.
+    # A single process generates the same images.
     alone = prompts.parent / "alone.png"
     done("generate", "demo", "a large red ring", *SMALL, "--device", "cpu", "--out", alone)
     assert difference(picture(out / "00001-seed-5.png"), picture(alone)) <= 1
@@ -180,7 +180,7 @@ def test_a_picture_that_could_not_be_written_has_no_name(tmp_path: Path, monkeyp
 
 
 class Group:
-    """Two processes of which this is the first; what it tells the other one is kept."""
+    """Stand-in for a group of two processes, seen from the main process."""
 
     is_main_process = True
     left = False
