@@ -24,7 +24,7 @@ from benchmarks.measure import measure, usual_cases, usual_dtypes, usual_rounds
 from benchmarks.providers import SUITES, find_providers
 from segkern.cli import terminal
 from segkern.core.dispatch import interpreting, triton_is_installed
-from segkern.generation.loading import DTYPES, find_device
+from segkern.generation.loading import DTYPES, find_device, quiet_libraries
 from segkern.generation.options import parse_list
 
 app = typer.Typer(
@@ -163,6 +163,7 @@ def _run_steps(
     out: Path | None,
 ) -> None:
     """Measure whole runs of guided pipelines with this number of steps."""
+    quiet_libraries()
     from benchmarks import sdxl, step_suite
     from benchmarks.steps import find_ways
 
