@@ -66,7 +66,7 @@ def measure(folder: Path = FOLDER, quick: bool = False, tell: Callable[[str], No
     request = ImageRequest("a large red ring above a small blue square", "", 64, 64, _SEED, steps, _CFG)
     with record_energy(pipe, None, SIGMAS, (0, steps // 2, steps - 1)) as recorder:
         picture = draw(pipe, request, ()).image
-    details = image_metadata(source, request, (), torch.float32)
+    details = image_metadata(source, request, (), torch.float32, pipe.scheduler)
     report.write(folder / "energy.json", report.summary(recorder, details, "reflect"))
     save(picture, folder / "picture.png", details)
     plot(folder, DOCS if folder == FOLDER else folder)

@@ -80,7 +80,7 @@ def demo(
     def details(subjects: Sequence[Subject]) -> dict[str, object]:
         first = subjects[0]
         request = ImageRequest(first.prompt, "", *first.size, first.seed, steps, 1.0)
-        return image_metadata(source, request, guided, dtype) | {
+        return image_metadata(source, request, guided, dtype, pipe.scheduler) | {
             "prompt": "; ".join(subject.prompt for subject in subjects if subject.prompt),
             "seed": ", ".join(str(subject.seed) for subject in subjects),
         }

@@ -26,6 +26,7 @@ from segkern.cli.terminal import (
     warn_of_unknown_words,
 )
 from segkern.generation import loading
+from segkern.generation.calls import default_guidance_scale
 from segkern.generation.drawing import ImageRequest, denoiser_calls, find_layers, image_metadata
 from segkern.generation.options import check_finite, parse_list
 from segkern.generation.pictures import check_target, save
@@ -53,7 +54,7 @@ def energy(
     height: Height = None,
     seed: Seed = 1,
     steps: Steps = 30,
-    guidance_scale: GuidanceScale = 5.0,
+    guidance_scale: GuidanceScale = None,
     dtype: DType = "auto",
     device: Device = "auto",
     config: Config = None,
@@ -75,7 +76,8 @@ def energy(
                 raise ValueError(f"--sigmas accepts positive numbers and inf, got {value:g}")
         if boundary not in BOUNDARIES:
             raise ValueError(f"--boundary must be one of {', '.join(BOUNDARIES)}, got {boundary!r}")
-        check_finite("--guidance-scale", guidance_scale)
+        if guidance_scale is not None:
+            check_finite("--guidance-scale", guidance_scale)
         torch_device = loading.find_device(device)
         torch_dtype = loading.find_dtype(dtype, torch_device)
     need_diffusers("matplotlib", extra="plots")
@@ -87,6 +89,7 @@ def energy(
         source = loading.find_model(model, config)
         description = loading.describe_unet_pipeline(source)
         size = image_size(description, width, height, prefix="--")
+        cfg = default_guidance_scale(description) if guidance_scale is None else guidance_scale
         available = list_layers(description)
         count = len(available if names is None else find_layers(available, names))
         files = (_PICTURE, _JSON, _OVER_SIGMA, _OVER_STEPS, *plots.map_files(count))
@@ -101,7 +104,7 @@ def energy(
                 check_target(out / name, overwrite)
         recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
     warn_of_unknown_words(source, pipe, prompt, negative_prompt)
-    request = ImageRequest(prompt, negative_prompt, *size, seed, steps, guidance_scale)
+    request = ImageRequest(prompt, negative_prompt, *size, seed, steps, cfg)
     with recorder:
         picture = draw_with_progress(pipe, request, [()])[0].image
 

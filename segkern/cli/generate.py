@@ -28,11 +28,13 @@ from segkern.cli.terminal import (
     warn_of_unknown_words,
 )
 from segkern.generation import loading, prompt_batches
+from segkern.generation.calls import default_guidance_scale
 from segkern.generation.drawing import (
     ImageRequest,
     ImageResult,
     Specs,
     check_layers,
+    default_layers,
     image_metadata,
     label,
     report_rows,
@@ -67,11 +69,12 @@ def generate(
     pag_scale: Annotated[float | None, typer.Option(help="Scale of PAG. Default: 3.")] = None,
     sag_scale: Annotated[float | None, typer.Option(help="Scale of SAG. Default: 0.75.")] = None,
     layers: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Layers of SEG and PAG: down, mid, up, d4, u0-29, globs; comma-separated. See segkern layers."
+            help="Layers of SEG and PAG: down, mid, up, d4, u0-29, globs, or block numbers of a transformer; "
+            "comma-separated. Default: see segkern layers."
         ),
-    ] = "mid",
+    ] = None,
     start: Annotated[float, typer.Option(help="Fraction of the steps after which guidance starts.")] = 0.0,
     stop: Annotated[float, typer.Option(help="Fraction of the steps after which guidance stops.")] = 1.0,
     schedule: Annotated[
@@ -81,7 +84,7 @@ def generate(
     height: Height = None,
     seed: Seed = 1,
     steps: Steps = 30,
-    guidance_scale: GuidanceScale = 5.0,
+    guidance_scale: GuidanceScale = None,
     dtype: DType = "auto",
     device: Device = "auto",
     config: Config = None,
@@ -123,7 +126,8 @@ def generate(
         sigmas = parse_list("--sigma", (SIGMAS if compare else "inf") if sigma is None else sigma, float, NUMBERS)
         if len(sigmas) > 1 and not compare:
             raise ValueError(f"--sigma accepts a list only with --compare, got {sigma!r}")
-        check_finite("--guidance-scale", guidance_scale)
+        if guidance_scale is not None:
+            check_finite("--guidance-scale", guidance_scale)
         processes = prompt_batches.Processes(device, many=prompts is not None)
         torch_device = processes.device
         torch_dtype = loading.find_dtype(dtype, torch_device)
@@ -131,18 +135,19 @@ def generate(
     from segkern.integrations.diffusers import guide
 
     with refusing():
-        layer_names = [name.strip() for name in layers.split(",")]
-        guided = [make_specs(scales, layer_names, value, start=start, stop=stop, schedule=schedule) for value in sigmas]
         source = loading.find_model(model, config)
-        description = loading.describe_unet_pipeline(source)
+        description = loading.describe_image_pipeline(source)
         size = image_size(description, width, height, prefix="--")
+        cfg = default_guidance_scale(description) if guidance_scale is None else guidance_scale
+        layer_names = default_layers(description) if layers is None else [name.strip() for name in layers.split(",")]
+        guided = [make_specs(scales, layer_names, value, start=start, stop=stop, schedule=schedule) for value in sigmas]
         check_layers(description, guided[0], torch_device, torch_dtype)
         pipe = loading.load_pipeline(source, torch_dtype, torch_device)
         if names:
             guide(pipe, *guided[0]).remove()  # raises a ValueError if the pipeline is not supported
     if processes.is_main:
         warn_of_unknown_words(source, pipe, negative_prompt, *([prompt] if prompt else [text for _, text in lines]))
-    request = ImageRequest(prompt or "", negative_prompt, *size, seed, steps, guidance_scale)
+    request = ImageRequest(prompt or "", negative_prompt, *size, seed, steps, cfg)
 
     def metadata(request: ImageRequest) -> dict[str, object]:
         return image_metadata(source, request, guided[0], torch_dtype, pipe.scheduler)
@@ -161,13 +166,13 @@ def generate(
     image, details = results[0].image, metadata(request)
     if compare:
         details["seg_sigma"] = ", ".join(f"{value:g}" for value in sigmas)
-        tiles = [Tile(result.image, label(specs, guidance_scale)) for result, specs in zip(results, plan, strict=True)]
+        tiles = [Tile(result.image, label(specs, cfg)) for result, specs in zip(results, plan, strict=True)]
         settings = f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
-        settings += f"SEG scale {scales['seg']:g} in {layers}"
+        settings += f"SEG scale {scales['seg']:g} in {','.join(layer_names)}"
         image = contact_sheet([Row(tiles)], request.prompt, settings)
     has_settings = save(image, out, details, sheet=compare)
     if names:
-        headings, rows = report_rows(plan, results, guidance_scale)
+        headings, rows = report_rows(plan, results, cfg)
         table = new_table(*headings[:-1], title="Guidance report")  # without the module names, which are long
         for row in rows:
             table.add_row(*row[:-1])
@@ -176,11 +181,15 @@ def generate(
     typer.echo(f"wrote {out}" + ("" if has_settings else " (without its settings, which only PNG files contain)"))
 
 
-def _check_used(names: Sequence[str], guidance: str, layers: str, start: float, stop: float, schedule: str) -> None:
+def _check_used(
+    names: Sequence[str], guidance: str, layers: str | None, start: float, stop: float, schedule: str
+) -> None:
     """Raise a ValueError for an option that is not at its default and has no effect with this guidance."""
-    unused = {} if names else {"--start": (start, 0.0), "--stop": (stop, 1.0), "--schedule": (schedule, "constant")}
+    unused: dict[str, tuple[object, object]] = {}
+    if not names:
+        unused = {"--start": (start, 0.0), "--stop": (stop, 1.0), "--schedule": (schedule, "constant")}
     if not {"seg", "pag"} & set(names):
-        unused["--layers"] = layers, "mid"
+        unused["--layers"] = layers, None
     for option, (value, default) in unused.items():
         if value != default:
             raise ValueError(f"{option} {value} has no effect with --guidance {guidance}")

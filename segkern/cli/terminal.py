@@ -35,7 +35,10 @@ Width = Annotated[int | None, typer.Option(help="Width in pixels. Default: the m
 Height = Annotated[int | None, typer.Option(help="Height in pixels. Default: the model's.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="<int>", help="Seed of the initial noise.")]
 Steps = Annotated[int, typer.Option(min=1, metavar="<int>", help="Number of inference steps.")]
-GuidanceScale = Annotated[float, typer.Option(help="Scale of classifier-free guidance (CFG). 1 turns CFG off.")]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(help="Scale of classifier-free guidance (CFG). 1 turns CFG off. Default: the pipeline's default."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ... auto selects the GPU if there is one.")]
 DType = Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16. auto is fp16 on a GPU, else fp32.")]
 

@@ -96,6 +96,21 @@ def find_layers(available: Sequence[LayerInfo], names: Sequence[str]) -> list[La
         raise ValueError(f"--layers: {error}") from None
 
 
+def default_layers(pipe: Any) -> list[str]:
+    """Return the default layers of SEG and PAG for a pipeline, with or without weights.
+
+    For a UNet without a middle block, these are all parts.
+    """
+    from segkern.integrations.diffusers import list_layers
+    from segkern.integrations.diffusers.models.layers import default_layers_of
+
+    default = default_layers_of(pipe)[0]
+    if getattr(pipe, "unet", None) is None:
+        return [default]
+    parts = list(dict.fromkeys(layer.part for layer in list_layers(pipe)))
+    return [default] if default in parts else parts
+
+
 def draw(
     pipe: Any, request: ImageRequest, specs: Specs, on_step: Callable[..., Any] | None = None, *, share: bool = True
 ) -> ImageResult:
@@ -193,7 +208,7 @@ def _label(spec: Spec) -> str:
 
 
 def image_metadata(
-    source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype, scheduler: object = None
+    source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype, scheduler: object
 ) -> dict[str, object]:
     """Return the settings needed to generate an image again, by name."""
     from segkern.core.environment import version_of
@@ -208,7 +223,7 @@ def image_metadata(
         "height": request.height,
         "guidance_scale": request.guidance_scale,
         "dtype": str(dtype).removeprefix("torch."),
-        **({} if scheduler is None else {"scheduler": type(scheduler).__name__}),
+        "scheduler": type(scheduler).__name__,
         "guidance": " + ".join(type(spec).__name__ for spec in specs) or "none",
     }
     for spec in specs:

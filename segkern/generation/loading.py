@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from segkern.generation.calls import call_parameters
+
 if TYPE_CHECKING:
     import torch
 
@@ -174,6 +176,33 @@ def describe_pipeline(source: Source) -> Any:
     if "requires_safety_checker" in parameters:
         parts["requires_safety_checker"] = False
     return pipeline_class(**parts)
+
+
+def describe_image_pipeline(source: Source) -> Any:
+    """Return a text-to-image pipeline without weights; see :func:`describe_pipeline`.
+
+    Raises:
+        OSError: If configuration files are missing or cannot be downloaded.
+        ValueError: If the installed diffusers lacks a class of the model, or if the pipeline cannot be guided or is
+            not a text-to-image pipeline.
+    """
+    from segkern.integrations.diffusers import list_layers
+
+    pipe = describe_pipeline(source)
+    try:
+        list_layers(pipe)
+    except ValueError as error:
+        raise ValueError(f"{source.name!r} cannot be guided: {error}") from None
+    parameters = call_parameters(pipe)
+    if "num_frames" in parameters:
+        raise ValueError(f"{source.name!r} generates videos; use a text-to-image model, or guide in Python")
+    missing = [name for name in ("prompt", "guidance_scale", "generator") if name not in parameters]
+    if missing:
+        raise ValueError(
+            f"{source.name!r} is a {type(pipe).__name__}, whose call has no {missing[0]!r}; use a "
+            f"text-to-image pipeline"
+        )
+    return pipe
 
 
 def describe_unet_pipeline(source: Source) -> Any:

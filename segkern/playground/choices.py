@@ -96,15 +96,3 @@ def layers(pipe: Any) -> list[tuple[str, str]]:
         ends = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         labels.append((f"{part} ({ends})", part))
     return [*labels, *((layer.name, layer.name) for layer in available)]
-
-
-def default_layers(pipe: Any) -> list[str]:
-    """Return the default layers: of a UNet its middle block, or all parts if it has none."""
-    from segkern.integrations.diffusers import list_layers
-    from segkern.integrations.diffusers.models.layers import default_layers_of
-
-    default = default_layers_of(pipe)[0]
-    if not has_unet(pipe):
-        return [default]
-    parts = list(dict.fromkeys(layer.part for layer in list_layers(pipe)))
-    return [default] if default in parts else parts

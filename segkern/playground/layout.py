@@ -11,6 +11,7 @@ import gradio as gr
 
 from segkern.generation.calls import default_guidance_scale
 from segkern.generation.demo import PROMPTED
+from segkern.generation.drawing import default_layers
 from segkern.generation.loading import Source
 from segkern.playground import choices
 from segkern.playground.form import LABELS, number
@@ -139,7 +140,7 @@ def _guidance(pipe: Any, fields: Components, others: Components) -> None:
 def _where(pipe: Any, fields: Components) -> None:
     fields["layers"] = gr.Dropdown(
         choices.layers(pipe),
-        value=choices.default_layers(pipe),
+        value=default_layers(pipe),
         multiselect=True,
         allow_custom_value=True,
         label=LABELS["layers"],

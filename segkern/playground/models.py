@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from segkern.generation import loading
-from segkern.generation.calls import call_parameters
 from segkern.generation.loading import Source
 
 MOST_LOADED = 2  # returning to the previous model then loads nothing
@@ -39,7 +38,7 @@ class Models:
             OSError: If files are missing or cannot be downloaded.
         """
         if source not in self._descriptions:
-            self._descriptions[source] = _describe(source)
+            self._descriptions[source] = loading.describe_image_pipeline(source)
         return self._descriptions[source]
 
     def load(self, source: Source) -> Any:
@@ -60,23 +59,3 @@ class Models:
                     raise ValueError(f"{source.name!r} cannot be loaded: {error}") from error
             self._pipes[source] = pipe
             return pipe
-
-
-def _describe(source: Source) -> Any:
-    from segkern.integrations.diffusers import list_layers
-
-    pipe = loading.describe_pipeline(source)
-    try:
-        list_layers(pipe)
-    except ValueError as error:
-        raise ValueError(f"{source.name!r} cannot be guided: {error}") from None
-    parameters = call_parameters(pipe)
-    if "num_frames" in parameters:
-        raise ValueError(f"{source.name!r} generates videos; the playground generates images. Use guide() in Python")
-    missing = [name for name in ("prompt", "guidance_scale", "generator") if name not in parameters]
-    if missing:
-        raise ValueError(
-            f"{source.name!r} is a {type(pipe).__name__}, whose call has no {missing[0]!r}; "
-            f"the playground needs a text-to-image pipeline"
-        )
-    return pipe

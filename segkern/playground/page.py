@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 
+from segkern.generation.drawing import default_layers
 from segkern.generation.loading import Source, find_model
 from segkern.playground import choices, layout, markup
 from segkern.playground.form import read
@@ -204,7 +205,7 @@ class Playground:
     def _preset(self, index: int, loaded: Source) -> list[Any]:
         """Return a preset's settings to the fields."""
         preset = PRESETS[index]
-        layers = choices.default_layers(self._models.describe(loaded))
+        layers = default_layers(self._models.describe(loaded))
         return [
             status_message(f"{preset.name}: {preset.describe()}. Click Generate."),
             preset.sigma,
@@ -258,7 +259,7 @@ class Playground:
             source,
             status_message(f"{source.name} is loaded."),
             gr.update(choices=sizes, value=sizes[0]),
-            gr.update(choices=layers, value=choices.default_layers(pipe)),
+            gr.update(choices=layers, value=default_layers(pipe)),
             gr.update(choices=guidances, value=[name for name in chosen if name in guidances] or ["SEG"]),
             gr.update(visible=choices.has_unet(pipe)),
             layout.default_cfg(source, pipe),

@@ -167,9 +167,9 @@ def generate(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunResu
     files = Path(tempfile.mkdtemp(dir=folder))
     names = ("before", "after", "difference")
     before_file, after_file, difference_file = (files / f"segkern-{name}-seed-{request.seed}.png" for name in names)
-    metadata = image_metadata(source, request, (), models.dtype)
+    metadata = image_metadata(source, request, (), models.dtype, pipe.scheduler)
     save(before.image, before_file, metadata)
-    save(after.image, after_file, image_metadata(source, request, specs, models.dtype))
+    save(after.image, after_file, image_metadata(source, request, specs, models.dtype, pipe.scheduler))
     save(difference_image(before.image, after.image, CONTRAST), difference_file, {})
     maps = None
     if recorder is not None:

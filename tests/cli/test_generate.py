@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from segkern.generation.loading import DEMO
 from segkern.generation.pictures import difference
+from segkern.integrations.diffusers import SEG, guide
 from segkern.version import __version__
 from tests.cli.cli_tools import done, picture, refusal, segkern
 from tests.cli.single_file_checkpoint import write_single_file
+from tests.cli.small_transformer import save_small_sd3
 
 PROMPT = "a large red ring"
 SMALL = ("--width", "64", "--height", "48", "--steps", "2", "--device", "cpu")
@@ -313,3 +316,28 @@ def test_single_file_needs_a_fitting_config(single_file: Path, tmp_path: Path) -
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     assert "StableDiffusionPipeline" in refusal("layers", single_file, "--config", tmp_path)
     assert "'not//a name'" in refusal("layers", single_file, "--config", "not//a name")
+
+
+def test_a_transformer(tmp_path: Path) -> None:
+    """Default layers and CFG scale are those of the pipeline, and the image is the one that ``guide`` gives."""
+    model = tmp_path / "sd3"
+    save_small_sd3(model)
+    options = ("--width", "64", "--height", "48", "--steps", "2", "--seed", "3", "--device", "cpu")
+    output = done("generate", model, "a", *options, "--out", tmp_path / "a.png")
+    assert re.search(r"CFG 7 \+ SEG sigma inf +b2 +2 of 2", output)
+    image = picture(tmp_path / "a.png")
+    assert (image.text["seg_layers"], image.text["guidance_scale"]) == ("2", "7.0")
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    with guide(pipe, SEG(3.0)):
+        generator = torch.Generator().manual_seed(3)
+        expected = pipe("a", width=64, height=48, num_inference_steps=2, generator=generator).images[0]
+    assert image.convert("RGB").tobytes() == expected.tobytes()
+
+
+def test_sag_of_a_transformer_is_refused(tmp_path: Path) -> None:
+    save_small_sd3(tmp_path / "sd3")
+    out = tmp_path / "a.png"
+    message = refusal("generate", tmp_path / "sd3", "a", "--guidance", "sag", "--device", "cpu", "--out", out)
+    assert "SAG" in message
+    assert "SD3Transformer2DModel" in message

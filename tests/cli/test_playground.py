@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from segkern.generation import loading
-from segkern.generation.drawing import ImageRequest, image_metadata
+from segkern.generation.drawing import ImageRequest, default_layers, image_metadata
 from segkern.generation.pictures import difference, difference_image
 from segkern.generation.sizes import image_size
 from segkern.integrations.diffusers import PAG, SAG, SEG
@@ -202,9 +203,9 @@ def test_official_preset_is_the_default_of_the_method() -> None:
 def test_images_contain_their_settings(models: Models, everything: Everything) -> None:
     asked, result = everything.settings, everything.result
     for path, specs in ((result.before, ()), (result.after, asked.specs)):
-        wanted = image_metadata(DEMO, asked.request, specs, torch.float32)
+        wanted = image_metadata(DEMO, asked.request, specs, torch.float32, EulerDiscreteScheduler())
         text = dict(picture(path).text)
-        assert "Steps: 2, CFG scale: 3, Seed: 2, Size: 64x48, Model: demo" in text.pop("parameters")
+        assert "Steps: 2, Sampler: Euler, CFG scale: 3, Seed: 2, Size: 64x48, Model: demo" in text.pop("parameters")
         assert text == {name: str(value) for name, value in wanted.items()}
     assert picture(result.after).text["guidance"] == "SEG + PAG + SAG"
     assert picture(result.before).text["guidance"] == "none"
@@ -402,7 +403,7 @@ def test_a_transformer_generates_images(
     pipe = models.describe(transformer)
     assert choices.sizes(pipe)[0] == "64 x 64"
     assert choices.guidances(pipe) == ["SEG", "PAG"]
-    assert choices.default_layers(pipe) == ["2"]
+    assert default_layers(pipe) == ["2"]
     assert ("b3", "b3") in choices.layers(pipe)
     fields = FIELDS | {"guidances": ["SEG", "PAG"], "layers": ["2"], "negative_prompt": "blue", "energy": True}
     asked = read(fields, pipe, CPU, torch.float32)

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -457,3 +460,13 @@ def test_a_compiled_call_is_that_of_the_reference() -> None:
     for sigma in (1.5, (0.0, math.inf), [[0.0, 2.0]]):
         found = compiled(q, k, v, Grid(3, 4), sigma)
         torch.testing.assert_close(found, reference.seg_attention(q, k, v, Grid(3, 4), sigma), rtol=1e-10, atol=1e-12)
+
+
+def test_a_new_process_loads_an_exported_program_after_the_operators_are_registered(tmp_path: Path) -> None:
+    layer, image, path = Layer().eval(), torch.randn(1, 8, 3, 5), tmp_path / "layer.pt2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from torch.export.save
+        torch.export.save(torch.export.export(layer, (image,)), path)
+    code = f"import torch, segkern.api; print(torch.export.load({str(path)!r}).module()(torch.zeros(1, 8, 3, 5)).shape)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.stdout == f"{layer(image).shape}\n", process.stderr
