@@ -91,9 +91,9 @@ class SmoothedEnergyGuidance(io.ComfyNode):
             node_id="SmoothedEnergyGuidanceSegkern",
             display_name="Smoothed Energy Guidance (SEG)",
             category=_CATEGORY,
-            description="Improves structure and detail, with or without a prompt, and without training. The model also "
-            "predicts with blurred self-attention, and guidance moves the image away from that prediction. With SDXL's "
-            "mid layers and CFG, a step costs about a third more.",
+            description="Moves the image away from an extra prediction with blurred self-attention. Works with or "
+            "without a prompt and CFG, and needs no training. With SDXL's mid layers and CFG, a step costs about a "
+            "third more.",
             search_aliases=["SEG", "guidance", "attention", "segkern"],
             inputs=[_model(), _scale("scale", 3.0), _blur("blur"), *_common()],
             outputs=[io.Model.Output()],
@@ -124,7 +124,7 @@ class PerturbedAttentionGuidance(io.ComfyNode):
             display_name="Perturbed Attention Guidance (PAG, segkern)",
             category=_CATEGORY,
             description="Like Smoothed Energy Guidance, but in the perturbed layers every image token attends only to "
-            "itself. The effect is stronger at the same scale.",
+            "itself.",
             search_aliases=["PAG", "guidance", "attention", "segkern"],
             inputs=[_model(), _scale("scale", 2.0), *_common()],
             outputs=[io.Model.Output()],
@@ -186,8 +186,8 @@ class GuidanceInfo(io.ComfyNode):
             node_id="GuidanceInfoSegkern",
             display_name="Guidance Info (segkern)",
             category=_CATEGORY,
-            description="Shows in which steps guidance acted, how far it moved each layer's attention and the "
-            "prediction, and how much it shared with the model's own forward pass. Connect the guided model and the "
+            description="Shows how often guidance was active, how far it moved the prediction and each layer's "
+            "attention, and how much it shared with the model's own forward pass. Connect the guided model and the "
             "sampler's latent, so that the node runs after the sampler.",
             search_aliases=["report", "segkern"],
             inputs=[
