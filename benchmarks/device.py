@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first minutes on a device: stages in order of importance, each in its own process with a limit, and one budget.
+"""A short benchmark session on a new device: stages in order of importance, each in a process with a time limit.
 
-The output folder gets a JSON file for each stage with results, written while the stage runs, and ``stages.json``: how
-every stage ended, why, and the end of its output. If a stage fails, hangs or is killed, the other stages still run.
-Nothing is downloaded; missing packages are installed from a folder of wheels.
+All stages share one time budget. The output folder gets a JSON file for each stage with results, written while the
+stage runs, and ``stages.json``: how every stage ended, why, and the end of its output. If a stage fails, hangs or is
+killed, the other stages still run. Nothing is downloaded; missing packages are installed from a folder of wheels.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The official algorithm, written from the method's description and fixed to support any grid: blur and whole runs.
+"""Blur and whole runs by the official algorithm, written from the method's description and fixed for any grid.
 
 A run computes every branch in full and blurs by a two-dimensional convolution. Its loop does less around the denoiser
 than a pipeline.

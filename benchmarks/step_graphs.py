@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One denoiser call in each way of a guided step as a CUDA graph, which excludes the host time.
+"""Time of one denoiser call as a CUDA graph, which excludes the host time, for each way to compute a guided step.
 
 A graph contains the denoiser call and the sum of its predictions, without the scheduler. Its result is compared with
 the official algorithm's, and a replay is compared with the call outside a graph.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cost of a guided step: whole runs of stock pipelines, all ways one after the other in every round.
+"""Cost of a guided step, measured in whole runs of stock pipelines. Every round runs all ways one after the other.
 
 A step is the time between two calls of a pipeline's callback, so it includes the work of the pipeline and the
 scheduler. The first step of a run, which makes tables, is excluded. Ratios are computed within the same round. The

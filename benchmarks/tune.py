@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time ways to compute attention on a real device, except those that do not compile or are inaccurate.
+"""Tuning of attention on a real device: time tile shapes and blurs, except those that fail to compile or are wrong.
 
 Nothing is predicted. ``screen`` times every tile shape in one case. ``confirm`` takes the tile that was fastest over
 all cases of a head dimension and dtype, and times it again together with the current one, with every way to blur, and

@@ -63,11 +63,10 @@ def gaussian_blur(
     Args:
         x: ``[batch, heads, tokens, dim]``, any strides; float16, bfloat16, float32 or float64.
         grid: Position of the image in the token sequence. Tokens outside it are returned unchanged.
-        sigma: Standard deviation in tokens: one number, one per sample, or a sequence of one per head for a sample. 0
-            copies the tokens; ``math.inf`` replaces every image token with the mean of the image. Under
-            ``torch.compile``, Python numbers are constants of the compiled graph, and a CPU tensor is read when the
-            graph runs.
-            The result is not differentiable with respect to sigma.
+        sigma: Standard deviation in tokens: one number for all samples, or one entry per sample. An entry is a number
+            or a sequence of one number per head. 0 copies the tokens; ``math.inf`` replaces every image token with the
+            mean of the image. Under ``torch.compile``, Python numbers are constants of the compiled graph, and a CPU
+            tensor is read when the graph runs. The result is not differentiable with respect to sigma.
         boundary: ``"reflect"`` (without repeating the edge, as the official implementation does), ``"symmetric"``
             (edge repeated) or ``"circular"``. Only the last two keep the mean exactly.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``. An explicit backend that cannot run raises an error.
@@ -143,8 +142,8 @@ def seg_attention(
         attn_mask: Boolean mask (True: the query attends to the key) or additive mask, broadcastable to
             ``[batch, heads, tokens, keys]``.
         boundary: ``"reflect"``, ``"symmetric"`` or ``"circular"``; see :func:`gaussian_blur`.
-        query_stride: 1 computes every query row. A larger stride, or a pair for height and width, computes samples of
-            finite sigma only at points at most that many tokens apart and interpolates the output and the log-sum-exp
+        query_stride: 1 computes every query row. A larger stride, or a pair for height and width, computes samples with
+            a finite sigma only at points at most that many tokens apart and interpolates the output and the log-sum-exp
             between them, because a blurred query changes slowly. This is an approximation. Its error depends on the
             data: it grows with the ratio of stride to sigma, with the spread of the logits, and where a small grid
             clamps the taps. Sampling and interpolation are products of small matrices in PyTorch on every backend; see
@@ -386,7 +385,7 @@ def _coarse_attention(
     return_lse: bool,
     plain: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute samples of finite sigma at the points of the coarse grid, and the other samples at every token."""
+    """Compute samples with a finite sigma at the points of the coarse grid, and the other samples at every token."""
     stride = call.stride
     _check_one_row(mask, stride)
     outputs, lses = [], []

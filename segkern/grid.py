@@ -13,8 +13,8 @@ class Grid:
     """An image of ``height x width`` tokens inside a sequence, in row-major order, starting at token ``start``.
 
     Tokens before ``start`` and from ``stop`` on (such as the text tokens of a joint attention) are not part of the
-    image: they are never blurred and never enter a mean. With ``frames``, that many images follow one another, and each
-    is blurred separately.
+    image: they are never blurred and never enter a mean. With ``frames``, the sequence has that many images one after
+    another, and each is blurred separately.
 
     Args:
         height: Number of token rows, at least 1.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance on a model: ComfyUI hooks that compute a perturbed prediction and add its difference.
+"""Guidance on a model: ComfyUI hooks that compute a perturbed prediction and add the guidance to the prediction.
 
-The prediction moves by ``scale * (c - p)``, where ``p`` is the conditional prediction ``c`` with perturbed attention.
-Up to the first perturbed layer both are the same. The model's own forward pass is recorded there, and the perturbed
-forward pass begins there. Hooks of other nodes are still called.
+Guidance adds ``scale * (c - p)``, where ``p`` is the conditional prediction ``c`` with perturbed attention. Up to the
+first perturbed layer, the two forward passes are equal. Activations are recorded at this layer in the model's own
+forward pass, and the perturbed forward pass begins with them. Hooks of other nodes are still called.
 """
 
 from __future__ import annotations

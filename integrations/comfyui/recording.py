@@ -16,12 +16,12 @@ _CONDITIONAL = 0  # ComfyUI's index of the positive conditioning in ``cond_or_un
 class Recording:
     """Activations of one evaluation of the model, by place in the model and by conditioning.
 
-    ComfyUI batches conditionings as memory allows, and splits them again. Each has a ``uuid``, and
+    ComfyUI batches conditionings as memory allows, and splits them again. Each conditioning has a ``uuid``, and
     ``transformer_options`` lists the uuids in batch order.
 
     Attributes:
         x: The noisy latents of the evaluation. The recording is valid only for them.
-        whole: False if a conditioning was evaluated in several pieces, because tiles and windows share its ``uuid``.
+        whole: False if a conditioning was evaluated in several pieces (tiles, windows), which share its ``uuid``.
     """
 
     x: torch.Tensor

@@ -141,14 +141,14 @@ class Transformer:
             options[_OVERRIDE] = _ByIndex(self, chosen, perturbation, options.get(_OVERRIDE))
 
     def record(self, options: Options, recording: Recording, entries: Sequence[Sequence[LayerInfo]]) -> None:
-        """Record what forward passes with perturbed layers need; ``entries`` has the layers of each guidance."""
+        """Record the activations that perturbed forward passes need; ``entries`` lists the layers of each method."""
         for number in {self._number(layers[0]) for layers in entries}:
             stage, index = self._keys[number]
             key = stage.key, index
             _replace(options, key, _Recorder(recording, number, stage.text, _replacement(options, key)))
 
     def replay(self, options: Options, recording: Recording, layers: Sequence[LayerInfo]) -> _Replay:
-        """Use the recording instead of computing what comes before the first of these layers."""
+        """Skip the blocks before the first of these layers, and use their recorded activations."""
         entry = self._number(layers[0])
         replay = _Replay(recording, entry, self._keys[entry][0].text)
         for number, (stage, index) in enumerate(self._keys[: entry + 1]):
@@ -191,7 +191,7 @@ def _note_latents(
 
 
 def _grid(model: Any, options: Options) -> Grid:
-    """Return the grid of the image's tokens, with partial patches counted as whole ones."""
+    """Return the grid of the image's tokens, with partial patches counted as whole patches."""
     shape = options.get(_LATENTS)
     if shape is None:
         raise RuntimeError(

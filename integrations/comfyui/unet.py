@@ -105,14 +105,14 @@ class UNet:
         options["patches_replace"] = replaced
 
     def record(self, options: Options, recording: Recording, entries: Sequence[Sequence[LayerInfo]]) -> None:
-        """Record what forward passes with perturbed layers need; ``entries`` has the layers of each guidance."""
+        """Record the activations that perturbed forward passes need; ``entries`` lists the layers of each method."""
         places: dict[Hashable, bool] = {}
         for needed in map(self._needed, entries):
             places |= {place: values or places.get(place, False) for place, values in needed.items()}
         _patch_layers(options, lambda: _Recorder(self, recording, places))
 
     def replay(self, options: Options, recording: Recording, layers: Sequence[LayerInfo]) -> _Replay:
-        """Use the recording instead of computing what comes before the first of these layers."""
+        """Skip the modules before the first of these layers, and use their recorded activations."""
         replay = _Replay(self, recording, self._entry(layers), self._needed(layers))
         _patch_layers(options, lambda: replay)
         return replay

@@ -174,7 +174,7 @@ class SAG(Spec):
 
     Each guided step calls the denoiser a second time at the same timestep. The clean image predicted by the first call
     is blurred where a self-attention layer attends most, then noised again with the predicted noise. With
-    classifier-free guidance, all of this uses the unconditional prediction: ``u + g (c - u) + s (u - u')``; without it,
+    classifier-free guidance, these steps use the unconditional prediction: ``u + g (c - u) + s (u - u')``; without it,
     the result is ``c + s (c - c')``. The second call has a different input, so it shares no work with the first. If the
     timestep is on a GPU, guided steps synchronise to read it.
 

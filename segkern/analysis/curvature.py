@@ -53,7 +53,8 @@ def largest_curvature(grid: Grid, sigma: float, boundary: str = "reflect") -> fl
     is at most ``range(B v)^2 / 4`` for any logits ``a``. Over directions of length 1, that is at most
     ``max_ij |B_i - B_j|^2 / 4`` with the rows of ``B``. If ``B`` is invertible, some logits come arbitrarily close to
     this bound. The bound is one half without a blur, never larger with one, for any boundary, and 0 for the mean query.
-    In this sense a blur always flattens the energy landscape. At given logits it may not; see :mod:`segkern.energy`.
+    In this sense a blur always flattens the energy landscape. At given logits, a blur may increase the curvature; see
+    :mod:`segkern.energy`.
 
     Args:
         grid: Grid of the queries.
@@ -99,7 +100,7 @@ def curvature_spectrum(
     semidefinite; the magnitudes of its eigenvalues are returned. One eigenvalue of each vector is 0.
 
     Args:
-        query, key, grid, sigma, over, scale, boundary: As for :func:`energies`.
+        query, key, grid, sigma, over, scale, boundary: See :func:`energies`.
 
     Returns:
         float64, in descending order: ``[batch, heads, keys, height * width]`` for ``over="queries"``, and

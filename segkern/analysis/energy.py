@@ -5,19 +5,19 @@ With logits ``A = scale * Q K^T``, the energy of a vector ``a`` of logits is ``E
 logarithm of the sum of exponentials. The energy of a layer is the sum over its vectors. ``A`` can be split into vectors
 in two ways:
 
-- ``over="keys"``: the logits of one query, a row. This is the softmax of attention. It gives one energy per query, so
-  the energies form a map over the grid. SEG's appendix B calls this the dual.
-- ``over="queries"``: the logits of one key, a column. This is SEG's Definition 2.1, and the statements of the paper are
-  about it: the blur acts within such a vector.
+- ``over="keys"``: a vector is a row, the logits of one query, as in the softmax of attention. There is one energy per
+  query, so the energies form a map over the grid. SEG's appendix B calls this the dual.
+- ``over="queries"``: a vector is a column, the logits of one key, as in SEG's Definition 2.1. The statements of the
+  paper are about these vectors: the blur acts within each of them.
 
 A blur ``B`` over the query grid gives ``B A``, the logits of the blurred queries (Proposition 3.1). The weights of the
 blur are not negative and its rows sum to 1. Its columns sum to 1 only for the boundaries symmetric and circular. With
 these two, the blur keeps the mean of the logits, does not raise their variance (Lemma 3.1) and does not lower a layer's
 energy (Lemma 3.2), although it may lower the energy of one row. Energy does not always grow with sigma, because taps
-are cut off and clamped. ``|det|`` of the Hessian (Theorem 3.1) falls only by the blur's own factor, and not for peaked
-logits. For any logits and any boundary, the blur lowers a bound on the curvature, :func:`largest_curvature`.
-``docs/energy.md`` lists each statement with its conditions and a counterexample without them.
-``tests/core/test_theory.py`` and ``test_theory_curvature.py`` test the statements.
+are cut off and clamped. A blur lowers ``|det|`` of the Hessian (Theorem 3.1) only through the blur's own factor, and
+only for logits that are not too peaked. For any logits and any boundary, the blur lowers a bound on the curvature,
+:func:`largest_curvature`. ``docs/energy.md`` lists the conditions of each statement, and a counterexample that violates
+them. ``tests/core/test_theory.py`` and ``test_theory_curvature.py`` test the statements.
 
 Source: SEG, arXiv 2408.00760: Definition 2.1 (equation 5), section 3, appendices A and B.
 """
@@ -148,12 +148,12 @@ def log_curvature(
 
     - ``factor="none"``: nothing. The curvature of E' at the blurred logits, with respect to the blurred logits.
     - ``"paper"``: ``log b_ii`` for each logit, equation 20 of the proof.
-    - ``"chain"``: ``2 log |det B|`` for each free key, with respect to the logits before the blur. Exact, by the chain
-      rule. Minus infinity for the mean query.
+    - ``"chain"``: ``2 log |det B|`` for each free key, with respect to the logits before the blur. This is exact (chain
+      rule), and minus infinity for the mean query.
 
     Args:
-        query, key, grid, sigma, over, scale, boundary, dtype: As for :func:`energies`, but ``over="queries"`` by
-            default, as in the paper.
+        query, key, grid, sigma, over, scale, boundary, dtype: See :func:`energies`; but ``over="queries"`` by default,
+            as in the paper.
         factor: The blur's part, see above. Without a blur, all three give the same value.
 
     Returns:
@@ -220,7 +220,7 @@ def over_sigma(
     """Return energy, moments and curvature at several sigmas, each applied to the whole batch.
 
     Args:
-        query, key, grid, over, scale, boundary, dtype: As for :func:`energies`.
+        query, key, grid, over, scale, boundary, dtype: See :func:`energies`.
         sigmas: At least one sigma; 0 is no blur.
 
     Raises:

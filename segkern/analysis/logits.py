@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean and variance of blurred logits without forming them, and the argument checks of the analysis functions."""
+"""Mean and variance of blurred logits (without forming the logits), and argument checks of this package."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def logit_moments(
     ``q^T C_k q`` plus ``k^T C_q k`` of the mean key. No squares are subtracted, so small variances stay accurate.
 
     Args:
-        query, key, grid, sigma, scale, boundary, dtype: As for :func:`energies`.
+        query, key, grid, sigma, scale, boundary, dtype: See :func:`energies`.
         per_key: Whether to return the moments of each key's logits over the queries (the subject of Lemma 3.1) instead
-            of those of all logits.
+            of the moments of all logits.
 
     Returns:
         Mean and variance, ``[batch, heads]``, or with ``per_key`` ``[batch, heads, keys]``, in ``dtype``.

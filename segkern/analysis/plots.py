@@ -142,7 +142,7 @@ def plot_over_sigma(run: dict[str, Any], path: Path) -> None:
 
 
 def _places(sigmas: Sequence[float]) -> list[float]:
-    """Return positions of sigmas on a log2 axis, with 0 and infinity one step outside the finite ones."""
+    """Return positions of sigmas on a log2 axis, with 0 and infinity one step outside the finite sigmas."""
     powers = [math.log2(sigma) for sigma in sigmas if 0.0 < sigma < math.inf] or [0.0]
     return [
         min(powers) - _GAP if sigma == 0.0 else max(powers) + _GAP if math.isinf(sigma) else math.log2(sigma)

@@ -18,7 +18,7 @@ _DIGITS = 4  # decimal places of the maps, in nats
 
 
 def summary(recorder: EnergyRecorder, details: dict[str, object], boundary: str) -> dict[str, Any]:
-    """Return the data about one pipeline run that is written to disk.
+    """Return the data of one pipeline run that :func:`write` stores.
 
     Args:
         recorder: Recorder with the records of one run.

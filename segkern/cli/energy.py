@@ -45,7 +45,7 @@ def energy(
     layers: Annotated[
         str, typer.Option(help="all, or down, mid, up, d4, u0-29, globs; comma-separated. See segkern layers.")
     ] = "all",
-    sigmas: Annotated[str, typer.Option(help="Blurs to compare with no blur, in tokens, or inf.")] = SIGMAS,
+    sigmas: Annotated[str, typer.Option(help="Sigmas to compare with no blur, in tokens, or inf.")] = SIGMAS,
     at: Annotated[
         str, typer.Option(help="Steps to plot: first, middle, last or numbers from 0.")
     ] = "first,middle,last",

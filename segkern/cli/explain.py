@@ -25,7 +25,7 @@ class Call:
         grid: Token grid.
         heads: Number of heads.
         head_dim: Dimension of each head.
-        sigma: Blur of the perturbed samples.
+        sigma: Sigma of the perturbed samples.
         dtype: Data type of queries, keys and values.
     """
 

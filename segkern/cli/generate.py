@@ -61,7 +61,7 @@ def generate(
     sigma: Annotated[
         str | None,
         typer.Option(
-            help="Blur of SEG in tokens, such as 4, or inf; comma-separated with --compare. "
+            help="Sigma of the SEG blur in tokens, such as 4, or inf; a comma-separated list with --compare. "
             f"Default: inf, or {SIGMAS} with --compare."
         ),
     ] = None,
@@ -96,7 +96,7 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files.")] = False,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Make a contact sheet: without SEG, and one image per --sigma.")
+        bool, typer.Option("--compare", help="Make a contact sheet: one image without SEG, and one per --sigma.")
     ] = False,
 ) -> None:
     """Generate an image, a comparison or a batch of images.

@@ -29,7 +29,7 @@ def info(
         int | None, typer.Option(min=1, metavar="<int>", help=f"Dimension of each head. Default: {_HEAD_DIM}.")
     ] = None,
     sigma: Annotated[
-        float | None, typer.Option(help="Blur of the perturbed samples, in tokens, or inf. Default: inf.")
+        float | None, typer.Option(help="Sigma of the perturbed samples, in tokens, or inf. Default: inf.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="auto, fp32, fp16 or bf16. auto is fp16 on a GPU, else fp32. Default: auto.")

@@ -59,7 +59,7 @@ def refusing(program: str = "segkern") -> Iterator[None]:
 
 
 def need_diffusers(*packages: str, extra: str = "cli") -> None:
-    """Exit with the command that installs the missing packages, if any are missing."""
+    """If packages are missing, print the command that installs them, and exit."""
     missing = loading.missing_packages(*packages)
     if missing:
         verb = "is" if len(missing) == 1 else "are"

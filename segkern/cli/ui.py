@@ -21,7 +21,7 @@ from segkern.generation import loading
 def ui(
     model: Model = "demo",
     host: Annotated[
-        str, typer.Option(help="Address to listen on. 0.0.0.0 accepts other machines, which then need a password.")
+        str, typer.Option(help="Address to listen on. With 0.0.0.0, other machines can connect, with a password.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="<int>", help="Port. 0 selects a free port.")] = 7860,
     device: Device = "auto",

@@ -55,7 +55,7 @@ def scale_of(scale: float | None, query: torch.Tensor) -> float:
 
 
 def check_grid(grid: Grid, tokens: int, *, video: bool = False) -> Grid:
-    """Return the grid. Raise a ValueError unless it fits ``tokens``, and, without ``video``, has one frame."""
+    """Return the grid. Raise a ValueError if it does not fit ``tokens``, or has several frames without ``video``."""
     if not isinstance(grid, Grid):
         raise ValueError(f"grid must be a segkern.Grid(height, width, start=0), got {grid!r}")
     if grid.frames != 1 and not video:

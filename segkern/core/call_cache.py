@@ -25,10 +25,11 @@ class CheckedCall:
     """The checked arguments of one kind of call.
 
     Attributes:
-        sigmas: One sigma per sample. In a traced call it may be one for all samples, so a batch of any size fits.
+        sigmas: One sigma per sample. In a traced call, it may be one sigma for all samples, which fits batches of any
+            size.
         scale: Factor of the logits. In a traced call, None means ``1 / sqrt(head_dim)``.
         stride: Stride of the query rows, height and width.
-        coarse: Whether any sample is computed at fewer rows.
+        coarse: Whether any sample is computed at fewer query rows than tokens.
         backend: The backend that serves the call, ``"torch"`` or ``"triton"``; in a traced call, the requested one.
         asked: The backend that the caller requested.
     """
@@ -59,7 +60,7 @@ def check_attention_call(
     plain: bool,
     wide_mask: bool = False,
 ) -> CheckedCall:
-    """Check all arguments except the mask, separately and together.
+    """Check all arguments except the mask, each one separately and then in combination.
 
     Args:
         plain: Whether query, key and value are real tensors in eager mode. If so, a backend is chosen and the

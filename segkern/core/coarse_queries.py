@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coarse queries: a blurred query changes slowly over the grid, so a few points determine the values in between.
+"""Coarse queries: blurred queries at a few points of the grid, and interpolation between the points.
 
-On an axis of ``n`` tokens, ``m`` points are evenly spaced. A field on the axis is a sum of the waves that the
-boundary's padding keeps apart: cosines for reflect (DCT-I) and symmetric (DCT-II), sines and cosines for circular.
+A blurred query changes slowly over the grid, so a few points determine the values between them. On an axis of ``n``
+tokens, ``m`` points are evenly spaced. A field on the axis is a sum of the waves that remain distinct under the
+boundary's padding: cosines for reflect (DCT-I) and symmetric (DCT-II), sines and cosines for circular.
 ``S = C(points) C(tokens)^-1 B`` evaluates the blurred field at the points, with all the waves that the blur lets
 through. ``P`` interpolates ``m`` values to the tokens with the waves that ``m`` points can distinguish. Both are small
 matrices of one axis, like the blur, and linear over tokens, so they commute with projections of the channels.
@@ -102,7 +103,7 @@ def sampling_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Return the matrix that gives the blurred field at ``count`` points, ``[count, length]``. Its rows sum to 1.
+    """Return the matrix from tokens to the blurred field at ``count`` points, ``[count, length]``. Its rows sum to 1.
 
     The matrix is computed in float64 and rounded once. With as many points as tokens, it is the blur matrix.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a backend. The predicate that rejects a backend also explains why."""
+"""Choice of the backend. The function that rejects a backend also returns the reason."""
 
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ def choose_attention_backend(
 ) -> str:
     """Return the backend that serves ``seg_attention``; see :func:`choose_backend`.
 
-    ``wide_mask`` marks an additive mask in a wider dtype than the queries. PyTorch's attention on a GPU lacks it.
+    ``wide_mask`` marks an additive mask in a wider dtype than the queries. PyTorch's attention on a GPU does not
+    support such masks.
     """
     # A separate kernel serves calls with few rows.
     fused = any(sigmas) or query.shape[2] < key.shape[2] or wide_mask

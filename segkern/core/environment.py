@@ -43,7 +43,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Return the commit of segkern's checkout, marked if files differ from it, or an empty string outside one."""
+    """Return the commit of segkern's checkout, marked if files differ from it; empty outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""  # installed, possibly inside the checkout of another project

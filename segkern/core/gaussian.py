@@ -48,7 +48,7 @@ def gaussian_taps(sigma: float, length: int, count: int | None = None) -> torch.
 
 
 def blur_reach(sigma: float, length: int, boundary: str) -> int:
-    """Return how many tokens away a blurred token may look along an axis; ``length`` if it may look anywhere."""
+    """Return the maximum distance of the tokens that a blurred token depends on; ``length`` for the whole axis."""
     if sigma == 0.0:
         return 0
     if math.isinf(sigma) or boundary == "circular":

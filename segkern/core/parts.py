@@ -22,8 +22,8 @@ def call_by_head(
     """Call ``call`` once for each run of heads with equal sigmas, and concatenate the results.
 
     Args:
-        call: Function of views of some heads, ``sigma`` (a number or one per sample), and ``attn_mask`` if there is a
-            mask.
+        call: Function that takes views of some heads, ``sigma`` (one number or one per sample), and ``attn_mask`` if
+            there is a mask.
         tensors: Tensors ``[batch, heads, ...]``.
         sigmas: Sigmas ``[1 or batch][heads]``.
         mask: Mask ``[1 or batch, 1 or heads, ...]``.
@@ -46,10 +46,10 @@ def blur_by_frame(
     """Call ``blur(x, grid, sigma)`` for each frame of a video, with the frames as additional heads.
 
     Args:
-        blur: Function of ``[batch, heads, height * width, dim]``, a grid of one frame, and sigma.
+        blur: Function that takes ``[batch, heads, height * width, dim]``, a grid of one frame, and sigma.
         x: Tensor ``[batch, heads, tokens, dim]``.
         grid: Grid of the video.
-        sigma: One number, one per sample, or for a sample one per head.
+        sigma: One number for all samples, or one entry per sample: a number or a sequence of one number per head.
     """
     check_not_jit_traced("a grid of frames")
     frames = x[:, :, grid.start : grid.stop].unflatten(2, (grid.frames, grid.height * grid.width))

@@ -38,7 +38,7 @@ def given_sigmas(sigma: float | Iterable[float], batch: int) -> tuple[float, ...
     """Return the checked floats of ``sigma``: one for all samples of the batch, or one per sample.
 
     Raises:
-        ValueError: For the same reasons as :func:`check_sigma`.
+        ValueError: If a sigma or the number of sigmas is invalid; see :func:`check_sigma`.
 
     Example:
         >>> given_sigmas(2, 3), given_sigmas((0, 2, 2), 3)
@@ -72,7 +72,8 @@ def check_traced_sigma(sigma: torch.Tensor, batch: int) -> torch.Tensor:
     """Return a tensor of sigmas that a compiled or traced graph reads when it runs, ``[1]`` or ``[batch]``.
 
     Raises:
-        ValueError: If it is not on the CPU, requires a derivative, or does not have one number or one per sample.
+        ValueError: If the tensor is not on the CPU, requires a derivative, or does not have one number or one per
+            sample.
     """
     check_no_gradient("sigma", sigma, "pass sigma.detach()")
     if sigma.device.type != "cpu" or sigma.dim() > 1 or (sigma.dim() == 1 and sigma.shape[0] != batch):
@@ -123,10 +124,10 @@ def is_sequence(entry: Any) -> bool:
 
 
 def head_sigmas(sigma: Any, batch: int, heads: int) -> tuple[tuple[float, ...], ...]:
-    """Return one checked float per head, for all samples (a single entry) or for each; see :func:`has_head_sigmas`.
+    """Return one checked float per head, for all samples (a single entry) or per sample; see :func:`has_head_sigmas`.
 
     Raises:
-        ValueError: If the number of samples or heads does not match, or for the same reasons as :func:`check_sigma`.
+        ValueError: If the number of samples or heads does not match, or if a sigma is invalid; see :func:`check_sigma`.
 
     Example:
         >>> head_sigmas([0, (1, math.inf)], batch=2, heads=2), head_sigmas([(1, 2)], batch=2, heads=2)

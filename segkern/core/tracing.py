@@ -24,7 +24,7 @@ def is_traced() -> bool:
 
 
 def is_plain(*tensors: torch.Tensor) -> bool:
-    """Return True if these are real, dense tensors in eager mode, not followed by a tracer.
+    """Return True if these are real, dense tensors in eager mode, and no tracer records the call.
 
     Only then may the caller make tables or choose a backend here; otherwise the operators do so when they run.
     """
@@ -71,7 +71,7 @@ def _is_transformed_while_compiling() -> bool:
 
 
 def can_skip_operator(*tensors: torch.Tensor | None) -> bool:
-    """Return True if nothing follows a call (gradient, transform, mode), so its function may be called directly.
+    """Return True if no gradient, transform or mode is active, so the operator's function may be called directly.
 
     Tensors without data are excluded: the operator's fake returns shapes, but the function would compute blocks.
     """
@@ -99,7 +99,7 @@ def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
     """Return the backend, or ``"torch"`` where operators have no rules: forward-mode derivatives, ``torch.func``.
 
     Raises:
-        ValueError: If the backend is ``"triton"`` there, or such a derivative is taken inside ``torch.compile``.
+        ValueError: If a derivative of these kinds is needed with the backend ``"triton"`` or inside ``torch.compile``.
     """
     if torch.compiler.is_compiling():
         if _is_transformed_while_compiling():
@@ -133,7 +133,7 @@ def _has_tangent(*tensors: torch.Tensor) -> bool:
 
 
 def autocast_inputs(check: Callable[[str, Any], None], **tensors: Any) -> tuple[Any, ...]:
-    """Return the arguments as autocast casts those of PyTorch's attention, by name. Each is checked before the cast."""
+    """Return the arguments by name, cast as autocast casts PyTorch's attention. Each is checked before the cast."""
     first = next(iter(tensors.values()))
     if not isinstance(first, torch.Tensor):
         return tuple(tensors.values())

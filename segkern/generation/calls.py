@@ -19,9 +19,9 @@ def call_parameters(pipe: Any) -> frozenset[str]:
 def call_arguments(pipe: Any, request: ImageRequest) -> dict[str, Any]:
     """Return the arguments of a pipeline's call for a request, without the prompt, generator and callback.
 
-    Pipelines differ in how they take classifier-free guidance (CFG). A request's scale always means
-    ``u + scale (c - u)``: 1 is no CFG. Flux and Qwen-Image take it as ``true_cfg_scale`` and need a negative prompt
-    for it. Z-Image computes ``c + scale (c - u)``, so its scale is smaller by 1.
+    Pipelines define the scale of classifier-free guidance (CFG) in different ways. A request's scale always means
+    ``u + scale (c - u)``: 1 is no CFG. Flux and Qwen-Image call it ``true_cfg_scale`` and also need a negative prompt.
+    Z-Image computes ``c + scale (c - u)``, so its scale is smaller by 1.
 
     Args:
         pipe: Pipeline that generates images, with or without weights.
@@ -47,7 +47,7 @@ def call_arguments(pipe: Any, request: ImageRequest) -> dict[str, Any]:
 
 
 def default_guidance_scale(pipe: Any) -> float:
-    """Return a pipeline's default CFG scale, as a request has it."""
+    """Return a pipeline's default CFG scale, in the convention of requests."""
     from diffusers import ZImagePipeline
 
     parameters = inspect.signature(type(pipe).__call__).parameters

@@ -51,7 +51,7 @@ class Source:
 
 
 def missing_packages(*packages: str) -> list[str]:
-    """Return those packages that are not installed, of ``packages`` and the ones that loading a pipeline needs."""
+    """Return the missing packages, out of ``packages`` and the packages needed to load a pipeline."""
     needed = ("diffusers", "transformers", "accelerate", "safetensors", *packages)
     return [name for name in needed if importlib.util.find_spec(name) is None]
 

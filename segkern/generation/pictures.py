@@ -206,7 +206,7 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 
 
 def difference_image(first: Image.Image, second: Image.Image, contrast: int = 1) -> Image.Image:
-    """Return where two images of one size differ, in shades of gray: white for equal pixels, black for opposite ones.
+    """Return an image of the difference of two images of one size: white for equal pixels, black for opposite pixels.
 
     Args:
         first: Image.

@@ -195,7 +195,7 @@ class Processes:
 
     @property
     def place(self) -> str:
-        """Number of this process for the end of a line; empty for a single process."""
+        """Text such as ``, process 1`` to append to a line; empty for a single process."""
         if self._state is None:
             return ""
         return f", process {self._state.process_index + 1} of {self._state.num_processes}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of the command line and their numbers."""
+"""Tables of the command line, and the formatting of numbers in them."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class BlurMatrices:
         rows: float32 ``[T, height, height]``, or planes ``[T, 2, n, n]`` where n is the height padded with zero
             weights to a multiple of ``PLANE_STEP``.
         columns: Like ``rows``, for the width.
-        reach: int32 ``[T, 2]``, distance in tokens that a blurred token looks vertically and horizontally.
+        reach: int32 ``[T, 2]``, maximum vertical and horizontal distance of the tokens that a blurred token depends on.
     """
 
     samples: torch.Tensor

@@ -277,14 +277,14 @@ def attention_tile(
     prologue: bool = False,
     described: bool = True,
 ) -> Tile:
-    """Return the attention kernel's tile: the measured one or a default. Unknown architectures get a safe one.
+    """Return the attention kernel's tile, measured or default. Unknown architectures get a safe default.
 
     Args:
         arch: Architecture, such as ``"sm_90"``.
         head_dim: Head dimension.
         dtype: Dtype of the tensors.
-        masked: Whether there is a mask. Its tile needs registers too, so there are fewer keys or queries at a time.
-        prologue: Whether queries are blurred in the prologue. Measured tiles are without a prologue.
+        masked: Whether there is a mask. A tile of the mask also needs registers, so tiles have fewer keys or queries.
+        prologue: Whether queries are blurred in the prologue. Tiles were measured without a prologue.
         described: Whether keys and values can be copied by descriptors.
     """
     if arch == "interpreter":
@@ -341,7 +341,7 @@ def _first(tiles: Tiles, padded: int) -> Tile:
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs at least run concurrently; in the interpreter, a number to divide work by."""
+    """Return the minimum number of concurrent programs; in the interpreter, a number by which to divide work."""
     if architecture(device) == "interpreter":
         return _INTERPRETER_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -368,9 +368,10 @@ def split_tile(arch: str, head_dim: int, dtype: torch.dtype, rows: int, masked: 
 def scores_tile(arch: str, head_dim: int, dtype: torch.dtype) -> Tile:
     """Return the tile of energies and masses: a program keeps BLOCK_M and loops over blocks of BLOCK_N.
 
-    Both passes over queries and keys use the same tile, so a product rounds the same in both. It is attention's tile,
-    but a program also accumulates probabilities in a second tile next to the logits. To still fit two programs on an
-    NVIDIA multiprocessor, heads in one part get a register limit; where that spills, BLOCK_N is smaller.
+    Both passes over queries and keys use the same tile, so a product rounds the same in both. The tile is based on
+    attention's, but a program also accumulates probabilities in a second tile next to the logits. Heads in one part
+    therefore get a register limit, which lets two programs run on an NVIDIA multiprocessor. Where the limit causes
+    spills, BLOCK_N is smaller.
     """
     if arch == "interpreter":
         return _INTERPRETER

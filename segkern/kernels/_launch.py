@@ -69,7 +69,7 @@ def launch(
     numbers: tuple[int | float, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Launch ``kernel[(programs,)](*tensors, *tables, *numbers, **constants)`` in a third of the time.
+    """Launch ``kernel[(programs,)](*tensors, *tables, *numbers, **constants)`` in a third of Triton's time.
 
     Triton inspects every argument at every launch to find the compiled kernel. This function does so once for launches
     that agree in the properties Triton inspects: types and alignment of tensors, numbers, constants. Later launches
@@ -104,7 +104,7 @@ _LARGEST_TILE = 256  # maximum rows, columns or channels that a program addresse
 
 @lru_cache(maxsize=1024)
 def strides_are_wide(*strides: tuple[int, ...], rows: int = _LARGEST_TILE) -> bool:
-    """Return True if offsets inside a tile of four-dimensional tensors may exceed 32 bits, so a kernel needs 64.
+    """Return True if offsets inside a tile of four-dimensional tensors may exceed 32 bits, so a kernel needs 64 bits.
 
     ``rows`` is the number of tokens that a program addresses from the first one, if more than in an ordinary tile.
     """

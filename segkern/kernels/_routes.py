@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that serve an attention call: where its queries are blurred, and whether its keys are split.
+"""Choice of the kernels of an attention call: where its queries are blurred, and whether its keys are split.
 
 Queries are blurred in the prologue of attention, or by the separable kernel before it. In the prologue, every tile of
-queries reads the source rows within reach of its grid rows from L2 and distributes their sums over its tokens. The
-separable kernel is an additional launch and moves each query a few times. The estimated time of either is the sum of
-its launches, its bytes over the bandwidth of L2, and its instructions over the issue rate. Products are counted as
-instructions, and no overlap is assumed. Instructions were counted in code compiled for Hopper; rates are rounded from
-published microbenchmarks of the devices. No timings of these kernels are included yet.
+queries reads from L2 the source rows within reach of its grid rows, sums them vertically, and distributes the sums over
+its tokens. The separable kernel is an additional launch and moves each query a few times. The estimated time of either
+is the sum of its launches, its bytes over the bandwidth of L2, and its instructions over the issue rate. Products are
+counted as instructions, and no overlap is assumed. Instructions were counted in code compiled for Hopper; rates are
+rounded from published microbenchmarks of the devices. No timings of these kernels are included yet.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _separable_blur(
 def faster_sdpa(device: torch.device, head_dim: int, dtype: torch.dtype, tokens: int) -> str | None:
     """Return the PyTorch attention backend that was measured to be faster than the attention kernel; see ``Tuned``.
 
-    Without a measurement, return None: the published rates of both differ by less than the error of an estimate.
+    Without a measurement, return None: the published rates of the two differ by less than the error of an estimate.
     """
     known = measured(architecture(device), head_dim, dtype)
     return None if known is None else known.sdpa.get(size_class(tokens))
@@ -152,8 +152,8 @@ class Route:
     """The kernels that compute the samples of a batch.
 
     Attributes:
-        uniform: Samples of infinite sigma whose image tokens get the result of one row from the few-row kernel.
-        rest: Samples with tokens left to compute. Those of infinite sigma come first, because their programs take
+        uniform: Samples with infinite sigma whose image tokens get the result of one row from the few-row kernel.
+        rest: Samples with tokens left to compute. Samples with infinite sigma come first, because their programs take
             longest.
         before: Samples of ``rest`` that the separable kernel blurs first.
         means: Samples of ``rest`` whose image tokens all get the mean query's result, from one tile per head.

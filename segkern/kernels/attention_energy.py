@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Energies of query rows, and the statistics that turn a row's logits into probabilities, without values.
+r"""Energies of query rows, and the statistics that convert a row's logits to probabilities. No values are read.
 
-Mathematics, for the rows ``q`` of one sample and head, blurred if their sample is::
+Mathematics, for the rows ``q`` of one sample and head, which are blurred if the sample is blurred::
 
     m[i] = max_j q[i] k[j]^T                                  (not scaled)
     s[i] = sum_j exp(scale * (q[i] k[j]^T - m[i]))
@@ -9,7 +9,7 @@ Mathematics, for the rows ``q`` of one sample and head, blurred if their sample 
 
 Launch grid: one program per (sample, head, share of the keys, tile of BLOCK_M rows), with tiles adjacent to share the
 head's keys in L2. A program loops over its keys in blocks of BLOCK_N with an online softmax. Keys are split into shares
-only for few rows, such as the single row of infinite sigma; PyTorch combines the energies of the shares.
+only for few rows, such as the single row at infinite sigma; PyTorch combines the energies of the shares.
 
 Memory traffic per head: Q once per share, K once per tile from L2, one float32 per row and share (two for
 statistics).
@@ -121,8 +121,8 @@ def launch_attention_energy(
 ) -> None:
     """Write energies to ``out``, float32 ``[batch, heads, tokens]`` with contiguous tokens.
 
-    Queries of finite sigma are blurred by the separable kernel first. Samples of infinite sigma have one row for their
-    image; their tokens outside the grid are ordinary rows.
+    Queries with a finite sigma are blurred by the separable kernel first. Samples with infinite sigma have one row for
+    their image; their tokens outside the grid are ordinary rows.
     """
     if query.numel() == 0:
         return

@@ -11,7 +11,7 @@ probabilities in registers, one sum per key and position in a block, and reduces
 writer and one order of summation, so results are deterministic.
 
 Launch grid of pass two: one program per (sample, head, share of the queries, tile of BLOCK_M keys), with tiles adjacent
-to share the head's queries in L2. Queries are split into shares only for few keys, such as those of a text; PyTorch
+to share the head's queries in L2. Queries are split into shares only for few keys, such as the keys of a text; PyTorch
 sums the shares.
 
 Memory traffic per head: K once per share, Q and two float32 per query once per tile from L2, one float32 per key and

@@ -13,8 +13,8 @@ so the products use the dtype's matrix instructions, summed in float32. Of the f
 of the low halves is omitted: it is below the resolution of float32 sums. Launch grid: channels, columns, rows, heads,
 samples.
 
-Float32: a line of n tokens is a product of an [n, n] matrix, of which only the band within reach is read, with
-[n, dim]. Launch grid: one program per (sample, head, line of the other axis, block of BLOCK_I tokens of the axis).
+Float32: a blurred line of n tokens is the product of an [n, n] matrix with [n, dim]. Only the matrix's band within
+reach is read. Launch grid: one program per (sample, head, line of the other axis, block of BLOCK_I tokens of the axis).
 
 Memory traffic per head: half precision reads x once per tile of columns and rows, from L2, and writes z once. Float32
 reads x once, writes and reads y once, and writes z once.
@@ -264,7 +264,7 @@ def blur_block_d(head_dim: int) -> int:
 
 
 def image_constants(height: int, width: int) -> dict[str, int | bool]:
-    """Return the half-precision kernel's constants for a grid: tiles of rows per program, source columns at a time."""
+    """Return the half-precision kernel's constants for a grid: tiles of rows per program, source columns per step."""
     return {
         "PARTS": 1 if height <= _TILE_ROWS.value else 2,
         "BLOCK_C": 64 if 32 < width <= 64 else 32,

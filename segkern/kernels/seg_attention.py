@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launcher of attention of blurred queries: it serves every sample of a batch with the kernels of its route."""
+"""Launcher of attention with blurred queries. It computes every sample of a batch with the kernels of its route."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def launch_seg_attention(
 ) -> None:
     """Write attention of blurred queries to ``out`` and, if given, the log-sum-exp of the rows to ``lse``.
 
-    The few-row kernel serves samples of infinite sigma, and calls with few unblurred rows. Of a sample of infinite
-    sigma, only tokens outside the grid remain for other kernels. ``place`` fixes where queries are blurred, see
+    The few-row kernel serves samples with infinite sigma, and calls with few unblurred rows. For a sample with infinite
+    sigma, the other kernels compute only tokens outside the grid. ``place`` fixes where queries are blurred; see
     ``_routes.py``.
     """
     if query.numel() == 0:

@@ -7,8 +7,8 @@ Mathematics, for the tokens of one sample and head. The image tokens ``q~`` are 
     lse      = logsumexp(scale * q~ k^T + mask)
 
 Launch grid: one program per (sample, head, tile of BLOCK_M queries), with tiles of a head adjacent to share its keys
-and values in L2. A program loads its queries, each from the original or the blurred ones, and loops over the keys with
-an online softmax.
+and values in L2. A program loads its queries, each from the original or the blurred queries, and loops over the keys
+with an online softmax.
 
 Memory traffic per head: Q and out once; K and V once per tile, from L2; the mask once if it has one row per query.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""Attention without a mask, with queries unblurred, blurred before, or blurred here: the kernel that most models use.
+r"""Attention without a mask, the kernel that most models use. Queries may be blurred before it or in its prologue.
 
 Mathematics, for the tokens of one sample and head with axis matrices ``B_h`` and ``B_w``::
 
@@ -9,18 +9,18 @@ Mathematics, for the tokens of one sample and head with axis matrices ``B_h`` an
     lse      = logsumexp(scale * q~ k^T)
 
 Launch grid: one program per (sample, head, tile of BLOCK_M queries), with tiles of a head adjacent to share its keys
-and values in L2. No tile straddles an end of the image: all queries of a tile are in one place, original or blurred,
-which is chosen once before they are loaded. A choice between two loaded tiles would be made in registers, and matrix
-instructions with queries in registers wait for each other.
+and values in L2. No tile straddles an end of the image, so a tile loads all its queries from one place, the original or
+the blurred queries. The place is chosen before the load. A choice between two loaded tiles would keep the queries in
+registers, and matrix instructions that read queries from registers wait for each other.
 
 At infinite sigma, all image tokens of a head have the same result. The first tile of the head computes it with equal
 rows, the mean query read with a stride of 0, and writes it to all image tokens. The other tiles return immediately. A
-tile of equal rows takes as long as any other, so these tiles are hidden among those of the batch's other samples.
+tile of equal rows takes as long as any other, so its time is hidden by the tiles of the batch's other samples.
 
 A program loops over the keys from the last block, the only one that may be ragged, to the first, with an online
 softmax. The product of a block with the values is issued after the next block's product with the keys, so it overlaps
-the exponentials of that block; on Hopper it would otherwise be waited for immediately. For wide heads, the shares are
-rounded before the delayed product, which halves their registers.
+the exponentials of that block; on Hopper, the kernel would otherwise wait for the product immediately. For wide heads,
+the shares are rounded before the delayed product, which halves their registers.
 
 Memory traffic per head: Q and out once, except that a tile that blurs reads the source rows within reach, from L2; K
 and V once per tile, from L2.
@@ -262,8 +262,8 @@ def launch_unmasked_attention(
 ) -> None:
     """Write the samples of ``matrices``, the matrices of the route, to ``out``.
 
-    Channels must be contiguous, offsets inside a tile must fit 32 bits, and there must be keys. ``described`` tells
-    whether the device can copy keys and values by descriptors.
+    Channels must be contiguous, offsets inside a tile must fit 32 bits, and there must be keys. ``described`` is True
+    if the device can copy keys and values by descriptors.
     """
     _, heads, tokens, head_dim = query.shape
     keys = key.shape[2]

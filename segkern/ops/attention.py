@@ -126,7 +126,7 @@ def fused_attention(
     return_lse: bool,
     place: BlurPlace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute attention with Triton kernels, without gradient or tracer. The arguments are already checked.
+    """Compute attention with Triton kernels in a call without gradients or a tracer. Arguments are already checked.
 
     If ``place`` is given, it sets where queries are blurred (``_routes.py``), and our attention kernels are used.
     """
@@ -155,7 +155,7 @@ def _blur_and_pytorch(
     boundary: str,
     sdpa: str,
 ) -> torch.Tensor:
-    """Combine our blur with PyTorch's attention by a backend, and our few-row kernel for samples of infinite sigma.
+    """Combine our blur with PyTorch's attention by a backend, and our few-row kernel for samples with infinite sigma.
 
     Without infinite samples, the launch that blurs also gathers the plain queries, so one attention call serves the
     batch. This moves fewer bytes than joining two outputs. With infinite samples, the output of the plain samples is
@@ -185,7 +185,7 @@ def _blur_and_pytorch(
 
 
 def run_attention(chosen: str, asked: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute attention with the chosen backend. ``arguments`` are those of :func:`fused_attention`."""
+    """Compute attention with the chosen backend. See :func:`fused_attention` for ``arguments``."""
     if chosen == "torch":
         return torch_attention.seg_attention(*arguments)
     return run_with_fallback("seg_attention", asked, fused_attention, torch_attention.seg_attention, *arguments)
@@ -214,7 +214,7 @@ def seg_attention(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the common part of the operators. ``arguments`` are the remaining ones of ``segkern::seg_attention``."""
+    """Run the common part of the operators. ``arguments`` are the remaining arguments of ``segkern::seg_attention``."""
     height, width, start, sigma, scale, boundary, backend, return_lse = arguments
     grid, sigmas = check_call(query, height, width, start, sigma, boundary)
     chosen = choose_attention_backend(query, key, value, sigmas, backend, is_wide(attn_mask, query))

@@ -19,7 +19,7 @@ from segkern.ops.operators import check_call, gradients_of, materialised, operat
 
 
 def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """Compute masses with Triton kernels, without gradient or tracer. The arguments are already checked."""
+    """Compute masses with Triton kernels in a call without gradients or a tracer. Arguments are already checked."""
     from segkern.kernels.attention_mass import launch_attention_mass
 
     query, key = materialised(query), materialised(key)
@@ -31,7 +31,7 @@ def fused_mass(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Te
 def fused_energy(
     query: torch.Tensor, key: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], scale: float, boundary: str
 ) -> torch.Tensor:
-    """Compute energies with Triton kernels, without gradient or tracer. The arguments are already checked."""
+    """Compute energies with Triton kernels in a call without gradients or a tracer. Arguments are already checked."""
     from segkern.kernels.attention_energy import launch_attention_energy
 
     query, key = materialised(query), materialised(key)
@@ -41,14 +41,14 @@ def fused_energy(
 
 
 def run_mass(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
-    """Compute masses with the chosen backend. ``arguments`` are those of :func:`fused_mass`."""
+    """Compute masses with the chosen backend. ``arguments`` are passed to :func:`fused_mass`."""
     if chosen == "torch":
         return torch_masses.attention_mass(*arguments)
     return run_with_fallback("attention_mass", asked, fused_mass, torch_masses.attention_mass, *arguments)
 
 
 def run_energy(chosen: str, asked: str, *arguments: Any) -> torch.Tensor:
-    """Compute energies with the chosen backend. ``arguments`` are those of :func:`fused_energy`."""
+    """Compute energies with the chosen backend. ``arguments`` are passed to :func:`fused_energy`."""
     if chosen == "torch":
         return torch_masses.attention_energy(*arguments)
     return run_with_fallback("attention_energy", asked, fused_energy, torch_masses.attention_energy, *arguments)

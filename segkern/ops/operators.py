@@ -2,7 +2,7 @@
 """Shared code of the operators ``segkern::*``: their declaration, the memory layout of results, checks of the grid.
 
 The operators are opaque to tracers. They choose the backend and make blur tables when they run, never in a graph.
-Results are stored as ``[batch, tokens, heads, dim]``, like those of PyTorch's attention, and viewed as
+Results are stored as ``[batch, tokens, heads, dim]``, like the results of PyTorch's attention, and viewed as
 ``[batch, heads, tokens, dim]``. Gradients are compositions of PyTorch operations on the saved inputs.
 """
 
@@ -60,7 +60,8 @@ def check_call(
 ) -> tuple[Grid, tuple[float, ...]]:
     """Return the grid and one sigma per sample for ``x``, from one sigma for all samples or one per sample.
 
-    The public functions check too, but operators can be called, and graphs replayed, without them.
+    The public functions also check, but a caller can call operators directly, or replay graphs, without these
+    functions.
     """
     check_no_forward_mode()
     grid = Grid(height, width, start)

@@ -2,8 +2,8 @@
 """Attention of blurred queries with PyTorch's own attention, and its gradients.
 
 No N x N matrix is formed, and the queries of unblurred samples are not copied. Each run of samples of one kind (plain,
-blurred, infinite) is one call of ``scaled_dot_product_attention``. Samples of infinite sigma use a single query row.
-All of it is differentiable PyTorch.
+blurred, infinite) is one call of ``scaled_dot_product_attention``. Samples with infinite sigma use a single query row.
+All operations are differentiable PyTorch.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blur in PyTorch: a matrix product per axis, or the mean for infinite sigma. All of it is differentiable."""
+"""The blur in PyTorch: a matrix product per axis, or the mean for infinite sigma. All operations are differentiable."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def attention_energy(
 ) -> torch.Tensor:
     """Return minus the log-sum-exp of every blurred query's logits, ``[batch, heads, tokens]``; no gradient.
 
-    The image tokens of a sample of infinite sigma share one row, that of their mean.
+    The image tokens of a sample with infinite sigma share one row, the row of their mean.
     """
     energy = torch.empty(*query.shape[:3], dtype=compute_dtype(query.dtype), device=query.device)
     for samples, sigma in equal_runs(sigmas):

@@ -46,7 +46,7 @@ class Settings:
         request: Settings that do not depend on guidance.
         specs: Guidance methods, at least one.
         layers: Layers whose attention energy to record; empty for no energy maps.
-        unshared: Whether to also time guidance with a branch computed in full.
+        unshared: Whether to also time guidance without branch sharing.
     """
 
     request: ImageRequest
@@ -65,7 +65,7 @@ def read(fields: Mapping[str, Any], pipe: Any, device: torch.device, dtype: torc
         dtype: Data type of the weights.
 
     Raises:
-        ValueError: If a field is invalid; the message quotes the first one.
+        ValueError: If a field is invalid; the message quotes the first invalid field.
     """
     from segkern.integrations.diffusers import list_layers
     from segkern.integrations.diffusers.models.layers import select_layers

@@ -32,7 +32,7 @@ Components = dict[str, Any]  # by name
 
 
 def example_prompts(source: Source) -> list[list[str]]:
-    """Return samples of a prompt and its CFG scale: no prompt, and prompts for the bundled model."""
+    """Return the examples, each a prompt and its CFG scale: no prompt, and prompts for the bundled model."""
     prompts = [[subject.prompt, _DEMO_CFG] for subject in PROMPTED] if source.name == "demo" else []
     return [["", "1"], *prompts]
 
@@ -76,9 +76,9 @@ def build_controls(source: Source, pipe: Any, model: str, config: str) -> tuple[
         others["another_seed"] = gr.Button("Random seed", size="sm")
     with gr.Accordion("Also measure", open=False), gr.Group():
         unet = choices.has_unet(pipe)
-        fields["energy"] = gr.Checkbox(unet, label="Map the attention energy", info="Takes one more run.", visible=unet)
+        fields["energy"] = gr.Checkbox(unet, label="Map the attention energy", info="Adds one run.", visible=unet)
         fields["unshared"] = gr.Checkbox(
-            False, label="Time guidance without branch sharing", info="Takes one more run, with a branch in full."
+            False, label="Time guidance without branch sharing", info="Adds one run without branch sharing."
         )
     with gr.Accordion("Model", open=False):
         _model(model, config, others)
@@ -116,7 +116,7 @@ def _prompt(examples: list[list[str]], fields: Components, others: Components) -
 
 def _guidance(pipe: Any, fields: Components, others: Components) -> None:
     fields["guidances"] = gr.CheckboxGroup(
-        choices.guidances(pipe), value=["SEG"], label=LABELS["guidances"], info="Several methods add up."
+        choices.guidances(pipe), value=["SEG"], label=LABELS["guidances"], info="The effects of several methods add up."
     )
     with gr.Column() as others["blur"]:
         others["sigma_slider"] = gr.Slider(
@@ -168,7 +168,7 @@ def _image(pipe: Any, fields: Components) -> None:
         fields["steps"] = gr.Number(20, label=LABELS["steps"], info="Inference steps.", min_width=120)
     fields["seed"] = gr.Number(1, label=LABELS["seed"], info="Seed for the initial noise.")
     fields["negative_prompt"] = gr.Textbox(
-        "", label="Negative prompt", info="What the image should not show; needs CFG."
+        "", label="Negative prompt", info="Content to avoid in the image. Needs CFG."
     )
 
 
@@ -251,7 +251,7 @@ def announce_sigma() -> str:
 
 
 def follow_sigma(text: Any) -> Any:
-    """Return the position of a sigma that was typed; leave the slider unchanged for anything else."""
+    """Return the slider position of a typed sigma; leave the slider unchanged if the text is not a sigma."""
     try:
         sigma = number("sigma", text)
     except ValueError:

@@ -96,8 +96,8 @@ class RunResult:
     """Everything that the page shows of a run.
 
     Attributes:
-        before: PNG file without the guidance methods, with its settings as text.
-        after: PNG file with the guidance methods.
+        before: PNG file of the image without the guidance methods; it contains the settings as text.
+        after: PNG file of the image with the guidance methods.
         difference: PNG file of the absolute difference, with higher contrast.
         mean_difference: Mean absolute difference, in levels of 0 to 255.
         size: Width and height of the images.
@@ -127,12 +127,12 @@ class RunResult:
 
 
 def generate(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunResult:
-    """Generate everything that a run asks for, one image after the other.
+    """Generate all images and the energy map of a run, one after the other.
 
     Args:
         run: Settings; another thread may stop the run.
         models: Models; they run one at a time.
-        folder: Folder in which the files get a new folder.
+        folder: Folder in which to create a new folder for the files.
         on_step: Function that is called after every step.
 
     Raises:

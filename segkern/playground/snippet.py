@@ -40,7 +40,7 @@ def snippet(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str:
-    """Return a program that stores the image in ``image``, identical bit for bit on the same machine.
+    """Return a program that generates the image again as ``image``, bit-for-bit identical on the same machine.
 
     Args:
         source: Model.

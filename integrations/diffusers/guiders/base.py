@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base class of guiders: classifier-free guidance, one other spec, and a configuration that can be saved."""
+"""Base class of the guiders: classifier-free guidance and one other guidance spec, with a saved configuration."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ _INFINITY = "inf"  # JSON has no infinite numbers
 class SpecGuider(ClassifierFreeGuidance):
     """Classifier-free guidance combined with one guidance spec.
 
-    A subclass sets ``spec_class``. Its arguments are those of ``SpecGuider`` and the fields of that spec.
+    A subclass sets ``spec_class``. It accepts the arguments of ``SpecGuider`` and the fields of that spec.
 
     Attributes:
         spec: The guidance spec.
         scheduler: The pipeline's scheduler. Needed by SAG, and by specs that depend on the step if the scheduler calls
             the denoiser twice in a step (Heun). :meth:`new` and copies keep it; saved configurations do not.
         trust: Classes and functions of other packages in the denoiser that process each sample of a batch
-            independently, as for :func:`~segkern.integrations.diffusers.guide`. Kept like the scheduler.
+            independently, as for :func:`~segkern.integrations.diffusers.guide`. :meth:`new` and copies keep it; saved
+            configurations do not.
     """
 
     spec_class: ClassVar[type[Spec]]
@@ -230,7 +231,7 @@ class SpecGuider(ClassifierFreeGuidance):
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _is_cfg_enabled(self) -> bool:
-        """Return True if classifier-free guidance is active in this step; between steps, in any step."""
+        """Return True if classifier-free guidance is active in the current step or, between steps, in any step."""
         steps: int | None = self._num_inference_steps
         if steps is not None and not self._start <= self._fraction < self._stop:
             return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance in the denoiser calls of a guider, through hooks on the next call that are removed after it."""
+"""Guidance in a guider's denoiser calls, through hooks that are registered for one call and then removed."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class GuiderCalls:
         return self._module is denoiser and self._trust == trust
 
     def new_step(self, first: bool) -> None:
-        """Discard the state of the last step; in the ``first`` step of a run, also that of the last run."""
+        """Discard the state of the last step; in the ``first`` step of a run, also the state of the last run."""
         self.release()  # after an exception
         self.samples, self.kept = None, None
         if first:

@@ -23,7 +23,7 @@ class SEGGuider(SpecGuider):
 
     Args:
         spec: A ``SEG(...)`` spec. Alternatively, pass the arguments of :class:`SEG`, with the same names and defaults.
-            ``start`` and ``stop`` are those of SEG.
+            ``start`` and ``stop`` apply to SEG only.
         guidance_scale: Classifier-free guidance scale ``g``; 1 turns classifier-free guidance off.
         scale: ``s``; this and the other SEG arguments are described in :class:`SEG`. ``sigma`` may also be ``"inf"``,
             as in saved configurations.

@@ -198,7 +198,7 @@ def find_model(pipe_or_model: object) -> nn.Module:
     """Return the supported model of a pipeline, or the given model, without the wrapper of ``torch.compile``.
 
     Raises:
-        ValueError: If there is none. The message quotes the type.
+        ValueError: If there is no supported model. The message quotes the type.
     """
     models = [getattr(pipe_or_model, name, None) for name in ("unet", "transformer", "transformer_2")]
     models = [model for model in models if model is not None] or [pipe_or_model]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detection of projections that are affine and process each token independently, as far as this can be known.
 
-Only for these is the projection of a mean token the mean of the projected tokens. Projections with quantised input,
-non-linear adapters or users' hooks are excluded. The check never runs a projection.
+With such a projection, the projection of the mean token is the mean of the projected tokens. Projections with quantised
+input, non-linear adapters or users' hooks are excluded. The check never runs a projection.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 def is_affine(module: nn.Module) -> bool:
     """Return True if a module is known to map each token independently and affinely.
 
-    These are PyTorch's linear layer and PEFT's LoRA on it, also with offloading or another storage dtype.
+    Known modules are PyTorch's linear layer and PEFT's LoRA on it, also with offloading or another storage dtype.
     """
     if not _runs_its_own_forward(module):
         return False

@@ -3,8 +3,8 @@
 
 The pipeline's own batch is ``[unconditional, conditional]`` under classifier-free guidance and ``[conditional]``
 without it. Branches are appended to it. A perturbed branch equals the conditional one until its first perturbed layer,
-so it joins there. Everything before runs on the pipeline's own batch. For tensors computed before (skip connections,
-embeddings), the conditional samples are appended when a later module needs them.
+so it joins there. Everything before it runs on the pipeline's own batch. For tensors computed earlier (skip
+connections, embeddings), the conditional samples are appended when a later module needs them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Batch:
 
     @property
     def reference(self) -> slice:
-        """The unconditional samples under classifier-free guidance, otherwise the conditional ones."""
+        """The unconditional samples under classifier-free guidance, otherwise the conditional samples."""
         return self.unconditional if self.first else self.conditional
 
     def times(self, count: int) -> Batch:
@@ -174,7 +174,7 @@ class Forward:
         batch: The pipeline's own batch.
         branches: Indices of the specs with a branch, in the order in which the branches join.
         first: For every spec, the place at which its branch joins.
-        share: Whether branches join there instead of at the denoiser's input.
+        share: Whether branches join at these places instead of at the denoiser's input.
         strengths: Strengths of all active specs, by index.
         reused: Indices of the specs that reuse their last difference.
         sag: Indices of the SAG specs, each of which needs a second call.
@@ -344,8 +344,8 @@ def fold(
 ) -> torch.Tensor:
     """Return the guided prediction for the pipeline's own batch.
 
-    With the shift ``d``, the result is ``c + d`` without classifier-free guidance. With it, the result is
-    ``(u + d, c + d)``, so that the pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With
+    With the shift ``d``, the result is ``c + d`` without classifier-free guidance. With classifier-free guidance, the
+    result is ``(u + d, c + d)``, so the pipeline's ``u + g (c - u)`` becomes ``u + g (c - u) + d``. With
     ``guidance_rescale``, the pipeline uses the norm of the conditional prediction, which must not change;
     ``(u - d / (g - 1), c)`` then results in the same sum.
 

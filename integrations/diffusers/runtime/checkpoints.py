@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints around a whole denoiser call, which the backward pass would repeat outside its step."""
+"""Detection of gradient checkpoints around a whole denoiser call, which backward would repeat outside its step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from segkern.core.private_apis import checkpointing
 
 
 class CheckpointCheck:
-    """Checks that a whole denoiser call is not in a checkpoint that began after its guidance.
+    """Checks that a denoiser call is not inside a gradient checkpoint that began after this object was created.
 
     Args:
-        follows_no_grad: Whether to also refuse latents that require gradients if gradients were disabled since, which
-            is the only sign of a reentrant checkpoint.
+        follows_no_grad: Whether to also refuse latents that require gradients if gradients have been disabled in the
+            meantime. A reentrant checkpoint can be detected only in this way.
     """
 
     def __init__(self, follows_no_grad: bool) -> None:

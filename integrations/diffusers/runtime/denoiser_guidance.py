@@ -122,7 +122,7 @@ class DenoiserGuidance:
                 join.plan = None
 
     def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
-        """Return the distance that each layer moved, for each spec that acted on it.
+        """Return how far each spec changed the output of each layer that it perturbed, as norms.
 
         Raises:
             RuntimeError: If a spec should have acted on a layer but did not.

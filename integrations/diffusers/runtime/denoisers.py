@@ -210,7 +210,7 @@ class Transformer(Denoiser):
         return super().rescaled_guidance_scale(run)
 
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return True if no residuals are added between blocks, because they must match the batch."""
+        """Return False if residuals are added between blocks, because residuals must match the batch."""
         given = (self.arguments.get(name, args, kwargs) for name in self.architecture.residuals)
         return all(value is None for value in given) and not getattr(self.model, "zero_cond_t", False)
 

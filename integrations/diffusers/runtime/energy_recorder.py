@@ -36,7 +36,8 @@ from segkern.integrations.diffusers.runtime.support import check_layer
 class LayerEnergy:
     """The energy of one layer in one denoiser call, on the CPU.
 
-    The batch holds the conditional samples, unperturbed. For the two cuts of the logits, see :mod:`segkern.energy`.
+    The batch contains only the unperturbed conditional samples. For the two cuts of the logits, see
+    :mod:`segkern.energy`.
 
     Attributes:
         layer: The layer, with its grid in this call.
@@ -44,7 +45,7 @@ class LayerEnergy:
         step: Number of the denoiser call in the run, from 0.
         steps: Number of denoiser calls in the run.
         by_query: One energy per query, ``over="keys"``. The first sigma is 0; steps that were not selected have no
-            others.
+            other sigmas.
         by_key: One energy per key, ``over="queries"``, as defined in the paper; None in steps that were not selected.
     """
 
@@ -83,9 +84,9 @@ def record_energy(
 ) -> EnergyRecorder:
     """Record the energy of self-attention in every run of a pipeline, until the context exits.
 
-    The recorded queries and keys are the inputs of attention, after projections and norms, of the conditional branch,
-    also while :func:`~segkern.integrations.diffusers.guide` is active on the pipeline. They are computed by separate
-    projections; images stay bit-for-bit the same. Every step records the energy without a blur, and selected steps
+    The recorded queries and keys are the inputs of attention in the conditional branch, after projections and norms,
+    even while :func:`~segkern.integrations.diffusers.guide` is active on the pipeline. They are computed by separate
+    projections, so images stay bit-for-bit the same. Every step records the energy without a blur, and selected steps
     record all sigmas.
 
     Args:
@@ -94,8 +95,8 @@ def record_energy(
             every self-attention layer.
         sigmas: Standard deviations of the blurs, in tokens; ``math.inf`` is the mean query.
         at_steps: Steps in which all sigmas are recorded: numbers of denoiser calls from 0; negative numbers count from
-            the end of a run. None selects every step. For each sigma, a step of one layer costs a few times its
-            attention and stores ``2 * heads * tokens`` numbers.
+            the end of a run. None selects every step. For each sigma, recording one layer in one step takes a few times
+            as long as its attention and stores ``2 * heads * tokens`` numbers.
         boundary: Boundary of the blurs.
         dtype: Dtype of the analysis, ``torch.float32`` or ``torch.float64``.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Users' forward hooks on modules that run with branches: hooks that only observe are allowed, others are refused.
+"""Checks of users' forward hooks on modules that run with branches: hooks that change tensors are refused.
 
 A hook that changes a module's inputs or outputs may depend on a sample's position in the batch, and guidance appends
 samples to the batch. Such changes can be detected only while the module runs, with hooks before and after the user's
@@ -41,7 +41,7 @@ class HookWatch:
         self._seen: list[tuple[torch.Tensor, int]] = []
 
     def register(self) -> Iterator[RemovableHandle]:
-        """Register the hooks before and after the existing ones."""
+        """Register hooks before and after all existing hooks."""
         for check, first in ((False, True), (True, False)):
             hook = _Look(self, check)
             yield self._module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)

@@ -86,11 +86,11 @@ def guide(
             may be compiled.
         specs: One or more guidance specs.
         share: Let a branch join the batch at the transformer block of its first layer, because it equals the
-            conditional branch up to there. In a UNet, that layer also shares the projections of queries, keys and
-            values. The result is the same up to rounding, at a lower cost. Use False to verify this.
+            conditional branch up to this block. In a UNet, that layer also shares the projections of queries, keys and
+            values. The result is the same up to rounding, at a lower cost. To verify this, set ``share=False``.
         cfg: How a custom loop, or a pipeline whose layout segkern cannot read, applies classifier-free guidance:
             ``"none"``, ``"batch"`` (both predictions in one call) or ``"separate"`` (one call for each, the conditional
-            one first). None detects it.
+            prediction first). None detects it.
         conditional: Which half of the batch is conditional if ``cfg="batch"``: ``"first"`` or ``"second"``. None means
             the second.
         trust: Attention processors, block classes and functions that replace a module's ``forward``, if they are not
@@ -156,7 +156,7 @@ def _check_layout(cfg: object, conditional: object, specs: Sequence[object]) -> 
 
 
 def is_guided(denoiser: nn.Module) -> bool:
-    """Return True if a guidance is active on a denoiser."""
+    """Return True if guidance is active on a denoiser."""
     return any(guidance._acts_on(denoiser) for guidance in _GUIDANCES)
 
 
@@ -386,7 +386,7 @@ class Guidance:
             self._recorder.warn(self._recorder.report(), stacklevel=5)
 
     def _clear(self) -> None:
-        """Remove what guidance attaches for one denoiser call, so that users see the original processors."""
+        """Remove the hooks and processors of one denoiser call, so users see the original processors between calls."""
         self._forward, self._given = None, ((), {})
         self._layers.forget()
         self._denoiser_guidance.detach()
@@ -472,8 +472,8 @@ class Guidance:
     def _is_of_others(self) -> bool:
         """Return True if a call outside known runs belongs to another pipeline whose run began before it was watched.
 
-        That is so if a pipeline was created from this pipeline's components since, or if the call is in another thread
-        than the one that called ``guide`` and another pipeline may be in a run.
+        This is the case if a pipeline was created from this pipeline's components since, or if the call is in another
+        thread than the one that called ``guide`` and another pipeline may be in a run.
         """
         elsewhere = threading.get_ident() != self._thread
         if _under_way(self._begun) or (elsewhere and _under_way(self._begun_elsewhere)):
@@ -503,8 +503,8 @@ class Guidance:
         if not denoiser.is_step(args, kwargs):
             if not run.arguments and not run.is_loop:
                 raise ValueError(
-                    f"this {self._name} uses skip-layer guidance, which guide cannot see in a call of the class's "
-                    f"function; call pipe(...)"
+                    f"this {self._name} uses skip-layer guidance, which guide cannot detect if the class's function is "
+                    f"called directly, as in type(pipe).__call__(pipe, ...); call pipe(...)"
                 )
             return None
         run.checkpoints.check(latents, type(denoiser.model).__name__)

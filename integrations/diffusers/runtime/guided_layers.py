@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guided layers of a denoiser, with processors that replace their own and are prepared for each call."""
+"""The guided layers of a denoiser: the processors that replace their own, and the plans of these processors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GuidedLayer:
 
 
 class GuidedLayers:
-    """All guided layers of a denoiser, each once.
+    """All guided layers of a denoiser, without duplicates.
 
     Attributes:
         kernels: Attention kernels that the user chose, by module name.

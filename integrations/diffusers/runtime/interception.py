@@ -3,7 +3,7 @@
 
 Transformers process queries and keys differently (norms, rotary embeddings, text in the same sequence), but all of them
 pass three tensors to ``torch.nn.functional.scaled_dot_product_attention``, also through diffusers' dispatch. The
-queries are final at this point, so they are blurred there.
+queries are final at this point, so segkern blurs them in this call.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class InterceptingProcessor(GuidedProcessor):
         self._runs = original if calling is None else calling()
 
     def run(self, attn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the original's output, with perturbed attention for perturbed samples."""
+        """Return the original processor's output, with perturbed attention for perturbed samples."""
         plan = self.plan if acts_here() else None
         if plan is None or not plan.acts:
             return self.original(attn, *args, **kwargs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verify the layout of a denoiser's batch: conditional and unconditional samples, and pairs of calls.
+"""Verification of the layout of a denoiser's batch: conditional and unconditional samples, and pairs of calls.
 
 The settings of the pipeline (``do_classifier_free_guidance``, the arguments of its call, its texts) are compared with
 the batch of each call. Under classifier-free guidance, the two halves of a batch have the same latents and different
@@ -165,7 +165,7 @@ class BatchLayout:
         return False
 
     def _check_one_text(self, latents: Any, stated: bool | None) -> None:
-        """Raise a LayoutError if a batch of one text may also be one of both texts, and nothing rules it out."""
+        """Raise a LayoutError if a batch with one text may instead be a batch with both texts."""
         half = len(latents) // 2
         if self._calls or stated is not None or self._run.is_stock or len(latents) != 2 * half:
             return

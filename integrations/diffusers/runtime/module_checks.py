@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of a denoiser's modules: caches, replaced forwards, and processors and blocks of other packages.
 
-Guidance appends samples to the batch, in some denoiser calls and from some block on. A cache returns results of another
-batch, and code that depends on a sample's position in the batch mistakes an appended sample for another one. Neither
+Guidance appends samples to the batch in some denoiser calls, starting at some block. A cache returns results of another
+batch, and code that depends on a sample's position in the batch mistakes an appended sample for another sample. Neither
 can be detected from the outside, so unknown code is refused unless the user declares that it processes samples
 independently.
 """
@@ -63,14 +63,14 @@ _UNET_END = ("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_act
 
 
 class ModuleChecks:
-    """The checks of one guided denoiser: of all its modules once per run, and of modules that changed since.
+    """The checks of one guided denoiser: once per run for all its modules, and again for modules that have changed.
 
     Args:
         denoiser: The denoiser.
         first: For every spec, the place at which its branch joins.
         share: Whether branches may join inside the denoiser.
         trust: Classes and functions that the user declares to process samples independently.
-        remedy: How a user declares this, with ``{}`` for the class or function.
+        remedy: Code with which a user declares this, with ``{}`` in place of the class or function.
 
     Attributes:
         watches: Watches of users' hooks, to register for guided calls.
@@ -116,7 +116,8 @@ class ModuleChecks:
         """Check every module.
 
         Args:
-            place: Where the first branch joins; -1 for before all places; None for the place that the specs need.
+            place: Place where the first branch joins; -1 if it joins before all places; None for the place that the
+                specs need.
             sizes: Batch sizes of the denoiser and its blocks, if a run has begun.
 
         Raises:

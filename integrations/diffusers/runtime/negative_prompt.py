@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The negative text for classifier-free guidance in pipelines that do not apply it."""
+"""Embeddings of the negative prompt for ``CFG`` specs, in pipelines without their own classifier-free guidance."""
 
 from __future__ import annotations
 

@@ -88,10 +88,10 @@ def foreign_link(forward: Any) -> Any:
 
 
 def foreign_part(kind: type) -> Any:
-    """Return code of another package that instances of a class run; None if there is none.
+    """Return a class or function of another package that instances of a class run; None if there is none.
 
-    It is a class that overrides a method of a known class, or a function that replaces a known class's forward. A
-    subclass that only adds attributes or methods runs the code of its base class.
+    It is either a class that overrides a method of a known class, or a function that replaces a known class's forward.
+    A subclass that only adds attributes or methods runs the code of its base class.
     """
     for base in kind.__mro__:
         if is_known(base.__module__):

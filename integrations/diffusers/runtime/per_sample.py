@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors with one entry per sample that a denoiser gets outside its batch: on its modules and in dictionaries.
+"""Tensors with one entry per sample that are not in a denoiser's batch, but on its modules or in dictionaries.
 
-The tensors of a module do not change when the batch grows, nor do tensors that attention processors get by name. Those
-of diffusers are adapted to the batch. Other tensors are indistinguishable from tensors that do not belong to samples.
+Tensors on a module and tensors that attention processors get by name do not grow with the batch. segkern adapts the
+tensors of diffusers to the batch. Other tensors cannot be distinguished from tensors that do not belong to samples.
 """
 
 from __future__ import annotations

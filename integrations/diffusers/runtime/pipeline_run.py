@@ -117,13 +117,13 @@ class PipelineRun:
                 return getattr(self.pipe, name)
         if not self.arguments and name in inspect.signature(kind.__call__).parameters:
             raise ValueError(
-                f"guide needs the {name} of this {kind.__name__}, but cannot see it in a call of the class's function, "
-                f"as in type(pipe).__call__(pipe, ...); call pipe(...)"
+                f"guide needs the {name} of this {kind.__name__}, but cannot read it if the class's function is called "
+                f"directly, as in type(pipe).__call__(pipe, ...); call pipe(...)"
             )
         return self.arguments.get(name)
 
     def at_end(self, function: AtEnd) -> None:
-        """Call a function with this run when the run ends, and with whether it failed."""
+        """Register a function to call when the run ends. Its arguments are the run and whether the run failed."""
         self._at_end.append(function)
 
 

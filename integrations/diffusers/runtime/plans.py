@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of a denoiser call: an immutable description for each guided layer and each join.
 
-Calls with equal inputs share their plans. Results of a call (norms, masses) are not part of them.
+Calls with equal inputs share their plans. Plans do not contain results of a call (norms, masses).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LayerPlan:
             that have just joined, and repeat the conditional samples.
         perturbed: Samples of each branch that is perturbed in the layer.
         read: Samples whose attention mass is computed; None for none.
-        graph_sigmas: The sigmas with 1 in place of any finite value, which is all that a compiled graph depends on.
+        graph_sigmas: The sigmas with 1 in place of any finite value. A compiled graph depends only on these.
         values: The sigmas in a CPU tensor, which a compiled graph reads when it runs; None if it needs none.
         acts: Whether any sample is perturbed.
         kind: Key that is equal for plans that differ only in the values of finite sigmas.
@@ -63,7 +63,7 @@ class LayerPlan:
         object.__setattr__(self, "kind", (kinds, self.strides, self.blends, self.own, slices))
 
     def told_sigmas(self) -> tuple[tuple[Perturbed, ...], torch.Tensor | None]:
-        """Return the sigmas as numbers, or while compiling, as kinds with a tensor of values.
+        """Return the sigmas as numbers or, while compiling, as kinds and a tensor of values.
 
         Query strides, sigmas per head and gradients need fixed numbers.
         """

@@ -193,7 +193,7 @@ class GuidedProcessor:
         return output
 
     def told_grid(self) -> Grid | None:
-        """Return the grid. While compiling, read it from a tensor's shape, which may vary, unlike plain numbers."""
+        """Return the grid. While compiling, read it from a tensor's shape: unlike numbers, shapes may vary."""
         if torch.compiler.is_compiling() and self.sizes is not None:
             height, width, start, frames = self.sizes.shape
             return Grid(height, width, start, frames)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-attention that computes only the query rows that each sample needs.
 
-With infinite sigma, a perturbed sample has a single query, the mean query. If the projections are affine, this is the
-projection of the mean token. Such samples need no query projection, one row of attention per head and one row of the
-output projection, whose result all tokens share. Only their keys and values are computed in full. If the query
-projection is not known to be affine, the mean is computed from all queries; if the output projection is not, every
-token gets its own.
+With infinite sigma, a perturbed sample has a single query, the mean query. If the projections are affine, the mean
+query is the projection of the mean token. Such samples need no query projection, one row of attention per head and one
+row of the output projection, whose result all tokens share. Only their keys and values are computed in full. If the
+query projection is not known to be affine, the mean is computed from all queries; if the output projection is not known
+to be affine, it is computed for every token.
 
 With a finite sigma and a query stride, a perturbed sample has queries at a few points of its grid. Sampling the blurred
 tokens and interpolating between points are weighted sums of tokens with weights that sum to 1, so both commute with
 affine projections: the query projection, the attention and the output projection are computed only at the points. If a
-projection is not known to be affine, only the attention is.
+projection is not known to be affine, only the attention is computed at the points.
 
 With identity attention, the output of a sample is its values, so it needs no query or key projection and no attention.
 """
@@ -105,7 +105,7 @@ def _shift(samples: slice, by: int) -> slice:
 
 @dataclass
 class LayerRows:
-    """The computation of one layer between its norms and its residual. Created for every call.
+    """The computation of one layer between its norms and its residual, for one call.
 
     Args:
         attn: The layer.

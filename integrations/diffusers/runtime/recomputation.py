@@ -2,10 +2,10 @@
 """Gradient checkpointing under guidance: a module that the backward pass repeats gets the plan of its original call.
 
 diffusers' modules run their checkpointed parts through a function that ``enable_gradient_checkpointing`` sets on them.
-During a guided call, this function gets parts that store the plan of the call. Inside the call, the parts only run.
-Later calls, possibly after the guidance was removed and in an autograd thread, temporarily restore the plan. Norms and
-masses of such calls are discarded. Other ways to checkpoint a part of a denoiser do not specify what they will repeat,
-and are refused.
+During a guided call, this function gets wrapped parts that store the plan of the call. Within the call, a wrapped part
+simply runs. When the backward pass calls it again, possibly in an autograd thread after the guidance was removed, it
+temporarily restores the plan. Norms and masses of such calls are discarded. Other ways to checkpoint a part of a
+denoiser do not specify what they will repeat, and are refused.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Differences:
     def due(self, index: int, step: int, shape: torch.Size) -> bool:
         """Return True if an active spec computes its branch in the next call.
 
-        All calls of a step give the same answer.
+        The result is the same for all calls of a step.
 
         Args:
             index: Index of the spec.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of a run: identify by value whether an embedding belongs to the prompt or to the negative prompt."""
+"""The texts of a run. Embeddings are compared by value with those of the prompt and of the negative prompt."""
 
 from __future__ import annotations
 

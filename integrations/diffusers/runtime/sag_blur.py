@@ -38,9 +38,9 @@ def check_scheduler(scheduler: Any) -> None:
 def levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
     """Return signal and noise of the denoiser's input in the current call.
 
-    Schedulers that scale latents for the denoiser provide the factor, which is the signal. Other schedulers store
-    latents in the denoiser's form: those with sigmas provide the sigma of the current step, and the rest provide one
-    value per timestep. Synchronises with the timestep's device.
+    If the scheduler scales latents for the denoiser, the scale factor is the signal. Otherwise, latents are stored in
+    the denoiser's form, and both numbers follow from the sigma of the current step if the scheduler has sigmas, or from
+    ``alphas_cumprod`` at the timestep. Synchronises with the timestep's device.
     """
     one = torch.ones(1, dtype=torch.float64)
     scaled = float(scheduler.scale_model_input(one, timestep))

@@ -42,7 +42,7 @@ class SAGForward:
         output: torch.Tensor,
         layer: GuidedLayer,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the unscaled difference, and the norms of the change of the image and of the image.
+        """Return the unscaled difference, and the norms of the degradation of the image and of the image itself.
 
         Args:
             index: Index of the spec.

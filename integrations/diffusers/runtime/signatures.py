@@ -12,7 +12,7 @@ from segkern.integrations.diffusers.runtime.origins import name_of
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the positional arguments of the class's forward. Offloading replaces the instance's forward.
+    """Return the names of the positional arguments of the class's forward (offloading replaces the instance's forward).
 
     If a forward has ``*args``, the names of its base class follow.
     """
@@ -29,7 +29,7 @@ def check_signature(module: nn.Module, needed: Collection[str], at: str) -> None
 
     Args:
         module: A denoiser or a block.
-        needed: Names of those arguments that the base classes have.
+        needed: Names of the arguments that guidance reads, as in the base classes.
         at: Name of the module, for the message.
     """
     (own, has_rest), *bases = _forwards(module)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan each call of a guided denoiser: the active guidance, the places where branches join, and the arguments."""
+"""Planner of a guided denoiser's calls: the active guidance, the places where branches join, and the arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunState:
     Attributes:
         layout: Layout of the denoiser's calls.
         differences: Differences that later calls reuse.
-        pending: By number of a call for the prompt: the shift that the call for the negative prompt adds.
+        pending: The shifts that calls for the negative prompt add, by the number of the call for the prompt.
         call: Number of the last timestep in which guidance with ``reuse`` was active.
     """
 
@@ -47,7 +47,7 @@ class RunState:
             all_of_them: Discard all; used at the end of a run.
 
         Raises:
-            RuntimeError: If a discarded shift should have been added only in that call.
+            RuntimeError: If a discarded shift could only have been added in that call.
         """
         for pair in [pair for pair in self.pending if all_of_them or not self.layout.awaits(pair)]:
             shift, rescaled = self.pending.pop(pair)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of pipelines and specs: unsupported ones are refused here, before anything is modified."""
+"""Checks that refuse unsupported pipelines and specs before anything is modified."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The blocks of a transformer at which a branch can join the batch.
 
-The denoiser's input is the enlarged batch, so everything before and after its blocks, which is little, runs on all
-branches. The blocks before the first perturbed one run on the pipeline's own batch: hooks cut their arguments to it,
-and other hooks let the branch join again where it begins to differ.
+The denoiser's input is the enlarged batch, so the few modules before and after its blocks run on all branches. The
+blocks before the first perturbed block run on the pipeline's own batch: hooks cut their arguments to it, and other
+hooks let the branch join again where it begins to differ.
 """
 
 from __future__ import annotations

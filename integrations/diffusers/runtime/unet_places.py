@@ -3,7 +3,7 @@
 
 A perturbed branch equals the conditional one until its first perturbed layer. The latest place to join is the
 transformer block with that layer: the layer's residual connection needs the whole batch, and the layer itself shares
-the queries, keys and values with the branch. Everything before runs on the pipeline's own batch: earlier blocks,
+the queries, keys and values with the branch. Everything before it runs on the pipeline's own batch: earlier blocks,
 earlier resnets and transformers in the same block, and earlier transformer blocks in the same transformer.
 
 A block with an unknown forward is a single place: branches join before it.
@@ -92,7 +92,7 @@ class Places:
         return sum(place.name.startswith(until) for place in self._places) - 1
 
     def shares_inputs(self, place: int) -> bool:
-        """Return True if a branch that joins there still equals the conditional one at its first layer."""
+        """Return True if a branch that joins at this place still equals the conditional branch at its first layer."""
         return isinstance(self._places[place].module, BasicTransformerBlock)
 
     def joins(self) -> list[Join]:
