@@ -215,8 +215,8 @@ def measure(
 ) -> Iterator[list[Row]]:
     """Yield a row for each way after every round: ``ms`` per step, ``ratio`` to the plain way, and more.
 
-    The plain way is the one with the same CFG setting. ``cpu_ms`` and ``cpu_ratio`` are measured in CPU time, which on
-    a CPU is less disturbed by other programs.
+    The plain way has the same CFG setting. ``cpu_ms`` and ``cpu_ratio`` are measured in CPU time, which on a CPU is
+    less disturbed by other programs.
     """
     eager = [replace(way, name=way.name.removesuffix(COMPILED), compiled=False) for way in chosen]
     operations = counted(bench.size, {way.name for way in eager} | {plain(way) for way in eager})

@@ -264,11 +264,11 @@ def describe(model: torch.nn.Module) -> UNet | Transformer:
 
 
 def _refuse_nodes(transformer_options: Arguments, model: UNet | Transformer) -> None:
-    """Raise a ValueError for nodes that make the perturbed prediction differ from the conditional one in other ways."""
+    """Raise a ValueError for nodes that change the perturbed and the conditional prediction in different ways."""
     wrappers = transformer_options.get("wrappers", {})
     if isinstance(model, Transformer) and "torch.compile" in wrappers.get(WrappersMP.APPLY_MODEL, {}):
         raise ValueError(
-            "guidance does not work with TorchCompileModel on a transformer, where patches of one forward pass would "
+            "guidance does not work with TorchCompileModel on a transformer, because patches of one forward pass would "
             "be used in others; remove that node (Stable Diffusion 1, 2 and XL may be compiled)"
         )
     if "easycache" in wrappers.get(WrappersMP.DIFFUSION_MODEL, {}):
@@ -280,7 +280,7 @@ def _refuse_nodes(transformer_options: Arguments, model: UNet | Transformer) -> 
         if getattr(patch, "__qualname__", "").startswith("NAGuidance."):
             raise ValueError(
                 "guidance does not work with Normalized Attention Guidance, which mixes the positive and the negative "
-                "prediction inside attention, because the perturbed prediction has no negative one; remove one of the "
+                "prediction inside attention, and there is no perturbed negative prediction; remove one of the "
                 "two nodes"
             )
 

@@ -33,9 +33,9 @@ def _scale(name: str, default: float) -> Any:
         -100.0,
         100.0,
         0.1,
-        "Guidance scale: how far the prediction moves away from the perturbed one. Added to CFG, which is unchanged. "
-        f"0 turns guidance off and costs nothing. Start with {default:g} and CFG 1 to 5; reduce it if colours get too "
-        "strong.",
+        "Guidance scale: how far the prediction moves away from the perturbed prediction. Added to CFG, "
+        f"which is unchanged. 0 turns guidance off and costs nothing. Start with {default:g} and CFG 1 to 5; reduce it "
+        "if colours get too strong.",
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations of the conditional prediction, kept from the model's own forward pass for the perturbed one."""
+"""Activations of the conditional prediction, kept from the model's own forward pass for the perturbed pass."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ class GuidanceReport:
         full = sum(self.full.values())
         if full == 0:
             return (
-                f"Each perturbed forward pass shared the model's own up to its first layer ({self.skipped:.0%} of "
-                f"the blocks)."
+                f"Each perturbed forward pass shared the model's own forward pass up to its first perturbed layer "
+                f"({self.skipped:.0%} of the blocks)."
             )
         reasons = "; ".join(f"{reason} ({count} times)" for reason, count in self.full.items())
         return f"{full} of {self.acted} perturbed forward passes were computed in full: {reasons}."

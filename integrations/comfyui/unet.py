@@ -220,7 +220,7 @@ class _Recorder(_LayerPatch):
 
 
 class _Replay(_LayerPatch):
-    """Skips the modules before the first perturbed one. ``full`` is the reason if nothing could be skipped."""
+    """Skips the modules before the first perturbed module. ``full`` is the reason if nothing could be skipped."""
 
     def __init__(self, unet: UNet, recording: Recording, entry: _Place, places: Mapping[Hashable, bool]) -> None:
         super().__init__(unet)

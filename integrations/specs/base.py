@@ -125,7 +125,7 @@ class AttentionSpec(Spec):
         owner = type(self).__name__
         if not (is_number(self.blend) and 0.0 <= self.blend <= 1.0):
             raise ValueError(
-                f"{owner}.blend must lie between 0 (the layer's own attention) and 1 (the perturbed one), got "
+                f"{owner}.blend must lie between 0 (the layer's own attention) and 1 (the perturbed attention), got "
                 f"{self.blend!r}"
             )
         names = self.layer_names

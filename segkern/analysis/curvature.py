@@ -52,9 +52,9 @@ def largest_curvature(grid: Grid, sigma: float, boundary: str = "reflect") -> fl
     The second derivative of ``-lse(B a)`` in a direction ``v`` is minus the variance of ``B v`` under the softmax. It
     is at most ``range(B v)^2 / 4`` for any logits ``a``. Over directions of length 1, that is at most
     ``max_ij |B_i - B_j|^2 / 4`` with the rows of ``B``. If ``B`` is invertible, some logits come arbitrarily close to
-    this bound. The bound is one half without a blur, never larger with one, for any boundary, and 0 for the mean query.
-    In this sense a blur always flattens the energy landscape. At given logits, a blur may increase the curvature; see
-    :mod:`segkern.energy`.
+    this bound. Without a blur, the bound is one half. With a blur, it is never larger, for any boundary. For the mean
+    query, it is 0. In this sense a blur always flattens the energy landscape. At given logits, a blur may increase the
+    curvature; see :mod:`segkern.energy`.
 
     Args:
         grid: Grid of the queries.

@@ -27,7 +27,7 @@ def map_files(layers: int) -> list[str]:
 
 
 def plot_maps(run: dict[str, Any], folder: Path, picture: Image | None = None) -> list[Path]:
-    """Plot the energy of each query over the grid: one row per layer, with its own scale, one column per chosen step.
+    """Plot the energy of each query over the grid: rows are layers, with separate scales; columns are chosen steps.
 
     Args:
         run: The result of :func:`segkern.analysis.report.summary`.

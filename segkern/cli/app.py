@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the console script."""
+"""The ``typer`` application of the console script ``segkern``, with all commands."""
 
 from __future__ import annotations
 

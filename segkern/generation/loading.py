@@ -296,7 +296,7 @@ def _find_config(config: str | None) -> str:
             raise ValueError(f"configuration folder {config!r} has no model_index.json")
         name = json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
         if name != "StableDiffusionXLPipeline":
-            raise ValueError(f"configuration {config!r} is of a {name}; single files can only be SDXL")
+            raise ValueError(f"configuration {config!r} is for a {name}, but single files must be SDXL checkpoints")
         return str(path)
     if path.exists() or not _HUB_NAME.fullmatch(config):
         raise ValueError(f"the configuration must be a checkpoint folder or a Hub name, got {config!r}")

@@ -308,7 +308,7 @@ def _blur_images(
     boundary: str,
     adjoint: bool,
 ) -> None:
-    """Write some blurred samples of a batch of images to ``out``. ``sigmas`` are those of the samples."""
+    """Write some blurred samples of a batch of images to ``out``. ``sigmas`` has one entry for each of them."""
     _, heads, _, head_dim = image.shape
     height, width = grid.height, grid.width
     matrices = blur_matrices(samples, sigmas, height, width, boundary, image.device, adjoint, planes=image.dtype)

@@ -80,7 +80,7 @@ coarse_outputs_operator.register_autograd(_outputs_gradient, setup_context=save_
 def coarse_queries(
     x: torch.Tensor, grid: Grid, sigmas: tuple[float, ...], stride: tuple[int, int], boundary: str
 ) -> torch.Tensor:
-    """Return the blurred image at the points of its coarse grid, with one finite sigma in total or per sample.
+    """Return the blurred image at the points of its coarse grid, with one finite sigma for all samples or per sample.
 
     In ``[batch, heads, tokens, dim]``, the tokens of the coarse grid replace those of ``grid``.
     """

@@ -18,7 +18,7 @@ from segkern.playground.form import LABELS, number
 from segkern.playground.markup import empty_pair, status_message
 from segkern.playground.presets import PRESETS
 
-_HINT = "Click Generate to see the same noise become an image before and after guidance."
+_HINT = "Click Generate to compare images with and without guidance from the same noise."
 _ENERGY = (
     "Attention energy without guidance at every token: one row per layer that guidance changes or reads, one column "
     "each for the first, middle and last step."

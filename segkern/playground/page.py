@@ -54,7 +54,8 @@ class Playground:
         with gr.Blocks(title="segkern", analytics_enabled=False, fill_width=True) as self.blocks:
             loaded, ticket = gr.State(source), gr.State("")
             gr.Markdown(
-                "# segkern\nGenerate the same image with and without Smoothed Energy Guidance (SEG) or its relatives.",
+                "# segkern\nGenerate the same image with and without Smoothed Energy Guidance (SEG) or a related "
+                "method.",
                 elem_id="heading",
             )
             with gr.Row(elem_id="main"):

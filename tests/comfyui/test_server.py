@@ -81,7 +81,7 @@ def test_guidance_acts_in_every_run(server: Server) -> None:
         latents, text = run(server, changed(sample={"steps": steps} | again(1)))
         assert f"SEG, scale 3, infinite sigma: acted in {steps} of {steps} evaluations" in text
         assert "middle.0.0: moved attention by" in text
-        assert "shared the model's own up to its first layer (44% of the blocks)" in text
+        assert "shared the model's own forward pass up to its first perturbed layer (44% of the blocks)" in text
         assert latents.isfinite().all()
         if steps == 3:
             assert (latents - unguided).norm() > 1e-3 * unguided.norm()

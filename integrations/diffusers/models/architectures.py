@@ -49,7 +49,7 @@ class Architecture:
         size: Function that returns frames, height and width of the image in tokens.
         pixels: Function that returns the side of a token in latent pixels.
         text: Argument whose tokens precede the image in every attention, if any.
-        listed: Those of ``batched`` that are lists with one item per sample.
+        listed: Arguments in ``batched`` that are lists with one item per sample.
         residuals: Arguments that are added between blocks. If one is given, branches join at the input.
         other: Argument that is given only in calls that are not a step of a run.
         prompt: Argument with the prompt embeddings.

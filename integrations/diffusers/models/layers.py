@@ -30,9 +30,9 @@ def list_layers(
 ) -> list[LayerInfo]:
     """Return the self-attention layers that guidance can act on, in execution order.
 
-    ``guide`` supports all of them in a model as built by diffusers. Layers that were modified are still listed, and
-    ``guide`` then raises an error that explains the problem: UNet layers with a non-standard processor or under
-    ``enable_free_noise_split_inference``.
+    ``guide`` supports all these layers in an unmodified diffusers model. Modified UNet layers, with a non-standard
+    processor or under ``enable_free_noise_split_inference``, are also listed, but ``guide`` raises an error that
+    explains the problem.
 
     Args:
         pipe_or_model: A pipeline with a ``UNet2DConditionModel``, a ``UNetMotionModel`` or a supported transformer, or
@@ -230,7 +230,8 @@ def find_unet(pipe_or_unet: object) -> UNet2DConditionModel:
         return model
     within = "" if model is pipe_or_unet else f" whose unet is a {type(model).__name__}"
     raise ValueError(
-        f"this needs a UNet2DConditionModel (Stable Diffusion 1, 2, XL), got {type(pipe_or_unet).__name__}{within}"
+        f"this function needs a UNet2DConditionModel (Stable Diffusion 1, 2, XL), got "
+        f"{type(pipe_or_unet).__name__}{within}"
     )
 
 

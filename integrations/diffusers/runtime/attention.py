@@ -47,7 +47,8 @@ def self_attention(
         blends: Share of the perturbed attention in each sample's output; below 1, the sample's own attention is mixed
             in.
         own: Number of samples with their own hidden states. The samples after them repeat the hidden states of
-            ``source``, once or several times, and share their projections. None if all samples have their own.
+            ``source``, once or several times, and share their projections. None if all samples have their own hidden
+            states.
         source: Unperturbed samples before ``own``.
         values: The sigmas in a CPU tensor that is read when a compiled graph runs. ``sigmas`` then specifies only
             which are 0, infinite or finite. Cannot be combined with strides.

@@ -2,8 +2,8 @@
 """The batch of a guided denoiser call: where branches join it, and how they are folded into the prediction.
 
 The pipeline's own batch is ``[unconditional, conditional]`` under classifier-free guidance and ``[conditional]``
-without it. Branches are appended to it. A perturbed branch equals the conditional one until its first perturbed layer,
-so it joins there. Everything before it runs on the pipeline's own batch. For tensors computed earlier (skip
+without it. Branches are appended to it. A perturbed branch equals the conditional branch until its first perturbed
+layer, so it joins there. Everything before it runs on the pipeline's own batch. For tensors computed earlier (skip
 connections, embeddings), the conditional samples are appended when a later module needs them.
 """
 
@@ -220,7 +220,7 @@ class JoinPlan:
 
 
 class Join(Hook):
-    """Forward pre-hook that gives a module's arguments exactly the branches that the module runs with.
+    """Forward pre-hook that adjusts a module's arguments to the number of branches with which the module runs.
 
     Attributes:
         module: The module.
@@ -249,7 +249,7 @@ class Join(Hook):
 
 
 class JoinSkips(Join):
-    """Forward pre-hook of an up block that gives each skip connection the branches of its resnet."""
+    """Forward pre-hook of an up block that adjusts each skip connection to the number of branches of its resnet."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         plan = self.plan if acts_here() else None
@@ -271,7 +271,7 @@ class DenoiserArguments:
     Args:
         denoiser: The model.
         batched: Names of arguments with one entry per sample, as tensors or collections of tensors.
-        listed: Those of ``batched`` that are lists with one item per sample.
+        listed: Arguments in ``batched`` that are lists with one item per sample.
     """
 
     def __init__(

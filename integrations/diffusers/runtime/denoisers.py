@@ -104,7 +104,7 @@ class Denoiser(ABC):
         """
 
     def grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
-        """Return the grid of all layers in the next call; None if each layer has its own, which hooks read."""
+        """Return the grid of all layers in the next call; None if each layer has its own grid, which hooks read."""
         return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guided layers of a denoiser: the processors that replace their own, and the plans of these processors."""
+"""The guided layers of a denoiser, their replacement processors, and the plan of each layer in a call."""
 
 from __future__ import annotations
 

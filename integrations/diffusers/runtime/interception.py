@@ -108,7 +108,7 @@ class InterceptingProcessor(GuidedProcessor):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """Return the result of ``scaled_dot_product_attention``, with perturbed samples."""
+        """Return the result of ``scaled_dot_product_attention``, with perturbed attention for perturbed samples."""
         plan, grid = self.plan, self.told_grid()
         assert plan is not None
         assert grid is not None

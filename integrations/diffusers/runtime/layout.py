@@ -50,7 +50,7 @@ class CallLayout:
 
 @dataclass(frozen=True)
 class _PromptCall:
-    """A call for the prompt. It keeps a reference to the latents, so that no other tensor can get their identity."""
+    """A call for the prompt. Its reference to the latents prevents other tensors from getting the same identity."""
 
     pair: int
     latents: Any
@@ -339,8 +339,8 @@ class BatchLayout:
             return
         if self.expects_negative() and any(each.text is not TextKind.PROMPT for each in (*self._open, call)):
             raise LayoutError(
-                f"{self._name} is set to run with classifier-free guidance, but its denoiser got neither a call for "
-                f"the negative prompt after the one for the prompt, nor both in one batch"
+                f"{self._name} is set to run with classifier-free guidance, but its denoiser got no call for the "
+                f"negative prompt after the call for the prompt, and no batch with both"
             )
         self._missing, self._alone = None, self._cfg is None
 

@@ -95,7 +95,7 @@ class ModuleChecks:
         self._watched: list[tuple[nn.Module, Any, Any]] = []  # modules with the forwards and processors set on them
 
     def before(self, run: Any, forward: Forward | None, batch: int) -> None:
-        """Check the denoiser before a call: all modules in a new run or after a module was changed.
+        """Check the denoiser before a call. All modules are checked in a new run and after a module was changed.
 
         Args:
             run: A value that differs between runs.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention processors: the public ``SEGAttnProcessor`` and the one that ``guide`` sets."""
+"""Attention processors: the public ``SEGAttnProcessor``, and the processor that ``guide`` sets."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def norms(x: torch.Tensor) -> torch.Tensor:
 
 
 def unwrap(processor: Any) -> Any:
-    """Return the processor, or the one that guidance has replaced."""
+    """Return the processor, or the original processor if guidance has replaced it."""
     while isinstance(processor, GuidedProcessor):
         processor = processor.original
     return processor

@@ -57,7 +57,7 @@ class _Inputs:
 
     Args:
         projections: Projections of the layer.
-        hidden_states: Hidden states of the samples that have their own.
+        hidden_states: Hidden states of the samples that do not share those of another sample.
         keys: For each of these samples, whether it needs keys.
     """
 

@@ -31,7 +31,7 @@ JoinPart = tuple[Join, JoinPlan | None]
 
 
 class Regions:
-    """The compiled blocks of one denoiser that guidance acts in or whose batch includes branches.
+    """The compiled blocks of one denoiser in which guidance acts or whose batch includes branches.
 
     Args:
         model: The denoiser.

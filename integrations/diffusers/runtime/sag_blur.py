@@ -39,8 +39,8 @@ def levels(scheduler: Any, timestep: Any) -> tuple[float, float]:
     """Return signal and noise of the denoiser's input in the current call.
 
     If the scheduler scales latents for the denoiser, the scale factor is the signal. Otherwise, latents are stored in
-    the denoiser's form, and both numbers follow from the sigma of the current step if the scheduler has sigmas, or from
-    ``alphas_cumprod`` at the timestep. Synchronises with the timestep's device.
+    the denoiser's form. Signal and noise then follow from the sigma of the current step, or, if the scheduler has no
+    sigmas, from ``alphas_cumprod`` at the timestep. Synchronises with the timestep's device.
     """
     one = torch.ones(1, dtype=torch.float64)
     scaled = float(scheduler.scale_model_input(one, timestep))

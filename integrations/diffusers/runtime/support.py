@@ -133,7 +133,9 @@ def _check_for_transformer(denoiser: Transformer, specs: Sequence[Spec]) -> None
                 f"{type(spec).__name__} needs a UNet2DConditionModel; a {name} supports SEG(...) and PAG(...)"
             )
         if isinstance(spec, SEG) and spec.query_stride not in (1, (1, 1)):
-            raise ValueError(f"SEG.query_stride={spec.query_stride!r} needs a UNet2DConditionModel; a {name} needs 1")
+            raise ValueError(
+                f"SEG.query_stride={spec.query_stride!r} needs a UNet2DConditionModel; a {name} supports only 1"
+            )
 
 
 def _check_for_motion(specs: Sequence[Spec]) -> None:

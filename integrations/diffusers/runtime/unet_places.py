@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places in a UNet at which a branch can join the batch, and the hooks that make it join.
 
-A perturbed branch equals the conditional one until its first perturbed layer. The latest place to join is the
+A perturbed branch equals the conditional branch until its first perturbed layer. The latest place to join is the
 transformer block with that layer: the layer's residual connection needs the whole batch, and the layer itself shares
 the queries, keys and values with the branch. Everything before it runs on the pipeline's own batch: earlier blocks,
 earlier resnets and transformers in the same block, and earlier transformer blocks in the same transformer.
