@@ -31,9 +31,9 @@ def ui(
 ) -> None:
     """Open the playground in a browser.
 
-    The playground compares images with and without guidance. Press Ctrl-C to stop it. The page loads nothing from
-    other servers and sends no usage data. If other machines can reach --host, segkern prints a new password, and the
-    page asks for it.
+    The playground compares images with and without guidance. Press Ctrl-C to stop it. The page loads nothing from other
+    servers and sends no usage data. If other machines can reach --host, segkern prints a new password, which the page
+    requires.
     """
     need_diffusers("gradio", "matplotlib", extra="ui")
     with refusing():

@@ -26,7 +26,7 @@ def is_traced() -> bool:
 def is_plain(*tensors: torch.Tensor) -> bool:
     """Return True if these are real, dense tensors in eager mode, and no tracer records the call.
 
-    Only then may the caller make tables or choose a backend here; otherwise the operators do so when they run.
+    If so, the caller may make tables and choose a backend immediately. Otherwise, the operators do so when they run.
     """
     return not is_traced() and all(
         type(x) in (torch.Tensor, torch.nn.Parameter) and x.layout == torch.strided and not x.is_nested for x in tensors
@@ -120,7 +120,7 @@ def differentiable_backend(backend: str, *tensors: torch.Tensor) -> str:
 
 
 def check_no_forward_mode() -> None:
-    """Raise a RuntimeError inside a ``dual_level``, where operators drop derivatives; for graphs compiled earlier."""
+    """Raise a RuntimeError if a graph compiled earlier runs in a ``dual_level``, where operators drop derivatives."""
     if forward_mode_is_active():
         raise RuntimeError(
             "segkern's operators do not support forward-mode derivatives, and a torch.autograd.forward_ad.dual_level "

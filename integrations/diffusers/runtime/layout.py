@@ -40,7 +40,7 @@ class CallLayout:
     Attributes:
         kind: Kind of the call.
         batch: Samples of the batch.
-        pair: Number of the call for the prompt, which its call for the negative prompt shares.
+        pair: Number of the call for the prompt; the matching call for the negative prompt has the same number.
     """
 
     kind: CallKind
