@@ -34,7 +34,8 @@ def real_number(value: Any) -> float | None:
 def whole_number(value: Any) -> int | None:
     """Return the value as an integer, or None unless it is one.
 
-    ``torch.jit.trace`` represents sizes as tensors and cannot trace them through an integer, so they return None.
+    ``torch.jit.trace`` represents sizes as tensors and cannot trace them through an integer, so the result for such
+    sizes is None.
 
     Example:
         >>> whole_number(3), whole_number(torch.tensor(3)), whole_number(3.0), whole_number(torch.tensor(True))

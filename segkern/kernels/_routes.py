@@ -3,9 +3,9 @@
 
 Queries are blurred in the prologue of attention, or by the separable kernel before it. In the prologue, every tile of
 queries reads from L2 the source rows within reach of its grid rows, sums them vertically, and distributes the sums over
-its tokens. The separable kernel is an additional launch and moves each query a few times. The estimated time of either
-is the sum of its launches, its bytes over the bandwidth of L2, and its instructions over the issue rate. Products are
-counted as instructions, and no overlap is assumed. Instructions were counted in code compiled for Hopper; rates are
+its tokens. The separable kernel is an additional launch and moves each query a few times. The estimated time of each
+way is the sum of its launches, its bytes over the bandwidth of L2, and its instructions over the issue rate. Products
+are counted as instructions, and no overlap is assumed. Instructions were counted in code compiled for Hopper; rates are
 rounded from published microbenchmarks of the devices. No timings of these kernels are included yet.
 """
 

@@ -59,7 +59,7 @@ class Architecture:
         shift: Whether the pipeline's guidance scale is one less than usual, ``c + g (c - u)``.
         rescales: Whether the pipeline rescales predictions to the norm of the conditional prediction under
             classifier-free guidance.
-        default: Default layers, and the source of that recommendation.
+        default: Default layers, and the source that recommends them.
     """
 
     model: str

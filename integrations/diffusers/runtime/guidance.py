@@ -104,8 +104,8 @@ def guide(
 
     Raises:
         ValueError: If a pipeline, layer or spec is not supported. The message quotes it, and the pipeline is unchanged.
-            A run of the pipeline raises the same error before its first step is finished if the layout of its batch is not
-            supported.
+            A run of the pipeline raises the same error before its first step is finished if the layout of its batch is
+            not supported.
 
     Source: SEG (arXiv 2408.00760); its official implementation for the sum with classifier-free guidance.
 

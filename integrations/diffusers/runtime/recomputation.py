@@ -134,7 +134,7 @@ class Recomputation:
 
     @contextmanager
     def within(self) -> Iterator[None]:
-        """Mark that a part that stores the plan runs inside this context."""
+        """Return a context inside which a part that stores the plan runs."""
         self._depth += 1
         try:
             yield
