@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What pyproject.toml cannot say: ``integrations/`` is installed as ``segkern.integrations``, and the package index
-shows a README whose links to files of the repository, which lead nowhere there, are plain words.
+"""Packaging that pyproject.toml cannot express: ``integrations/`` is installed as ``segkern.integrations``, and the
+package index shows the README with links to repository files replaced by plain text.
 """
 
 import re
@@ -16,7 +16,7 @@ integrations = ["segkern.integrations", *(f"segkern.integrations.{name}" for nam
 
 
 def description() -> str:
-    """The README without links and pictures that need the repository around it."""
+    """Return the README without links and images that refer to files of the repository."""
     return _LINK.sub(r"\1", _PICTURE.sub("", (_ROOT / "README.md").read_text(encoding="utf-8")))
 
 
