@@ -35,5 +35,5 @@ PROMPTED = (
     Subject("a small orange cross in front of a large purple circle", SQUARE, 3),
     Subject("a row of three green triangles on a light background", WIDE, 4),
 )
-# Consecutive seeds from 1, so that nobody can have chosen the ones that look best.
+# Consecutive seeds from 1: the seeds were not selected by their results.
 UNCONDITIONAL = tuple(Subject("", SQUARE, seed) for seed in range(1, 13))
