@@ -201,7 +201,7 @@ def test_denoisers_and_layers_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"segkern guides pipelines with .*got Linear"):
         guider.prepare_models(torch.nn.Linear(1, 1))
     sd3 = MODELS["sd3"].build()
-    with pytest.raises(ValueError, match="SAG needs a UNet2DConditionModel; a SD3Transformer2DModel takes"):
+    with pytest.raises(ValueError, match="SAG needs a UNet2DConditionModel; a SD3Transformer2DModel supports"):
         SAGGuider().prepare_models(sd3.transformer)
     flow = tiny_pipeline(scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"))
     with pytest.raises(ValueError, match=r"SAG needs a scheduler with alphas_cumprod.*UniPC"):

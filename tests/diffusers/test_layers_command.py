@@ -70,7 +70,7 @@ def test_the_command_says_which_advice_it_follows(tmp_path: Path) -> None:
 def test_sizes_and_models_that_the_command_refuses(tmp_path: Path) -> None:
     MODELS["sd3"].build().save_pretrained(tmp_path)
     assert "--width must be a positive multiple of 16, such as 48, got 50" in refusal("layers", tmp_path, "--width", 50)
-    assert "has a SD3Transformer2DModel, and this command needs a UNet" in refusal("generate", tmp_path, "a red fox")
+    assert "has a SD3Transformer2DModel, and this command needs a UNet" in refusal("energy", tmp_path, "a red fox")
     assert "--frames 5 needs a video pipeline" in refusal("layers", tmp_path, "--frames", 5)
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace("SD3Transformer2DModel", "NoTransformer"))

@@ -113,5 +113,5 @@ def test_several_images_in_a_list_have_one_size() -> None:
 
 
 def test_modular_pipelines_have_guiders() -> None:
-    with pytest.raises(ValueError, match="guidance of a modular pipeline is a component; see SEGGuider"):
+    with pytest.raises(ValueError, match="in a modular pipeline, guidance is a component; see SEGGuider"):
         guide(SequentialPipelineBlocks().init_pipeline(), SEG(layers=1))
