@@ -159,5 +159,5 @@ def test_a_layer_that_is_replaced_by_another_is_refused() -> None:
     def replace(pipe: Any) -> None:
         block.attn1 = copy.deepcopy(block.attn1)
 
-    with pytest.raises(RuntimeError, match=r"layer m1 .*did not run in a step.*replaced"), guide(pipe, SEG()):
+    with pytest.raises(RuntimeError, match=r"layer m1 .*did not run in a guided step.*replaced"), guide(pipe, SEG()):
         run_unet(pipe, latents=noise(1, *SIZE), callback_on_step_end=in_step(0, replace))
