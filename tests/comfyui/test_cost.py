@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import comfy.conds
@@ -60,13 +62,13 @@ def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
 
 
-def operations(guided: Any) -> int:
+def operations(guided: Any, cfg: float = 5.0) -> int:
     """Return the operations of the first step at 1024 x 1024 pixels, which also measures the effect on layers."""
     guided.model.current_patcher = guided
     x, sigma = torch.empty(1, 4, 128, 128, device=META), torch.empty(1, device=META)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         comfy.samplers.sampling_function(
-            guided.model, x, sigma, conditioning(), conditioning(), 5.0, model_options=guided.model_options
+            guided.model, x, sigma, conditioning(), conditioning(), cfg, model_options=guided.model_options
         )
     return counter.get_total_flops()
 
@@ -80,9 +82,34 @@ def model() -> Any:
     return comfy.model_patcher.ModelPatcher(description.get_model({}, "", device=META).to(META), META, META)
 
 
-def test_a_perturbed_forward_costs_what_comes_after_its_first_layer(model: Any) -> None:
+def documented() -> dict[str, tuple[float, float]]:
+    """Return the ratios in docs/cost.md, with and without sharing, by layers."""
+    page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \| (\d\.\d\d) \| (\d\.\d\d) \|$", page.partition("### ComfyUI")[2], re.MULTILINE)
+    return {layers: (float(shared), float(full)) for layers, shared, full in rows}
+
+
+def test_the_documented_costs_are_those_that_are_counted(model: Any) -> None:
+    """A perturbed forward pass costs the blocks from its first layer on."""
     alone = operations(model)
-    middle = add_guidance(model, SPECS["seg inf"], "mid")
-    assert 1.32 < operations(middle) / alone < 1.345
-    assert 1.49 < operations(unshared(middle)) / alone < 1.505
-    assert 1.03 < operations(add_guidance(model, SPECS["pag"], "output.5")) / alone < 1.06
+    counted = {}
+    for layers in documented():
+        guided = add_guidance(model, SPECS["seg inf"], layers)
+        counted[layers] = tuple(round(operations(run) / alone, 2) for run in (guided, unshared(guided)))
+    assert set(counted) == {"down", "mid", "up", "output.5"}
+    assert counted == documented()
+
+
+@pytest.mark.parametrize("spec", ["seg", "pag"])
+def test_finite_blur_and_pag_cost_about_as_much_as_an_infinite_blur(model: Any, spec: str) -> None:
+    alone = operations(model)
+    for layers, (shared, _) in documented().items():
+        assert abs(operations(add_guidance(model, SPECS[spec], layers)) / alone - shared) < 0.04
+
+
+def test_the_documented_cost_without_cfg(model: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
+    words = re.search(r"Without CFG, `mid` needs (\S+) times .* and a full extra forward pass (\S+) times", page)
+    assert words is not None
+    guided, alone = add_guidance(model, SPECS["seg inf"], "mid"), operations(model, 1.0)
+    assert [f"{operations(run, 1.0) / alone:.2f}" for run in (guided, unshared(guided))] == list(words.groups())
