@@ -61,7 +61,7 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """How a stage ended: ``passed``, ``failed``, ``cut`` or ``not started``, and why."""
+    """Outcome of a stage (``passed``, ``failed``, ``cut`` or ``not started``) and the reason."""
 
     name: str
     status: str

@@ -12,7 +12,7 @@ WEB_DIRECTORY = "./web"
 if find_spec("segkern") is None:
     logging.error(
         "segkern's nodes are not available because the package segkern is not installed in ComfyUI's Python; install "
-        "it with that Python's `-m pip install segkern` and restart ComfyUI"
+        "it there as the pack's README.md describes, and restart ComfyUI"
     )
     NODE_CLASS_MAPPINGS: dict[str, type] = {}
     __all__ = ["NODE_CLASS_MAPPINGS", "WEB_DIRECTORY"]

@@ -50,7 +50,7 @@ class Spec(ABC):
 
     @property
     def depends_on_step(self) -> bool:
-        """Whether guidance differs between steps. Subclasses that override ``strength`` always count as dependent."""
+        """True if guidance differs between steps. Subclasses that override ``strength`` always count as dependent."""
         own = not str(type(self).strength.__module__).startswith("segkern.")
         return own or self.start > 0.0 or self.stop < 1.0 or self.schedule != "constant" or self.reuse > 1
 

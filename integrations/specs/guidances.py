@@ -157,7 +157,7 @@ class PAG(AttentionSpec):
 
     @property
     def depends_on_step(self) -> bool:
-        """Whether guidance differs between steps."""
+        """True if guidance differs between steps."""
         return super().depends_on_step or self.adaptive_scale > 0.0
 
     def strength(self, fraction: float, timestep: float | None = None) -> float:

@@ -78,8 +78,8 @@ def _find_port(host: str, port: int) -> tuple[int, bool]:
         ValueError: If the port cannot be used; the message quotes it.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        with socket.socket(found[0][0], socket.SOCK_STREAM) as tried:
+        resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(resolved[0][0], socket.SOCK_STREAM) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind((host, port))
             free = int(tried.getsockname()[1])
@@ -88,5 +88,5 @@ def _find_port(host: str, port: int) -> tuple[int, bool]:
         raise ValueError(
             f"--port {port} of --host {host!r} cannot be used ({reason}); choose another --port, or 0 for a free port"
         ) from None
-    addresses = [entry[4][0] for entry in found]  # a name can have several, and the server listens on all of them
+    addresses = [entry[4][0] for entry in resolved]  # a name can have several, and the server listens on all of them
     return free, all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in addresses)

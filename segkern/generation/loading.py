@@ -196,7 +196,13 @@ def describe_image_pipeline(source: Source) -> Any:
     parameters = call_parameters(pipe)
     if "num_frames" in parameters:
         raise ValueError(f"{source.name!r} generates videos; use a text-to-image model, or guide in Python")
-    missing = [name for name in ("prompt", "guidance_scale", "generator") if name not in parameters]
+    if "image" in parameters:
+        raise ValueError(
+            f"{source.name!r} is a {type(pipe).__name__}, which works on an input image; use a text-to-image model, or "
+            f"guide in Python"
+        )
+    needed = ("prompt", "width", "height", "num_inference_steps", "guidance_scale", "generator")
+    missing = [name for name in needed if name not in parameters]
     if missing:
         raise ValueError(
             f"{source.name!r} is a {type(pipe).__name__}, whose call has no {missing[0]!r}; use a "
@@ -206,15 +212,15 @@ def describe_image_pipeline(source: Source) -> Any:
 
 
 def describe_unet_pipeline(source: Source) -> Any:
-    """Return a pipeline with a ``UNet2DConditionModel`` without weights; see :func:`describe_pipeline`.
+    """Return a text-to-image pipeline with a ``UNet2DConditionModel``; see :func:`describe_image_pipeline`.
 
     Raises:
         OSError: If configuration files are missing or cannot be downloaded.
-        ValueError: If the installed diffusers lacks a class of the model, or if the denoiser is of another class.
+        ValueError: As for :func:`describe_image_pipeline`, and if the denoiser is of another class.
     """
     from diffusers import UNet2DConditionModel
 
-    pipe = describe_pipeline(source)
+    pipe = describe_image_pipeline(source)
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if not isinstance(denoiser, UNet2DConditionModel):
         raise ValueError(

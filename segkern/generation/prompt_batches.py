@@ -202,7 +202,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process determines the missing items."""
+        """True if this process determines the missing items."""
         return self._state is None or self._state.is_main_process
 
     def share(self, decide: Callable[[], list[BatchItem]]) -> list[BatchItem]:

@@ -42,7 +42,7 @@ _PROLOGUE_WARPS = 8
 
 
 class BlurPlace(IntEnum):
-    """Where queries are blurred."""
+    """Place of the query blur: in the prologue of the attention kernel, or in a kernel before it."""
 
     PROLOGUE = 1
     BEFORE = 2

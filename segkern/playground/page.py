@@ -187,10 +187,10 @@ class Playground:
     def _restore(self, request: gr.Request, index: int, loaded: Source) -> dict[Any, Any]:
         """Show a run of the history again, and return its settings to the fields."""
         message = self._controls["message"]
-        found = self._history.find(request.session_hash or "", index)
-        if found is None:
+        kept = self._history.find(request.session_hash or "", index)
+        if kept is None:
             return {message: error_message("This run is no longer available.")}
-        run, result = found
+        run, result = kept
         model, config, *values = run.fields
         fields = dict(zip(self._fields, values, strict=True))
         load = "" if run.source == loaded else f" Click Load under Model to use {run.source.name} again."

@@ -78,7 +78,7 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether the run was stopped."""
+        """True if the run was stopped."""
         return self._stop.is_set()
 
     def check(self) -> None:

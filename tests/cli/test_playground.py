@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -428,6 +429,15 @@ def test_a_model_for_videos_is_refused(models: Models, monkeypatch: pytest.Monke
     monkeypatch.setattr(loading, "describe_pipeline", lambda source: MODELS["wan"].build())
     with pytest.raises(ValueError, match="'a/video' generates videos"):
         models.describe(loading.find_model("a/video"))
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"])
+def test_a_pipeline_for_another_task_is_refused(name: str, models: Models, tmp_path: Path) -> None:
+    shutil.copytree(loading.DEMO, tmp_path / "a", ignore=shutil.ignore_patterns("*.safetensors"))
+    index = tmp_path / "a" / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionXLPipeline", name))
+    with pytest.raises(ValueError, match=f"{name}, which works on an input image"):
+        models.describe(loading.find_model(str(tmp_path / "a")))
 
 
 def test_a_model_that_cannot_be_guided_is_refused(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

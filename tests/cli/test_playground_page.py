@@ -68,8 +68,8 @@ def last_shown(playground: Any, ticket: str) -> dict[str, Any]:
 
 def files(html: str) -> list[Path]:
     """Return the files that HTML refers to, without repetitions."""
-    found = re.findall(r'(?:src|href)="gradio_api/file=([^"]*)"', html)
-    return list(dict.fromkeys(Path(urllib.parse.unquote(path)) for path in found))
+    addresses = re.findall(r'(?:src|href)="gradio_api/file=([^"]*)"', html)
+    return list(dict.fromkeys(Path(urllib.parse.unquote(path)) for path in addresses))
 
 
 def test_every_field_has_a_unique_label(playground: Any) -> None:

@@ -51,8 +51,8 @@ def test_only_loopback_addresses_are_local(host: str, is_local: bool) -> None:
 
 
 def test_a_name_with_any_other_address_is_not_local(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.1")]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: found)
+    resolved = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, 0)) for address in ("127.0.0.1", "192.0.2.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: resolved)
     assert ui._find_port("127.0.0.1", 0)[1] is False
 
 

@@ -144,5 +144,5 @@ def test_comfyui_starts_without_segkern(tmp_path: Path) -> None:
     done = subprocess.run(arguments, env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    assert "the package segkern is not installed in ComfyUI's Python; install it with" in said
+    assert "the package segkern is not installed in ComfyUI's Python; install it there" in said
     assert f"Cannot import {tmp_path}" not in said

@@ -37,10 +37,10 @@ def test_auto_warns_once_and_pytorch_serves_all_later_calls(make: Callable[[], E
         expected = call(*inputs, backend="torch")
         with failing(make) as kernel:
             fallback.forget_failures()
-            with pytest.warns(RuntimeWarning, match="using PyTorch for such calls from now on") as told:
+            with pytest.warns(RuntimeWarning, match="using PyTorch for such calls from now on") as caught:
                 assert torch.equal(call(*inputs), expected)
-            assert len(told) == 1
-            assert type(make()).__name__ in str(told[0].message)
+            assert len(caught) == 1
+            assert type(make()).__name__ in str(caught[0].message)
             assert kernel.launches == 1
             for _ in range(3):  # no further warning or attempt
                 assert torch.equal(call(*inputs), expected)
@@ -99,12 +99,12 @@ def test_only_what_failed_is_given_up() -> None:
 
 @pytest.mark.parametrize("reason", ["no C compiler", "C compiler fails"])
 def test_one_reason_is_told_once_for_all_kernels(reason: str) -> None:
-    with failing(BROKEN[reason]), warnings.catch_warnings(record=True) as told:
+    with failing(BROKEN[reason]), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for dim in (8, 16, 24):
             for call in CALLS.values():
                 call(*tensors(dim=dim))
-    assert len([warning for warning in told if warning.category is RuntimeWarning]) == 1
+    assert len([warning for warning in caught if warning.category is RuntimeWarning]) == 1
 
 
 def test_gradients_fall_back_and_an_explicit_choice_does_not() -> None:
@@ -156,7 +156,7 @@ def test_threads_that_fail_together_are_told_once() -> None:
         start.wait()
         output.extend(CALLS["seg_attention"](*inputs) for _ in range(5))
 
-    with failing(BROKEN["no C compiler"]), warnings.catch_warnings(record=True) as told:
+    with failing(BROKEN["no C compiler"]), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         threads = [threading.Thread(target=work) for _ in range(8)]
         for thread in threads:
@@ -165,7 +165,7 @@ def test_threads_that_fail_together_are_told_once() -> None:
             thread.join()
     assert len(output) == 40
     assert all(torch.equal(x, expected) for x in output)
-    assert len(told) == 1
+    assert len(caught) == 1
 
 
 WITHOUT_TRITON = """

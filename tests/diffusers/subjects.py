@@ -171,9 +171,9 @@ def _attributes(module: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
     attributes = {}
     for name, value in vars(module).items():
         simple = isinstance(value, (bool, int, float, str, tuple))
-        told = name == "_internal_dict"  # the configuration, to which saving adds the name
-        inside = list(value.items()) if isinstance(value, Mapping) and not told else None
-        attributes[name] = (None, [(name, value)]) if simple else (None if told else value, inside)
+        changes = name == "_internal_dict"  # the configuration, to which saving adds the name
+        inside = list(value.items()) if isinstance(value, Mapping) and not changes else None
+        attributes[name] = (None, [(name, value)]) if simple else (None if changes else value, inside)
     return attributes
 
 

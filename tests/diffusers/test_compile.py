@@ -186,7 +186,7 @@ def test_the_code_that_inductor_writes_gives_the_same_latents() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sigma", [2.0, math.inf], ids=str)
 def test_a_guided_step_in_a_cuda_graph(sigma: float) -> None:
-    """What ``guide`` decides before a call is decided during graph capture. Replays repeat it."""
+    """Decisions that ``guide`` makes before a call are made during graph capture. Replays repeat them."""
     pipe = smaller_pipeline().to("cuda", torch.float16)
     texts = pipe.encode_prompt("a red fox", do_classifier_free_guidance=True)
     text, pooled = torch.cat([texts[1], texts[0]]), torch.cat([texts[3], texts[2]])

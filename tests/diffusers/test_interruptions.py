@@ -179,9 +179,9 @@ def test_a_prediction_that_is_not_a_number(subject: Subject) -> None:
     assert subject.run(pipe).isnan().all()
     handle.remove()
     assert torch.equal(subject.run(pipe), expected)
-    with pytest.warns(UserWarning, match="encountered NaN") as told:  # later steps began with NaN
+    with pytest.warns(UserWarning, match="encountered NaN") as caught:  # later steps began with NaN
         guided.remove()
-    assert len(told) == 1
+    assert len(caught) == 1
     picture.assert_same(pipe)
     assert torch.equal(subject.run(pipe), plain)
 

@@ -39,9 +39,9 @@ RESIDENT = 16 << 20
 
 def _resident() -> int:
     """Return the resident memory of the process in bytes; the peak if the system does not provide it."""
-    told = Path("/proc/self/statm")
-    if told.exists():
-        return int(told.read_text().split()[1]) * resource.getpagesize()
+    memory = Path("/proc/self/statm")
+    if memory.exists():
+        return int(memory.read_text().split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

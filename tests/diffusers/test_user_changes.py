@@ -220,12 +220,12 @@ def test_a_clean_run_warns_and_logs_nothing(
     capsys.readouterr()
     caplog.clear()
     for specs in kinds(subject).values():
-        with warnings.catch_warnings(record=True) as told, caplog.at_level(logging.DEBUG):
+        with warnings.catch_warnings(record=True) as caught, caplog.at_level(logging.DEBUG):
             warnings.simplefilter("always")
             with guide(pipe, *specs) as guidance:
                 subject.run(pipe)
                 guidance.report()
-        assert not [w for w in told if "segkern" in f"{w.filename} {w.category}" or "guid" in str(w.message)]
+        assert not [w for w in caught if "segkern" in f"{w.filename} {w.category}" or "guid" in str(w.message)]
         assert not [record for record in caplog.records if record.name.startswith("segkern")]
     assert capsys.readouterr() == ("", "")
     guidance = guide(pipe, subject.seg(start=0.9), subject.seg(), subject.seg(scale=0.0))

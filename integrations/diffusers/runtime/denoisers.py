@@ -73,7 +73,7 @@ class Denoiser(ABC):
 
     @property
     def conditional_first(self) -> bool:
-        """Whether pipelines put the conditional samples first in a batch of both texts."""
+        """True if pipelines put the conditional samples first in a batch of both texts."""
         return False
 
     def rescaled_guidance_scale(self, run: PipelineRun) -> float | None:
