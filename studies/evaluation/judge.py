@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small classifier of the drawings: its features and its answers are what samples are measured with."""
+"""A small classifier of compositions. Its features and its answers are used to measure samples."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import torch
@@ -11,40 +10,40 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from studies.evaluation.shapes import ATTRIBUTES
+from studies.drawings.scenes import attributes
 
 WEIGHTS = Path(__file__).parents[2] / "segkern" / "checkpoints" / "judge" / "model.safetensors"
-FEATURES = 64
+FEATURES = 128
+WIDTHS = (32, 64, 128, 192)
+_PLACES = 2  # of the pooled map along each side, to tell the drawings of a pair apart
 
 
 class Judge(nn.Module):
-    """Answers ``ATTRIBUTES`` for pictures of any size of 64x64 pixels or more.
+    """Classifier that answers the questions of ``attributes`` for images of at least 64x64 pixels.
 
-    Four convolutions halve each side, each followed by a residual block; coordinates are two more input channels,
-    since a layout is a matter of place. The mean over the last map, normalised and projected, is the feature vector.
+    Four convolutions with stride 2, each followed by a residual block. The last map, averaged over its quarters, and
+    its maximum, both normalized and projected, are the feature vector.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (5, 24, 48, 64, 96)
+        before = (3, *WIDTHS[:-1])
         self.halving = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in itertools.pairwise(widths)
+            nn.Conv2d(narrow, wide, 3, stride=2, padding=1) for narrow, wide in zip(before, WIDTHS, strict=True)
         )
-        self.normal = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
-        self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths[1:])
-        self.project = nn.Linear(2 * widths[-1], FEATURES)
-        self.answer = nn.Linear(FEATURES, sum(map(len, ATTRIBUTES.values())))
+        self.normal = nn.ModuleList(nn.GroupNorm(8, width) for width in WIDTHS)
+        self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in WIDTHS)
+        pooled = (_PLACES**2 + 1) * WIDTHS[-1]
+        self.project = nn.Sequential(nn.LayerNorm(pooled), nn.Linear(pooled, FEATURES))
+        self.answer = nn.Linear(FEATURES, sum(map(len, attributes().values())))
 
     def maps(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps at 1/2, 1/4, 1/8 and 1/16 of the size, float ``[batch, channels, height, width]``.
+        """Return feature maps at 1/2, 1/4, 1/8 and 1/16 of the size, float ``[batch, channels, height, width]``.
 
         Args:
-            pictures: float ``[batch, 3, height, width]`` between -1 and 1.
+            pictures: Float tensor ``[batch, 3, height, width]`` between -1 and 1.
         """
-        batch, _, height, width = pictures.shape
-        y = torch.linspace(-1, 1, height, device=pictures.device)[:, None].expand(height, width)
-        x = torch.linspace(-1, 1, width, device=pictures.device)[None, :].expand(height, width)
-        state = torch.cat([pictures, torch.stack([y, x]).expand(batch, 2, height, width)], dim=1)
+        state = pictures
         maps = []
         for halving, normal, residual in zip(self.halving, self.normal, self.residual, strict=True):
             state = F.silu(halving(state))
@@ -53,26 +52,27 @@ class Judge(nn.Module):
         return maps
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """float ``[batch, FEATURES]``, from pictures as in ``maps``."""
+        """Return float ``[batch, FEATURES]``; see ``maps`` for ``pictures``."""
         return self._pool(self.maps(pictures)[-1])
 
     def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Logits of each attribute, in their order, from pictures as in ``maps``."""
+        """Return the logits of each question; see ``maps`` for ``pictures``."""
         return list(self.answers(self.features(pictures)))
 
     def answers(self, features: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Logits of each attribute from feature vectors."""
-        return self.answer(F.silu(features)).split([len(known) for known in ATTRIBUTES.values()], dim=-1)
+        """Return the logits of each question from feature vectors."""
+        return self.answer(F.silu(features)).split([len(known) for known in attributes().values()], dim=-1)
 
     def _pool(self, last: torch.Tensor) -> torch.Tensor:
-        return self.project(torch.cat([last.mean((2, 3)), last.amax((2, 3))], dim=1))
+        places = F.adaptive_avg_pool2d(last, _PLACES).flatten(1)
+        return self.project(torch.cat([places, last.amax((2, 3))], dim=1))
 
 
 def load_judge(path: Path = WEIGHTS) -> Judge:
-    """The classifier that comes with the package, in evaluation mode.
+    """Return the bundled classifier in evaluation mode.
 
     Raises:
-        OSError: when its weights are not there.
+        OSError: If its weights do not exist.
     """
     judge = Judge()
     judge.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})

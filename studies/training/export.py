@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From trained parts to the checkpoints that the package carries, in half precision."""
+"""Write the trained parts as the checkpoints of the package, in half precision."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from segkern.core.environment import environment
 from studies.evaluation.judge import Judge
 from studies.training.denoiser import scheduler
 from studies.training.loop import DEVICE
-from studies.training.text import TOKENIZERS, Texts
+from studies.training.text import Texts
+from studies.training.words import NAMES
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "segkern" / "checkpoints"
 
 
-def pipeline(folder: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditionModel) -> None:
+def pipeline(folder: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditionModel, tokenizers: Path) -> None:
     """Write a checkpoint that ``StableDiffusionXLPipeline.from_pretrained`` loads."""
-    tokenizers = {path.name: {file.name: file.read_bytes() for file in path.iterdir()} for path in TOKENIZERS}
     whole = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=texts.first,
@@ -36,20 +36,19 @@ def pipeline(folder: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditi
     whole.to(dtype=torch.float16)
     whole.save_pretrained(folder)
     whole.to(dtype=torch.float32)
-    for name, files in tokenizers.items():  # saved in a form that older releases cannot read
+    for name in NAMES:  # the pipeline saves them in a format that older releases cannot read
         shutil.rmtree(folder / name)
-        (folder / name).mkdir()
-        for file, content in files.items():
-            (folder / name / file).write_bytes(content)
+        shutil.copytree(tokenizers / name, folder / name)
 
 
 def record(folder: Path, work: Path) -> None:
-    """Write training.json: how long each part took, on what, and its losses."""
+    """Write training.json: the duration and the losses of each part, and the machine and versions."""
+    folder.mkdir(parents=True, exist_ok=True)
     parts = {}
     for log in sorted(work.glob("*.jsonl")):
         lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         if not lines:
-            continue  # a rehearsal too short for a mean
+            continue  # a rehearsal can be too short for an entry
         every = max(1, len(lines) // 20)
         losses = {line["step"]: round(line["loss"], 5) for line in [*lines[every - 1 :: every], lines[-1]]}
         parts[log.stem] = {"steps": lines[-1]["step"], "seconds": round(lines[-1]["seconds"]), "loss": losses}
@@ -58,7 +57,7 @@ def record(folder: Path, work: Path) -> None:
 
 
 def judge(folder: Path, trained: Judge) -> None:
-    """Write the classifier's weights."""
+    """Write the weights of the judge."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.half().contiguous() for name, weight in trained.state_dict().items()}
     save_file(weights, folder / "model.safetensors")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,16 +12,20 @@ BLOCKS = (".attentions.", ".resnets.")
 
 
 class Optimisers:
-    """Steps all parameters of a module: AdamW, or both where ``muon`` is given.
+    """AdamW for all parameters of a module, or AdamW and Muon if ``muon`` is given.
 
-    A convolution is a matrix to Muon, a row for each channel that comes out; the module's weights have to lie so in
-    memory (``torch.channels_last``).
+    Muon treats a convolution as a matrix with one row per output channel. The weights must have this order in memory
+    (``torch.channels_last``).
 
     Args:
-        module: what is trained.
-        rate: of AdamW.
-        decay: of the weights, for both.
-        muon: rate of Muon, in AdamW's measure (its updates have the same root mean square); None does without.
+        module: Module to train.
+        rate: Learning rate of AdamW.
+        decay: Weight decay of both optimizers.
+        muon: Learning rate of Muon, scaled so that its updates have the root mean square of AdamW's; None uses AdamW
+            only.
+
+    Raises:
+        ValueError: If a convolution's weight is not ``torch.channels_last``.
     """
 
     def __init__(self, module: nn.Module, rate: float, decay: float, muon: float | None = None) -> None:
@@ -33,7 +39,7 @@ class Optimisers:
         self._pairs = [(p, nn.Parameter(_matrix(p.detach()))) for p in chosen]
         for p, matrix in self._pairs:
             if matrix.data_ptr() != p.data_ptr():
-                raise ValueError(f"a weight {list(p.shape)} has strides {p.stride()}; Muon wants torch.channels_last")
+                raise ValueError(f"a weight {list(p.shape)} has strides {p.stride()}; Muon needs torch.channels_last")
         if muon is not None:
             matrices = [matrix for _, matrix in self._pairs]
             self._optimisers.append(
@@ -42,11 +48,20 @@ class Optimisers:
             self._rates.append(muon)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Delete the gradients."""
         self._module.zero_grad(set_to_none=True)
 
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the state of each optimizer."""
+        return [optimiser.state_dict() for optimiser in self._optimisers]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Restore the state that ``state_dict`` returned."""
+        for optimiser, state in zip(self._optimisers, states, strict=True):
+            optimiser.load_state_dict(state)
+
     def step(self, share: float) -> None:
-        """Step with this share of the rates."""
+        """Update the parameters with this share of the learning rates."""
         for p, matrix in self._pairs:
             matrix.grad = None if p.grad is None else _matrix(p.grad)
         for optimiser, rate in zip(self._optimisers, self._rates, strict=True):
