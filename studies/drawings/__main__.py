@@ -43,7 +43,7 @@ def names() -> dict[str, str]:
 
 def groups() -> dict[str, tuple[str, str]]:
     """Return the CLDR group and subgroup of every emoji, in CLDR's order."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for line in (CLDR / "properties" / "labels.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("#") or not line.strip():
             continue

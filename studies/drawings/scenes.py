@@ -96,10 +96,10 @@ def random_scene(rng: random.Random, width: int, height: int, names: Sequence[st
     """
     names = names or trained()
     background = rng.choice(list(BACKGROUNDS))
-    if width == height or rng.random() < _SINGLE_SHARE:
-        layout, chosen = "single", (rng.choice(names),)
-    else:
-        layout, chosen = "beside" if width > height else "above", (rng.choice(names), rng.choice(names))
+    layout = "single"
+    if width != height and rng.random() >= _SINGLE_SHARE:
+        layout = "beside" if width > height else "above"
+    chosen = tuple(rng.choice(names) for _ in range(1 if layout == "single" else 2))
     caption = (" and " if layout == "beside" else " above ").join(chosen)
     if rng.random() < _BACKGROUND_SHARE:
         caption += f" on a {background} background"

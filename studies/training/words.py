@@ -48,10 +48,16 @@ def _merges() -> list[tuple[str, str]]:
     """Return the pairs to merge, in order, until every word is one token."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    settings = {"vocab_size": 10_000, "min_frequency": 1, "end_of_word_suffix": END_OF_WORD, "show_progress": False}
     # Without them as special tokens, their order, which decides between equally frequent pairs, is random.
     endings = [letter + END_OF_WORD for letter in string.ascii_lowercase]
-    tokenizer.train_from_iterator(words(), trainers.BpeTrainer(special_tokens=endings, **settings))
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000,
+        min_frequency=1,
+        special_tokens=endings,
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words(), trainer)
     return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
