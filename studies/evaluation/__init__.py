@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation of guidance on a model of simple shapes: drawings, a classifier of them, measures, reports."""
+"""Evaluation of guidance on the bundled model: a classifier, measures, settings and reports."""

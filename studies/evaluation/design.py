@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The design of an evaluation: a setting is chosen on some seeds and reported, with all others, on other seeds."""
+"""The design of an evaluation: one setting is chosen on some seeds; all settings are reported on other seeds."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ class Design:
     """The settings and seeds to measure.
 
     Attributes:
-        scales: of SEG.
-        sigmas: of SEG, in tokens of the model's own grid.
-        seeds: whose measurements are reported.
-        selection_seeds: on which the unconditional setting with the least Frechet distance is chosen, among the
-            same settings and others besides: none of ``seeds``, so that the choice is not made on what is reported.
-        cfg_scales: of classifier-free guidance, with prompts.
+        scales: Scales of SEG.
+        sigmas: Sigmas of SEG, in tokens of the model's grid.
+        seeds: Seeds whose measurements are reported.
+        selection_seeds: Seeds on which the unconditional setting with the lowest Frechet distance is chosen. They
+            differ from ``seeds``, because a choice is not an independent measurement.
+        cfg_scales: Scales of classifier-free guidance, for prompts.
     """
 
-    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0)
-    sigmas: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, math.inf)
+    scales: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
+    sigmas: tuple[float, ...] = (5.0, math.inf)
     seeds: tuple[int, ...] = (1, 2, 3)
     selection_seeds: tuple[int, ...] = (101,)
-    cfg_scales: tuple[float, ...] = (1.5, 2.0, 3.0, 5.0)
+    cfg_scales: tuple[float, ...] = (2.0, 3.0, 5.0)
 
     @property
     def candidates(self) -> list[Setting]:
-        """The settings to choose from."""
-        few_scales = self.scales[:: max(1, len(self.scales) // 3)]
+        """Settings to choose from: also SEG in other layers and in parts of the steps, at every second scale."""
+        few_scales = self.scales[1::2] or self.scales
         more = variants("unconditional", few_scales, self.sigmas[-1])
         return list(dict.fromkeys([*grid("unconditional", self.scales, self.sigmas, ()), *more]))
 
     @property
     def reported(self) -> list[Setting]:
-        """The settings to report, but for the chosen one."""
+        """Settings to report, without the chosen one."""
         return [setting for mode in MODES for setting in grid(mode, self.scales, self.sigmas, self.cfg_scales)]
 
     @property
     def runs(self) -> int:
-        """Pairs of setting and seed, at most."""
+        """Largest possible number of pairs of setting and seed."""
         return len(self.candidates) * len(self.selection_seeds) + (len(self.reported) + 1) * len(self.seeds)
 
 
 def carry_out(study: Study, design: Design, advance: Callable[[str, int], None]) -> dict[str, Any]:
-    """Measure everything and return the results for ``report.write``.
+    """Measure all settings and return the results for ``report.write``.
 
     Args:
-        study: measures.
-        design: the settings and seeds.
-        advance: is called with the name of what is measured and the size of every batch of pictures.
+        study: Study that measures.
+        design: Settings and seeds.
+        advance: Called with the name of the measurement and the size of every batch of images.
     """
     selection = [
         study.measure(setting, seed, advance) for seed in design.selection_seeds for setting in design.candidates
@@ -75,21 +75,22 @@ def carry_out(study: Study, design: Design, advance: Callable[[str, int], None])
         "chosen": chosen.to_dict(),
         "verdict": verdict(cells, chosen),
         "drawings": report.mean_and_spread([study.drawn(seed) for seed in design.seeds]),
+        "held_out": report.mean_and_spread([study.unseen(seed) for seed in design.seeds]),
         "rows": report.summarise(cells),
         "selection": report.summarise(selection),
     }
 
 
 def choose(cells: list[dict[str, Any]]) -> Setting:
-    """The guidance with the least mean Frechet distance."""
+    """Return the setting with SEG that has the lowest mean Frechet distance."""
     rows = [row for row in report.summarise(cells) if report.setting_of(row).seg]
     return report.setting_of(min(rows, key=lambda row: row["measures"]["frechet_distance"]["mean"]))
 
 
 def verdict(cells: list[dict[str, Any]], chosen: Setting) -> str:
-    """A sentence: the chosen setting brings samples nearer to real drawings than no guidance, or does not.
+    """Return a sentence that says whether the chosen setting lowers the Frechet distance.
 
-    A seed's samples begin from the same noise with and without guidance, so the differences are taken in pairs.
+    With and without guidance, the samples of a seed start from the same noise, so differences are taken per seed.
     """
     by_setting: dict[Setting, dict[int, float]] = {}
     for cell in cells:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fidelity, diversity and faithfulness of samples, in the features of the judge.
+"""Fidelity, diversity, faithfulness and novelty of samples, mostly in the features of the judge.
 
-Frechet and kernel distance are torchmetrics' own, given the judge's features instead of Inception's; their values
-compare with each other only, never with distances in other features.
+torchmetrics computes Frechet and kernel distance from the judge's features instead of Inception's. The values can only
+be compared with each other, not with distances in other features.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from studies.drawings.scenes import Scene, attributes
 from studies.evaluation.judge import FEATURES, Judge
-from studies.evaluation.shapes import ATTRIBUTES, Scene
 
 NEIGHBOURS = 3
 KERNEL_SUBSETS = 20
@@ -23,11 +23,11 @@ KERNEL_SUBSETS = 20
 
 @dataclass(frozen=True)
 class Judged:
-    """The judge's view of a set of pictures.
+    """Features and answers of the judge for a set of images.
 
     Attributes:
         features: float32 ``[count, FEATURES]``.
-        answers: int64 ``[count, len(ATTRIBUTES)]``: the most likely answer to each question.
+        answers: int64 ``[count, questions]``: index of the most likely answer to each question of ``attributes``.
     """
 
     features: torch.Tensor
@@ -36,12 +36,12 @@ class Judged:
 
 @torch.no_grad()
 def judged(judge: Judge, pictures: torch.Tensor, batch: int = 128) -> Judged:
-    """Show pictures to the judge.
+    """Run the judge on images.
 
     Args:
-        judge: the classifier.
+        judge: Classifier.
         pictures: uint8 ``[count, 3, height, width]``.
-        batch: pictures at once.
+        batch: Number of images per batch.
     """
     features = torch.cat([judge.features(_levels(judge, part)) for part in pictures.split(batch)])
     answers = torch.stack([logits.argmax(-1) for logits in judge.answers(features)], dim=1)
@@ -49,13 +49,13 @@ def judged(judge: Judge, pictures: torch.Tensor, batch: int = 128) -> Judged:
 
 
 def unit(real: torch.Tensor) -> float:
-    """The length by which features are divided before they are measured, so that numbers stay near 1.
+    """Return the scale by which features are divided before they are measured.
 
-    The root of the mean variance of a channel over real drawings: Frechet distance is then in units of that variance,
-    and the kernel distance's cubic kernel sees features of the size that it was made for.
+    It is the root of the mean variance of a feature over real compositions. Frechet distance is then in units of this
+    variance, and the cubic kernel of the kernel distance gets features of the size it is made for.
 
     Args:
-        real: features ``[count, FEATURES]``.
+        real: Features ``[count, FEATURES]``.
 
     Example:
         >>> features = 100 * torch.randn(64, FEATURES)
@@ -66,7 +66,7 @@ def unit(real: torch.Tensor) -> float:
 
 
 class _AsTheyAre(nn.Module):
-    """Stands where torchmetrics expects a network and hands features on."""
+    """Identity in place of the network that torchmetrics expects."""
 
     num_features = FEATURES
 
@@ -75,11 +75,11 @@ class _AsTheyAre(nn.Module):
 
 
 def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """Frechet distance of the Gaussians with the features' means and covariances; biased upwards in small sets.
+    """Return the Frechet distance of Gaussians with the features' means and covariances. Small sets bias it upwards.
 
     Args:
-        real: features ``[count, FEATURES]``.
-        fake: features ``[count, FEATURES]``.
+        real: Features ``[count, FEATURES]``.
+        fake: Features ``[count, FEATURES]``.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -90,11 +90,11 @@ def frechet_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
 
 
 def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """KID: the unbiased squared maximum mean discrepancy under a cubic kernel, against random subsets of ``real``.
+    """Return KID: the unbiased squared maximum mean discrepancy with a cubic kernel, over random subsets of ``real``.
 
     Args:
-        real: features ``[count, FEATURES]``, as many as ``fake`` or more.
-        fake: features ``[count, FEATURES]``.
+        real: Features ``[count, FEATURES]``, at least as many as in ``fake``.
+        fake: Features ``[count, FEATURES]``.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -109,14 +109,14 @@ def kernel_distance(real: torch.Tensor, fake: torch.Tensor) -> float:
 
 
 def precision_recall(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al., NeurIPS 2019).
+    """Return improved precision and recall (Kynkaanniemi et al., NeurIPS 2019).
 
-    Precision is the share of samples that lie within the distance of a real picture to its k-th nearest real
-    neighbour, recall the share of real pictures that lie so near to a sample.
+    Precision is the share of samples that are at least as close to a real image as its k-th nearest real neighbour.
+    Recall is the share of real images that are at least as close to a sample as its k-th nearest sample.
 
     Args:
-        real: features ``[count, FEATURES]``.
-        fake: features ``[count, FEATURES]``, best as many as ``real``.
+        real: Features ``[count, FEATURES]``.
+        fake: Features ``[count, FEATURES]``, preferably as many as in ``real``.
 
     Example:
         >>> points = torch.randn(32, FEATURES)
@@ -135,11 +135,11 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, flo
 
 
 def caption_accuracy(answers: torch.Tensor, scenes: Sequence[Scene]) -> float:
-    """The share of the captions' statements that pictures fulfil.
+    """Return the share of the captions' statements that are true for the images.
 
     Args:
-        answers: int64 ``[count, len(ATTRIBUTES)]``, the judge's.
-        scenes: what each picture was to show.
+        answers: Answers of the judge, int64 ``[count, questions]``.
+        scenes: Scene that each image should show.
     """
     labels = torch.tensor([scene.labels() for scene in scenes])
     stated = torch.tensor([_stated(scene) for scene in scenes])
@@ -147,22 +147,51 @@ def caption_accuracy(answers: torch.Tensor, scenes: Sequence[Scene]) -> float:
 
 
 def _stated(scene: Scene) -> list[bool]:
-    answers = scene.answers()
-    return [scene.names_background if name == "background" else answers[name] != "none" for name in ATTRIBUTES]
+    pair = scene.layout != "single"
+    stated = {"layout": pair, "drawing": True, "second drawing": pair, "background": scene.names_background}
+    return [stated[question] for question in attributes()]
+
+
+def training_distances(pictures: torch.Tensor, training: torch.Tensor, batch: int = 2048) -> torch.Tensor:
+    """Return the distance of each image to the nearest training image.
+
+    The distance is the root mean square difference of levels from 0 to 1, at half the resolution. An exact copy has
+    distance 0.
+
+    Args:
+        pictures: uint8 ``[count, 3, height, width]``.
+        training: uint8 tensor of the same height and width.
+        batch: Number of training images per batch.
+
+    Returns:
+        float32 ``[count]``.
+
+    Example:
+        >>> pictures = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+        >>> training_distances(pictures, pictures.flip(0)).tolist()
+        [0.0, 0.0, 0.0, 0.0]
+    """
+    points = _small(pictures)
+    nearest = [torch.cdist(points, _small(part)).amin(1) for part in training.split(batch)]
+    return torch.stack(nearest).amin(0) / points.shape[1] ** 0.5
+
+
+def _small(pictures: torch.Tensor) -> torch.Tensor:
+    return nn.functional.avg_pool2d(pictures.float() / 255, 2).flatten(1)
 
 
 @torch.no_grad()
 def picture_distance(judge: Judge, first: torch.Tensor, second: torch.Tensor, batch: int = 128) -> float:
-    """Mean distance of pairs of pictures in the judge's feature maps.
+    """Return the mean distance of pairs of images in the judge's feature maps.
 
-    The form of LPIPS (Zhang et al., CVPR 2018) without its learned weights: at each depth, the squared difference of
-    maps normalised over their channels, summed over channels, averaged over places, summed over depths.
+    This is LPIPS (Zhang et al., CVPR 2018) without its learned weights: the squared difference of maps that are
+    normalized over their channels, summed over channels, averaged over positions and summed over depths.
 
     Args:
-        judge: the classifier.
+        judge: Classifier.
         first: uint8 ``[count, 3, height, width]``.
-        second: like ``first``.
-        batch: pairs at once.
+        second: Tensor of the same shape and dtype as ``first``.
+        batch: Number of pairs per batch.
     """
     total = 0.0
     for parts in zip(first.split(batch), second.split(batch), strict=True):
@@ -173,5 +202,5 @@ def picture_distance(judge: Judge, first: torch.Tensor, second: torch.Tensor, ba
 
 
 def _levels(judge: Judge, pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as the judge takes them, on its device."""
+    """Return uint8 images in the value range of the judge, on its device."""
     return pictures.to(next(judge.parameters()).device).float() / 127.5 - 1

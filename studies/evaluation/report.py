@@ -21,6 +21,8 @@ COLUMNS: tuple[Column, ...] = (
     ("recall", "recall ↑", 3),
     ("caption_accuracy", "caption accuracy ↑", 3),
     ("distance_to_unguided", "distance to unguided", 3),
+    ("training_distance", "distance to training images", 3),
+    ("copies", "copies ↓", 3),
 )
 PAPER_SCALE = 3.0
 # The paper's sigma 10 acts on SDXL's 32x32 tokens; the bundled model has 16x16 there.
@@ -81,12 +83,21 @@ def cell(row: dict[str, Any], column: Column) -> str:
     return "" if value is None else f"{value['mean']:.{digits}f} ± {value['spread']:.{digits}f}"
 
 
-def table(rows: Sequence[dict[str, Any]], drawings: dict[str, Any] | None = None) -> str:
-    """A markdown table of rows of one mode, the paper's settings marked with a star; real drawings first, if given."""
+def table(
+    rows: Sequence[dict[str, Any]], drawings: dict[str, Any] | None = None, held_out: dict[str, Any] | None = None
+) -> str:
+    """Return a markdown table of rows of one mode. The paper's settings have a star.
+
+    Args:
+        rows: Rows of one mode.
+        drawings: Measures of new compositions of trained drawings, for the first row.
+        held_out: Measures of compositions of held-out drawings, for the second row.
+    """
     shown = [column for column in COLUMNS if any(column[0] in row["measures"] for row in rows)]
     lines = ["| guidance | " + " | ".join(heading for _, heading, _ in shown) + " |"]
     lines.append("| --- |" + " ---: |" * len(shown))
-    named = [("real drawings", {"measures": drawings})] if drawings else []
+    real = {"real drawings": drawings, "held-out drawings": held_out}
+    named = [(name, {"measures": measures}) for name, measures in real.items() if measures]
     for name, row in [*named, *((describe(setting_of(row)), row) for row in rows)]:
         lines.append(f"| {name} | " + " | ".join(cell(row, column) for column in shown) + " |")
     return "\n".join(lines)
@@ -114,7 +125,10 @@ def text(evaluation: dict[str, Any]) -> str:
     rows = evaluation["rows"]
     parts = [title(evaluation)]
     for mode in modes(rows):
-        parts += [f"## {mode.capitalize()}", table(of_mode(rows, mode), evaluation["drawings"])]
+        parts += [
+            f"## {mode.capitalize()}",
+            table(of_mode(rows, mode), evaluation["drawings"], evaluation.get("held_out")),
+        ]
     return "\n\n".join([*parts, "## The choice", evaluation["verdict"], table(evaluation["selection"])]) + "\n"
 
 

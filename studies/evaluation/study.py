@@ -1,42 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of a model of the drawings, their measures, and a file of these so that a study that was cut off goes on."""
+"""Samples of the bundled model, their measures, and a file of the measurements to resume an interrupted study from."""
 
 from __future__ import annotations
 
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from segkern.core.environment import fingerprint
+from studies.drawings.scenes import PICTURE_SIZES, Scene, draw, numbered, random_scene
+from studies.drawings.sheet import held_out
 from studies.evaluation import metrics
 from studies.evaluation.judge import Judge
 from studies.evaluation.report import describe
 from studies.evaluation.settings import Setting
-from studies.evaluation.shapes import PICTURE_SIZES, Scene, draw, numbered, random_scene
+from studies.training import data
 
-REFERENCE_SEED = 777  # of the series of real drawings; the training series has another
+SIZE = PICTURE_SIZES[0]  # all samples are square
+REFERENCE_SEED = 777  # of the new compositions; the training series has another seed
 REFERENCE_COUNT = 4096
+COPIES_PERCENTILE = 0.01  # of the new compositions' distances to training images; samples below it count as copies
 
 
-def prompts(seed: int, count: int) -> list[Scene]:
-    """Scenes whose captions are the prompts of a seed."""
-    return [random_scene(random.Random(f"prompts/{seed}/{index}")) for index in range(count)]
+def prompts(seed: int, count: int, names: Sequence[str] | None = None) -> list[Scene]:
+    """Return the scenes whose captions are the prompts of a seed; see ``random_scene`` for ``names``."""
+    return [random_scene(random.Random(f"prompts/{seed}/{index}"), *SIZE, names) for index in range(count)]
 
 
-def reference(count: int = REFERENCE_COUNT, size: tuple[int, int] = PICTURE_SIZES[0]) -> torch.Tensor:
-    """Real drawings that the model was not trained on, uint8 ``[count, 3, height, width]``."""
-    return torch.stack([numbered(REFERENCE_SEED, index, size)[1] for index in range(count)])
+def reference(count: int = REFERENCE_COUNT) -> torch.Tensor:
+    """Return new compositions of the drawings that the model was trained on, uint8 ``[count, 3, height, width]``."""
+    return torch.stack([numbered(REFERENCE_SEED, index, SIZE)[1] for index in range(count)])
+
+
+def training(count: int = data.COUNT) -> torch.Tensor:
+    """Return the square images among the first ``count`` that the model was trained on."""
+    return data.compositions(count).pictures[SIZE]
 
 
 def sample(pipe: Any, setting: Setting, seed: int, count: int, steps: int, batch: int = 64) -> Iterator[torch.Tensor]:
-    """Samples in batches, uint8 ``[batch, 3, height, width]``.
+    """Yield samples in batches, uint8 ``[batch, 3, height, width]``.
 
-    Sample ``i`` of a seed begins from the same noise, and has the same prompt, whatever the setting and the batch.
+    Initial noise and prompt of sample ``i`` of a seed are the same for all settings and batch sizes.
     """
     from segkern.integrations.diffusers import guide
 
@@ -63,36 +72,42 @@ class Study:
     """Measures settings and appends each measurement to a file.
 
     Args:
-        pipe: a pipeline that draws these drawings, without progress bar.
-        judge: the classifier.
-        path: JSON-lines file of measurements; those in it are not made again.
-        images: per setting and seed.
-        steps: of the scheduler.
-        batch: pictures at once.
+        pipe: Pipeline of the bundled model, without a progress bar.
+        judge: Classifier.
+        path: JSON-lines file of measurements. Measurements in it are not repeated.
+        images: Number of images per setting and seed.
+        steps: Number of inference steps.
+        batch: Number of images per batch.
 
     Attributes:
-        kind: fingerprint of the weights, and the dtype.
-        cells: the measurements, one for each setting and seed.
+        kind: Fingerprint of the weights, and the dtype.
+        cells: Measurements, one for each setting and seed.
 
     Raises:
-        ValueError: for a file with measurements of another model, and for more images than there are real drawings.
+        ValueError: If the file has measurements of another model, or ``images`` exceeds the number of new compositions.
     """
 
     def __init__(self, pipe: Any, judge: Judge, path: Path, images: int, steps: int, batch: int = 64) -> None:
         if images > REFERENCE_COUNT:
-            raise ValueError(f"there are {REFERENCE_COUNT} real drawings to compare with, fewer than {images} images")
+            raise ValueError(
+                f"there are {REFERENCE_COUNT} new compositions to compare with, fewer than {images} images"
+            )
         self.pipe, self.judge, self.path = pipe, judge, path
         self.images, self.steps, self.batch = images, steps, batch
         weights = fingerprint(pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, judge)
         self.kind = {"weights": weights, "dtype": str(pipe.unet.dtype).removeprefix("torch.")}
         self.cells = self._read_cells()
-        real = metrics.judged(judge, reference()).features
+        compositions = reference()
+        self._training = training()
+        distances = metrics.training_distances(compositions[:1024], self._training)
+        self._copy = float(distances.quantile(COPIES_PERCENTILE))
+        real = metrics.judged(judge, compositions).features
         self._unit = metrics.unit(real)
         self._real = real / self._unit
         self._unguided: dict[tuple[str, int], torch.Tensor] = {}
 
     def _read_cells(self) -> list[dict[str, Any]]:
-        """Measurements of an earlier run; a line that it was cut off in is taken away."""
+        """Return the measurements of an earlier run, and remove an incomplete last line from the file."""
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         complete = text[: text.rfind("\n") + 1] or json.dumps(self.kind) + "\n"
         kind, *cells = [json.loads(line) for line in complete.splitlines()]
@@ -108,17 +123,17 @@ class Study:
         return {"setting": setting.to_dict(), "seed": seed, "images": self.images, "steps": self.steps}
 
     def find(self, setting: Setting, seed: int) -> dict[str, Any] | None:
-        """The measurement of a setting and seed with as many images and steps, if it was made."""
+        """Return the measurement of a setting and seed with this number of images and steps, or None."""
         key = self._key(setting, seed)
         return next((cell for cell in self.cells if key.items() <= cell.items()), None)
 
     def measure(self, setting: Setting, seed: int, advance: Callable[[str, int], None]) -> dict[str, Any]:
-        """Sample, measure and write down one setting with one seed.
+        """Sample and measure one setting with one seed, and append the measurement to the file.
 
         Args:
-            setting: to sample with.
-            seed: of the noise and the prompts.
-            advance: is called with the name of what is measured and the size of every batch.
+            setting: Setting to sample with.
+            seed: Seed of the initial noise and the prompts.
+            advance: Called with the name of the measurement and the size of every batch.
         """
         name = f"{setting.mode}, {describe(setting)}, seed {seed}"
         known = self.find(setting, seed)
@@ -139,23 +154,33 @@ class Study:
         return cell
 
     def drawn(self, seed: int) -> dict[str, float]:
-        """Measures of as many real drawings, of the seed's prompts: what a perfect model could reach."""
-        scenes = enumerate(prompts(seed, self.images))
-        pictures = [draw(scene, *PICTURE_SIZES[0], random.Random(f"drawn/{seed}/{index}")) for index, scene in scenes]
-        return self._judged("prompts", seed, torch.stack(pictures))
+        """Return the measures of new compositions of the seed's prompts, which a perfect model could reach."""
+        return self._drawn(prompts(seed, self.images), seed)
 
-    def _judged(self, mode: str, seed: int, pictures: torch.Tensor) -> dict[str, float]:
+    def unseen(self, seed: int) -> dict[str, float]:
+        """Return the measures of compositions of the drawings that the model was not trained on."""
+        return self._drawn(prompts(seed, self.images, held_out()), seed)
+
+    def _drawn(self, scenes: list[Scene], seed: int) -> dict[str, float]:
+        numbers = enumerate(scenes)
+        pictures = [draw(scene, *SIZE, random.Random(f"drawn/{seed}/{index}")) for index, scene in numbers]
+        return self._judged(torch.stack(pictures), scenes)
+
+    def _judged(self, pictures: torch.Tensor, scenes: list[Scene] | None) -> dict[str, float]:
         judged = metrics.judged(self.judge, pictures)
         features = judged.features / self._unit
         precision, recall = metrics.precision_recall(self._real[: len(pictures)], features)
+        distances = metrics.training_distances(pictures, self._training)
         measures = {
             "frechet_distance": metrics.frechet_distance(self._real, features),
             "kernel_distance": metrics.kernel_distance(self._real, features),
             "precision": precision,
             "recall": recall,
+            "training_distance": float(distances.mean()),
+            "copies": float((distances < self._copy).float().mean()),
         }
-        if mode == "prompts":
-            measures["caption_accuracy"] = metrics.caption_accuracy(judged.answers, prompts(seed, len(pictures)))
+        if scenes is not None:
+            measures["caption_accuracy"] = metrics.caption_accuracy(judged.answers, scenes)
         return measures
 
     def _measures(self, setting: Setting, seed: int, pictures: torch.Tensor) -> dict[str, float]:
@@ -166,4 +191,5 @@ class Study:
             batches = sample(self.pipe, plain, seed, self.images, self.steps, self.batch)
             self._unguided[key] = torch.cat(list(batches))
         distance = metrics.picture_distance(self.judge, self._unguided[key], pictures)
-        return self._judged(setting.mode, seed, pictures) | {"distance_to_unguided": distance}
+        scenes = prompts(seed, len(pictures)) if setting.mode == "prompts" else None
+        return self._judged(pictures, scenes) | {"distance_to_unguided": distance}

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures against their definitions, written out, and the judge against drawings that it has not seen."""
+"""Measures agree with their definitions, and the judge recognizes new compositions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from studies.drawings.scenes import PICTURE_SIZES, Scene, attributes, numbered
+from studies.drawings.sheet import drawings
 from studies.evaluation.judge import FEATURES, Judge, load_judge
 from studies.evaluation.metrics import (
     caption_accuracy,
@@ -14,9 +16,9 @@ from studies.evaluation.metrics import (
     kernel_distance,
     picture_distance,
     precision_recall,
+    training_distances,
     unit,
 )
-from studies.evaluation.shapes import ATTRIBUTES, PICTURE_SIZES, Scene, Thing, numbered
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +87,41 @@ def test_precision_without_diversity() -> None:
 
 
 def test_only_what_a_caption_says_is_asked() -> None:
-    first = Scene("single", (Thing("ring", "red", "small"),), "dark", "a small red ring")
-    second = Scene("row", (Thing("star", "blue", None),), "light", "a row of three blue stars on a light background")
+    first = Scene("single", ("fox",), "pink", "fox")
+    second = Scene("beside", ("owl", "pizza"), "blue", "owl and pizza on a blue background")
     right = torch.tensor([first.labels(), second.labels()])
     assert caption_accuracy(right, [first, second]) == 1.0
     wrong = right.clone()
-    names = list(ATTRIBUTES)
-    wrong[0, names.index("background")] = 1  # not said
-    wrong[1, names.index("size")] = 0  # not said
-    wrong[0, names.index("second colour")] = 2  # not said, but a second object is not there
+    names = list(attributes())
+    wrong[0, names.index("background")] = 1  # not in the caption
+    wrong[0, names.index("second drawing")] = 2  # not in the caption
+    wrong[0, names.index("layout")] = 2  # not in the caption
     assert caption_accuracy(wrong, [first, second]) == 1.0
-    wrong[1, names.index("background")] = 0  # said
-    wrong[1, names.index("shape")] = 0  # said
-    # layout, shape, colour, size; layout, shape, colour, background
-    assert caption_accuracy(wrong, [first, second]) == pytest.approx(6 / 8)
+    wrong[1, names.index("background")] = 0  # in the caption
+    wrong[1, names.index("drawing")] = 0  # in the caption
+    # drawing; layout, drawing, second drawing, background
+    assert caption_accuracy(wrong, [first, second]) == pytest.approx(3 / 5)
+
+
+def test_distance_to_training_images_finds_copies() -> None:
+    training = torch.stack([numbered(1, index, (64, 64))[1] for index in range(12)])
+    new = torch.stack([numbered(2, index, (64, 64))[1] for index in range(3)])
+    distances = training_distances(torch.cat([training[[7, 2]], new]), training, batch=5)
+    assert distances[:2].max() < 1e-3
+    assert distances[2:].min() > 0.05
+    halved = [torch.nn.functional.avg_pool2d(images.float() / 255, 2) for images in (new, training)]
+    expected = (halved[0][:, None] - halved[1]).square().mean((2, 3, 4)).sqrt().amin(1)
+    torch.testing.assert_close(distances[2:], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", PICTURE_SIZES, ids=str)
-def test_judge_knows_drawings_it_has_not_seen(judge: Judge, size: tuple[int, int]) -> None:
-    scenes, pictures = zip(*(numbered(987_654, index, size) for index in range(512)), strict=True)
-    assert caption_accuracy(judged(judge, torch.stack(pictures)).answers, scenes) > 0.97
+def test_judge_recognizes_new_compositions(judge: Judge, size: tuple[int, int]) -> None:
+    names = tuple(drawings())
+    scenes, pictures = zip(*(numbered(987_654, index, size, names) for index in range(512)), strict=True)
+    answers = judged(judge, torch.stack(pictures)).answers
+    right = (answers == torch.tensor([scene.labels() for scene in scenes])).double().mean(0)
+    assert right.min() > 0.95, dict(zip(attributes(), right.tolist(), strict=True))
 
 
 def test_picture_distance(judge: Judge) -> None:

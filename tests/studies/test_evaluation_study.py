@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling, measuring, going on, choosing and reporting, on the bundled model with very few images."""
+"""Sampling, measuring, resuming, choosing and reporting, with very few images of the bundled model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import torch
 
 from segkern.generation.loading import DEMO, find_model, load_pipeline
 from studies import comparisons
+from studies.drawings.sheet import held_out, trained
 from studies.evaluation import __main__ as command
 from studies.evaluation import report
 from studies.evaluation.design import Design, choose, verdict
 from studies.evaluation.judge import Judge, load_judge
 from studies.evaluation.plots import curves, plot
 from studies.evaluation.settings import Setting, grid, variants
-from studies.evaluation.study import Study, prompts, sample
+from studies.evaluation.study import Study, prompts, sample, training
 from tests.cli.cli_tools import done, picture, refusal
 from tests.diffusers.probes import hooks_of
 
@@ -39,8 +40,9 @@ def judge() -> Judge:
 
 
 @pytest.fixture(autouse=True)
-def few_real_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("studies.evaluation.study.reference.__defaults__", (64, (64, 64)))
+def few_compositions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studies.evaluation.study.reference.__defaults__", (64,))
+    monkeypatch.setattr("studies.evaluation.study.training.__defaults__", (96,))
 
 
 def pictures(pipe: Any, setting: Setting, count: int = 3, batch: int = 64) -> torch.Tensor:
@@ -96,13 +98,25 @@ def test_guidance_is_removed_when_sampling_stops(pipe: Any) -> None:
 
 
 def test_measures_do_not_depend_on_the_size_of_features(judge: Judge, pipe: Any, tmp_path: Path) -> None:
-    """Features are divided by what the same features of real drawings spread over."""
+    """Features are divided by the spread of the same features of real compositions."""
     larger = copy.deepcopy(judge)
-    larger.project.weight.mul_(7), larger.project.bias.mul_(7)
+    larger.project[1].weight.mul_(7), larger.project[1].bias.mul_(7)
     measures = Study(pipe, larger, tmp_path / "7", 16, STEPS).drawn(3)
     expected = Study(pipe, judge, tmp_path / "1", 16, STEPS).drawn(3)
     for name in ("frechet_distance", "kernel_distance", "precision", "recall"):
         assert measures[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+
+
+def test_copies_of_training_images_are_counted(judge: Judge, pipe: Any, tmp_path: Path) -> None:
+    study = Study(pipe, judge, tmp_path / "cells.jsonl", 16, STEPS)
+    scenes = prompts(3, 16)
+    copies = study._judged(training()[:16], scenes)
+    assert (copies["copies"], copies["training_distance"]) == (1.0, pytest.approx(0, abs=1e-3))
+    assert study.drawn(3)["copies"] < 0.2
+    unseen = study.unseen(3)
+    assert unseen["training_distance"] > 0
+    assert not set(trained()) & {name for scene in prompts(3, 16, held_out()) for name in scene.names}
+    assert set(trained()) >= {name for scene in scenes for name in scene.names}
 
 
 def test_settings_differ_and_survive_json() -> None:
@@ -127,12 +141,14 @@ def test_a_study_goes_on_where_it_was_cut_off(
     assert sum(seen) == 8
     assert all(math.isfinite(value) for value in made["measures"].values())
     assert made["measures"]["distance_to_unguided"] > 0
+    assert made["measures"]["training_distance"] > 0
+    assert 0 <= made["measures"]["copies"] <= 1
 
     complete = path.read_text(encoding="utf-8")
     path.write_text(complete + complete.splitlines()[-1][:40], encoding="utf-8")
     again = Study(pipe, judge, path, 8, STEPS)
     assert path.read_text(encoding="utf-8") == complete
-    monkeypatch.setattr("studies.evaluation.study.sample", None)  # whoever samples now fails
+    monkeypatch.setattr("studies.evaluation.study.sample", None)  # sampling now fails
     assert again.measure(guided, 1, advance) == made
     assert again.find(guided, 2) is None
     assert Study(pipe, judge, path, 16, STEPS).find(guided, 1) is None
@@ -170,7 +186,7 @@ def test_the_command_writes_everything(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--images", "5000"), "4096 real drawings to compare with, fewer than 5000"), (("/no/model",), "/no/model")],
+    [(("--images", "5000"), "4096 new compositions to compare with, fewer than 5000"), (("/no/model",), "/no/model")],
 )
 def test_what_cannot_be_evaluated_is_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     assert message in refusal(*arguments, "--out", tmp_path, program=command.app)
