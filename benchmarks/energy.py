@@ -20,6 +20,7 @@ from benchmarks import machine
 from benchmarks.results import RESULTS, write_json
 from segkern.analysis import plots, report
 from segkern.analysis.energy import OverSigma
+from segkern.generation.demo import PROMPTED
 from segkern.generation.drawing import ImageRequest, draw, image_metadata
 from segkern.generation.loading import find_model, load_pipeline, quiet_libraries
 from segkern.generation.pictures import save
@@ -28,7 +29,7 @@ FOLDER = RESULTS / "energy"
 DOCS = Path(__file__).parents[1] / "docs"
 BOUNDARIES = ("reflect", "symmetric", "circular")
 SIGMAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, math.inf)
-PROMPTS = ("a large red ring", "a small blue square above a large green circle", "four yellow stars in a row", "")
+PROMPTS = (*(subject.prompt for subject in PROMPTED[:3]), "")
 _STEPS, _AT, _SEED, _CFG = 20, (0, 5, 10, 15, 19), 1, 2.0
 _ROUNDING = 1e-9  # relative to the compared values
 
@@ -63,7 +64,7 @@ def measure(folder: Path = FOLDER, quick: bool = False, tell: Callable[[str], No
     write_json(folder / "statements.json", report.json_values(statements))
 
     tell("one run")
-    request = ImageRequest("a large red ring above a small blue square", "", 64, 64, _SEED, steps, _CFG)
+    request = ImageRequest(PROMPTED[0].prompt, "", 64, 64, _SEED, steps, _CFG)
     with record_energy(pipe, None, SIGMAS, (0, steps // 2, steps - 1)) as recorder:
         picture = draw(pipe, request, ()).image
     details = image_metadata(source, request, (), torch.float32, pipe.scheduler)

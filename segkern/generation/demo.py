@@ -30,10 +30,10 @@ class Subject:
 
 
 PROMPTED = (
-    Subject("a large red ring above a small blue square", SQUARE, 1),
-    Subject("six yellow stars in a circle on a dark background", SQUARE, 2),
-    Subject("a small orange cross in front of a large purple circle", SQUARE, 3),
-    Subject("a row of three green triangles on a light background", WIDE, 4),
+    Subject("fox", SQUARE, 1),
+    Subject("smiling face with sunglasses on a blue background", SQUARE, 2),
+    Subject("birthday cake on a pink background", SQUARE, 3),
+    Subject("panda and pizza", WIDE, 4),
 )
 # Consecutive seeds from 1: the seeds were not selected by their results.
 UNCONDITIONAL = tuple(Subject("", SQUARE, seed) for seed in range(1, 13))

@@ -176,7 +176,7 @@ def generate(run: Run, models: Models, folder: Path, on_step: OnStep) -> RunResu
         summary = report.summary(recorder, metadata, _BOUNDARY)
         maps = _stack(plots.plot_maps(summary, files, before.image))
     problems = [] if after.report is None else list(after.report.problems)
-    unknown = unknown_words_warning(source, getattr(pipe, "tokenizer", None), request.prompt, request.negative_prompt)
+    unknown = unknown_words_warning(source, request.prompt, request.negative_prompt)
     if unknown is not None:
         problems.append(f"{unknown[0].upper()}{unknown[1:]}.")
     headings, rows = report_rows([specs], [after], scale)

@@ -53,7 +53,7 @@ def snippet(
     Example:
         >>> from segkern.integrations.diffusers import SEG
         >>> from segkern.generation.loading import find_model
-        >>> request = ImageRequest("a red ring", "", 64, 64, 1, 20, 3.0)
+        >>> request = ImageRequest("fox", "", 64, 64, 1, 20, 3.0)
         >>> arguments = {"width": 64, "height": 64}
         >>> text = snippet(find_model("demo"), request, arguments, (SEG(),), torch.float32, torch.device("cpu"))
         >>> [line for line in text.splitlines() if "guide(" in line]

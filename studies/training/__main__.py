@@ -47,6 +47,7 @@ def main(
         unet, texts = denoiser.fit(work, autoencoder, work, shortened(denoiser.PLAN), count)
         autoencoder = vae.sharpen(work, autoencoder, shortened(vae.SHARPEN), count)
         export.pipeline(out / "demo", autoencoder, texts, unet, work)
+        export.names(out / "demo")
     if part != Part.MODEL:
         export.judge(out / "judge", judge.fit(work, shortened(judge.PLAN)))
     export.record(out / "demo", work)

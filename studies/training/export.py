@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors.torch import save_file
 
 from segkern.core.environment import environment
+from studies.drawings.scenes import BACKGROUNDS
+from studies.drawings.sheet import trained
 from studies.evaluation.judge import Judge
 from studies.training.denoiser import scheduler
 from studies.training.loop import DEVICE
@@ -39,6 +41,13 @@ def pipeline(folder: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditi
     for name in NAMES:  # the pipeline saves them in a format that older releases cannot read
         shutil.rmtree(folder / name)
         shutil.copytree(tokenizers / name, folder / name)
+
+
+def names(folder: Path) -> None:
+    """Write names.json: the names and background colours in the captions of the training images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"drawings": trained(), "backgrounds": list(BACKGROUNDS)}
+    (folder / "names.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def record(folder: Path, work: Path) -> None:

@@ -15,13 +15,14 @@ from diffusers import HeunDiscreteScheduler
 
 from segkern.analysis import plots, report
 from segkern.cli.energy import _steps
+from segkern.generation.demo import PROMPTED
 from segkern.generation.loading import find_model, load_pipeline
 from segkern.generation.pictures import difference
 from tests.cli.cli_tools import done, picture, refusal
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
-PROMPT = "a large red ring"
+PROMPT = PROMPTED[0].prompt
 SMALL = ("--width", "64", "--height", "48", "--steps", "3", "--device", "cpu")
 FILES = ("picture.png", "energy.json", "maps.png", "over-sigma.png", "over-steps.png")
 

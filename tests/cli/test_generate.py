@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from segkern.generation.demo import PROMPTED
 from segkern.generation.loading import DEMO
 from segkern.generation.pictures import difference
 from segkern.integrations.diffusers import SEG, guide
@@ -21,7 +22,7 @@ from tests.cli.cli_tools import done, picture, refusal, segkern
 from tests.cli.single_file_checkpoint import write_single_file
 from tests.cli.small_transformer import save_small_sd3
 
-PROMPT = "a large red ring"
+PROMPT = PROMPTED[0].prompt
 SMALL = ("--width", "64", "--height", "48", "--steps", "2", "--device", "cpu")
 PLAIN = ("--guidance", "none")
 
@@ -134,11 +135,12 @@ def test_one_warning_if_guidance_has_no_effect(tmp_path: Path) -> None:
 
 def test_words_that_the_bundled_model_does_not_know(tmp_path: Path) -> None:
     out = ("--overwrite", "--out", tmp_path / "a.png")
-    result = segkern("generate", "demo", "a large Jabberwock, red rings", *SMALL, "--negative-prompt", "naïve", *out)
+    result = segkern("generate", "demo", f"{PROMPT.title()}, Jabberwock", *SMALL, "--negative-prompt", "naïve", *out)
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning:")]
-    assert "does not know the words naïve, jabberwock; it knows " in warning
-    assert {"large", "red", "rings"} <= set(warning.partition("it knows ")[2].split(", "))
-    assert segkern("generate", "demo", "A large, RED ring.", *SMALL, *out).stderr == ""
+    assert "does not know the words naïve, jabberwock; it knows prompts such as " in warning
+    assert all(subject.prompt in warning for subject in PROMPTED)
+    for prompt in (f"A {PROMPTED[1].prompt.upper()}.", *(subject.prompt for subject in PROMPTED[2:])):
+        assert segkern("generate", "demo", prompt, *SMALL, *out).stderr == ""
     other = shutil.copytree(DEMO, tmp_path / "other")
     assert segkern("generate", other, "a jabberwock", *SMALL, *out).stderr == ""
 

@@ -18,6 +18,7 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from segkern.generation import loading
+from segkern.generation.demo import PROMPTED
 from segkern.generation.drawing import ImageRequest, default_layers, image_metadata
 from segkern.generation.pictures import difference, difference_image
 from segkern.generation.sizes import image_size
@@ -35,7 +36,7 @@ from tests.diffusers.transformer_cases import MODELS
 CPU = torch.device("cpu")
 DEMO = loading.find_model("demo")
 FIELDS: dict[str, Any] = {
-    "prompt": "a large red ring",
+    "prompt": PROMPTED[0].prompt,
     "negative_prompt": "",
     "seed": 2,
     "steps": 2,
@@ -130,7 +131,7 @@ def test_sizes_of_other_models_have_about_the_same_shapes(sample_size: Any, fact
 def test_form_becomes_a_request_and_guidance(models: Models) -> None:
     fields = {"guidances": ["SAG", "SEG", "PAG"], "sigma": " 4 ", "seg_scale": "2.5", "pag_scale": 1, "sag_scale": "-1"}
     checked = settings(models, **fields, layers=["mid, u0-1", "d0"], start=0.25, stop=0.5, energy=True, seed=7.0)
-    assert checked.request == ImageRequest("a large red ring", "", 64, 48, 7, 2, 3.0)
+    assert checked.request == ImageRequest(PROMPTED[0].prompt, "", 64, 48, 7, 2, 3.0)
     layers, part = ["mid", "u0-1", "d0"], {"start": 0.25, "stop": 0.5}
     assert checked.specs == (
         SAG(-1.0, **part),
@@ -214,7 +215,7 @@ def test_images_contain_their_settings(models: Models, everything: Everything) -
 
 def test_images_equal_those_of_the_command_line(everything: Everything, tmp_path: Path) -> None:
     usual = ("--seed", "2", "--steps", "2", "--guidance-scale", "3", "--width", "64", "--height", "48")
-    words = ("generate", "demo", "a large red ring", "--negative-prompt", 'grün "x"', "--device", "cpu", *usual)
+    words = ("generate", "demo", PROMPTED[0].prompt, "--negative-prompt", 'grün "x"', "--device", "cpu", *usual)
     done(*words, "--guidance", "none", "--out", tmp_path / "plain.png")
     guided = ("--guidance", "seg,pag,sag", "--sigma", "4", "--layers", "mid,u0-1", "--stop", "0.5")
     done(*words, *guided, "--out", tmp_path / "guided.png")

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from segkern.generation import prompt_batches
+from segkern.generation.demo import PROMPTED
 from segkern.generation.drawing import ImageRequest, ImageResult
 from segkern.generation.pictures import difference
 from tests.cli.cli_tools import done, picture, refusal
 
-PROMPTS = "a large red ring\n\n  a small blue cross  \n"
+PROMPTS = f"{PROMPTED[0].prompt}\n\n  {PROMPTED[1].prompt}  \n"
 NAMES = ["00001-seed-5", "00001-seed-6", "00003-seed-5", "00003-seed-6"]
 SMALL = ("--width", "48", "--height", "32", "--steps", "2", "--seed", "5")
 
@@ -47,11 +48,11 @@ def test_each_prompt_and_seed_is_a_picture_and_a_record(prompts: Path) -> None:
     assert sorted(files(prompts)) == sorted(f"{name}.{end}" for name in NAMES for end in ("png", "json"))
     out = prompts.parent / "out"
     single = prompts.parent / "single.png"
-    done("generate", "demo", "a small blue cross", *SMALL, "--device", "cpu", "--out", single)
+    done("generate", "demo", PROMPTED[1].prompt, *SMALL, "--device", "cpu", "--out", single)
     assert difference(picture(out / "00003-seed-5.png"), picture(single)) == 0
     assert dict(picture(out / "00003-seed-5.png").text) == dict(picture(single).text)
     record = json.loads((out / "00001-seed-6.json").read_text())
-    assert (record["prompt"], record["seed"], record["seg_sigma"]) == ("a large red ring", 6, "inf")
+    assert (record["prompt"], record["seed"], record["seg_sigma"]) == (PROMPTED[0].prompt, 6, "inf")
     assert record["seconds"] > 0
     assert record["guidance_report"]["layers"][0]["fired"] == 2
     assert record["guidance_report"]["specs"][0]["sigma"] == "inf"
@@ -152,7 +153,7 @@ def test_two_processes_draw_each_picture_once_even_if_they_are_killed(prompts: P
     assert len(drawn) == len(NAMES) - len(there)
     # A single process generates the same images.
     alone = prompts.parent / "alone.png"
-    done("generate", "demo", "a large red ring", *SMALL, "--device", "cpu", "--out", alone)
+    done("generate", "demo", PROMPTED[0].prompt, *SMALL, "--device", "cpu", "--out", alone)
     assert difference(picture(out / "00001-seed-5.png"), picture(alone)) <= 1
     for name in NAMES:
         assert json.loads((out / f"{name}.json").read_text())["prompt"]

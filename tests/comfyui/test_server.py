@@ -17,7 +17,7 @@ from .server import PACK, Server, Workflow, command, environment, link_pack, wai
 _COMMON = {"layers": "mid", "start_percent": 0.0, "end_percent": 1.0, "rescale": 0.0}
 WORKFLOW: Workflow = {
     "load": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "small.safetensors"}},
-    "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": "a red ring"}},
+    "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": "fox"}},
     "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["load", 1], "text": ""}},
     "empty": {"class_type": "EmptyLatentImage", "inputs": {"width": 192, "height": 128, "batch_size": 1}},
     "guide": {

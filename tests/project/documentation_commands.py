@@ -12,13 +12,14 @@ import click
 import typer
 
 from segkern.cli.app import app
+from segkern.generation.demo import PROMPTED
 from tests.cli.cli_tools import done, refusal
 
 ROOT = Path(__file__).parents[2]
 
 from benchmarks.__main__ import app as benchmarks  # noqa: E402
 
-PROMPTS = "a large red ring above a small blue square\na row of three green triangles on a light background\n"
+PROMPTS = "".join(f"{subject.prompt}\n" for subject in PROMPTED[:2])
 
 # Replaces or adds options to save time. The page's own options are parsed first and must exist.
 _LESS = {
