@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two smaller studies of the bundled model beside its evaluation: ``python -m studies.comparisons NAME``.
+"""Two smaller studies of the bundled model: ``python -m studies.comparisons NAME``.
 
-``approximations``: the setting that the evaluation chose, with a perturbed branch that serves several steps
-(``SEG(reuse=...)``) and with guidance in part of the run. ``family``: PAG, SAG, SEG, CFG and some of them together, at
-scales of the papers and around. Samples begin from the same noise whatever the setting. Results go to
+``approximations`` measures the setting that the evaluation chose, with a perturbed branch that several steps share
+(``SEG(reuse=...)``) and with guidance in a range of steps. ``family`` measures PAG, SAG, SEG, CFG and combinations of
+them, at and around the scales of the papers. All settings start from the same noise. Results go to
 ``benchmarks/results/NAME/demo.json``.
 """
 
@@ -34,7 +34,7 @@ STEPS = 10
 
 
 def approximations() -> list[Setting]:
-    """No guidance, the chosen setting, and approximations of it."""
+    """Return no guidance, the chosen setting, and approximations of it."""
     chosen = Setting.from_dict(report.read(DEMO / "evaluation.json")["chosen"])
     reused = [replace(chosen, reuse=reuse) for reuse in (2, 3, 5)]
     parts = [replace(chosen, start=start, stop=stop) for start, stop in ((0.0, 0.5), (0.5, 1.0), (0.2, 0.8))]
@@ -42,7 +42,7 @@ def approximations() -> list[Setting]:
 
 
 def family() -> list[Setting]:
-    """Every guidance by itself, by scale, and some of them together, without prompts and with."""
+    """Return every guidance method at several scales, and combinations, without and with prompts."""
     settings = []
     for mode in MODES:
         plain = Setting(mode)
@@ -71,7 +71,7 @@ def measure(
     seeds: tuple[int, ...] = SEEDS,
     steps: int = STEPS,
 ) -> dict[str, Any]:
-    """Measure all settings; ``folder`` keeps what was measured, so that a study that was cut off goes on."""
+    """Measure all settings. An interrupted study resumes from the measurements in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device("cpu")
     pipe = load_pipeline(find_model("demo"), torch.bfloat16, device)
@@ -84,7 +84,7 @@ def measure(
 
 def main(
     name: Annotated[str, typer.Argument(help=f"{' or '.join(STUDIES)}.")],
-    folder: Annotated[Path, typer.Option(help="Where measurements are kept meanwhile.")] = Path("outputs/comparisons"),
+    folder: Annotated[Path, typer.Option(help="Folder for intermediate measurements.")] = Path("outputs/comparisons"),
 ) -> None:
     """Measure one study of the bundled model. Takes a while on a CPU."""
     if name not in STUDIES:

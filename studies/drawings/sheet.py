@@ -16,6 +16,7 @@ from PIL import Image
 
 PICTURE = Path(__file__).with_name("sheet.png")
 INDEX = Path(__file__).with_name("sheet.json")
+LICENSES = Path(__file__).with_name("LICENSES.txt")
 HELD_OUT_SEED = 8
 HELD_OUT_SHARE = 0.1
 

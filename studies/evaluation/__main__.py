@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluation of the bundled model: ``python -m studies.evaluation``."""
+"""Evaluate the bundled model: ``python -m studies.evaluation``."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model of the drawings: 'demo' or a checkpoint folder.")] = "demo",
-    images: Annotated[int, typer.Option(min=8, help="Per setting and seed.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Of the scheduler.")] = 10,
-    dtype: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; auto is fp16 on CUDA.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 and so on.")] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for JSON, plot and what is measured on the way.")] = Path(
+    model: Annotated[
+        str, typer.Argument(help="'demo' or the folder of a checkpoint that was trained on the drawings.")
+    ] = "demo",
+    images: Annotated[int, typer.Option(min=8, help="Number of images per setting and seed.")] = 192,
+    steps: Annotated[int, typer.Option(min=1, help="Number of inference steps.")] = 10,
+    dtype: Annotated[
+        str, typer.Option(help="auto, fp32, fp16 or bf16; auto selects fp16 on CUDA and fp32 elsewhere.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, or a CUDA device such as cuda or cuda:1.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for JSON, plot and intermediate measurements.")] = Path(
         "outputs/evaluation"
     ),
 ) -> None:
-    """Measure what guidance does to samples: fidelity, diversity, captions. A run that was cut off goes on."""
+    """Measure the effect of guidance on samples: fidelity, diversity, captions. An interrupted run resumes."""
     loading.quiet_libraries()
     design = Design()
     with refusing():

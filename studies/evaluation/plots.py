@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of an evaluation: quality over the scale of guidance, and fidelity against diversity."""
+"""Plots of an evaluation: quality over the guidance scale, and fidelity against diversity."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Measures = dict[str, dict[str, float]]
 
 
 def plot(evaluation: dict[str, Any], path: Path) -> None:
-    """Frechet distance by scale, precision by recall, and captions by scale, a row of panels per mode.
+    """Plot Frechet distance by scale, precision by recall, and captions by scale, in one row of panels per mode.
 
-    Error bars are standard deviations over seeds; real drawings are what a perfect model could reach.
+    Error bars are standard deviations over seeds. A perfect model could reach the values of the real drawings.
     """
     from matplotlib.figure import Figure
 
@@ -86,7 +86,7 @@ def _place(measures: Measures) -> tuple[float, float]:
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> list[tuple[Setting, list[dict[str, Any]]]]:
-    """Rows that differ in SEG's scale alone, by rising scale, under a setting that stands for all of them."""
+    """Group the rows that differ only in the scale of SEG, by increasing scale, under the setting with scale 1."""
     groups: dict[Setting, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: setting_of(row).seg):
         setting = setting_of(row)
@@ -97,7 +97,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> list[tuple[Setting, list[dict[str,
 
 
 def _style(curve: Setting) -> dict[str, Any]:
-    """One colour per sigma, from light to dark; dotted with CFG, dashed in other layers or in a part of the run."""
+    """Return one colour per sigma, from light to dark; dotted with CFG, dashed for other layers or ranges of steps."""
     from matplotlib import colormaps
 
     usual = (curve.layers, curve.start, curve.stop) == ("mid", 0.0, 1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of a study: mean and spread over seeds, as JSON and in markdown."""
+"""Results of a study, with mean and spread over seeds, as JSON and as markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from studies.evaluation.settings import MODES, Setting
 
-# Measure, heading, digits; the arrow says which way is better.
+# Measure, heading and digits. An arrow shows the direction that is better.
 Column = tuple[str, str, int]
 COLUMNS: tuple[Column, ...] = (
     ("frechet_distance", "Fréchet ↓", 2),
@@ -25,12 +25,12 @@ COLUMNS: tuple[Column, ...] = (
     ("copies", "copies ↓", 3),
 )
 PAPER_SCALE = 3.0
-# The paper's sigma 10 acts on SDXL's 32x32 tokens; the bundled model has 16x16 there.
+# The paper uses sigma 10 on SDXL's 32x32 tokens; the bundled model has 16x16 tokens.
 PAPER_SIGMAS = (5.0, math.inf)
 
 
 def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of every measure, a row per setting, in the order of the cells."""
+    """Return one row per setting, in the order of the cells, with mean and standard deviation over seeds."""
     groups: dict[Setting, list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault(setting_of(cell), []).append(cell)
@@ -46,7 +46,7 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean_and_spread(measures: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of every measure, of one dictionary of measures per seed."""
+    """Return mean and standard deviation of every measure, given one dictionary of measures per seed."""
     statistic = {}
     for name in measures[0]:
         values = [of_seed[name] for of_seed in measures]
@@ -56,28 +56,28 @@ def mean_and_spread(measures: Sequence[dict[str, float]]) -> dict[str, dict[str,
 
 
 def write(path: Path, evaluation: dict[str, Any]) -> None:
-    """The whole evaluation as JSON."""
+    """Write the evaluation as JSON."""
     path.write_text(json.dumps(evaluation, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The evaluation that ``write`` wrote."""
+    """Read an evaluation from a file that ``write`` wrote."""
     evaluation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return evaluation
 
 
 def modes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The modes among these rows."""
+    """Return the modes of these rows."""
     return [mode for mode in MODES if any(row["setting"]["mode"] == mode for row in rows)]
 
 
 def of_mode(rows: Sequence[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
-    """The rows of a mode."""
+    """Return the rows of a mode."""
     return [row for row in rows if row["setting"]["mode"] == mode]
 
 
 def cell(row: dict[str, Any], column: Column) -> str:
-    """Mean ± standard deviation over seeds."""
+    """Return mean ± standard deviation over seeds as text."""
     name, _, digits = column
     value = row["measures"].get(name)
     return "" if value is None else f"{value['mean']:.{digits}f} ± {value['spread']:.{digits}f}"
@@ -104,7 +104,7 @@ def table(
 
 
 def short(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows to show where there is little room: no guidance, CFG, the paper's settings and the chosen one."""
+    """Return the rows of a short table: no guidance, CFG, the paper's settings and the chosen setting."""
     return [
         row
         for row in evaluation["rows"]
@@ -113,7 +113,7 @@ def short(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def title(evaluation: dict[str, Any]) -> str:
-    """One line on model, seeds and steps."""
+    """Return one line on model, seeds and steps."""
     return (
         f"python -m studies.evaluation, model {evaluation['model']}: {evaluation['images_per_seed']} images for each "
         f"of {len(evaluation['seeds'])} seeds, {evaluation['steps']} steps; bars are standard deviations over seeds"
@@ -121,7 +121,7 @@ def title(evaluation: dict[str, Any]) -> str:
 
 
 def text(evaluation: dict[str, Any]) -> str:
-    """The whole evaluation in markdown: a table per mode, the verdict, and the settings chosen from."""
+    """Return the evaluation in markdown: one table per mode, the verdict, and the candidates."""
     rows = evaluation["rows"]
     parts = [title(evaluation)]
     for mode in modes(rows):
@@ -133,7 +133,7 @@ def text(evaluation: dict[str, Any]) -> str:
 
 
 def describe(setting: Setting) -> str:
-    """A setting in few words, such as ``SEG σ=∞ scale 3 ★``."""
+    """Return a short description of a setting, such as ``SEG σ=∞ scale 3 ★``."""
     words = []
     if setting.cfg > 1:
         words.append(f"CFG {setting.cfg:g}")
@@ -151,11 +151,11 @@ def describe(setting: Setting) -> str:
 
 
 def is_papers(setting: Setting) -> bool:
-    """True for the paper's recommendation: scale 3, sigma 10 of 32x32 tokens or infinity."""
+    """Return True for the paper's recommendation: scale 3 with infinite sigma or sigma 10 on 32x32 tokens."""
     plain = Setting(setting.mode, 1.0, setting.seg, setting.sigma, "mid")
     return setting == plain and setting.seg == PAPER_SCALE and setting.sigma in PAPER_SIGMAS
 
 
 def setting_of(row: dict[str, Any]) -> Setting:
-    """The setting that a row or cell belongs to."""
+    """Return the setting of a row or cell."""
     return Setting.from_dict(row["setting"])

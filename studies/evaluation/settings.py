@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of guidance to sample with, and the lists of them that a study measures."""
+"""Guidance settings to sample with, and the lists of settings that a study measures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 MODES = ("unconditional", "prompts")
 
-# Fields that were not there when the committed evaluation was made, and what they were then.
+# Fields that older evaluations do not have, with the values that those evaluations used.
 _LATER = {"reuse": 1, "pag": 0.0, "sag": 0.0}
 
 
@@ -23,15 +23,15 @@ class Setting:
 
     Attributes:
         mode: ``"unconditional"`` (the empty prompt) or ``"prompts"``.
-        cfg: ``guidance_scale`` of classifier-free guidance; 1 is none.
-        seg: scale of smoothed energy guidance; 0 is none.
-        sigma: blur in tokens of the model's own grid; ``math.inf`` is the mean query. 0 without SEG.
-        layers: guided layers, as ``SEG`` takes them; empty without SEG.
-        start: fraction of the run at which SEG begins.
-        stop: fraction of the run at which it ends.
-        reuse: steps for which a perturbed branch serves.
-        pag: scale of perturbed-attention guidance in the mid block; 0 is none.
-        sag: scale of self-attention guidance; 0 is none.
+        cfg: ``guidance_scale`` of classifier-free guidance; 1 turns it off.
+        seg: Scale of smoothed energy guidance; 0 turns it off.
+        sigma: Blur in tokens of the model's grid; ``math.inf`` uses the mean query. 0 without SEG.
+        layers: Guided layers, separated by commas; empty without SEG.
+        start: Fraction of the steps at which SEG starts.
+        stop: Fraction of the steps at which SEG stops.
+        reuse: Number of steps that use the same perturbed branch.
+        pag: Scale of perturbed-attention guidance in the mid block; 0 turns it off.
+        sag: Scale of self-attention guidance; 0 turns it off.
     """
 
     mode: str
@@ -47,12 +47,12 @@ class Setting:
 
     @property
     def method(self) -> str:
-        """``none``, or which of ``CFG``, ``SEG``, ``PAG`` and ``SAG`` are in it, such as ``CFG + SEG``."""
+        """Names of the guidance methods in use, such as ``CFG + SEG``, or ``none``."""
         scales = {"CFG": self.cfg - 1, "SEG": self.seg, "PAG": self.pag, "SAG": self.sag}
         return " + ".join(name for name, scale in scales.items() if scale > 0) or "none"
 
     def specs(self) -> tuple[Spec, ...]:
-        """The guidances to hand to ``guide``; classifier-free guidance is the pipeline's own."""
+        """Return the specs for ``guide``. The pipeline itself applies classifier-free guidance."""
         from segkern.integrations.diffusers import PAG, SAG, SEG
 
         specs: list[Spec] = []
@@ -66,20 +66,20 @@ class Setting:
         return tuple(specs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The setting in JSON's types, infinity as a word; without what came later and is at its default."""
+        """Return the setting in JSON types. Newer fields that have their default are left out."""
         fields = asdict(self) | {"sigma": "inf" if math.isinf(self.sigma) else self.sigma}
         return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Setting:
-        """The setting that ``to_dict`` wrote."""
+        """Return the setting from the dictionary that ``to_dict`` returned."""
         return cls(**(fields | {"sigma": float(fields["sigma"])}))
 
 
 def grid(
     mode: str, scales: Sequence[float], sigmas: Sequence[float], cfg_scales: Sequence[float], layers: str = "mid"
 ) -> list[Setting]:
-    """No guidance, CFG where there are prompts, and SEG at every scale and sigma; with prompts also both together.
+    """Return no guidance and SEG at every scale and sigma; with prompts also CFG, and SEG with CFG.
 
     Example:
         >>> [setting.method for setting in grid("prompts", [3.0], [math.inf], [2.0])]
@@ -96,6 +96,6 @@ def grid(
 
 
 def variants(mode: str, scales: Sequence[float], sigma: float) -> list[Setting]:
-    """SEG in other layers, and in halves of the run: where else one may look for a setting that helps."""
+    """Return SEG in other layers and in each half of the steps."""
     places = [("down", 0.0, 1.0), ("up", 0.0, 1.0), ("mid,up", 0.0, 1.0), ("mid", 0.0, 0.5), ("mid", 0.5, 1.0)]
     return [Setting(mode, 1.0, scale, sigma, *place) for place in places for scale in scales]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from segkern.core.environment import environment
 from studies.drawings.scenes import BACKGROUNDS
-from studies.drawings.sheet import trained
+from studies.drawings.sheet import LICENSES, trained
 from studies.evaluation.judge import Judge
 from studies.training.denoiser import scheduler
 from studies.training.loop import DEVICE
@@ -44,9 +44,10 @@ def pipeline(folder: Path, vae: AutoencoderKL, texts: Texts, unet: UNet2DConditi
 
 
 def names(folder: Path) -> None:
-    """Write names.json: the names and background colours in the captions of the training images."""
+    """Write names.json, with the names and background colours in the captions, and the licences of the drawings."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"drawings": trained(), "backgrounds": list(BACKGROUNDS)}
+    shutil.copy(LICENSES, folder)
     (folder / "names.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ MODULES = [
     "segkern.core.environment",
     "segkern.cli.explain",
     "studies.evaluation.metrics",
-    "studies.evaluation.shapes",
+    "studies.drawings.scenes",
     "studies.evaluation.settings",
     "segkern.kernels._configs",
     "segkern.kernels._routes",
