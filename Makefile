@@ -101,7 +101,7 @@ device: $(if $(DRY),$(INSTALLED)) ## check and time a GPU in nine minutes, in OU
 evaluate: $(INSTALLED) ## measure the effect of guidance on samples; slow on a CPU
 	$(BIN)/python -m studies.evaluation
 
-train: $(INSTALLED) ## train the bundled model from scratch; well over an hour on a CPU
+train: $(INSTALLED) ## train the bundled model from scratch; several hours on a CPU
 	$(BIN)/python -m studies.training
 
 wheel: $(INSTALLED) ## build dist/*.whl and dist/*.tar.gz

@@ -167,7 +167,7 @@ def summary() -> str:
             cells[mode, column[0]] = f"{report.cell(plain, column)} to {report.cell(guided, column)}"
     return (
         "On the bundled model, SEG at the paper's setting (scale 3, infinite sigma, middle block, no CFG) changes the\n"
-        "Fréchet distance to held-out drawings (lower is better) from "
+        "Fréchet distance to new images of the drawings (lower is better) from "
         f"{cells['unconditional', 'frechet_distance']} without a prompt, and from\n"
         f"{cells['prompts', 'frechet_distance']} with prompts. Caption accuracy changes from "
         f"{cells['prompts', 'caption_accuracy']}.\n"
@@ -211,7 +211,7 @@ def layers() -> str:
 
 def _by_mode(rows: Sequence[dict[str, Any]], result: Mapping[str, Any]) -> dict[str, str]:
     return {
-        mode: report.table([row for row in rows if row["setting"]["mode"] == mode], result.get("drawings"))
+        mode: report.table(report.of_mode(rows, mode), result.get("drawings"), result.get("held_out"))
         for mode in report.modes(rows)
     }
 
