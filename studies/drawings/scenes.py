@@ -91,7 +91,7 @@ def random_scene(rng: random.Random, width: int, height: int, names: Sequence[st
         names: Names to choose from. The default is the names of all drawings that the model is trained on.
 
     Example:
-        >>> random_scene(random.Random(4), 96, 64, ("fox", "owl")).caption
+        >>> random_scene(random.Random(3), 96, 64, ("fox", "owl")).caption
         'fox and owl'
     """
     names = names or trained()
