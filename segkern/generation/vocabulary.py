@@ -11,7 +11,7 @@ from segkern.generation.demo import PROMPTED
 from segkern.generation.loading import DEMO, Source
 
 NAMES = DEMO / "names.json"
-_OTHER_WORDS = ("a", "and", "above", "on", "background")
+_OTHER_WORDS = ("a", "an", "and", "above", "on", "background")
 
 
 def unknown_words_warning(source: Source, *prompts: str) -> str | None:

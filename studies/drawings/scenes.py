@@ -102,7 +102,8 @@ def random_scene(rng: random.Random, width: int, height: int, names: Sequence[st
     chosen = tuple(rng.choice(names) for _ in range(1 if layout == "single" else 2))
     caption = (" and " if layout == "beside" else " above ").join(chosen)
     if rng.random() < _BACKGROUND_SHARE:
-        caption += f" on a {background} background"
+        article = "an" if background == "orange" else "a"
+        caption += f" on {article} {background} background"
     return Scene(layout, chosen, background, caption)
 
 

@@ -21,7 +21,7 @@ START, END, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def words() -> list[str]:
     """Return the words of the captions."""
-    found = ["a", "and", "on", "above", "background", *BACKGROUNDS]
+    found = ["a", "an", "and", "on", "above", "background", *BACKGROUNDS]
     for name in drawings():
         found += re.findall(r"[a-z]+", name.lower())
     return list(dict.fromkeys(found))
