@@ -284,7 +284,7 @@ def test_captions_report_times_and_map(everything: Everything) -> None:
     assert [row[:3] for row in result.report[:3]] == [["SEG", name, "1 of 2"] for name in ("m0", "u0", "u1")]
     assert [row[0] for row in result.report] == ["SEG"] * 3 + ["PAG"] * 3 + ["SAG"]
     assert [problem.partition(";")[0] for problem in result.problems] == [
-        "The bundled model does not know the word grün"
+        "The bundled model does not know the words grün, x"
     ]
     assert result.maps is not None
     assert picture(result.maps).height > picture(result.maps).width / 2  # three layers in one column
