@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from segkern.generation.demo import PROMPTED
+from segkern.generation.loading import DEMO, find_model
+from segkern.generation.vocabulary import unknown_words_warning
 from studies.drawings import __main__ as command
 from studies.drawings import scenes
 from studies.drawings.scenes import BACKGROUNDS, PICTURE_SIZES, Scene, attributes, draw, numbered, random_scene
-from studies.drawings.sheet import INDEX, PICTURE, drawings, held_out, sprite, trained
+from studies.drawings.sheet import INDEX, LICENSES, PICTURE, drawings, held_out, sprite, trained
 
 SEEDS = st.integers(0, 2**32)
 
@@ -121,3 +125,19 @@ def test_a_missing_font_is_one_line(
     error = capsys.readouterr().err
     assert error.endswith("font.ttf does not exist; install the Debian package fonts-noto-color-emoji\n")
     assert error.count("\n") == 1
+
+
+def test_the_checkpoint_names_its_drawings_and_their_licences() -> None:
+    names = json.loads((DEMO / "names.json").read_text(encoding="utf-8"))
+    assert names == {"drawings": list(trained()), "backgrounds": list(BACKGROUNDS)}
+    licences = (DEMO / LICENSES.name).read_text(encoding="utf-8")
+    assert licences == LICENSES.read_text(encoding="utf-8")
+    assert all(part in licences for part in ("SIL OPEN FONT LICENSE", "Apache License", "Unicode, Inc."))
+    assert LICENSES.name in (DEMO / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_demo_prompts_are_captions() -> None:
+    assert unknown_words_warning(find_model("demo"), *(subject.prompt for subject in PROMPTED)) is None
+    for subject in PROMPTED:
+        names = re.split(" and | above ", re.sub(r" on an? \w+ background$", "", subject.prompt))
+        assert set(names) <= set(trained()), subject
