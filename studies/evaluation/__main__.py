@@ -27,7 +27,7 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help="'demo' or the folder of a checkpoint that was trained on the drawings.")
     ] = "demo",
-    images: Annotated[int, typer.Option(min=8, help="Number of images per setting and seed.")] = 192,
+    images: Annotated[int, typer.Option(min=8, help="Number of images per setting and seed.")] = 128,
     steps: Annotated[int, typer.Option(min=1, help="Number of inference steps.")] = 10,
     dtype: Annotated[
         str, typer.Option(help="auto, fp32, fp16 or bf16; auto selects fp16 on CUDA and fp32 elsewhere.")

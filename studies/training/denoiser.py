@@ -17,7 +17,7 @@ from studies.training.data import COUNT, Size, compositions, scaled, size_of_ste
 from studies.training.loop import DEVICE, Plan, half_precision, train
 from studies.training.text import WIDTHS, Texts
 
-PLAN = Plan(steps=9000, rate=8e-4, warmup=200, constant=0.55, average=0.999, seed=3, muon=2e-3)
+PLAN = Plan(steps=5500, rate=8e-4, warmup=200, constant=0.55, average=0.999, seed=3, muon=2e-3)
 SQUARE_BATCH, BATCH = 48, 32
 NO_CAPTION = 0.3  # share of the samples without their caption: ALL_ZEROS, and the empty prompt for the rest
 ALL_ZEROS = 0.05  # share of the samples with zeros, which SDXL's classifier-free guidance uses as negative prompt
