@@ -21,7 +21,7 @@ from studies.evaluation import report
 from studies.evaluation.settings import Setting
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/guidance.md", "docs/cost.md", "docs/how-it-works.md", "docs/models.md")
+PAGES = ("README.md", "docs/guidance.md", "docs/cost.md", "docs/how-it-works.md", "docs/models.md", "docs/energy.md")
 _REAL = "sdxl-416x608"  # SDXL's own configuration, at the size that was measured on a CPU
 _MODES = {"unconditional": "Without a prompt", "prompts": "With prompts"}
 _BLOCK = re.compile(r"(<!-- ([a-z-]+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -289,6 +289,26 @@ def launches() -> str:
     return "\n\n".join(parts)
 
 
+def statements() -> str:
+    """Return how often the statements about attention's energy hold in the bundled model under the reflect boundary."""
+    file = results.read_json(results.RESULTS / "energy" / "statements.json")
+    reflect = file["boundaries"]["reflect"]
+    columns = {
+        "energy of a layer rises, per key": reflect["energy_by_key_rises"],
+        "energy of a layer rises, per query": reflect["energy_by_query_rises"],
+        "energy of a single query rises": reflect["a_querys_own_rises"],
+        "determinant falls, paper's factor": reflect["determinant_paper"]["falls"],
+        "determinant falls, chain rule's factor": reflect["determinant_chain"]["falls"],
+    }
+    lines = []
+    for index, sigma in enumerate(file["sigmas"]):
+        shares = [f"{100 * values[index]:.1f}%" for values in columns.values()]
+        rise, left = reflect["energy_rise"][index], reflect["variance_left"][index]
+        lines.append([_sigma(f"{sigma}".removesuffix(".0")), *shares, f"{rise:.3f}", f"{left:.3f}"])
+    medians = "median rise of a query's energy, nats", "median share of a key's variance that remains"
+    return markdown(("sigma", *columns, *medians), lines)
+
+
 def models(group: str) -> str:
     """Return the outcomes of the tests that compare guidance on a group of models with another computation."""
     files = compatibility.committed()
@@ -334,6 +354,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compiled": compiled,
     "instructions": instructions,
     "launches": launches,
+    "statements": statements,
     "unets": lambda: models("UNets"),
     "transformers": lambda: models("Transformers"),
     "video": lambda: models("Video"),
