@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from functools import lru_cache
 
 from segkern.generation.demo import PROMPTED
 from segkern.generation.loading import DEMO, Source
@@ -39,7 +39,7 @@ def unknown_words_warning(source: Source, *prompts: str) -> str | None:
     )
 
 
-@cache
+@lru_cache(maxsize=1)
 def known_words() -> frozenset[str]:
     """Return the words of the captions that the bundled model was trained with."""
     names = json.loads(NAMES.read_text(encoding="utf-8"))
