@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from segkern.cli.many_images import ManyImages, first_prompts, parse_batch_size
 from segkern.cli.terminal import (
     NUMBERS,
     SIGMAS,
@@ -18,29 +19,32 @@ from segkern.cli.terminal import (
     GuidanceScale,
     Height,
     Model,
+    Problems,
     Seed,
     Steps,
     Width,
     draw_with_progress,
     need_diffusers,
     refusing,
-    warn,
     warn_of_unknown_words,
 )
-from segkern.generation import loading, prompt_batches
+from segkern.generation import loading
 from segkern.generation.calls import default_guidance_scale
 from segkern.generation.drawing import (
     ImageRequest,
-    ImageResult,
-    Specs,
     check_layers,
     default_layers,
     image_metadata,
     label,
     report_rows,
 )
+from segkern.generation.engine import Job
+from segkern.generation.image_folder import ImageFolder
 from segkern.generation.options import check_finite, guidance_scales, make_specs, parse_guidance, parse_list
 from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, save
+from segkern.generation.processes import Processes
+from segkern.generation.prompt_files import count_rows
+from segkern.generation.row_jobs import RowSettings
 from segkern.generation.sizes import image_size
 from segkern.generation.tables import new_table, show
 
@@ -51,11 +55,22 @@ def generate(
         str | None, typer.Argument(metavar="PROMPT", help="Text prompt. For several prompts, use --prompts.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with one prompt per line. Images are written to the folder --out.")
+        Path | None,
+        typer.Option(
+            help="Text file with one prompt per line, or .jsonl file with one object per line. Images are written to "
+            "the folder --out."
+        ),
     ] = None,
     images: Annotated[
         int, typer.Option(min=1, metavar="<int>", help="Images per prompt with --prompts. Seeds count up from --seed.")
     ] = 1,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="<int or auto>",
+            help="Images that --prompts generates at once. auto uses the largest number that fits in memory.",
+        ),
+    ] = "1",
     negative_prompt: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     guidance: Annotated[str, typer.Option(help="seg, pag, sag, a comma-separated list of them, or none.")] = "seg",
     sigma: Annotated[
@@ -101,8 +116,8 @@ def generate(
 ) -> None:
     """Generate an image, a comparison or a batch of images.
 
-    With --prompts, the processes of accelerate launch share the images. If a batch is interrupted, run the command
-    again to generate the missing images.
+    With --prompts, the processes of accelerate launch or torchrun share the images. To resume an interrupted run, or to
+    try failed images again, repeat the command. Failed images are listed in failures.jsonl, and the exit code is 1.
     """
     with refusing():
         if prompt is not None and prompts is not None:
@@ -114,9 +129,12 @@ def generate(
             check_target(out, overwrite)
             if images != 1:
                 raise ValueError(f"--images {images} needs --prompts; use --seed for another image of one prompt")
+            if batch_size != "1":
+                raise ValueError(f"--batch-size {batch_size} needs --prompts")
         elif compare:
             raise ValueError("use either --compare or --prompts, not both")
-        lines = [] if prompts is None else prompt_batches.read_prompts(prompts)
+        lines = 0 if prompts is None else count_rows(prompts)
+        at_once = parse_batch_size(batch_size)
         names = parse_guidance(guidance)
         scales = guidance_scales(names, {"seg": scale, "pag": pag_scale, "sag": sag_scale})
         for option, given in (("--compare", compare), (f"--sigma {sigma}", sigma is not None)):
@@ -128,7 +146,7 @@ def generate(
             raise ValueError(f"--sigma accepts a list only with --compare, got {sigma!r}")
         if guidance_scale is not None:
             check_finite("--guidance-scale", guidance_scale)
-        processes = prompt_batches.Processes(device, many=prompts is not None)
+        processes = Processes(device, many=prompts is not None)
         torch_device = processes.device
         torch_dtype = loading.find_dtype(dtype, torch_device)
     need_diffusers()
@@ -145,31 +163,32 @@ def generate(
         pipe = loading.load_pipeline(source, torch_dtype, torch_device)
         if names:
             guide(pipe, *guided[0]).remove()  # raises a ValueError if the pipeline is not supported
-    if processes.is_main:
-        warn_of_unknown_words(source, pipe, negative_prompt, *([prompt] if prompt else [text for _, text in lines]))
     request = ImageRequest(prompt or "", negative_prompt, *size, seed, steps, cfg)
 
-    def metadata(request: ImageRequest) -> dict[str, object]:
-        return image_metadata(source, request, guided[0], torch_dtype, pipe.scheduler)
+    def metadata(job: Job) -> dict[str, object]:
+        return image_metadata(source, job.request, job.specs, torch_dtype, pipe.scheduler)
 
     if prompts is not None:
-        folder = Path("out") if out is None else out
+        settings = RowSettings(request, images, scales, layer_names, sigmas[0], start, stop, schedule)
+        folder = ImageFolder(Path("out") if out is None else out, metadata, overwrite)
         with refusing():
-            items = prompt_batches.batch_items(lines, request, images)
-            mine = processes.share(lambda: prompt_batches.find_missing(folder, items, metadata, overwrite))
-        _generate_items(pipe, mine, guided[0], processes, folder, metadata)
+            processes.start(folder.path, folder.prepare)
+        if processes.is_main:
+            warn_of_unknown_words(source, pipe, negative_prompt, *first_prompts(prompts))
+        ManyImages(pipe, settings, folder, processes, at_once, lines * images).generate(prompts)
         return
 
+    warn_of_unknown_words(source, pipe, negative_prompt, request.prompt)
     assert out is not None
     plan = [(), *guided] if compare else guided
     results = draw_with_progress(pipe, request, plan)
-    image, details = results[0].image, metadata(request)
+    image, details = results[0].image, metadata(Job(request, guided[0]))
     if compare:
         details["seg_sigma"] = ", ".join(f"{value:g}" for value in sigmas)
         tiles = [Tile(result.image, label(specs, cfg)) for result, specs in zip(results, plan, strict=True)]
-        settings = f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
-        settings += f"SEG scale {scales['seg']:g} in {','.join(layer_names)}"
-        image = contact_sheet([Row(tiles)], request.prompt, settings)
+        details_text = f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
+        details_text += f"SEG scale {scales['seg']:g} in {','.join(layer_names)}"
+        image = contact_sheet([Row(tiles)], request.prompt, details_text)
     has_settings = save(image, out, details, sheet=compare)
     if names:
         headings, rows = report_rows(plan, results, cfg)
@@ -177,7 +196,10 @@ def generate(
         for row in rows:
             table.add_row(*row[:-1])
         show(table)
-    _warn_of_problems(results)
+    problems = Problems()
+    for result in results:
+        problems.add(result.report)
+    problems.warn()
     typer.echo(f"wrote {out}" + ("" if has_settings else " (without its settings, which only PNG files contain)"))
 
 
@@ -193,43 +215,3 @@ def _check_used(
     for option, (value, default) in unused.items():
         if value != default:
             raise ValueError(f"{option} {value} has no effect with --guidance {guidance}")
-
-
-def _generate_items(
-    pipe: Any,
-    items: Sequence[prompt_batches.BatchItem],
-    specs: Specs,
-    processes: prompt_batches.Processes,
-    folder: Path,
-    metadata: prompt_batches.Metadata,
-) -> None:
-    """Generate the images of one process and print a line for each image."""
-    results: list[ImageResult] = []
-    for number, item in enumerate(items, 1):
-        (result,) = draw_with_progress(pipe, item.request, [specs], show=processes.is_main)
-        prompt_batches.write(folder, item, result, metadata(item.request))
-        typer.echo(f"wrote {folder / item.name}.png ({number} of {len(items)}{processes.place})")
-        results.append(result)
-    if processes.is_main and not items:
-        typer.echo(f"{folder} already contains all images")
-    _warn_of_problems(results)
-
-
-def _warn_of_problems(results: Iterable[ImageResult]) -> None:
-    """Print one warning if guidance had no effect, in place of one for each image and guidance method."""
-    causes: dict[str, dict[str, None]] = {}
-    for report in (result.report for result in results if result.report is not None):
-        for problem in report.problems:
-            spec = next((spec for spec in report.specs if problem.startswith(f"{spec} ")), None)
-            method = "guidance:" if spec is None else type(spec).__name__
-            cause = problem if spec is None else problem.removeprefix(f"{spec} ")
-            causes.setdefault(cause, {})[method] = None
-    if causes:
-        warn("; ".join(_problem(list(methods), cause) for cause, methods in causes.items()))
-
-
-def _problem(methods: Sequence[str], cause: str) -> str:
-    """Return a sentence such as ``SEG and PAG had no effect: they ...``."""
-    if len(methods) == 1:
-        return f"{methods[0]} {cause}"
-    return f"{', '.join(methods[:-1])} and {methods[-1]} {cause.replace(': it ', ': they ')}"

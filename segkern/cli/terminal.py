@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,9 +16,13 @@ from segkern.generation import loading
 from segkern.generation.drawing import ImageRequest, ImageResult, Specs, draw, label
 from segkern.generation.vocabulary import unknown_words_warning
 
+if TYPE_CHECKING:
+    from segkern.integrations.diffusers import Report
+
 PROGRESS_SECONDS = 10.0  # between lines if standard error is not a terminal
 SIGMAS = "1,2,5,10,inf"
 NUMBERS = "numbers and inf"
+_CAUSES = 10  # in one warning, at most
 
 Model = Annotated[
     str,
@@ -79,30 +83,79 @@ def warn_of_unknown_words(source: loading.Source, pipe: Any, *prompts: str) -> N
         warn(message)
 
 
-def draw_with_progress(pipe: Any, request: ImageRequest, plan: Sequence[Specs], show: bool = True) -> list[ImageResult]:
-    """Generate one image for each set of guidance specs, all from the same noise, and show the progress.
+class StepProgress:
+    """The progress of inference steps: a bar on a terminal, and a line every 10 seconds elsewhere.
 
-    On a terminal, the progress is a bar. Elsewhere, it is a line every 10 seconds.
+    An object is a context manager, and a function for diffusers' ``callback_on_step_end``.
+
+    Args:
+        show: Whether to show anything.
     """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
+    def __init__(self, show: bool = True) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = show and console.is_terminal
+        self._lines = show and not console.is_terminal
+        self._progress = Progress(*columns, console=console, transient=True, disable=not self._bar)
+        self._printed = time.monotonic()
+
+    def begin(self, name: str, steps: int, place: str = "") -> None:
+        """Begin to show the steps of an image. ``place`` precedes its name in lines."""
+        self._task = self._progress.add_task(name, total=steps)
+        self._line = place + name
+
+    def __enter__(self) -> StepProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, pipe: Any, index: int, timestep: Any, tensors: Any) -> Any:
+        self._progress.update(self._task, total=pipe.num_timesteps, completed=index + 1)
+        if self._lines and time.monotonic() - self._printed >= PROGRESS_SECONDS:
+            self._printed = time.monotonic()
+            typer.echo(f"{self._line}: step {index + 1} of {pipe.num_timesteps}", err=True)
+        return tensors
+
+
+def draw_with_progress(pipe: Any, request: ImageRequest, plan: Sequence[Specs]) -> list[ImageResult]:
+    """Generate one image for each set of guidance specs, all from the same noise, and show the progress."""
     results = []
-    printed = time.monotonic()
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+    with StepProgress() as progress:
         for number, specs in enumerate(plan, 1):
-            name = label(specs, request.guidance_scale)
-            task = progress.add_task(name, total=request.steps)
             place = f"image {number} of {len(plan)}, " if len(plan) > 1 else ""
-
-            def advance(
-                pipe: Any, index: int, timestep: Any, tensors: Any, task: Any = task, line: str = f"{place}{name}"
-            ) -> Any:
-                nonlocal printed
-                progress.update(task, total=pipe.num_timesteps, completed=index + 1)
-                if show and not console.is_terminal and time.monotonic() - printed >= PROGRESS_SECONDS:
-                    printed = time.monotonic()
-                    typer.echo(f"{line}: step {index + 1} of {pipe.num_timesteps}", err=True)
-                return tensors
-
-            results.append(draw(pipe, request, specs, advance))
+            progress.begin(label(specs, request.guidance_scale), request.steps, place)
+            results.append(draw(pipe, request, specs, progress))
     return results
+
+
+class Problems:
+    """The problems in guidance reports, printed as one warning in place of one for each image and guidance method."""
+
+    def __init__(self) -> None:
+        self._causes: dict[str, dict[str, None]] = {}  # with the guidance methods
+
+    def add(self, report: Report | None) -> None:
+        """Add the problems of a report."""
+        if report is None:
+            return
+        for problem in report.problems:
+            spec = next((spec for spec in report.specs if problem.startswith(f"{spec} ")), None)
+            method = "guidance:" if spec is None else type(spec).__name__
+            cause = problem if spec is None else problem.removeprefix(f"{spec} ")
+            if cause in self._causes or len(self._causes) < _CAUSES:
+                self._causes.setdefault(cause, {})[method] = None
+
+    def warn(self) -> None:
+        """Print the warning if there are problems."""
+        if self._causes:
+            warn("; ".join(_problem(list(methods), cause) for cause, methods in self._causes.items()))
+
+
+def _problem(methods: Sequence[str], cause: str) -> str:
+    """Return a sentence such as ``SEG and PAG had no effect: they ...``."""
+    if len(methods) == 1:
+        return f"{methods[0]} {cause}"
+    return f"{', '.join(methods[:-1])} and {methods[-1]} {cause.replace(': it ', ': they ')}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Specs = tuple["Spec", ...]  # guidance specs of one image; empty for no guidance
 
+_GLOBAL_SEEDS = 2**32  # added to an image's seed for PyTorch's global random numbers, which must differ from its noise
 # Fields of a guidance spec that are always in the metadata. Other fields are included if they differ from the default.
 _RECORDED_FIELDS = ("scale", "sigma", "layers", "layer", "start", "stop")
 
@@ -58,7 +60,7 @@ class ImageResult:
     Attributes:
         image: The image.
         report: Guidance report; None without guidance.
-        seconds: Duration of the pipeline call.
+        seconds: Duration of the pipeline call, divided by its number of images.
     """
 
     image: Image
@@ -114,39 +116,99 @@ def default_layers(pipe: Any) -> list[str]:
 def draw(
     pipe: Any, request: ImageRequest, specs: Specs, on_step: Callable[..., Any] | None = None, *, share: bool = True
 ) -> ImageResult:
-    """Generate one image.
+    """Generate one image; see :func:`draw_batch`."""
+    return draw_batch(pipe, [request], specs, on_step, share=share)[0]
 
-    The initial noise is generated on the CPU, so it is the same on every device. If ``on_step`` raises an exception,
-    generation ends and guidance is removed from the pipeline.
+
+def draw_batch(
+    pipe: Any,
+    requests: Sequence[ImageRequest],
+    specs: Specs,
+    on_step: Callable[..., Any] | None = None,
+    *,
+    share: bool = True,
+) -> list[ImageResult]:
+    """Generate several images in one pipeline call.
+
+    Each image has its own generator on the CPU, so its noise depends neither on the device nor on the other images. If
+    ``on_step`` raises an exception, generation ends and guidance is removed from the pipeline.
 
     Args:
         pipe: Pipeline.
-        request: Settings of the image.
+        requests: Settings of the images. Only prompts, seeds and negative prompts may differ. Either all negative
+            prompts are empty or none is.
         specs: Guidance specs; empty for no guidance.
         on_step: Function for diffusers' ``callback_on_step_end``.
         share: Whether to share branches; see :func:`segkern.integrations.diffusers.guide`.
+
+    Returns:
+        One result per request. Its report describes only this image.
+
+    Raises:
+        SharedNoiseError: If the pipeline used noise that the generators of several images do not determine.
     """
     import torch
 
     from segkern.integrations.diffusers import GuidanceWarning, guide
 
-    def run() -> Image:
-        arguments = call_arguments(pipe, request)
+    def run() -> list[Image]:
+        arguments: dict[str, Any] = {"prompt": [request.prompt for request in requests]}
+        arguments["generator"] = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+        if len(requests) == 1:
+            arguments = {name: value[0] for name, value in arguments.items()}
+        arguments |= call_arguments(pipe, requests[0])
+        if "negative_prompt" in arguments and len(requests) > 1:
+            arguments["negative_prompt"] = [request.negative_prompt for request in requests]
         if on_step is not None:
             arguments |= step_callback(pipe, on_step)
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-        image: Image = pipe(request.prompt, generator=generator, **arguments).images[0]
-        return image
+        with _own_noise(pipe, requests):
+            images: list[Image] = pipe(**arguments).images
+        if len(images) != len(requests):
+            raise RuntimeError(f"{type(pipe).__name__} returned {len(images)} images for {len(requests)} prompts")
+        return images
 
     begun = time.perf_counter()
+    reports: list[Report | None] = [None] * len(requests)
     if not specs:
-        return ImageResult(run(), None, time.perf_counter() - begun)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", GuidanceWarning)  # the report contains the warning
-        with guide(pipe, *specs, share=share) as guidance:
-            image = run()
-        report = guidance.report()
-    return ImageResult(image, report, time.perf_counter() - begun)
+        images = run()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GuidanceWarning)  # the report contains the warning
+            with guide(pipe, *specs, share=share) as guidance:
+                images = run()
+            reports = [guidance.report(index) for index in range(len(requests))]
+    seconds = (time.perf_counter() - begun) / len(requests)
+    return [ImageResult(image, report, seconds) for image, report in zip(images, reports, strict=True)]
+
+
+class SharedNoiseError(RuntimeError):
+    """A pipeline used PyTorch's global random numbers, which are not specific to an image, for several images."""
+
+
+@contextmanager
+def _own_noise(pipe: Any, requests: Sequence[ImageRequest]) -> Iterator[None]:
+    """Seed PyTorch's global random numbers, which some schedulers use in place of generators, for one image.
+
+    Raises:
+        SharedNoiseError: If global random numbers were used for several images.
+    """
+    import torch
+
+    device = torch.device(pipe.device)
+    on_gpu = device.type == "cuda"
+
+    def states() -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
+
+    with torch.random.fork_rng([device] if on_gpu else []):
+        torch.manual_seed(requests[0].seed + _GLOBAL_SEEDS)
+        before = states()
+        yield
+        if len(requests) > 1 and not all(map(torch.equal, before, states())):
+            raise SharedNoiseError(
+                f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} uses random numbers that do not come from "
+                f"the generators of the images; use a batch size of 1"
+            )
 
 
 def denoiser_calls(pipe: Any, steps: int) -> int:

@@ -21,6 +21,11 @@ _TEXT = 32  # channels of each text encoder
 
 def save_small_sd3(folder: Path) -> None:
     """Save the checkpoint; its image size is 64 x 64."""
+    small_sd3().save_pretrained(folder)
+
+
+def small_sd3() -> StableDiffusion3Pipeline:
+    """Return the pipeline."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(GOLDEN / "tiny-sdxl" / "tokenizer")
     text = CLIPTextConfig(
@@ -74,4 +79,8 @@ def save_small_sd3(folder: Path) -> None:
         text_encoder_3=T5EncoderModel(t5),
         tokenizer_3=tokenizer,
     )
-    pipe.save_pretrained(folder)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

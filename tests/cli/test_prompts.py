@@ -9,16 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from segkern.generation import prompt_batches
+from segkern.generation import engine, image_folder
 from segkern.generation.demo import PROMPTED
 from segkern.generation.drawing import ImageRequest, ImageResult
+from segkern.generation.engine import Job
+from segkern.generation.image_folder import ImageFolder
 from segkern.generation.pictures import difference
-from tests.cli.cli_tools import done, picture, refusal
+from segkern.generation.processes import Processes
+from segkern.generation.prompt_files import count_rows, read_rows
+from tests.cli.cli_tools import done, picture, refusal, segkern
 
 PROMPTS = f"{PROMPTED[0].prompt}\n\n  {PROMPTED[1].prompt}  \n"
 NAMES = ["00001-seed-5", "00001-seed-6", "00003-seed-5", "00003-seed-6"]
@@ -65,6 +72,8 @@ def test_an_interrupted_run_goes_on_where_it_was(prompts: Path) -> None:
     (out / "00003-seed-5.json").unlink()
     (out / "00003-seed-6.png").write_bytes(b"half a picture")
     (out / ".00001-seed-5.123.png").write_bytes(b"what a killed run leaves")
+    (out / ".claims-1234").mkdir()
+    (out / ".claims-1234" / "0").touch()
     (out / ".my-seed-list.txt").write_bytes(b"what is the user's own")
     output = many(prompts)
     assert output.count("wrote") == 2
@@ -97,6 +106,8 @@ def test_pictures_with_other_settings_are_not_taken_for_these(prompts: Path) -> 
         (("generate", "demo", "a", "--prompts", "FILE"), "use either a prompt or --prompts, not both"),
         (("generate", "demo", "a", "--images", 2), "--images 2 needs --prompts"),
         (("generate", "demo", "--prompts", "FILE", "--compare"), "not both"),
+        (("generate", "demo", "a", "--batch-size", 2), "--batch-size 2 needs --prompts"),
+        (("generate", "demo", "--prompts", "FILE", "--batch-size", "0"), "--batch-size must be auto or an integer"),
         (("generate", "demo", "--prompts", "nowhere.txt"), "no file 'nowhere.txt'"),
         (("generate", "demo", "--prompts", "EMPTY"), "contains no prompts"),
         (("generate", "demo", "--prompts", "LATIN"), "not UTF-8 text"),
@@ -115,14 +126,111 @@ def test_what_cannot_be_meant_is_refused(
     assert sorted(path.name for path in prompts.parent.iterdir()) == ["empty.txt", "latin.txt", "prompts.txt"]
 
 
-def launched(prompts: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Start ``accelerate launch`` with two processes."""
-    program = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    program += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--module", "segkern.cli"]
-    program += ["generate", "demo", "--prompts", prompts, *SMALL, "--images", 2, "--out", prompts.parent / "out"]
+@pytest.mark.parametrize("batch_size", ["3", "auto"])
+def test_batches_of_uneven_prompts(batch_size: str, prompts: Path) -> None:
+    rows = [
+        {"prompt": "a large red ring"},
+        {"prompt": "a small blue cross", "width": 32, "sigma": 2, "seed": 9},
+        {"prompt": "a small blue cross", "sigma": "inf", "negative_prompt": "a red ring"},
+        {"prompt": "a small blue cross", "scale": 1.5, "steps": 1, "guidance_scale": 1},
+    ]
+    file = prompts.with_suffix(".jsonl")
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = prompts.parent / "out"
+    options = ("--device", "cpu", "--images", 2, "--out", out, "--batch-size", batch_size)
+    done("generate", "demo", "--prompts", file, *SMALL, *options)
+    names = [
+        f"0000{line}-seed-{seed}" for line, first in ((1, 5), (2, 9), (3, 5), (4, 5)) for seed in (first, first + 1)
+    ]
+    assert sorted(files(prompts)) == sorted(f"{name}.{end}" for name in names for end in ("png", "json"))
+    single = prompts.parent / "single.png"
+    own = ("--width", "32", "--height", "32", "--steps", "2", "--seed", "10", "--sigma", 2)
+    done("generate", "demo", "a small blue cross", *own, "--device", "cpu", "--out", single)
+    assert difference(picture(out / "00002-seed-10.png"), picture(single)) < 0.1
+    assert dict(picture(out / "00002-seed-10.png").text) == dict(picture(single).text)
+    record = json.loads((out / "00004-seed-6.json").read_text())
+    assert (record["seg_scale"], record["steps"], record["guidance_scale"]) == (1.5, 1, 1)
+    assert (record["guidance_report"]["forwards"], record["guidance_report"]["layers"][0]["fired"]) == (1, 1)
+
+
+def test_failures_are_listed_and_tried_again(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw_batch(pipe: Any, requests: Sequence[ImageRequest], *arguments: Any) -> Any:
+        if any(request.seed == 6 for request in requests):
+            raise RuntimeError("a bad seed")
+        return original(pipe, requests, *arguments)
+
+    out, file = prompts.parent / "out", prompts.with_suffix(".jsonl")
+    lines = [
+        "{}",
+        '{"prompt": "a large red ring", "width": 9}',
+        '{"prompt": 1}',
+        '{"prompt": "a", "size": 1}',
+        "[",
+        "grün",
+    ]
+    content = [b'{"prompt": "a large red ring"}', *(line.encode("latin-1") for line in lines)]
+    file.write_bytes(b"\n".join([*content, b'{"prompt": "a small blue cross"}']))
+    command = ("generate", "demo", "--prompts", file, *SMALL, "--device", "cpu", "--images", 2, "--out", out)
+    original = engine.draw_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "draw_batch", draw_batch)
+        result = segkern(*command, "--batch-size", 4)
+    assert result.exit_code == 1, result.exception
+    assert f"segkern: 8 failed; see {out / 'failures.jsonl'}" in result.stderr
+    records = [json.loads(line) for line in (out / "failures.jsonl").read_text(encoding="utf-8").splitlines()]
+    failed = {record.get("name") or record["line"]: record["reason"] for record in records}
+    assert failed.pop("00001-seed-6") == failed.pop("00008-seed-6") == "RuntimeError: a bad seed"
+    reasons = {
+        2: "with a prompt",
+        3: "width must be",
+        4: "must be str",
+        5: "'size'",
+        6: "not valid JSON",
+        7: "not UTF-8",
+    }
+    assert failed.keys() == reasons.keys()
+    assert all(reason in failed[line] for line, reason in reasons.items())
+    assert sorted(path.stem for path in out.glob("*.png")) == ["00001-seed-5", "00008-seed-5"]
+    result = segkern(*command)
+    assert result.exit_code == 1
+    assert "00008-seed-6" not in (out / "failures.jsonl").read_text(encoding="utf-8")
+    assert len(list(out.glob("*.png"))) == 4
+
+
+def test_a_full_disk_ends_the_run(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(image: Image.Image, path: Path, details: object) -> None:
+        path.write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image_folder.pictures, "save", save)
+    out = prompts.parent / "out"
+    result = segkern("generate", "demo", "--prompts", prompts, *SMALL, "--device", "cpu", "--out", out)
+    assert result.exit_code == 1, result.exception
+    assert "segkern: stopped: [Errno 28] No space left on device; repeat the command" in result.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_prompts_are_read_as_needed(tmp_path: Path) -> None:
+    path = tmp_path / "many.txt"
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines("a fox\n" for _ in range(100_000))
+    tracemalloc.start()
+    try:
+        assert count_rows(path) == 100_000
+        assert sum(row.settings["prompt"] == "a fox" for row in read_rows(path)) == 100_000
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1_000_000
+
+
+def launched(prompts: Path, launcher: Sequence[str], *arguments: object) -> subprocess.Popen[str]:
+    """Start two processes."""
+    program = [sys.executable, "-m", *launcher, "segkern.cli", "generate", "demo", "--prompts", prompts, *SMALL]
+    program += ["--images", 2, "--out", prompts.parent / "out", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
-        [str(word) for word in (*program, *arguments)],
+        [str(word) for word in program],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -131,10 +239,16 @@ def launched(prompts: Path, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--module"]
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
+
+
 @pytest.mark.slow
-def test_two_processes_draw_each_picture_once_even_if_they_are_killed(prompts: Path) -> None:
+@pytest.mark.parametrize("launcher", [ACCELERATE, TORCHRUN], ids=["accelerate", "torchrun"])
+def test_two_processes_draw_each_picture_once_even_if_they_are_killed(launcher: list[str], prompts: Path) -> None:
     out = prompts.parent / "out"
-    first = launched(prompts)
+    first = launched(prompts, launcher)
     deadline = time.monotonic() + 120
     while first.poll() is None and not list(out.glob("[0-9]*.png")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -143,7 +257,7 @@ def test_two_processes_draw_each_picture_once_even_if_they_are_killed(prompts: P
     said, _ = first.communicate(timeout=60)
     there = {path.name: path.stat().st_mtime_ns for path in out.glob("[0-9]*.png")}
     assert there, said
-    second = launched(prompts)
+    second = launched(prompts, launcher)
     said, _ = second.communicate(timeout=240)
     assert second.returncode == 0, said
     assert sorted(path.name for path in out.iterdir()) == sorted(f"{n}.{end}" for n in NAMES for end in ("png", "json"))
@@ -151,6 +265,7 @@ def test_two_processes_draw_each_picture_once_even_if_they_are_killed(prompts: P
         assert (out / name).stat().st_mtime_ns == written, "what is complete is left alone"
     drawn = [line for line in said.splitlines() if line.startswith("wrote")]
     assert len(drawn) == len(NAMES) - len(there)
+    assert all("process 1 of 2)" in line or "process 2 of 2)" in line for line in drawn)
     # A single process generates the same images.
     alone = prompts.parent / "alone.png"
     done("generate", "demo", PROMPTED[0].prompt, *SMALL, "--device", "cpu", "--out", alone)
@@ -159,7 +274,24 @@ def test_two_processes_draw_each_picture_once_even_if_they_are_killed(prompts: P
         assert json.loads((out / f"{name}.json").read_text())["prompt"]
 
 
+@pytest.mark.slow
+def test_two_processes_share_batches_and_failures(prompts: Path) -> None:
+    prompts.write_bytes(b"a large red ring\n" * 7 + b"\xff\n" + b"a small blue cross\n" * 4)
+    run = launched(prompts, TORCHRUN, "--batch-size", 2)
+    said, _ = run.communicate(timeout=240)
+    assert run.returncode == 1, said
+    assert "segkern: 1 failed" in said
+    written = [line for line in said.splitlines() if line.startswith("wrote")]
+    assert len(written) == len(set(written)) == 22
+    assert {line.rpartition("process ")[2] for line in written} == {"1 of 2)", "2 of 2)"}
+    out = prompts.parent / "out"
+    assert len(list(out.iterdir())) == 2 * 22 + 1
+    assert json.loads((out / "failures.jsonl").read_text())["line"] == 8
+
+
 def test_several_processes_do_not_draw_one_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "2 processes" in refusal("generate", "demo", "a", *SMALL, "--out", tmp_path / "a.png")
     prompts = tmp_path / "prompts.txt"
@@ -168,38 +300,75 @@ def test_several_processes_do_not_draw_one_picture(monkeypatch: pytest.MonkeyPat
     assert "2 processes" in said
 
 
+@pytest.mark.parametrize(
+    "variables, quoted",
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE means 2 processes, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set",
+        ),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, got 'two'"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but WORLD_SIZE is not set"),
+        ({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "2"}, "SLURM_STEP_NUM_TASKS is 4, but WORLD_SIZE is 2"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK 2 and LOCAL_RANK 0 contradict WORLD_SIZE 2",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_launchers_that_contradict_each_other_are_refused(
+    variables: dict[str, str], quoted: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = refusal("generate", "demo", "--prompts", prompts, *SMALL, "--device", "cpu")
+    assert quoted in said
+    assert "accelerate launch or torchrun" in said
+
+
 def test_a_picture_that_could_not_be_written_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(image: Image.Image, path: Path, details: object) -> None:
         path.write_bytes(b"half a picture")
         raise OSError("no space left")
 
-    monkeypatch.setattr(prompt_batches.pictures, "save", half)
-    item = prompt_batches.BatchItem("00001-seed-1", ImageRequest("a", "", 8, 8, 1, 1, 1.0))
+    monkeypatch.setattr(image_folder.pictures, "save", half)
+    job = Job(ImageRequest("a", "", 8, 8, 1, 1, 1.0), (), "00001-seed-1")
     with pytest.raises(OSError, match="no space left"):
-        prompt_batches.write(tmp_path, item, ImageResult(Image.new("RGB", (8, 8)), None, 1.0), {})
+        ImageFolder(tmp_path, lambda job: {}, False).write(job, ImageResult(Image.new("RGB", (8, 8)), None, 1.0))
     assert list(tmp_path.iterdir()) == []
 
 
-class Group:
-    """Stand-in for a group of two processes, seen from the main process."""
-
-    is_main_process = True
-    left = False
-
-    def destroy_process_group(self) -> None:
-        self.left = True
+def two_processes(monkeypatch: pytest.MonkeyPatch, sent: list[object]) -> Processes:
+    """Return the main process of two, without a connection."""
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", sent.extend)
+    processes = Processes("cpu", many=True)
+    processes.count = 2
+    return processes
 
 
-def test_whatever_goes_wrong_in_the_first_process_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[object] = []
-    monkeypatch.setattr("accelerate.utils.broadcast_object_list", sent.extend)
-    processes = prompt_batches.Processes("cpu", many=True)
-    processes._state = group = Group()
-
-    def decide() -> list[prompt_batches.BatchItem]:
+def test_whatever_goes_wrong_in_the_first_process_reaches_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def prepare() -> None:
         raise PermissionError("not yours")
 
+    sent: list[object] = []
     with pytest.raises(ValueError, match="not yours"):
-        processes.share(decide)
+        two_processes(monkeypatch, sent).start(tmp_path, prepare)
     assert sent == [None, "not yours"]
-    assert group.left
+
+
+def test_a_block_is_claimed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first, second = Processes("cpu", many=True), two_processes(monkeypatch, [])
+    assert first.claim(0)
+    assert first.claim(0), "a single process has all blocks"
+    second.start(tmp_path, lambda: None)
+    first._claims = second._claims
+    assert [first.claim(0), second.claim(0), second.claim(1), first.claim(1)] == [True, False, True, False]
+    second.index, second._claims = 1, None
+    monkeypatch.setattr(
+        "torch.distributed.broadcast_object_list", lambda decision: decision.__setitem__(0, ".elsewhere")
+    )
+    with pytest.raises(ValueError, match="is not the same folder for all 2 processes"):
+        second.start(tmp_path, lambda: None)

@@ -284,9 +284,16 @@ class Guidance:
             raise ValueError(f"timesteps must be finite numbers in the order of the loop, got {timesteps!r}")
         return PipelineRun(self._owner, {}, text=noted_text(self._owner), timesteps=timesteps)
 
-    def report(self) -> Report:
-        """Return the report so far, and warn if guidance had no effect. The same warning is issued only once."""
-        report = self._recorder.report()
+    def report(self, image: int | None = None) -> Report:
+        """Return the report so far, and warn if guidance had no effect. The same warning is issued only once.
+
+        Args:
+            image: Index of an image, for a report on this image of the batch alone; None for all images.
+
+        Raises:
+            ValueError: If there is no such image, or if batches of several sizes were generated.
+        """
+        report = self._recorder.report(image)
         self._recorder.warn(report, stacklevel=3)
         return report
 

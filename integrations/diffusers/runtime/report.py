@@ -116,9 +116,11 @@ class Recorder:
     forwards: int = 0
     kernels: dict[str, str] = field(default_factory=dict)
     cause: str = ""
-    # For each set of (spec, module) pairs that acted in the same call: the number of calls and the sum of their
-    # relative distances.
-    _sums: dict[tuple[tuple[int, str], ...], tuple[int, torch.Tensor]] = field(default_factory=dict, init=False)
+    # For each set of (spec, module) pairs that acted in the same call, and each number of samples: the number of calls
+    # and the sum of the relative distances ``[pairs, samples]``.
+    _sums: dict[tuple[tuple[tuple[int, str], ...], int], tuple[int, torch.Tensor]] = field(
+        default_factory=dict, init=False
+    )
     _dtype: torch.dtype = field(default=torch.float32, init=False)
     _warned: tuple[str, ...] = field(default=(), init=False)
 
@@ -129,15 +131,27 @@ class Recorder:
         self._dtype = dtype
         device = next(iter(moved.values())).device
         norms = torch.stack([pair.to(device) for pair in moved.values()]).float()
-        ratios = (norms[:, 0] / norms[:, 1].clamp_min(torch.finfo(torch.float32).tiny)).mean(dim=1)
-        fired, total = self._sums.get(tuple(moved), (0, torch.zeros_like(ratios)))
-        self._sums[tuple(moved)] = (fired + 1, total + ratios)
+        ratios = norms[:, 0] / norms[:, 1].clamp_min(torch.finfo(torch.float32).tiny)
+        key = tuple(moved), ratios.shape[1]
+        fired, total = self._sums.get(key, (0, torch.zeros_like(ratios)))
+        self._sums[key] = (fired + 1, total + ratios)
 
-    def report(self) -> Report:
-        """Return the report so far. Synchronises with the device."""
+    def report(self, image: int | None = None) -> Report:
+        """Return the report so far. Synchronises with the device.
+
+        Args:
+            image: Index of an image of the batch; None for all images.
+
+        Raises:
+            ValueError: If there is no such image, or if the batch size changed.
+        """
+        sizes = {samples for _, samples in self._sums}
+        if image is not None and sizes and not (len(sizes) == 1 and 0 <= image < min(sizes)):
+            raise ValueError(f"image must be an index of one batch size, got {image} for batches of {sorted(sizes)}")
         fired: dict[tuple[int, str], int] = {}
         totals: dict[tuple[int, str], float] = {}
-        for pairs, (count, total) in self._sums.items():
+        for (pairs, _), (count, samples) in self._sums.items():
+            total = samples.mean(dim=1) if image is None else samples[:, image]
             for pair in pairs:
                 fired[pair] = fired.get(pair, 0) + count
             if total.is_meta:  # tensors without data have no distances
