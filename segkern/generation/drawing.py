@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from segkern.generation.calls import call_arguments, step_callback
@@ -273,8 +274,6 @@ def image_metadata(
     source: Source, request: ImageRequest, specs: Specs, dtype: torch.dtype, scheduler: object
 ) -> dict[str, object]:
     """Return the settings needed to generate an image again, by name."""
-    from segkern.core.environment import version_of
-
     metadata: dict[str, object] = {
         "model": source.name,
         "prompt": request.prompt,
@@ -294,4 +293,12 @@ def image_metadata(
             if isinstance(value, tuple):
                 value = ",".join(map(str, value))
             metadata[f"{guidance}_{name}"] = f"{value:g}" if name == "sigma" else value
-    return metadata | {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}
+    return metadata | _versions()
+
+
+@cache
+def _versions() -> dict[str, object]:
+    """Return the versions of the packages that determine an image. The look-up takes as long as reading an image."""
+    from segkern.core.environment import version_of
+
+    return {"segkern": __version__, **{name: version_of(name) for name in ("torch", "diffusers")}}

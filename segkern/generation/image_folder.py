@@ -82,10 +82,12 @@ class ImageFolder:
         Raises:
             OtherSettingsError: If the image has other settings and must not be overwritten.
         """
+        present = _read_settings(self.path / f"{job.name}.png")
+        if present is None:
+            return False
         metadata = self._metadata(job)
         settings = _settings(metadata)
-        present = _read_settings(self.path / f"{job.name}.png")
-        if present is None or (self._overwrite and present != settings):
+        if self._overwrite and present != settings:
             return False
         if present != settings:
             name = next(key for key in {**present, **settings} if present.get(key) != settings.get(key))

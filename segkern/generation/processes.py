@@ -103,13 +103,21 @@ class Processes:
             raise ValueError(f"--out {str(folder)!r} is not the same folder for all {self.count} processes")
 
     def claim(self, block: int) -> bool:
-        """Return True if this process is the first to claim a block of images."""
+        """Return True if this process is the first to claim a block of images.
+
+        Raises:
+            OSError: If the claim cannot be written.
+        """
         if self._claims is None:
             return True
         try:
             (self._claims / str(block)).touch(exist_ok=False)
         except FileExistsError:
             return False
+        except FileNotFoundError:
+            raise OSError(
+                f"another command uses {str(self._claims.parent)!r}, and removed the claims of this one"
+            ) from None
         return True
 
     def finish(self, *numbers: int) -> list[int]:

@@ -366,6 +366,9 @@ def test_a_block_is_claimed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     second.start(tmp_path, lambda: None)
     first._claims = second._claims
     assert [first.claim(0), second.claim(0), second.claim(1), first.claim(1)] == [True, False, True, False]
+    second._claims.rename(tmp_path / "moved")
+    with pytest.raises(OSError, match="another command uses"):
+        second.claim(2)
     second.index, second._claims = 1, None
     monkeypatch.setattr(
         "torch.distributed.broadcast_object_list", lambda decision: decision.__setitem__(0, ".elsewhere")
