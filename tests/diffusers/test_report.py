@@ -50,6 +50,26 @@ def test_moved_is_the_mean_relative_distance_of_the_layers_outputs(sigma: float,
     assert guidance.report().layers[1].moved == pytest.approx(sum(distances) / len(distances), rel=1e-5)
 
 
+def test_an_image_of_a_batch_has_its_own_report() -> None:
+    pipe = tiny_pipeline()
+    with guide(pipe, SEG(layers="mid", sigma=(0.5, math.inf))) as guidance:
+        run(pipe, ["a", "b"], latents=noise(2))
+    both, *images = (guidance.report(image) for image in (None, 0, 1))
+    for row, first, second in zip(both.layers, *(report.layers for report in images), strict=True):
+        assert row.fired == first.fired == second.fired == 3
+        assert 0 < first.moved < second.moved
+        assert row.moved == pytest.approx((first.moved + second.moved) / 2)
+    for index in (-1, 2):
+        with pytest.raises(ValueError, match=rf"got {index} for batches of \[2\]"):
+            guidance.report(index)
+    with guide(pipe, SEG()) as guidance:
+        run(pipe, ["a", "b"], latents=noise(2))
+        run(pipe, latents=noise(1))
+    assert guidance.report().forwards == 6
+    with pytest.raises(ValueError, match=r"batches of \[1, 2\]"):
+        guidance.report(0)
+
+
 def test_the_report_prints_as_a_table_and_turns_into_a_dictionary() -> None:
     pipe = tiny_pipeline()
     with guide(pipe, SEG(layers="mid")) as guidance:
