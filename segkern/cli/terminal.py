@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,9 @@ class StepProgress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = show and console.is_terminal
         self._lines = show and not console.is_terminal
-        self._progress = Progress(*columns, console=console, transient=True, disable=not self._bar)
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not self._bar, redirect_stdout=sys.stdout.isatty()
+        )
         self._printed = time.monotonic()
 
     def begin(self, name: str, steps: int, place: str = "") -> None:

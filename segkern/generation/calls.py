@@ -8,12 +8,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from segkern.generation.drawing import ImageRequest
 
 
 def call_parameters(pipe: Any) -> frozenset[str]:
     """Return the names of the parameters of a pipeline's call."""
     return frozenset(inspect.signature(type(pipe).__call__).parameters)
+
+
+def execution_device(pipe: Any) -> torch.device:
+    """Return the device on which a pipeline computes. The weights can be on another device until they are needed."""
+    device: torch.device = getattr(pipe, "_execution_device", pipe.device)
+    return device
 
 
 def call_arguments(pipe: Any, request: ImageRequest) -> dict[str, Any]:

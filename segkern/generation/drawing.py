@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from segkern.generation.calls import call_arguments, step_callback
+from segkern.generation.calls import call_arguments, execution_device, step_callback
 from segkern.generation.loading import Source
 from segkern.generation.tables import percent
 from segkern.version import __version__
@@ -195,7 +195,7 @@ def _own_noise(pipe: Any, requests: Sequence[ImageRequest]) -> Iterator[None]:
     """
     import torch
 
-    device = torch.device(pipe.device)
+    device = execution_device(pipe)
     on_gpu = device.type == "cuda"
 
     def states() -> list[torch.Tensor]:

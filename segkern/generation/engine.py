@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from segkern.generation.calls import execution_device
 from segkern.generation.drawing import ImageRequest, ImageResult, SharedNoiseError, Specs, draw_batch
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class _Batches:
     def __init__(self, pipe: Any, batch_size: BatchSize, on_step: Callable[..., Any] | None) -> None:
         self._pipe = pipe
         self._on_step = on_step
-        self._device_type = str(pipe.device.type)
+        self._device_type = execution_device(pipe).type
         self._is_auto = batch_size == "auto"
         self.largest = largest_batch(batch_size, self._device_type)
         self._limits: dict[tuple[int, int], int] = {}  # by width and height

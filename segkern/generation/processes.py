@@ -50,6 +50,7 @@ class Processes:
     def __init__(self, device: str, many: bool) -> None:
         self.count, self.index, local_index = _told()
         self._claims: Path | None = None
+        self._end: Any = None  # process group that waits longer than the default one
         if self.count == 1:
             self.device = loading.find_device(device)
             return
@@ -95,7 +96,10 @@ class Processes:
                 (folder / decision[0]).mkdir()
             except Exception as error:  # the other processes wait for the broadcast
                 decision[1] = str(error)
-        torch.distributed.broadcast_object_list(decision)
+        try:
+            torch.distributed.broadcast_object_list(decision, group=self._end)  # loading a model can take long
+        except RuntimeError as error:
+            raise ValueError(f"lost the connection to the main process ({error})") from None
         if decision[1] is not None:
             raise ValueError(decision[1])
         self._claims = folder / decision[0]
@@ -197,7 +201,9 @@ def _own_device(device: str, local_index: int) -> torch.device:
     found = loading.find_device(device)
     if found.type != "cuda":
         return found
-    return torch.device("cuda", local_index % torch.cuda.device_count())
+    own = torch.device("cuda", local_index % torch.cuda.device_count())
+    torch.cuda.set_device(own)  # otherwise some libraries also use memory of the first GPU
+    return own
 
 
 def _hardware(device: torch.device) -> str:
