@@ -169,11 +169,14 @@ def _told() -> tuple[int, int, int]:
         ValueError: If the environment variables of the launchers are incomplete or contradict each other.
     """
     count = _number("WORLD_SIZE", 1)
+    # Another launcher starts either all processes or one torchrun per machine, which sets the number of machines.
+    started = _number("GROUP_WORLD_SIZE", count)
     for name in _COUNTS:
         other = _number(name, 1)
-        if other not in (1, count):
+        if other not in (1, started):
             raise ValueError(
-                f"{name} is {other}, but WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}; {_ADVICE}"
+                f"{name} is {other}, but WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}, so other processes "
+                f"would generate the same images; {_ADVICE}"
             )
     if count == 1:
         return 1, 0, 0

@@ -113,6 +113,8 @@ def test_several_processes_do_not_draw_one_picture(monkeypatch: pytest.MonkeyPat
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, got 'two'"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but WORLD_SIZE is not set"),
         ({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "2"}, "SLURM_STEP_NUM_TASKS is 4, but WORLD_SIZE is 2"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}, "SLURM_STEP_NUM_TASKS is 2"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}, "WORLD_SIZE means 8 processes"),
         (
             {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
             "RANK 2 and LOCAL_RANK 0 contradict WORLD_SIZE 2",
