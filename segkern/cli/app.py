@@ -12,6 +12,7 @@ from segkern.cli.energy import energy
 from segkern.cli.generate import generate
 from segkern.cli.info import info
 from segkern.cli.layers import layers
+from segkern.cli.terminal import RayCommand
 from segkern.cli.ui import ui
 from segkern.version import __version__
 
@@ -33,5 +34,6 @@ def common(
     """Smoothed Energy Guidance (SEG) for diffusion models."""
 
 
-for command in (generate, layers, energy, info, demo, ui):
+app.command(cls=RayCommand)(generate)
+for command in (layers, energy, info, demo, ui):
     app.command()(command)

@@ -39,13 +39,13 @@ from segkern.generation.drawing import (
     report_rows,
 )
 from segkern.generation.engine import Job
-from segkern.generation.image_folder import ImageFolder
 from segkern.generation.options import check_finite, guidance_scales, make_specs, parse_guidance, parse_list
 from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, save
-from segkern.generation.processes import Processes
+from segkern.generation.processes import Processes, launched_processes
 from segkern.generation.prompt_files import count_rows
 from segkern.generation.row_jobs import RowSettings
 from segkern.generation.sizes import image_size
+from segkern.generation.storage import LocalFolder, is_url, open_folder
 from segkern.generation.tables import new_table, show
 
 
@@ -55,10 +55,11 @@ def generate(
         str | None, typer.Argument(metavar="PROMPT", help="Text prompt. For several prompts, use --prompts.")
     ] = None,
     prompts: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Text file with one prompt per line, or .jsonl file with one object per line. Images are written to "
-            "the folder --out."
+            metavar="<path or URL>",
+            help="Text file with one prompt per line, or .jsonl or .parquet file with settings. Images are written to "
+            "the folder --out.",
         ),
     ] = None,
     images: Annotated[
@@ -71,6 +72,20 @@ def generate(
             help="Images that --prompts generates at once. auto uses the largest number that fits in memory.",
         ),
     ] = "1",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Generate --prompts on the Ray cluster at this address. Without an address, a cluster is started on "
+            "this machine.",
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="<int>", help="With --ray, write WebDataset shards with this number of images each."
+        ),
+    ] = None,
     negative_prompt: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     guidance: Annotated[str, typer.Option(help="seg, pag, sag, a comma-separated list of them, or none.")] = "seg",
     sigma: Annotated[
@@ -104,9 +119,11 @@ def generate(
     device: Device = "auto",
     config: Config = None,
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Output file, or folder with --prompts. Default: out.png, or out. PNG files contain all settings."
+            metavar="<path or URL>",
+            help="Output file. With --prompts, a folder or a URL. Default: out.png, or out. PNG files contain all "
+            "settings.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite existing files.")] = False,
@@ -125,15 +142,21 @@ def generate(
         if prompt is None and prompts is None:
             raise ValueError("a prompt is missing; give a prompt, or --prompts FILE with one prompt per line")
         if prompts is None:
-            out = Path("out.png") if out is None else out
-            check_target(out, overwrite)
+            if ray is not None:
+                raise ValueError("--ray needs --prompts")
+            out = "out.png" if out is None else out
+            if is_url(out):
+                raise ValueError(f"--out {out!r} is a URL, which needs --prompts")
+            check_target(Path(out), overwrite)
             if images != 1:
                 raise ValueError(f"--images {images} needs --prompts; use --seed for another image of one prompt")
             if batch_size != "1":
                 raise ValueError(f"--batch-size {batch_size} needs --prompts")
         elif compare:
             raise ValueError("use either --compare or --prompts, not both")
-        lines = 0 if prompts is None else count_rows(prompts)
+        if shards is not None and ray is None:
+            raise ValueError(f"--shards {shards} needs --ray")
+        lines = None if prompts is None else count_rows(prompts)
         at_once = parse_batch_size(batch_size)
         names = parse_guidance(guidance)
         scales = guidance_scales(names, {"seg": scale, "pag": pag_scale, "sag": sag_scale})
@@ -146,10 +169,18 @@ def generate(
             raise ValueError(f"--sigma accepts a list only with --compare, got {sigma!r}")
         if guidance_scale is not None:
             check_finite("--guidance-scale", guidance_scale)
-        processes = Processes(device, many=prompts is not None)
-        torch_device = processes.device
+        if ray is not None:
+            if launched_processes()[0] > 1:
+                raise ValueError("use either --ray or several processes, not both")
+            processes, torch_device = None, loading.find_device("cpu")  # only workers use the device
+        else:
+            processes = Processes(device, many=prompts is not None)
+            torch_device = processes.device
         torch_dtype = loading.find_dtype(dtype, torch_device)
-    need_diffusers()
+    if ray is None:
+        need_diffusers()
+    else:
+        need_diffusers("ray", extra="cluster")
     from segkern.integrations.diffusers import guide
 
     with refusing():
@@ -160,22 +191,45 @@ def generate(
         layer_names = default_layers(description) if layers is None else [name.strip() for name in layers.split(",")]
         guided = [make_specs(scales, layer_names, value, start=start, stop=stop, schedule=schedule) for value in sigmas]
         check_layers(description, guided[0], torch_device, torch_dtype)
+    request = ImageRequest(prompt or "", negative_prompt, *size, seed, steps, cfg)
+    settings = RowSettings(request, images, scales, layer_names, sigmas[0], start, stop, schedule)
+    if processes is None:
+        from segkern.cli.cluster_images import generate_on_cluster
+
+        assert prompts is not None
+        assert ray is not None
+        generate_on_cluster(
+            ray,
+            prompts,
+            out or "out",
+            settings,
+            model=model,
+            config=config,
+            dtype=dtype,
+            device=device,
+            batch_size=at_once,
+            rows=lines,
+            shards=shards,
+            overwrite=overwrite,
+        )
+        return
+
+    with refusing():
         pipe = loading.load_pipeline(source, torch_dtype, torch_device)
         if names:
             guide(pipe, *guided[0]).remove()  # raises a ValueError if the pipeline is not supported
-    request = ImageRequest(prompt or "", negative_prompt, *size, seed, steps, cfg)
 
     def metadata(job: Job) -> dict[str, object]:
         return image_metadata(source, job.request, job.specs, torch_dtype, pipe.scheduler)
 
     if prompts is not None:
-        settings = RowSettings(request, images, scales, layer_names, sigmas[0], start, stop, schedule)
-        folder = ImageFolder(Path("out") if out is None else out, metadata, overwrite)
         with refusing():
-            processes.start(folder.path, folder.prepare)
+            folder = open_folder("out" if out is None else out)
+            processes.start(folder.path if isinstance(folder, LocalFolder) else None, folder.prepare)
         if processes.is_main:
             warn_of_unknown_words(source, pipe, negative_prompt, *first_prompts(prompts))
-        ManyImages(pipe, settings, folder, processes, at_once, lines * images).generate(prompts)
+        total = None if lines is None else lines * images
+        ManyImages(pipe, settings, folder, metadata, overwrite, processes, at_once, total).generate(prompts)
         return
 
     warn_of_unknown_words(source, pipe, negative_prompt, request.prompt)
@@ -189,7 +243,7 @@ def generate(
         details_text = f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
         details_text += f"SEG scale {scales['seg']:g} in {','.join(layer_names)}"
         image = contact_sheet([Row(tiles)], request.prompt, details_text)
-    has_settings = save(image, out, details, sheet=compare)
+    has_settings = save(image, Path(out), details, sheet=compare)
     if names:
         headings, rows = report_rows(plan, results, cfg)
         table = new_table(*headings[:-1], title="Guidance report")  # without the module names, which are long

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from segkern.cli.terminal import Problems, StepProgress, fail
-from segkern.generation.engine import BatchSize, Job, Outcome, generate_images, largest_batch
-from segkern.generation.image_folder import FAILURES, ImageFolder, OtherSettingsError
+from segkern.generation.engine import BatchSize, largest_batch
+from segkern.generation.image_events import Event, image_events
+from segkern.generation.image_folder import ImageFolder, Metadata, OtherSettingsError, to_json
 from segkern.generation.processes import Processes
 from segkern.generation.prompt_files import Row, read_rows
 from segkern.generation.row_jobs import RowSettings
+from segkern.generation.storage import FAILURES, Folder
 
 _FIRST_PROMPTS = 1000
 
@@ -33,9 +34,61 @@ def parse_batch_size(text: str) -> BatchSize:
     return int(text)
 
 
-def first_prompts(path: Path) -> Iterator[str]:
+def first_prompts(location: str) -> Iterator[str]:
     """Yield the first prompts of a file, to check them before images are generated."""
-    return (row.settings["prompt"] for row in islice(read_rows(path), _FIRST_PROMPTS) if not row.error)
+    return (row.settings["prompt"] for row in islice(read_rows(location), _FIRST_PROMPTS) if not row.error)
+
+
+class Tally:
+    """Counts and prints the images of a run.
+
+    Args:
+        folder: Output folder.
+        total: Number of images; None if it is unknown.
+        place: Text to print after the count.
+    """
+
+    def __init__(self, folder: Folder, total: int | None, place: str = "") -> None:
+        self._folder = folder
+        self._of = f" of {total}" if total is not None else ""
+        self._place = place
+        self.done = self.written = self.failed = 0
+        self._problems = Problems()
+
+    def add(self, event: Event, *, show: bool = True) -> None:
+        """Count an image. Print it if it was written and ``show`` is true, or if it failed."""
+        self.done += event.images
+        if event.kind == "written":
+            self.written += 1
+            self._problems.add(event.report)
+            if show:
+                self.print(f"{event.name}.png")
+        elif event.kind == "failed":
+            self.failed += 1
+            self._folder.add_failure(to_json({**event.details, "reason": event.reason}, lines=True).decode())
+            typer.echo(f"failed: {event.name}: {event.reason}", err=True)
+
+    def print(self, name: str) -> None:
+        """Print that a file was written."""
+        typer.echo(f"wrote {self._folder.place(name)} ({self.done}{self._of}{self._place})")
+
+    def finish(self) -> None:
+        """Print the problems of guidance, and finish the list of failures."""
+        self._problems.warn()
+        self._folder.close()
+
+    def conclude(self, written: int, failed: int) -> None:
+        """Print the result of all processes."""
+        if not written and not failed:
+            typer.echo(f"{self._folder.place('')} already contains all images")
+        if failed:
+            typer.echo(f"segkern: {failed} failed; see {self._folder.place(FAILURES)}", err=True)
+
+
+def stop(error: Exception) -> typer.Exit:
+    """Print why no further images can be generated, and return the exception that ends the run."""
+    typer.echo(f"segkern: stopped: {error}; repeat the command to generate the missing images", err=True)
+    return typer.Exit(1)
 
 
 class ManyImages:
@@ -45,94 +98,63 @@ class ManyImages:
         pipe: Pipeline.
         settings: Settings of the images.
         folder: Output folder.
+        metadata: Function that returns the settings of a job by name.
+        overwrite: Whether to replace images with other settings.
         processes: The processes that share the images.
         batch_size: Images per batch.
-        total: Number of images of all processes.
+        total: Number of images of all processes; None if it is unknown.
     """
 
     def __init__(
         self,
         pipe: Any,
         settings: RowSettings,
-        folder: ImageFolder,
+        folder: Folder,
+        metadata: Metadata,
+        overwrite: bool,
         processes: Processes,
         batch_size: BatchSize,
-        total: int,
+        total: int | None,
     ) -> None:
         self._pipe = pipe
         self._settings = settings
-        self._folder = folder
+        self._images = ImageFolder(folder, metadata, overwrite)
         self._processes = processes
         self._batch_size = batch_size
-        self._total = total
-        self._done = self._written = self._failed = 0
-        self._problems = Problems()
+        # Each process counts only its own images.
+        several = processes.count > 1
+        self._tally = Tally(folder, None if several else total, processes.place)
 
-    def generate(self, path: Path) -> None:
+    def generate(self, location: str) -> None:
         """Generate the missing images of a prompt file, and exit with code 1 if an image failed.
 
         If files cannot be written, for example because the disk is full, the run stops.
         """
-        request = self._settings.request
+        settings, tally = self._settings, self._tally
         with StepProgress(self._processes.is_main) as progress:
-            progress.begin("generating", request.steps)
+            progress.begin("generating", settings.request.steps)
             try:
-                for outcome in generate_images(self._pipe, self._missing(path), self._batch_size, on_step=progress):
-                    self._keep(outcome)
+                rows = self._claimed(location)
+                for event in image_events(self._pipe, settings, self._images, rows, self._batch_size, on_step=progress):
+                    tally.add(event)
             except OtherSettingsError as error:
                 fail(error)
             except OSError as error:
-                typer.echo(f"segkern: stopped: {error}; repeat the command to generate the missing images", err=True)
-                raise typer.Exit(1) from None
-        self._problems.warn()
-        written, failed = self._processes.finish(self._written, self._failed)
-        if self._processes.is_main and not written and not failed:
-            typer.echo(f"{self._folder.path} already contains all images")
+                raise stop(error) from None
+        tally.finish()
+        written, failed = self._processes.finish(tally.written, tally.failed)
+        if self._processes.is_main:
+            tally.conclude(written, failed)
         if failed:
-            if self._processes.is_main:
-                typer.echo(f"segkern: {failed} failed; see {self._folder.path / FAILURES}", err=True)
             raise typer.Exit(1)
 
-    def _missing(self, path: Path) -> Iterator[Job]:
-        """Yield the images that this process has claimed and that the folder does not contain."""
-        images, rows = self._settings.images, read_rows(path)
+    def _claimed(self, location: str) -> Iterator[Row]:
+        """Yield the lines that this process has claimed."""
+        rows = read_rows(location)
         # A block has the images of a whole number of lines, and fills a batch.
-        lines = -(-largest_batch(self._batch_size, self._processes.device.type) // images)
+        lines = -(-largest_batch(self._batch_size, self._processes.device.type) // self._settings.images)
         block = 0
         while part := list(islice(rows, lines)):
             if self._processes.claim(block):
-                for row in part:
-                    yield from self._missing_of_row(row)
+                yield from part
             block += 1
-
-    def _missing_of_row(self, row: Row) -> Iterator[Job]:
-        try:
-            jobs = list(self._settings.jobs(row, self._pipe))
-        except ValueError as error:
-            self._done += self._settings.images
-            self._add_failure(f"line {row.number}", line=row.number, reason=str(error))
-            return
-        for job in jobs:
-            if self._folder.contains(job):
-                self._done += 1
-            else:
-                yield job
-
-    def _keep(self, outcome: Outcome) -> None:
-        job, self._done = outcome.job, self._done + 1
-        if outcome.result is None:
-            request = job.request
-            self._add_failure(job.name, name=job.name, prompt=request.prompt, seed=request.seed, reason=outcome.reason)
-            return
-        self._folder.write(job, outcome.result)
-        self._problems.add(outcome.result.report)
-        self._written += 1
-        count = (
-            f"{self._done}{self._processes.place}" if self._processes.count > 1 else f"{self._done} of {self._total}"
-        )
-        typer.echo(f"wrote {self._folder.path / job.name}.png ({count})")
-
-    def _add_failure(self, what: str, reason: str, **details: object) -> None:
-        self._failed += 1
-        self._folder.add_failure(**details, reason=reason)
-        typer.echo(f"failed: {what}: {reason}", err=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand
 
 from segkern.generation import loading
 from segkern.generation.drawing import ImageRequest, ImageResult, Specs, draw, label
@@ -46,6 +47,17 @@ GuidanceScale = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ... auto selects the GPU if there is one.")]
 DType = Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16. auto is fp16 on a GPU, else fp32.")]
+
+
+class RayCommand(TyperCommand):
+    """A command whose option ``--ray`` can have no value, which is then empty. typer has no such options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)
+        for index, word in enumerate(words):
+            if word == "--ray" and (index + 1 == len(words) or words[index + 1].startswith("-")):
+                words[index] = "--ray="
+        return super().parse_args(ctx, words)
 
 
 def fail(message: object, program: str = "segkern") -> NoReturn:
@@ -121,6 +133,40 @@ class StepProgress:
             self._printed = time.monotonic()
             typer.echo(f"{self._line}: step {index + 1} of {pipe.num_timesteps}", err=True)
         return tensors
+
+
+class CountProgress:
+    """The number of finished images: a bar on a terminal, and a line every 10 seconds elsewhere.
+
+    Args:
+        total: Number of images; None if it is unknown.
+        lines: Whether to print lines elsewhere.
+    """
+
+    def __init__(self, total: int | None, lines: bool) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._lines = lines and not console.is_terminal
+        self._of = "" if total is None else f" of {total}"
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("images", total=total)
+        self._done = 0
+        self._printed = time.monotonic()
+
+    def __enter__(self) -> CountProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._progress.stop()
+
+    def advance(self, images: int) -> None:
+        """Count finished images."""
+        self._done += images
+        self._progress.advance(self._task, images)
+        if self._lines and time.monotonic() - self._printed >= PROGRESS_SECONDS:
+            self._printed = time.monotonic()
+            typer.echo(f"generated {self._done}{self._of} images", err=True)
 
 
 def draw_with_progress(pipe: Any, request: ImageRequest, plan: Sequence[Specs]) -> list[ImageResult]:

@@ -9,72 +9,67 @@ it is complete. Existing images with the same settings are kept, so an interrupt
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
 from segkern.generation import pictures
 from segkern.generation.drawing import ImageResult
 from segkern.generation.engine import Job
-from segkern.generation.processes import CLAIMS
+from segkern.generation.storage import Folder
 
-FAILURES = "failures.jsonl"
-_LINE_DIGITS = 5
-_PARTIAL_FILE = re.compile(rf"\.\d{{{_LINE_DIGITS},}}-seed-\d+\.\d+\.(png|json)")
+Metadata = Callable[[Job], dict[str, object]]  # returns the settings of a job by name
+
+_HEADER = 2**16  # bytes to read from the start of a PNG file for its settings
 _PNG_END = b"IEND\xaeB`\x82"  # the last bytes of a complete PNG file
 _IGNORED = ("segkern", "torch", "diffusers", pictures.PARAMETERS)  # when settings are compared
-
-
-def image_name(line: int, seed: int) -> str:
-    """Return the name of the files of an image, without suffix."""
-    return f"{line:0{_LINE_DIGITS}d}-seed-{seed}"
 
 
 class OtherSettingsError(ValueError):
     """The folder contains an image with other settings."""
 
 
+class Target(Protocol):
+    """The place for the images of a block of lines."""
+
+    def contains(self, job: Job) -> bool:
+        """Return True if the image of a job exists.
+
+        Raises:
+            OtherSettingsError: If the image has other settings and must not be overwritten.
+        """
+
+    def write(self, job: Job, result: ImageResult) -> None:
+        """Write the image and the record of a job.
+
+        Raises:
+            OSError: If a file cannot be written, for example because the disk is full.
+        """
+
+
 class ImageFolder:
-    """A folder of images, their records and a list of failures.
+    """A folder with two files per image.
 
     Args:
-        path: The folder.
+        folder: The folder.
         metadata: Function that returns the settings of a job by name.
         overwrite: Whether to replace images with other settings.
     """
 
-    def __init__(self, path: Path, metadata: Callable[[Job], dict[str, object]], overwrite: bool) -> None:
-        self.path = path
+    def __init__(self, folder: Folder, metadata: Metadata, overwrite: bool) -> None:
+        self._folder = folder
         self._metadata = metadata
         self._overwrite = overwrite
 
-    def prepare(self) -> None:
-        """Create the folder if its parent exists, and remove what interrupted runs left.
-
-        Raises:
-            ValueError: If the folder cannot be created or written to.
-        """
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--out must be a folder with --prompts, but {str(self.path)!r} is a file")
-        if not self.path.parent.is_dir():
-            raise ValueError(f"--out {str(self.path)!r} is in a folder that does not exist")
-        self.path.mkdir(exist_ok=True)
-        if not os.access(self.path, os.W_OK):
-            raise ValueError(f"no permission to write to --out {str(self.path)!r}")
-        with os.scandir(self.path) as entries:
-            for entry in entries:
-                if entry.name == FAILURES or (_PARTIAL_FILE.fullmatch(entry.name) and entry.is_file()):
-                    os.unlink(entry)
-                elif entry.name.startswith(CLAIMS) and entry.is_dir():
-                    shutil.rmtree(entry)
+    @contextmanager
+    def block(self, number: int) -> Iterator[Target]:
+        """Yield the place for a block of images."""
+        yield self
 
     def contains(self, job: Job) -> bool:
         """Return True if the folder contains the image of a job. If its record is missing, write the record.
@@ -82,21 +77,15 @@ class ImageFolder:
         Raises:
             OtherSettingsError: If the image has other settings and must not be overwritten.
         """
-        present = _read_settings(self.path / f"{job.name}.png")
+        name = f"{job.name}.png"
+        present = _read_settings(self._folder, name)
         if present is None:
             return False
         metadata = self._metadata(job)
-        settings = _settings(metadata)
-        if self._overwrite and present != settings:
+        if not is_same(present, metadata, self._overwrite, self._folder.place(name)):
             return False
-        if present != settings:
-            name = next(key for key in {**present, **settings} if present.get(key) != settings.get(key))
-            raise OtherSettingsError(
-                f"{self.path / job.name}.png has {name} {present.get(name)!r}, not {settings.get(name)!r}; "
-                f"use --overwrite or another --out"
-            )
-        if not (self.path / f"{job.name}.json").exists():
-            self._write_record(job.name, {**metadata, "seconds": None, "guidance_report": None})
+        if self._folder.start_of(f"{job.name}.json", 1) is None:
+            self._folder.write(f"{job.name}.json", to_json({**metadata, "seconds": None, "guidance_report": None}))
         return True
 
     def write(self, job: Job, result: ImageResult) -> None:
@@ -106,29 +95,42 @@ class ImageFolder:
             OSError: If a file cannot be written, for example because the disk is full.
         """
         metadata = self._metadata(job)
-        (self.path / f"{job.name}.json").unlink(missing_ok=True)  # record of the image that is replaced
-        with _complete(self.path / f"{job.name}.png") as path:
-            pictures.save(result.image, path, metadata)
-        report = None if result.report is None else result.report.to_dict()
-        self._write_record(job.name, {**metadata, "seconds": round(result.seconds, 3), "guidance_report": report})
+        self._folder.remove(f"{job.name}.json")  # record of the image that is replaced
+        self._folder.write(f"{job.name}.png", pictures.png(result.image, metadata))
+        self._folder.write(f"{job.name}.json", to_json(image_record(metadata, result)))
 
-    def add_failure(self, **record: object) -> None:
-        """Append a line to the list of failures.
 
-        Raises:
-            OSError: If the line cannot be written.
-        """
-        line = json.dumps(_plain(record), ensure_ascii=False) + "\n"
-        # One write to a file opened for appending is not mixed with those of other processes.
-        descriptor = os.open(self.path / FAILURES, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+def image_record(metadata: Mapping[str, object], result: ImageResult) -> dict[str, object]:
+    """Return the settings of an image, its duration and its guidance report."""
+    report = None if result.report is None else result.report.to_dict()
+    return {**metadata, "seconds": round(result.seconds, 3), "guidance_report": report}
 
-    def _write_record(self, name: str, record: dict[str, object]) -> None:
-        with _complete(self.path / f"{name}.json") as path:
-            path.write_text(json.dumps(_plain(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+def is_same(present: Mapping[str, object], metadata: Mapping[str, object], overwrite: bool, place: str) -> bool:
+    """Return True if an existing image has the settings of a job, and False if it must be overwritten.
+
+    Args:
+        present: Settings of the existing image.
+        metadata: Settings of the job.
+        overwrite: Whether images with other settings are replaced.
+        place: Location of the existing image.
+
+    Raises:
+        OtherSettingsError: If the settings differ and ``overwrite`` is false.
+    """
+    old, new = _settings(present), _settings(metadata)
+    if old != new and not overwrite:
+        name = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        raise OtherSettingsError(
+            f"{place} has {name} {old.get(name)!r}, not {new.get(name)!r}; use --overwrite or another --out"
+        )
+    return old == new
+
+
+def to_json(record: Mapping[str, object], *, lines: bool = False) -> bytes:
+    """Return a record as JSON, or as a line of JSON Lines."""
+    text = json.dumps(_plain(dict(record)), indent=None if lines else 1, ensure_ascii=False)
+    return f"{text}\n".encode()
 
 
 def _plain(value: Any) -> Any:
@@ -142,28 +144,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """Yield a temporary path whose file is renamed to ``path`` on success and deleted on failure."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read_settings(path: Path) -> dict[str, str] | None:
+def _read_settings(folder: Folder, name: str) -> dict[str, object] | None:
     """Return the settings in a PNG file, or None if there is no complete image. The pixels are not read."""
+    start = folder.start_of(name, _HEADER)
+    if start is None or not folder.ends_with(name, _PNG_END):
+        return None
     try:
-        with path.open("rb") as file:
-            file.seek(-len(_PNG_END), os.SEEK_END)
-            if file.read() != _PNG_END:
-                return None
-            file.seek(0)
-            with Image.open(file) as image:
-                texts = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
-                return _settings(texts)
+        with Image.open(io.BytesIO(start)) as image:
+            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
     except (UnidentifiedImageError, OSError, SyntaxError):
         return None
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -162,14 +163,25 @@ def save(image: Image.Image, path: Path, metadata: Mapping[str, object], *, shee
     if path.suffix.lower() != ".png":
         image.save(path)
         return False
+    image.save(path, pnginfo=_png_info(metadata, sheet))
+    return True
+
+
+def png(image: Image.Image, metadata: Mapping[str, object]) -> bytes:
+    """Return the content of a PNG file with the metadata as text chunks."""
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=_png_info(metadata, sheet=False))
+    return file.getvalue()
+
+
+def _png_info(metadata: Mapping[str, object], sheet: bool) -> PngInfo:
     info = PngInfo()
     texts = {key: str(value) for key, value in metadata.items()}
     if not sheet and "prompt" in texts:
         texts[PARAMETERS] = parameters(texts)
     for key, text in texts.items():
         info.add_text(key, text) if text.isascii() else info.add_itxt(key, text)
-    image.save(path, pnginfo=info)
-    return True
+    return info
 
 
 def parameters(metadata: Mapping[str, str]) -> str:

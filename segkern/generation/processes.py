@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segkern.generation import loading
+from segkern.generation.storage import CLAIMS
 
 if TYPE_CHECKING:
     import torch
 
-CLAIMS = ".claims-"  # prefix of the folder with the claims
 _START = timedelta(minutes=5)  # to wait for the other processes at the start
 _END = timedelta(days=365)  # to wait for the other processes at the end
 _ADVICE = "start several processes with accelerate launch or torchrun, or unset the variable"
@@ -48,7 +48,7 @@ class Processes:
     """
 
     def __init__(self, device: str, many: bool) -> None:
-        self.count, self.index, local_index = _told()
+        self.count, self.index, local_index = launched_processes()
         self._claims: Path | None = None
         self._end: Any = None  # process group that waits longer than the default one
         if self.count == 1:
@@ -73,19 +73,23 @@ class Processes:
         """Whether this process prepares the output folder."""
         return self.index == 0
 
-    def start(self, folder: Path, prepare: Callable[[], None]) -> None:
+    def start(self, folder: Path | None, prepare: Callable[[], None]) -> None:
         """Run ``prepare`` in the main process, and wait for it in the others.
 
         Args:
-            folder: Output folder, which exists when ``prepare`` returns. All processes must share it.
+            folder: Output folder, which exists when ``prepare`` returns. All processes must share it. None if the
+                output is not a folder.
             prepare: Function that prepares the folder.
 
         Raises:
-            ValueError: If ``prepare`` raises an exception in the main process. All processes raise it.
+            ValueError: If ``prepare`` raises an exception in the main process, which all processes raise, or if
+                several processes have no folder.
         """
         if self.count == 1:
             prepare()
             return
+        if folder is None:
+            raise ValueError(f"{self.count} processes need a folder as --out; use one process, or --ray")
         import torch.distributed
 
         decision: list[Any] = [None, None]  # name of the claims and error
@@ -162,7 +166,7 @@ class Processes:
                 )
 
 
-def _told() -> tuple[int, int, int]:
+def launched_processes() -> tuple[int, int, int]:
     """Return the number of processes, the index of this process, and its index on this machine.
 
     Raises:

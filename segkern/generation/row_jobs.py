@@ -9,12 +9,17 @@ from typing import Any
 
 from segkern.generation.drawing import ImageRequest
 from segkern.generation.engine import Job
-from segkern.generation.image_folder import image_name
 from segkern.generation.options import check_finite, make_specs
 from segkern.generation.prompt_files import Row
 from segkern.generation.sizes import image_size
 
 _LARGEST_SEED = 2**32 - 1
+_LINE_DIGITS = 5
+
+
+def image_name(line: int, seed: int) -> str:
+    """Return the name of the files of an image, without suffix."""
+    return f"{line:0{_LINE_DIGITS}d}-seed-{seed}"
 
 
 @dataclass(frozen=True)

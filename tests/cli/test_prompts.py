@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from segkern.generation import engine, image_folder
+from segkern.generation import engine
 from segkern.generation.demo import PROMPTED
 from segkern.generation.drawing import ImageRequest, ImageResult
 from segkern.generation.engine import Job
 from segkern.generation.image_folder import ImageFolder
 from segkern.generation.pictures import difference
 from segkern.generation.prompt_files import count_rows, read_rows
+from segkern.generation.storage import LocalFolder
 from tests.cli.cli_tools import done, picture, refusal, segkern
 
 PROMPTS = f"{PROMPTED[0].prompt}\n\n  {PROMPTED[1].prompt}  \n"
@@ -191,12 +192,14 @@ def test_failures_are_listed_and_tried_again(prompts: Path, monkeypatch: pytest.
     assert len(list(out.glob("*.png"))) == 4
 
 
-def test_a_full_disk_ends_the_run(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(image: Image.Image, path: Path, details: object) -> None:
-        path.write_bytes(b"half a picture")
-        raise OSError(28, "No space left on device")
+def on_a_full_disk(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content[:10])
+    raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_folder.pictures, "save", save)
+
+def test_a_full_disk_ends_the_run(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "write_bytes", on_a_full_disk)
     out = prompts.parent / "out"
     result = segkern("generate", "demo", "--prompts", prompts, *SMALL, "--device", "cpu", "--out", out)
     assert result.exit_code == 1, result.exception
@@ -219,12 +222,9 @@ def test_prompts_are_read_as_needed(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_could_not_be_written_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(image: Image.Image, path: Path, details: object) -> None:
-        path.write_bytes(b"half a picture")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(image_folder.pictures, "save", half)
     job = Job(ImageRequest("a", "", 8, 8, 1, 1, 1.0), (), "00001-seed-1")
-    with pytest.raises(OSError, match="no space left"):
-        ImageFolder(tmp_path, lambda job: {}, False).write(job, ImageResult(Image.new("RGB", (8, 8)), None, 1.0))
+    images = ImageFolder(LocalFolder(tmp_path), lambda job: {}, False)
+    monkeypatch.setattr(Path, "write_bytes", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        images.write(job, ImageResult(Image.new("RGB", (8, 8)), None, 1.0))
     assert list(tmp_path.iterdir()) == []
