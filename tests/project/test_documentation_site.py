@@ -58,6 +58,8 @@ def test_the_reference_has_every_public_name() -> None:
     of_reference = {f"segkern.reference.{name}" for name, value in vars(segkern.reference).items() if _is_own(value)}
     own = {f"{adapter.__name__}.{name}" for name in adapter.__all__}
     own.add("segkern.integrations.specs.layer_names.select_layers")
+    own |= {f"segkern.generation.engine.{name}" for name in ("generate_images", "Job", "Outcome")}
+    own |= {f"segkern.generation.drawing.{name}" for name in ("ImageRequest", "ImageResult")}
     assert documented("api.md") == names | of_reference | own
 
 
