@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from segkern.cli.many_images import Tally, stop
+from segkern.cli.many_images import Tally
 from segkern.cli.terminal import CountProgress, fail, refusing, warn
 from segkern.generation.cluster import (
     Block,
@@ -103,7 +103,7 @@ def generate_on_cluster(
             except (ClusterError, OSError) as error:
                 if isinstance(error, ClusterError) and not tally.done:
                     fail(error)
-                raise stop(error) from None
+                raise tally.stop(error) from None
         tally.finish()
     tally.conclude(tally.written, tally.failed)
     if tally.failed:

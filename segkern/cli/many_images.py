@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -77,18 +78,19 @@ class Tally:
         self._problems.warn()
         self._folder.close()
 
+    def stop(self, error: Exception) -> typer.Exit:
+        """Print why no further images can be generated, and return the exception that ends the run."""
+        with suppress(OSError):  # the list of failures may be where no file can be written
+            self.finish()
+        typer.echo(f"segkern: stopped: {error}; repeat the command to generate the missing images", err=True)
+        return typer.Exit(1)
+
     def conclude(self, written: int, failed: int) -> None:
         """Print the result of all processes."""
         if not written and not failed:
             typer.echo(f"{self._folder.place('')} already contains all images")
         if failed:
             typer.echo(f"segkern: {failed} failed; see {self._folder.place(FAILURES)}", err=True)
-
-
-def stop(error: Exception) -> typer.Exit:
-    """Print why no further images can be generated, and return the exception that ends the run."""
-    typer.echo(f"segkern: stopped: {error}; repeat the command to generate the missing images", err=True)
-    return typer.Exit(1)
 
 
 class ManyImages:
@@ -140,7 +142,7 @@ class ManyImages:
             except OtherSettingsError as error:
                 fail(error)
             except OSError as error:
-                raise stop(error) from None
+                raise tally.stop(error) from None
         tally.finish()
         written, failed = self._processes.finish(tally.written, tally.failed)
         if self._processes.is_main:

@@ -249,7 +249,9 @@ class UrlFolder:
 
     def close(self) -> None:
         if self._failures is not None:
-            self._upload_failures()
+            with self._failures:
+                self._upload_failures()
+            self._failures = None
 
     def _upload_failures(self) -> None:
         assert self._failures is not None

@@ -11,14 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import fsspec
 import pytest
+import typer
 from PIL import Image
 
+from segkern.cli.app import app
+from segkern.generation import loading
+from segkern.generation.cluster import read_blocks
 from segkern.generation.drawing import ImageRequest, ImageResult
 from segkern.generation.engine import Job
 from segkern.generation.image_folder import ImageFolder, OtherSettingsError
-from segkern.generation.prompt_files import count_rows, read_rows
+from segkern.generation.prompt_files import Row, count_rows, read_rows
 from segkern.generation.shards import Shards, check_layout
 from segkern.generation.storage import Folder, LocalFolder, open_folder
 from tests.cli.cli_tools import done, refusal, segkern
@@ -174,6 +179,41 @@ def test_a_full_disk_leaves_the_earlier_shard(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="No space left"):
         add(1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_of_a_cluster_are_read_as_needed() -> None:
+    read = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal read
+        while True:
+            read += 1
+            yield Row(read, {"prompt": "a"})
+
+    blocks = read_blocks(rows(), 5)
+    assert [(block.number, [row.number for row in block.rows]) for block in (next(blocks), next(blocks))] == [
+        (0, [1, 2, 3, 4, 5]),
+        (1, [6, 7, 8, 9, 10]),
+    ]
+    assert read == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "address"),
+    [(("--ray",), ""), (("--ray", "HOST:1"), "HOST:1"), (("--ray", "--steps", "1"), ""), ((), None)],
+)
+def test_the_address_of_a_cluster_is_optional(words: tuple[str, ...], address: str | None) -> None:
+    group: Any = typer.main.get_command(app)
+    with click.Context(group) as context:
+        command = group.get_command(context, "generate")
+        assert command.make_context("generate", ["demo", *words], parent=context).params["ray"] == address
+
+
+def test_a_missing_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(loading, "missing_packages", lambda *packages: list(packages))
+    said = refusal("generate", "demo", "--prompts", tmp_path / "a.txt", "--ray")
+    assert said == 'segkern: ray is not installed; pip install "segkern[cluster]"\n'
 
 
 class TestParquet:

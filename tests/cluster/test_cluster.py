@@ -46,7 +46,8 @@ class FragileWorker(Worker):
                 os._exit(1)
             return original(pipe, requests, *arguments)
 
-        engine.draw_batch = draw_batch
+        module: Any = engine
+        module.draw_batch = draw_batch
         return super().load()
 
 
