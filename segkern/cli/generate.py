@@ -133,8 +133,9 @@ def generate(
 ) -> None:
     """Generate an image, a comparison or a batch of images.
 
-    With --prompts, the processes of accelerate launch or torchrun share the images. To resume an interrupted run, or to
-    try failed images again, repeat the command. Failed images are listed in failures.jsonl, and the exit code is 1.
+    With --prompts, the processes of accelerate launch or torchrun share the images; with --ray, the machines of a Ray
+    cluster. To resume an interrupted run, or to try failed images again, repeat the command. Failed images are listed
+    in failures.jsonl, and the exit code is 1.
     """
     with refusing():
         if prompt is not None and prompts is not None:

@@ -83,12 +83,15 @@ def image_events(
                 else:
                     yield job
 
+    def waiting() -> Iterator[Event]:
+        while events:
+            yield events.popleft()
+
     def finished(outcomes: Iterable[Outcome]) -> Iterator[Event]:
         for outcome in outcomes:
             if outcome.result is not None:
                 target.write(outcome.job, outcome.result)
-            while events:
-                yield events.popleft()
+            yield from waiting()
             yield _event(outcome)
 
     if announce:
@@ -97,7 +100,7 @@ def image_events(
             yield from finished(generate_images(pipe, [job], on_step=on_step))
     else:
         yield from finished(generate_images(pipe, missing(), batch_size, on_step=on_step))
-    yield from events
+    yield from waiting()
 
 
 def _event(outcome: Outcome) -> Event:

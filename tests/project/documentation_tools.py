@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from segkern.generation.prompt_files import read_rows
 from tests.project.documentation_commands import refused, run_shell
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,8 @@ class Block:
     """A code block of a page.
 
     Attributes:
-        language: ``python``, ``sh``, ``text``, ``bibtex``, or ``formula`` for other indented blocks.
+        language: ``python``, ``sh``, ``json`` for lines of a prompt file, ``text``, ``bibtex``, or ``formula`` for other
+            indented blocks.
         source: text of the block.
         comment: ``output``, ``raises``, ``pair`` or an empty string: the comment above the block.
         line: line at which the text begins.
@@ -90,6 +92,10 @@ def run_page(page: Path, names: dict[str, Any], language: str) -> None:
                 _compare(f"...{block.source.strip()}...\n", f"{raised}\n", place)
             else:
                 _compare(block.source, printed, place)
+            continue
+        if block.language == "json":
+            (Path(names["folder"]) / "rows.jsonl").write_text(block.source, encoding="utf-8")
+            assert not any(row.error for row in read_rows(names["folder"] / "rows.jsonl")), place
             continue
         assert block.language in ("python", "sh", "formula", "bibtex"), f"{place}: {block.language}"
         before = block.language
