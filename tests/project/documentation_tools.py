@@ -37,8 +37,8 @@ class Block:
     """A code block of a page.
 
     Attributes:
-        language: ``python``, ``sh``, ``json`` for lines of a prompt file, ``text``, ``bibtex``, or ``formula`` for other
-            indented blocks.
+        language: ``python``, ``sh``, ``json`` for lines of a prompt file, ``text``, ``bibtex``, or ``formula`` for
+            other indented blocks.
         source: text of the block.
         comment: ``output``, ``raises``, ``pair`` or an empty string: the comment above the block.
         line: line at which the text begins.
