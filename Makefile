@@ -64,7 +64,7 @@ $(CLUSTER)/.installed: $(INSTALLED)
 	rm -rf $(CLUSTER)
 	$(BIN)/python -m venv $(CLUSTER)
 	$(BIN)/python -c 'from sysconfig import get_path; print("import site; site.addsitedir(\"" + get_path("purelib") + "\")")' > "$$($(CLUSTER)/bin/python -c 'from sysconfig import get_path; print(get_path("purelib"))')/below.pth"
-	$(CLUSTER)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -c constraints.txt -e ".[cluster]"
+	$(CLUSTER)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[cluster]"
 	touch $@
 
 robustness: $(INSTALLED) ## run the long tests: many inputs, a thousand steps, repeated copies and threads
