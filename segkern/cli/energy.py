@@ -103,7 +103,7 @@ def energy(
             if name != _JSON:
                 check_target(out / name, overwrite)
         recorder = record_energy(pipe, names, values, chosen, boundary=boundary)
-    warn_of_unknown_words(source, pipe, prompt, negative_prompt)
+    warn_of_unknown_words(source, prompt, negative_prompt)
     request = ImageRequest(prompt, negative_prompt, *size, seed, steps, cfg)
     with recorder:
         picture = draw_with_progress(pipe, request, [()])[0].image

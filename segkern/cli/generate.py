@@ -199,6 +199,7 @@ def generate(
 
         assert prompts is not None
         assert ray is not None
+        warn_of_unknown_words(source, negative_prompt, *first_prompts(prompts))
         generate_on_cluster(
             ray,
             prompts,
@@ -228,12 +229,12 @@ def generate(
             folder = open_folder("out" if out is None else out)
             processes.start(folder.path if isinstance(folder, LocalFolder) else None, folder.prepare)
         if processes.is_main:
-            warn_of_unknown_words(source, pipe, negative_prompt, *first_prompts(prompts))
+            warn_of_unknown_words(source, negative_prompt, *first_prompts(prompts))
         total = None if lines is None else lines * images
         ManyImages(pipe, settings, folder, metadata, overwrite, processes, at_once, total).generate(prompts)
         return
 
-    warn_of_unknown_words(source, pipe, negative_prompt, request.prompt)
+    warn_of_unknown_words(source, negative_prompt, request.prompt)
     assert out is not None
     plan = [(), *guided] if compare else guided
     results = draw_with_progress(pipe, request, plan)

@@ -36,8 +36,9 @@ def parse_batch_size(text: str) -> BatchSize:
 
 
 def first_prompts(location: str) -> Iterator[str]:
-    """Yield the first prompts of a file, to check them before images are generated."""
-    return (row.settings["prompt"] for row in islice(read_rows(location), _FIRST_PROMPTS) if not row.error)
+    """Yield the first prompts and negative prompts of a file, to check them before images are generated."""
+    for row in islice(read_rows(location), _FIRST_PROMPTS):
+        yield from (row.settings[name] for name in ("prompt", "negative_prompt") if name in row.settings)
 
 
 class Tally:

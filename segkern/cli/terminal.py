@@ -89,7 +89,7 @@ def warn(message: str) -> None:
     typer.echo(f"warning: {message}", err=True)
 
 
-def warn_of_unknown_words(source: loading.Source, pipe: Any, *prompts: str) -> None:
+def warn_of_unknown_words(source: loading.Source, *prompts: str) -> None:
     """Warn if the prompts contain words that the bundled model does not know."""
     message = unknown_words_warning(source, *prompts)
     if message is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from segkern.generation.demo import PROMPTED
 from segkern.generation.pictures import difference
 from segkern.generation.processes import Processes
 from tests.cli.cli_tools import done, picture, refusal
@@ -71,7 +72,7 @@ def test_two_processes_draw_each_picture_once_even_if_they_are_killed(launcher: 
     assert all("process 1 of 2)" in line or "process 2 of 2)" in line for line in drawn)
     # A single process generates the same images.
     alone = prompts.parent / "alone.png"
-    done("generate", "demo", "a large red ring", *SMALL, "--device", "cpu", "--out", alone)
+    done("generate", "demo", PROMPTED[0].prompt, *SMALL, "--device", "cpu", "--out", alone)
     assert difference(picture(out / "00001-seed-5.png"), picture(alone)) <= 1
     for name in NAMES:
         assert json.loads((out / f"{name}.json").read_text())["prompt"]
@@ -79,7 +80,7 @@ def test_two_processes_draw_each_picture_once_even_if_they_are_killed(launcher: 
 
 @pytest.mark.slow
 def test_two_processes_share_batches_and_failures(prompts: Path) -> None:
-    prompts.write_bytes(b"a large red ring\n" * 7 + b"\xff\n" + b"a small blue cross\n" * 4)
+    prompts.write_bytes(b"a\n" * 7 + b"\xff\n" + b"b\n" * 4)
     run = launched(prompts, TORCHRUN, "--batch-size", 2)
     said, _ = run.communicate(timeout=240)
     assert run.returncode == 1, said

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from segkern.cli.many_images import first_prompts
 from segkern.generation import engine
 from segkern.generation.demo import PROMPTED
 from segkern.generation.drawing import ImageRequest, ImageResult
@@ -124,10 +125,10 @@ def test_what_cannot_be_meant_is_refused(
 @pytest.mark.parametrize("batch_size", ["3", "auto"])
 def test_batches_of_uneven_prompts(batch_size: str, prompts: Path) -> None:
     rows = [
-        {"prompt": "a large red ring"},
-        {"prompt": "a small blue cross", "width": 32, "sigma": 2, "seed": 9},
-        {"prompt": "a small blue cross", "sigma": "inf", "negative_prompt": "a red ring"},
-        {"prompt": "a small blue cross", "scale": 1.5, "steps": 1, "guidance_scale": 1},
+        {"prompt": PROMPTED[0].prompt},
+        {"prompt": PROMPTED[1].prompt, "width": 32, "sigma": 2, "seed": 9},
+        {"prompt": PROMPTED[1].prompt, "sigma": "inf", "negative_prompt": PROMPTED[0].prompt},
+        {"prompt": PROMPTED[1].prompt, "scale": 1.5, "steps": 1, "guidance_scale": 1},
     ]
     file = prompts.with_suffix(".jsonl")
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -140,12 +141,18 @@ def test_batches_of_uneven_prompts(batch_size: str, prompts: Path) -> None:
     assert sorted(files(prompts)) == sorted(f"{name}.{end}" for name in names for end in ("png", "json"))
     single = prompts.parent / "single.png"
     own = ("--width", "32", "--height", "32", "--steps", "2", "--seed", "10", "--sigma", 2)
-    done("generate", "demo", "a small blue cross", *own, "--device", "cpu", "--out", single)
+    done("generate", "demo", PROMPTED[1].prompt, *own, "--device", "cpu", "--out", single)
     assert difference(picture(out / "00002-seed-10.png"), picture(single)) < 0.1
     assert dict(picture(out / "00002-seed-10.png").text) == dict(picture(single).text)
     record = json.loads((out / "00004-seed-6.json").read_text())
     assert (record["seg_scale"], record["steps"], record["guidance_scale"]) == (1.5, 1, 1)
     assert (record["guidance_report"]["forwards"], record["guidance_report"]["layers"][0]["fired"]) == (1, 1)
+
+
+def test_words_of_prompts_and_negative_prompts_are_checked(prompts: Path) -> None:
+    file = prompts.with_suffix(".jsonl")
+    file.write_text('{"prompt": "a", "negative_prompt": "b"}\n[\n{"prompt": "c"}\n', encoding="utf-8")
+    assert list(first_prompts(str(file))) == ["a", "b", "c"]
 
 
 def test_failures_are_listed_and_tried_again(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,14 +164,14 @@ def test_failures_are_listed_and_tried_again(prompts: Path, monkeypatch: pytest.
     out, file = prompts.parent / "out", prompts.with_suffix(".jsonl")
     lines = [
         "{}",
-        '{"prompt": "a large red ring", "width": 9}',
+        '{"prompt": "a", "width": 9}',
         '{"prompt": 1}',
         '{"prompt": "a", "size": 1}',
         "[",
         "grün",
     ]
-    content = [b'{"prompt": "a large red ring"}', *(line.encode("latin-1") for line in lines)]
-    file.write_bytes(b"\n".join([*content, b'{"prompt": "a small blue cross"}']))
+    content = [b'{"prompt": "a"}', *(line.encode("latin-1") for line in lines)]
+    file.write_bytes(b"\n".join([*content, b'{"prompt": "b"}']))
     command = ("generate", "demo", "--prompts", file, *SMALL, "--device", "cpu", "--images", 2, "--out", out)
     original = engine.draw_batch
     with monkeypatch.context() as patch:
