@@ -36,6 +36,8 @@ def storage_errors(location: str) -> Iterator[None]:
         yield
     except OSError:
         raise
+    except ImportError as error:  # fsspec names the package to install
+        raise OSError(str(error)) from error
     except Exception as error:
         raise OSError(f"{location}: {type(error).__name__}: {error}") from error
 
@@ -110,7 +112,7 @@ def open_folder(location: str) -> Folder:
     try:
         filesystem, path = fsspec.core.url_to_fs(location)
     except (ImportError, ValueError) as error:  # a missing package or an unknown protocol
-        raise ValueError(f"cannot use {location!r}: {error}") from None
+        raise ValueError(f"cannot use --out {location!r}: {error}") from None
     return LocalFolder(Path(path)) if isinstance(filesystem, LocalFileSystem) else UrlFolder(location, filesystem, path)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tarfile
 import uuid
 from collections.abc import Iterator
@@ -80,10 +81,18 @@ def test_prompts_and_images_in_an_object_store(bucket: str) -> None:
         (("--prompts", "FILE", "--shards", 3), "--shards 3 needs --ray"),
         (("--prompts", "memory://nowhere/a.txt"), "cannot read --prompts 'memory://nowhere/a.txt'"),
         (("--prompts", "unknown://a.txt"), "cannot read --prompts 'unknown://a.txt'"),
-        (("--prompts", "FILE", *SMALL, "--device", "cpu", "--out", "unknown://a"), "cannot use 'unknown://a'"),
+        (("--prompts", "FILE", *SMALL, "--device", "cpu", "--out", "unknown://a"), "cannot use --out 'unknown://a'"),
+        (("--prompts", "s3://a/a.txt"), "cannot read --prompts 's3://a/a.txt': Install s3fs"),
+        (
+            ("--prompts", "FILE", *SMALL, "--device", "cpu", "--out", "s3://a"),
+            "cannot use --out 's3://a': Install s3fs",
+        ),
     ],
 )
-def test_unusable_locations_are_refused(arguments: tuple[object, ...], quoted: str, tmp_path: Path) -> None:
+def test_unusable_locations_are_refused(
+    arguments: tuple[object, ...], quoted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
     (tmp_path / "a.txt").write_text("a")
     assert quoted in refusal("generate", "demo", *(tmp_path / "a.txt" if a == "FILE" else a for a in arguments))
 
@@ -273,7 +282,7 @@ class TestParquet:
         assert sum(1 for _ in rows) == 199_999
 
     def test_images_of_a_parquet_file(self, write: Any, tmp_path: Path) -> None:
-        path = write({"prompt": ["a large red ring", "a small blue cross"], "seed": [3, None], "sigma": ["inf", "2"]})
+        path = write({"prompt": ["a", "b"], "seed": [3, None], "sigma": ["inf", "2"]})
         done("generate", "demo", "--prompts", path, *SMALL, "--device", "cpu", "--out", tmp_path / "out")
         names = sorted(file.name for file in (tmp_path / "out").glob("*.json"))
         assert names == ["00001-seed-3.json", "00002-seed-5.json"]
