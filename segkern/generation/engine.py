@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ BatchSize = int | Literal["auto"]
 
 _LARGEST = {"cuda": 32}  # batch sizes that "auto" tries first; larger batches are hardly faster
 _LARGEST_ELSEWHERE = 8
-_WAITING = 4  # batches of requests that wait for compatible requests, at most
+_WAITING = 16  # batches of jobs that wait for compatible jobs, at most
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 _log = logging.getLogger(__name__)
@@ -61,18 +62,21 @@ def generate_images(
 ) -> Iterator[Outcome]:
     """Generate images in batches, and yield one outcome per job.
 
-    An image depends only on its own job: its latents are the same in every batch, up to rounding. Jobs share a batch if
-    they have the same size, number of steps and guidance scales. Prompts, seeds and SEG's sigmas may differ. Outcomes
-    are in the order of the jobs if all jobs are compatible.
+    Jobs share a batch if they have the same size, number of steps and guidance scales. Prompts, seeds and finite sigmas
+    of SEG may differ. Outcomes are in the order of the jobs if all jobs are compatible.
+
+    An image depends only on its own job. A batch with too few jobs is filled with copies of its last job, which are not
+    returned, because rounding depends on the size of a batch. With one batch size, an image therefore has the same
+    latents in any order and with any other jobs, if the pipeline pads all prompts to the same length.
 
     Jobs are read only as needed, and neither jobs nor outcomes are kept. If a batch does not fit in memory, the batch
-    size is halved for images of this size. If a batch fails for another reason, its images are generated one by one, so
-    one faulty job does not affect the others.
+    size is halved for images of this size. If a batch fails for another reason, it is generated in halves, so one
+    faulty job does not affect the others.
 
     Args:
         pipe: Text-to-image pipeline.
         jobs: Images to generate. The iterable can be a generator of any length.
-        batch_size: Maximum number of images per batch. ``"auto"`` starts at 32 on a GPU and 8 elsewhere.
+        batch_size: Number of images per batch. ``"auto"`` starts at 32 on a GPU and 8 elsewhere.
         on_step: Function for diffusers' ``callback_on_step_end``.
 
     Raises:
@@ -83,7 +87,7 @@ def generate_images(
         >>> from segkern.generation.loading import find_model, load_pipeline
         >>> import torch
         >>> pipe = load_pipeline(find_model("demo"), torch.float32, torch.device("cpu"))
-        >>> jobs = [Job(ImageRequest("a star", "", 32, 32, seed, 1, 5.0)) for seed in range(3)]
+        >>> jobs = [Job(ImageRequest("fox", "", 32, 32, seed, 1, 5.0)) for seed in range(3)]
         >>> [outcome.result.image.size for outcome in generate_images(pipe, jobs, batch_size=2)]
         [(32, 32), (32, 32), (32, 32)]
     """
@@ -148,22 +152,32 @@ class _Batches:
             if len(batch) > limit:
                 waiting.extendleft([batch[limit:], batch[:limit]])
                 continue
-            results, reason = self._attempt(batch)
-            if results is not None:
-                yield from (Outcome(job, result) for job, result in zip(batch, results, strict=True))
-            elif len(batch) == 1:
-                yield Outcome(batch[0], None, reason)
-            elif len(batch) > self.limit(batch[0]):  # the limit is lower than before
+            results, reason = self._attempt(batch, limit)
+            if results is None and self.limit(batch[0]) < limit:
                 waiting.appendleft(batch)
+                continue
+            half = len(batch) // 2
+            if results is None and half:
+                waiting.extendleft([batch[half:], batch[:half]])
+                continue
+            if results is None and limit > 1:  # the batch can be the cause, for example its memory
+                results, reason = self._attempt(batch, 1)
+            if results is None:
+                yield Outcome(batch[0], None, reason)
             else:
-                waiting.extendleft([job] for job in reversed(batch))
+                yield from (Outcome(job, result) for job, result in zip(batch, results, strict=True))
 
-    def _attempt(self, batch: Sequence[Job]) -> tuple[list[ImageResult] | None, str]:
-        """Return the images of a batch, or the reason of a failure. Lower the limit if it was too high."""
+    def _attempt(self, batch: Sequence[Job], size: int) -> tuple[list[ImageResult] | None, str]:
+        """Return the images of a batch, or the reason of a failure. Lower the limit if it was too high.
+
+        Args:
+            batch: Jobs.
+            size: Number of images to generate in the pipeline call, at least the number of jobs.
+        """
         import torch
 
         try:
-            return self._results(batch), ""
+            return self._results(batch, size), ""
         except SharedNoiseError as error:
             self.largest = 1
             _log.warning("generating images one by one: %s", error)
@@ -177,20 +191,27 @@ class _Batches:
         gc.collect()
         if self._device_type == "cuda":
             torch.cuda.empty_cache()
-        if out_of_memory and len(batch) > 1:
+        if out_of_memory and size > 1:
             request = batch[0].request
-            self._limits[request.width, request.height] = len(batch) // 2
+            self._limits[request.width, request.height] = size // 2
             if not self._is_auto:
                 _log.warning(
                     "%d images of %d x %d do not fit in memory; using batches of %d",
-                    *(len(batch), request.width, request.height, len(batch) // 2),
+                    *(size, request.width, request.height, size // 2),
                 )
         return None, reason
 
-    def _results(self, batch: Sequence[Job]) -> list[ImageResult]:
-        merged = _merged([job.specs for job in batch])
-        results = draw_batch(self._pipe, [job.request for job in batch], merged, self._on_step)
-        return [_with_own_specs(result, job.specs) for result, job in zip(results, batch, strict=True)]
+    def _results(self, batch: Sequence[Job], size: int) -> list[ImageResult]:
+        # The last job fills the batch. Rounding depends on the size of a batch, but not on its other images.
+        full = [*batch, *[batch[-1]] * (size - len(batch))]
+        results = draw_batch(
+            self._pipe, [job.request for job in full], _merged([job.specs for job in full]), self._on_step
+        )
+        share = size / len(batch)
+        return [
+            _with_own_specs(replace(result, seconds=result.seconds * share), job.specs)
+            for result, job in zip(results, batch, strict=False)
+        ]
 
 
 def _compatibility(job: Job) -> Hashable:
@@ -202,12 +223,15 @@ def _compatibility(job: Job) -> Hashable:
 
 
 def _is_mergeable(spec: Spec) -> bool:
-    """Return True if the spec can have one sigma per image. A sigma of 0 would change the number of denoiser calls."""
+    """Return True if the spec can have one sigma per image.
+
+    A sigma of 0 would change the number of denoiser calls. With infinite sigma, a layer is computed in another way.
+    """
     from segkern.integrations.specs import SEG
 
-    return (
-        isinstance(spec, SEG) and isinstance(spec.sigma, float) and spec.sigma > 0 and spec.query_stride in (1, (1, 1))
-    )
+    if not isinstance(spec, SEG) or spec.query_stride not in (1, (1, 1)):
+        return False
+    return isinstance(spec.sigma, float) and 0 < spec.sigma < math.inf
 
 
 def _merged(specs: Sequence[Specs]) -> Specs:
