@@ -29,7 +29,7 @@ from segkern.generation.row_jobs import RowSettings
 from segkern.generation.shards import check_layout, shard_name
 from segkern.generation.storage import is_url, open_folder
 
-_BATCHES = 4  # per block, at most; with several batches, images of different sizes still fill batches
+_BATCHES = 4  # per block, at most; with several batches, images of different sizes still share batches
 _BLOCKS = 8  # per worker, at least, so that workers finish at about the same time
 
 
@@ -90,8 +90,8 @@ def generate_on_cluster(
             overwrite=overwrite,
             sharded=shards is not None,
         )
-        lines = _lines(shards or _images_per_block(batch_size, on_gpu, workers, rows, images), images)
         total = None if rows is None else rows * images
+        lines = _lines(shards, images) if shards else _lines_per_block(batch_size, on_gpu, workers, total, images)
         tally = Tally(folder, total)
         pool = WorkerPool(plan, read_blocks(read_rows(prompts), lines), warn)
         with CountProgress(total, lines=shards is not None) as progress:
@@ -129,12 +129,11 @@ def _lines(images: int, images_per_line: int) -> int:
     return -(-images // images_per_line)
 
 
-def _images_per_block(batch_size: BatchSize, on_gpu: bool, workers: int, rows: int | None, images: int) -> int:
-    """Return the number of images that a worker generates before it receives further lines."""
+def _lines_per_block(batch_size: BatchSize, on_gpu: bool, workers: int, total: int | None, images_per_line: int) -> int:
+    """Return the number of lines in a block. As far as possible, their images fill whole batches."""
     batch = largest_batch(batch_size, "cuda" if on_gpu else "cpu")
-    if rows is None:
-        return _BATCHES * batch
-    return min(max(batch, rows * images // (_BLOCKS * workers)), _BATCHES * batch)
+    batches = _BATCHES if total is None else min(max(1, total // (_BLOCKS * workers * batch)), _BATCHES)
+    return max(1, batches * batch // images_per_line)
 
 
 def _absolute(location: str) -> str:

@@ -7,7 +7,8 @@ images themselves.
 
 Ray Data is not used, because its actor pools retry a block without end if an image ends its worker process (or, with a
 limit, end the whole run), and its read tasks would need the prompt file on every node. Here, the block of a lost worker
-moves to another node, where its images are generated one by one. An image with which several workers were lost fails.
+moves to another node. If that worker is lost too, the images of the block are generated one by one, which needs less
+memory and shows which image is the cause. An image with which several workers were lost fails.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from segkern.version import __version__
 _NODE_SECONDS = 5.0  # between looks at the nodes of the cluster
 _WAIT_SECONDS = 1.0
 _PATIENCE_SECONDS = 600.0  # to wait for a node after all nodes were lost
-_NODE_LOSSES = 3  # successive losses of workers after which a node is not used any more
+_NODE_LOSSES = 10  # losses of workers, without an image in between, after which a node is not used any more
+_LOAD_LOSSES = 3  # the same if the last worker was lost before it had a block
+_BATCH_LOSSES = 2  # losses of workers after which the images of a block are generated one by one
 _IMAGE_LOSSES = 2  # losses of workers after which an image fails
 _BLOCK_LOSSES = 5  # losses of workers between images after which a block fails
 _LOCAL_STORE = 100 * 2**20  # bytes of shared memory; only lines and events use it
@@ -151,7 +154,7 @@ class WorkerPool:
         self._warn = warn
         self._again: deque[Block] = deque()  # blocks of lost workers
         self._workers: list[_Handle] = []
-        self._losses: Counter[str] = Counter()  # successive losses by node
+        self._losses: Counter[str] = Counter()  # by node, since its last image
         self._unused: dict[str, str] = {}  # nodes that are not used any more, with the reason
         self._looked = -_NODE_SECONDS
         self._alone_since: float | None = None
@@ -219,7 +222,7 @@ class WorkerPool:
             if worker.waiting is None and (block := self._next_block(worker.node)) is not None:
                 worker.block = block
                 worker.waiting = worker.actor.generate.options(num_returns="streaming").remote(
-                    block.number, block.rows, block.skip, bool(block.losses)
+                    block.number, block.rows, block.skip, block.losses.total() >= _BATCH_LOSSES
                 )
 
     def _next_block(self, node: str) -> Block | None:
@@ -260,6 +263,8 @@ class WorkerPool:
             yield from self._lose(worker, str(error))
         else:
             block.begun = event.name if event.kind == "begun" else ""
+            if event.kind == "written":
+                self._losses[worker.node] = 0
             if event.kind != "begun" and event.name not in block.events:
                 block.events[event.name] = event
                 yield event
@@ -274,10 +279,10 @@ class WorkerPool:
         """End a worker that failed. Another worker continues its block."""
         self._end(worker)
         reason = " ".join(reason.split())
-        self._losses[worker.node] += 1
-        if self._losses[worker.node] == _NODE_LOSSES:
-            self._stop_using(worker.node, f"{_NODE_LOSSES} workers were lost ({reason})")
         block = worker.block
+        self._losses[worker.node] += 1
+        if self._losses[worker.node] >= (_LOAD_LOSSES if block is None else _NODE_LOSSES):
+            self._stop_using(worker.node, f"{self._losses[worker.node]} workers were lost ({reason})")
         if block is None:
             return
         block.nodes.add(worker.node)

@@ -21,6 +21,7 @@ from segkern.generation import cluster as cluster_module
 from segkern.generation import engine
 from segkern.generation.cluster_worker import Worker
 from segkern.generation.pictures import difference
+from segkern.generation.vocabulary import NAMES
 from tests.cli.cli_tools import done, picture, segkern
 
 ray = pytest.importorskip("ray", reason="ray is not installed; make test-cluster installs it")
@@ -31,8 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 SMALL = ("--width", "48", "--height", "32", "--steps", "2", "--device", "cpu", "--batch-size", "4")
 DEADLY = "a prompt that ends its process"
-COLORS, SHAPES = ("red", "blue", "green", "yellow"), ("ring", "cross", "star", "square", "triangle", "circle")
-ROWS = [{"prompt": f"a {color} {shape}"} for color in COLORS for shape in SHAPES]
+ROWS = [{"prompt": name} for name in json.loads(NAMES.read_text(encoding="utf-8"))["drawings"][:24]]
 
 
 class FragileWorker(Worker):
@@ -76,7 +76,7 @@ def images(folder: Path) -> list[str]:
 def test_a_lost_node_and_failing_images_do_not_affect_others(
     nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [*ROWS[:10], {"prompt": DEADLY}, *ROWS[10:20], {"prompt": "a red ring", "width": 9}, *ROWS[20:]]
+    rows = [*ROWS[:10], {"prompt": DEADLY}, *ROWS[10:20], {"prompt": "fox", "width": 9}, *ROWS[20:]]
     prompts, out, alone = write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out", tmp_path / "alone"
     lost = threading.Event()
 
@@ -99,6 +99,7 @@ def test_a_lost_node_and_failing_images_do_not_affect_others(
     assert "2 workers were lost with this image" in next(f["reason"] for f in failures if "name" in f)
     assert [failure["line"] for failure in failures if "line" in failure] == [22]
     assert "segkern: 2 failed" in result.stderr
+    assert "the bundled model does not know the words " in result.stderr
 
     wrote = [line.split()[1] for line in result.stdout.splitlines() if line.startswith("wrote")]
     assert len(wrote) == len(set(wrote)), "each image is printed once"
@@ -135,3 +136,16 @@ def test_shards_of_a_cluster(nodes: Cluster, tmp_path: Path) -> None:
     output = done(*command)
     assert output.count("wrote") == 1
     assert "shard-000001.tar" in output
+
+
+def test_an_image_that_ends_its_worker_is_listed_if_there_is_one_node(
+    nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in nodes.worker_nodes.copy():
+        nodes.remove_node(node, allow_graceful=False)
+    prompts, out = write_rows(tmp_path / "a.jsonl", [{"prompt": DEADLY}, *ROWS[:3]]), tmp_path / "out"
+    monkeypatch.setattr(cluster_module, "Worker", FragileWorker)
+    result = segkern("generate", "demo", "--prompts", prompts, *SMALL, "--out", out, "--ray", nodes.address)
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert "segkern: 1 failed" in result.stderr
+    assert images(out) == [f"0000{line}-seed-1.png" for line in (2, 3, 4)]
