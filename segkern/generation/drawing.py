@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from segkern.generation.calls import call_arguments, execution_device, step_callback
@@ -296,7 +296,7 @@ def image_metadata(
     return metadata | _versions()
 
 
-@cache
+@lru_cache(maxsize=1)
 def _versions() -> dict[str, object]:
     """Return the versions of the packages that determine an image. The look-up takes as long as reading an image."""
     from segkern.core.environment import version_of
