@@ -26,13 +26,15 @@ from segkern.integrations.diffusers.runtime.energy_recorder import EnergyRecorde
 from segkern.integrations.diffusers.runtime.guidance import Guidance, guide
 from segkern.integrations.diffusers.runtime.processor import SEGAttnProcessor
 from segkern.integrations.diffusers.runtime.report import GuidanceWarning, LayerReport, Report
-from segkern.integrations.specs import CFG, PAG, SAG, SEG
+from segkern.integrations.specs import CFG, PAG, SAG, SEG, SLG, TPG
 
 __all__ = [
     "CFG",
     "PAG",
     "SAG",
     "SEG",
+    "SLG",
+    "TPG",
     "EnergyRecorder",
     "Guidance",
     "GuidanceWarning",

@@ -91,20 +91,14 @@ class Spec(ABC):
             )
 
 
-class AttentionSpec(Spec):
-    """A guidance method that computes its degraded prediction by changing attention in some self-attention layers.
+class LayeredSpec(Spec):
+    """A guidance method that computes its degraded prediction by changing some layers.
 
     Attributes:
         layers: Layers to perturb; None for the model's default.
-        blend: Share of the perturbed attention in a layer's output. 1 uses the perturbed attention only.
     """
 
     layers: Layers | None
-    blend: float
-    # Only a blur has these. In a layer shared with a blur, methods without one use the blur's values.
-    boundary: str | None = None
-    backend: str | None = None
-    query_stride: int | tuple[int, int] = 1
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -112,6 +106,25 @@ class AttentionSpec(Spec):
         if self.layers is None:
             return ()
         return _names(type(self).__name__, (self.layers,) if isinstance(self.layers, str) else self.layers)
+
+    def _check_layers(self) -> None:
+        names = self.layer_names
+        if self.layers is not None and not isinstance(self.layers, str):
+            object.__setattr__(self, "layers", names)
+
+
+class AttentionSpec(LayeredSpec):
+    """A guidance method that changes attention in some self-attention layers.
+
+    Attributes:
+        blend: Share of the perturbed attention in a layer's output. 1 uses the perturbed attention only.
+    """
+
+    blend: float
+    # Only a blur has these. In a layer shared with a blur, methods without one use the blur's values.
+    boundary: str | None = None
+    backend: str | None = None
+    query_stride: int | tuple[int, int] = 1
 
     @abstractmethod
     def perturbs(self) -> bool:
@@ -128,9 +141,18 @@ class AttentionSpec(Spec):
                 f"{owner}.blend must lie between 0 (the layer's own attention) and 1 (the perturbed attention), got "
                 f"{self.blend!r}"
             )
-        names = self.layer_names
-        if self.layers is not None and not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", names)
+        self._check_layers()
+
+
+class BlockSpec(LayeredSpec):
+    """A guidance method that skips whole transformer blocks, or changes the order of their tokens.
+
+    A layer name selects the block that contains the layer.
+    """
+
+    def chosen(self, step: int, layers: Sequence[str]) -> tuple[str, ...]:
+        """Return the layers whose blocks are changed in a step, from the names of all layers of the spec."""
+        return tuple(layers)
 
 
 def _names(owner: str, layers: Layers) -> tuple[str, ...]:

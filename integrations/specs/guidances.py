@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from segkern.core.coarse_queries import check_query_stride
 from segkern.core.dispatch import check_backend
 from segkern.core.gaussian import check_boundary
-from segkern.integrations.specs.base import AttentionSpec, Layers, Spec
+from segkern.integrations.specs.base import AttentionSpec, BlockSpec, Layers, Spec
 from segkern.integrations.specs.schedules import Schedule, is_number
 from segkern.integrations.specs.sigmas import GivenSigmas, LayerSigmas, checked_sigma, largest
 
@@ -169,6 +170,131 @@ class PAG(AttentionSpec):
 
 
 @dataclass(frozen=True, repr=False)
+class SLG(BlockSpec):
+    """Skip-layer guidance (SLG): guide away from a prediction without some transformer blocks.
+
+    Uses the formulas of :class:`SEG` with another ``p``: the chosen blocks return their inputs unchanged.
+
+    Args:
+        scale: Guidance scale ``s``. Any finite number; 0 turns guidance off.
+        layers: Layers in the form that :class:`SEG` accepts. The transformer blocks that contain them are skipped. None
+            uses the model's default layers, which ``segkern layers`` shows.
+        start: Fraction of the inference steps at which guidance starts.
+        stop: Fraction of the inference steps at which guidance stops.
+        count: Number of blocks to skip in each step, drawn at random from those of ``layers``; None skips all of them.
+        seed: Seed of the draw, which depends only on the seed and the number of the step.
+        reuse: See :class:`SEG`.
+        schedule: See :class:`SEG`.
+
+    Raises:
+        ValueError: If an argument is invalid. The message quotes it.
+
+    Source: diffusers' ``SkipLayerGuidance`` and its pipeline for Stable Diffusion 3, for the formula and the defaults;
+        S^2-Guidance (arXiv 2508.12880) for blocks that are drawn at random.
+
+    Example:
+        >>> SLG(layers=range(7, 10)).active(fraction=0.5)
+        False
+    """
+
+    scale: float = 2.8
+    layers: Layers | None = None
+    start: float = 0.01
+    stop: float = 0.2
+    count: int | None = None
+    seed: int = 0
+    reuse: int = 1
+    schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        self._check_common()
+        self._check_layers()
+        if self.count is not None and not (_is_integer(self.count) and self.count > 0):
+            raise ValueError(f"SLG.count must be None or a positive number of blocks, got {self.count!r}")
+        _check_seed("SLG", self.seed)
+
+    @property
+    def depends_on_step(self) -> bool:
+        """True if guidance differs between steps."""
+        return super().depends_on_step or self.count is not None
+
+    def chosen(self, step: int, layers: Sequence[str]) -> tuple[str, ...]:
+        """Return the layers whose blocks are skipped in a step."""
+        if self.count is None or self.count >= len(layers):
+            return tuple(layers)
+        names = random.Random(f"{self.seed}/{step}").sample(sorted(layers), self.count)
+        return tuple(layer for layer in layers if layer in names)
+
+
+@dataclass(frozen=True, repr=False)
+class TPG(BlockSpec):
+    """Token perturbation guidance (TPG): guide away from a prediction with shuffled tokens.
+
+    Uses the formulas of :class:`SEG` with another ``p``: the image tokens are shuffled before each of the chosen
+    transformer blocks. As in the official implementation, they are not put back in order after the block. (A block
+    without positional information treats all orders alike, so shuffling and putting back would have no effect.)
+
+    All samples of a batch use the same order. It depends only on the seed, the number of the step, the block and the
+    number of tokens; see :meth:`order`.
+
+    Args:
+        scale: Guidance scale ``s``. Any finite number; 0 turns guidance off.
+        layers: Layers in the form that :class:`SEG` accepts. The tokens are shuffled before the transformer blocks that
+            contain them. None uses ``"d6-23"`` for a Stable Diffusion XL UNet, as the official implementation, and
+            otherwise the model's default layers, which ``segkern layers`` shows.
+        start: Fraction of the inference steps at which guidance starts.
+        stop: Fraction of the inference steps at which guidance stops.
+        seed: Seed of the orders.
+        reuse: See :class:`SEG`.
+        schedule: See :class:`SEG`.
+
+    Raises:
+        ValueError: If an argument is invalid. The message quotes it.
+
+    Source: TPG (arXiv 2506.10036) and its official implementation.
+
+    Example:
+        >>> TPG(seed=1).order(0, "d6", 4).tolist() == TPG(seed=1).order(0, "d6", 4).tolist()
+        True
+    """
+
+    scale: float = 3.0
+    layers: Layers | None = None
+    start: float = 0.0
+    stop: float = 1.0
+    seed: int = 0
+    reuse: int = 1
+    schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        self._check_common()
+        self._check_layers()
+        _check_seed("TPG", self.seed)
+
+    @property
+    def depends_on_step(self) -> bool:
+        """True: each step has its own order of the tokens."""
+        return True
+
+    def order(self, step: int, layer: str, tokens: int) -> torch.Tensor:
+        """Return the order of the tokens in a block.
+
+        Args:
+            step: Number of the inference step, from 0.
+            layer: Short name of the first self-attention layer in the block, such as ``"d6"`` or ``"b7"``.
+            tokens: Number of image tokens.
+
+        Returns:
+            int64 tensor ``[tokens]`` on the CPU. Token ``i`` of the block's input is token ``order[i]`` of the tensor
+            before it.
+        """
+        import torch
+
+        seed = random.Random(f"{self.seed}/{step}/{layer}").getrandbits(63)
+        return torch.randperm(tokens, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+@dataclass(frozen=True, repr=False)
 class SAG(Spec):
     """Self-Attention Guidance (SAG): guide away from the prediction for an image that is blurred where a layer attends.
 
@@ -290,6 +416,15 @@ def _same(a: Any, b: Any) -> bool:
     if hasattr(a, "dtype") and hasattr(b, "dtype"):
         return a is b or (a.dtype == b.dtype and a.shape == b.shape and a.device == b.device and bool((a == b).all()))
     return bool(a == b)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_seed(owner: str, seed: object) -> None:
+    if not _is_integer(seed):
+        raise ValueError(f"{owner}.seed must be an integer, got {seed!r}")
 
 
 def _stride(value: int | tuple[int, int]) -> int | tuple[int, int]:

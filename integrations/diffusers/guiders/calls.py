@@ -212,7 +212,7 @@ class GuiderCalls:
     def _over(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a denoiser call and all its hooks, also after an exception."""
         if self._is_own(module):
-            self._denoiser_guidance.layers.forget()
+            self._denoiser_guidance.forget()
             self.release()
 
     def _is_own(self, module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ Get = Callable[[str], Any]  # returns an argument of the denoiser's forward by n
 Size = tuple[int, int, int]  # frames, height and width in tokens
 
 _TEXT = frozenset({"hidden_states", "encoder_hidden_states", "temb"})
+_JOINT = ("encoder_hidden_states", "hidden_states")  # returned by blocks that process text and image
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Stage:
         attentions: Names of the self-attention modules in a block. A block may lack all but the first.
         letter: First letter of the layers' short names.
         batched: Arguments of a block's forward that have one entry per sample.
+        outputs: Arguments that a block returns, in this order.
     """
 
     blocks: str
     attentions: tuple[str, ...]
     letter: str = "b"
     batched: frozenset[str] = _TEXT
+    outputs: tuple[str, ...] = ("hidden_states",)
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ _ALL = (
     Architecture(
         "SD3Transformer2DModel",
         "Stable Diffusion 3, 3.5",
-        (Stage("transformer_blocks", ("attn", "attn2"), batched=_TEXT | {"joint_attention_kwargs"}),),
+        (Stage("transformer_blocks", ("attn", "attn2"), batched=_TEXT | {"joint_attention_kwargs"}, outputs=_JOINT),),
         "hidden_states",
         _SAMPLES | {"pooled_projections", "block_controlnet_hidden_states", "joint_attention_kwargs"},
         _image("hidden_states"),
@@ -173,8 +176,8 @@ _ALL = (
         "FluxTransformer2DModel",
         "Flux.1",
         (
-            Stage("transformer_blocks", ("attn",), "b", _TEXT | {"joint_attention_kwargs"}),
-            Stage("single_transformer_blocks", ("attn",), "s", _TEXT | {"joint_attention_kwargs"}),
+            Stage("transformer_blocks", ("attn",), "b", _TEXT | {"joint_attention_kwargs"}, _JOINT),
+            Stage("single_transformer_blocks", ("attn",), "s", _TEXT | {"joint_attention_kwargs"}, _JOINT),
         ),
         "hidden_states",
         _SAMPLES | {"pooled_projections", "guidance", "joint_attention_kwargs"} | _CONTROL,
@@ -192,6 +195,7 @@ _ALL = (
                 "transformer_blocks",
                 ("attn",),
                 batched=_TEXT | {"encoder_hidden_states_mask", "modulate_index", "joint_attention_kwargs"},
+                outputs=_JOINT,
             ),
         ),
         "hidden_states",
@@ -216,6 +220,7 @@ _ALL = (
                 batched=frozenset(
                     {"x", "attn_mask", "freqs_cis", "adaln_input", "noise_mask", "adaln_noisy", "adaln_clean"}
                 ),
+                outputs=("x",),
             ),
         ),
         "x",

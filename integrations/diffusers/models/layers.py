@@ -72,7 +72,7 @@ def list_layers(
 
 
 def _of_unet(unet: Any, latent: tuple[int, int, int] | None) -> list[LayerInfo]:
-    grids = {} if latent is None else _grids(unet, *latent[1:])
+    grids = {} if latent is None else grids_of_unet(unet, *latent[1:])
     layers: list[LayerInfo] = []
     counts = dict.fromkeys(PARTS, 0)
     transformers: dict[str, list[str]] = {part: [] for part in PARTS}
@@ -251,7 +251,7 @@ def _self_attentions(unet: Any) -> list[tuple[str, str, Attention]]:
     ]
 
 
-def _grids(unet: Any, height: int, width: int) -> dict[str, Grid]:
+def grids_of_unet(unet: Any, height: int, width: int) -> dict[str, Grid]:
     """Return the grid of each block at this latent size. An up block has the grid of the down block it mirrors."""
     grids: dict[str, Grid] = {}
     levels = []

@@ -108,7 +108,7 @@ class Batch:
         Missing branches are appended, and extra branches are cut off. Tensors whose first dimension is not the batch,
         and objects other than tensors, lists, tuples and dictionaries, are returned unchanged.
         """
-        return _map_tensors(value, lambda x: self._fit_tensor(x, count))
+        return map_tensors(value, lambda x: self._fit_tensor(x, count))
 
     def grow(self, value: Any, count: int) -> Any:
         """Return ``value``, an argument of the denoiser, with ``count`` branches appended to every batch-first tensor.
@@ -120,7 +120,7 @@ class Batch:
             rows, rest = divmod(x.shape[0], self.size) if x.ndim else (0, 1)
             return x if rest or not rows or not count else torch.cat([x, *[x[self.times(rows).conditional]] * count])
 
-        return _map_tensors(value, grown)
+        return map_tensors(value, grown)
 
     def grow_list(self, value: Any, count: int) -> Any:
         """Append ``count`` branches to a list with one item per sample. Other lists are shared by all samples."""
@@ -141,17 +141,17 @@ class Batch:
 
     def take(self, value: Any, samples: slice) -> Any:
         """Return ``value`` with every tensor of the pipeline's own batch cut to some samples."""
-        return _map_tensors(value, lambda x: x[samples] if x.ndim and x.shape[0] == self.size else x)
+        return map_tensors(value, lambda x: x[samples] if x.ndim and x.shape[0] == self.size else x)
 
 
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Return ``value`` with ``change`` applied to every tensor in it, including lists, tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: item if _is_of_all(key, item) else _map_tensors(item, change) for key, item in value.items()}
+        return {key: item if _is_of_all(key, item) else map_tensors(item, change) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)([_map_tensors(item, change) for item in value])
+        return type(value)([map_tensors(item, change) for item in value])
     return value
 
 
@@ -182,6 +182,8 @@ class Forward:
         pair: Number of the call if a call for the negative prompt may follow, otherwise None.
         rescaled: The guidance scale if the conditional prediction must not change, otherwise None.
         frames: Number of frames per sample in the blocks.
+        changed: Index of a spec and number of a place, for each block that a spec skips or shuffles.
+        step: Number of the step; 0 if no spec depends on it.
     """
 
     batch: Batch
@@ -195,11 +197,17 @@ class Forward:
     pair: int | None = None
     rescaled: float | None = None
     frames: int = 1
+    changed: tuple[tuple[int, int], ...] = ()
+    step: int = 0
 
     @property
     def inside(self) -> Batch:
         """The pipeline's own batch in the layout of the blocks."""
         return self.batch.times(self.frames) if self.frames > 1 else self.batch
+
+    def changes_at(self, place: int) -> list[int]:
+        """Return the specs that change the block at a place, by index."""
+        return [index for index, changed in self.changed if changed == place]
 
     def joined(self, place: int) -> int:
         """Return the number of branches that run through a place."""
@@ -208,19 +216,29 @@ class Forward:
 
 @dataclass(frozen=True)
 class JoinPlan:
-    """The number of branches with which one module runs in one call.
+    """How one module runs in one call.
 
     Attributes:
         batch: Batch of the call.
         branches: Number of branches of the module. For the skip connections of an up block, one number per resnet.
+        skipped: Numbers of the branches that bypass the module.
+        shuffled: Numbers of the branches whose tokens are shuffled.
+        orders: Order of the tokens of each shuffled branch.
     """
 
     batch: Batch
     branches: tuple[int, ...]
+    skipped: tuple[int, ...] = ()
+    shuffled: tuple[int, ...] = ()
+    orders: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
 
 
 class Join(Hook):
     """Forward pre-hook that adjusts a module's arguments to the number of branches with which the module runs.
+
+    Args:
+        module: The module.
+        batched: Arguments of the module with one entry per sample.
 
     Attributes:
         module: The module.
@@ -245,7 +263,11 @@ class Join(Hook):
         if plan is None or module is not self.module:  # copies are not guided
             return None
         batch, (count,) = plan.batch, plan.branches
-        return _map_arguments(self._names, self._batched, args, kwargs, lambda value: batch.fit(value, count))
+        return self._map(args, kwargs, lambda value: batch.fit(value, count))
+
+    def _map(self, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Any], Any]) -> Arguments:
+        """Return the module's arguments with ``change`` applied to those with one entry per sample."""
+        return _map_arguments(self._names, self._batched, args, kwargs, change)
 
 
 class JoinSkips(Join):

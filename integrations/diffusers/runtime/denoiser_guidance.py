@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from segkern.integrations.diffusers.runtime.plans import ForwardPlan, shaped
 from segkern.integrations.diffusers.runtime.recomputation import Recomputation
 from segkern.integrations.diffusers.runtime.regions import Regions
 from segkern.integrations.diffusers.runtime.report import Recorder
-from segkern.integrations.specs.base import AttentionSpec, PlacedSpec
+from segkern.integrations.specs import SLG, TPG
+from segkern.integrations.specs.base import BlockSpec, LayeredSpec, PlacedSpec
 
+_DID_NOT_RUN = (
+    "did not run in a guided step; remove the code that skips it, or call guide again if the layer was replaced"
+)
 _MOST_PLANS = 64  # maximum number of cached plans; a run needs only a few
 
 
@@ -46,8 +51,18 @@ class DenoiserGuidance:
         self.layers = GuidedLayers(denoiser, placed)
         self.first = [self._place(placed_spec) for placed_spec in placed]
         places = [place for place in self.first if place >= 0]
+        self._specs = [placed_spec.spec for placed_spec in placed]
         self._joins = self._places.joins()
-        self._hooked = self._places.joins_for(places) if places else []
+        # Layers of specs that change blocks, by the index of the spec and the place of the block.
+        self._layer_of = {
+            (index, self._places.of(layer.module)): layer
+            for index, placed_spec in enumerate(placed)
+            if isinstance(placed_spec.spec, BlockSpec)
+            for layer in placed_spec.layers
+        }
+        self._blocks = {place: self._places.block(place) for _, place in self._layer_of}
+        hooked = [*(self._places.joins_for(places) if places else []), *self._blocks.values()]
+        self._hooked = list(dict.fromkeys(hooked))
         self.recomputation = Recomputation(denoiser.model, self.layers, self._hooked)
         self._regions = Regions(denoiser.model, self.layers, self._hooked)
         self._plans: dict[Any, ForwardPlan] = {}
@@ -55,7 +70,7 @@ class DenoiserGuidance:
 
     def _place(self, placed_spec: PlacedSpec) -> int:
         """Return the place of the first perturbed layer; -1 (before all places) if the whole input differs."""
-        modules = [layer.module for layer in placed_spec.layers if isinstance(placed_spec.spec, AttentionSpec)]
+        modules = [layer.module for layer in placed_spec.layers if isinstance(placed_spec.spec, LayeredSpec)]
         return min((self._places.of(module) for module in modules), default=-1)
 
     def attach(self, watches: Iterable[HookWatch] = ()) -> None:
@@ -78,7 +93,7 @@ class DenoiserGuidance:
         act_here(False)
         self._regions.detach()
         self.recomputation.detach()
-        self._tell_joins(None)
+        self._rest_joins()
         self._kept.restore()
         while self._inner:
             self._inner.pop().remove()
@@ -93,7 +108,7 @@ class DenoiserGuidance:
                 layer.processor.grid, layer.processor.sizes = grid, sizes
         plan = self._plan(forward)
         self._kept.grow(forward.batch, forward.joined(-1))
-        self._tell_joins(plan.joins)
+        self._tell_joins(self._with_orders(plan.joins, forward, args, kwargs))
         self.layers.tell(plan.layers)
         self.recomputation.begin()
         act_here(True)
@@ -101,25 +116,74 @@ class DenoiserGuidance:
     def _plan(self, forward: Forward) -> ForwardPlan:
         """Return the plan of a call. Calls with equal inputs share a plan."""
         samples = (forward.reference.start, forward.reference.stop)
-        key = (forward.batch, forward.branches, forward.share, forward.frames, forward.sag, samples)
+        key = (forward.batch, forward.branches, forward.share, forward.frames, forward.sag, samples, forward.changed)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            counts = [forward.joined(place) for place in range(len(self._places))]
-            inside = forward.share and forward.branches
-            joins = self._places.plan(forward.inside, counts) if inside else None
-            plan = self._plans[key] = ForwardPlan(self.layers.plans(forward), joins)
+            plan = self._plans[key] = ForwardPlan(self.layers.plans(forward), self._join_plans(forward))
         return plan
 
-    def _tell_joins(self, plans: Sequence[JoinPlan] | None) -> None:
-        """Set the plan of each join for the next call; None if no branch joins inside."""
-        if plans is not None:
-            for join, plan in zip(self._joins, plans, strict=True):
-                join.plan = plan
-        else:
-            for join in self._joins:
-                join.plan = None
+    def _join_plans(self, forward: Forward) -> tuple[JoinPlan | None, ...]:
+        """Return the plan of each join, without the orders of shuffled tokens."""
+        counts = [forward.joined(place) for place in range(len(self._places))]
+        plans: list[JoinPlan | None] = [None] * len(self._joins)
+        if forward.share and forward.branches:
+            plans = list(self._places.plan(forward.inside, counts))
+        for place, block in self._blocks.items():
+            branches = [
+                (branch, index) for branch, index in enumerate(forward.branches) if (index, place) in forward.changed
+            ]
+            if branches:
+                skipped = tuple(branch for branch, index in branches if isinstance(self._specs[index], SLG))
+                shuffled = tuple(branch for branch, _ in branches if branch not in skipped)
+                plans[self._joins.index(block)] = JoinPlan(forward.inside, (counts[place],), skipped, shuffled)
+        return tuple(plans)
+
+    def _with_orders(
+        self, plans: Sequence[JoinPlan | None], forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[JoinPlan | None]:
+        """Return the plans of the joins with the orders of shuffled tokens in a call."""
+        result = list(plans)
+        for place, block in self._blocks.items():
+            at = self._joins.index(block)
+            plan = result[at]
+            if plan is None or not plan.shuffled:
+                continue
+            orders = []
+            for branch in plan.shuffled:
+                index = forward.branches[branch]
+                spec, layer = self._specs[index], self._layer_of[index, place]
+                assert isinstance(spec, TPG)
+                tokens = self._denoiser.tokens(layer.module, args, kwargs)
+                device = self._denoiser.sample(args, kwargs).device
+                orders.append(spec.order(forward.step, layer.name, tokens).to(device))
+            result[at] = replace(plan, orders=tuple(orders))
+        return result
+
+    def changed(self, index: int, step: int) -> tuple[int, ...]:
+        """Return the places of the blocks that a spec changes in a step."""
+        spec = self._specs[index]
+        if not isinstance(spec, BlockSpec):
+            return ()
+        names = {layer.name: place for (of, place), layer in self._layer_of.items() if of == index}
+        return tuple(names[name] for name in spec.chosen(step, list(names)))
+
+    def forget(self) -> None:
+        """Free the results of the last call."""
+        self.layers.forget()
+        for block in self._blocks.values():
+            block.moved = {}
+
+    def _tell_joins(self, plans: Sequence[JoinPlan | None]) -> None:
+        """Set the plan of each join for the next call; None for modules that run unchanged."""
+        for join, plan in zip(self._joins, plans, strict=True):
+            join.plan = plan
+
+    def _rest_joins(self) -> None:
+        """Make all modules run unchanged."""
+        for join in self._joins:
+            join.plan = None
 
     def reports(self, forward: Forward) -> dict[tuple[int, str], torch.Tensor]:
         """Return how far each spec changed the output of each layer that it perturbed, as norms.
@@ -139,6 +203,13 @@ class DenoiserGuidance:
                 raise RuntimeError(_left_out(layer))
             for index, distance in zip(acting, processor.moved or (), strict=True):
                 moved[index, name] = distance
+        for index, place in forward.changed:
+            layer, block = self._layer_of[index, place], self._blocks[place]
+            distance = block.moved.get(forward.branches.index(index))
+            if distance is not None:
+                moved[index, layer.module] = distance
+            elif not self._may_skip(layer.module):
+                raise RuntimeError(f"the block of layer {layer.name} ({layer.module}) {_DID_NOT_RUN}")
         return moved
 
     def _may_skip(self, name: str) -> bool:
@@ -154,7 +225,7 @@ class DenoiserGuidance:
         """Let the denoiser run unguided inside this context, on the samples that SAG degrades."""
         own = forward.reference.stop <= forward.batch.size
         self.recomputation.end()
-        self._tell_joins(None)
+        self._rest_joins()
         self.layers.rest()
         self._kept.take(forward.batch, forward.reference if own else forward.batch.conditional)
         try:
@@ -167,10 +238,7 @@ def _left_out(layer: GuidedLayer) -> str:
     """Return the message for a layer on which guidance should have acted in the last call."""
     at, now = f"layer {layer.info.name} ({layer.info.module})", layer.attention.processor
     if now is layer.processor:
-        return (
-            f"{at} did not run in a guided step; remove the code that skips it, or call guide again if the layer was "
-            f"replaced"
-        )
+        return f"{at} {_DID_NOT_RUN}"
     return (
         f"the processor of {at} was replaced by a {name_of(type(now))} during a denoiser call, so guidance did not act "
         f"on it; change processors (attention slicing, xFormers, IP-Adapters) between steps, as in callback_on_step_end"

@@ -12,6 +12,7 @@ from torch import nn
 
 from segkern.grid import Grid
 from segkern.integrations.diffusers.models.architectures import Architecture, architecture_of, batch_of
+from segkern.integrations.diffusers.models.layers import grids_of_unet
 from segkern.integrations.diffusers.runtime.branches import (
     DENOISER_ARGUMENTS,
     Arguments,
@@ -107,6 +108,10 @@ class Denoiser(ABC):
         """Return the grid of all layers in the next call; None if each layer has its own grid, which hooks read."""
         return None
 
+    @abstractmethod
+    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return the number of image tokens that a transformer block processes for each sample in the next call."""
+
 
 class UNet(Denoiser):
     """``UNet2DConditionModel``: Stable Diffusion 1, 2, XL, Kolors and related models."""
@@ -143,6 +148,10 @@ class UNet(Denoiser):
         if mid > count:  # a ControlNet's residual is added to the mid block's enlarged output
             args, kwargs = self.arguments.grow({"mid_block_additional_residual"}, args, kwargs, forward.inside, mid)
         return (args, kwargs) if mid or count else None
+
+    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        grids = grids_of_unet(self.model, *self.sample(args, kwargs).shape[-2:])
+        return next(grid.tokens for name, grid in grids.items() if block.startswith(f"{name}."))
 
     def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
         if type(original) not in STANDARD_PROCESSORS:
@@ -226,6 +235,10 @@ class Transformer(Denoiser):
         text = self.architecture.text
         start = 0 if text is None else self.arguments.get(text, args, kwargs).shape[1]
         return Grid(height, width, start, frames)
+
+    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        frames, height, width = self._size(args, kwargs)
+        return frames * height * width
 
     def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
         def get(name: str) -> Any:

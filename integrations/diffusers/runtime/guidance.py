@@ -213,7 +213,7 @@ class Guidance:
         self._made_since: list[Any] = []  # pipelines found at the last denoiser call outside a run
         self._nested = 0  # number of refused calls within the current denoiser call
         self._layers = self._denoiser_guidance.layers
-        self._planner = StepPlanner(self._pipe, denoiser, self._specs, self._denoiser_guidance.first, share)
+        self._planner = StepPlanner(self._pipe, denoiser, self._specs, self._denoiser_guidance, share)
         self._sag = SAGForward(self._pipe, self._specs)
         self._runs: dict[PipelineRun, RunState] = {}  # active runs
         self._under_way = False  # whether the thread that holds the lock is in a denoiser call
@@ -395,7 +395,7 @@ class Guidance:
     def _clear(self) -> None:
         """Remove the hooks and processors of one denoiser call, so users see the original processors between calls."""
         self._forward, self._given = None, ((), {})
-        self._layers.forget()
+        self._denoiser_guidance.forget()
         self._denoiser_guidance.detach()
 
     def _state(self, run: PipelineRun) -> RunState:

@@ -16,7 +16,8 @@ from segkern.integrations.diffusers.runtime.kernels import NativeAttention, chos
 from segkern.integrations.diffusers.runtime.plans import LayerPlan
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor, unwrap
 from segkern.integrations.diffusers.runtime.query_rows import EVERY_TOKEN, Stride
-from segkern.integrations.specs.base import AttentionSpec, PlacedSpec
+from segkern.integrations.specs import SLG
+from segkern.integrations.specs.base import AttentionSpec, BlockSpec, PlacedSpec
 from segkern.integrations.specs.layer_names import LayerInfo
 from segkern.integrations.specs.sigmas import Perturbation, Perturbed, per_sample
 
@@ -55,6 +56,8 @@ class GuidedLayers:
         self.kernels: dict[str, str] = {}
         self._native = NativeAttention()
         for index, placed_spec in enumerate(placed):
+            if isinstance(placed_spec.spec, BlockSpec):
+                continue
             for info in placed_spec.layers:
                 layer = self._layers.get(info.module)
                 if layer is None:
@@ -149,11 +152,18 @@ class GuidedLayers:
     def _plan(self, layer: GuidedLayer, forward: Forward) -> LayerPlan:
         batch, module = forward.inside, layer.info.module
         place = self._places.of(module)
-        joined = forward.joined(place)
-        new = joined - forward.joined(place - 1) if forward.share and self._places.shares_inputs(place) else 0
+        changes = forward.changes_at(place)
+        present = [
+            index
+            for index in forward.branches[: forward.joined(place)]
+            if not (index in changes and isinstance(self._placed[index].spec, SLG))
+        ]
+        # Branches that join here still equal the conditional branch, unless the block's own inputs are changed.
+        shares = forward.share and self._places.shares_inputs(place) and not changes
+        new = forward.joined(place) - forward.joined(place - 1) if shares else 0
         plain: tuple[Perturbed, Stride, float] = (0.0, EVERY_TOKEN, 1.0)
         samples = [plain] * batch.size  # sigma, stride and blend
-        for index in forward.branches[:joined]:
+        for index in present:
             spec = self._placed[index].spec
             if index not in layer.specs:
                 samples += [plain] * batch.samples
@@ -172,7 +182,7 @@ class GuidedLayers:
             strides,
             blends,
             conditional=batch.conditional,
-            own=batch.with_branches(joined - new),
-            perturbed=tuple(batch.branch(i) for i, index in enumerate(forward.branches) if index in layer.specs),
+            own=batch.with_branches(len(present) - new),
+            perturbed=tuple(batch.branch(i) for i, index in enumerate(present) if index in layer.specs),
             read=forward.reference if any(index in forward.sag for index in layer.readers) else None,
         )

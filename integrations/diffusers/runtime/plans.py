@@ -79,11 +79,11 @@ class ForwardPlan:
 
     Attributes:
         layers: Plan of each guided layer, in order.
-        joins: Plan of each module at which branches may join, in order; None if no branch joins inside.
+        joins: Plan of each module at which branches may join, in order; None for modules that run unchanged.
     """
 
     layers: tuple[LayerPlan, ...]
-    joins: tuple[JoinPlan, ...] | None
+    joins: tuple[JoinPlan | None, ...]
 
 
 @lru_cache(maxsize=256)

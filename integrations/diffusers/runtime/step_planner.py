@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from segkern.integrations.diffusers.runtime.branches import Arguments, Forward
+from segkern.integrations.diffusers.runtime.denoiser_guidance import DenoiserGuidance
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.layout import BatchLayout, CallKind, CallLayout
 from segkern.integrations.diffusers.runtime.negative_prompt import negative_text
@@ -66,7 +67,7 @@ class StepPlanner:
         pipe: The guided pipeline.
         denoiser: The denoiser.
         specs: The guidance specs.
-        first: For each spec, the place at which its branch joins.
+        guidance: The guidance inside the denoiser.
         share: Whether branches may join inside the denoiser.
 
     Attributes:
@@ -76,11 +77,14 @@ class StepPlanner:
         ValueError: If a negative prompt cannot be encoded.
     """
 
-    def __init__(self, pipe: Any, denoiser: Denoiser, specs: Sequence[Spec], first: Sequence[int], share: bool) -> None:
+    def __init__(
+        self, pipe: Any, denoiser: Denoiser, specs: Sequence[Spec], guidance: DenoiserGuidance, share: bool
+    ) -> None:
         self._pipe = pipe
         self._denoiser = denoiser
         self._specs = specs
-        self._first = first
+        self._first = guidance.first
+        self._changed = guidance.changed
         self._share = share
         self._depends_on_step = any(spec.depends_on_step for spec in specs)
         self._reuses = any(spec.reuse > 1 for spec in specs)
@@ -127,6 +131,8 @@ class StepPlanner:
             pair=layout.pair if follows else None,
             rescaled=self._denoiser.rescaled_guidance_scale(run) if guided_by_text else None,
             frames=self._denoiser.frames(sample),
+            changed=tuple((index, place) for index in ordered for place in self._changed(index, step)),
+            step=step,
         )
         shares = self._share and self._denoiser.can_share(forward, args, kwargs)
         return replace(forward, share=shares)

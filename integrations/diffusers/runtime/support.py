@@ -23,8 +23,8 @@ from segkern.integrations.diffusers.models.layers import (
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
 from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
-from segkern.integrations.specs import CFG, PAG, SAG, SEG
-from segkern.integrations.specs.base import AttentionSpec, PlacedSpec, Spec
+from segkern.integrations.specs import CFG, SAG, SEG, TPG
+from segkern.integrations.specs.base import AttentionSpec, BlockSpec, LayeredSpec, PlacedSpec, Spec
 from segkern.integrations.specs.sigmas import LayerSigmas, Sigmas, check_heads
 
 
@@ -88,8 +88,10 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[PlacedSp
     if not specs:
         raise ValueError("guide needs at least one spec, such as guide(pipe, SEG(layers='mid'))")
     for spec in specs:
-        if not isinstance(spec, (AttentionSpec, SAG, CFG)):
-            raise ValueError(f"guide supports SEG(...), PAG(...), SAG(...) and CFG(...) specs, got {spec!r}")
+        if not isinstance(spec, (LayeredSpec, SAG, CFG)):
+            raise ValueError(
+                f"guide supports SEG(...), PAG(...), SAG(...), SLG(...), TPG(...) and CFG(...) specs, got {spec!r}"
+            )
     if sum(isinstance(spec, CFG) for spec in specs) > 1:
         raise ValueError(f"guide supports only one CFG(...) spec, got {', '.join(map(repr, specs))}")
     if any(isinstance(spec, SAG) for spec in specs) and any(isinstance(spec, CFG) and spec.reuse > 1 for spec in specs):
@@ -107,11 +109,11 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[PlacedSp
     if isinstance(denoiser, MotionUNet):
         _check_for_motion(specs)
     default = default_layers_of(denoiser.model)[0] if available else ""
-    placed = tuple(_choose(available, spec, default) for spec in specs)
+    placed = tuple(_choose(denoiser, available, spec, default) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
     for placed_spec in placed:
         for layer in placed_spec.layers:
-            if isinstance(denoiser, UNet):
+            if isinstance(denoiser, UNet) and not isinstance(placed_spec.spec, BlockSpec):
                 check_layer(denoiser.model, layer)
             if not isinstance(placed_spec.spec, AttentionSpec) or placed_spec.spec.boundary is None:
                 continue
@@ -128,9 +130,10 @@ def _check_for_transformer(denoiser: Transformer, specs: Sequence[Spec]) -> None
     """Raise a ValueError for a spec that is not supported for transformers."""
     name = type(denoiser.model).__name__
     for spec in specs:
-        if not isinstance(spec, (SEG, PAG)):
+        if not isinstance(spec, LayeredSpec):
             raise ValueError(
-                f"{type(spec).__name__} needs a UNet2DConditionModel; a {name} supports SEG(...) and PAG(...)"
+                f"{type(spec).__name__} needs a UNet2DConditionModel; a {name} supports SEG(...), PAG(...), SLG(...) "
+                f"and TPG(...)"
             )
         if isinstance(spec, SEG) and spec.query_stride not in (1, (1, 1)):
             raise ValueError(
@@ -141,13 +144,14 @@ def _check_for_transformer(denoiser: Transformer, specs: Sequence[Spec]) -> None
 def _check_for_motion(specs: Sequence[Spec]) -> None:
     """Raise a ValueError for a spec that is not supported for UNets of videos."""
     for spec in specs:
-        if not isinstance(spec, AttentionSpec):
+        if not isinstance(spec, LayeredSpec):
             raise ValueError(
-                f"{type(spec).__name__} needs a UNet2DConditionModel; a UNetMotionModel supports SEG(...) and PAG(...)"
+                f"{type(spec).__name__} needs a UNet2DConditionModel; a UNetMotionModel supports SEG(...), PAG(...), "
+                f"SLG(...) and TPG(...)"
             )
 
 
-def _choose(available: Sequence[LayerInfo], spec: Spec, default: str) -> PlacedSpec:
+def _choose(denoiser: Denoiser, available: Sequence[LayerInfo], spec: Spec, default: str) -> PlacedSpec:
     if isinstance(spec, CFG):
         return PlacedSpec(spec)
     if isinstance(spec, SAG):
@@ -155,16 +159,45 @@ def _choose(available: Sequence[LayerInfo], spec: Spec, default: str) -> PlacedS
         if len(layers) != 1:
             raise ValueError(f"SAG.layer={spec.layer!r} must name one layer, but it names {len(layers)}")
         return PlacedSpec(spec, tuple(layers))
-    assert isinstance(spec, AttentionSpec)
+    assert isinstance(spec, LayeredSpec)
     if not spec.layer_names:
-        spec = replace(spec, layers=default)  # type: ignore[type-var]
+        spec = replace(spec, layers=_default_of(spec, available) or default)  # type: ignore[type-var]
     layers = select_layers(available, spec.layer_names)
+    if isinstance(spec, BlockSpec):
+        return PlacedSpec(spec, tuple(_blocks(denoiser, layers)))
     if not isinstance(spec, SEG):
         return PlacedSpec(spec, tuple(layers))
     sigmas = _layer_sigmas(available, spec, layers)
     for layer in layers:
         check_heads("SEG", sigmas[layer.module], layer.name, layer.heads)
     return PlacedSpec(spec, tuple(layers), sigmas)
+
+
+def _default_of(spec: LayeredSpec, available: Sequence[LayerInfo]) -> str | None:
+    """Return the published layers of a spec for this model; None if there are none."""
+    names = {layer.name for layer in available}
+    if isinstance(spec, TPG) and {"d6", "d23"} <= names and "d24" not in names:  # Stable Diffusion XL
+        return "d6-23"
+    return None
+
+
+def _blocks(denoiser: Denoiser, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
+    """Return one entry per transformer block, with the name of its first layer and the module name of the block.
+
+    Raises:
+        ValueError: If a layer is not in a transformer block whose arguments and outputs are known.
+    """
+    blocks: dict[int, LayerInfo] = {}
+    for layer in layers:
+        place = denoiser.places.of(layer.module)
+        if denoiser.places.block(place) is None:
+            raise ValueError(
+                f"layer {layer.name} ({layer.module}) is not in a transformer block that can be skipped or shuffled; "
+                f"choose other layers"
+            )
+        name = layer.name.split(".")[0]
+        blocks.setdefault(place, replace(layer, name=name, module=denoiser.places.names[place]))
+    return list(blocks.values())
 
 
 def _layer_sigmas(available: Sequence[LayerInfo], spec: SEG, layers: Sequence[LayerInfo]) -> dict[str, Sigmas]:

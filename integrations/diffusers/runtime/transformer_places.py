@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from segkern.integrations.diffusers.models.architectures import Architecture
+from segkern.integrations.diffusers.runtime.block_changes import BlockJoin
 from segkern.integrations.diffusers.runtime.branches import Batch, Join, JoinPlan
 
 
@@ -22,12 +23,12 @@ class BlockPlaces:
 
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
         self._names: list[str] = []
-        self._joins: list[Join] = []
+        self._joins: list[BlockJoin] = []
         for stage in architecture.stages:
             blocks: Any = model.get_submodule(stage.blocks)
             for number, block in enumerate(blocks):
                 self._names.append(f"{stage.blocks}.{number}")
-                self._joins.append(Join(block, stage.batched))
+                self._joins.append(BlockJoin(block, stage.batched, stage.outputs))
 
     @property
     def names(self) -> list[str]:
@@ -45,13 +46,17 @@ class BlockPlaces:
         """
         return False
 
-    def joins(self) -> list[Join]:
+    def joins(self) -> Sequence[Join]:
         """Return the hooks of all blocks."""
         return self._joins
 
-    def joins_for(self, places: Sequence[int]) -> list[Join]:
+    def joins_for(self, places: Sequence[int]) -> Sequence[Join]:
         """Return the hooks that are needed if branches join at these blocks: none or all."""
         return self._joins if max(places) > 0 else []
+
+    def block(self, place: int) -> BlockJoin | None:
+        """Return the hooks of a block."""
+        return self._joins[place]
 
     def plan(self, batch: Batch, branches: Sequence[int]) -> tuple[JoinPlan, ...]:
         """Return the plan of each join for a call in which each block runs with a given number of branches."""

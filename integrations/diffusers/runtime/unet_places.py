@@ -28,7 +28,14 @@ from diffusers.models.unets.unet_2d_blocks import (
 from torch import nn
 
 from segkern.integrations.diffusers.models.layers import execution_order
-from segkern.integrations.diffusers.runtime.branches import Batch, Join, JoinPlan, JoinSkips
+from segkern.integrations.diffusers.runtime.block_changes import BlockJoin
+from segkern.integrations.diffusers.runtime.branches import (
+    MODULE_ARGUMENTS,
+    Batch,
+    Join,
+    JoinPlan,
+    JoinSkips,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Places:
     def __init__(self, unet: Any) -> None:
         self._places: list[Place] = []
         self._joins: list[tuple[Join, int]] = []  # with the place whose batch size the module's arguments have
+        self._blocks: dict[int, BlockJoin] = {}  # transformer blocks by place
         self._skips: list[tuple[JoinSkips, list[int]]] = []  # with the place of each resnet
         for name, block in execution_order(unet):
             parts = _parts(block)
@@ -73,7 +81,10 @@ class Places:
                 self._skips.append((JoinSkips(block), resnets))
 
     def _add(self, name: str, module: nn.Module, around: str) -> None:
-        self._joins.append((Join(module), len(self._places)))
+        place = len(self._places)
+        if isinstance(module, BasicTransformerBlock):
+            self._blocks[place] = BlockJoin(module, MODULE_ARGUMENTS, ("hidden_states",))
+        self._joins.append((self._blocks.get(place) or Join(module), place))
         self._places.append(Place(name, module, around))
 
     @property
@@ -105,6 +116,10 @@ class Places:
         begin = next(i for i, place in enumerate(self._places) if place.around == around)
         joins: list[Join] = [join for join, place in self._joins if place >= begin]
         return joins + [join for join, resnets in self._skips if resnets and resnets[-1] >= begin]
+
+    def block(self, place: int) -> BlockJoin | None:
+        """Return the hooks of the transformer block at a place; None if the place is another module."""
+        return self._blocks.get(place)
 
     def plan(self, batch: Batch, branches: Sequence[int]) -> tuple[JoinPlan, ...]:
         """Return the plan of each join for a call in which each place runs with a given number of branches."""
