@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -170,9 +170,87 @@ class Perturbed:
     entries: Entries
     modules: Sequence[str]
 
+    def applied(
+        self, denoiser: torch.nn.Module, place_of: Callable[[int], Place | None], step: int
+    ) -> AbstractContextManager[None]:
+        """Return a context in which the denoiser is perturbed."""
+        return perturbed_attention(denoiser, dict.fromkeys(self.modules, self.entries), place_of)
+
+
+@dataclass
+class ChangedBlocks:
+    """A guidance method for ``repeated_run`` that skips transformer blocks or shuffles their tokens.
+
+    Attributes:
+        scale: Scale of the difference.
+        blocks: Module names of the blocks.
+        order: Returns the order of the tokens from the step, the block and the number of image tokens; None to skip.
+        steps: The guided steps; None for all.
+    """
+
+    scale: float
+    blocks: Sequence[str]
+    order: Callable[[int, str, int], torch.Tensor] | None = None
+    steps: Callable[[int], bool] = lambda step: True
+
+    @contextmanager
+    def applied(self, denoiser: torch.nn.Module, place_of: Callable[[int], Place | None], step: int) -> Iterator[None]:
+        """Return a context in which the denoiser's blocks are changed."""
+        with ExitStack() as patches:
+            for name in self.blocks if self.steps(step) else ():
+                block = denoiser.get_submodule(name)
+                forward = (
+                    _skipping(block) if self.order is None else _shuffling(block, name, self.order, step, place_of)
+                )
+                patches.enter_context(mock.patch.object(block, "forward", forward))
+            yield
+
+
+def _skipping(block: torch.nn.Module) -> Callable[..., Any]:
+    """Return a forward that returns the inputs: for each output, the input of the same name or shape."""
+    forward = type(block).forward
+
+    def skipping(*args: Any, **kwargs: Any) -> Any:
+        given = list(inspect.signature(forward).bind(block, *args, **kwargs).arguments.values())[1:]
+        output = forward(block, *args, **kwargs)
+        if not isinstance(output, tuple):
+            return given[0]
+        image, text = given[:2]
+        return tuple(image if part is None or part.shape == image.shape else text for part in output)
+
+    return skipping
+
+
+def _shuffling(
+    block: torch.nn.Module,
+    name: str,
+    order: Callable[[int, str, int], torch.Tensor],
+    step: int,
+    place_of: Callable[[int], Place | None],
+) -> Callable[..., Any]:
+    """Return a forward that shuffles the image tokens, which come first, before the block runs."""
+    forward = type(block).forward
+
+    def shuffling(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        place = place_of(first.shape[1])
+        tokens = first.shape[1] if place is None else place.tokens.stop - place.tokens.start
+        order_of_tokens = torch.cat([order(step, name, tokens), torch.arange(tokens, first.shape[1])])
+        return forward(block, first[:, order_of_tokens], *args, **kwargs)
+
+    def by_name(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return shuffling(*args, **kwargs)
+        return shuffling(kwargs.pop("hidden_states"), **kwargs)
+
+    return by_name
+
 
 def unet_run(
-    pipe: Any, guidances: Sequence[Perturbed], run: Callable[[], torch.Tensor], size: tuple[int, int], cfg: bool
+    pipe: Any,
+    guidances: Sequence[Perturbed | ChangedBlocks],
+    run: Callable[[], torch.Tensor],
+    size: tuple[int, int],
+    cfg: bool,
 ) -> torch.Tensor:
     """Return the expected result of ``run()`` under guidance, for images or frames of this latent size."""
     return repeated_run(pipe, guidances, run, unet_places(size), cfg)
@@ -181,7 +259,7 @@ def unet_run(
 def transformer_run(
     model: TransformerCase,
     pipe: Any,
-    guidances: Sequence[Perturbed],
+    guidances: Sequence[Perturbed | ChangedBlocks],
     run: Callable[[], torch.Tensor],
     rows: int = 6,
     columns: int = 4,
@@ -194,7 +272,7 @@ def transformer_run(
 
 def repeated_run(
     pipe: Any,
-    guidances: Sequence[Perturbed],
+    guidances: Sequence[Perturbed | ChangedBlocks],
     run: Callable[[], torch.Tensor],
     place_of: Callable[[int], Place | None],
     cfg: bool,
@@ -211,7 +289,7 @@ def repeated_run(
             output = forward(denoiser, *_copied(args), **_copied(kwargs))
             perturbed = []
             for guidance in guidances:
-                with perturbed_attention(denoiser, dict.fromkeys(guidance.modules, guidance.entries), place_of):
+                with guidance.applied(denoiser, place_of, done):
                     perturbed.append(_tensor(forward(denoiser, *_copied(args), **_copied(kwargs))[0]))
             calls.append((_tensor(output[0]), perturbed))
             return output
@@ -220,8 +298,11 @@ def repeated_run(
         return repeated
 
     step = type(pipe.scheduler).step
+    done = 0  # number of finished steps
 
     def corrected(model_output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += 1
         prediction, perturbed = calls[0]  # the call for the prompt comes first
         if len(calls) == 1 and cfg:  # one batch with both halves
             middle = len(prediction) // 2
