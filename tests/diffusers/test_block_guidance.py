@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_layer_skip
+from torch.utils.flop_counter import FlopCounterMode
 
 from segkern.integrations.diffusers import PAG, SEG, SLG, TPG, guide, list_layers
 from tests.diffusers.probes import hooks_of
@@ -229,6 +230,22 @@ def test_blocks_drawn_at_random_equal_the_slow_way() -> None:
     for share in (True, False):
         with guide(pipe, spec, share=share):
             assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
+
+
+def test_shuffled_tokens_cost_what_comes_from_the_first_block_on() -> None:
+    model, pipe = MODELS["sd3"], built("sd3")
+
+    def count(*specs: TPG, share: bool = True) -> dict[str, int]:
+        with ExitStack() as guidance, FlopCounterMode(display=False) as counter:
+            if specs:
+                guidance.enter_context(guide(pipe, *specs, share=share))
+            run(model, pipe, cfg=False)
+        return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+
+    plain = count()
+    whole, before = plain["Global"], sum(plain[f"SD3Transformer2DModel.transformer_blocks.{i}"] for i in range(2))
+    assert count(TPG(layers="2-3"))["Global"] == 2 * whole - before
+    assert count(TPG(layers="2-3"), share=False)["Global"] == 2 * whole
 
 
 @pytest.mark.parametrize(

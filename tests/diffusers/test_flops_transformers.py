@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from segkern.integrations.diffusers import PAG, SEG, guide
+from segkern.integrations.diffusers import PAG, SEG, SLG, guide
 from segkern.ops import flops  # noqa: F401  the counter knows our operators by it
 
 BLOCKS = 24
@@ -70,3 +70,22 @@ def test_a_branch_costs_what_comes_from_its_first_block_on(pipe: Any, first: int
     for cheaper in (SEG(layers=first), PAG(layers=first)):
         assert extra(cheaper) < bound
     assert extra(SEG(sigma=10.0, layers=first), share=False) == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*moved by nan")
+@pytest.mark.slow
+@pytest.mark.parametrize(("skipped", "first"), [((7, 8, 9), 7), ((3, 20), 3)])
+def test_skipped_blocks_cost_nothing(pipe: Any, skipped: tuple[int, ...], first: int) -> None:
+    plain = count(pipe)
+    whole = plain["Global"]
+    blocks = [plain[f"{MODEL}.transformer_blocks.{number}"] for number in range(BLOCKS)]
+
+    def extra(spec: Any, share: bool = True) -> float:
+        guidance = guide(pipe, spec, share=share, cfg="none")
+        with guidance, guidance.run([1000.0]):
+            return count(pipe)["Global"] - whole
+
+    spec = SLG(layers=skipped, start=0.0, stop=1.0)
+    omitted = sum(blocks[number] for number in skipped)
+    assert extra(spec) == whole - sum(blocks[:first]) - sum(blocks[number] for number in skipped if number >= first)
+    assert extra(spec, share=False) == whole - omitted
