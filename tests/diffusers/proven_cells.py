@@ -15,8 +15,11 @@ TRANSFORMERS = {
     "z-image": "Z-Image",
     "pixart-sigma": "PixArt-Sigma",
     "hunyuan-dit": "Hunyuan-DiT",
+    "chroma": "Chroma",
+    "flux2-klein": "Flux.2 Klein",
+    "lumina2": "Lumina 2",
 }
-VIDEO = {"wan": "Wan", "ltx-video": "LTX-Video"}
+VIDEO = {"wan": "Wan", "ltx-video": "LTX-Video", "hunyuan-video": "HunyuanVideo", "cogvideox": "CogVideoX"}
 
 # By the prefix of a case's name; the longest match is used.
 UNETS = {

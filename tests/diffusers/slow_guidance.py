@@ -34,16 +34,24 @@ _CALLS_PER_STEP = {"HeunDiscreteScheduler": 2, "KDPM2DiscreteScheduler": 2, "KDP
 
 
 class Place(NamedTuple):
-    """The position of an image or a video in the tokens."""
+    """The position of an image or a video in the tokens. It may start at a different token in each sample."""
 
     height: int
     width: int
-    start: int = 0
+    start: int | tuple[int, ...] = 0
     frames: int = 1
 
     @property
-    def tokens(self) -> slice:
-        return slice(self.start, self.start + self.frames * self.height * self.width)
+    def count(self) -> int:
+        return self.frames * self.height * self.width
+
+    @property
+    def stop(self) -> int:
+        return self.count + (self.start if isinstance(self.start, int) else max(self.start))
+
+    def tokens(self, sample: int) -> slice:
+        start = self.start if isinstance(self.start, int) else self.start[sample % len(self.start)]
+        return slice(start, start + self.count)
 
 
 @cache
@@ -81,19 +89,18 @@ def dense_attention(
     """Return float64 attention over all tokens with the image tokens' logits perturbed, mixed in by ``blend``."""
     logits = query.double() @ key.double().transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
     of_samples = entries if isinstance(entries, list) else [entries]
-    perturbed = torch.stack([_perturbed(x, of_samples[i % len(of_samples)], place) for i, x in enumerate(logits)])
+    perturbed = torch.stack([_perturbed(x, of_samples[i % len(of_samples)], place, i) for i, x in enumerate(logits)])
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))
     own, other = ((x if mask is None else x + mask).softmax(dim=-1) @ value.double() for x in (logits, perturbed))
     return (blend * other + (1.0 - blend) * own).to(query.dtype)
 
 
-def _perturbed(logits: torch.Tensor, entry: Entry, place: Place) -> torch.Tensor:
+def _perturbed(logits: torch.Tensor, entry: Entry, place: Place, sample: int) -> torch.Tensor:
     """Return the logits of one sample, ``[heads, queries, keys]``."""
-    image, logits = place.tokens, logits.clone()
+    image, logits = place.tokens(sample), logits.clone()
     if entry is None:
-        tokens = image.stop - image.start
-        logits[:, image, image] += torch.full((tokens, tokens), float("-inf")).double().fill_diagonal_(0.0)
+        logits[:, image, image] += torch.full((place.count, place.count), float("-inf")).double().fill_diagonal_(0.0)
         return logits
     sigmas = entry if isinstance(entry, tuple) else (entry,) * len(logits)
     for head, sigma in enumerate(sigmas):
@@ -186,12 +193,14 @@ class ChangedBlocks:
         blocks: Module names of the blocks.
         order: Returns the order of the tokens from the step, the block and the number of image tokens; None to skip.
         steps: The guided steps; None for all.
+        sequence: Lists of blocks whose hidden states include the tokens before the image.
     """
 
     scale: float
     blocks: Sequence[str]
     order: Callable[[int, str, int], torch.Tensor] | None = None
     steps: Callable[[int], bool] = lambda step: True
+    sequence: Sequence[str] = ()
 
     @contextmanager
     def applied(self, denoiser: torch.nn.Module, place_of: Callable[[int], Place | None], step: int) -> Iterator[None]:
@@ -199,8 +208,11 @@ class ChangedBlocks:
         with ExitStack() as patches:
             for name in self.blocks if self.steps(step) else ():
                 block = denoiser.get_submodule(name)
+                whole = name.rpartition(".")[0] in self.sequence
                 forward = (
-                    _skipping(block) if self.order is None else _shuffling(block, name, self.order, step, place_of)
+                    _skipping(block)
+                    if self.order is None
+                    else _shuffling(block, name, self.order, step, place_of, whole)
                 )
                 patches.enter_context(mock.patch.object(block, "forward", forward))
             yield
@@ -227,15 +239,20 @@ def _shuffling(
     order: Callable[[int, str, int], torch.Tensor],
     step: int,
     place_of: Callable[[int], Place | None],
+    sequence: bool,
 ) -> Callable[..., Any]:
-    """Return a forward that shuffles the image tokens, which come first, before the block runs."""
+    """Return a forward that shuffles the image tokens before the block runs. They come first without ``sequence``."""
     forward = type(block).forward
 
     def shuffling(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         place = place_of(first.shape[1])
-        tokens = first.shape[1] if place is None else place.tokens.stop - place.tokens.start
-        order_of_tokens = torch.cat([order(step, name, tokens), torch.arange(tokens, first.shape[1])])
-        return forward(block, first[:, order_of_tokens], *args, **kwargs)
+        tokens = first.shape[1] if place is None else place.count
+        shuffled = []
+        for sample, x in enumerate(first):
+            start = place.tokens(sample).start if sequence and place is not None else 0
+            image = start + order(step, name, tokens)
+            shuffled.append(x[torch.cat([torch.arange(start), image, torch.arange(start + tokens, len(x))])])
+        return forward(block, torch.stack(shuffled), *args, **kwargs)
 
     def by_name(*args: Any, **kwargs: Any) -> Any:
         if args:
@@ -264,10 +281,26 @@ def transformer_run(
     rows: int = 6,
     columns: int = 4,
     cfg: bool = True,
+    normalise: bool = True,
 ) -> torch.Tensor:
-    """Return the expected result of ``run()`` under guidance, for images with this number of tokens."""
+    """Return the expected result of ``run()`` under guidance, for images with this number of tokens.
+
+    Args:
+        model: The case.
+        pipe: Its pipeline.
+        guidances: The guidance methods.
+        run: Generates an image.
+        rows: Rows of tokens.
+        columns: Columns of tokens.
+        cfg: Whether the run uses classifier-free guidance.
+        normalise: Whether a pipeline that can normalise its prediction does so.
+    """
     place = Place(rows, columns, model.start, model.frames)
-    return repeated_run(pipe, guidances, run, lambda tokens: place if tokens >= place.tokens.stop else None, cfg, model)
+
+    def place_of(tokens: int) -> Place | None:
+        return place if tokens >= place.stop else None
+
+    return repeated_run(pipe, guidances, run, place_of, cfg, model, normalise)
 
 
 def repeated_run(
@@ -277,6 +310,7 @@ def repeated_run(
     place_of: Callable[[int], Place | None],
     cfg: bool,
     model: TransformerCase | None = None,
+    normalise: bool = True,
 ) -> torch.Tensor:
     """Return the expected result of ``run()`` under guidance."""
     name = model.name if model is not None else ""
@@ -304,21 +338,27 @@ def repeated_run(
         nonlocal done
         done += 1
         prediction, perturbed = calls[0]  # the call for the prompt comes first
-        if len(calls) == 1 and cfg:  # one batch with both halves
+        if len(calls) == 1 and cfg and not name.startswith("Lumina2"):  # one batch with both halves
             middle = len(prediction) // 2
             half = slice(0, middle) if name == "ZImagePipeline" else slice(middle, None)
             prediction, perturbed = prediction[half], [other[half] for other in perturbed]
         shift = sum(g.scale * (prediction - other) for g, other in zip(guidances, perturbed, strict=True))
-        if name.startswith("QwenImage") and cfg:
+        normalised = name.startswith("QwenImage") or (name.startswith("Lumina2") and normalise)
+        sign = -1.0 if name.startswith("Lumina2") else 1.0
+        if normalised and len(calls) > 1:
             negative = calls[1][0]
             combined = negative + 4.0 * (prediction - negative) + shift
-            model_output = combined * (prediction.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+            ratio = prediction.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
+            model_output = sign * combined * ratio
         elif name == "ZImagePipeline":
             model_output = model_output - shift.squeeze(2)
         else:
             if name in ("PixArtSigmaPipeline", "PixArtAlphaPipeline", "HunyuanDiTPipeline"):
                 shift = shift.chunk(2, dim=1)[0]
-            model_output = model_output + shift[:, : model_output.shape[1]]  # without the tokens of other images
+            shift = shift[:, : model_output.shape[1]]  # without the tokens of other images
+            if shift.shape != model_output.shape:  # without the first frame, which is given
+                shift = shift[:, :, 1:]
+            model_output = model_output + sign * shift
         calls.clear()
         return step(pipe.scheduler, model_output, *args, **kwargs)
 

@@ -31,12 +31,16 @@ def blocks_of(modules: tuple[str, ...] | list[str]) -> list[str]:
     return list(dict.fromkeys(module.rpartition(".")[0] for module in modules))
 
 
-def shuffled(pipe: Any, spec: TPG, blocks: list[str]) -> ChangedBlocks:
+def shuffled(pipe: Any, spec: TPG, blocks: list[str], sequence: tuple[str, ...] = ()) -> ChangedBlocks:
     """Return the slow form of a spec."""
     names: dict[str, str] = {}
     for layer in list_layers(pipe):
         names.setdefault(layer.module.rpartition(".")[0], layer.name.partition(".")[0])
-    return ChangedBlocks(spec.scale, blocks, lambda step, block, tokens: spec.order(step, names[block], tokens))
+
+    def order(step: int, block: str, tokens: int) -> torch.Tensor:
+        return spec.order(step, names[block], tokens)
+
+    return ChangedBlocks(spec.scale, blocks, order, sequence=sequence)
 
 
 @pytest.mark.one_in(4)
@@ -48,7 +52,7 @@ def test_transformers_equal_the_slow_way(name: str, method: str, cfg: bool) -> N
     model, pipe = MODELS[name], built(name)
     blocks = blocks_of(model.modules)
     spec: Any = SLG(2.0, model.layers, 0.0, 1.0) if method == "slg" else TPG(2.0, model.layers, seed=3)
-    slow = ChangedBlocks(2.0, blocks) if method == "slg" else shuffled(pipe, spec, blocks)
+    slow = ChangedBlocks(2.0, blocks) if method == "slg" else shuffled(pipe, spec, blocks, model.sequence)
 
     def short() -> torch.Tensor:
         return run(model, pipe, 6, 4, samples=2, cfg=cfg)

@@ -26,7 +26,8 @@ class TransformerCase:
             classifier-free guidance.
         layers: Layers to perturb, not starting at the first block.
         modules: Module names of these layers.
-        start: First image token in each of these layers.
+        start: First image token in each of these layers, the same for all samples or one per sample.
+        sequence: Lists of blocks whose hidden states include the tokens before the image.
         frames: Number of latent frames.
         factor: Side of a token in pixels.
     """
@@ -36,7 +37,8 @@ class TransformerCase:
     call: Callable[[int, int, int, bool], dict[str, Any]]
     layers: Any
     modules: tuple[str, ...]
-    start: int = 0
+    start: int | tuple[int, ...] = 0
+    sequence: tuple[str, ...] = ()
     frames: int = 1
     factor: int = 16
 
@@ -49,7 +51,7 @@ def _pipeline(kind: type, transformer: torch.nn.Module, scheduler: Any, **parts:
     import inspect
 
     taken = inspect.signature(kind.__init__).parameters
-    none = {name: None for name in names if name in taken}
+    none = {name: None for name in names if name in taken and name not in parts}
     pipe = kind(transformer=transformer.eval(), scheduler=scheduler, **none, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -264,6 +266,123 @@ def _ltx_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any
     return {"num_frames": 17, "guidance_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12, masks=True)}
 
 
+def _chroma() -> Any:
+    torch.manual_seed(9)
+    model = diffusers.ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=12,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=16,
+        approximator_hidden_dim=16,
+        approximator_layers=2,
+    )
+    return _pipeline(diffusers.ChromaPipeline, model, _flow())
+
+
+def _chroma_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    return {"guidance_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12, masks=True)}
+
+
+def flux2_vae() -> Any:
+    torch.manual_seed(28)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=32,
+    )
+    return vae.eval()
+
+
+def _flux2(kind: Any = diffusers.Flux2KleinPipeline, guidance_embeds: bool = False) -> Any:
+    torch.manual_seed(10)
+    model = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=12,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=guidance_embeds,
+    )
+    return _pipeline(kind, model, _flow(), vae=flux2_vae())
+
+
+def _lumina2() -> Any:
+    torch.manual_seed(11)
+    model = diffusers.Lumina2Transformer2DModel(
+        in_channels=4,
+        hidden_size=WIDTH,
+        num_layers=BLOCKS,
+        num_refiner_layers=1,
+        num_attention_heads=HEADS,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(2, 2, 4),
+        axes_lens=(64, 32, 32),
+        cap_feat_dim=12,
+    )
+    return _pipeline(diffusers.Lumina2Pipeline, model, _flow())
+
+
+def _lumina2_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    given = _chroma_call(rows, columns, samples, cfg)
+    return {name: value.long() if name.endswith("_mask") else value for name, value in given.items()}
+
+
+def _hunyuan_video(kind: Any = diffusers.HunyuanVideoPipeline, **options: Any) -> Any:
+    torch.manual_seed(12)
+    sizes: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 12,
+        "pooled_projection_dim": 10,
+        "rope_axes_dim": (2, 2, 4),
+    }
+    return _pipeline(kind, diffusers.HunyuanVideoTransformer3DModel(**sizes | options), _flow())
+
+
+def _hunyuan_video_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
+    scales = {"num_frames": 9, "guidance_scale": 6.0, "true_cfg_scale": 4.0 if cfg else 1.0}
+    return {**scales, **_embeds(samples, cfg, 12, pooled=10, masks=True)}
+
+
+def _cogvideox(kind: Any = diffusers.CogVideoXPipeline, **options: Any) -> Any:
+    torch.manual_seed(13)
+    sizes: dict[str, Any] = {
+        "num_attention_heads": HEADS,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 8,
+        "text_embed_dim": 12,
+        "num_layers": BLOCKS,
+        "sample_width": 8,
+        "sample_height": 12,
+        "sample_frames": 9,
+        "max_text_seq_length": TEXT,
+        "use_rotary_positional_embeddings": True,
+    }
+    model = diffusers.CogVideoXTransformer3DModel(**sizes | options)
+    for block in model.transformer_blocks:  # attention changes little with the initial values
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return _pipeline(kind, model, diffusers.CogVideoXDDIMScheduler())
+
+
 MODELS = {
     "sd3": TransformerCase(
         "StableDiffusion3Pipeline", _sd3, _sd3_call, "2-3", ("transformer_blocks.2.attn", "transformer_blocks.3.attn")
@@ -299,6 +418,54 @@ MODELS = {
     "wan": TransformerCase("WanPipeline", _wan, _wan_call, "1-2", ("blocks.1.attn1", "blocks.2.attn1"), frames=3),
     "ltx-video": TransformerCase(
         "LTXPipeline", _ltx, _ltx_call, "1", ("transformer_blocks.1.attn1",), frames=3, factor=32
+    ),
+    "chroma": TransformerCase(
+        "ChromaPipeline",
+        _chroma,
+        _chroma_call,
+        ["b1", "s1"],
+        ("transformer_blocks.1.attn", "single_transformer_blocks.1.attn"),
+        TEXT,
+        ("single_transformer_blocks",),
+    ),
+    "flux2-klein": TransformerCase(
+        "Flux2KleinPipeline",
+        _flux2,
+        lambda rows, columns, samples, cfg: {"guidance_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12)},
+        ["b1", "s1"],
+        ("transformer_blocks.1.attn", "single_transformer_blocks.1.attn"),
+        TEXT,
+        ("single_transformer_blocks",),
+    ),
+    "lumina2": TransformerCase(
+        "Lumina2Pipeline",
+        _lumina2,
+        _lumina2_call,
+        "1-2",
+        ("layers.1.attn", "layers.2.attn"),
+        (TEXT - 1, TEXT),
+        ("layers",),
+    ),
+    "hunyuan-video": TransformerCase(
+        "HunyuanVideoPipeline",
+        _hunyuan_video,
+        _hunyuan_video_call,
+        ["b1", "s1"],
+        ("transformer_blocks.1.attn", "single_transformer_blocks.1.attn"),
+        frames=3,
+    ),
+    "cogvideox": TransformerCase(
+        "CogVideoXPipeline",
+        _cogvideox,
+        lambda rows, columns, samples, cfg: {
+            "num_frames": 9,
+            "guidance_scale": 4.0 if cfg else 1.0,
+            **_embeds(samples, cfg, 12),
+        },
+        "1-2",
+        ("transformer_blocks.1.attn1", "transformer_blocks.2.attn1"),
+        TEXT,
+        frames=3,
     ),
 }
 

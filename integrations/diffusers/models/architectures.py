@@ -7,6 +7,7 @@ recognised by class name, which requires no import.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 Get = Callable[[str], Any]  # returns an argument of the denoiser's forward by name
 Size = tuple[int, int, int]  # frames, height and width in tokens
+Start = int | tuple[int, ...]  # first image token, the same for all samples or one per sample
 
 _TEXT = frozenset({"hidden_states", "encoder_hidden_states", "temb"})
 _JOINT = ("encoder_hidden_states", "hidden_states")  # returned by blocks that process text and image
@@ -30,6 +32,7 @@ class Stage:
         letter: First letter of the layers' short names.
         batched: Arguments of a block's forward that have one entry per sample.
         outputs: Arguments that a block returns, in this order.
+        sequence: Whether a block's hidden states include the tokens before the image.
     """
 
     blocks: str
@@ -37,6 +40,11 @@ class Stage:
     letter: str = "b"
     batched: frozenset[str] = _TEXT
     outputs: tuple[str, ...] = ("hidden_states",)
+    sequence: bool = False
+
+
+def _first(model: Any, get: Get) -> Start:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Architecture:
         batched: Arguments of the model's forward that have one entry per sample.
         size: Function that returns frames, height and width of the image in tokens.
         pixels: Function that returns the side of a token in latent pixels.
-        text: Argument whose tokens precede the image in every attention, if any.
+        start: Function that returns the first image token in every attention.
         listed: Arguments in ``batched`` that are lists with one item per sample.
         residuals: Arguments that are added between blocks. If one is given, branches join at the input.
         other: Argument that is given only in calls that are not a step of a run.
@@ -60,7 +68,7 @@ class Architecture:
         units: Function from the scheduler's timestep to the model's.
         conditional_first: Whether the conditional samples are the first half of a batch with both texts.
         shift: Whether the pipeline's guidance scale is one less than usual, ``c + g (c - u)``.
-        rescales: Whether the pipeline rescales predictions to the norm of the conditional prediction under
+        rescales: Whether the pipeline always rescales predictions to the norm of the conditional prediction under
             classifier-free guidance.
         default: Default layers, and the source that recommends them.
     """
@@ -72,7 +80,7 @@ class Architecture:
     batched: frozenset[str]
     size: Callable[[Any, Get], Size]
     pixels: Callable[[Any], int]
-    text: str | None = None
+    start: Callable[[Any, Get], Start] = _first
     listed: frozenset[str] = frozenset()
     residuals: frozenset[str] = frozenset()
     other: str | None = None
@@ -103,6 +111,30 @@ def _image(sample: str) -> Callable[[Any, Get], Size]:
     return size
 
 
+def _after_text(model: Any, get: Get) -> Start:
+    return int(get("encoder_hidden_states").shape[1])
+
+
+def _after_captions(model: Any, get: Get) -> Start:
+    """Return the number of text tokens of each sample, without padding. Synchronises, as the model itself does."""
+    lengths = tuple(int(length) for length in get("encoder_attention_mask").sum(dim=1).tolist())
+    return lengths[0] if len(set(lengths)) == 1 else lengths
+
+
+def _after_history(model: Any, get: Get) -> Start:
+    """Return the number of tokens of earlier frames, which are patched more coarsely the older they are."""
+    tokens = 0
+    for name, patch in (
+        ("latents_clean", (1, 2, 2)),
+        ("latents_history_2x", (2, 4, 4)),
+        ("latents_history_4x", (4, 8, 8)),
+    ):
+        history = get(name)
+        if history is not None:
+            tokens += math.prod(-(-size // side) for size, side in zip(history.shape[2:], patch, strict=True))
+    return tokens
+
+
 def _position_ids(model: Any, get: Get) -> Size:
     """Return the size of packed latents from the rows of ``img_ids``.
 
@@ -121,6 +153,16 @@ def _position_ids(model: Any, get: Get) -> Size:
     return size
 
 
+def _position_ids_without_cache(model: Any, get: Get) -> Size:
+    """Return the size from ``img_ids``. With a cache, reference images have no tokens of their own in most calls."""
+    if get("kv_cache_mode") is not None:
+        raise ValueError(
+            f"guide does not support the key-value cache of a {type(model).__name__}, which stores tokens of reference "
+            f"images for the pipeline's own batch; use a pipeline without this cache, such as Flux2KleinPipeline"
+        )
+    return _position_ids(model, get)
+
+
 def _shapes(model: Any, get: Get) -> Size:
     """Return the size of the first image of the first sample. The source images of an edit come after it."""
     if getattr(model.config, "use_layer3d_rope", False):
@@ -136,6 +178,18 @@ def _one_of_a_list(model: Any, get: Get) -> Size:
     patch, frame_patch = get("patch_size") or 2, get("f_patch_size") or 1
     frames, height, width = images[0].shape[1:]
     return frames // frame_patch, height // patch, width // patch
+
+
+def _video_of_patches(model: Any, get: Get) -> Size:
+    """Return the size of latents ``[batch, channels, frames, height, width]``, with the patch size in two settings."""
+    frames, height, width = get("hidden_states").shape[2:]
+    return frames // model.config.patch_size_t, height // _patches(model), width // _patches(model)
+
+
+def _video_of_images(model: Any, get: Get) -> Size:
+    """Return the size of latents ``[batch, frames, channels, height, width]``."""
+    frames, _, height, width = get("hidden_states").shape[1:]
+    return frames // (model.config.patch_size_t or 1), height // _patches(model), width // _patches(model)
 
 
 def _video(model: Any, get: Get) -> Size:
@@ -158,6 +212,16 @@ def _told(model: Any, get: Get) -> Size:
 
 _SAMPLES = frozenset({"hidden_states", "encoder_hidden_states", "timestep"})
 _CONTROL = frozenset({"controlnet_block_samples", "controlnet_single_block_samples"})
+
+
+def _hunyuan_video(sequence: bool = False) -> tuple[Stage, Stage]:
+    batched = _TEXT | {"attention_mask", "token_replace_emb"}
+    outputs = ("hidden_states", "encoder_hidden_states")
+    return (
+        Stage("transformer_blocks", ("attn",), "b", batched, outputs, sequence),
+        Stage("single_transformer_blocks", ("attn",), "s", batched, outputs, sequence),
+    )
+
 
 _ALL = (
     Architecture(
@@ -183,8 +247,55 @@ _ALL = (
         _SAMPLES | {"pooled_projections", "guidance", "joint_attention_kwargs"} | _CONTROL,
         _position_ids,
         lambda model: 2,
-        text="encoder_hidden_states",
+        start=_after_text,
         residuals=_CONTROL,
+        units=_of_thousand,
+    ),
+    Architecture(
+        "ChromaTransformer2DModel",
+        "Chroma",
+        (
+            Stage("transformer_blocks", ("attn",), "b", _TEXT | {"attention_mask", "joint_attention_kwargs"}, _JOINT),
+            Stage(
+                "single_transformer_blocks",
+                ("attn",),
+                "s",
+                _TEXT | {"attention_mask", "joint_attention_kwargs"},
+                sequence=True,
+            ),
+        ),
+        "hidden_states",
+        _SAMPLES | {"attention_mask", "joint_attention_kwargs"} | _CONTROL,
+        _position_ids,
+        lambda model: 2,
+        start=_after_text,
+        residuals=_CONTROL,
+        units=_of_thousand,
+    ),
+    Architecture(
+        "Flux2Transformer2DModel",
+        "Flux.2",
+        (
+            Stage(
+                "transformer_blocks",
+                ("attn",),
+                "b",
+                _TEXT | {"temb_mod_img", "temb_mod_txt", "joint_attention_kwargs"},
+                _JOINT,
+            ),
+            Stage(
+                "single_transformer_blocks",
+                ("attn",),
+                "s",
+                _TEXT | {"temb_mod", "joint_attention_kwargs"},
+                sequence=True,
+            ),
+        ),
+        "hidden_states",
+        _SAMPLES | {"guidance", "joint_attention_kwargs"},
+        _position_ids_without_cache,
+        lambda model: 2,
+        start=_after_text,
         units=_of_thousand,
     ),
     Architecture(
@@ -204,7 +315,7 @@ _ALL = (
         | _CONTROL,
         _shapes,
         lambda model: 2,
-        text="encoder_hidden_states",
+        start=_after_text,
         listed=frozenset({"img_shapes"}),
         residuals=_CONTROL | {"additional_t_cond"},
         units=_of_thousand,
@@ -234,6 +345,24 @@ _ALL = (
         units=lambda timestep: (1000.0 - timestep) / 1000.0,
         conditional_first=True,
         shift=True,
+    ),
+    Architecture(
+        "Lumina2Transformer2DModel",
+        "Lumina 2",
+        (
+            Stage(
+                "layers",
+                ("attn",),
+                batched=frozenset({"hidden_states", "attention_mask", "image_rotary_emb", "temb"}),
+                sequence=True,
+            ),
+        ),
+        "hidden_states",
+        _SAMPLES | {"encoder_attention_mask"},
+        _image("hidden_states"),
+        _patches,
+        start=_after_captions,
+        units=lambda timestep: 1.0 - timestep / 1000.0,
     ),
     Architecture(
         "PixArtTransformer2DModel",
@@ -281,6 +410,44 @@ _ALL = (
         _SAMPLES | {"encoder_attention_mask", "video_coords"},
         _told,
         lambda model: int(model.config.patch_size),
+    ),
+    Architecture(
+        "HunyuanVideoTransformer3DModel",
+        "HunyuanVideo",
+        _hunyuan_video(),
+        "hidden_states",
+        _SAMPLES | {"encoder_attention_mask", "pooled_projections", "guidance"},
+        _video_of_patches,
+        _patches,
+    ),
+    Architecture(
+        "HunyuanVideoFramepackTransformer3DModel",
+        "FramePack",
+        _hunyuan_video(sequence=True),
+        "hidden_states",
+        _SAMPLES
+        | {"encoder_attention_mask", "pooled_projections", "guidance", "image_embeds"}
+        | {"latents_clean", "latents_history_2x", "latents_history_4x"},
+        _video_of_patches,
+        _patches,
+        start=_after_history,
+    ),
+    Architecture(
+        "CogVideoXTransformer3DModel",
+        "CogVideoX",
+        (
+            Stage(
+                "transformer_blocks",
+                ("attn1",),
+                batched=_TEXT | {"attention_kwargs"},
+                outputs=("hidden_states", "encoder_hidden_states"),
+            ),
+        ),
+        "hidden_states",
+        _SAMPLES | {"timestep_cond", "attention_kwargs"},
+        _video_of_images,
+        _patches,
+        start=_after_text,
     ),
 )
 

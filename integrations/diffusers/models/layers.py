@@ -109,13 +109,14 @@ def _of_transformer(
             kinds = [kind for kind in stage.attentions if getattr(block, kind, None) is not None]
             for kind in kinds:
                 attention: Any = getattr(block, kind)
+                inner_dim = getattr(attention, "inner_dim", None) or attention.to_q.out_features
                 layers.append(
                     LayerInfo(
                         name=f"{stage.letter}{number}" + (f".{kind}" if len(kinds) > 1 else ""),
                         module=f"{stage.blocks}.{number}.{kind}",
                         part=stage.blocks,
                         heads=attention.heads,
-                        head_dim=getattr(attention, "inner_dim", attention.to_q.out_features) // attention.heads,
+                        head_dim=inner_dim // attention.heads,
                         grid=grid,
                         block=before + number,
                     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from segkern.core.sigmas import equal_runs
 from segkern.integrations.diffusers.runtime.branches import Arguments, Join, JoinPlan, map_tensors
 from segkern.integrations.diffusers.runtime.hooks import Outer, acts_here
 from segkern.integrations.diffusers.runtime.processor import norms
@@ -98,11 +99,12 @@ class _Both:
 
 
 def _shuffled(image: torch.Tensor, plan: JoinPlan) -> torch.Tensor:
-    """Return ``[samples, tokens, channels]`` with the first tokens of some branches in another order."""
+    """Return ``[samples, tokens, channels]`` with the image tokens of some branches in another order."""
     image = image.clone()
     for branch, order in zip(plan.shuffled, plan.orders, strict=True):
-        samples = image[plan.batch.branch(branch)]
-        samples[:, : len(order)] = samples[:, order]
+        for rows, start in equal_runs(plan.starts):
+            samples = image[plan.batch.branch(branch)][rows]
+            samples[:, start : start + len(order)] = samples[:, start + order]
     return image
 
 

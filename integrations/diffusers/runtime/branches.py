@@ -224,6 +224,7 @@ class JoinPlan:
         skipped: Numbers of the branches that bypass the module.
         shuffled: Numbers of the branches whose tokens are shuffled.
         orders: Order of the tokens of each shuffled branch.
+        starts: First shuffled token of each sample of a branch.
     """
 
     batch: Batch
@@ -231,6 +232,7 @@ class JoinPlan:
     skipped: tuple[int, ...] = ()
     shuffled: tuple[int, ...] = ()
     orders: tuple[torch.Tensor, ...] = field(default=(), compare=False, repr=False)
+    starts: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 class Join(Hook):

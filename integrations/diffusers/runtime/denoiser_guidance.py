@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from segkern.integrations.diffusers.runtime.branches import Forward, JoinPlan
+from segkern.integrations.diffusers.runtime.branches import Batch, Forward, JoinPlan
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.foreign_hooks import HookWatch
 from segkern.integrations.diffusers.runtime.guided_layers import GuidedLayer, GuidedLayers
 from segkern.integrations.diffusers.runtime.hooks import act_here, hook_grids
 from segkern.integrations.diffusers.runtime.origins import Trust, is_trusted, name_of
 from segkern.integrations.diffusers.runtime.per_sample import KeptEmbeddings
-from segkern.integrations.diffusers.runtime.plans import ForwardPlan, shaped
+from segkern.integrations.diffusers.runtime.plans import ForwardPlan, LayerPlan, shaped
 from segkern.integrations.diffusers.runtime.recomputation import Recomputation
 from segkern.integrations.diffusers.runtime.regions import Regions
 from segkern.integrations.diffusers.runtime.report import Recorder
@@ -109,7 +109,7 @@ class DenoiserGuidance:
         plan = self._plan(forward)
         self._kept.grow(forward.batch, forward.joined(-1))
         self._tell_joins(self._with_orders(plan.joins, forward, args, kwargs))
-        self.layers.tell(plan.layers)
+        self.layers.tell(_with_starts(plan.layers, forward.batch, self._denoiser.starts(args, kwargs)))
         self.recomputation.begin()
         act_here(True)
 
@@ -150,15 +150,17 @@ class DenoiserGuidance:
             plan = result[at]
             if plan is None or not plan.shuffled:
                 continue
-            orders = []
+            orders: list[torch.Tensor] = []
+            starts: Sequence[int] = ()
             for branch in plan.shuffled:
                 index = forward.branches[branch]
                 spec, layer = self._specs[index], self._layer_of[index, place]
                 assert isinstance(spec, TPG)
-                tokens = self._denoiser.tokens(layer.module, args, kwargs)
+                tokens, start = self._denoiser.tokens(layer.module, args, kwargs)
                 device = self._denoiser.sample(args, kwargs).device
                 orders.append(spec.order(forward.step, layer.name, tokens).to(device))
-            result[at] = replace(plan, orders=tuple(orders))
+                starts = [start] * plan.batch.samples if isinstance(start, int) else start[plan.batch.conditional]
+            result[at] = replace(plan, orders=tuple(orders), starts=tuple(starts))
         return result
 
     def changed(self, index: int, step: int) -> tuple[int, ...]:
@@ -232,6 +234,17 @@ class DenoiserGuidance:
             yield
         finally:
             self._kept.restore()
+
+
+def _with_starts(plans: Sequence[LayerPlan], batch: Batch, starts: tuple[int, ...]) -> Sequence[LayerPlan]:
+    """Return the plans of layers with the first image token of each sample, if the samples of a batch differ."""
+    if not starts:
+        return plans
+    counts = [(len(plan.sigmas) - batch.size) // batch.samples for plan in plans]
+    return [
+        replace(plan, starts=starts + starts[batch.conditional] * count)
+        for plan, count in zip(plans, counts, strict=True)
+    ]
 
 
 def _left_out(layer: GuidedLayer) -> str:

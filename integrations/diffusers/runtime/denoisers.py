@@ -11,7 +11,12 @@ from diffusers import UNet2DConditionModel, UNetMotionModel
 from torch import nn
 
 from segkern.grid import Grid
-from segkern.integrations.diffusers.models.architectures import Architecture, architecture_of, batch_of
+from segkern.integrations.diffusers.models.architectures import (
+    Architecture,
+    Start,
+    architecture_of,
+    batch_of,
+)
 from segkern.integrations.diffusers.models.layers import grids_of_unet
 from segkern.integrations.diffusers.runtime.branches import (
     DENOISER_ARGUMENTS,
@@ -108,9 +113,13 @@ class Denoiser(ABC):
         """Return the grid of all layers in the next call; None if each layer has its own grid, which hooks read."""
         return None
 
+    def starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        """Return the first image token of each sample in every attention if samples differ, otherwise nothing."""
+        return ()
+
     @abstractmethod
-    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Return the number of image tokens that a transformer block processes for each sample in the next call."""
+    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Start]:
+        """Return the number of image tokens of a sample in a transformer block, and the first one, in the next call."""
 
 
 class UNet(Denoiser):
@@ -149,9 +158,9 @@ class UNet(Denoiser):
             args, kwargs = self.arguments.grow({"mid_block_additional_residual"}, args, kwargs, forward.inside, mid)
         return (args, kwargs) if mid or count else None
 
-    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Start]:
         grids = grids_of_unet(self.model, *self.sample(args, kwargs).shape[-2:])
-        return next(grid.tokens for name, grid in grids.items() if block.startswith(f"{name}."))
+        return next(grid.tokens for name, grid in grids.items() if block.startswith(f"{name}.")), 0
 
     def stand_in(self, original: Any, boundary: str, backend: str) -> GuidedProcessor:
         if type(original) not in STANDARD_PROCESSORS:
@@ -213,9 +222,9 @@ class Transformer(Denoiser):
             return _known_scale(run, "true_cfg_scale")
         if run.arguments.get("skip_guidance_layers") is not None:  # skip-layer guidance also uses it
             return _known_scale(run, "guidance_scale")
-        if self.architecture.shift:
-            limit = run.arguments.get("cfg_normalization")
-            return _known_scale(run, "guidance_scale") + 1.0 if limit is not None and float(limit) > 0.0 else None
+        limit = run.setting("cfg_normalization")
+        if limit is not None and float(limit) > 0.0:  # a number for Z-Image, true or false for Lumina 2
+            return _known_scale(run, "guidance_scale") + float(self.architecture.shift)
         return super().rescaled_guidance_scale(run)
 
     def can_share(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -232,13 +241,20 @@ class Transformer(Denoiser):
 
     def grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Grid | None:
         frames, height, width = self._size(args, kwargs)
-        text = self.architecture.text
-        start = 0 if text is None else self.arguments.get(text, args, kwargs).shape[1]
-        return Grid(height, width, start, frames)
+        start = self._start(args, kwargs)
+        return Grid(height, width, start if isinstance(start, int) else start[0], frames)
 
-    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def starts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+        start = self._start(args, kwargs)
+        return () if isinstance(start, int) else start
+
+    def tokens(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Start]:
         frames, height, width = self._size(args, kwargs)
-        return frames * height * width
+        whole = any(stage.sequence for stage in self.architecture.stages if block.startswith(f"{stage.blocks}."))
+        return frames * height * width, self._start(args, kwargs) if whole else 0
+
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Start:
+        return self.architecture.start(self.model, lambda name: self.arguments.get(name, args, kwargs))
 
     def _size(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
         def get(name: str) -> Any:

@@ -9,6 +9,7 @@ queries are final at this point, so segkern blurs them in this call.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class InterceptingProcessor(GuidedProcessor):
             query.ndim != 4
             or key.shape[2] != query.shape[2]
             or query.shape[0] != len(plan.sigmas)
-            or query.shape[2] < grid.stop
+            or query.shape[2] < max(plan.starts, default=grid.start) + grid.tokens
             or is_causal
         ):
             return _PYTORCHS(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -135,21 +136,22 @@ class InterceptingProcessor(GuidedProcessor):
         by_sample = attn_mask is not None and attn_mask.ndim == 4
         if attn_mask is not None and by_sample:
             attn_mask = attn_mask.expand(query.shape[0], -1, -1, -1)
-        pairs = zip(plan.graph_sigmas, plan.blends, strict=True)
-        kinds = [(kind is Perturbation.IDENTITY, blend) for kind, blend in pairs]
+        parts = zip(plan.graph_sigmas, plan.blends, plan.starts or (None,) * len(plan.sigmas), strict=True)
+        kinds = [(kind is Perturbation.IDENTITY, blend, start) for kind, blend, start in parts]
         sigmas, values = plan.told_sigmas()
         # Frames are blurred before attention, which needs numbers.
         given: Any = plan.sigmas if grid.frames > 1 else sigmas if values is None else values
         outputs = []
-        for samples, (identity, blend) in equal_runs(kinds):
+        for samples, (identity, blend, start) in equal_runs(kinds):
             qkv = query[samples], key[samples], value[samples]
+            place = grid if start is None else replace(grid, start=start)
             mask = attn_mask[samples] if attn_mask is not None and by_sample else attn_mask
             output: Any
             if identity:
-                output = _identity(*qkv, grid, mask, scale, self.backend)
+                output = _identity(*qkv, place, mask, scale, self.backend)
             else:
                 options: Any = {"scale": scale, "attn_mask": mask, "boundary": self.boundary, "backend": self.backend}
-                output = seg_attention(*qkv, grid, given[samples], **options)
+                output = seg_attention(*qkv, place, given[samples], **options)
             if blend != 1.0:
                 own = F.scaled_dot_product_attention(*qkv, mask, scale=scale)
                 output = torch.lerp(own, output, blend)

@@ -32,6 +32,7 @@ class LayerPlan:
             that have just joined, and repeat the conditional samples.
         perturbed: Samples of each branch that is perturbed in the layer.
         read: Samples whose attention mass is computed; None for none.
+        starts: First image token of each sample; empty if it is the grid's for all samples.
         graph_sigmas: The sigmas with 1 in place of any finite value. A compiled graph depends only on these.
         values: The sigmas in a CPU tensor, which a compiled graph reads when it runs; None if it needs none.
         acts: Whether any sample is perturbed.
@@ -45,6 +46,7 @@ class LayerPlan:
     own: int
     perturbed: tuple[slice, ...] = ()
     read: slice | None = None
+    starts: tuple[int, ...] = ()
     graph_sigmas: tuple[Perturbed, ...] = field(init=False)
     values: torch.Tensor | None = field(init=False, compare=False)
     acts: bool = field(init=False)
@@ -60,7 +62,7 @@ class LayerPlan:
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "acts", any(kinds))
         slices = tuple(None if x is None else (x.start, x.stop) for x in (self.conditional, *self.perturbed, self.read))
-        object.__setattr__(self, "kind", (kinds, self.strides, self.blends, self.own, slices))
+        object.__setattr__(self, "kind", (kinds, self.strides, self.blends, self.own, slices, self.starts))
 
     def told_sigmas(self) -> tuple[tuple[Perturbed, ...], torch.Tensor | None]:
         """Return the sigmas as numbers or, while compiling, as kinds and a tensor of values.

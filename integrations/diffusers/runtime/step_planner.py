@@ -109,6 +109,7 @@ class StepPlanner:
         reused = tuple(index for index in strengths if index not in computed)
         batch = replace(layout.batch, branches=len(branches))
         follows = layout.kind is CallKind.PROMPT and state.layout.expects_negative() is not False
+        follows = follows and not self._is_truncated(run, args, kwargs)
         guided_by_text = batch.first > 0 or (follows and bool(state.layout.expects_negative()))
         if guided_by_text and any(index in self.negative for index in strengths):
             self.check_negative_call()
@@ -136,6 +137,14 @@ class StepPlanner:
         )
         shares = self._share and self._denoiser.can_share(forward, args, kwargs)
         return replace(forward, share=shares)
+
+    def _is_truncated(self, run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Return True if the pipeline does not call the denoiser for the negative prompt in this step (Lumina 2)."""
+        ratio = run.setting("cfg_trunc_ratio")
+        if ratio is None or float(ratio) >= 1.0:
+            return False
+        step = self.step(run, args, kwargs)
+        return (step.call + 1) / step.calls > float(ratio)
 
     def check_negative_call(self) -> None:
         """Raise a ValueError if ``CFG(...)`` is used with the pipeline's own classifier-free guidance."""
