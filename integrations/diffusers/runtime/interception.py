@@ -230,8 +230,15 @@ def _identity(
     )
     factor = query.shape[3] ** -0.5 if scale is None else scale
     own = (query[:, :, image].to(lse.dtype) * key[:, :, image].to(lse.dtype)).sum(-1) * factor
+    if attn_mask is not None:
+        own = _masked(own, attn_mask[:, :, image, image].diagonal(dim1=-2, dim2=-1))
     weight = torch.sigmoid(own - lse)[..., None]
     of_image = torch.lerp(attended.to(weight.dtype), value[:, :, image].to(weight.dtype), weight).to(value.dtype)
     mask = None if attn_mask is None else others(attn_mask)
     of_others = F.scaled_dot_product_attention(others(query), key, value, mask, scale=scale)
     return torch.cat([of_others[:, :, : grid.start], of_image, of_others[:, :, grid.start :]], dim=2)
+
+
+def _masked(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Apply a mask as PyTorch's attention does: Booleans select logits, and numbers are added to them."""
+    return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask.to(logits.dtype)
