@@ -30,6 +30,7 @@ TASKS = (
     "text to video",
     "image to video",
     "video to video",
+    "control video",
     "modular pipeline",
 )
 GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "CFG")

@@ -92,8 +92,13 @@ def dense_attention(
     perturbed = torch.stack([_perturbed(x, of_samples[i % len(of_samples)], place, i) for i, x in enumerate(logits)])
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, float("-inf"))
-    own, other = ((x if mask is None else x + mask).softmax(dim=-1) @ value.double() for x in (logits, perturbed))
+    own, other = (_softmax(x if mask is None else x + mask) @ value.double() for x in (logits, perturbed))
     return (blend * other + (1.0 - blend) * own).to(query.dtype)
+
+
+def _softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return the softmax, and zeros for queries whose keys are all masked, as PyTorch's attention does."""
+    return logits.softmax(dim=-1).masked_fill(logits.isneginf().all(dim=-1, keepdim=True), 0.0)
 
 
 def _perturbed(logits: torch.Tensor, entry: Entry, place: Place, sample: int) -> torch.Tensor:

@@ -11,9 +11,11 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 
-from segkern.integrations.diffusers import SEG, guide
+from segkern.integrations.diffusers import PAG, SEG, TPG, guide
+from tests.diffusers.slow_guidance import ChangedBlocks, Perturbed, transformer_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
 from tests.diffusers.transformer_cases import MODELS, run
+from tests.diffusers.transformer_task_cases import TASKS
 
 
 def predictions(pipe: Any, draw: Any) -> list[torch.Tensor]:
@@ -61,6 +63,90 @@ def test_cfg_normalization_of_z_image_measures_the_unguided_prediction() -> None
     with guide(pipe, SEG(layers=model.layers)):
         (guided, *_) = predictions(pipe, lambda: run(model, pipe, cfg_normalization=0.1))
     assert guided.norm().item() == pytest.approx(plain.norm().item(), rel=PIPELINE_TOLERANCE)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_cfg_truncation_of_lumina2(normalise: bool) -> None:
+    """Late steps have no call for the negative prompt and no normalisation."""
+    model = MODELS["lumina2"]
+    pipe = model.build()
+
+    def short() -> torch.Tensor:
+        return run(model, pipe, samples=2, cfg_trunc_ratio=0.5, cfg_normalization=normalise)
+
+    slow = Perturbed(2.0, 1.5, model.modules)
+    expected = transformer_run(model, pipe, [slow], short, normalise=normalise)
+    with guide(pipe, SEG(scale=2.0, sigma=1.5, layers=model.layers)) as active:
+        assert relative(short(), expected) < PIPELINE_TOLERANCE < relative(run(model, pipe, samples=2), expected)
+    assert {row.fired for row in active.report().layers} == {6}
+
+
+@pytest.mark.parametrize("scheduler", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_the_changing_scale_of_cogvideox(scheduler: str) -> None:
+    """Its scale of classifier-free guidance changes in every step, which does not change what guidance adds."""
+    model = MODELS["cogvideox"]
+    pipe = model.build()
+    pipe.scheduler = getattr(diffusers, scheduler)()
+
+    def short() -> torch.Tensor:
+        return run(model, pipe, samples=2, use_dynamic_cfg=True)
+
+    expected = transformer_run(model, pipe, [Perturbed(2.0, 1.5, model.modules)], short)
+    assert relative(short(), expected) > 10 * PIPELINE_TOLERANCE
+    with guide(pipe, SEG(scale=2.0, sigma=1.5, layers=model.layers)):
+        assert relative(short(), expected) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["seg", "pag", "tpg"])
+def test_fully_masked_text_of_chroma(kind: str) -> None:
+    """Padding attends to nothing if the mask is boolean."""
+    model = MODELS["chroma"]
+    pipe = model.build()
+    blocks = [module.rpartition(".")[0] for module in model.modules]
+    tpg = TPG(scale=2.0, layers=model.layers)
+    specs = {"seg": SEG(scale=2.0, sigma=1.5, layers=model.layers), "pag": PAG(scale=2.0, layers=model.layers)}
+
+    def short() -> torch.Tensor:
+        masks = {"prompt_attention_mask": torch.tensor([[True, True, True, False, False], [True] * 5])}
+        return run(model, pipe, samples=2, **masks | {f"negative_{name}": mask for name, mask in masks.items()})
+
+    def order(step: int, block: str, tokens: int) -> torch.Tensor:
+        return tpg.order(step, ("s" if "single" in block else "b") + "1", tokens)
+
+    entry = 1.5 if kind == "seg" else None
+    slow: Any = Perturbed(2.0, entry, model.modules)
+    if kind == "tpg":
+        slow = ChangedBlocks(2.0, blocks, order, sequence=model.sequence)
+    expected = transformer_run(model, pipe, [slow], short)
+    assert bool(expected.isfinite().all())
+    with guide(pipe, specs.get(kind, tpg)):
+        assert relative(short(), expected) < PIPELINE_TOLERANCE
+
+
+def test_a_shuffle_leaves_the_frames_before_in_place() -> None:
+    model = TASKS["framepack"]
+    pipe = model.build()
+    tpg = TPG(scale=2.0, layers=model.layers)
+    blocks = [module.rpartition(".")[0] for module in model.modules]
+
+    def order(step: int, block: str, tokens: int) -> torch.Tensor:
+        return tpg.order(step, ("s" if "single" in block else "b") + "1", tokens)
+
+    slow = ChangedBlocks(2.0, blocks, order, sequence=model.sequence)
+    expected = transformer_run(model, pipe, [slow], lambda: run(model, pipe))
+    assert relative(run(model, pipe), expected) > 5 * PIPELINE_TOLERANCE
+    with guide(pipe, tpg):
+        assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
+
+
+def test_the_key_value_cache_of_flux2_is_refused() -> None:
+    """In its first call, tokens of reference images come before the image. Later calls have only their keys."""
+    model = TASKS["flux2-klein-kv"]
+    pipe = model.build()
+    image = TASKS["flux2-klein editing"].call(6, 4, 1, False)["image"][0]
+    refused = pytest.raises(ValueError, match="does not support the key-value cache of a Flux2Transformer2DModel")
+    with refused, guide(pipe, SEG(layers=model.layers)):
+        run(model, pipe, cfg=False, image=image)
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])

@@ -30,6 +30,20 @@ PROVED = {  # model and task in words
     "pixart-alpha": ("PixArt-alpha", "text to image"),
     "qwen img2img": ("Qwen-Image", "image to image"),
     "wan image to video": ("Wan", "image to video"),
+    "chroma img2img": ("Chroma", "image to image"),
+    "chroma inpainting": ("Chroma", "inpainting"),
+    "flux2": ("Flux.2", "text to image"),
+    "flux2 editing": ("Flux.2", "editing"),
+    "flux2-klein editing": ("Flux.2 Klein", "editing"),
+    "flux2-klein inpainting": ("Flux.2 Klein", "inpainting"),
+    "flux2-klein-kv": ("Flux.2 Klein KV", "text to image"),
+    "hunyuan-video image to video": ("HunyuanVideo", "image to video"),
+    "hunyuan-video first frame": ("HunyuanVideo", "image to video"),
+    "skyreels": ("SkyReels", "image to video"),
+    "framepack": ("FramePack", "image to video"),
+    "cogvideox image to video": ("CogVideoX", "image to video"),
+    "cogvideox video to video": ("CogVideoX", "video to video"),
+    "cogvideox control": ("CogVideoX Fun", "control video"),
 }
 
 

@@ -43,7 +43,7 @@ class TransformerCase:
     factor: int = 16
 
 
-def _pipeline(kind: type, transformer: torch.nn.Module, scheduler: Any, **parts: Any) -> Any:
+def pipeline(kind: type, transformer: torch.nn.Module, scheduler: Any, **parts: Any) -> Any:
     for parameter in transformer.parameters():
         if parameter.std() == 0:  # some layers are initialised as identity or zero, which would hide effects
             torch.nn.init.normal_(parameter, std=0.2)
@@ -95,7 +95,7 @@ def _sd3(**options: Any) -> Any:
         pos_embed_max_size=32,
         **options,
     )
-    return _pipeline(diffusers.StableDiffusion3Pipeline, model, _flow())
+    return pipeline(diffusers.StableDiffusion3Pipeline, model, _flow())
 
 
 def _sd3_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _flux(guidance_embeds: bool = True) -> Any:
         guidance_embeds=guidance_embeds,
         axes_dims_rope=(2, 2, 4),
     )
-    return _pipeline(diffusers.FluxPipeline, model, _flow())
+    return pipeline(diffusers.FluxPipeline, model, _flow())
 
 
 def _flux_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _qwen() -> Any:
         joint_attention_dim=12,
         axes_dims_rope=(2, 2, 4),
     )
-    return _pipeline(diffusers.QwenImagePipeline, model, _flow())
+    return pipeline(diffusers.QwenImagePipeline, model, _flow())
 
 
 def _qwen_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _z_image() -> Any:
             torch.nn.init.normal_(parameter, std=0.2)
     for pad in (model.x_pad_token, model.cap_pad_token):
         torch.nn.init.normal_(pad, std=0.2)
-    return _pipeline(diffusers.ZImagePipeline, model, _flow())
+    return pipeline(diffusers.ZImagePipeline, model, _flow())
 
 
 def _z_image_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _pixart() -> Any:
         caption_channels=12,
         use_additional_conditions=False,
     )
-    return _pipeline(diffusers.PixArtSigmaPipeline, model, diffusers.DDIMScheduler())
+    return pipeline(diffusers.PixArtSigmaPipeline, model, diffusers.DDIMScheduler())
 
 
 def _pixart_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _hunyuan() -> Any:
         text_len_t5=TEXT,
     )
     parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return _pipeline(diffusers.HunyuanDiTPipeline, model, diffusers.DDIMScheduler(), **parts)
+    return pipeline(diffusers.HunyuanDiTPipeline, model, diffusers.DDIMScheduler(), **parts)
 
 
 def _hunyuan_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def _wan() -> Any:
         num_layers=BLOCKS,
         rope_max_seq_len=32,
     )
-    return _pipeline(diffusers.WanPipeline, model, _flow())
+    return pipeline(diffusers.WanPipeline, model, _flow())
 
 
 def _wan_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _ltx() -> Any:
         num_layers=BLOCKS,
         caption_channels=12,
     )
-    return _pipeline(diffusers.LTXPipeline, model, _flow())
+    return pipeline(diffusers.LTXPipeline, model, _flow())
 
 
 def _ltx_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -280,14 +280,14 @@ def _chroma() -> Any:
         approximator_hidden_dim=16,
         approximator_layers=2,
     )
-    return _pipeline(diffusers.ChromaPipeline, model, _flow())
+    return pipeline(diffusers.ChromaPipeline, model, _flow())
 
 
 def _chroma_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
     return {"guidance_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12, masks=True)}
 
 
-def flux2_vae() -> Any:
+def _flux2_vae() -> Any:
     torch.manual_seed(28)
     vae = diffusers.AutoencoderKLFlux2(
         block_out_channels=(4, 4, 4, 4),
@@ -300,7 +300,7 @@ def flux2_vae() -> Any:
     return vae.eval()
 
 
-def _flux2(kind: Any = diffusers.Flux2KleinPipeline, guidance_embeds: bool = False) -> Any:
+def flux2(guidance_embeds: bool = False) -> Any:
     torch.manual_seed(10)
     model = diffusers.Flux2Transformer2DModel(
         in_channels=16,
@@ -313,7 +313,7 @@ def _flux2(kind: Any = diffusers.Flux2KleinPipeline, guidance_embeds: bool = Fal
         axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=guidance_embeds,
     )
-    return _pipeline(kind, model, _flow(), vae=flux2_vae())
+    return pipeline(diffusers.Flux2KleinPipeline, model, _flow(), vae=_flux2_vae())
 
 
 def _lumina2() -> Any:
@@ -330,7 +330,7 @@ def _lumina2() -> Any:
         axes_lens=(64, 32, 32),
         cap_feat_dim=12,
     )
-    return _pipeline(diffusers.Lumina2Pipeline, model, _flow())
+    return pipeline(diffusers.Lumina2Pipeline, model, _flow())
 
 
 def _lumina2_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def _lumina2_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str,
     return {name: value.long() if name.endswith("_mask") else value for name, value in given.items()}
 
 
-def _hunyuan_video(kind: Any = diffusers.HunyuanVideoPipeline, **options: Any) -> Any:
+def hunyuan_video(**options: Any) -> Any:
     torch.manual_seed(12)
     sizes: dict[str, Any] = {
         "in_channels": 4,
@@ -352,7 +352,8 @@ def _hunyuan_video(kind: Any = diffusers.HunyuanVideoPipeline, **options: Any) -
         "pooled_projection_dim": 10,
         "rope_axes_dim": (2, 2, 4),
     }
-    return _pipeline(kind, diffusers.HunyuanVideoTransformer3DModel(**sizes | options), _flow())
+    model = diffusers.HunyuanVideoTransformer3DModel(**sizes | options)
+    return pipeline(diffusers.HunyuanVideoPipeline, model, _flow())
 
 
 def _hunyuan_video_call(rows: int, columns: int, samples: int, cfg: bool) -> dict[str, Any]:
@@ -360,7 +361,7 @@ def _hunyuan_video_call(rows: int, columns: int, samples: int, cfg: bool) -> dic
     return {**scales, **_embeds(samples, cfg, 12, pooled=10, masks=True)}
 
 
-def _cogvideox(kind: Any = diffusers.CogVideoXPipeline, **options: Any) -> Any:
+def cogvideox(**options: Any) -> Any:
     torch.manual_seed(13)
     sizes: dict[str, Any] = {
         "num_attention_heads": HEADS,
@@ -380,7 +381,7 @@ def _cogvideox(kind: Any = diffusers.CogVideoXPipeline, **options: Any) -> Any:
     for block in model.transformer_blocks:  # attention changes little with the initial values
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    return _pipeline(kind, model, diffusers.CogVideoXDDIMScheduler())
+    return pipeline(diffusers.CogVideoXPipeline, model, diffusers.CogVideoXDDIMScheduler())
 
 
 MODELS = {
@@ -430,7 +431,7 @@ MODELS = {
     ),
     "flux2-klein": TransformerCase(
         "Flux2KleinPipeline",
-        _flux2,
+        flux2,
         lambda rows, columns, samples, cfg: {"guidance_scale": 4.0 if cfg else 1.0, **_embeds(samples, cfg, 12)},
         ["b1", "s1"],
         ("transformer_blocks.1.attn", "single_transformer_blocks.1.attn"),
@@ -448,7 +449,7 @@ MODELS = {
     ),
     "hunyuan-video": TransformerCase(
         "HunyuanVideoPipeline",
-        _hunyuan_video,
+        hunyuan_video,
         _hunyuan_video_call,
         ["b1", "s1"],
         ("transformer_blocks.1.attn", "single_transformer_blocks.1.attn"),
@@ -456,7 +457,7 @@ MODELS = {
     ),
     "cogvideox": TransformerCase(
         "CogVideoXPipeline",
-        _cogvideox,
+        cogvideox,
         lambda rows, columns, samples, cfg: {
             "num_frames": 9,
             "guidance_scale": 4.0 if cfg else 1.0,
@@ -479,4 +480,5 @@ def run(
     given |= {"output_type": "latent", "generator": torch.Generator().manual_seed(5), **more}
     torch.manual_seed(6)  # some pipelines encode images without the generator
     output = pipe(**given)
-    return output.frames if hasattr(output, "frames") else output.images
+    frames = output.frames if hasattr(output, "frames") else output.images
+    return frames[0] if isinstance(frames, list) else frames  # a pipeline returns a list of sections

@@ -8,9 +8,21 @@ from dataclasses import replace
 from typing import Any
 
 import diffusers
+import PIL.Image
 import torch
+import transformers
 
-from tests.diffusers.transformer_cases import HEAD_DIM, HEADS, MODELS, WIDTH, TransformerCase
+from tests.diffusers.transformer_cases import (
+    HEAD_DIM,
+    HEADS,
+    MODELS,
+    WIDTH,
+    TransformerCase,
+    cogvideox,
+    flux2,
+    hunyuan_video,
+    pipeline,
+)
 
 
 def _vae(channels: int = 4) -> Any:
@@ -146,6 +158,69 @@ def _wan_i2v() -> Any:
     return _changed(pipe, in_channels=4 + 4 + 4)
 
 
+def _chroma_inpainting() -> Any:
+    """Return a pipeline whose transformer has a setting that diffusers' inpainting pipeline reads from checkpoints."""
+    pipe = MODELS["chroma"].build()
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    return pipe
+
+
+def _hunyuan_video_vae() -> Any:
+    torch.manual_seed(29)
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    )
+    return vae.eval()
+
+
+def _hunyuan_i2v(condition: str, channels: int) -> Callable[[], Any]:
+    """Return a function that builds a pipeline for images as additional channels, or as the first frame."""
+    return lambda: hunyuan_video(in_channels=channels, image_condition_type=condition)
+
+
+def _framepack() -> Any:
+    torch.manual_seed(31)
+    model = diffusers.HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        num_layers=2,
+        num_single_layers=3,
+        num_refiner_layers=1,
+        text_embed_dim=12,
+        pooled_projection_dim=10,
+        rope_axes_dim=(2, 2, 4),
+        has_image_proj=True,
+        image_proj_dim=8,
+        has_clean_x_embedder=True,
+    )
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(image_size=16, patch_size=8, **sizes))
+    parts = {
+        "vae": _hunyuan_video_vae(),
+        "image_encoder": encoder.eval(),
+        "feature_extractor": transformers.SiglipImageProcessor(size={"height": 16, "width": 16}),
+    }
+    return pipeline(
+        diffusers.HunyuanVideoFramepackPipeline, model, diffusers.FlowMatchEulerDiscreteScheduler(), **parts
+    )
+
+
+def _cogvideox_vae() -> Any:
+    torch.manual_seed(32)
+    vae = diffusers.AutoencoderKLCogVideoX(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    )
+    return vae.eval()
+
+
+def _clip(frames: int, height: int, width: int) -> list[Any]:
+    """Return the frames of a video as PIL images."""
+    images = picture(frames, height, width).permute(0, 2, 3, 1).mul(255).byte().numpy()
+    return [PIL.Image.fromarray(image) for image in images]
+
+
 TASKS = {
     "sd3 img2img": task("sd3", "StableDiffusion3Img2ImgPipeline", _start, parts=lambda: {"vae": _vae()}),
     "sd3 inpainting": task(
@@ -188,6 +263,80 @@ TASKS = {
         build=_wan_i2v,
         parts=lambda: {"vae": _video_vae(), "image_encoder": None, "image_processor": None},
     ),
+    "chroma img2img": task("chroma", "ChromaImg2ImgPipeline", _start, parts=lambda: {"vae": _vae()}),
+    "chroma inpainting": task(
+        "chroma",
+        "ChromaInpaintPipeline",
+        lambda *a: _mask(*a) | {"strength": 1.0},
+        build=_chroma_inpainting,
+        parts=lambda: {"vae": _vae()},
+    ),
+    "flux2": task("flux2-klein", "Flux2Pipeline", lambda *_: {}, build=lambda: flux2(guidance_embeds=True)),
+    "flux2 editing": task(
+        "flux2-klein",
+        "Flux2Pipeline",
+        lambda *_: {"image": _clip(1, 64, 80)},
+        build=lambda: flux2(guidance_embeds=True),
+    ),
+    "flux2-klein editing": task("flux2-klein", "Flux2KleinPipeline", lambda *_: {"image": _clip(2, 64, 80)}),
+    "flux2-klein inpainting": task(
+        "flux2-klein",
+        "Flux2KleinInpaintPipeline",
+        lambda *a: _mask(*a) | {"strength": 1.0, "image_reference": picture(1, 48, 32)},
+    ),
+    "flux2-klein-kv": task("flux2-klein", "Flux2KleinKVPipeline", lambda *_: {}, without=("guidance_scale",)),
+    "hunyuan-video image to video": task(
+        "hunyuan-video",
+        "HunyuanVideoImageToVideoPipeline",
+        _video_start,
+        build=_hunyuan_i2v("latent_concat", 4 + 4 + 1),
+        parts=lambda: {"vae": _hunyuan_video_vae(), "image_processor": None},
+    ),
+    "hunyuan-video first frame": task(
+        "hunyuan-video",
+        "HunyuanVideoImageToVideoPipeline",
+        _video_start,
+        build=_hunyuan_i2v("token_replace", 4),
+        parts=lambda: {"vae": _hunyuan_video_vae(), "image_processor": None},
+    ),
+    "skyreels": task(
+        "hunyuan-video",
+        "HunyuanSkyreelsImageToVideoPipeline",
+        _video_start,
+        build=lambda: hunyuan_video(in_channels=4 + 4),
+        parts=lambda: {"vae": _hunyuan_video_vae()},
+    ),
+    "framepack": task(
+        "hunyuan-video",
+        "HunyuanVideoFramepackPipeline",
+        lambda *a: _video_start(*a) | {"latent_window_size": 3},
+        build=_framepack,
+        start=2 * 6 * 4 + 1 * 3 * 2 + 4 * 2 * 1,  # the frames before, with patches of 2, 4 and 8 latents
+        sequence=("transformer_blocks", "single_transformer_blocks"),
+    ),
+    "cogvideox image to video": task(
+        "cogvideox",
+        "CogVideoXImageToVideoPipeline",
+        _video_start,
+        build=lambda: cogvideox(in_channels=4 + 4, patch_size_t=2, ofs_embed_dim=8, patch_bias=False),
+        parts=lambda: {"vae": _cogvideox_vae()},
+        frames=2,
+    ),
+    "cogvideox video to video": task(
+        "cogvideox",
+        "CogVideoXVideoToVideoPipeline",
+        lambda _, height, width: {"video": _clip(9, height, width), "strength": 1.0},
+        without=("num_frames",),
+        parts=lambda: {"vae": _cogvideox_vae()},
+    ),
+    "cogvideox control": task(
+        "cogvideox",
+        "CogVideoXFunControlPipeline",
+        lambda _, height, width: {"control_video": _clip(9, height, width)},
+        build=lambda: cogvideox(in_channels=4 + 4),
+        without=("num_frames",),
+        parts=lambda: {"vae": _cogvideox_vae()},
+    ),
 }
 # Pipelines without a negative prompt: guidance is distilled into the model.
-DISTILLED = ("flux Fill",)
+DISTILLED = ("flux Fill", "flux2", "flux2 editing", "flux2-klein-kv")

@@ -116,9 +116,10 @@ class BatchLayout:
             return self._cfg == "separate"
         if self._alone:
             return False
+        stated = self._stated_guidance()
         scale = self._run.arguments.get("true_cfg_scale")  # Flux, Qwen-Image
-        if scale is None:
-            return self._stated_guidance()
+        if scale is None or stated is not None:  # Chroma's inpainting pipeline ignores its true_cfg_scale
+            return stated
         if float(scale) <= 1.0:
             return False
         return True if self._run.text.has_negative else None
