@@ -42,16 +42,16 @@ class Place(NamedTuple):
     frames: int = 1
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.frames * self.height * self.width
 
     @property
     def stop(self) -> int:
-        return self.count + (self.start if isinstance(self.start, int) else max(self.start))
+        return self.size + (self.start if isinstance(self.start, int) else max(self.start))
 
     def tokens(self, sample: int) -> slice:
         start = self.start if isinstance(self.start, int) else self.start[sample % len(self.start)]
-        return slice(start, start + self.count)
+        return slice(start, start + self.size)
 
 
 @cache
@@ -105,7 +105,7 @@ def _perturbed(logits: torch.Tensor, entry: Entry, place: Place, sample: int) ->
     """Return the logits of one sample, ``[heads, queries, keys]``."""
     image, logits = place.tokens(sample), logits.clone()
     if entry is None:
-        logits[:, image, image] += torch.full((place.count, place.count), float("-inf")).double().fill_diagonal_(0.0)
+        logits[:, image, image] += torch.full((place.size, place.size), float("-inf")).double().fill_diagonal_(0.0)
         return logits
     sigmas = entry if isinstance(entry, tuple) else (entry,) * len(logits)
     for head, sigma in enumerate(sigmas):
@@ -251,7 +251,7 @@ def _shuffling(
 
     def shuffling(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         place = place_of(first.shape[1])
-        tokens = first.shape[1] if place is None else place.count
+        tokens = first.shape[1] if place is None else place.size
         shuffled = []
         for sample, x in enumerate(first):
             start = place.tokens(sample).start if sequence and place is not None else 0
