@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.modular_pipelines import SequentialPipelineBlocks
+from diffusers.modular_pipelines.flux2.modular_blocks_flux2_klein_base import Flux2KleinBaseCoreDenoiseStep
 from diffusers.modular_pipelines.ltx.modular_blocks_ltx import LTXCoreDenoiseStep
 from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageCoreDenoiseStep
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
@@ -39,6 +40,7 @@ _TRANSFORMERS: dict[str, type] = {
     "z-image": ZImageCoreDenoiseStep,
     "wan": WanCoreDenoiseStep,
     "ltx-video": LTXCoreDenoiseStep,
+    "flux2-klein": Flux2KleinBaseCoreDenoiseStep,
 }
 TRANSFORMERS = tuple(_TRANSFORMERS)
 
