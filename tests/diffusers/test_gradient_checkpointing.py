@@ -119,7 +119,9 @@ def test_with_a_guidance_that_leads_away_from_a_text() -> None:
 
 
 @pytest.mark.one_in(4)
-@pytest.mark.parametrize("name", ["sd3", "sd3.5", "flux", "qwen-image", "pixart-sigma", "wan"])
+@pytest.mark.parametrize(
+    "name", ["sd3", "sd3.5", "flux", "qwen-image", "pixart-sigma", "wan", "flux2-klein", "cogvideox"]
+)
 def test_transformers(name: str) -> None:
     model, run = transformer(name)
     for spec in (SEG(sigma=1.0, layers=MODELS[name].layers), PAG(layers=MODELS[name].layers)):

@@ -81,6 +81,17 @@ def test_cfg_truncation_of_lumina2(normalise: bool) -> None:
     assert {row.fired for row in active.report().layers} == {6}
 
 
+def test_lumina2_needs_its_arguments() -> None:
+    """A call of the class's function does not tell whether a step has a call for the negative prompt."""
+    model = MODELS["lumina2"]
+    pipe = model.build()
+    given = model.call(6, 4, 1, True) | {"height": 96, "width": 64, "num_inference_steps": 2}
+    call = type(pipe).__call__.__wrapped__
+    refused = pytest.raises(ValueError, match="needs the cfg_trunc_ratio of this Lumina2Pipeline")
+    with refused, guide(pipe, SEG(layers=model.layers)), torch.no_grad():
+        call(pipe, output_type="latent", **given)
+
+
 @pytest.mark.parametrize("scheduler", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
 def test_the_changing_scale_of_cogvideox(scheduler: str) -> None:
     """Its scale of classifier-free guidance changes in every step, which does not change what guidance adds."""
