@@ -39,7 +39,7 @@ PROVED = {  # model and task in words
     "flux2-klein-kv": ("Flux.2 Klein KV", "text to image"),
     "hunyuan-video image to video": ("HunyuanVideo", "image to video"),
     "hunyuan-video first frame": ("HunyuanVideo", "image to video"),
-    "skyreels": ("SkyReels", "image to video"),
+    "skyreels": ("SkyReels V1", "image to video"),
     "framepack": ("FramePack", "image to video"),
     "cogvideox image to video": ("CogVideoX", "image to video"),
     "cogvideox video to video": ("CogVideoX", "video to video"),
