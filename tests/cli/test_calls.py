@@ -36,6 +36,8 @@ def test_a_unet_receives_its_usual_arguments() -> None:
         ("qwen-image", 4.0, {"true_cfg_scale": 4.0, "negative_prompt": ""}),
         ("z-image", 4.0, {"guidance_scale": 3.0}),
         ("z-image", 1.0, {"guidance_scale": 0.0}),
+        ("chroma", 4.0, {"guidance_scale": 4.0}),
+        ("lumina2", 1.0, {"guidance_scale": 1.0}),
         ("pixart-sigma", 4.0, {"guidance_scale": 4.0, "use_resolution_binning": False}),
         ("hunyuan-dit", 4.0, {"guidance_scale": 4.0, "use_resolution_binning": False}),
     ],
@@ -44,7 +46,9 @@ def test_transformers_receive_cfg_under_their_own_names(name: str, scale: float,
     assert call_arguments(MODELS[name].build(), request(scale)) == SIZE | expected
 
 
-@pytest.mark.parametrize("name, scale", [("sd3", 7.0), ("flux", 1.0), ("qwen-image", 4.0), ("z-image", 6.0)])
+@pytest.mark.parametrize(
+    "name, scale", [("sd3", 7.0), ("flux", 1.0), ("qwen-image", 4.0), ("z-image", 6.0), ("chroma", 5.0)]
+)
 def test_the_default_cfg_scale_gives_the_default_arguments(name: str, scale: float) -> None:
     pipe = MODELS[name].build()
     assert default_guidance_scale(pipe) == scale

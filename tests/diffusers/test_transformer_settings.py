@@ -15,7 +15,7 @@ from segkern.integrations.diffusers import PAG, SEG, TPG, guide
 from tests.diffusers.slow_guidance import ChangedBlocks, Perturbed, transformer_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
 from tests.diffusers.transformer_cases import MODELS, run
-from tests.diffusers.transformer_task_cases import TASKS
+from tests.diffusers.transformer_task_cases import DISTILLED, TASKS
 
 
 def predictions(pipe: Any, draw: Any) -> list[torch.Tensor]:
@@ -134,8 +134,10 @@ def test_fully_masked_text_of_chroma(kind: str) -> None:
         assert relative(short(), expected) < PIPELINE_TOLERANCE
 
 
-def test_a_shuffle_leaves_the_frames_before_in_place() -> None:
-    model = TASKS["framepack"]
+@pytest.mark.parametrize("name", ["framepack", "flux2 editing"])
+def test_a_shuffle_leaves_other_images_in_place(name: str) -> None:
+    """Earlier frames come before the video, and images to edit come after the image."""
+    model = TASKS[name]
     pipe = model.build()
     tpg = TPG(scale=2.0, layers=model.layers)
     blocks = [module.rpartition(".")[0] for module in model.modules]
@@ -143,11 +145,44 @@ def test_a_shuffle_leaves_the_frames_before_in_place() -> None:
     def order(step: int, block: str, tokens: int) -> torch.Tensor:
         return tpg.order(step, ("s" if "single" in block else "b") + "1", tokens)
 
+    def short() -> torch.Tensor:
+        return run(model, pipe, cfg=name not in DISTILLED)
+
     slow = ChangedBlocks(2.0, blocks, order, sequence=model.sequence)
-    expected = transformer_run(model, pipe, [slow], lambda: run(model, pipe))
-    assert relative(run(model, pipe), expected) > 5 * PIPELINE_TOLERANCE
+    expected = transformer_run(model, pipe, [slow], short, cfg=name not in DISTILLED)
+    assert relative(short(), expected) > 5 * PIPELINE_TOLERANCE
     with guide(pipe, tpg):
-        assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
+        assert relative(short(), expected) < PIPELINE_TOLERANCE
+
+
+@pytest.mark.parametrize("spec", [SEG(2.0, 1.5, layers="1-2"), PAG(2.0, layers="1-2"), TPG(2.0, layers="1-2")])
+def test_captions_of_different_lengths_in_one_batch(spec: Any) -> None:
+    """The image of each sample begins after its own caption. Reference: the samples one by one."""
+    model = MODELS["lumina2"]
+    denoiser = model.build().transformer
+    mask = torch.ones(4, 5, dtype=torch.long)
+    for sample, length in enumerate((2, 5, 4, 3)):  # two unconditional and two conditional samples
+        mask[sample, length:] = 0
+    images = torch.randn(2, 4, 12, 8).repeat(2, 1, 1, 1)
+    texts, time = torch.randn(4, 5, 12), torch.full((4,), 0.4)
+
+    def prediction(samples: list[int]) -> torch.Tensor:
+        given = {"encoder_hidden_states": texts[samples], "encoder_attention_mask": mask[samples]}
+        longest = int(given["encoder_attention_mask"].sum(1).max())
+        given = {name: value[:, :longest] for name, value in given.items()}
+        output: torch.Tensor = denoiser(images[samples], time[samples], **given, return_dict=False)[0]
+        return output
+
+    with torch.no_grad():
+        plain = prediction([0, 1, 2, 3])
+        with guide(denoiser, spec, cfg="batch") as guidance, guidance.run([0.4]):
+            together = prediction([0, 1, 2, 3])
+        alone = []
+        for sample in (2, 3):
+            with guide(denoiser, spec, cfg="none") as guidance, guidance.run([0.4]):
+                alone.append(prediction([sample]))
+    assert relative(together[2:], torch.cat(alone)) < PIPELINE_TOLERANCE < relative(together[2:], plain[2:])
+    assert relative(together[:2] - plain[:2], together[2:] - plain[2:]) < 1e-3
 
 
 def test_the_key_value_cache_of_flux2_is_refused() -> None:
