@@ -86,10 +86,10 @@ def test_lumina2_needs_its_arguments() -> None:
     model = MODELS["lumina2"]
     pipe = model.build()
     given = model.call(6, 4, 1, True) | {"height": 96, "width": 64, "num_inference_steps": 2}
-    call = type(pipe).__call__.__wrapped__
+    kind: Any = type(pipe)
     refused = pytest.raises(ValueError, match="needs the cfg_trunc_ratio of this Lumina2Pipeline")
     with refused, guide(pipe, SEG(layers=model.layers)), torch.no_grad():
-        call(pipe, output_type="latent", **given)
+        kind.__call__.__wrapped__(pipe, output_type="latent", **given)
 
 
 @pytest.mark.parametrize("scheduler", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
