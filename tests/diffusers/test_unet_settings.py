@@ -171,7 +171,7 @@ def test_free_init_runs_the_loop_several_times() -> None:
 @pytest.mark.parametrize(
     ("spec", "quoted"),
     [
-        (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel supports SEG\(...\) and PAG\(...\)"),
+        (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel supports SEG.*, PAG.*, SLG.* and TPG"),
         (CFG(), "CFG needs a UNet2DConditionModel"),
         (PAG(layers="d7"), "unknown layer 'd7'; valid names are 'down' .d0., 'mid' .m0., 'up' .u0 to u1."),
     ],

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from segkern.core.sigmas import equal_runs
 from segkern.integrations.diffusers.runtime.branches import Arguments, Join, JoinPlan, map_tensors
-from segkern.integrations.diffusers.runtime.hooks import Outer, acts_here
+from segkern.integrations.diffusers.runtime.hooks import Hook, Outer, acts_here
 from segkern.integrations.diffusers.runtime.processor import norms
 
 
@@ -38,10 +38,10 @@ class BlockJoin(Join):
         self._inputs: list[Any] = []  # the outputs of skipped branches in the current call
         self.moved: dict[int, torch.Tensor] = {}
 
-    def hook(self) -> RemovableHandle:
+    def hooks(self) -> list[RemovableHandle]:
         """Register the hooks on the block."""
-        end = self.module.register_forward_hook(Outer(self.end) if self.outside else self.end)
-        return _Both(super().hook(), end)
+        end = _End(self)
+        return [*super().hooks(), self.module.register_forward_hook(Outer(end) if self.outside else end)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         joined = super().__call__(module, args, kwargs)
@@ -57,7 +57,7 @@ class BlockJoin(Join):
         return args, kwargs
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook: insert the samples of skipped branches, and measure the changes."""
+        """Insert the samples of skipped branches in the block's output, and measure the changes."""
         plan = self.plan if acts_here() else None
         if plan is None or module is not self.module or not (plan.skipped or plan.shuffled):
             return None
@@ -86,16 +86,14 @@ class BlockJoin(Join):
         return args, kwargs | {name: change(kwargs[name])}
 
 
-class _Both:
-    """The handles of two hooks."""
+class _End(Hook):
+    """Forward hook of a block."""
 
-    def __init__(self, *handles: RemovableHandle) -> None:
-        self._handles = handles
+    def __init__(self, join: BlockJoin) -> None:
+        self._join = join
 
-    def remove(self) -> None:
-        """Remove both hooks."""
-        for handle in self._handles:
-            handle.remove()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._join.end(module, args, output)
 
 
 def _shuffled(image: torch.Tensor, plan: JoinPlan) -> torch.Tensor:

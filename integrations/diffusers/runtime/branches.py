@@ -255,10 +255,10 @@ class Join(Hook):
         self.plan: JoinPlan | None = None
         self.outside = False
 
-    def hook(self) -> RemovableHandle:
+    def hooks(self) -> list[RemovableHandle]:
         """Register the hook on its module."""
         hook = Outer(self) if self.outside else self
-        return self.module.register_forward_pre_hook(hook, with_kwargs=True)
+        return [self.module.register_forward_pre_hook(hook, with_kwargs=True)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         plan = self.plan if acts_here() else None

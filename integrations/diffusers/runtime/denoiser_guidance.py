@@ -60,7 +60,8 @@ class DenoiserGuidance:
             if isinstance(placed_spec.spec, BlockSpec)
             for layer in placed_spec.layers
         }
-        self._blocks = {place: self._places.block(place) for _, place in self._layer_of}
+        blocks = {place: self._places.block(place) for _, place in self._layer_of}
+        self._blocks = {place: block for place, block in blocks.items() if block is not None}
         hooked = [*(self._places.joins_for(places) if places else []), *self._blocks.values()]
         self._hooked = list(dict.fromkeys(hooked))
         self.recomputation = Recomputation(denoiser.model, self.layers, self._hooked)
@@ -85,7 +86,7 @@ class DenoiserGuidance:
             self._inner += [handle for watch in watches for handle in watch.register()]
             modules = [layer.info.module for layer in self.layers]
             self._inner += hook_grids(self._denoiser.model, modules, self.layers.set_grid)
-            self._inner += [join.hook() for join in self._hooked]
+            self._inner += [handle for join in self._hooked for handle in join.hooks()]
         self.recomputation.attach()
 
     def detach(self) -> None:
@@ -206,12 +207,11 @@ class DenoiserGuidance:
             for index, distance in zip(acting, processor.moved or (), strict=True):
                 moved[index, name] = distance
         for index, place in forward.changed:
-            layer, block = self._layer_of[index, place], self._blocks[place]
-            distance = block.moved.get(forward.branches.index(index))
-            if distance is not None:
-                moved[index, layer.module] = distance
-            elif not self._may_skip(layer.module):
-                raise RuntimeError(f"the block of layer {layer.name} ({layer.module}) {_DID_NOT_RUN}")
+            info, norms = self._layer_of[index, place], self._blocks[place].moved.get(forward.branches.index(index))
+            if norms is not None:
+                moved[index, info.module] = norms
+            elif not self._may_skip(info.module):
+                raise RuntimeError(f"the block of layer {info.name} ({info.module}) {_DID_NOT_RUN}")
         return moved
 
     def _may_skip(self, name: str) -> bool:

@@ -222,7 +222,7 @@ class _Parts:
             for join, told in self._joins:
                 join.plan = told
                 if not hooked:
-                    handles.append(join.hook())
+                    handles += join.hooks()
             yield
         finally:
             act_here(acted)

@@ -31,11 +31,12 @@ class LayerReport:
     Attributes:
         spec: Index of the spec among those passed to ``guide``.
         layer: Official index of the layer; ``"text"`` for ``CFG``, which uses no layer.
-        module: Name of the layer's attention module; empty for ``CFG``.
+        module: Name of the layer's attention module; for ``SLG`` and ``TPG``, of its transformer block; empty for
+            ``CFG``.
         fired: Number of denoiser calls in which the spec acted on the layer.
         moved: Relative change ``|perturbed - conditional| / |conditional|``, averaged over those calls and all samples.
-            The L2 norms are of the layer's output; for ``SAG``, of the denoiser's input; for ``CFG``, of its
-            prediction. None if the spec never acted.
+            The L2 norms are of the layer's output; for ``SLG`` and ``TPG``, of the image in the block's output; for
+            ``SAG``, of the denoiser's input; for ``CFG``, of its prediction. None if the spec never acted.
     """
 
     spec: int
