@@ -29,7 +29,7 @@ from segkern.cli.terminal import (
     warn_of_unknown_words,
 )
 from segkern.generation import loading
-from segkern.generation.calls import default_guidance_scale
+from segkern.generation.calls import check_text_guidance, default_guidance_scale
 from segkern.generation.drawing import (
     ImageRequest,
     check_layers,
@@ -189,6 +189,7 @@ def generate(
         description = loading.describe_image_pipeline(source)
         size = image_size(description, width, height, prefix="--")
         cfg = default_guidance_scale(description) if guidance_scale is None else guidance_scale
+        check_text_guidance(description, cfg, negative_prompt, ("--guidance-scale", "--negative-prompt"))
         layer_names = default_layers(description) if layers is None else [name.strip() for name in layers.split(",")]
         guided = [make_specs(scales, layer_names, value, start=start, stop=stop, schedule=schedule) for value in sigmas]
         check_layers(description, guided[0], torch_device, torch_dtype)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segkern.generation.calls import call_parameters
+from segkern.generation.calls import call_parameters, needs_image
 
 if TYPE_CHECKING:
     import torch
@@ -164,6 +164,8 @@ def describe_pipeline(source: Source) -> Any:
         parts: dict[str, Any] = {
             name: None for name in list(parameters)[1:] if parameters[name].default is inspect.Parameter.empty
         }
+        # Settings such as is_distilled. Components are lists.
+        parts |= {name: index[name] for name in parameters if name in index and not isinstance(index[name], list)}
         for name in ("unet", "transformer", "vae"):
             class_name = _class_name(index, name)
             if name in parameters and class_name is not None:
@@ -196,7 +198,7 @@ def describe_image_pipeline(source: Source) -> Any:
     parameters = call_parameters(pipe)
     if "num_frames" in parameters:
         raise ValueError(f"{source.name!r} generates videos; use a text-to-image model, or guide in Python")
-    if "image" in parameters:
+    if needs_image(pipe):
         raise ValueError(
             f"{source.name!r} is a {type(pipe).__name__}, which works on an input image; use a text-to-image model, or "
             f"guide in Python"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from segkern.generation.calls import check_text_guidance
 from segkern.generation.drawing import ImageRequest, Specs, check_layers
 from segkern.generation.options import guidance_scales, make_specs
 from segkern.generation.sizes import image_size
@@ -74,7 +75,9 @@ def read(fields: Mapping[str, Any], pipe: Any, device: torch.device, dtype: torc
     steps = _whole("steps", fields, 1, _MOST_STEPS)
     size = _size(fields["size"], pipe)
     prompts = _text(fields["prompt"]), _text(fields["negative_prompt"])
-    request = ImageRequest(*prompts, *size, seed, steps, _finite("guidance_scale", fields))
+    guidance_scale = _finite("guidance_scale", fields)
+    check_text_guidance(pipe, guidance_scale, prompts[1], (LABELS["guidance_scale"], "Negative prompt"))
+    request = ImageRequest(*prompts, *size, seed, steps, guidance_scale)
 
     available = choices.guidances(pipe)
     chosen = [str(name).upper() for name in fields["guidances"] or ()]

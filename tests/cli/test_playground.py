@@ -432,6 +432,15 @@ def test_a_model_for_videos_is_refused(models: Models, monkeypatch: pytest.Monke
         models.describe(loading.find_model("a/video"))
 
 
+def test_a_pipeline_with_an_optional_image_is_accepted(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "describe_pipeline", lambda source: MODELS["flux2-klein"].build())
+    described = models.describe(loading.find_model("a/flux2"))
+    fields = FIELDS | {"size": "96 x 64", "layers": ["b1"], "guidances": ["SEG"]}
+    assert read(fields, described, CPU, torch.float32).request.width == 96
+    with pytest.raises(ValueError, match="Negative prompt must be empty, because a Flux2KleinPipeline accepts none"):
+        read(fields | {"negative_prompt": "blue"}, described, CPU, torch.float32)
+
+
 @pytest.mark.parametrize("name", ["StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"])
 def test_a_pipeline_for_another_task_is_refused(name: str, models: Models, tmp_path: Path) -> None:
     shutil.copytree(loading.DEMO, tmp_path / "a", ignore=shutil.ignore_patterns("*.safetensors"))
