@@ -19,7 +19,7 @@ from benchmarks.results import RESULTS, read_json
 
 FOLDER = RESULTS / "compatibility"
 SCHEMA = 1
-GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "CFG")
+GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "SLG", "TPG", "CFG")
 _ROOT = Path(__file__).parents[1]
 
 

@@ -33,7 +33,7 @@ TASKS = (
     "control video",
     "modular pipeline",
 )
-GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "CFG")
+GUIDANCES = ("SEG", "SEG at infinity", "PAG", "SAG", "SLG", "TPG", "CFG")
 SCHEMA = 1
 NEEDED = ("group", "model", "task", "guidance")
 _KNOWN = {"group": GROUPS, "task": TASKS, "guidance": GUIDANCES}

@@ -7,7 +7,7 @@
         image = pipe("a red fox", guidance_scale=5.0).images[0]
     print(guidance.report())
 
-``SEGGuider``, ``PAGGuider`` and ``SAGGuider`` are guiders for modular pipelines.
+``SEGGuider``, ``PAGGuider``, ``SAGGuider``, ``SLGGuider`` and ``TPGGuider`` are guiders for modular pipelines.
 
 ``record_energy`` records the energy of a pipeline's self-attention; see :mod:`segkern.energy`.
 """
@@ -19,7 +19,7 @@ if find_spec("diffusers") is None:
         'segkern.integrations.diffusers needs diffusers; pip install "segkern[diffusers]"', name="diffusers"
     )
 
-from segkern.integrations.diffusers.guiders import PAGGuider, SAGGuider, SEGGuider
+from segkern.integrations.diffusers.guiders import PAGGuider, SAGGuider, SEGGuider, SLGGuider, TPGGuider
 from segkern.integrations.diffusers.models.layers import LayerInfo, list_layers
 from segkern.integrations.diffusers.pipelines import StableDiffusionXLSEGPipeline
 from segkern.integrations.diffusers.runtime.energy_recorder import EnergyRecorder, LayerEnergy, record_energy
@@ -46,7 +46,9 @@ __all__ = [
     "SAGGuider",
     "SEGAttnProcessor",
     "SEGGuider",
+    "SLGGuider",
     "StableDiffusionXLSEGPipeline",
+    "TPGGuider",
     "guide",
     "list_layers",
     "record_energy",

@@ -39,7 +39,7 @@ from segkern.generation.drawing import (
     report_rows,
 )
 from segkern.generation.engine import Job
-from segkern.generation.options import check_finite, guidance_scales, make_specs, parse_guidance, parse_list
+from segkern.generation.options import LAYERED, check_finite, guidance_scales, make_specs, parse_guidance, parse_list
 from segkern.generation.pictures import Row, Tile, check_target, contact_sheet, save
 from segkern.generation.processes import Processes, launched_processes
 from segkern.generation.prompt_files import count_rows
@@ -87,7 +87,9 @@ def generate(
         ),
     ] = None,
     negative_prompt: Annotated[str, typer.Option(help="Negative prompt.")] = "",
-    guidance: Annotated[str, typer.Option(help="seg, pag, sag, a comma-separated list of them, or none.")] = "seg",
+    guidance: Annotated[
+        str, typer.Option(help="seg, pag, sag, slg, tpg, a comma-separated list of them, or none.")
+    ] = "seg",
     sigma: Annotated[
         str | None,
         typer.Option(
@@ -98,15 +100,25 @@ def generate(
     scale: Annotated[float | None, typer.Option(help="Scale of SEG (gamma - 1 in the paper). Default: 3.")] = None,
     pag_scale: Annotated[float | None, typer.Option(help="Scale of PAG. Default: 3.")] = None,
     sag_scale: Annotated[float | None, typer.Option(help="Scale of SAG. Default: 0.75.")] = None,
+    slg_scale: Annotated[float | None, typer.Option(help="Scale of SLG. Default: 2.8.")] = None,
+    tpg_scale: Annotated[float | None, typer.Option(help="Scale of TPG. Default: 3.")] = None,
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers of SEG and PAG: down, mid, up, d4, u0-29, globs, or block numbers of a transformer; "
-            "comma-separated. Default: see segkern layers."
+            help="Layers of all methods except SAG: down, mid, up, d4, u0-29, globs, or block numbers of a "
+            "transformer; comma-separated. Default: see segkern layers."
         ),
     ] = None,
-    start: Annotated[float, typer.Option(help="Fraction of the steps after which guidance starts.")] = 0.0,
-    stop: Annotated[float, typer.Option(help="Fraction of the steps after which guidance stops.")] = 1.0,
+    start: Annotated[
+        float | None, typer.Option(help="Fraction of the steps after which guidance starts. Default: 0.")
+    ] = None,
+    stop: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the steps after which guidance stops. Default: 1. Without --start and --stop, SLG is "
+            "active from 0.01 to 0.2."
+        ),
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help="constant, linear or cosine. linear and cosine reduce the scale to 0 at --stop.")
     ] = "constant",
@@ -160,7 +172,8 @@ def generate(
         lines = None if prompts is None else count_rows(prompts)
         at_once = parse_batch_size(batch_size)
         names = parse_guidance(guidance)
-        scales = guidance_scales(names, {"seg": scale, "pag": pag_scale, "sag": sag_scale})
+        given_scales = {"seg": scale, "pag": pag_scale, "sag": sag_scale, "slg": slg_scale, "tpg": tpg_scale}
+        scales = guidance_scales(names, given_scales)
         for option, given in (("--compare", compare), (f"--sigma {sigma}", sigma is not None)):
             if given and "seg" not in names:
                 raise ValueError(f"{option} has no effect without seg in --guidance, got --guidance {guidance}")
@@ -190,11 +203,12 @@ def generate(
         size = image_size(description, width, height, prefix="--")
         cfg = default_guidance_scale(description) if guidance_scale is None else guidance_scale
         check_text_guidance(description, cfg, negative_prompt, ("--guidance-scale", "--negative-prompt"))
-        layer_names = default_layers(description) if layers is None else [name.strip() for name in layers.split(",")]
-        guided = [make_specs(scales, layer_names, value, start=start, stop=stop, schedule=schedule) for value in sigmas]
+        given_layers = None if layers is None else [name.strip() for name in layers.split(",")]
+        layers_of = {name: given_layers or default_layers(description, name) for name in LAYERED}
+        guided = [make_specs(scales, layers_of, value, start=start, stop=stop, schedule=schedule) for value in sigmas]
         check_layers(description, guided[0], torch_device, torch_dtype)
     request = ImageRequest(prompt or "", negative_prompt, *size, seed, steps, cfg)
-    settings = RowSettings(request, images, scales, layer_names, sigmas[0], start, stop, schedule)
+    settings = RowSettings(request, images, scales, layers_of, sigmas[0], start, stop, schedule)
     if processes is None:
         from segkern.cli.cluster_images import generate_on_cluster
 
@@ -244,7 +258,7 @@ def generate(
         details["seg_sigma"] = ", ".join(f"{value:g}" for value in sigmas)
         tiles = [Tile(result.image, label(specs, cfg)) for result, specs in zip(results, plan, strict=True)]
         details_text = f"{source.name}, {size[0]} x {size[1]}, seed {seed}, {steps} steps, "
-        details_text += f"SEG scale {scales['seg']:g} in {','.join(layer_names)}"
+        details_text += f"SEG scale {scales['seg']:g} in {','.join(layers_of['seg'])}"
         image = contact_sheet([Row(tiles)], request.prompt, details_text)
     has_settings = save(image, Path(out), details, sheet=compare)
     if names:
@@ -261,13 +275,13 @@ def generate(
 
 
 def _check_used(
-    names: Sequence[str], guidance: str, layers: str | None, start: float, stop: float, schedule: str
+    names: Sequence[str], guidance: str, layers: str | None, start: float | None, stop: float | None, schedule: str
 ) -> None:
     """Raise a ValueError for an option that is not at its default and has no effect with this guidance."""
     unused: dict[str, tuple[object, object]] = {}
     if not names:
-        unused = {"--start": (start, 0.0), "--stop": (stop, 1.0), "--schedule": (schedule, "constant")}
-    if not {"seg", "pag"} & set(names):
+        unused = {"--start": (start, None), "--stop": (stop, None), "--schedule": (schedule, "constant")}
+    if not LAYERED & set(names):
         unused["--layers"] = layers, None
     for option, (value, default) in unused.items():
         if value != default:

@@ -52,8 +52,12 @@ def layers(
         other = layer.comfyui if of_unet else str(layer.block)
         table.add_row(layer.name, grid, f"{layer.heads}x{layer.head_dim}", other, layer.module)
     show(table)
-    names, source_of_names = default_layers_of(pipe)
-    chosen = select_layers(available, names)
-    count = f"{len(chosen)} layer{'s' if len(chosen) > 1 else ''}"
-    blocks = "" if of_unet else "block " if len(names) == 1 else "blocks "
-    typer.echo(f"Default layers of SEG and PAG: {blocks}{names} ({count})\nSource: {source_of_names}")
+    methods: dict[tuple[str, str], list[str]] = {}  # by default layers and their source
+    for method in ("SEG", "PAG", "SLG", "TPG"):
+        methods.setdefault(default_layers_of(pipe, method), []).append(method)
+    for (names, source_of_names), sharing in methods.items():
+        chosen = select_layers(available, names)
+        count = f"{len(chosen)} layer{'s' if len(chosen) > 1 else ''}"
+        blocks = "" if of_unet else "block " if len(names) == 1 else "blocks "
+        listed = " and ".join(filter(None, [", ".join(sharing[:-1]), sharing[-1]]))
+        typer.echo(f"Default layers of {listed}: {blocks}{names} ({count})\nSource: {source_of_names}")

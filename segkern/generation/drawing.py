@@ -77,11 +77,12 @@ def check_layers(pipe: Any, specs: Specs, device: torch.device, dtype: torch.dty
     """
     from segkern.core.dispatch import choose_backend
     from segkern.integrations.diffusers import list_layers
-    from segkern.integrations.specs.base import AttentionSpec
+    from segkern.integrations.specs.base import AttentionSpec, LayeredSpec
 
     for spec in specs:
+        layers = find_layers(list_layers(pipe), spec.layer_names) if isinstance(spec, LayeredSpec) else []
         if isinstance(spec, AttentionSpec):
-            for layer in find_layers(list_layers(pipe), spec.layer_names):
+            for layer in layers:
                 choose_backend(device, dtype, layer.head_dim, spec.backend or "auto")
 
 
@@ -99,16 +100,16 @@ def find_layers(available: Sequence[LayerInfo], names: Sequence[str]) -> list[La
         raise ValueError(f"--layers: {error}") from None
 
 
-def default_layers(pipe: Any) -> list[str]:
-    """Return the default layers of SEG and PAG for a pipeline, with or without weights.
+def default_layers(pipe: Any, method: str = "seg") -> list[str]:
+    """Return the default layers of a guidance method for a pipeline, with or without weights.
 
     For a UNet without a middle block, these are all parts.
     """
     from segkern.integrations.diffusers import list_layers
     from segkern.integrations.diffusers.models.layers import default_layers_of
 
-    default = default_layers_of(pipe)[0]
-    if getattr(pipe, "unet", None) is None:
+    default = default_layers_of(pipe, method.upper())[0]
+    if getattr(pipe, "unet", None) is None or default != "mid":
         return [default]
     parts = list(dict.fromkeys(layer.part for layer in list_layers(pipe)))
     return [default] if default in parts else parts

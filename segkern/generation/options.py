@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from segkern.generation.drawing import Specs
 
-GUIDANCES = ("seg", "pag", "sag")
-SCALE_OPTIONS = {"seg": "--scale", "pag": "--pag-scale", "sag": "--sag-scale"}
-_DEFAULT_SCALES = {"seg": 3.0, "pag": 3.0, "sag": 0.75}
+GUIDANCES = ("seg", "pag", "sag", "slg", "tpg")
+LAYERED = frozenset(GUIDANCES) - {"sag"}  # methods that accept --layers
+SCALE_OPTIONS = {"seg": "--scale"} | {name: f"--{name}-scale" for name in GUIDANCES[1:]}
+_DEFAULT_SCALES = {"seg": 3.0, "pag": 3.0, "sag": 0.75, "slg": 2.8, "tpg": 3.0}
 
 T = TypeVar("T", int, float, str)
 
@@ -97,43 +98,48 @@ def check_finite(option: str, value: float) -> None:
 
 def make_specs(
     scales: Mapping[str, float],
-    layers: list[str],
+    layers: Mapping[str, list[str]],
     sigma: float,
     *,
-    start: float = 0.0,
-    stop: float = 1.0,
+    start: float | None = None,
+    stop: float | None = None,
     schedule: str = "constant",
 ) -> Specs:
     """Return one guidance spec for each scale.
 
     Args:
         scales: Scales by the names of the guidance methods.
-        layers: Layers of SEG and PAG.
+        layers: Layers of each guidance method that has any.
         sigma: Blur of SEG.
-        start: Fraction of the steps after which guidance starts.
-        stop: Fraction of the steps after which guidance stops.
+        start: Fraction of the steps after which guidance starts; None for 0.
+        stop: Fraction of the steps after which guidance stops; None for 1. If both are None, SLG has its own range.
         schedule: Schedule of the scales.
 
     Raises:
         ValueError: If a value is invalid.
     """
-    from segkern.integrations.diffusers import PAG, SAG, SEG
+    from segkern.integrations.diffusers import PAG, SAG, SEG, SLG, TPG
     from segkern.integrations.specs.schedules import SCHEDULES
 
     for name, scale in scales.items():
         check_finite(SCALE_OPTIONS[name], scale)
     if "seg" in scales and not sigma >= 0:
         raise ValueError(f"--sigma must be 0, a positive number or inf, got {sigma:g}")
-    if not 0.0 <= start < stop <= 1.0:
+    steps = {"start": 0.0 if start is None else start, "stop": 1.0 if stop is None else stop}
+    if not 0.0 <= steps["start"] < steps["stop"] <= 1.0:
         raise ValueError(
-            f"--start and --stop must satisfy 0 <= start < stop <= 1, got --start {start:g} and --stop {stop:g}"
+            f"--start and --stop must satisfy 0 <= start < stop <= 1, got --start {steps['start']:g} and --stop "
+            f"{steps['stop']:g}"
         )
     if schedule not in SCHEDULES:
         raise ValueError(f"--schedule must be {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}, got {schedule!r}")
-    common: dict[str, Any] = {"start": start, "stop": stop, "schedule": schedule}
+    common: dict[str, Any] = {**steps, "schedule": schedule}
+    of_slg = common if (start, stop) != (None, None) else {"schedule": schedule}
     constructors = {
-        "seg": lambda scale: SEG(scale, sigma, layers, **common),
-        "pag": lambda scale: PAG(scale, layers, **common),
+        "seg": lambda scale: SEG(scale, sigma, layers["seg"], **common),
+        "pag": lambda scale: PAG(scale, layers["pag"], **common),
         "sag": lambda scale: SAG(scale, **common),
+        "slg": lambda scale: SLG(scale, layers["slg"], **of_slg),
+        "tpg": lambda scale: TPG(scale, layers["tpg"], **common),
     }
     return tuple(constructors[name](scale) for name, scale in scales.items())

@@ -16,6 +16,8 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps, ImageStat
 from PIL.PngImagePlugin import PngInfo
 
+from segkern.generation.options import GUIDANCES
+
 _PAPER, _INK, _FAINT = "white", "#1a1a1a", "#666666"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _LEAST_TILE = 256  # longer side in pixels that smaller images are enlarged to
@@ -201,7 +203,7 @@ def parameters(metadata: Mapping[str, str]) -> str:
     values["Model"] = metadata["model"]
     for key, value in metadata.items():
         method, _, field = key.partition("_")
-        if method in ("seg", "pag", "sag"):
+        if method in GUIDANCES:
             values[f"{method.upper()} {field.replace('_', ' ')}"] = value
     quoted = (
         f"{key}: {json.dumps(value) if set(value) & set(',:') else value}" for key, value in values.items() if value

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from segkern.generation.calls import check_text_guidance
 from segkern.generation.drawing import ImageRequest
 from segkern.generation.engine import Job
 from segkern.generation.options import check_finite, make_specs
@@ -30,20 +31,20 @@ class RowSettings:
         request: Settings of the first image, apart from the prompt.
         images: Images per line. Their seeds count up from that of the line.
         scales: Scales by the names of the guidance methods.
-        layers: Layers of SEG and PAG.
+        layers: Layers of each guidance method that has any.
         sigma: Blur of SEG.
-        start: Fraction of the steps after which guidance starts.
-        stop: Fraction of the steps after which guidance stops.
+        start: Fraction of the steps after which guidance starts; None for the default.
+        stop: Fraction of the steps after which guidance stops; None for the default.
         schedule: Schedule of the scales.
     """
 
     request: ImageRequest
     images: int
     scales: Mapping[str, float]
-    layers: Sequence[str]
+    layers: Mapping[str, list[str]]
     sigma: float
-    start: float
-    stop: float
+    start: float | None
+    stop: float | None
     schedule: str
 
     def jobs(self, row: Row, pipe: Any) -> Iterator[Job]:
@@ -70,10 +71,12 @@ class RowSettings:
                 raise ValueError(f"sigma must be a number or 'inf': {error}") from None
         if "scale" in given:
             scales["seg"] = float(given.pop("scale"))
-        specs = make_specs(scales, list(self.layers), sigma, start=self.start, stop=self.stop, schedule=self.schedule)
+        specs = make_specs(scales, self.layers, sigma, start=self.start, stop=self.stop, schedule=self.schedule)
         request = replace(self.request, **given)
         image_size(pipe, request.width, request.height)
         check_finite("guidance_scale", request.guidance_scale)
+        names = "guidance_scale", "negative_prompt"
+        check_text_guidance(pipe, request.guidance_scale, request.negative_prompt, names)
         if request.steps < 1:
             raise ValueError(f"steps must be at least 1, got {request.steps}")
         if not 0 <= request.seed <= _LARGEST_SEED + 1 - self.images:

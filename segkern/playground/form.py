@@ -13,7 +13,7 @@ import torch
 
 from segkern.generation.calls import check_text_guidance
 from segkern.generation.drawing import ImageRequest, Specs, check_layers
-from segkern.generation.options import guidance_scales, make_specs
+from segkern.generation.options import LAYERED, guidance_scales, make_specs
 from segkern.generation.sizes import image_size
 from segkern.playground import choices
 
@@ -28,6 +28,8 @@ LABELS = {
     "seg_scale": "SEG scale",
     "pag_scale": "PAG scale",
     "sag_scale": "SAG scale",
+    "slg_scale": "SLG scale",
+    "tpg_scale": "TPG scale",
     "layers": "Layers",
     "start": "Start",
     "stop": "Stop",
@@ -86,12 +88,12 @@ def read(fields: Mapping[str, Any], pipe: Any, device: torch.device, dtype: torc
         raise ValueError(f"{LABELS['guidances']}: select at least one of {', '.join(available)}, got {got}")
     names = [name.lower() for name in chosen]
     scales = guidance_scales(names, {name: _finite(f"{name}_scale", fields) for name in names})
-    layers = _layers(fields["layers"]) if {"seg", "pag"} & set(names) else []
+    layers = _layers(fields["layers"]) if LAYERED & set(names) else []
     select_layers(list_layers(pipe), layers, "select layers from the list")
     sigma = number("sigma", fields["sigma"]) if "seg" in names else 0.0
     if sigma < 0:
         raise ValueError(f"{LABELS['sigma']} must be 0 or greater, or inf, got {_text(fields['sigma'])!r}")
-    specs = make_specs(scales, layers, sigma, **_range(fields))
+    specs = make_specs(scales, dict.fromkeys(LAYERED, layers), sigma, **_range(fields))
     check_layers(pipe, specs, device, dtype)
     guided = [*layers, *(spec.layer for spec in specs if hasattr(spec, "layer"))]
     has_maps = fields["energy"] and choices.has_unet(pipe)  # energies of transformers cannot be recorded

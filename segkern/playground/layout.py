@@ -13,6 +13,7 @@ from segkern.generation.calls import default_guidance_scale
 from segkern.generation.demo import PROMPTED
 from segkern.generation.drawing import default_layers
 from segkern.generation.loading import Source
+from segkern.generation.options import GUIDANCES, LAYERED
 from segkern.playground import choices
 from segkern.playground.form import LABELS, number
 from segkern.playground.markup import empty_pair, status_message
@@ -135,6 +136,8 @@ def _guidance(pipe: Any, fields: Components, others: Components) -> None:
     with gr.Row():
         fields["pag_scale"] = _number("3", "pag_scale", "Strength of PAG.", visible=False)
         fields["sag_scale"] = _number("0.75", "sag_scale", "Strength of SAG.", visible=False)
+        fields["slg_scale"] = _number("2.8", "slg_scale", "Strength of SLG.", visible=False)
+        fields["tpg_scale"] = _number("3", "tpg_scale", "Strength of TPG.", visible=False)
 
 
 def _where(pipe: Any, fields: Components) -> None:
@@ -144,7 +147,7 @@ def _where(pipe: Any, fields: Components) -> None:
         multiselect=True,
         allow_custom_value=True,
         label=LABELS["layers"],
-        info="Layers of SEG and PAG. Select some, or type names such as u0-1 and press Enter.",
+        info="Layers of all methods except SAG. Select some, or type names such as u0-1 and press Enter.",
     )
     with gr.Row():
         for name, value, info in (
@@ -260,7 +263,8 @@ def follow_sigma(text: Any) -> Any:
 
 
 def show_chosen(guidances: Sequence[str]) -> list[Any]:
-    """Return updates that hide the fields of guidance methods that are not selected: SEG, PAG and SAG, and layers."""
-    seg, pag, sag = (name in guidances for name in ("SEG", "PAG", "SAG"))
+    """Return updates that hide the fields of each guidance method that is not selected, and the layers."""
+    chosen = [name in [guidance.lower() for guidance in guidances] for name in GUIDANCES]
+    layers = any(name.lower() in LAYERED for name in guidances)
     # "hidden" keeps a component on the page, and with it the text that the slider announces.
-    return [gr.update(visible=visible or "hidden") for visible in (seg, pag, sag, seg or pag)]
+    return [gr.update(visible=visible or "hidden") for visible in (*chosen, layers)]

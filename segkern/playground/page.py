@@ -15,6 +15,7 @@ import gradio as gr
 
 from segkern.generation.drawing import default_layers
 from segkern.generation.loading import Source, find_model
+from segkern.generation.options import GUIDANCES
 from segkern.playground import choices, layout, markup
 from segkern.playground.form import read
 from segkern.playground.history import History
@@ -113,7 +114,8 @@ class Playground:
         gr.on([slider.change, self.blocks.load], None, slider, None, js=layout.announce_sigma(), **_QUIET)
         typed = [sigma.input, sigma.blur]  # pasting sends no input event
         gr.on(typed, layout.follow_sigma, sigma, slider, **_UNQUEUED)
-        of_guidances = [controls["blur"], fields["pag_scale"], fields["sag_scale"], fields["layers"]]
+        scales = [fields[f"{name}_scale"] for name in GUIDANCES[1:]]
+        of_guidances = [controls["blur"], *scales, fields["layers"]]
         fields["guidances"].change(layout.show_chosen, fields["guidances"], of_guidances, **_UNQUEUED)
         controls["another_seed"].click(lambda: secrets.randbelow(2**32), None, fields["seed"], **_UNQUEUED)
 

@@ -60,7 +60,7 @@ def test_layers_lists_every_layer_with_its_grid() -> None:
     assert re.search(r"m0 +16x24 +2x64 +m0\.0 +mid_block\.attentions\.0", output)
     assert re.search(r"d0 +16x24 +2x64", output)
     assert re.search(r"m0 .* 16x16 ", done("layers", DEMO))
-    assert re.search(r"Default layers of SEG and PAG: mid \(1 layer\)\nSource: the method's paper", output)
+    assert re.search(r"Default layers of SEG, PAG, SLG and TPG: mid \(1 layer\)\nSource: the method's paper", output)
 
 
 def test_info_explains_one_attention() -> None:

@@ -105,11 +105,11 @@ def test_guidance_none_is_the_stock_pipeline(plain: Path) -> None:
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("names", ["pag", "sag", "seg,pag"])
+@pytest.mark.parametrize("names", ["pag", "sag", "seg,pag", "slg", "pag,tpg"])
 def test_each_guidance_draws_its_own_picture(names: str, tmp_path: Path) -> None:
-    plain = generate(tmp_path / "plain.png", *PLAIN, "--steps", "4")
+    plain = generate(tmp_path / "plain.png", *PLAIN, "--steps", "6")
     scale = ("--pag-scale", "2") if "pag" in names else ()
-    options = ("--guidance", names, *scale, "--schedule", "linear", "--steps", "4", "--overwrite")
+    options = ("--guidance", names, *scale, "--schedule", "linear", "--steps", "6", "--overwrite")
     output = done("generate", "demo", PROMPT, *SMALL, *options, "--out", tmp_path / "a.png")
     assert difference(plain, picture(tmp_path / "a.png").convert("RGB")) > 0
     text = picture(tmp_path / "a.png").text
@@ -118,6 +118,22 @@ def test_each_guidance_draws_its_own_picture(names: str, tmp_path: Path) -> None
     assert text.get("pag_scale") == ("2.0" if "pag" in names else None)
     assert ("seg_sigma" in text) == ("seg" in names)
     assert all(name.upper() in output for name in names.split(","))
+    layers = {name: text.get(f"{name}_layers") for name in names.split(",") if name != "sag"}
+    assert set(layers.values()) <= {"mid"}
+
+
+def test_skipped_blocks_have_their_own_scale_range_and_layers(tmp_path: Path) -> None:
+    plain = generate(tmp_path / "plain.png", *PLAIN, "--steps", "6")
+    options = ("--guidance", "slg,tpg", "--slg-scale", "2", "--tpg-scale", "1", "--layers", "mid,u0", "--steps", "6")
+    assert difference(plain, generate(tmp_path / "a.png", *options).convert("RGB")) > 0
+    text = picture(tmp_path / "a.png").text
+    settings = {"guidance": "SLG + TPG", "slg_scale": "2.0", "slg_start": "0.01", "slg_stop": "0.2"}
+    settings |= {"tpg_scale": "1.0", "tpg_stop": "1.0", "slg_layers": "mid,u0", "tpg_layers": "mid,u0"}
+    assert {name: text[name] for name in settings} == settings
+    assert "SLG" in text["parameters"]
+    generate(tmp_path / "b.png", *options, "--stop", "0.5")
+    given = picture(tmp_path / "b.png")
+    assert (given.text["slg_start"], given.text["slg_stop"], given.text["tpg_stop"]) == ("0.0", "0.5", "0.5")
 
 
 def test_one_warning_if_guidance_has_no_effect(tmp_path: Path) -> None:
@@ -125,12 +141,13 @@ def test_one_warning_if_guidance_has_no_effect(tmp_path: Path) -> None:
     assert "warning: SEG had no effect: it fired in none of 2 denoiser calls\n" in output
     assert "without its settings" in output
     assert picture(tmp_path / "a.jpg").size == (64, 48)
-    scales = ("--guidance", "seg,pag,sag", "--scale", 0, "--pag-scale", 0, "--sag-scale", 0)
+    scales = ("--guidance", "seg,pag,sag,slg,tpg", "--scale", 0)
+    scales += ("--pag-scale", 0, "--sag-scale", 0, "--slg-scale", 0, "--tpg-scale", 0)
     for options in (scales, ("--compare", "--sigma", "1,2,4", "--scale", 0)):
         result = segkern("generate", "demo", PROMPT, *SMALL, *options, "--out", tmp_path / "b.png", "--overwrite")
         assert result.stderr.count("had no effect") == 1, result.stderr
     several = done("generate", "demo", PROMPT, *SMALL, *scales, "--out", tmp_path / "c.png")
-    assert "warning: SEG, PAG and SAG had no effect: they fired in none" in several
+    assert "warning: SEG, PAG, SAG, SLG and TPG had no effect: they fired in none" in several
 
 
 def test_words_that_the_bundled_model_does_not_know(tmp_path: Path) -> None:
@@ -194,7 +211,7 @@ def test_compare_is_one_picture_with_different_tiles(plain: Path, tmp_path: Path
         (("--width", "100"), ["--width", "100", "multiple of 8", "96"]),
         (("--height", "0"), ["--height", "0", "multiple of 8"]),
         (("--compare", "--sigma", "1,1"), ["--sigma contains 1 twice"]),
-        (("--guidance", "seg,cfg"), ["--guidance accepts seg, pag, sag", "got 'cfg'"]),
+        (("--guidance", "seg,cfg"), ["--guidance accepts seg, pag, sag, slg, tpg", "got 'cfg'"]),
         (("--guidance", "pag", "--sigma", "4"), ["--sigma 4 has no effect", "--guidance pag"]),
         (("--guidance", "pag", "--scale", "9"), ["--scale 9 has no effect", "--guidance pag"]),
         (("--guidance", "none", "--compare"), ["--compare has no effect", "--guidance none"]),
@@ -202,6 +219,8 @@ def test_compare_is_one_picture_with_different_tiles(plain: Path, tmp_path: Path
         (("--guidance", "none", "--stop", "0.5"), ["--stop 0.5 has no effect with --guidance none"]),
         (("--guidance", "sag", "--layers", "up"), ["--layers up has no effect with --guidance sag"]),
         (("--guidance", "pag", "--schedule", "wavy"), ["--schedule must be constant, linear or cosine, got 'wavy'"]),
+        (("--tpg-scale", "7"), ["--tpg-scale 7 has no effect without tpg", "--guidance seg"]),
+        (("--guidance", "slg", "--layers", "x"), ["--layers: unknown layer 'x'"]),
         (("--sag-scale", "7"), ["--sag-scale 7 has no effect", "--guidance seg"]),
         (("--guidance", "pag", "--pag-scale", "nan"), ["--pag-scale must be a finite number, got nan"]),
         (("--guidance-scale", "inf"), ["--guidance-scale must be a finite number, got inf"]),

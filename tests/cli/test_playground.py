@@ -22,7 +22,7 @@ from segkern.generation.demo import PROMPTED
 from segkern.generation.drawing import ImageRequest, default_layers, image_metadata
 from segkern.generation.pictures import difference, difference_image
 from segkern.generation.sizes import image_size
-from segkern.integrations.diffusers import PAG, SAG, SEG
+from segkern.integrations.diffusers import PAG, SAG, SEG, SLG, TPG
 from segkern.playground import choices
 from segkern.playground.form import Settings, read
 from segkern.playground.models import MOST_LOADED, Models
@@ -47,6 +47,8 @@ FIELDS: dict[str, Any] = {
     "seg_scale": "3",
     "pag_scale": "3",
     "sag_scale": "0.75",
+    "slg_scale": "2.8",
+    "tpg_scale": "3",
     "layers": ["mid"],
     "start": 0,
     "stop": 1,
@@ -83,7 +85,7 @@ class Everything:
 @pytest.fixture(scope="module")
 def everything(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Everything:
     fields = {
-        "guidances": ["SEG", "PAG", "SAG"],
+        "guidances": ["SEG", "PAG", "SAG", "SLG", "TPG"],
         "sigma": "4",
         "layers": ["mid", "u0-1"],
         "negative_prompt": 'grün "x"',
@@ -138,6 +140,11 @@ def test_form_becomes_a_request_and_guidance(models: Models) -> None:
         SEG(2.5, 4.0, layers, **part),
         PAG(1.0, layers, **part),
     )
+    blocks = {"guidances": ["TPG", "SLG"], "tpg_scale": "1.5", "slg_scale": "2"}
+    assert settings(models, **blocks, start=0.25).specs == (
+        TPG(1.5, ["mid"], 0.25, 1.0),
+        SLG(2.0, ["mid"], 0.25, 1.0),
+    )
     assert checked.layers == ("d0", "m0", "u0", "u1")
     assert not checked.unshared
 
@@ -163,7 +170,7 @@ def test_only_fields_of_chosen_kinds_are_read(models: Models) -> None:
         ({"size": "large"}, ["Size must be width x height", "'large'", "832 x 1216"]),
         ({"start": 0.6, "stop": 0.5}, ["Start must be less than Stop", "0.6 and 0.5"]),
         ({"start": 0.5, "stop": 0.5}, ["Start must be less than Stop", "0.5 and 0.5"]),
-        ({"guidances": []}, ["Guidance: select at least one of SEG, PAG, SAG", "none"]),
+        ({"guidances": []}, ["Guidance: select at least one of SEG, PAG, SAG, SLG, TPG", "none"]),
         ({"guidances": ["SEG", "XYZ"]}, ["Guidance: select at least one", "SEG, XYZ"]),
         ({"steps": 0}, ["Steps must be a whole number from 1 to 1000", "'0'"]),
         ({"steps": 2.5}, ["Steps", "'2.5'"]),
@@ -174,6 +181,7 @@ def test_only_fields_of_chosen_kinds_are_read(models: Models) -> None:
         ({"seg_scale": "large"}, ["SEG scale must be a number", "'large'"]),
         ({"seg_scale": "inf"}, ["SEG scale must be a finite number", "'inf'"]),
         ({"guidances": ["PAG"], "pag_scale": ""}, ["PAG scale must be a number", "''"]),
+        ({"guidances": ["TPG"], "tpg_scale": "x"}, ["TPG scale must be a number", "'x'"]),
         ({"guidances": ["SAG"], "sag_scale": "x"}, ["SAG scale must be a number", "'x'"]),
         ({"guidance_scale": "nan"}, ["CFG scale", "'nan'"]),
         ({"guidance_scale": "inf"}, ["CFG scale must be a finite number", "'inf'"]),
@@ -209,7 +217,7 @@ def test_images_contain_their_settings(models: Models, everything: Everything) -
         text = dict(picture(path).text)
         assert "Steps: 2, Sampler: Euler, CFG scale: 3, Seed: 2, Size: 64x48, Model: demo" in text.pop("parameters")
         assert text == {name: str(value) for name, value in wanted.items()}
-    assert picture(result.after).text["guidance"] == "SEG + PAG + SAG"
+    assert picture(result.after).text["guidance"] == "SEG + PAG + SAG + SLG + TPG"
     assert picture(result.before).text["guidance"] == "none"
 
 
@@ -217,7 +225,7 @@ def test_images_equal_those_of_the_command_line(everything: Everything, tmp_path
     usual = ("--seed", "2", "--steps", "2", "--guidance-scale", "3", "--width", "64", "--height", "48")
     words = ("generate", "demo", PROMPTED[0].prompt, "--negative-prompt", 'grün "x"', "--device", "cpu", *usual)
     done(*words, "--guidance", "none", "--out", tmp_path / "plain.png")
-    guided = ("--guidance", "seg,pag,sag", "--sigma", "4", "--layers", "mid,u0-1", "--stop", "0.5")
+    guided = ("--guidance", "seg,pag,sag,slg,tpg", "--sigma", "4", "--layers", "mid,u0-1", "--stop", "0.5")
     done(*words, *guided, "--out", tmp_path / "guided.png")
     assert difference(picture(everything.result.before), picture(tmp_path / "plain.png")) == 0
     assert difference(picture(everything.result.after), picture(tmp_path / "guided.png")) == 0
@@ -277,12 +285,12 @@ def test_progress_of_a_scheduler_that_calls_the_denoiser_twice(models: Models, t
 
 def test_captions_report_times_and_map(everything: Everything) -> None:
     result = everything.result
-    assert result.captions == ("CFG 3", "CFG 3 + SEG sigma 4 + PAG 3 + SAG 0.75")
+    assert result.captions == ("CFG 3", "CFG 3 + SEG sigma 4 + PAG 3 + SAG 0.75 + SLG 2.8 + TPG 3")
     assert [row[0] for row in result.timing] == [*result.captions, f"{result.captions[1]}, branch in full"]
     assert all(float(row[1]) > 0 for row in result.timing)
     assert result.headings == ["guidance", "layer", "fired", "moved", "module"]
     assert [row[:3] for row in result.report[:3]] == [["SEG", name, "1 of 2"] for name in ("m0", "u0", "u1")]
-    assert [row[0] for row in result.report] == ["SEG"] * 3 + ["PAG"] * 3 + ["SAG"]
+    assert [row[0] for row in result.report] == ["SEG"] * 3 + ["PAG"] * 3 + ["SAG"] + ["SLG"] * 3 + ["TPG"] * 3
     assert [problem.partition(";")[0] for problem in result.problems] == [
         "The bundled model does not know the words grün, x"
     ]
@@ -404,25 +412,25 @@ def test_a_transformer_generates_images(
 ) -> None:
     pipe = models.describe(transformer)
     assert choices.sizes(pipe)[0] == "64 x 64"
-    assert choices.guidances(pipe) == ["SEG", "PAG"]
+    assert choices.guidances(pipe) == ["SEG", "PAG", "SLG", "TPG"]
     assert default_layers(pipe) == ["2"]
     assert ("b3", "b3") in choices.layers(pipe)
-    fields = FIELDS | {"guidances": ["SEG", "PAG"], "layers": ["2"], "negative_prompt": "blue", "energy": True}
+    fields = FIELDS | {"guidances": ["SEG", "PAG", "TPG"], "layers": ["2"], "negative_prompt": "blue", "energy": True}
     asked = read(fields, pipe, CPU, torch.float32)
     assert asked.layers == ()  # no energy maps of transformers
     steps: list[Progress] = []
     result = generate(Run(transformer, asked), models, tmp_path, steps.append)
-    assert result.captions == ("CFG 3", "CFG 3 + SEG sigma inf + PAG 3")
+    assert result.captions == ("CFG 3", "CFG 3 + SEG sigma inf + PAG 3 + TPG 3")
     assert [(progress.run, progress.step) for progress in steps] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert picture(result.after).size == (64, 48)
     assert result.mean_difference > 0
-    assert [row[1:3] for row in result.report] == [["b2", "2 of 2"]] * 2
+    assert [row[1:3] for row in result.report] == [["b2", "2 of 2"]] * 3
     again = image_of(result.snippet, tmp_path, monkeypatch)
     assert again.tobytes() == picture(result.after).tobytes()
 
 
 def test_sag_of_a_transformer_is_refused(models: Models, transformer: loading.Source) -> None:
-    with pytest.raises(ValueError, match="select at least one of SEG, PAG, got SAG"):
+    with pytest.raises(ValueError, match="select at least one of SEG, PAG, SLG, TPG, got SAG"):
         read(FIELDS | {"guidances": ["SAG"]}, models.describe(transformer), CPU, torch.float32)
 
 

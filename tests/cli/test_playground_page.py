@@ -278,7 +278,7 @@ def test_a_model_sets_its_sizes_layers_and_guidance(playground: Any) -> None:
     assert sizes["value"] == "64 x 64"
     assert ("u1", "u1") in layers["choices"]
     assert layers["value"] == ["mid"]
-    assert (guidances["choices"], guidances["value"]) == (["SEG", "PAG", "SAG"], ["PAG", "SAG"])
+    assert (guidances["choices"], guidances["value"]) == (["SEG", "PAG", "SAG", "SLG", "TPG"], ["PAG", "SAG"])
     assert energy["visible"]
     assert cfg == "3"
     assert len(examples["samples"]) == len(examples["sample_labels"]) == 1 + len(PROMPTED)
@@ -288,7 +288,7 @@ def test_a_transformer_has_no_sag_and_no_energy_maps(playground: Any, tmp_path: 
     save_small_sd3(tmp_path)
     source, message, _, layers, guidances, energy, cfg, examples = playground._load(str(tmp_path), "", ["SAG"])
     assert "is loaded" in message
-    assert (guidances["choices"], guidances["value"]) == (["SEG", "PAG"], ["SEG"])
+    assert (guidances["choices"], guidances["value"]) == (["SEG", "PAG", "SLG", "TPG"], ["SEG"])
     assert layers["value"] == ["2"]
     assert not energy["visible"]
     assert cfg == "7"
@@ -330,6 +330,8 @@ def test_fields_of_unselected_guidance_methods_are_hidden() -> None:
     def visible(*guidances: str) -> list[bool]:
         return [update["visible"] for update in layout.show_chosen(guidances)]
 
-    assert visible("SEG") == [True, "hidden", "hidden", True]
-    assert visible("PAG", "SAG") == ["hidden", True, True, True]
-    assert visible("SAG") == ["hidden", "hidden", True, "hidden"]
+    no = "hidden"
+    assert visible("SEG") == [True, no, no, no, no, True]
+    assert visible("PAG", "SAG") == [no, True, True, no, no, True]
+    assert visible("SAG") == [no, no, True, no, no, no]
+    assert visible("SLG", "TPG") == [no, no, no, True, True, True]

@@ -12,7 +12,19 @@ import torch
 from diffusers import HeunDiscreteScheduler
 from diffusers.guiders import ClassifierFreeGuidance, PerturbedAttentionGuidance, SmoothedEnergyGuidance
 
-from segkern.integrations.diffusers import PAG, SAG, SEG, PAGGuider, SAGGuider, SEGGuider, guide
+from segkern.integrations.diffusers import (
+    PAG,
+    SAG,
+    SEG,
+    SLG,
+    TPG,
+    PAGGuider,
+    SAGGuider,
+    SEGGuider,
+    SLGGuider,
+    TPGGuider,
+    guide,
+)
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 from tests.compatibility import proves
 from tests.diffusers.modular_pipelines import TRANSFORMERS, modular_sdxl, modular_transformer, run_sdxl, run_transformer
@@ -23,12 +35,14 @@ from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative,
 from tests.diffusers.transformer_cases import MODELS
 from tests.diffusers.transformer_cases import run as run_stock
 
-GUIDERS: dict[type, Any] = {SEG: SEGGuider, PAG: PAGGuider, SAG: SAGGuider}
+GUIDERS: dict[type, Any] = {SEG: SEGGuider, PAG: PAGGuider, SAG: SAGGuider, SLG: SLGGuider, TPG: TPGGuider}
 SPECS = [
     SEG(scale=2.0),
     SEG(scale=2.0, sigma=1.0, layers=["d0", "mid"]),
     PAG(scale=2.0, layers=["mid", "u0"]),
     SAG(scale=2.0),
+    SLG(scale=2.0, layers=["mid", "u0"], start=0.0, stop=1.0),
+    TPG(scale=2.0, layers=["d0", "mid"], seed=4),
 ]
 PROMPTS = ["a red fox", "a dog"]
 
@@ -43,7 +57,7 @@ def built(name: str) -> Any:
 
 
 MODULAR = "modular pipeline"
-PROVED = ("SEG at infinity", "SEG", "PAG", "SAG")  # one for each spec
+PROVED = ("SEG at infinity", "SEG", "PAG", "SAG", "SLG", "TPG")  # one for each spec
 
 
 @pytest.mark.one_in(3)
@@ -88,12 +102,13 @@ def test_it_is_guide_on_the_stock_pipeline(spec: Any, guidance_scale: float) -> 
     ],
 )
 @pytest.mark.parametrize(
-    "kind", [pytest.param(SEG, marks=proves(guidance="SEG")), pytest.param(PAG, marks=proves(guidance="PAG"))]
+    "kind", [pytest.param(kind, marks=proves(guidance=kind.__name__)) for kind in (SEG, PAG, SLG, TPG)]
 )
 def test_transformers(kind: type, name: str, cfg: bool) -> None:
     """Compares with latents of ``guide`` on the stock pipeline, and for two models also with the slow computation."""
     model, pipe = MODELS[name], built(name)
-    spec = kind(scale=2.0, layers=model.layers, **({"sigma": 1.5} if kind is SEG else {}))
+    own: dict[type, dict[str, Any]] = {SEG: {"sigma": 1.5}, SLG: {"start": 0.0, "stop": 1.0}}
+    spec = kind(scale=2.0, layers=model.layers, **own.get(kind, {}))
     given: dict[str, Any] = {"guidance_scale": 4.0 if cfg else 1.0}
     if name == "z-image":  # its stock pipeline has this formula
         given = {"guidance_scale": 3.0 if cfg else 0.0, "use_original_formulation": True}
@@ -111,12 +126,13 @@ def test_transformers(kind: type, name: str, cfg: bool) -> None:
 
     with guide(pipe, spec):
         assert relative(guided, stock()) < PIPELINE_TOLERANCE
-    if name in ("sd3.5", "qwen-image"):
+    if name in ("sd3.5", "qwen-image") and kind in (SEG, PAG):
         slow = [Perturbed(2.0, 1.5 if kind is SEG else None, model.modules)]
         assert relative(guided, transformer_run(model, pipe, slow, stock, cfg=cfg)) < PIPELINE_TOLERANCE
     assert relative(guided, stock()) > 10 * PIPELINE_TOLERANCE  # the effect is large enough to be measured
     report = guider.report()
-    assert {row.module for row in report.layers} == set(model.modules)
+    modules = {module.rpartition(".")[0] if kind in (SLG, TPG) else module for module in model.modules}
+    assert {row.module for row in report.layers} == modules
     assert all(row.fired == 3 for row in report.layers)
     assert hooks_of(pipe.transformer) == 0
     layers = [pipe.transformer.get_submodule(module) for module in model.modules]

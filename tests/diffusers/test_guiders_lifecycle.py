@@ -32,6 +32,8 @@ from segkern.integrations.diffusers import (
     SAGGuider,
     SEGAttnProcessor,
     SEGGuider,
+    SLGGuider,
+    TPGGuider,
     guide,
     list_layers,
 )
@@ -219,6 +221,8 @@ def test_denoisers_and_layers_that_do_not_fit() -> None:
         SEGGuider(sigma=[[1.0, math.inf]], layers=["d0", 4], use_original_formulation=True, enabled=False),
         PAGGuider(adaptive_scale=0.01, reuse=2, guidance_rescale=0.7),
         SAGGuider(layer="d0", threshold=0.5),
+        SLGGuider(layers=range(3, 6), count=2, seed=3),
+        TPGGuider(seed=5, start=0.1),
     ],
     ids=lambda guider: str(guider.spec),
 )

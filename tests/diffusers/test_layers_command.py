@@ -36,6 +36,7 @@ def test_defaults_and_whose_advice_they_are() -> None:
         "mid",
         "the method's paper (arXiv 2408.00760) and its official implementation",
     )
+    assert default_layers_of(tiny_pipeline(), "TPG") == default_layers_of(tiny_pipeline())
     assert default_layers_of(MODELS["sd3"].build()) == ("2", "no published recommendation; the middle block")
 
 
@@ -54,7 +55,7 @@ def test_the_command_lists_a_transformer_from_its_configuration(name: str, tmp_p
         cells = [layer.name, TOKENS[name], f"{layer.heads}x{layer.head_dim}", layer.block, layer.module]
         line = " +".join(re.escape(str(cell)) for cell in cells)
         assert re.search(line, output), (line, output)
-    assert re.search(r"Default layers of SEG and PAG: block 2 .*\n.* the middle block", output)
+    assert re.search(r"Default layers of SEG, PAG, SLG and TPG: block 2 .*\n.* the middle block", output)
 
 
 def test_the_command_says_which_advice_it_follows(tmp_path: Path) -> None:

@@ -53,9 +53,9 @@ class Step:
 class GuiderCalls:
     """One guidance spec in the calls of one denoiser.
 
-    For SEG and PAG, a branch joins the call for the prompt, as under ``guide``. Its output is returned as additional
-    samples, so whatever a pipeline does to the output also applies to the branch. For SAG, a second call is made inside
-    the first.
+    For all methods except SAG, a branch joins the call for the prompt, as under ``guide``. Its output is returned as
+    additional samples, so whatever a pipeline does to the output also applies to the branch. For SAG, a second call is
+    made inside the first.
 
     Args:
         denoiser: The denoiser as the pipeline calls it, compiled or not.
@@ -193,7 +193,9 @@ class GuiderCalls:
             self._given = self._denoiser.arguments.take(args, kwargs, batch, own)
             forward = Forward(batch, (), self._denoiser_guidance.first, False, strengths, sag=(0,), reference=own)
         else:
-            forward = Forward(batch, (0,), self._denoiser_guidance.first, True, strengths)
+            number, first = self._step.number, self._denoiser_guidance.first
+            changed = tuple((0, place) for place in self._denoiser_guidance.changed(0, number))
+            forward = Forward(batch, (0,), first, True, strengths, changed=changed, step=number)
             forward = replace(forward, share=self._denoiser.can_share(forward, args, kwargs))
         check_attention_arguments(self._denoiser.arguments, args, kwargs, self._denoiser.model)
         self._lock.acquire()

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guiders for modular diffusers pipelines: SEG, PAG and SAG combined with classifier-free guidance.
+"""Guiders for modular diffusers pipelines: guidance methods combined with classifier-free guidance.
 
-diffusers has guiders for SEG and PAG. Up to version 0.42, its ``SmoothedEnergyGuidance`` calls the denoiser a third
-time in each step and has no effect, because its hooks are never attached. Without classifier-free guidance, both of its
-guiders compare the prompt with the negative prompt. The guiders in this module always perturb the prediction for the
-prompt, and the perturbed branch joins the call for the prompt at its first perturbed layer instead of using a separate
-call.
+diffusers has guiders for SEG, PAG and SLG. Up to version 0.42, its ``SmoothedEnergyGuidance`` calls the denoiser a
+third time in each step and has no effect, because its hooks are never attached. Without classifier-free guidance, its
+guiders for SEG and PAG compare the prompt with the negative prompt. Its ``SkipLayerGuidance`` swaps the outputs for
+image and text of the skipped blocks of Stable Diffusion 3 and Flux. The guiders in this module always perturb the
+prediction for the prompt, and the perturbed branch joins the call for the prompt at its first perturbed layer instead
+of using a separate call.
 """
 
 from __future__ import annotations
 
 from segkern.integrations.diffusers.guiders.base import SpecGuider
-from segkern.integrations.specs import PAG, SAG, SEG
+from segkern.integrations.specs import PAG, SAG, SEG, SLG, TPG
 
 
 class SEGGuider(SpecGuider):
@@ -79,6 +80,54 @@ class PAGGuider(SpecGuider):
     """
 
     spec_class = PAG
+
+
+class SLGGuider(SpecGuider):
+    """Skip-layer guidance with classifier-free guidance, for modular pipelines.
+
+    Uses the formulas of :class:`SEGGuider` with another ``p``: the chosen transformer blocks return their inputs
+    unchanged.
+
+    Args:
+        spec: An ``SLG(...)`` spec. Alternatively, pass the arguments of :class:`SLG`, with the same names and defaults.
+        guidance_scale: See :class:`SEGGuider`, also for all other arguments that are not fields of :class:`SLG`.
+        scale: ``s``; this and the other SLG arguments are described in :class:`SLG`.
+
+    Raises:
+        ValueError: If an argument is invalid. The message quotes it.
+
+    Source: diffusers' ``SkipLayerGuidance``, for the formula and the defaults.
+
+    Example:
+        >>> SLGGuider(layers="7-9", guidance_scale=5.0).spec
+        SLG(scale=2.8, layers='7-9')
+    """
+
+    spec_class = SLG
+
+
+class TPGGuider(SpecGuider):
+    """Token perturbation guidance with classifier-free guidance, for modular pipelines.
+
+    Uses the formulas of :class:`SEGGuider` with another ``p``: the image tokens are shuffled before each of the chosen
+    transformer blocks.
+
+    Args:
+        spec: A ``TPG(...)`` spec. Alternatively, pass the arguments of :class:`TPG`, with the same names and defaults.
+        guidance_scale: See :class:`SEGGuider`, also for all other arguments that are not fields of :class:`TPG`.
+        scale: ``s``; this and the other TPG arguments are described in :class:`TPG`.
+
+    Raises:
+        ValueError: If an argument is invalid. The message quotes it.
+
+    Source: TPG (arXiv 2506.10036).
+
+    Example:
+        >>> TPGGuider(TPG(scale=2.0, seed=7), guidance_scale=5.0).config["seed"]
+        7
+    """
+
+    spec_class = TPG
 
 
 class SAGGuider(SpecGuider):

@@ -469,6 +469,7 @@ LINEAR = {
 
 # Default layers of a UNet, and the source of that recommendation.
 UNET_DEFAULT = ("mid", "the method's paper (arXiv 2408.00760) and its official implementation")
+TPG_DEFAULT = ("d6-23", "TPG's official implementation for Stable Diffusion XL")
 NO_ADVICE = "no published recommendation; the middle block"
 
 

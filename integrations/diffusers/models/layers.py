@@ -13,6 +13,7 @@ from segkern.grid import Grid
 from segkern.integrations.diffusers.models.architectures import (
     ARCHITECTURES,
     LINEAR,
+    TPG_DEFAULT,
     UNET_DEFAULT,
     Architecture,
     advised_layers,
@@ -23,6 +24,7 @@ from segkern.integrations.specs.layer_names import PARTS, LayerInfo, select_laye
 __all__ = ["PARTS", "UNETS", "LayerInfo", "execution_order", "find_unet", "list_layers", "select_layers"]
 
 UNETS = (UNet2DConditionModel, UNetMotionModel)
+_SDXL_DOWN_LAYERS = 24  # self-attention layers of Stable Diffusion XL in its down blocks
 
 
 def list_layers(
@@ -125,11 +127,17 @@ def _of_transformer(
     return layers
 
 
-def default_layers_of(pipe_or_model: object) -> tuple[str, str]:
-    """Return the default layers of SEG and PAG, and the source of that recommendation."""
+def default_layers_of(pipe_or_model: object, method: str = "SEG") -> tuple[str, str]:
+    """Return the default layers of a guidance method, and the source of that recommendation.
+
+    Args:
+        pipe_or_model: A pipeline or denoiser.
+        method: Name of the spec. Only ``"TPG"`` has defaults of its own, for Stable Diffusion XL.
+    """
     model = find_model(pipe_or_model)
     if isinstance(model, UNETS):
-        return UNET_DEFAULT
+        down = sum(layer.part == "down" for layer in list_layers(model)) if method == "TPG" else 0
+        return TPG_DEFAULT if down == _SDXL_DOWN_LAYERS else UNET_DEFAULT
     blocks = {layer.block for layer in list_layers(model)}
     return advised_layers(_architecture(model), len(blocks))
 

@@ -23,7 +23,7 @@ from segkern.integrations.diffusers.models.layers import (
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser, MotionUNet, Transformer, UNet, find_denoisers
 from segkern.integrations.diffusers.runtime.origins import name_of
 from segkern.integrations.diffusers.runtime.processor import STANDARD_PROCESSORS, unwrap
-from segkern.integrations.specs import CFG, SAG, SEG, TPG
+from segkern.integrations.specs import CFG, SAG, SEG
 from segkern.integrations.specs.base import AttentionSpec, BlockSpec, LayeredSpec, PlacedSpec, Spec
 from segkern.integrations.specs.sigmas import LayerSigmas, Sigmas, check_heads
 
@@ -40,7 +40,7 @@ def check_pipeline(pipe: Any) -> list[Denoiser]:
     if isinstance(pipe, ModularPipeline):
         raise ValueError(
             f"guide does not support a {type(pipe).__name__}: in a modular pipeline, guidance is a component; see "
-            f"SEGGuider, PAGGuider and SAGGuider"
+            f"SEGGuider, PAGGuider, SAGGuider, SLGGuider and TPGGuider"
         )
     find_model(pipe)  # raises an error that lists the supported models
     denoisers = find_denoisers(SimpleNamespace(unet=pipe) if isinstance(pipe, nn.Module) else pipe)
@@ -108,8 +108,7 @@ def choose_layers(denoiser: Denoiser, specs: tuple[Spec, ...]) -> tuple[PlacedSp
         _check_for_transformer(denoiser, specs)
     if isinstance(denoiser, MotionUNet):
         _check_for_motion(specs)
-    default = default_layers_of(denoiser.model)[0] if available else ""
-    placed = tuple(_choose(denoiser, available, spec, default) for spec in specs)
+    placed = tuple(_choose(denoiser, available, spec) for spec in specs)
     owner: dict[str, AttentionSpec] = {}
     for placed_spec in placed:
         for layer in placed_spec.layers:
@@ -151,7 +150,7 @@ def _check_for_motion(specs: Sequence[Spec]) -> None:
             )
 
 
-def _choose(denoiser: Denoiser, available: Sequence[LayerInfo], spec: Spec, default: str) -> PlacedSpec:
+def _choose(denoiser: Denoiser, available: Sequence[LayerInfo], spec: Spec) -> PlacedSpec:
     if isinstance(spec, CFG):
         return PlacedSpec(spec)
     if isinstance(spec, SAG):
@@ -161,7 +160,8 @@ def _choose(denoiser: Denoiser, available: Sequence[LayerInfo], spec: Spec, defa
         return PlacedSpec(spec, tuple(layers))
     assert isinstance(spec, LayeredSpec)
     if not spec.layer_names:
-        spec = replace(spec, layers=_default_of(spec, available) or default)  # type: ignore[type-var]
+        default = default_layers_of(denoiser.model, type(spec).__name__)[0]
+        spec = replace(spec, layers=default)  # type: ignore[type-var]
     layers = select_layers(available, spec.layer_names)
     if isinstance(spec, BlockSpec):
         return PlacedSpec(spec, tuple(_blocks(denoiser, layers)))
@@ -171,14 +171,6 @@ def _choose(denoiser: Denoiser, available: Sequence[LayerInfo], spec: Spec, defa
     for layer in layers:
         check_heads("SEG", sigmas[layer.module], layer.name, layer.heads)
     return PlacedSpec(spec, tuple(layers), sigmas)
-
-
-def _default_of(spec: LayeredSpec, available: Sequence[LayerInfo]) -> str | None:
-    """Return the published layers of a spec for this model; None if there are none."""
-    names = {layer.name for layer in available}
-    if isinstance(spec, TPG) and {"d6", "d23"} <= names and "d24" not in names:  # Stable Diffusion XL
-        return "d6-23"
-    return None
 
 
 def _blocks(denoiser: Denoiser, layers: Sequence[LayerInfo]) -> list[LayerInfo]:
