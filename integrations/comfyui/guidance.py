@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance on a model: ComfyUI hooks that compute a perturbed prediction and add the guidance to the prediction.
 
-Guidance adds ``scale * (c - p)``, where ``p`` is the conditional prediction ``c`` with perturbed attention. Up to the
-first perturbed layer, the two forward passes are equal. Activations are recorded at this layer in the model's own
-forward pass, and the perturbed forward pass begins with them. Hooks of other nodes are still called.
+Guidance adds ``scale * (c - p)``, where ``p`` is the conditional prediction ``c`` with perturbed attention, skipped
+blocks or shuffled tokens. Up to the first changed layer, the two forward passes are equal. Activations are recorded at
+this layer in the model's own forward pass, and the perturbed forward pass begins with them. Hooks of other nodes are
+still called.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from segkern.integrations.specs import PAG, SEG
+from segkern.integrations.specs import PAG, SEG, SLG, TPG
+from segkern.integrations.specs.base import AttentionSpec
 from segkern.integrations.specs.layer_names import LayerInfo, select_layers
 
+from .blocks import BlockChange
 from .perturbation import Perturbation
 from .recording import Recording
 from .report import GuidanceReport, distance
@@ -60,7 +63,7 @@ class ModelGuidance:
         report: Report of the effect.
     """
 
-    spec: SEG | PAG
+    spec: SEG | PAG | SLG | TPG
     model: UNet | Transformer
     layers: Sequence[LayerInfo]
     rescale: float
@@ -73,7 +76,7 @@ class ModelGuidance:
         Percents refer to the current noise schedule, which later nodes may change.
         """
         spec = self.spec
-        if spec.scale == 0.0 or not spec.perturbs():
+        if spec.scale == 0.0 or (isinstance(spec, AttentionSpec) and not spec.perturbs()):
             return False
         if spec.start == 0.0 and spec.stop == 1.0:
             return True  # reading the noise level would synchronise with the device
@@ -97,7 +100,7 @@ class ModelGuidance:
         return guided
 
     def _perturbed(self, arguments: Arguments) -> torch.Tensor:
-        """Return the conditional prediction with perturbed attention."""
+        """Return the conditional prediction with perturbed attention or changed blocks."""
         if arguments["cond"] is None:
             raise ValueError(
                 "guidance needs the positive conditioning, but this guider does not pass it to post-CFG functions; use "
@@ -106,9 +109,8 @@ class ModelGuidance:
         x, recording = arguments["input"], self.evaluation.recording
         options = create_model_options_clone(arguments["model_options"])
         transformer_options = options.setdefault("transformer_options", {})
-        _refuse_nodes(transformer_options, self.model)
-        perturbation = Perturbation(_sigma(self.spec), self.report)
-        self.model.perturb(transformer_options, self.layers, perturbation)
+        _refuse_nodes(transformer_options, self.model, self.spec)
+        layers, perturbation = self._perturb(transformer_options)
         replay = None
         if recording is not None and recording.x is x:
             replay = self.model.replay(transformer_options, recording, self.layers)
@@ -123,10 +125,11 @@ class ModelGuidance:
         (perturbed,) = comfy.samplers.calc_cond_batch(
             arguments["model"], [arguments["cond"]], x, arguments["sigma"], options
         )
-        missing = [layer.module for layer in self.layers if layer.module not in perturbation.computed]
+        missing = [layer.module for layer in layers if layer.module not in perturbation.computed]
         if forwards and missing:
+            what = "the attention of" if isinstance(self.spec, AttentionSpec) else "the blocks"
             raise RuntimeError(
-                f"guidance could not reach the attention of {', '.join(missing)}: another node replaces or compiles "
+                f"guidance could not reach {what} {', '.join(missing)}: another node replaces or compiles "
                 f"it (TorchCompileModel, TensorRT, DeepCache) or skips the block; remove that node or choose other "
                 f"layers"
             )
@@ -135,6 +138,19 @@ class ModelGuidance:
         elif replay.full is not None:
             self.report.full[replay.full] += 1
         return perturbed
+
+    def _perturb(self, options: Arguments) -> tuple[Sequence[LayerInfo], Perturbation | BlockChange]:
+        """Change ``transformer_options`` for a perturbed forward pass, and return the layers that it changes."""
+        spec = self.spec
+        if isinstance(spec, AttentionSpec):
+            perturbation = Perturbation(_sigma(spec), self.report)
+            self.model.perturb(options, self.layers, perturbation)
+            return self.layers, perturbation
+        change = BlockChange(spec, self.report.evaluations - 1, self.report)
+        names = spec.chosen(change.evaluation, [layer.name for layer in self.layers])
+        layers = [layer for layer in self.layers if layer.name in names]
+        self.model.change_blocks(options, layers, change)
+        return layers, change
 
 
 class RecordingCalc:
@@ -197,7 +213,7 @@ def guidances_of(model_options: Arguments) -> list[ModelGuidance]:
     return [hook for hook in model_options.get("sampler_post_cfg_function", []) if isinstance(hook, ModelGuidance)]
 
 
-def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0) -> Any:
+def add_guidance(model: Any, spec: SEG | PAG | SLG | TPG, layers: str, rescale: float = 0.0) -> Any:
     """Return a clone of a model with one more guidance method.
 
     Args:
@@ -209,16 +225,20 @@ def add_guidance(model: Any, spec: SEG | PAG, layers: str, rescale: float = 0.0)
     Raises:
         ValueError: If the model, a layer or the sigma is not supported.
     """
-    _sigma(spec)
     described = describe(model.get_model_object("diffusion_model"))
+    if isinstance(spec, AttentionSpec):
+        _sigma(spec)
+    elif (reason := described.why_unchangeable(spec)) is not None:
+        raise ValueError(f"{type(spec).__name__} does not support this model: {reason}; use SEG or PAG")
     names = [name.strip() for name in layers.split(",") if name.strip()]
     if not names:
-        if described.default_layers is None:
+        default = described.default_for(spec)
+        if default is None:
             raise ValueError(
                 f"there is no default layer for this model; name one or more of "
                 f"{', '.join(layer.module for layer in described.layers)}"
             )
-        names = [described.default_layers]
+        names = [default]
     chosen = select_layers(described.layers, names, "the node's help page explains them")
     patched = model.clone()
     before = guidances_of(patched.model_options)
@@ -263,13 +283,15 @@ def describe(model: torch.nn.Module) -> UNet | Transformer:
     raise ValueError(f"guidance does not support {type(model).__name__}; supported are {', '.join(known)}")
 
 
-def _refuse_nodes(transformer_options: Arguments, model: UNet | Transformer) -> None:
+def _refuse_nodes(transformer_options: Arguments, model: UNet | Transformer, spec: SEG | PAG | SLG | TPG) -> None:
     """Raise a ValueError for nodes that change the perturbed and the conditional prediction in different ways."""
     wrappers = transformer_options.get("wrappers", {})
-    if isinstance(model, Transformer) and "torch.compile" in wrappers.get(WrappersMP.APPLY_MODEL, {}):
+    compiled = "torch.compile" in wrappers.get(WrappersMP.APPLY_MODEL, {})
+    if compiled and (isinstance(model, Transformer) or not isinstance(spec, AttentionSpec)):
         raise ValueError(
-            "guidance does not work with TorchCompileModel on a transformer, because patches of one forward pass would "
-            "be used in others; remove that node (Stable Diffusion 1, 2 and XL may be compiled)"
+            "guidance does not work with TorchCompileModel on a transformer, and TPG does not work with it on any "
+            "model, because changes to one forward pass would be used in others; remove that node (Stable Diffusion 1, "
+            "2 and XL may be compiled with SEG and PAG)"
         )
     if "easycache" in wrappers.get(WrappersMP.DIFFUSION_MODEL, {}):
         raise ValueError(

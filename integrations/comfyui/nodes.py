@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui
 
-from segkern.integrations.specs import PAG, SEG
+from segkern.integrations.specs import PAG, SEG, SLG, TPG
 
 from .guidance import add_guidance, guidances_of
 
@@ -19,6 +19,17 @@ _LAYERS = (
     "blocks such as middle.0.3; d2.2-9 is blocks 2 to 9 of the third transformer in down, and u0.4 is block 4 of the "
     "first transformer in up. Flux, SD3, Wan and other transformers: block numbers such as 7-9. Unknown names cause an "
     "error that lists the valid names."
+)
+
+
+_SKIPPED_BLOCKS = (
+    "Blocks to skip, separated by commas: block numbers such as 7-9. Empty: 7-9 for Stable Diffusion 3; other models "
+    "have no default. Unknown names cause an error that lists the valid names."
+)
+_SHUFFLED_BLOCKS = (
+    "Transformer blocks before which the image tokens are shuffled, with the names of the self-attention layers in "
+    "them, separated by commas. Empty: d6-23 for Stable Diffusion XL, mid for other UNets, and 7-9 for Stable "
+    "Diffusion 3; other models have no default. Unknown names cause an error that lists the valid names."
 )
 
 
@@ -57,11 +68,11 @@ def _blur(name: str) -> Any:
     )
 
 
-def _common() -> list[Any]:
+def _common(start: float = 0.0, end: float = 1.0, layers: str = _LAYERS, placeholder: str = "mid") -> list[Any]:
     return [
-        io.String.Input("layers", default="", tooltip=_LAYERS, placeholder="mid"),
-        _float("start_percent", 0.0, 0.0, 1.0, 0.01, "Where guidance starts during sampling; 0 is the start."),
-        _float("end_percent", 1.0, 0.0, 1.0, 0.01, "Where guidance stops during sampling; 1 is the end."),
+        io.String.Input("layers", default="", tooltip=layers, placeholder=placeholder),
+        _float("start_percent", start, 0.0, 1.0, 0.01, "Where guidance starts during sampling; 0 is the start."),
+        _float("end_percent", end, 0.0, 1.0, 0.01, "Where guidance stops during sampling; 1 is the end."),
         _float(
             "rescale",
             0.0,
@@ -177,6 +188,74 @@ class CombinedGuidance(io.ComfyNode):
         return io.NodeOutput(add_guidance(model, PAG(scale=pag_scale, **part), layers, rescale))
 
 
+class SkipLayerGuidance(io.ComfyNode):
+    """Adds skip-layer guidance to a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SkipLayerGuidanceSegkern",
+            display_name="Skip Layer Guidance (SLG, segkern)",
+            category=_CATEGORY,
+            description="Moves the image away from an extra prediction without some transformer blocks. For "
+            "transformers such as Stable Diffusion 3 and Flux. Like SkipLayerGuidanceDiT, but the extra forward pass "
+            "begins at the first skipped block.",
+            search_aliases=["SLG", "skip layer", "guidance", "segkern"],
+            inputs=[_model(), _scale("scale", 2.8), *_common(0.01, 0.2, _SKIPPED_BLOCKS, "7-9")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, scale: float, layers: str, start_percent: float, end_percent: float, rescale: float
+    ) -> io.NodeOutput:
+        spec = SLG(scale=scale, start=start_percent, stop=end_percent)
+        return io.NodeOutput(add_guidance(model, spec, layers, rescale))
+
+
+class TokenPerturbationGuidance(io.ComfyNode):
+    """Adds token perturbation guidance to a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TokenPerturbationGuidanceSegkern",
+            display_name="Token Perturbation Guidance (TPG, segkern)",
+            category=_CATEGORY,
+            description="Moves the image away from an extra prediction whose image tokens are shuffled before some "
+            "transformer blocks. Works with or without a prompt and CFG.",
+            search_aliases=["TPG", "guidance", "segkern"],
+            inputs=[
+                _model(),
+                _scale("scale", 3.0),
+                *_common(layers=_SHUFFLED_BLOCKS),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    control_after_generate=False,
+                    tooltip="Seed of the orders of the tokens. Each step and block has its own order.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        scale: float,
+        layers: str,
+        start_percent: float,
+        end_percent: float,
+        rescale: float,
+        seed: int,
+    ) -> io.NodeOutput:
+        spec = TPG(scale=scale, start=start_percent, stop=end_percent, seed=seed)
+        return io.NodeOutput(add_guidance(model, spec, layers, rescale))
+
+
 class GuidanceInfo(io.ComfyNode):
     """Reports the effect of guidance after sampling."""
 
@@ -210,7 +289,14 @@ class SegkernExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the nodes of the pack."""
-        return [SmoothedEnergyGuidance, PerturbedAttentionGuidance, CombinedGuidance, GuidanceInfo]
+        return [
+            SmoothedEnergyGuidance,
+            PerturbedAttentionGuidance,
+            SkipLayerGuidance,
+            TokenPerturbationGuidance,
+            CombinedGuidance,
+            GuidanceInfo,
+        ]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from segkern.integrations.specs import PAG, SEG
+from segkern.integrations.specs import PAG, SEG, SLG, TPG
 
 
 @dataclass
@@ -25,7 +25,7 @@ class GuidanceReport:
         prediction: Relative change of the prediction, for each evaluation in which guidance was active.
     """
 
-    spec: SEG | PAG
+    spec: SEG | PAG | SLG | TPG
     layers: tuple[str, ...]
     skipped: float = 0.0
     evaluations: int = 0
@@ -64,7 +64,8 @@ class GuidanceReport:
             lines.append(f"  It moved the prediction by {moved:.2%} on average.")
             if moved == 0.0:
                 lines.append("  It had no effect: the perturbed prediction equals the model's own.")
-            lines += [f"  {name}: moved attention by {float(by):.1%}" for name, by in self._moved.items()]
+            what = "attention" if isinstance(self.spec, (SEG, PAG)) else "the block's output"
+            lines += [f"  {name}: moved {what} by {float(by):.1%}" for name, by in self._moved.items()]
             missing = [name for name in self.layers if name not in self._moved]
             if missing:
                 lines.append(f"  The model never computed: {', '.join(missing)}.")
@@ -89,15 +90,15 @@ class GuidanceReport:
         return f"{full} of {self.acted} perturbed forward passes were computed in full: {reasons}."
 
 
-def title(spec: SEG | PAG) -> str:
+def title(spec: SEG | PAG | SLG | TPG) -> str:
     """Return a short description of a guidance spec.
 
     Example:
         >>> title(SEG(scale=3.0, sigma=math.inf))
         'SEG, scale 3, infinite sigma'
     """
-    if isinstance(spec, PAG):
-        return f"PAG, scale {spec.scale:g}"
+    if not isinstance(spec, SEG):
+        return f"{type(spec).__name__}, scale {spec.scale:g}"
     sigma = "infinite sigma" if spec.sigma == math.inf else f"sigma {spec.sigma:g}"
     return f"SEG, scale {spec.scale:g}, {sigma}"
 

@@ -17,8 +17,11 @@ from comfy.ldm.modules.attention import get_attn_precision
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from segkern import Grid
+from segkern.integrations.specs import SLG, TPG
+from segkern.integrations.specs.base import Spec
 from segkern.integrations.specs.layer_names import LayerInfo
 
+from .blocks import BlockChange
 from .perturbation import Perturbation
 from .recording import Recording
 
@@ -116,10 +119,13 @@ class Transformer:
                 name = f"{stage.part[0]}{index}"
                 layers.append(LayerInfo(name, f"{stage.part}.{index}", stage.part, 0, 0, block=number))
         self.layers: Sequence[LayerInfo] = layers
-        self.default_layers = self._family.default
         self.why_not_shared: str | None = None
         if any(stage.key is None for stage in self._family.stages):
             self.why_not_shared = f"ComfyUI has no hook that skips blocks of {self._family.users}"
+
+    def default_for(self, spec: Spec) -> str | None:
+        """Return the default layers of a guidance method; None if the model has none."""
+        return self._family.default
 
     def skipped(self, layers: Sequence[LayerInfo]) -> float:
         """Return the share of blocks before the first of these layers."""
@@ -139,6 +145,20 @@ class Transformer:
                 _replace(options, key, _PerturbedBlock(self, layer.module, perturbation, attentions, before))
         if any(stage.key is None for stage in self._family.stages):
             options[_OVERRIDE] = _ByIndex(self, chosen, perturbation, options.get(_OVERRIDE))
+
+    def change_blocks(self, options: Options, layers: Sequence[LayerInfo], change: BlockChange) -> None:
+        """Change ``transformer_options`` so that a forward pass skips these blocks or shuffles their tokens."""
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "segkern", _note_latents, options)
+        for layer in layers:
+            stage, index = self._keys[self._number(layer)]
+            key = stage.key, index
+            _replace(options, key, _ChangedBlock(self, layer, stage.text, change, _replacement(options, key)))
+
+    def why_unchangeable(self, spec: SLG | TPG) -> str | None:
+        """Return why a method that changes blocks is not supported; None if it is."""
+        if all(stage.key is not None for stage in self._family.stages):
+            return None
+        return f"ComfyUI has no hook that replaces blocks of {self._family.users}"
 
     def record(self, options: Options, recording: Recording, entries: Sequence[Sequence[LayerInfo]]) -> None:
         """Record the activations that perturbed forward passes need; ``entries`` lists the layers of each method."""
@@ -267,6 +287,43 @@ class _PerturbedBlock(_BlockPatch):
 
         override.perturbed = perturbed
         return self.compute({**arguments, "transformer_options": {**options, _OVERRIDE: override}}, extra)
+
+
+class _ChangedBlock(_BlockPatch):
+    """Skips a block, or shuffles the image tokens before it."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        layer: LayerInfo,
+        text: bool,
+        change: BlockChange,
+        before: Callable[..., Arguments] | None,
+    ) -> None:
+        super().__init__(before)
+        self.model, self.layer, self.text, self.change = model, layer, text, change
+
+    @torch.compiler.disable
+    def __call__(self, arguments: Arguments, extra: Options) -> Arguments:
+        change, name = self.change, self.layer.module
+        change.computed.add(name)
+        streams = [stream for stream in ("img", "txt") if stream in arguments]
+        own = None
+        if change.report.wants(name):  # on copies, because blocks change activations in place
+            own = self.compute({**arguments, **{stream: arguments[stream].clone() for stream in streams}}, extra)["img"]
+        if change.skips:
+            output = {stream: arguments[stream] for stream in streams}
+        else:
+            output = self.compute({**arguments, "img": self._shuffled(arguments)}, extra)
+        if own is not None:
+            change.report.note(name, output["img"], own)
+        return output
+
+    def _shuffled(self, arguments: Arguments) -> torch.Tensor:
+        image: torch.Tensor = arguments["img"]
+        text = arguments["txt"].shape[1] if self.text else 0
+        grid = self.model.grid(arguments["transformer_options"], arguments, text + image.shape[1])
+        return self.change.shuffled(self.layer, image, grid.start - text, grid.tokens)
 
 
 @dataclass

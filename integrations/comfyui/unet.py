@@ -15,10 +15,14 @@ from comfy.ldm.modules.attention import (
     optimized_attention,
 )
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, forward_timestep_embed
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from segkern import Grid
+from segkern.integrations.specs import SLG, TPG
+from segkern.integrations.specs.base import Spec
 from segkern.integrations.specs.layer_names import LayerInfo
 
+from .blocks import BlockChange
 from .perturbation import Perturbation
 from .recording import Recording
 
@@ -26,6 +30,7 @@ Options = dict[str, Any]  # transformer_options, or a part of them
 
 _PARTS = {"input": "down", "middle": "mid", "output": "up"}
 _LAYER_PATCHES = "forward_timestep_embed_patch"
+_SDXL_DOWN_LAYERS = 24  # self-attention layers of Stable Diffusion XL in its down blocks
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class UNet:
         self._blocks = [name for name, _ in blocks]
         self._places: dict[int, _Place] = {}
         self._transformers: dict[str, tuple[torch.nn.Module, int]] = {}
+        self._block_names: dict[str, str] = {}  # module name of each layer's transformer block
+        names = {id(module): name for name, module in model.named_modules()}
         layers = []
         count = dict.fromkeys(_PARTS, 0)
         transformers = dict.fromkeys(_PARTS, 0)
@@ -74,6 +81,7 @@ class UNet:
                         continue
                     layer = f"{name[0]}.{name[1]}.{index}"
                     self._transformers[layer] = module, index
+                    self._block_names[layer] = names[id(transformer)]
                     layers.append(
                         LayerInfo(
                             name=f"{_PARTS[part][0]}{count[part]}",
@@ -87,7 +95,38 @@ class UNet:
                     count[part] += 1
                 transformers[part] += 1
         self.layers: Sequence[LayerInfo] = layers
-        self.default_layers = "mid" if count["middle"] else None  # models such as SSD-1B have no middle layers
+        self._count = count
+
+    def default_for(self, spec: Spec) -> str | None:
+        """Return the default layers of a guidance method; None if the model has none."""
+        if isinstance(spec, TPG) and self._count["input"] == _SDXL_DOWN_LAYERS:
+            return "d6-23"
+        return "mid" if self._count["middle"] else None  # models such as SSD-1B have no middle layers
+
+    def why_unchangeable(self, spec: SLG | TPG) -> str | None:
+        """Return why a method that changes blocks is not supported; None if it is."""
+        return "ComfyUI has no hook that skips a transformer block of a UNet" if isinstance(spec, SLG) else None
+
+    def change_blocks(self, options: Options, layers: Sequence[LayerInfo], change: BlockChange) -> None:
+        """Change ``transformer_options`` so that a forward pass shuffles the tokens before these transformer blocks.
+
+        ComfyUI has no hook for these blocks, so they have PyTorch hooks during the forward pass.
+        """
+        blocks = {self._block_names[layer.module]: layer for layer in layers}
+
+        def shuffling(executor: Any, *given: Any, **keywords: Any) -> Any:
+            model, handles = executor.class_obj.diffusion_model, []
+            try:
+                for name, layer in blocks.items():
+                    hook, block = _ShuffledBlock(layer, change), model.get_submodule(name)
+                    handles.append(block.register_forward_pre_hook(hook.begin, with_kwargs=True))
+                    handles.append(block.register_forward_hook(hook.end))
+                return executor(*given, **keywords)
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "segkern", shuffling, options)
 
     def skipped(self, layers: Sequence[LayerInfo]) -> float:
         """Return the share of blocks before the first of these layers."""
@@ -137,6 +176,28 @@ class UNet:
         read = len(inputs) - entry.name[1] if entry.name[0] == "output" else len(inputs)
         needed: dict[Hashable, bool] = {("output of", name): name in inputs[:read] for name in before}
         return needed | {("input of", entry.name): True}
+
+
+class _ShuffledBlock:
+    """Hooks of a transformer block that shuffle the tokens before it and measure the effect."""
+
+    def __init__(self, layer: LayerInfo, change: BlockChange) -> None:
+        self.layer, self.change = layer, change
+        self.own: torch.Tensor | None = None  # the block's output without the change
+
+    def begin(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook."""
+        self.change.computed.add(self.layer.module)
+        x, *others = args
+        if self.change.report.wants(self.layer.module):  # on a copy, because blocks change activations in place
+            self.own = block.forward(x.clone(), *others, **kwargs)
+        return (self.change.shuffled(self.layer, x, 0, x.shape[1]), *others), kwargs
+
+    def end(self, block: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        """Forward hook."""
+        if self.own is not None:
+            self.change.report.note(self.layer.module, output, self.own)
+            self.own = None
 
 
 class _PerturbedAttention:

@@ -14,8 +14,10 @@ import comfy.samplers
 import comfy.supported_models
 import pytest
 import torch
-from segkern_pack.guidance import add_guidance
+from segkern_pack.guidance import add_guidance, describe, guidances_of
 from torch.utils.flop_counter import FlopCounterMode
+
+from segkern.integrations.specs import PAG, TPG
 
 from .comparison import SPECS, unshared
 
@@ -97,6 +99,14 @@ def documented() -> dict[str, tuple[float, float]]:
     page = (Path(__file__).parents[2] / "docs" / "cost.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\S+)` \| (\d\.\d\d) \| (\d\.\d\d) \|$", page.partition("### ComfyUI")[2], re.MULTILINE)
     return {layers: (float(shared), float(full)) for layers, shared, full in rows}
+
+
+def test_the_default_blocks_of_tpg_are_those_of_its_authors(model: Any) -> None:
+    described = describe(model.model.diffusion_model)
+    assert described.default_for(TPG()) == "d6-23"
+    assert described.default_for(PAG()) == "mid"
+    (guidance,) = guidances_of(add_guidance(model, TPG(), "").model_options)
+    assert [layer.name for layer in guidance.layers] == [f"d{number}" for number in range(6, 24)]
 
 
 def test_the_documented_costs_are_those_that_are_counted(model: Any, alone: int) -> None:

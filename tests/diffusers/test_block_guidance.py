@@ -198,6 +198,22 @@ def test_equals_the_hook_of_diffusers() -> None:
         assert relative(run(model, pipe), expected) < PIPELINE_TOLERANCE
 
 
+def test_the_hook_of_diffusers_swaps_image_and_text() -> None:
+    """A block of Stable Diffusion 3 returns text and image; the hook returns its arguments, image and text."""
+    transformer = MODELS["sd3"].build().transformer
+    image, text = torch.zeros(1, 24, 16), torch.zeros(1, 5, 16)
+    temb = torch.zeros(1, transformer.inner_dim)
+    shapes = []
+    for skip in (False, True):
+        if skip:
+            apply_layer_skip(transformer, LayerSkipConfig([1], fqn="transformer_blocks"))
+        block = transformer.transformer_blocks[1]
+        image, text = (x.new_zeros(1, x.shape[1], transformer.inner_dim) for x in (image, text))
+        output = block(hidden_states=image, encoder_hidden_states=text, temb=temb)
+        shapes.append([x.shape[1] for x in output])
+    assert shapes == [[5, 24], [24, 5]]
+
+
 @pytest.mark.parametrize("name", ["sd3", "sdxl"])
 def test_a_seed_gives_the_same_image_alone_and_in_a_batch(name: str) -> None:
     if name == "sdxl":
