@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from segkern.integrations.diffusers import PAG, SAG, SEG, Guidance, guide
+from segkern.integrations.diffusers import PAG, SAG, SEG, SLG, TPG, Guidance, guide
 from segkern.integrations.diffusers.runtime.processor import GuidedProcessor
 from tests.diffusers import transformer_cases, unet_cases
 from tests.diffusers.transformer_cases import MODELS
@@ -120,6 +120,7 @@ def kinds(subject: Subject) -> dict[str, tuple[Any, ...]]:
         "SEG, infinite": (subject.seg(sigma=float("inf")),),
         "SEG, reuse": (subject.seg(reuse=2),),
         "PAG": (PAG(layers=subject.layers),),
+        "SLG, TPG": (SLG(1.0, subject.layers, 0.0, 1.0), TPG(1.0, subject.layers)),
     }
     if subject.part == "unet":
         specs |= {

@@ -15,7 +15,9 @@ from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_layer_skip
 from torch.utils.flop_counter import FlopCounterMode
 
 from segkern.integrations.diffusers import PAG, SEG, SLG, TPG, guide, list_layers
+from tests.compatibility import proves
 from tests.diffusers.probes import hooks_of
+from tests.diffusers.proven_cells import of_transformer
 from tests.diffusers.slow_guidance import ChangedBlocks, Perturbed, transformer_run, unet_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, tiny_pipeline, tiny_sd
 from tests.diffusers.small_pipelines import run as run_unet
@@ -43,10 +45,13 @@ def shuffled(pipe: Any, spec: TPG, blocks: list[str], sequence: tuple[str, ...] 
     return ChangedBlocks(spec.scale, blocks, order, sequence=sequence)
 
 
+METHODS = [pytest.param(name, marks=proves(guidance=name.upper())) for name in ("slg", "tpg")]
+
+
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no-cfg"])
-@pytest.mark.parametrize("method", ["slg", "tpg"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=of_transformer(name)) for name in MODELS])
 def test_transformers_equal_the_slow_way(name: str, method: str, cfg: bool) -> None:
     """Reference: a separate call per branch with changed blocks; not square, two samples."""
     model, pipe = MODELS[name], built(name)
@@ -72,9 +77,16 @@ def test_transformers_equal_the_slow_way(name: str, method: str, cfg: bool) -> N
     assert torch.equal(short(), plain)
 
 
+@proves(task="text to image")
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no-cfg"])
-@pytest.mark.parametrize("method", ["slg", "tpg"])
-@pytest.mark.parametrize("kind", ["sdxl", "sd"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("sdxl", marks=proves(model="Stable Diffusion XL")),
+        pytest.param("sd", marks=proves(model="Stable Diffusion 1")),
+    ],
+)
 def test_unets_equal_the_slow_way(kind: str, method: str, cfg: bool) -> None:
     pipe = tiny_pipeline() if kind == "sdxl" else tiny_sd()
     layers = ["mid", "u1"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, SLG, TPG, guide
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, noise, relative, run, smaller_pipeline
 from tests.diffusers.transformer_cases import MODELS
 from tests.diffusers.transformer_cases import run as run_transformer
@@ -51,11 +51,23 @@ def _fresh_compiler() -> Iterator[None]:
         pytest.param(wrapped, SEG(sigma=2.0, layers="m0", start=0.3), marks=pytest.mark.slow),
         pytest.param(in_place, SEG(layers="m0"), marks=pytest.mark.slow),
         (repeated_blocks, SEG(layers="m0", start=0.3)),
+        pytest.param(wrapped, TPG(layers=["m0", "u0"]), marks=pytest.mark.slow),
+        (repeated_blocks, TPG(layers=["m0", "u0"])),
+        pytest.param(in_place, SLG(layers="mid", start=0.0, stop=1.0), marks=pytest.mark.slow),
+        pytest.param(repeated_blocks, SLG(layers="mid", start=0.0, stop=1.0), marks=pytest.mark.slow),
     ],
-    ids=["wrapped", "in_place", "repeated_blocks"],
+    ids=[
+        "wrapped",
+        "in_place",
+        "repeated_blocks",
+        "wrapped, TPG",
+        "repeated_blocks, TPG",
+        "in_place, SLG",
+        "repeated_blocks, SLG",
+    ],
 )
 def test_a_compiled_denoiser_is_guided_and_left_alone_afterwards(
-    compile_: Callable[[Any, Any], None], spec: SEG
+    compile_: Callable[[Any, Any], None], spec: SEG | SLG | TPG
 ) -> None:
     pipe, latents, counter = smaller_pipeline(), noise(), CompileCounter()
     plain = run(pipe, latents=latents)

@@ -14,7 +14,7 @@ from tests.diffusers.subjects import QWEN, SD1, SD3, SDXL, Subject, every, kinds
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("kind", ["SEG", "SEG, infinite", "PAG", "SEG, PAG, SAG"])
+@pytest.mark.parametrize("kind", ["SEG", "SEG, infinite", "PAG", "SLG, TPG", "SEG, PAG, SAG"])
 @pytest.mark.parametrize("subject", every(SD3))
 def test_another_dtype(subject: Subject, kind: str) -> None:
     specs = kinds(subject).get(kind, (subject.seg(reuse=2),))

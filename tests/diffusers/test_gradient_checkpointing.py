@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, SLG, TPG, guide
 from tests.diffusers.probes import hooks_of
 from tests.diffusers.small_pipelines import noise, relative, smaller_pipeline
 from tests.diffusers.transformer_cases import MODELS
@@ -89,6 +89,8 @@ SPECS = {
     "SEG with a stride": (SEG(sigma=2.0, layers="mid", query_stride=2, blend=0.5),),
     "PAG": (PAG(layers="m0"),),
     "SAG": (SAG(),),
+    "SLG": (SLG(layers="mid", start=0.0, stop=1.0),),
+    "TPG": (TPG(layers=["d0", "u0"]),),
     "several": (SEG(sigma=1.0, layers="u0"), PAG(layers="mid"), SAG()),
 }
 
@@ -124,7 +126,8 @@ def test_with_a_guidance_that_leads_away_from_a_text() -> None:
 )
 def test_transformers(name: str) -> None:
     model, run = transformer(name)
-    for spec in (SEG(sigma=1.0, layers=MODELS[name].layers), PAG(layers=MODELS[name].layers)):
+    layers = MODELS[name].layers
+    for spec in (SEG(sigma=1.0, layers=layers), PAG(layers=layers), SLG(1.0, layers, 0.0, 1.0), TPG(layers=layers)):
         model.disable_gradient_checkpointing()
         expected = gradients(model, lambda spec=spec: run((spec,)).backward())
         model.enable_gradient_checkpointing()

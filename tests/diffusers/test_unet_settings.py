@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 
-from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, guide, list_layers
+from segkern.integrations.diffusers import CFG, PAG, SAG, SEG, SLG, TPG, guide, list_layers
 from tests.diffusers.probes import batches_seen, hooks_of
 from tests.diffusers.slow_guidance import Perturbed, self_attentions, unet_run
 from tests.diffusers.small_pipelines import PIPELINE_TOLERANCE, relative
@@ -171,11 +171,13 @@ def test_free_init_runs_the_loop_several_times() -> None:
 @pytest.mark.parametrize(
     ("spec", "quoted"),
     [
-        (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel supports SEG.*, PAG.*, SLG.* and TPG"),
+        (SAG(), r"SAG needs a UNet2DConditionModel; a UNetMotionModel supports SEG\(...\) and PAG\(...\)"),
+        (SLG(), "SLG needs a UNet2DConditionModel or a transformer; a UNetMotionModel supports SEG"),
+        (TPG(), "TPG needs a UNet2DConditionModel or a transformer; a UNetMotionModel supports SEG"),
         (CFG(), "CFG needs a UNet2DConditionModel"),
         (PAG(layers="d7"), "unknown layer 'd7'; valid names are 'down' .d0., 'mid' .m0., 'up' .u0 to u1."),
     ],
-    ids=["sag", "cfg", "layer"],
+    ids=["sag", "slg", "tpg", "cfg", "layer"],
 )
 def test_what_a_video_cannot_have_is_refused(spec: Any, quoted: str) -> None:
     _, pipe = built("animatediff")

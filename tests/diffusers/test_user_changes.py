@@ -51,7 +51,7 @@ def like_a_fresh_one(subject: Subject, pipe: Any, change: Callable[[Any], Any], 
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("kind", ["SEG, infinite", "SEG, reuse", "PAG", "SEG, PAG, SAG"])
+@pytest.mark.parametrize("kind", ["SEG, infinite", "SEG, reuse", "PAG", "SLG, TPG", "SEG, PAG, SAG"])
 @pytest.mark.parametrize("subject", every(SD3))
 def test_arguments_that_change_between_runs(subject: Subject, kind: str) -> None:
     specs = kinds(subject).get(kind, (subject.seg(),))  # transformers do not support SAG

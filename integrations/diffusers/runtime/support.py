@@ -143,11 +143,11 @@ def _check_for_transformer(denoiser: Transformer, specs: Sequence[Spec]) -> None
 def _check_for_motion(specs: Sequence[Spec]) -> None:
     """Raise a ValueError for a spec that is not supported for UNets of videos."""
     for spec in specs:
-        if not isinstance(spec, LayeredSpec):
-            raise ValueError(
-                f"{type(spec).__name__} needs a UNet2DConditionModel; a UNetMotionModel supports SEG(...), PAG(...), "
-                f"SLG(...) and TPG(...)"
+        if not isinstance(spec, AttentionSpec):
+            needed = (
+                "a UNet2DConditionModel or a transformer" if isinstance(spec, BlockSpec) else "a UNet2DConditionModel"
             )
+            raise ValueError(f"{type(spec).__name__} needs {needed}; a UNetMotionModel supports SEG(...) and PAG(...)")
 
 
 def _choose(denoiser: Denoiser, available: Sequence[LayerInfo], spec: Spec) -> PlacedSpec:
