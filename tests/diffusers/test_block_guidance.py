@@ -88,6 +88,7 @@ def test_transformers_equal_the_slow_way(name: str, method: str, cfg: bool) -> N
     ],
 )
 def test_unets_equal_the_slow_way(kind: str, method: str, cfg: bool) -> None:
+    """Reference: a separate call per branch with changed blocks; not square, two samples."""
     pipe = tiny_pipeline() if kind == "sdxl" else tiny_sd()
     layers = ["mid", "u1"]
     modules = [layer.module for layer in list_layers(pipe) if layer.part == "mid" or layer.name == "u1"]
