@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -73,6 +74,20 @@ class BlockJoin(Join):
             for branch in (*plan.skipped, *plan.shuffled)
         }
         return tuple(outputs) if isinstance(output, tuple) else outputs[0]
+
+    def mark(self) -> None:
+        """Give the block its own ``forward``, the same function.
+
+        Compiled code that contains the block does not notice new hooks, but it notices a new ``forward``.
+        """
+        if "forward" not in vars(self.module):
+            self.module.forward = MethodType(type(self.module).forward, self.module)
+
+    def unmark(self) -> None:
+        """Remove the ``forward`` that ``mark`` set."""
+        own = vars(self.module).get("forward")
+        if isinstance(own, MethodType) and own.__func__ is type(self.module).forward:
+            del self.module.forward
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         position = self._names.index(name)

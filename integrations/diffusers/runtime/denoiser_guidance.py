@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from segkern.core.private_apis import is_compiled_in_place
 from segkern.integrations.diffusers.runtime.branches import Batch, Forward, JoinPlan
 from segkern.integrations.diffusers.runtime.denoisers import Denoiser
 from segkern.integrations.diffusers.runtime.foreign_hooks import HookWatch
@@ -82,6 +83,9 @@ class DenoiserGuidance:
         """
         self.layers.stand_in()
         self._regions.attach()
+        if self.recomputation.compiled or is_compiled_in_place(self._denoiser.model):
+            for block in self._blocks.values():
+                block.mark()
         if not self._inner:
             self._inner += [handle for watch in watches for handle in watch.register()]
             modules = [layer.info.module for layer in self.layers]
@@ -93,6 +97,8 @@ class DenoiserGuidance:
         """Restore the denoiser's parts, so that unguided calls run none of segkern's code, compiled or not."""
         act_here(False)
         self._regions.detach()
+        for block in self._blocks.values():
+            block.unmark()
         self.recomputation.detach()
         self._rest_joins()
         self._kept.restore()
