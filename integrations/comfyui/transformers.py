@@ -311,6 +311,7 @@ class _ChangedBlock(_BlockPatch):
         own = None
         if change.report.wants(name):  # on copies, because blocks change activations in place
             own = self.compute({**arguments, **{stream: arguments[stream].clone() for stream in streams}}, extra)["img"]
+        output: Arguments
         if change.skips:
             output = {stream: arguments[stream] for stream in streams}
         else:

@@ -141,7 +141,7 @@ def test_one_warning_if_guidance_has_no_effect(tmp_path: Path) -> None:
     assert "warning: SEG had no effect: it fired in none of 2 denoiser calls\n" in output
     assert "without its settings" in output
     assert picture(tmp_path / "a.jpg").size == (64, 48)
-    scales = ("--guidance", "seg,pag,sag,slg,tpg", "--scale", 0)
+    scales: tuple[object, ...] = ("--guidance", "seg,pag,sag,slg,tpg", "--scale", 0)
     scales += ("--pag-scale", 0, "--sag-scale", 0, "--slg-scale", 0, "--tpg-scale", 0)
     for options in (scales, ("--compare", "--sigma", "1,2,4", "--scale", 0)):
         result = segkern("generate", "demo", PROMPT, *SMALL, *options, "--out", tmp_path / "b.png", "--overwrite")

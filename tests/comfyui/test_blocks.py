@@ -24,7 +24,7 @@ from .small_models import latents, relative, sample
 
 TEXT = 5  # tokens of text before the image in a single block of Flux
 # The blocks of each choice: number in the list of blocks, and the position of the image in a block's arguments.
-CHOICES = {
+CHOICES: dict[str, tuple[str, dict[str, tuple[str, int, int | str]]]] = {
     "flux": ("1,4", {"d1": ("double_blocks", 1, "img"), "s1": ("single_blocks", 1, 0)}),
     "sd3": ("1-2", {"b1": ("joint_blocks", 1, 1), "b2": ("joint_blocks", 2, 1)}),
     "qwen": ("1", {"b1": ("transformer_blocks", 1, "hidden_states")}),
@@ -32,7 +32,7 @@ CHOICES = {
 }
 SKIPPED = {"flux": {"double_layers": "1", "single_layers": "1"}}
 # The spatial transformers of each choice, with the layers in them.
-UNETS = {
+UNETS: dict[str, tuple[str, dict[str, list[str]]]] = {
     "sd15": ("input.3,mid", {"input_blocks.3.1": ["d1"], "middle_block.1": ["m0"]}),
     "sdxl": ("m1-2,u1", {"middle_block.1": ["m1", "m2"], "output_blocks.0.1": ["u1"]}),
 }
