@@ -134,19 +134,18 @@ def text(evaluation: dict[str, Any]) -> str:
 
 def describe(setting: Setting) -> str:
     """Return a short description of a setting, such as ``SEG σ=∞ scale 3 ★``."""
-    words = []
-    if setting.cfg > 1:
-        words.append(f"CFG {setting.cfg:g}")
+    words = [f"CFG {setting.cfg:g}"] if setting.cfg > 1 else []
     if setting.seg:
         sigma = "∞" if math.isinf(setting.sigma) else f"{setting.sigma:g}"
         words.append(f"SEG σ={sigma} scale {setting.seg:g}" + (" ★" if is_papers(setting) else ""))
-        if setting.layers != "mid":
-            words.append(f"in {setting.layers}")
-        if (setting.start, setting.stop) != (0.0, 1.0):
-            words.append(f"steps {setting.start:g} to {setting.stop:g}")
-        if setting.reuse > 1:
-            words.append(f"reuse {setting.reuse}")
-    words += [f"{name} scale {scale:g}" for name, scale in (("PAG", setting.pag), ("SAG", setting.sag)) if scale]
+    others = {"PAG": setting.pag, "SAG": setting.sag, "SLG": setting.slg, "TPG": setting.tpg}
+    words += [f"{name} scale {scale:g}" for name, scale in others.items() if scale]
+    if setting.layers not in ("", "mid"):
+        words.append(f"in {setting.layers}")
+    if (setting.start, setting.stop) != (0.0, 1.0):
+        words.append(f"steps {setting.start:g} to {setting.stop:g}")
+    if setting.reuse > 1:
+        words.append(f"reuse {setting.reuse}")
     return " ".join(words) or "none"
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MODES = ("unconditional", "prompts")
 
 # Fields that older evaluations do not have, with the values that those evaluations used.
-_LATER = {"reuse": 1, "pag": 0.0, "sag": 0.0}
+_LATER = {"reuse": 1, "pag": 0.0, "sag": 0.0, "slg": 0.0, "tpg": 0.0}
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Setting:
         cfg: ``guidance_scale`` of classifier-free guidance; 1 turns it off.
         seg: Scale of smoothed energy guidance; 0 turns it off.
         sigma: Blur in tokens of the model's grid; ``math.inf`` uses the mean query. 0 without SEG.
-        layers: Guided layers, separated by commas; empty without SEG.
-        start: Fraction of the steps at which SEG starts.
-        stop: Fraction of the steps at which SEG stops.
+        layers: Guided layers of SEG, SLG and TPG, separated by commas; empty without them.
+        start: Fraction of the steps at which SEG, SLG and TPG start.
+        stop: Fraction of the steps at which SEG, SLG and TPG stop.
         reuse: Number of steps that use the same perturbed branch.
         pag: Scale of perturbed-attention guidance in the mid block; 0 turns it off.
         sag: Scale of self-attention guidance; 0 turns it off.
+        slg: Scale of skip-layer guidance; 0 turns it off.
+        tpg: Scale of token perturbation guidance; 0 turns it off.
     """
 
     mode: str
@@ -44,25 +46,32 @@ class Setting:
     reuse: int = 1
     pag: float = 0.0
     sag: float = 0.0
+    slg: float = 0.0
+    tpg: float = 0.0
 
     @property
     def method(self) -> str:
         """Names of the guidance methods in use, such as ``CFG + SEG``, or ``none``."""
         scales = {"CFG": self.cfg - 1, "SEG": self.seg, "PAG": self.pag, "SAG": self.sag}
+        scales |= {"SLG": self.slg, "TPG": self.tpg}
         return " + ".join(name for name, scale in scales.items() if scale > 0) or "none"
 
     def specs(self) -> tuple[Spec, ...]:
         """Return the specs for ``guide``. The pipeline itself applies classifier-free guidance."""
-        from segkern.integrations.diffusers import PAG, SAG, SEG
+        from segkern.integrations.diffusers import PAG, SAG, SEG, SLG, TPG
 
         specs: list[Spec] = []
+        layers = self.layers.split(",")
         if self.seg:
-            layers = self.layers.split(",")
             specs.append(SEG(self.seg, self.sigma, layers, self.start, self.stop, reuse=self.reuse))
         if self.pag:
             specs.append(PAG(self.pag))
         if self.sag:
             specs.append(SAG(self.sag))
+        if self.slg:
+            specs.append(SLG(self.slg, layers, self.start, self.stop))
+        if self.tpg:
+            specs.append(TPG(self.tpg, layers, self.start, self.stop))
         return tuple(specs)
 
     def to_dict(self) -> dict[str, Any]:

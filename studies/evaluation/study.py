@@ -119,35 +119,39 @@ class Study:
             self.path.write_text(complete, encoding="utf-8")
         return cells
 
-    def _key(self, setting: Setting, seed: int) -> dict[str, Any]:
-        return {"setting": setting.to_dict(), "seed": seed, "images": self.images, "steps": self.steps}
+    def _key(self, setting: Setting, seed: int, steps: int | None) -> dict[str, Any]:
+        return {"setting": setting.to_dict(), "seed": seed, "images": self.images, "steps": steps or self.steps}
 
-    def find(self, setting: Setting, seed: int) -> dict[str, Any] | None:
+    def find(self, setting: Setting, seed: int, steps: int | None = None) -> dict[str, Any] | None:
         """Return the measurement of a setting and seed with this number of images and steps, or None."""
-        key = self._key(setting, seed)
+        key = self._key(setting, seed, steps)
         return next((cell for cell in self.cells if key.items() <= cell.items()), None)
 
-    def measure(self, setting: Setting, seed: int, advance: Callable[[str, int], None]) -> dict[str, Any]:
+    def measure(
+        self, setting: Setting, seed: int, advance: Callable[[str, int], None], steps: int | None = None
+    ) -> dict[str, Any]:
         """Sample and measure one setting with one seed, and append the measurement to the file.
 
         Args:
             setting: Setting to sample with.
             seed: Seed of the initial noise and the prompts.
             advance: Called with the name of the measurement and the size of every batch.
+            steps: Number of inference steps; None uses the study's. Unguided images, to which the distance is measured,
+                always have the study's number of steps.
         """
         name = f"{setting.mode}, {describe(setting)}, seed {seed}"
-        known = self.find(setting, seed)
+        known = self.find(setting, seed, steps)
         if known is not None:
             advance(name, self.images)
             return known
         began = time.perf_counter()
         batches = []
-        for batch in sample(self.pipe, setting, seed, self.images, self.steps, self.batch):
+        for batch in sample(self.pipe, setting, seed, self.images, steps or self.steps, self.batch):
             batches.append(batch)
             advance(name, len(batch))
         seconds = (time.perf_counter() - began) / self.images
         measures = self._measures(setting, seed, torch.cat(batches))
-        cell = self._key(setting, seed) | {"measures": measures, "seconds_per_image": seconds}
+        cell = self._key(setting, seed, steps) | {"measures": measures, "seconds_per_image": seconds}
         self.cells.append(cell)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(cell) + "\n")
