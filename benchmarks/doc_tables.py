@@ -134,10 +134,46 @@ def _step_ratio(file: Mapping[str, Any], name: str) -> str:
     return "" if row is None or row["ratio"] is None else f"{row['ratio']['median']:.2f}"
 
 
-def comparison(name: str) -> str:
-    """Return the tables of a study by ``studies.comparisons``, one for each mode."""
-    result = results.read_json(results.RESULTS / name / "demo.json")
+def approximations() -> str:
+    """Return the table of ``studies.approximations``."""
+    result = results.read_json(results.RESULTS / "approximations" / "demo.json")
     return "\n\n".join(_by_mode(result["rows"], result).values())
+
+
+def equal_cost() -> str:
+    """Return the tables of ``studies.equal_cost``: without a prompt, with prompts, and together with CFG."""
+    rows = results.read_json(results.RESULTS / "equal-cost" / "demo.json")["rows"]
+    tables = {
+        "Without a prompt": [row for row in rows if row["setting"]["mode"] == "unconditional"],
+        "With prompts, without CFG": [
+            row for row in rows if row["setting"]["mode"] == "prompts" and row["setting"]["cfg"] <= 1
+        ],
+        "With prompts and CFG": [row for row in rows if row["setting"]["cfg"] > 1],
+    }
+    parts = []
+    for title, shown in tables.items():
+        baseline = "CFG" if shown[0]["setting"]["cfg"] > 1 else "none"
+        headings = ["guidance", "steps", "cost", "Fréchet ↓", f"change from {baseline}", "precision ↑", "recall ↑"]
+        if "caption_accuracy" in shown[0]["measures"]:
+            headings += ["caption accuracy ↑", f"change from {baseline}"]
+        lines = []
+        for row in shown:
+            change = row.get("to_cfg" if baseline == "CFG" else "to_unguided", {})
+            line = [report.describe(report.setting_of(row)), str(row["steps"]), f"{row['cost']:.2f}"]
+            for name, digits in (("frechet_distance", 2), ("caption_accuracy", 3)):
+                if name in row["measures"]:
+                    difference = change.get(name)
+                    line.append(_mean_and_spread(row["measures"][name], digits))
+                    line.append(_mean_and_spread(difference, digits, "+") if difference and row != shown[0] else "")
+                if name == "frechet_distance":
+                    line += [_mean_and_spread(row["measures"][measure], 3) for measure in ("precision", "recall")]
+            lines.append(line)
+        parts += [f"{title}:", markdown(headings, lines)]
+    return "\n\n".join(parts)
+
+
+def _mean_and_spread(value: Mapping[str, float], digits: int, sign: str = "") -> str:
+    return f"{value['mean']:{sign}.{digits}f} ± {value['spread']:.{digits}f}"
 
 
 def _evaluation() -> dict[str, Any]:
@@ -346,8 +382,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scales-prompts": lambda: scales("prompts", "frechet_distance"),
     "scales-captions": lambda: scales("prompts", "caption_accuracy"),
     "layers": layers,
-    "family": lambda: comparison("family"),
-    "approximations": lambda: comparison("approximations"),
+    "equal-cost": equal_cost,
+    "approximations": approximations,
     "steps": lambda: steps(["", "CFG + "]),
     "real-steps": real_steps,
     "attention": lambda: attention(["0.5", "1", "3", "10", "30", "inf"], _ALL),

@@ -44,7 +44,7 @@ def test_every_method_has_the_same_number_of_candidates() -> None:
         (Setting("prompts", seg=1.0, **SEG), 1.69),
         (Setting("prompts", cfg=2.0, seg=1.0, **SEG), 2.69),
     ],
-    ids=report.describe,
+    ids=["none", "CFG", "SAG", "SEG", "CFG + SEG"],
 )
 def test_guided_runs_have_fewer_steps(pipe: Any, setting: Setting, expected: float) -> None:
     per_step = equal_cost.operations(pipe, setting, 5) / equal_cost.operations(pipe, Setting("prompts"), 5)
