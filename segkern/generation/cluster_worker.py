@@ -75,7 +75,7 @@ class Worker:
             raise ValueError(f"--out {plan.out!r} is not the same folder as on the node of the command")
         source = loading.find_model(plan.model, plan.config)
         pipe = loading.load_pipeline(source, dtype, device)
-        specs = make_specs(settings.scales, list(settings.layers), settings.sigma)
+        specs = make_specs(settings.scales, settings.layers, settings.sigma)
         if specs:
             guide(pipe, *specs).remove()  # raises a ValueError if the pipeline is not supported
 
