@@ -142,7 +142,7 @@ def approximations() -> str:
 
 def equal_cost() -> str:
     """Return the tables of ``studies.equal_cost``: without a prompt, with prompts, and together with CFG."""
-    rows = results.read_json(results.RESULTS / "equal-cost" / "demo.json")["rows"]
+    rows = _equal_cost()
     tables = {
         "Without a prompt": [row for row in rows if row["setting"]["mode"] == "unconditional"],
         "With prompts, without CFG": [
@@ -170,6 +170,11 @@ def equal_cost() -> str:
             lines.append(line)
         parts += [f"{title}:", markdown(headings, lines)]
     return "\n\n".join(parts)
+
+
+def _equal_cost() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = results.read_json(results.RESULTS / "equal-cost" / "demo.json")["rows"]
+    return rows
 
 
 def _mean_and_spread(value: Mapping[str, float], digits: int, sign: str = "") -> str:
@@ -201,13 +206,19 @@ def summary() -> str:
         guided = next(row for setting, row in of_mode if report.is_papers(setting) and math.isinf(setting.sigma))
         for column in report.COLUMNS:
             cells[mode, column[0]] = f"{report.cell(plain, column)} to {report.cell(guided, column)}"
+    equal = [row for row in _equal_cost() if row["setting"]["mode"] == "unconditional"]
+    by_method = {row["method"]: row for row in equal}
+    at_equal_cost = [_mean_and_spread(by_method[name]["measures"]["frechet_distance"], 2) for name in ("none", "SEG")]
     return (
-        "On the bundled model, SEG at the paper's setting (scale 3, infinite sigma, middle block, no CFG) changes the\n"
-        "Fréchet distance to new images of the drawings (lower is better) from "
-        f"{cells['unconditional', 'frechet_distance']} without a prompt, and from\n"
-        f"{cells['prompts', 'frechet_distance']} with prompts. Caption accuracy changes from "
+        "On the bundled model, SEG at the paper's setting (scale 3, infinite sigma, middle block, no CFG, 10 steps) "
+        "changes the Fréchet\n"
+        "distance to new images of the drawings (lower is better) from "
+        f"{cells['unconditional', 'frechet_distance']} without a prompt, and\n"
+        f"from {cells['prompts', 'frechet_distance']} with prompts. Caption accuracy changes from "
         f"{cells['prompts', 'caption_accuracy']}.\n"
-        "These numbers apply to this model only ([all measurements](docs/guidance.md#measured-on-the-bundled-model))."
+        "More steps without guidance help as much here: at equal cost and without a prompt, the distance is "
+        f"{at_equal_cost[0]} without\nguidance and {at_equal_cost[1]} with SEG. This holds for this model only "
+        "([all measurements](docs/guidance.md#measured-on-the-bundled-model))."
     )
 
 
