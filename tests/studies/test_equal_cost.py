@@ -38,13 +38,11 @@ def test_every_method_has_the_same_number_of_candidates() -> None:
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        (Setting("prompts"), 1.0),
-        (Setting("prompts", cfg=2.0), 2.0),
         (Setting("prompts", sag=1.0), 2.0),
         (Setting("prompts", seg=1.0, **SEG), 1.69),
         (Setting("prompts", cfg=2.0, seg=1.0, **SEG), 2.69),
     ],
-    ids=["none", "CFG", "SAG", "SEG", "CFG + SEG"],
+    ids=["SAG", "SEG", "CFG + SEG"],
 )
 def test_guided_runs_have_fewer_steps(pipe: Any, setting: Setting, expected: float) -> None:
     per_step = equal_cost.operations(pipe, setting, 5) / equal_cost.operations(pipe, Setting("prompts"), 5)
@@ -54,6 +52,7 @@ def test_guided_runs_have_fewer_steps(pipe: Any, setting: Setting, expected: flo
     assert cost == pytest.approx(count * per_step / 10, rel=0.02)
 
 
+@pytest.mark.slow
 def test_choice_and_differences(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("studies.evaluation.study.reference.__defaults__", (64,))
     monkeypatch.setattr("studies.evaluation.study.training.__defaults__", (96,))
