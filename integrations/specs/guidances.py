@@ -180,7 +180,8 @@ class SLG(BlockSpec):
         layers: Layers in the form that :class:`SEG` accepts. The transformer blocks that contain them are skipped. None
             uses the model's default layers, which ``segkern layers`` shows.
         start: Fraction of the inference steps at which guidance starts.
-        stop: Fraction of the inference steps at which guidance stops.
+        stop: Fraction of the inference steps at which guidance stops. With the default range, a run of fewer than 6
+            steps has no guided step.
         count: Number of blocks to skip in each step, drawn at random from those of ``layers``; None skips all of them.
         seed: Seed of the draw, which depends only on the seed and the number of the step.
         reuse: See :class:`SEG`.

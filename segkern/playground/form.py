@@ -139,13 +139,13 @@ def _whole(field: str, fields: Mapping[str, Any], least: int, most: int) -> int:
 
 
 def _range(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the range of steps with guidance, as fractions."""
+    """Return the range of steps with guidance, as fractions; empty for all steps, so that SLG keeps its own range."""
     start, stop = (number(name, fields[name]) for name in ("start", "stop"))
     if not 0 <= start < stop <= 1:
         raise ValueError(
             f"{LABELS['start']} must be less than {LABELS['stop']}, both from 0 to 1, got {start:g} and {stop:g}"
         )
-    return {"start": start, "stop": stop}
+    return {} if (start, stop) == (0, 1) else {"start": start, "stop": stop}
 
 
 def _size(value: Any, pipe: Any) -> tuple[int, int]:

@@ -152,7 +152,7 @@ def _where(pipe: Any, fields: Components) -> None:
     with gr.Row():
         for name, value, info in (
             ("start", 0, "0 is the first step."),
-            ("stop", 1, "1 is the last step."),
+            ("stop", 1, "1 is the last step. With 0 and 1, SLG uses 0.01 to 0.2."),
         ):
             fields[name] = gr.Slider(0, 1, value=value, step=0.05, label=LABELS[name], info=info, min_width=120)
 

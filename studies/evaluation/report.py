@@ -142,7 +142,7 @@ def describe(setting: Setting) -> str:
     words += [f"{name} scale {scale:g}" for name, scale in others.items() if scale]
     if setting.layers not in ("", "mid"):
         words.append(f"in {setting.layers}")
-    if (setting.start, setting.stop) != (0.0, 1.0):
+    if (setting.start, setting.stop) != (0.0, 1.0) or setting.slg:
         words.append(f"steps {setting.start:g} to {setting.stop:g}")
     if setting.reuse > 1:
         words.append(f"reuse {setting.reuse}")

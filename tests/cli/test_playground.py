@@ -145,6 +145,7 @@ def test_form_becomes_a_request_and_guidance(models: Models) -> None:
         TPG(1.5, ["mid"], 0.25, 1.0),
         SLG(2.0, ["mid"], 0.25, 1.0),
     )
+    assert settings(models, **blocks).specs == (TPG(1.5, ["mid"]), SLG(2.0, ["mid"], 0.01, 0.2))
     assert checked.layers == ("d0", "m0", "u0", "u1")
     assert not checked.unshared
 
