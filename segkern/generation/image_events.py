@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to an image.
+    """A change in the state of an image.
 
     Attributes:
         kind: ``"begun"``, ``"present"`` if the image existed, ``"written"`` or ``"failed"``.

@@ -70,7 +70,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prepares the output folder."""
+        """True if this process prepares the output folder."""
         return self.index == 0
 
     def start(self, folder: Path | None, prepare: Callable[[], None]) -> None:
@@ -205,9 +205,9 @@ def _own_device(device: str, local_index: int) -> torch.device:
     """Return the device of a process. A launcher may show each process only its own GPU."""
     import torch
 
-    found = loading.find_device(device)
-    if found.type != "cuda":
-        return found
+    selected = loading.find_device(device)
+    if selected.type != "cuda":
+        return selected
     own = torch.device("cuda", local_index % torch.cuda.device_count())
     torch.cuda.set_device(own)  # otherwise some libraries also use memory of the first GPU
     return own

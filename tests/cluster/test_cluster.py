@@ -121,17 +121,17 @@ def test_shards_of_a_cluster(nodes: Cluster, tmp_path: Path) -> None:
     prompts, out = write_rows(tmp_path / "a.jsonl", ROWS[:5]), tmp_path / "out"
     command = ("generate", "demo", "--prompts", prompts, *SMALL, "--out", out, "--ray", nodes.address, "--shards", 2)
     assert f"wrote {out / 'shard-000002.tar'}" in done(*command)
-    found = {}
+    files = {}
     for path in sorted(out.glob("*.tar")):
         with tarfile.open(path) as tar:
             for name in tar.getnames():
-                assert name not in found
-                found[name] = tar.extractfile(name).read()
+                assert name not in files
+                files[name] = tar.extractfile(name).read()
     names = [f"0000{line}-seed-1" for line in range(1, 6)]
-    assert sorted(found) == sorted(f"{name}.{end}" for name in names for end in ("png", "json"))
+    assert sorted(files) == sorted(f"{name}.{end}" for name in names for end in ("png", "json"))
     single = tmp_path / "single.png"
     done("generate", "demo", ROWS[4]["prompt"], *SMALL[:-2], "--out", single)
-    assert difference(Image.open(io.BytesIO(found["00005-seed-1.png"])), picture(single)) <= 1
+    assert difference(Image.open(io.BytesIO(files["00005-seed-1.png"])), picture(single)) <= 1
     (out / "shard-000001.jsonl").unlink()
     output = done(*command)
     assert output.count("wrote") == 1
